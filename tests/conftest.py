@@ -1,0 +1,90 @@
+"""Fixtures and settings shared by every test.
+
+Every test starts from the same seed, and outside the comparisons with other programs every
+uninitialised tensor is filled with NaN (or the largest integer), so that an output element that no
+code writes cannot look right by luck.
+"""
+
+import random
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# The tensors here are small: more threads would only wait for each other, on a busy machine for
+# minutes.
+torch.set_num_threads(1)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PEERS = ("transformers", "peft", "bitsandbytes", "xllamacpp")
+MISSING_PEERS = [name for name in PEERS if find_spec(name) is None]
+
+# The comparisons import the programs they compare with, which the product must work without.
+collect_ignore = ["interop"] if MISSING_PEERS else []
+
+
+def pytest_report_header() -> str | None:
+    if not MISSING_PEERS:
+        return None
+    missing = ", ".join(MISSING_PEERS)
+    return f"tests/interop: not collected, {missing} not installed (`make interop` installs them)"
+
+
+@pytest.fixture
+def golden() -> Callable[[str], Path]:
+    """The folder of a tiny random checkpoint with stored logits, loss and gradients.
+
+    ``golden("qwen3")`` holds config.json, model.safetensors, golden.json and golden.safetensors.
+    """
+
+    def folder(family: str) -> Path:
+        path = FIXTURES / "golden" / family
+        if not path.is_dir():
+            known = ", ".join(sorted(p.name for p in (FIXTURES / "golden").iterdir()))
+            raise ValueError(f"no golden fixture {family!r}; there are {known}")
+        return path
+
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def same_seed() -> None:
+    """Seed the three generators that product or test code could draw from."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - the global generator is the one to pin
+    torch.manual_seed(0)
+
+
+def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap an allocation so that what it returns is full of values no result should hold."""
+
+    def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if tensor.device.type == "meta":
+            return tensor
+        with torch.no_grad():
+            if tensor.is_floating_point() or tensor.is_complex():
+                tensor.fill_(float("nan"))
+            elif tensor.dtype == torch.bool:
+                tensor.fill_(True)
+            else:
+                tensor.fill_(torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate_poisoned
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``torch.empty`` and its relatives return NaN, as unwritten memory may."""
+    if request.node.get_closest_marker("interop") is None:
+        for owner, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch, "empty_strided"),
+            (torch.Tensor, "new_empty"),
+        ):
+            monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
