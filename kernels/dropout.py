@@ -1,0 +1,131 @@
+"""Dropout whose mask is a function of (seed, index), so backward recomputes it.
+
+The generator is counter-based: the 32-bit index of an element, keyed by the seed, goes through
+two rounds of a 32-bit finaliser (multiply, xor-shift), and the element is kept where the result is
+at least p * 2^32. No state is advanced, so forward, recompute and backward draw the same mask,
+and a resumed run draws the mask of the run that was interrupted. The Triton kernel and the torch
+reference draw the same bits.
+
+    bits = mix(mix(low32(index) ^ low32(seed)) + high32(index) + high32(seed)),   y = x / (1 - p)
+
+Source of the finaliser's constants: C. Wellons, "Prospecting for Hash Functions" (2018, public
+domain), the function known as lowbias32.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import use_triton
+from kernels.triton_support import cdiv, jit, on_device, tl, triton
+
+_MUL1, _MUL2 = 0x7FEB352D, 0x846CA68B
+_CHUNK = 1 << 20
+
+
+def _signed(word: int) -> int:
+    """The 32 low bits of `word` as an int32 holds them."""
+    return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _xor_shift_(x: Tensor, shift: int, work: Tensor) -> None:
+    """x ^= x >> shift with zeros shifted in, for x int32."""
+    torch.bitwise_right_shift(x, shift, out=work)
+    x.bitwise_xor_(work.bitwise_and_((1 << (32 - shift)) - 1))
+
+
+def _mix_reference_(x: Tensor, work: Tensor) -> None:
+    """The finaliser on int32, whose products wrap as those of uint32 do."""
+    _xor_shift_(x, 16, work)
+    _xor_shift_(x.mul_(_signed(_MUL1)), 15, work)
+    _xor_shift_(x.mul_(_signed(_MUL2)), 16, work)
+
+
+def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Boolean (numel,): True with probability 1 - p, a pure function of (seed, index)."""
+    keep = torch.empty(numel, dtype=torch.bool, device=device)
+    size = min(_CHUNK, numel)
+    index = torch.arange(size, dtype=torch.int32, device=device)
+    bits, work = torch.empty_like(index), torch.empty_like(index)
+    # Unsigned `bits >= threshold` is signed `bits ^ 2^31 >= threshold - 2^31`.
+    threshold = int(p * 2**32) - 2**31
+    for start in range(0, numel, _CHUNK):
+        # A chunk never crosses a multiple of 2^32, so the high word is one number.
+        part = slice(0, min(_CHUNK, numel - start))
+        x, room = bits[part], work[part]
+        torch.add(index[part], _signed(start), out=x)
+        _mix_reference_(x.bitwise_xor_(_signed(seed)), room)
+        _mix_reference_(x.add_(_signed((start >> 32) + (seed >> 32))), room)
+        x.bitwise_xor_(_signed(1 << 31))
+        torch.ge(x, threshold, out=keep[start : start + x.numel()])
+    return keep
+
+
+def _dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:
+    mask = keep_mask(x.numel(), p, seed, x.device).view(x.shape)
+    return (x * mask).mul_(1.0 / (1.0 - p))
+
+
+@jit
+def mix(x):
+    """The finaliser on a block of uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit
+def kept(index, seed_low, seed_high, threshold):
+    """Whether the elements at int64 `index` are kept; seed and threshold are words in int32."""
+    low = (index & 0xFFFFFFFF).to(tl.uint32)
+    high = (index >> 32).to(tl.uint32)
+    bits = mix(low ^ seed_low.to(tl.uint32, bitcast=True))
+    bits = mix(bits + high + seed_high.to(tl.uint32, bitcast=True))
+    return bits >= threshold.to(tl.uint32, bitcast=True)
+
+
+# Words that change with every call must not make Triton compile anew.
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@no_type_check
+def _dropout_kernel(
+    x_ptr, y_ptr, numel, scale, seed_low, seed_high, threshold, BLOCK: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < numel
+    x = tl.load(x_ptr + index, mask=inside, other=0.0)
+    keep = kept(index, seed_low, seed_high, threshold)
+    y = tl.where(keep, x.to(tl.float32) * scale, 0.0)
+    tl.store(y_ptr + index, y.to(x.dtype), mask=inside)
+
+
+def words(p: float, seed: int) -> tuple[int, int, int]:
+    """seed_low, seed_high and threshold as `kept` takes them."""
+    return _signed(seed), _signed(seed >> 32), _signed(int(p * 2**32))
+
+
+def _dropout_triton(x: Tensor, p: float, seed: int, block: int = 1024) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel():
+        with on_device(x):
+            _dropout_kernel[(cdiv(x.numel(), block),)](
+                x, y, x.numel(), 1.0 / (1.0 - p), *words(p, seed), BLOCK=block, num_warps=4
+            )
+    return y
+
+
+def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    """x with each element zeroed with probability p < 1 and the rest divided by 1 - p.
+
+    Linear in x with a fixed mask: the same call with the same seed is its own backward pass.
+    """
+    if p <= 0.0:
+        return x
+    if p >= 1.0:
+        raise ValueError(f"dropout is {p}; expected a probability below 1")
+    return _dropout_triton(x, p, seed) if use_triton(x) else _dropout_reference(x, p, seed)

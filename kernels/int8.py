@@ -1,0 +1,76 @@
+"""8-bit rows: w[i, j] = codes[i, j] * absmax[i] / 127, one fp32 scale per output row.
+
+The same layout as bitsandbytes' LLM.int8 weights (`weight` and `SCB`), without its outlier split.
+Source: Dettmers et al. 2022, arXiv 2208.07339.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SLAB_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """codes (out, in) int8 and absmax (out,) fp32; `dtype` is what it decodes to by default."""
+
+    codes: Tensor
+    absmax: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.codes.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + self.absmax.nbytes
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def to(self, device: torch.device | str) -> Int8Weight:
+        """A copy on `device`, or this one if it is there already."""
+        return Int8Weight(self.codes.to(device), self.absmax.to(device), self.dtype)
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """Round a matrix (out, in) to 8-bit rows, nearest even, in slabs of rows.
+
+    Raises `ValueError` for anything but a floating-point matrix.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"expected a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}"
+        )
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], _SLAB_ROWS):
+        rows = slice(start, start + _SLAB_ROWS)
+        part = weight[rows].float()
+        absmax[rows] = part.abs().amax(1)
+        inverse = torch.where(absmax[rows] > 0, 127.0 / absmax[rows], 0.0)
+        codes[rows] = (part * inverse.unsqueeze(1)).round_().to(torch.int8)
+    return Int8Weight(codes, absmax, weight.dtype)
+
+
+def dequantize_int8(
+    weight: Int8Weight, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The dense matrix (out, in) in `dtype`, written to `out` if given: one rounding from fp32."""
+    target = out
+    if target is None:
+        target = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    for start in range(0, weight.shape[0], _SLAB_ROWS):
+        rows = slice(start, start + _SLAB_ROWS)
+        scale = (weight.absmax[rows] / 127.0).unsqueeze(1)
+        target[rows] = weight.codes[rows].float().mul_(scale)
+    return target

@@ -1,0 +1,96 @@
+"""Modules that hold weights. They hold; the arithmetic is in `kernels`.
+
+`Linear` has Hugging Face's parameter names. Its weight is a dense `Parameter` or quantised,
+and it may carry a LoRA pair; `projection()` is the view of all that which the kernels take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.lora import Projection, Weight
+from kernels.rms_norm import rms_norm
+
+
+class Linear(nn.Module):
+    """y = x W^T + b + scale * dropout(x) A^T B^T.
+
+    weight (out, in); bias (out,) or None; lora_A (r, in) and lora_B (out, r) or None.
+    """
+
+    weight: Weight
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scale = 1.0
+        self.dropout = 0.0
+
+    def set_weight(self, weight: Weight) -> None:
+        """Replace the weight; a quantised one is frozen and no `Parameter`.
+
+        Raises `ValueError` on a shape other than (out_features, in_features).
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; "
+                f"expected {(self.out_features, self.in_features)}"
+            )
+        self._parameters.pop("weight", None)
+        self.__dict__.pop("weight", None)
+        if isinstance(weight, Tensor):
+            self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        else:
+            self.__dict__["weight"] = weight
+
+    def projection(self) -> Projection:
+        """What `kernels.lora` computes with; shares memory with this module."""
+        return Projection(
+            self.weight, self.bias, self.lora_A, self.lora_B, self.scale, self.dropout
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)
+        weight = self.__dict__.get("weight")
+        if weight is not None:
+            self.__dict__["weight"] = weight.to(fn(torch.empty(0, device=weight.device)).device)
+        return self
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        kind = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
+        return f"{self.in_features} -> {self.out_features}, {kind}, rank={rank}"
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight (H,) and eps of one norm."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """Holds the embedding matrix (V, H)."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return nn.functional.embedding(input_ids, self.weight)

@@ -1,0 +1,129 @@
+"""Projections that share an input: values, every gradient, planted faults."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import lora as lora_module
+from kernels.int8 import dequantize_int8, quantize_int8
+from kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv, project
+from kernels.nf4 import dequantize, quantize
+
+G = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=G)
+
+
+def projection(
+    inputs: int, outputs: int, rank: int = 3, *, bias: bool = False, train_base: bool = False
+) -> Projection:
+    return Projection(
+        randn(outputs, inputs).requires_grad_(train_base),
+        randn(outputs).requires_grad_(True) if bias else None,
+        randn(rank, inputs).requires_grad_(True) if rank else None,
+        randn(outputs, rank).requires_grad_(True) if rank else None,
+        scale=0.7,
+    )
+
+
+def textbook(x: Tensor, p: Projection) -> Tensor:
+    assert isinstance(p.weight, Tensor)
+    y = x @ p.weight.T
+    if p.bias is not None:
+        y = y + p.bias
+    if p.lora_a is not None and p.lora_b is not None:
+        y = y + p.scale * (x @ p.lora_a.T) @ p.lora_b.T
+    return y
+
+
+@pytest.mark.parametrize("rows", [1, 63, 257])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [0, 3])
+def test_linear_equals_the_textbook_in_values_and_gradients(
+    rows: int, bias: bool, rank: int
+) -> None:
+    x, p = randn(rows, 10).requires_grad_(True), projection(10, 7, rank, bias=bias, train_base=True)
+    got, want = lora_linear(x, p), textbook(x, p)
+    assert torch.allclose(got, want, rtol=1e-12, atol=1e-12)
+    dy = randn(rows, 7)
+    leaves = [x, *p.trainable()]
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_linear_qkv_and_mlp_pass_gradcheck() -> None:
+    x = randn(5, 6).requires_grad_(True)
+    p = projection(6, 4, bias=True, train_base=True)
+    assert torch.autograd.gradcheck(lambda x, *_: lora_linear(x, p), (x, *p.trainable()))
+    group = (projection(6, 4), projection(6, 2, 2), projection(6, 2, 0, train_base=True))
+    leaves = [t for q in group for t in q.trainable()]
+    assert torch.autograd.gradcheck(lambda x, *_: lora_qkv(x, *group), (x, *leaves))
+    mlp = (projection(6, 8), projection(6, 8, bias=True), projection(8, 6))
+    leaves = [t for q in mlp for t in q.trainable()]
+    assert torch.autograd.gradcheck(lambda x, *_: lora_mlp(x, *mlp), (x, *leaves))
+
+
+def test_dropout_is_the_same_mask_in_both_directions() -> None:
+    x = randn(9, 6).requires_grad_(True)
+    p = Projection(randn(4, 6), None, randn(2, 6).requires_grad_(True), randn(4, 2), 1.0, 0.4)
+    p.lora_b.requires_grad_(True)  # type: ignore[union-attr]
+    assert torch.autograd.gradcheck(lambda x, *_: lora_linear(x, p, 11), (x, *p.trainable()))
+    assert not torch.equal(lora_linear(x, p, 11), lora_linear(x, p, 12))
+
+
+@pytest.mark.parametrize(
+    ("encode", "decode"), [(quantize, dequantize), (quantize_int8, dequantize_int8)]
+)
+def test_quantised_weights_compute_as_their_decoded_values(
+    encode: Callable[[Tensor], object], decode: Callable[..., Tensor]
+) -> None:
+    x = randn(11, 128).float().requires_grad_(True)
+    dense = [randn(o, 128).float() for o in (64, 32, 32)]
+    packed = [encode(w) for w in dense]
+    q, k, v = (Projection(w) for w in packed)  # type: ignore[arg-type]
+    plain = [Projection(decode(w, torch.float32)) for w in packed]
+    got, want = lora_qkv(x, q, k, v), lora_qkv(x, plain[0], plain[1], plain[2])
+    dys = [randn(11, o).float() for o in (64, 32, 32)]
+    for mine, theirs in zip(got, want, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-5, atol=1e-5)
+    (dx,) = torch.autograd.grad(got, x, dys)
+    (dx_plain,) = torch.autograd.grad(want, x, dys)
+    assert torch.allclose(dx, dx_plain, rtol=1e-5, atol=1e-4)
+
+
+def test_int8_rows_are_within_half_a_step() -> None:
+    w = torch.cat((randn(70, 33).float(), torch.zeros(1, 33)))
+    packed = quantize_int8(w)
+    error = (dequantize_int8(packed) - w).abs()
+    assert bool((error <= w.abs().amax(1, keepdim=True) / 254 + 1e-6).all())
+    assert packed.nbytes == w.numel() + 4 * 71
+
+
+def test_backward_saves_no_dequantised_weight() -> None:
+    x = randn(4, 128).float().requires_grad_(True)
+    p = Projection(quantize(randn(256, 128).float()))
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        lora_linear(x, p)
+    assert max(saved) < 256 * 128 / 4
+
+
+@torch.no_grad()
+def test_a_wrong_scale_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison with the textbook sees a planted fault."""
+    x, p = randn(5, 6), projection(6, 4)
+    honest = project(x, (p,))[0][0]
+    monkeypatch.setattr(lora_module, "adapter_input", lambda x, ps, seed: x @ ps[0].lora_a.T * 1.01)
+    assert not torch.allclose(project(x, (p,))[0][0], honest)
+    assert torch.allclose(honest, textbook(x, p))

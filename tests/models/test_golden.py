@@ -1,0 +1,109 @@
+"""Logits, loss and every stored gradient against an independent implementation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.registry import expected_tensors
+
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
+LEVELS = ("none", "selective", "full")
+
+
+def build(family: str, config_name: str = "config.json") -> Decoder:
+    config = ModelConfig.from_dict(json.loads((GOLDEN / family / config_name).read_text()))
+    model = Decoder(config)
+    model.load_state_dict(load_file(GOLDEN / family / "model.safetensors"), strict=True)
+    return model
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+def test_every_family_has_a_fixture() -> None:
+    types = {json.loads((GOLDEN / f / "config.json").read_text())["model_type"] for f in FAMILIES}
+    assert types == {"llama", "qwen2", "qwen3", "mistral"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_loss_equal_the_golden_ones(family: str) -> None:
+    model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
+    with torch.no_grad():
+        logits = model(golden["input_ids"])
+        loss = model.loss(golden["input_ids"], golden["labels"])
+    assert float((logits - golden["logits"]).abs().max()) <= 1e-5
+    assert abs(float(loss - golden["loss"])) <= 1e-6
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_gradient_equals_the_golden_one_at_every_recompute_level(
+    family: str, level: str
+) -> None:
+    model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
+    model.set_recompute(level)
+    model.loss(golden["input_ids"], golden["labels"]).backward()
+    stored = {name[5:] for name in golden if name.startswith("grad.")}
+    parameters = dict(model.named_parameters())
+    assert stored <= set(parameters)
+    for name in stored:
+        gradient = parameters[name].grad
+        assert gradient is not None, name
+        assert relative(gradient, golden[f"grad.{name}"]) <= 1e-4, name
+    norms = json.loads((GOLDEN / family / "golden.json").read_text())["grad_norm"]
+    assert set(norms) == set(parameters)
+    for name, norm in norms.items():
+        gradient = parameters[name].grad
+        assert gradient is not None
+        assert float(gradient.norm()) == pytest.approx(norm, rel=1e-4), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_documents_are_computed_as_if_alone(family: str) -> None:
+    model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
+    ids, bounds = golden["packed.input_ids"], golden["packed.cu_seqlens"]
+    with torch.no_grad():
+        logits = model(ids.unsqueeze(0), bounds)
+    assert float((logits[0] - golden["packed.logits"]).abs().max()) <= 1e-5
+    loss = model.loss(ids, ids, bounds)
+    assert abs(float(loss.detach() - golden["packed.loss"])) <= 1e-6
+    loss.backward()
+    norms = json.loads((GOLDEN / family / "golden.json").read_text())["packed_grad_norm"]
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert float(parameter.grad.norm()) == pytest.approx(norms[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_spellings_of_a_config_are_the_same_model(family: str) -> None:
+    if not (GOLDEN / family / "config_v4.json").exists():
+        assert family == "llama"
+        return
+    old = ModelConfig.from_dict(json.loads((GOLDEN / family / "config_v4.json").read_text()))
+    new = ModelConfig.from_dict(json.loads((GOLDEN / family / "config.json").read_text()))
+    assert old == new
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expected_tensors_are_those_of_the_checkpoint(family: str) -> None:
+    listed = json.loads((GOLDEN / family / "golden.json").read_text())["checkpoint"]
+    config = ModelConfig.from_dict(json.loads((GOLDEN / family / "config.json").read_text()))
+    assert expected_tensors(config) == {name: tuple(shape) for name, (_, shape) in listed.items()}
+
+
+def test_one_document_cannot_see_another() -> None:
+    model, golden = build("qwen3"), load_file(GOLDEN / "qwen3" / "golden.safetensors")
+    ids, bounds = golden["packed.input_ids"], golden["packed.cu_seqlens"]
+    changed = ids.clone()
+    changed[: int(bounds[1])] = (changed[: int(bounds[1])] + 1) % 128
+    second = slice(int(bounds[1]), None)
+    with torch.no_grad():
+        before, after = model(ids[None], bounds)[0, second], model(changed[None], bounds)[0, second]
+    assert torch.equal(before, after)
