@@ -1,0 +1,230 @@
+"""AdamW with 8-bit moments (`kernels.adamw8bit`) as a torch optimiser.
+
+The codes are those that bitsandbytes' AdamW8bit would hold on the same device: block size 256,
+parameters under `min_8bit_size` elements in fp32, and the rounding bitsandbytes uses there. A step
+whose gradients are not all finite changes nothing but `skipped_steps`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
+from kernels.dynamic_map import Rounding
+from optim.flat_state import FlatState, Slab, check_loadable, slabs
+
+LowPrecision = Literal["nearest", "stochastic", "master"]
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay and block-wise 8-bit moments.
+
+    All parameters must be contiguous, of floating point, and on one device; they are updated in
+    place. A parameter without a gradient is left out of a step, as in torch.
+
+    `low_precision` says how bf16 and fp16 parameters follow the fp32 update: rounded to `nearest`
+    (as bitsandbytes), rounded `stochastic`ally (bf16 only, a pure function of `seed`, step and
+    position), or copied from an fp32 `master` kept beside them. `rounding` overrides how moments
+    are rounded to 8 bits; by default as bitsandbytes rounds on the parameters' device.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        block_size: int = ROW,
+        min_8bit_size: int = 4096,
+        *,
+        low_precision: LowPrecision = "nearest",
+        seed: int = 0,
+        rounding: Rounding | None = None,
+    ) -> None:
+        if lr < 0.0 or eps < 0.0 or weight_decay < 0.0:
+            raise ValueError(
+                f"lr, eps and weight_decay must not be negative, got {lr}, {eps}, {weight_decay}"
+            )
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {betas}")
+        if block_size != ROW:
+            raise ValueError(f"moments are quantised in blocks of {ROW}, got {block_size}")
+        if low_precision not in ("nearest", "stochastic", "master"):
+            raise ValueError(f"low_precision does not know {low_precision!r}")
+        self._min_8bit_size = min_8bit_size
+        self._low_precision = low_precision
+        self._seed = seed
+        self._rounding = rounding
+        self._flat: FlatState | None = None
+        self._plans: dict[tuple[int, ...], list[Slab]] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite. Waits for the device."""
+        return 0 if self._flat is None else int(self._flat.skipped)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; those already here keep their moments."""
+        super().add_param_group(param_group)
+        if self._flat is not None:
+            before, self._flat = self._flat, None
+            self._built().adopt(before)
+
+    @overload
+    def step(self, closure: None = None, *, grad_scale: float | Tensor = 1.0) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float], *, grad_scale: float | Tensor = 1.0) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self, closure: Callable[[], float] | None = None, *, grad_scale: float | Tensor = 1.0
+    ) -> float | None:
+        """Update every parameter that has a gradient; or none, if one or a moment is not finite.
+
+        `grad_scale` multiplies all gradients as they are read, so a clipping coefficient needs no
+        pass of its own; it may be a tensor () on the parameters' device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        flat = self._built()
+        params = self._params()
+        grads = {i: param.grad for i, param in enumerate(params) if param.grad is not None}
+        scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
+        if not all_finite([*grads.values(), *scale, *flat.scales()]):
+            flat.skipped += 1
+            return loss
+        active = list(grads)
+        for members, update in self._runs(active):
+            for slab in self._plan(members):
+                _step_slab(flat, slab, params, grads, update, grad_scale)
+        flat.steps[active] += 1
+        return loss
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
+
+        Hyper-parameters are not in it: they belong to the run's configuration.
+        """
+        return self._built().tensors()
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave. Raises ValueError if it is of other parameters."""
+        self._built().load(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's layout; per parameter `step`, `exp_avg`, `exp_avg_sq` and, in 8 bits, absmax."""
+        flat = self._built()
+        return super().state_dict() | {"skipped_steps": int(flat.skipped)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore `state_dict` bit for bit. Raises ValueError if it does not fit the parameters."""
+        saved_groups = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        if sizes != saved_sizes:
+            raise ValueError(
+                f"the state has parameter groups of {saved_sizes} parameters, expected {sizes}"
+            )
+        flat = self._built()
+        saved = state_dict["state"]
+        mine = [self.state[param] for param in self._params()]
+        for index, tensors in enumerate(mine):
+            check_loadable(f"parameter {index}", tensors, saved.get(index, {}))
+        for index, tensors in enumerate(mine):
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[index][name])
+        flat.skipped.fill_(state_dict.get("skipped_steps", 0))
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({k: v for k, v in saved_group.items() if k != "params"})
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _built(self) -> FlatState:
+        """The flat state, made at first use, so that a model may still be moved before training."""
+        if self._flat is None:
+            params = self._params()
+            refuse_unusable(params)
+            masters = self._low_precision == "master"
+            self._flat = FlatState(params, self._min_8bit_size, masters)
+            self._plans.clear()
+            for index, param in enumerate(params):
+                self.state[param] = self._flat.views(index)
+        return self._flat
+
+    def _runs(self, active: list[int]) -> list[tuple[tuple[int, ...], Update]]:
+        """The active parameters in sets that share group and step count, with their update."""
+        steps = self._built().steps.tolist()
+        rounding = self._rounding or ("grid" if self._built().steps.is_cpu else "nearest")
+        first, runs = 0, []
+        for group in self.param_groups:
+            last = first + len(group["params"])
+            members = [i for i in active if first <= i < last]
+            first = last
+            for step in sorted({steps[i] for i in members}):
+                update = Update(
+                    lr=float(group["lr"]),
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=step + 1,
+                    rounding=rounding,
+                    stochastic_seed=self._seed if self._low_precision == "stochastic" else None,
+                )
+                runs.append((tuple(i for i in members if steps[i] == step), update))
+        return runs
+
+    def _plan(self, members: tuple[int, ...]) -> list[Slab]:
+        plan = self._plans.get(members)
+        if plan is None:
+            segments = [self._built().segments[i] for i in members]
+            plan = slabs(sorted(segments, key=lambda s: (s.quantized, s.row)))
+            self._plans[members] = plan
+        return plan
+
+
+def _step_slab(
+    flat: FlatState,
+    slab: Slab,
+    params: list[Tensor],
+    grads: Mapping[int, Tensor],
+    update: Update,
+    grad_scale: float | Tensor,
+) -> None:
+    kept = [params[piece.index].detach().view(-1)[piece.begin : piece.end] for piece in slab.pieces]
+    targets = list(kept)
+    for i, piece in enumerate(slab.pieces):
+        if piece.index in flat.masters:
+            targets[i] = flat.masters[piece.index][piece.begin : piece.end]
+    parts = [grads[piece.index].reshape(-1)[piece.begin : piece.end] for piece in slab.pieces]
+    adamw_slab_(slab.pieces, targets, parts, flat.moments(slab), update, grad_scale)
+    for param, target in zip(kept, targets, strict=True):
+        if target is not param:
+            param.copy_(target)
+
+
+def refuse_unusable(params: list[Tensor]) -> None:
+    """Raise ValueError where a parameter cannot be updated in place through a flat view."""
+    for index, param in enumerate(params):
+        if not param.is_floating_point() or not param.is_contiguous():
+            raise ValueError(
+                f"parameter {index} ({param.dtype}, {tuple(param.shape)}) must be a contiguous "
+                "floating-point tensor"
+            )
+        if param.device != params[0].device:
+            raise ValueError(
+                f"parameter {index} is on {param.device}, parameter 0 on {params[0].device}; "
+                "one optimiser updates one device"
+            )

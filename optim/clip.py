@@ -1,0 +1,47 @@
+"""Clipping by the global norm of the gradients.
+
+Norms are taken per tensor in fp32, in the order given, and combined in fp32; the same gradients in
+the same order give the same bits. If the norm is not finite the gradients are left as they are,
+so that the optimiser, which skips such a step, still sees what happened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
+    """Scale the gradients of `parameters` in place to a joint 2-norm of at most `max_norm`.
+
+    Returns the norm before clipping, fp32 (), on the gradients' device, without waiting for that
+    device. Parameters without a gradient are left out; with none at all the norm is 0. An infinite
+    `max_norm` only measures. Raises ValueError for a `max_norm` that is not positive.
+    """
+    if not max_norm > 0.0:
+        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not grads:
+        return torch.zeros((), dtype=torch.float32)
+    norm = global_norm(grads)
+    if math.isfinite(max_norm):
+        torch._foreach_mul_(grads, clip_coefficient(norm, max_norm))
+    return norm
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """The 2-norm of all `tensors` together, fp32 (), accumulated in fp32."""
+    norms = torch._foreach_norm(tensors, 2, torch.float32)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """min(1, max_norm / norm), fp32 (), and 1 where `norm` is not finite."""
+    scale = (max_norm / norm).clamp(max=1.0)
+    return torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
