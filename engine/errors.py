@@ -1,0 +1,30 @@
+"""Errors a user can act on.
+
+Every message is one paragraph that says what was found, where (file, line and column where there
+are any), what was expected and what to do. The command line prints that paragraph and exits with
+status 2; the traceback goes to the run's log only.
+"""
+
+
+class EngineError(Exception):
+    """Base of every error that `engine` raises on purpose."""
+
+
+class ConfigError(EngineError):
+    """An option, a configuration file or a model's config.json cannot be used."""
+
+
+class CheckpointError(EngineError):
+    """A model, adapter or training checkpoint is damaged, incomplete or does not match."""
+
+
+class DataError(EngineError):
+    """A data set cannot be read, or holds nothing that can be trained on."""
+
+
+class MemoryPlanError(EngineError):
+    """A run does not fit in the memory it was given."""
+
+
+class ExportError(EngineError):
+    """A model or adapter cannot be written in the format that was asked for."""

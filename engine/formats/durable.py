@@ -1,0 +1,214 @@
+"""Durable writes: the one place where this program puts bytes on a disk for good.
+
+A file appears under its final name whole or not at all, whatever kills the process or the machine:
+
+1. write to a temporary name in the same folder (a rename across file systems is a copy),
+2. fsync the file, so that its bytes are on the disk before its name is,
+3. rename it over the final name (atomic on a POSIX file system),
+4. fsync the folder, so that the new name is on the disk too.
+
+`publish_directory` does the same for a whole folder. Temporary names start with `.tmp-`; whatever
+carries such a name after a crash can be deleted. Files get the mode that the umask allows, not
+0600 as `tempfile` would give them: a model is written to be read by others.
+
+Every `OSError` of a write becomes a `CheckpointError` that names the path, the system's own words
+and, where the disk is full, what is left on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.errors import CheckpointError, ConfigError
+
+TEMPORARY_PREFIX = ".tmp-"
+_EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
+    """Replace the content of `path` by `data`, durably. Raises `CheckpointError`."""
+    with replacing(path) as handle:
+        handle.write(data)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace the content of `path` by `text` in UTF-8, durably. Raises `CheckpointError`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys. NaN and infinity raise `ValueError`."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; on a clean exit it becomes `path`, else it is removed.
+
+    With `size` the space is reserved first, so that a full disk is found before any work is done.
+    Raises `CheckpointError` where the folder is missing, read-only or full.
+    """
+    path = Path(path)
+    temporary = temporary_beside(path)
+    published = False
+    try:
+        with _writing(path):
+            with os.fdopen(os.open(temporary, _EXCLUSIVE, 0o666), "wb") as handle:
+                if size:
+                    _reserve(handle.fileno(), size)
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            temporary.replace(path)
+            published = True
+            fsync_dir(path.parent)
+    finally:
+        if not published:
+            # The failure that led here is the one to report; what is left carries its prefix.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+@contextlib.contextmanager
+def publish_directory(target: Path | str) -> Iterator[Path]:
+    """Yield an empty temporary folder; on a clean exit it becomes `target`, else it is removed.
+
+    `target` must not exist or be an empty folder: nothing a user has is ever overwritten
+    (`ConfigError`). A failed write raises `CheckpointError`.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link
+    refuse_occupied(target)
+    temporary = temporary_beside(target)
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    published = False
+    try:
+        yield temporary
+        with _writing(target):
+            fsync_tree(temporary)
+            temporary.replace(target)
+            published = True
+            fsync_dir(target.parent)
+    finally:
+        if not published:
+            # The failure that led here is the one to report, not what else it leaves undeletable.
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_occupied(target: Path) -> None:
+    """Raise `ConfigError` unless `target` does not exist or is an empty folder."""
+    with _writing(target):
+        occupied = target.is_symlink() or (target.exists() and not target.is_dir())
+        occupied = occupied or (target.is_dir() and any(target.iterdir()))
+    if occupied:
+        raise ConfigError(
+            f"The output {target} exists already and is not an empty folder. Nothing was written; "
+            "name another output, or move the old one away."
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
+def require_space(target: Path, size: int) -> None:
+    """Raise `CheckpointError` unless the disk under `target` has room for `size` more bytes."""
+    free = _free_bytes(target)
+    if free is not None and free < size:
+        raise CheckpointError(
+            f"Writing {target} takes {size / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free "
+            "there. Make room or name an output on another disk."
+        )
+
+
+def temporary_beside(path: Path) -> Path:
+    """A fresh temporary name in the folder of `path`."""
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f"{TEMPORARY_PREFIX}{path.name[:80]}-{unique}")
+
+
+def fsync_dir(path: Path | str) -> None:
+    """Flush the names in folder `path` to the disk; Windows cannot, and needs no such call."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(root: Path) -> None:
+    """Flush every file and folder below `root`, and `root` itself."""
+    for folder, _, files in os.walk(root, topdown=False):
+        for name in files:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(folder)
+
+
+def sha256_file(path: Path | str) -> str:
+    """SHA-256 of the bytes of `path`, in hexadecimal. Raises `CheckpointError` if unreadable."""
+    try:
+        with Path(path).open("rb") as handle:
+            return hashlib.file_digest(handle, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"Cannot read {path}: {describe(error)}.") from error
+
+
+def describe(error: OSError) -> str:
+    """The system's words for `error` with its symbolic name, such as
+    `No space left on device (ENOSPC)`."""
+    code = error.errno
+    if code is None:
+        return str(error)
+    return f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
+
+
+def write_error(path: Path, error: OSError) -> CheckpointError:
+    """The `CheckpointError` to raise when writing `path` failed with `error`."""
+    message = f"Cannot write {path}: {describe(error)}."
+    if error.errno in _FULL:
+        free = _free_bytes(path)
+        left = "" if free is None else f" {free / 2**20:.0f} MiB are free there."
+        return CheckpointError(f"{message}{left} Make room or name an output on another disk.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CheckpointError(f"{message} Name an output folder that you may write to.")
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return CheckpointError(f"{message} Its folder {path.parent} has to exist.")
+    return CheckpointError(f"{message} The output was not written.")
+
+
+def _free_bytes(path: Path) -> int | None:
+    folder = next((parent for parent in path.parents if parent.is_dir()), None)
+    return None if folder is None else shutil.disk_usage(folder).free
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        # Some file systems cannot reserve; there the write itself will find the disk full.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise

@@ -1,0 +1,213 @@
+"""A model in a GGUF file, offered as if it were a Hugging Face directory.
+
+Tensors get Hugging Face's names, and are dequantised one at a time when they are asked for. F32,
+F16, BF16, Q8_0, Q4_0 and Q4_1 are unpacked here; every other type through the `gguf` package.
+
+For the architecture `llama` the rows of the query and key projections are put back in order.
+llama.cpp rotates neighbouring elements (2i, 2i+1) of a head where Hugging Face rotates (i, i+d/2),
+so its converter interleaves the halves of each head's d rows; `undo_permutation` separates them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.errors import CheckpointError, ConfigError
+from engine.formats.checkpoint import match_tensors, quick_digest
+from engine.formats.gguf_config import raw_config
+from engine.formats.gguf_container import GGUFFile
+from engine.formats.gguf_tokenizer import GGUFTokenizer, build_tokenizer
+from engine.formats.hf_directory import read_config
+from models.registry import expected_tensors
+
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TOP = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_IN_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_ROPE_FREQS = "rope_freqs.weight"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+class GGUFCheckpoint:
+    """The model in `path`; see `engine.formats.checkpoint.Checkpoint` for its methods.
+
+    Raises `CheckpointError` for a damaged file or one whose tensors do not match its metadata, and
+    `ConfigError` for a model of a kind that is not supported.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file = GGUFFile(self.path)
+        shapes = {name: info.shape for name, info in self._file.tensors.items()}
+        rope_freqs = None
+        if _ROPE_FREQS in shapes:
+            rope_freqs = dequantise(self._file, _ROPE_FREQS)
+            del shapes[_ROPE_FREQS]
+        self.raw_config = raw_config(self._file.metadata, shapes, rope_freqs, str(self.path))
+        self.config = read_config(self.raw_config, str(self.path))
+        expected = expected_tensors(self.config)
+        theirs = {gguf_name(name): name for name in expected}
+        found = {theirs.get(name, name): shape for name, shape in shapes.items()}
+        match_tensors(found, expected, str(self.path))
+        self._shapes = expected
+        self.raw_config["dtype"] = str(self.dtype("model.embed_tokens.weight")).split(".")[-1]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """What generation_config.json would hold: the ids that start, end and pad a text."""
+        return self._tokenizer.generation_config if self._tokenizer else {}
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        self._check(name)
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        self._check(name)
+        return _STORED.get(self._file.tensors[gguf_name(name)].kind, torch.float32)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        self._check(name)
+        tensor = dequantise(self._file, gguf_name(name))
+        if self.config.model_type == "llama" and ".self_attn." in name:
+            if ".q_proj." in name:
+                tensor = undo_permutation(tensor, self.config.num_attention_heads)
+            elif ".k_proj." in name:
+                tensor = undo_permutation(tensor, self.config.num_key_value_heads)
+        return tensor
+
+    def release(self, name: str) -> None:
+        """Nothing to do: `tensor` returns memory of its own, and drops the pages it read."""
+        self._check(name)
+
+    def tokenizer_json(self) -> str | None:
+        return self._tokenizer.json if self._tokenizer else None
+
+    def tokenizer_model(self) -> Path | None:
+        """None: the pieces of a SentencePiece model are in the metadata, not its file."""
+        return None
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self._tokenizer.config if self._tokenizer else {}
+
+    def chat_template(self) -> str | None:
+        template = self._file.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        return dict(self._tokenizer.files(self.chat_template())) if self._tokenizer else {}
+
+    def digest(self) -> str:
+        return quick_digest(self.raw_config, [self.path])
+
+    @cached_property
+    def _tokenizer(self) -> GGUFTokenizer | None:
+        return build_tokenizer(self._file.metadata, self.config.vocab_size, str(self.path))
+
+    def _check(self, name: str) -> None:
+        if name not in self._shapes:
+            raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of the tensor that Hugging Face calls `name`."""
+    match = _LAYER.fullmatch(name)
+    if match:
+        return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
+    stem, _, suffix = name.rpartition(".")
+    return f"{_TOP[stem]}.{suffix}"
+
+
+def undo_permutation(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a query or key projection (or its bias), from interleaved halves to halves.
+
+    `tensor` is (heads * head_dim, ...) with any type; the result is contiguous.
+    """
+    rows = tensor.shape[0]
+    paired = tensor.reshape(heads, rows // heads // 2, 2, *tensor.shape[1:])
+    return paired.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+
+def dequantise(file: GGUFFile, name: str) -> torch.Tensor:
+    """Tensor `name` of `file` in memory of its own: fp32, or as stored for F32, F16 and BF16."""
+    info = file.tensors[name]
+    if info.kind in _STORED or info.kind in _UNPACK:
+        data = torch.from_numpy(file.raw(name).copy())
+        file.release(name)
+        if info.kind in _STORED:
+            return data.view(_STORED[info.kind]).reshape(info.shape)
+        return _UNPACK[info.kind](data).reshape(info.shape)
+    values = _dequantise_with_package(file, name)
+    file.release(name)
+    return torch.from_numpy(values).reshape(info.shape)
+
+
+def _q8_0(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.reshape(-1, 34)
+    return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+
+
+def _q4_0(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.reshape(-1, 18)
+    return _nibbles(blocks[:, 2:]).float().sub_(8).mul_(_half(blocks, 0))
+
+
+def _q4_1(data: torch.Tensor) -> torch.Tensor:
+    blocks = data.reshape(-1, 20)
+    return _nibbles(blocks[:, 4:]).float().mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+
+
+_UNPACK = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
+
+
+def _half(blocks: torch.Tensor, start: int) -> torch.Tensor:
+    """The fp16 number at byte `start` of each block, (blocks, 1) fp32."""
+    return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """(blocks, 16) bytes -> (blocks, 32) values: all low halves, then all high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=1)
+
+
+def _dequantise_with_package(file: GGUFFile, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    info = file.tensors[name]
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ImportError as error:
+        raise ConfigError(
+            f"{file.path}: tensor {name} is stored as {info.kind}; the `gguf` package can unpack "
+            "that, and is not installed. Run: pip install gguf"
+        ) from error
+    raw = file.raw(name).reshape(math.prod(info.shape[:-1]), -1)
+    try:
+        values = quants.dequantize(raw, GGMLQuantizationType[info.kind])
+    except (KeyError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"{file.path}: tensor {name} of type {info.kind} cannot be unpacked: {error}."
+        ) from error
+    return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,0 +1,118 @@
+"""Merge a LoRA adapter into its base model: W + scale * B @ A, in fp32, tensor by tensor.
+
+By default the sum goes onto the original weights, in the type they have. Merging onto the values
+that 4-bit training saw (`onto="dequantised"`) reproduces the trained model exactly, with the error
+of the quantisation kept in; the original weights are closer to what the base model was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.errors import CheckpointError, ConfigError
+from engine.formats.adapter import AdapterConfig, Pairs, load_adapter
+from engine.formats.checkpoint import Checkpoint, listing, open_checkpoint
+from engine.formats.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from kernels.nf4 import dequantize, quantize
+from models.registry import PROJECTIONS
+
+Onto = Literal["original", "dequantised"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """`merged` weights of `written.tensors` took an adapter; `requantised` went through NF4."""
+
+    written: WrittenModel
+    merged: int
+    requantised: int
+
+    @property
+    def output(self) -> Path:
+        """The folder that was written."""
+        return self.written.output
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    onto: Onto = "original",
+    dtype: torch.dtype | str | None = None,
+) -> MergeResult:
+    """Write `model` with `adapter` merged into it to the new folder `output`.
+
+    `model` is a Hugging Face directory, a hub id or a GGUF file; `output` becomes a Hugging Face
+    directory with the model's tokenizer. Each tensor keeps its type unless `dtype` names one for
+    all (one that a GGUF file stores quantised becomes float32). Memory holds one tensor at a time.
+
+    Raises `ConfigError` for an occupied output or an unknown option, and `CheckpointError` where an
+    adapter tensor finds no weight of its shape, a result is not finite, or the disk refuses.
+    """
+    if onto not in ("original", "dequantised"):
+        raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
+    checkpoint = open_checkpoint(model)
+    config, pairs = load_adapter(Path(adapter))
+    _check_fit(checkpoint, pairs, Path(adapter))
+    merger = _Merger(config, pairs, onto)
+    written = write_directory(checkpoint, output, merger, dtype, max_shard_size)
+    return MergeResult(written, merger.merged, merger.requantised)
+
+
+class _Merger:
+    """Turns each tensor of the base into that of the merged model; uses every pair once."""
+
+    def __init__(self, config: AdapterConfig, pairs: Pairs, onto: Onto) -> None:
+        self._scale = config.scale
+        self._pairs = {f"{module}.weight": pair for module, pair in pairs.items()}
+        self._onto = onto
+        self.merged = 0
+        self.requantised = 0
+
+    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        projection = name.removesuffix(".weight").rpartition(".")[2]
+        if self._onto == "dequantised" and projection in PROJECTIONS and tensor.dim() == 2:
+            tensor = _through_nf4(name, tensor)
+            self.requantised += 1
+        pair = self._pairs.pop(name, None)
+        if pair is None:
+            return tensor
+        self.merged += 1
+        a, b = pair
+        return tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scale)
+
+
+def _through_nf4(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    try:
+        return dequantize(quantize(tensor), dtype=torch.float32)
+    except ValueError as error:
+        raise CheckpointError(f"tensor {name} cannot be quantised: {error}.") from error
+
+
+def _check_fit(checkpoint: Checkpoint, pairs: Pairs, adapter: Path) -> None:
+    """Every pair of the adapter must have a weight of its shape in the model."""
+    known = set(checkpoint.names())
+    strays = [module for module in pairs if f"{module}.weight" not in known]
+    if "lm_head" in strays and checkpoint.config.tie_word_embeddings:
+        raise CheckpointError(
+            f"{adapter} adapts lm_head, which {checkpoint.path} shares with its embedding; merging "
+            "would change both. Keep this adapter separate."
+        )
+    wrong = [
+        f"{module} has {list(checkpoint.shape(f'{module}.weight'))}, the adapter "
+        f"[{b.shape[0]}, {a.shape[1]}]"
+        for module, (a, b) in pairs.items()
+        if module not in strays and checkpoint.shape(f"{module}.weight") != (b.shape[0], a.shape[1])
+    ]
+    if strays or wrong:
+        raise CheckpointError(
+            f"The adapter {adapter} does not fit the model {checkpoint.path}. Modules that the "
+            f"model does not have: {listing(strays) or 'none'}. Of another shape: "
+            f"{listing(wrong) or 'none'}. Name the model that the adapter was trained on."
+        )
