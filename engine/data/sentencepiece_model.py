@@ -1,0 +1,223 @@
+"""Reads a SentencePiece `tokenizer.model` and makes the same tokenizer in `tokenizers`.
+
+One machinery then serves every model: special tokens cut out of the text before anything else,
+byte fallback, offsets, batches on all cores. The `sentencepiece` library reads the file and is
+asked, at load, whether both give the same ids; if they do not, the file is refused.
+
+A space is put before the text as transformers' `LlamaTokenizer` does it: `legacy: true` in
+tokenizer_config.json puts one before every piece of text between special tokens, otherwise only
+before the very first (`legacy: false`, the default), and `add_prefix_space: false` before none; a
+text that begins with a space gets no second one.
+
+The library does not tell a user-defined piece from a normal one, nor which algorithm the model
+uses, so those few fields are read from the file itself (a protocol buffer:
+https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram
+
+from engine.errors import CheckpointError
+
+SPACE = "▁"
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_PROBES = (
+    "Hello world",
+    "The  quick\tbrown\n\nfox; x_1 = f(2.50)  # comment",
+    "naïve café Größe 東京 مرحبا 🙂☃",
+)
+
+
+@dataclass
+class ModelFile:
+    """What a `tokenizer.model` holds.
+
+    Attributes:
+        pieces: text of every id.
+        scores: score of every id.
+        types: piece type of every id (1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused,
+            6 byte).
+        algorithm: 1 for Unigram, 2 for BPE.
+        byte_fallback: unknown characters become byte pieces.
+        unknown_id: id of the unknown piece.
+        charsmap: precompiled normalisation rules, empty for the identity.
+        adds_prefix_space: a space is put before the text.
+        merges_spaces: runs of spaces become one, and spaces at the ends are dropped.
+    """
+
+    pieces: list[str]
+    scores: list[float]
+    types: list[int] = field(default_factory=list)
+    algorithm: int = _UNIGRAM
+    byte_fallback: bool = False
+    unknown_id: int = 0
+    charsmap: bytes = b""
+    adds_prefix_space: bool = True
+    merges_spaces: bool = True
+
+
+def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """Build the tokenizer of a SentencePiece file.
+
+    Args:
+        path: the `tokenizer.model`.
+        config: tokenizer_config.json (`legacy` and `add_prefix_space` are used here).
+
+    Raises:
+        CheckpointError: the file is damaged, uses an algorithm besides BPE and Unigram, or
+            cannot be reproduced exactly.
+    """
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = _read(processor, path.read_bytes())
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{path}: this is not a complete SentencePiece model ({error}). Fetch the file again."
+        ) from error
+    if model.algorithm not in (_UNIGRAM, _BPE):
+        raise CheckpointError(
+            f"{path}: a SentencePiece model of type {model.algorithm} (word or character); only "
+            "BPE and Unigram models are supported. Provide a tokenizer.json instead."
+        )
+    prefix = bool(config.get("add_prefix_space", model.adds_prefix_space))
+    tokenizer = _build(model, prefix, legacy=bool(config.get("legacy", False)))
+    if prefix and model.adds_prefix_space:
+        _compare(tokenizer, processor, path)
+    added = [
+        AddedToken(piece, special=kind == _CONTROL, normalized=False)
+        for piece, kind in zip(model.pieces, model.types, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def _read(processor: Any, data: bytes) -> ModelFile:
+    count = processor.get_piece_size()
+    model = ModelFile(
+        pieces=[processor.id_to_piece(index) for index in range(count)],
+        scores=[processor.get_score(index) for index in range(count)],
+        unknown_id=processor.unk_id(),
+    )
+    for number, value in _fields(data):
+        if number == 1:
+            model.types.append(int(dict(_fields(value)).get(3, _NORMAL)))
+        elif number == 2:
+            trainer = dict(_fields(value))
+            model.algorithm = int(trainer.get(3, _UNIGRAM))
+            model.byte_fallback = bool(trainer.get(35, False))
+        elif number == 3:
+            normalizer = dict(_fields(value))
+            model.charsmap = bytes(normalizer.get(2, b""))
+            model.adds_prefix_space = bool(normalizer.get(3, True))
+            model.merges_spaces = bool(normalizer.get(4, True))
+    if len(model.types) != count:
+        raise ValueError(f"{len(model.types)} pieces in the file, {count} in the vocabulary")
+    return model
+
+
+def _fields(data: Any) -> Iterator[tuple[int, Any]]:
+    """Field numbers and values of one protocol buffer message; numbers as int, others as bytes."""
+    position = 0
+    while position < len(data):
+        key, position = _varint(data, position)
+        wire = key & 7
+        if wire == 0:
+            value, position = _varint(data, position)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            size, position = _varint(data, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire} at byte {position}")
+        if position + size > len(data):
+            raise ValueError(f"a field of {size} bytes at byte {position} passes the end")
+        yield key >> 3, data[position : position + size]
+        position += size
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+    raise ValueError(f"a number longer than 10 bytes at byte {position}")
+
+
+def _build(model: ModelFile, prefix: bool, legacy: bool) -> Tokenizer:
+    if model.algorithm == _BPE:
+        vocabulary = {piece: index for index, piece in enumerate(model.pieces)}
+        tokenizer = Tokenizer(
+            BPE(
+                vocab=vocabulary,
+                merges=_merges(model, vocabulary),
+                unk_token=None if model.byte_fallback else model.pieces[model.unknown_id],
+                fuse_unk=True,
+                byte_fallback=model.byte_fallback,
+            )
+        )
+    else:
+        scored = list(zip(model.pieces, model.scores, strict=True))
+        tokenizer = Tokenizer(Unigram(scored, model.unknown_id, model.byte_fallback))
+    steps: list[Any] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.merges_spaces:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    scheme = ("always" if legacy else "first") if prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement=SPACE, prepend_scheme=scheme, split=False
+    )
+    back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        back.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(back)
+    return tokenizer
+
+
+def _merges(model: ModelFile, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, the best piece first.
+
+    SentencePiece joins the neighbours whose union has the best score, and of equal ones the
+    first; it never joins characters to a control or byte piece. The order of the ids is not that
+    of the scores: in Llama's files runs of spaces have low ids and the lowest score.
+    """
+    merges: list[tuple[str, str]] = []
+    ordered = sorted(range(len(model.pieces)), key=lambda i: (-model.scores[i], i))
+    for index in ordered:
+        piece = model.pieces[index]
+        if model.types[index] not in (_NORMAL, _USER_DEFINED):
+            continue
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((left, right))
+    return merges
+
+
+def _compare(tokenizer: Tokenizer, processor: Any, path: Path) -> None:
+    """Refuse a file whose ids would differ from those of the `sentencepiece` library."""
+    for probe in _PROBES:
+        ours = tokenizer.encode(probe, add_special_tokens=False).ids
+        theirs = list(processor.encode(probe))
+        if ours != theirs:
+            raise CheckpointError(
+                f"{path}: this SentencePiece model cannot be reproduced exactly: {probe!r} gives "
+                f"{ours[:12]}.. where sentencepiece gives {theirs[:12]}... Convert it to a "
+                "tokenizer.json with the program that trained it."
+            )

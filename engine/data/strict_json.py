@@ -1,0 +1,194 @@
+"""JSON as RFC 8259 means it: what `json.loads` lets through by habit is refused, with its column.
+
+Python's reader accepts NaN, Infinity and numbers that overflow to infinity, keeps the last of two
+equal keys, and turns half a surrogate pair into a string that cannot be encoded again. Each of
+these has corrupted data sets unseen, so each is an error here. The C reader does the work; only
+when it, or a hook, objects does a slower scan in Python find the exact place.
+"""
+
+import json
+import math
+import re
+from typing import Any
+
+MAX_DEPTH = 64
+"""Objects and arrays nested deeper than this are refused (the reader itself is recursive)."""
+
+MAX_DIGITS = 300
+"""Longer integers are refused: no float holds them, and reading them takes quadratic time."""
+
+_TOKEN = re.compile(
+    r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"|-?Infinity|NaN|-?\d[\d.eE+-]*|true|false|null|[\[\]{}:,]|\s+'
+)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class JSONFault(ValueError):
+    """What is wrong with a JSON text, and where.
+
+    Attributes:
+        message: what was found.
+        position: index of the offending character in the text that was read.
+    """
+
+    def __init__(self, message: str, position: int) -> None:
+        super().__init__(message)
+        self.message = message
+        self.position = position
+
+
+class _Objection(Exception):
+    """A hook refuses a value; hooks do not know the position, the scan finds it."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise _Objection
+    return result
+
+
+def _no_constant(_name: str) -> float:
+    raise _Objection
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Objection
+    return value
+
+
+def _short_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise _Objection
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_unique_keys,
+    parse_constant=_no_constant,
+    parse_float=_finite_float,
+    parse_int=_short_int,
+)
+
+
+def decode(text: str, start: int = 0) -> tuple[Any, int]:
+    """Read the JSON value that begins at text[start] (no white space before it).
+
+    Returns:
+        the value, and the index of the first character after it.
+
+    Raises:
+        JSONFault: the text is not strict JSON.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (_Objection, ValueError, RecursionError) as error:
+        raise _find_fault(text, start, error) from None
+    span = text[start:end] if start or end != len(text) else text
+    if span.count("{") + span.count("[") > MAX_DEPTH or _SURROGATE_ESCAPE.search(span):
+        fault = _scan(span)
+        if fault is not None:
+            raise JSONFault(fault.message, fault.position + start)
+    return value, end
+
+
+def loads(text: str) -> Any:
+    """Read a text that is exactly one JSON value with optional white space around it.
+
+    Raises:
+        JSONFault: the text is not strict JSON, or something follows the value.
+    """
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    value, end = decode(text, start)
+    rest = text[end:].lstrip(" \t\r\n")
+    if rest:
+        raise JSONFault("something follows the end of the JSON value", len(text) - len(rest))
+    return value
+
+
+def _find_fault(text: str, start: int, error: Exception) -> JSONFault:
+    """Name the place of a fault that the fast reader noticed without a position, or with one."""
+    fault = _scan(text[start:])
+    if fault is not None and (
+        not isinstance(error, json.JSONDecodeError) or fault.position + start < error.pos
+    ):
+        return JSONFault(fault.message, fault.position + start)
+    if isinstance(error, json.JSONDecodeError):
+        message = error.msg.removesuffix(" at").removesuffix(" starting")
+        return JSONFault(message[:1].lower() + message[1:], error.pos)
+    return JSONFault(f"the value cannot be read ({error})", start)
+
+
+def _scan(text: str) -> JSONFault | None:
+    """Walk over the tokens and return the first that strict JSON forbids, or None.
+
+    Syntax errors are not looked for: at the first character that starts no token the scan ends,
+    and the reader's own message stands.
+    """
+    keys: list[set[str] | None] = []
+    position, expect_key = 0, False
+    while match := _TOKEN.match(text, position):
+        token, position = match.group(), match.end()
+        if token.isspace():
+            continue
+        if token in "{[":
+            keys.append(set() if token == "{" else None)
+            if len(keys) > MAX_DEPTH:
+                return JSONFault(f"values nested more than {MAX_DEPTH} deep", match.start())
+            expect_key = token == "{"
+            continue
+        if token in "]}":
+            if keys:
+                keys.pop()
+            if not keys:
+                return None
+            continue
+        if token == ",":
+            expect_key = bool(keys) and keys[-1] is not None
+            continue
+        fault = _value_fault(token, keys[-1] if keys and expect_key else None)
+        if fault is not None:
+            return JSONFault(fault, match.start())
+        if token != ":":
+            expect_key = False
+        if not keys:
+            return None
+    return None
+
+
+def _value_fault(token: str, seen: set[str] | None) -> str | None:
+    """What strict JSON forbids about one scalar token; `seen` holds the object's keys so far."""
+    if token[0] == '"':
+        return _string_fault(token, seen)
+    if token in ("NaN", "Infinity", "-Infinity"):
+        return f"{token}, which JSON does not have"
+    if token[0] in "-0123456789":
+        return _number_fault(token)
+    return None
+
+
+def _string_fault(token: str, seen: set[str] | None) -> str | None:
+    try:
+        text = str(json.loads(token)) if "\\" in token else token[1:-1]
+    except json.JSONDecodeError:
+        return None
+    if _SURROGATE.search(text):
+        return "half of a surrogate pair (\\ud800 to \\udfff alone), which is not text"
+    if seen is not None:
+        if text in seen:
+            return f"the key {token} a second time in the same object"
+        seen.add(text)
+    return None
+
+
+def _number_fault(token: str) -> str | None:
+    if token.lstrip("-").isdigit():
+        return f"an integer of {len(token)} digits" if len(token) > MAX_DIGITS else None
+    try:
+        finite = math.isfinite(float(token))
+    except ValueError:
+        return None
+    return None if finite else "a number too large to be finite"
