@@ -1,0 +1,228 @@
+"""The command line: `engine VERB ...`.
+
+A verb is a module with a typer application named `app`, imported only when the verb is used, so
+that help and a mistyped verb are answered at once and without torch.
+
+Exit status: 0 done; 1 a fault of the program; 2 something the user can put right, told in one
+paragraph; 128 + n stopped by signal n. Tracebacks go to a log file and not to the terminal, unless
+ENGINE_TRACEBACK=1 asks for them.
+"""
+
+import difflib
+import errno
+import importlib
+import logging
+import os
+import sys
+import tempfile
+import textwrap
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+VERBS: dict[str, tuple[str, str]] = {
+    "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
+    "eval": ("cli.eval", "perplexity of a model, with or without an adapter"),
+    "generate": ("cli.generate", "answer a prompt"),
+    "merge": ("cli.merge", "write a model with an adapter merged into its weights"),
+    "data": ("cli.data", "check, show and make training data"),
+    "status": ("cli.status", "how far a run is, and whether it is alive"),
+    "doctor": ("cli.doctor", "what this machine and installation can do"),
+}
+
+# The user can put these right: no room, no permission, a read-only or missing place.
+_USERS_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EISDIR,
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    }
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has gone, as `head` does: nothing is left to tell. The null device
+        # takes what Python still flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    return status
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"engine {version()}")
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        what = "option" if verb.startswith("-") else "verb"
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        meant = f" Did you mean `engine {near[0]}`?" if near else ""
+        _complain(f"There is no {what} {verb!r}.{meant} Verbs: {', '.join(VERBS)}.")
+        return 2
+    return _run(verb, words[1:])
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    try:
+        module = importlib.import_module(VERBS[verb][0])
+        with nullcontext() if getattr(module, "OPENS_LOG", False) else _console_log():
+            return _invoke(module, verb, arguments)
+    except BrokenPipeError:
+        raise
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer makes it an exit with status 1
+            raise stop.__context__ from None
+        return _stopped(stop)
+    except BaseException as error:
+        if type(error).__name__ == "Abort":  # what a typer that uses click makes of Ctrl-C
+            return 130
+        if _is_usage_error(error):
+            _complain(f"{_usage_message(error)} `engine {verb} --help` lists the options.")
+            return 2
+        return _failed(error)
+
+
+def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
+    """Run a verb's typer application, which returns its exit status or None."""
+    from typer.main import get_command
+
+    command = get_command(module.app)
+    status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
+    return status if isinstance(status, int) else 0
+
+
+def _stopped(stop: KeyboardInterrupt | SystemExit) -> int:
+    if isinstance(stop, KeyboardInterrupt):
+        _complain("Stopped.")
+        return 130
+    if type(stop) is not SystemExit:
+        _complain(str(stop))
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def _is_usage_error(error: BaseException) -> bool:
+    """Whether the option parser raised this; typer 0.27 and later carry a click of their own."""
+    return hasattr(error, "format_message") and getattr(error, "exit_code", None) == 2
+
+
+def _usage_message(error: Any) -> str:
+    option = getattr(error, "option_name", None)
+    if option is None or "No such option" not in str(error.message):
+        return str(error.format_message()).rstrip(".") + "."
+    near = difflib.get_close_matches(option, error.possibilities or [], n=1)
+    if str(error.ctx.info_name).endswith(" train"):
+        from engine.config import TrainConfig
+        from engine.config_errors import nearest
+
+        field = nearest(option.lstrip("-").replace("-", "_"), TrainConfig.model_fields)
+        near = [f"--{field.replace('_', '-')}"] if field else near
+    return f"There is no option {option}." + (f" Did you mean {near[0]}?" if near else "")
+
+
+def _failed(error: BaseException) -> int:
+    from engine.errors import EngineError
+
+    if os.environ.get("ENGINE_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, EngineError):
+        _complain(str(error))
+        return 2
+    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+        where = f" {error.filename}" if error.filename else ""
+        _complain(f"The system refused to open or write{where}: {error.strerror}.")
+        return 2
+    notes = " ".join(getattr(error, "__notes__", ())) or _keep_traceback(error)
+    text = " ".join(str(error).split())
+    _complain(f"The program failed with {type(error).__name__}: {text[:500]}. {notes}")
+    return 1
+
+
+def _keep_traceback(error: BaseException) -> str:
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="engine-", suffix=".log", delete=False, encoding="utf-8"
+        ) as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "ENGINE_TRACEBACK=1 shows the traceback."
+    return f"The traceback is in {file.name}."
+
+
+def _complain(message: str) -> None:
+    """Print one paragraph to the error stream, if anyone is there."""
+    try:
+        print(f"engine: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        return
+
+
+@contextmanager
+def _console_log() -> Iterator[None]:
+    """Show INFO lines of this program; a run that keeps a log of its own does so itself."""
+    from engine.logs import OWN_LOGGERS, ConsoleHandler
+
+    handler = ConsoleHandler()
+    logging.getLogger().addHandler(handler)
+    levels = {name: logging.getLogger(name).level for name in OWN_LOGGERS}
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def version() -> str:
+    """The installed version, or `checkout` where it runs from a folder that was not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("engine-trainer")
+    except metadata.PackageNotFoundError:
+        return "checkout"
+
+
+def help_text() -> str:
+    """What `engine --help` prints."""
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    return textwrap.dedent(
+        """\
+        Usage: engine VERB [OPTIONS]
+
+        Fine-tune language models with QLoRA on a CPU or a CUDA GPU.
+
+        Verbs:
+        {verbs}
+
+        engine VERB --help lists a verb's options and their defaults.
+        engine --version prints the version.
+
+        An example:
+          engine train --model Qwen/Qwen3-0.6B --data chats.jsonl --output-dir runs/first
+        """
+    ).format(verbs=verbs)[:-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The training engine's public API.
+
+    import engine
+
+    model = engine.load_model("path/to/model", quantize="nf4", adapter=None)
+    logits = model(input_ids)                               # (B, T) -> (B, T, V)
+    loss = model.loss(input_ids, labels)                    # labels unshifted, -100 not trained
+    result = engine.train(engine.TrainConfig(model=..., data=..., output_dir=...))
+
+Names are imported when they are first used, so that `engine --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import TrainConfig
+    from engine.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        EngineError,
+        ExportError,
+        MemoryPlanError,
+    )
+    from engine.evaluate import evaluate
+    from engine.finetune import TrainResult, train
+    from engine.generate import generate_text
+    from engine.load import load_model
+    from engine.merge import merge
+
+_HOME = {
+    "TrainConfig": "engine.config",
+    "EngineError": "engine.errors",
+    "ConfigError": "engine.errors",
+    "CheckpointError": "engine.errors",
+    "DataError": "engine.errors",
+    "ExportError": "engine.errors",
+    "MemoryPlanError": "engine.errors",
+    "evaluate": "engine.evaluate",
+    "train": "engine.finetune",
+    "TrainResult": "engine.finetune",
+    "generate_text": "engine.generate",
+    "load_model": "engine.load",
+    "merge": "engine.merge",
+}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EngineError",
+    "ExportError",
+    "MemoryPlanError",
+    "TrainConfig",
+    "TrainResult",
+    "evaluate",
+    "generate_text",
+    "load_model",
+    "merge",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    # `engine.evaluate` and `engine.merge` are modules as well as functions: the function wins.
+    globals()[name] = value
+    return value

@@ -1,0 +1,323 @@
+"""`TrainConfig`: every setting of a training run, its default, its range and its help text.
+
+One flat table serves the Python API, the YAML file, the command line's flags and its help. The
+fields carry the group they are shown under; `engine.config_sources` reads files, flags, presets and
+`key=value` overrides into it.
+
+Nothing here imports torch, so the command line can show help and report a bad option at once.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from engine.config_errors import describe
+from engine.errors import ConfigError
+
+ALL_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+)
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "all": ALL_PROJECTIONS,
+    "attn": ALL_PROJECTIONS[:4],
+    "qv": ("q_proj", "v_proj"),
+}
+
+# Settings that change where a run writes or what it shows, and never what it learns.
+_NOT_TRAJECTORY = frozenset(
+    {
+        "output_dir",
+        "run_id",
+        "resume",
+        "overwrite",
+        "keep_checkpoints",
+        "checkpoint_every",
+        "eval_every",
+        "report_to",
+        "log_level",
+        "log_every",
+        "plot",
+    }
+)
+
+_DTYPES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+_OPTIMIZERS = dict.fromkeys(
+    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8"), "adamw8bit"
+)
+_CHECKPOINTING = dict.fromkeys(("true", "yes", "on", "unsloth"), "selective") | dict.fromkeys(
+    ("false", "no", "off"), "none"
+)
+
+
+def _spelled(table: Mapping[str, str]) -> BeforeValidator:
+    """A validator that replaces the other spellings in `table`, whatever their case."""
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str | bool):
+            text = str(value).strip().lower()
+            return table.get(text, text)
+        return value
+
+    return BeforeValidator(replace)
+
+
+def _comma_list(value: Any) -> Any:
+    """`"a, b"` as `["a", "b"]`; "none" and "" as the empty list; anything else as it is."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        return [part for part in parts if part and part.lower() != "none"]
+    return value
+
+
+def _one_or_many(value: Any) -> Any:
+    """One path or a list of paths, as a tuple of strings."""
+    if value is None:
+        return ()
+    if isinstance(value, str | Path):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(str(item) if isinstance(item, Path) else item for item in value)
+    return value
+
+
+def _minus_one_is_none(value: Any) -> Any:
+    return None if value in (-1, "-1") else value
+
+
+def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+class TrainConfig(BaseModel):
+    """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    model: str = _setting(
+        ..., "Model and data", "Hugging Face directory, hub id or .gguf file", min_length=1
+    )
+    revision: str | None = _setting(None, "Model and data", "branch, tag or commit of a hub id")
+    data: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = _setting(
+        ..., "Model and data", "JSONL or JSON file(s) of rows to train on", min_length=1
+    )
+    eval_data: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = _setting(
+        (), "Model and data", "file(s) of held-out rows, never trained on"
+    )
+    heldout: float = _setting(
+        0.0, "Model and data", "fraction of the rows to hold out instead", ge=0, lt=1
+    )
+    min_rating: int | None = _setting(
+        None, "Model and data", "leave out rows rated lower", ge=1, le=5
+    )
+    category: str | None = _setting(None, "Model and data", "only rows of this category")
+    limit_rows: int | None = _setting(None, "Model and data", "only the first N rows", ge=1)
+    system_prompt: str | None = _setting(
+        None, "Model and data", "system message put before rows that have none"
+    )
+
+    output_dir: Path | None = _setting(None, "Run", "run directory; by default runs/<run-id>")
+    run_id: str | None = _setting(
+        None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
+    )
+    resume: str | None = _setting(
+        None, "Run", "auto, or a checkpoint directory: go on from there", min_length=1
+    )
+    overwrite: bool = _setting(False, "Run", "replace an earlier run in the same directory")
+    checkpoint_every: int = _setting(
+        100, "Run", "steps between checkpoints; 0 for one at the end", ge=0
+    )
+    keep_checkpoints: int = _setting(2, "Run", "how many of the newest checkpoints to keep", ge=2)
+    eval_every: int = _setting(
+        0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
+    )
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_comma_list)
+    ] = _setting((), "Run", "trackers to report to: tensorboard, wandb")
+    plot: bool = _setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "INFO", "Run", "what the console shows; the log file always holds DEBUG"
+    )
+    log_every: int = _setting(
+        10, "Run", "steps between lines when the console is not a terminal", ge=1
+    )
+
+    method: Annotated[Literal["qlora", "lora", "full"], _spelled({})] = _setting(
+        "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
+    )
+    lora_rank: int = _setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
+    lora_alpha: float = _setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
+    lora_dropout: float = _setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
+    use_rslora: bool = _setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
+    target_modules: str | tuple[str, ...] = _setting(
+        "all", "Adapter", "all, attn, qv, or projections with commas between them"
+    )
+    init_adapter: Path | None = _setting(None, "Adapter", "an earlier adapter to train on from")
+    double_quant: bool = _setting(True, "Adapter", "quantise the NF4 scales again")
+
+    learning_rate: float = _setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
+    lr_schedule: Annotated[Literal["cosine", "linear", "constant"], _spelled({})] = _setting(
+        "cosine", "Optimisation", "shape after the warm-up"
+    )
+    warmup_ratio: float | None = _setting(
+        None, "Optimisation", "share of the steps that warm up (0.03 if neither is set)", ge=0, lt=1
+    )
+    warmup_steps: int | None = _setting(None, "Optimisation", "steps that warm up", ge=0)
+    weight_decay: float = _setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
+    betas: Annotated[tuple[float, float], BeforeValidator(_comma_list)] = _setting(
+        (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
+    )
+    eps: float = _setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
+    max_grad_norm: float = _setting(
+        1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
+    )
+    optimizer: Annotated[
+        Literal["adamw8bit", "adamw"], _spelled({**_OPTIMIZERS, "adamw_torch": "adamw"})
+    ] = _setting("adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments")
+    nonfinite: str = _setting(
+        "stop",
+        "Optimisation",
+        "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
+        pattern=r"^(stop|skip:[1-9]\d{0,5})$",
+    )
+
+    epochs: int = _setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
+    max_steps: Annotated[int | None, BeforeValidator(_minus_one_is_none)] = _setting(
+        None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
+    )
+    batch_size: int = _setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
+    accumulate: int = _setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
+    max_length: int = _setting(
+        2048, "Length and memory", "longest row in tokens; longer ones are cut", ge=8, le=1 << 20
+    )
+    packing: bool = _setting(
+        False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
+    )
+    gradient_checkpointing: Annotated[
+        Literal["selective", "full", "none"], _spelled(_CHECKPOINTING)
+    ] = _setting("selective", "Length and memory", "what is computed again in the backward pass")
+    loss_chunk_rows: int = _setting(
+        256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
+    )
+
+    device: str = _setting(
+        "auto", "Machine", "auto, cpu or cuda", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _spelled(_DTYPES)] = (
+        _setting("auto", "Machine", "compute type")
+    )
+    seed: int = _setting(
+        42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
+    )
+    threads: int | None = _setting(None, "Machine", "CPU threads", ge=1, le=4096)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(describe(error, type(self).model_fields, {})) from error
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _resume_flag(cls, value: Any) -> Any:
+        """`true` means auto and `false` means none, as other trainers spell it."""
+        if isinstance(value, bool):
+            return "auto" if value else None
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value in TARGET_PRESETS:
+                return value
+            value = "all" if value in ("all-linear", "all_linear") else _comma_list(value)
+        if value == "all":
+            return value
+        names = tuple(value) if isinstance(value, list | tuple) else value
+        if not isinstance(names, tuple) or not names:
+            raise ValueError("should be all, attn, qv, or at least one projection's name")
+        wrong = [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.]*", str(name))]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no projection's name")
+        return tuple(dict.fromkeys(str(name) for name in names))
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both should be at least 0 and less than 1")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("set warmup_ratio or warmup_steps, not both")
+        if self.eval_data and self.heldout:
+            raise ValueError("set eval_data or heldout, not both: one names the held-out rows")
+        if self.method == "full" and self.init_adapter is not None:
+            raise ValueError("init_adapter needs method lora or qlora, and method is full")
+        if self.resume == "auto" and self.output_dir is None and self.run_id is None:
+            raise ValueError("resume auto needs output_dir or run_id, to know which run goes on")
+        if self.resume is not None and self.overwrite:
+            raise ValueError("resume goes on with a run and overwrite replaces it: set one of them")
+        return self
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that get an adapter, by the last part of their names."""
+        if isinstance(self.target_modules, str):
+            return TARGET_PRESETS[self.target_modules]
+        return self.target_modules
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """How many steps in a row may be skipped for a value that is not finite; 0 is to stop."""
+        return 0 if self.nonfinite == "stop" else int(self.nonfinite.removeprefix("skip:"))
+
+    def warmup(self, total_steps: int) -> int:
+        """The number of warm-up steps of a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return min(self.warmup_steps, total_steps)
+        return round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The settings that decide the weights: a resumed run must have the same ones."""
+        return self.model_dump(mode="json", exclude=set(_NOT_TRAJECTORY))
+
+
+def group_of(field: str) -> str:
+    """The heading that a setting stands under in the help."""
+    extra = TrainConfig.model_fields[field].json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else "Options"

@@ -1,0 +1,65 @@
+"""Which device and compute type a run uses, from what the user asked for and what there is."""
+
+import os
+from typing import TYPE_CHECKING
+
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICE_VARIABLE = "ENGINE_DEVICE"
+
+
+def resolve_device(name: str) -> "torch.device":
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
+
+    `auto` takes the environment variable ENGINE_DEVICE if it is set, else CUDA if there is any.
+    Raises `ConfigError` for CUDA where torch finds none, and for a number that there is no GPU of.
+    """
+    import torch
+
+    source = "--device"
+    if name == "auto" and os.environ.get(DEVICE_VARIABLE):
+        name, source = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdecimal()):
+        raise ConfigError(f"{source} is {name!r}; it should be auto, cpu, cuda or cuda:N.")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = (
+            f"this torch ({torch.__version__}) was built without CUDA"
+            if built is None
+            else f"torch {torch.__version__} was built for CUDA {built} and finds no usable GPU"
+        )
+        raise ConfigError(
+            f"{source} asks for {name}, but {reason}. Use --device cpu, or see `engine doctor`."
+        )
+    count = torch.cuda.device_count()
+    if number and int(number) >= count:
+        raise ConfigError(f"{source} asks for {name}, but there are {count} GPUs, counted from 0.")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
+    """The compute type: `auto` is bfloat16 where the GPU has it, float16 on older ones, else fp32.
+
+    On a CPU `auto` is float32: most CPUs multiply bfloat16 matrices many times more slowly.
+    Raises `ConfigError` for float16 on a CPU, whose range training on it would leave.
+    """
+    import torch
+
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in names:
+        raise ConfigError(f"--dtype is {name!r}; it should be auto, {', '.join(names)}.")
+    if names[name] == torch.float16 and device.type == "cpu":
+        raise ConfigError("--dtype float16 does not work on a CPU; use float32 or bfloat16.")
+    return names[name]

@@ -1,0 +1,184 @@
+"""What this machine and installation can do, one finding per line.
+
+A `problem` keeps the engine from training at all; a `note` is something to know. Nothing is changed
+and nothing is downloaded.
+"""
+
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["ok", "note", "problem"]
+
+_REQUIRED = {
+    "numpy": "numpy",
+    "safetensors": "safetensors",
+    "huggingface_hub": "huggingface-hub",
+    "tokenizers": "tokenizers",
+    "sentencepiece": "sentencepiece",
+    "jinja2": "jinja2",
+    "yaml": "pyyaml",
+    "pydantic": "pydantic",
+    "typer": "typer",
+    "rich": "rich",
+    "psutil": "psutil",
+}
+_EXTRAS = {
+    "gguf": ("gguf",),
+    "data": ("pyarrow",),
+    "sql": ("sqlalchemy",),
+    "plot": ("matplotlib",),
+    "serve": ("starlette", "uvicorn"),
+    "gpu": ("pynvml",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "eval": ("lm_eval",),
+}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: what was looked at, how it stands, and what was found."""
+
+    name: str
+    status: Status
+    detail: str
+
+
+def examine() -> list[Check]:
+    """Every finding about this machine; a check that fails itself is a problem, not an error."""
+    probes: list[Callable[[], Iterator[Check]]] = [
+        _python,
+        _torch,
+        _triton,
+        _cuda,
+        _memory,
+        _disk,
+        _packages,
+        _name_clash,
+        _extras,
+    ]
+    found: list[Check] = []
+    for probe in probes:
+        try:
+            found.extend(probe())
+        except Exception as error:
+            name = probe.__name__.strip("_")
+            found.append(Check(name, "problem", f"{type(error).__name__}: {error}"))
+    return found
+
+
+def _python() -> Iterator[Check]:
+    recent = sys.version_info >= (3, 11)
+    text = f"{platform.python_version()} on {platform.platform()}"
+    yield Check("python", "ok" if recent else "problem", text + ("" if recent else "; needs 3.11"))
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    major, minor = (int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    recent = (major, minor) >= (2, 6)
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    text = f"{torch.__version__}, {built}, {torch.get_num_threads()} CPU threads"
+    yield Check("torch", "ok" if recent else "problem", text + ("" if recent else "; needs 2.6"))
+    level = torch.backends.cpu.get_cpu_capability()
+    yield Check("cpu", "ok", f"{os.cpu_count()} cores, {level}")
+
+
+def _triton() -> Iterator[Check]:
+    if importlib.util.find_spec("triton") is None:
+        yield Check("triton", "note", "not installed; the torch reference is used everywhere")
+        return
+    yield Check("triton", "ok", metadata.version("triton"))
+
+
+def _cuda() -> Iterator[Check]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Check("cuda", "note", "no usable GPU; training runs on the CPU (--device cpu)")
+        return
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        yield Check(
+            f"cuda:{index}",
+            "ok",
+            f"{found.name}, sm_{found.major}{found.minor}, {found.multi_processor_count} "
+            f"multiprocessors, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, {bf16}",
+        )
+
+
+def _memory() -> Iterator[Check]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / _GIB:.1f} of {memory.total / _GIB:.1f} GiB available"
+    yield Check("memory", "ok" if memory.available > 2 * _GIB else "note", text)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip() != "max":
+        yield Check("memory limit", "note", f"cgroup: {int(limit.read_text()) / _GIB:.1f} GiB")
+
+
+def _disk() -> Iterator[Check]:
+    here = Path.cwd()
+    free = shutil.disk_usage(here).free / _GIB
+    writable = os.access(here, os.W_OK)
+    text = f"{free:.1f} GiB free in {here}" + ("" if writable else ", which is read-only")
+    yield Check("disk", "ok" if free > 2 and writable else "note", text)
+
+
+def _packages() -> Iterator[Check]:
+    for module, distribution in _REQUIRED.items():
+        if importlib.util.find_spec(module) is None:
+            yield Check(distribution, "problem", f"missing: pip install {distribution}")
+        else:
+            yield Check(distribution, "ok", metadata.version(distribution))
+
+
+def _name_clash() -> Iterator[Check]:
+    """Hugging Face publishes a package that is named `kernels` too."""
+    spec = importlib.util.find_spec("kernels")
+    places = list(spec.submodule_search_locations or []) if spec else []
+    ours = Path(__file__).resolve().parent.parent / "kernels"
+    if not any(Path(place).resolve() == ours for place in places):
+        yield Check(
+            "kernels",
+            "problem",
+            f"`import kernels` finds {places[0] if places else 'nothing'} and should find {ours}: "
+            "pip uninstall kernels, then install engine-trainer again",
+        )
+        return
+    try:
+        foreign = metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        yield Check("kernels", "ok", "this program's own")
+        return
+    yield Check(
+        "kernels",
+        "note",
+        f"Hugging Face's package `kernels` {foreign} is installed as well; this program's own wins "
+        "here, and may be found by transformers in its place",
+    )
+
+
+def _extras() -> Iterator[Check]:
+    for extra, modules in _EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if missing:
+            yield Check(
+                f"extra {extra}", "note", f"not installed: pip install 'engine-trainer[{extra}]'"
+            )
+        else:
+            yield Check(f"extra {extra}", "ok", "installed")

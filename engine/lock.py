@@ -1,0 +1,116 @@
+"""One writer per directory: an advisory `flock` that the kernel drops when its process ends.
+
+A lock file that a killed process leaves behind therefore blocks nobody, and its content (process
+id and host) is only there to be shown.
+"""
+
+import errno
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from engine.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; a run there has no guard against a second writer
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_NAME = ".lock"
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+_ATTEMPTS = 10
+
+
+class DirectoryLock:
+    """Holds `<directory>/.lock` from construction until `release`. Raises `ConfigError`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK_NAME
+        self._descriptor: int | None = None
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            if fcntl is not None and not self._take():
+                holder = read_holder(directory)
+                who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
+                raise ConfigError(
+                    f"Another run{who} is writing to {directory}. Wait for it to end, or choose "
+                    "another directory with --output-dir."
+                )
+            note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, note, 0)
+        except OSError as error:
+            self.release()
+            raise ConfigError(
+                f"The directory {directory} cannot be written to or locked: {error.strerror}. "
+                "Choose another with --output-dir."
+            ) from None
+        except ConfigError:
+            self.release()
+            raise
+
+    def _take(self) -> bool:
+        """Try for half a second: `is_locked` in another process holds a lock for an instant."""
+        assert self._descriptor is not None
+        for _ in range(_ATTEMPTS):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in _TAKEN:
+                    raise
+                time.sleep(0.5 / _ATTEMPTS)
+            else:
+                return True
+        return False
+
+    @property
+    def held(self) -> bool:
+        """Whether this object still holds the lock."""
+        return self._descriptor is not None
+
+    def release(self) -> None:
+        """Let go of the lock; a second call does nothing. The file stays: its inode is the lock."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+def read_holder(directory: Path) -> dict[str, Any] | None:
+    """Process id and host that were last written to the lock, or None where there are none."""
+    try:
+        note = json.loads((directory / LOCK_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if isinstance(note, dict) and {"pid", "host"} <= note.keys() else None
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether some live process holds the lock. Never waits and changes nothing."""
+    try:
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if fcntl is None:
+            return False
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _TAKEN
+    finally:
+        os.close(descriptor)
+    return False

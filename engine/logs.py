@@ -1,0 +1,84 @@
+"""Logging of a run: DEBUG and up to its file, INFO and up to the console.
+
+Other packages' chatter below WARNING reaches neither. A console that has gone away (`| head`, a
+closed terminal) is given up quietly: it must not end a training run.
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+OWN_LOGGERS = ("engine", "cli", "models", "optim", "kernels")
+
+
+def _ours(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] in OWN_LOGGERS
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes messages to the error stream, without a traceback, until that is closed."""
+
+    def __init__(self, level: str | int = logging.INFO) -> None:
+        super().__init__(level)
+        self.gone = False
+        self.addFilter(_ours)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the message; levels from WARNING up are named."""
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        self.write_line(text)
+
+    def write_line(self, text: str) -> None:
+        """Print a line as it is; the run's progress goes this way too."""
+        if self.gone:
+            return
+        try:
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            self.gone = True
+
+
+class _FileHandler(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk is found, and reported, by what the run has to write, not by its log."""
+
+
+class RunLog:
+    """The handlers of one run, from construction until `close` puts back what was before.
+
+    `console_level` None keeps the console silent. A second `RunLog` while one is open would write
+    every line twice. Raises `OSError` if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, console_level: str | None = "INFO") -> None:
+        file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setLevel(logging.DEBUG)
+        file.addFilter(_ours)
+        file.setFormatter(
+            logging.Formatter(
+                "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%F %T"
+            )
+        )
+        self._handlers: list[logging.Handler] = [file]
+        if console_level is not None:
+            self._handlers.append(ConsoleHandler(console_level))
+        self._levels = {name: logging.getLogger(name).level for name in OWN_LOGGERS}
+        for name in OWN_LOGGERS:
+            logging.getLogger(name).setLevel(logging.DEBUG)
+        for handler in self._handlers:
+            logging.getLogger().addHandler(handler)
+        logging.captureWarnings(True)
+
+    def close(self) -> None:
+        """Remove the handlers and restore the levels; a second call does nothing."""
+        for handler in self._handlers:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+        if self._handlers:
+            logging.captureWarnings(False)
+            for name, level in self._levels.items():
+                logging.getLogger(name).setLevel(level)
+        self._handlers.clear()

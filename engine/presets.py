@@ -1,0 +1,74 @@
+"""Named starting points for `engine train --preset NAME`.
+
+A preset is a handful of settings under the configuration file and the flags, both of which win over
+it. The sizes in the names say which GPU memory the settings were chosen for with a model of 7 to 8
+billion parameters; smaller models leave room to raise `batch_size` or `max_length`.
+"""
+
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "cpu-demo": {
+        "method": "qlora",
+        "device": "cpu",
+        "dtype": "float32",
+        "max_length": 256,
+        "batch_size": 4,
+        "max_steps": 60,
+        "learning_rate": 5e-4,
+        "checkpoint_every": 20,
+    },
+    "qlora-8gb": {
+        "method": "qlora",
+        "batch_size": 1,
+        "accumulate": 16,
+        "max_length": 1024,
+        "gradient_checkpointing": "full",
+        "loss_chunk_rows": 256,
+    },
+    "qlora-12gb": {
+        "method": "qlora",
+        "batch_size": 1,
+        "accumulate": 16,
+        "max_length": 2048,
+        "gradient_checkpointing": "full",
+    },
+    "qlora-16gb": {
+        "method": "qlora",
+        "batch_size": 2,
+        "accumulate": 8,
+        "max_length": 2048,
+        "gradient_checkpointing": "full",
+    },
+    "qlora-24gb": {
+        "method": "qlora",
+        "batch_size": 4,
+        "accumulate": 4,
+        "max_length": 2048,
+        "packing": True,
+    },
+    "lora-16bit": {
+        "method": "lora",
+        "batch_size": 2,
+        "accumulate": 8,
+        "max_length": 2048,
+        "learning_rate": 1e-4,
+    },
+    "full": {
+        "method": "full",
+        "batch_size": 1,
+        "accumulate": 16,
+        "learning_rate": 2e-5,
+        "gradient_checkpointing": "full",
+    },
+}
+
+SUMMARIES: dict[str, str] = {
+    "cpu-demo": "60 QLoRA steps on a CPU with a model of some hundred million parameters",
+    "qlora-8gb": "7-8B model on an 8 GB GPU, rows of up to 1,024 tokens",
+    "qlora-12gb": "7-8B model on a 12 GB GPU, rows of up to 2,048 tokens",
+    "qlora-16gb": "7-8B model on a 16 GB GPU, two rows at a time",
+    "qlora-24gb": "7-8B model on a 24 GB GPU, packed rows",
+    "lora-16bit": "LoRA over 16-bit weights, for models up to half the GPU's memory",
+    "full": "every weight, at a learning rate of 2e-5",
+}

@@ -1,0 +1,129 @@
+"""Stopping a run from outside: finish the step, write a checkpoint, leave with 128 + the signal.
+
+The first SIGINT, SIGTERM or SIGHUP only sets a flag that the training loop reads at the end of a
+step, because there alone a state exists that can be saved whole. The second one ends the process at
+once: a checkpoint that is being written is then simply never published. SIGHUP stays ignored where
+it was (under `nohup`).
+"""
+
+import logging
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+log = logging.getLogger(__name__)
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and did, after a checkpoint. The exit status is 128 + signal.
+
+    A child of `SystemExit`: no `except Exception` on the way holds it up, and a script that does
+    not catch it ends with the right status.
+    """
+
+    def __init__(self, number: int, message: str = "") -> None:
+        super().__init__(128 + number)
+        self.number = number
+        self.message = message or f"Stopped by {signal.Signals(number).name}."
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RaiseOnTerminate:
+    """A context in which SIGTERM and SIGHUP raise `Interrupted`, as SIGINT does its own exception.
+
+    For the parts of a run that no checkpoint covers (loading, evaluating): without it the process
+    would vanish and leave no summary. Handlers that somebody else has set are left alone.
+    """
+
+    def __init__(self) -> None:
+        self._changed: list[int] = []
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES[1:]:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                    signal.signal(number, _raise)
+                    self._changed.append(number)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number in self._changed:
+            signal.signal(number, signal.SIG_DFL)
+        self._changed.clear()
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+class StopSignals:
+    """A context in which signals ask for a stop instead of ending the process.
+
+    Outside the main thread Python allows no handlers; there the context only offers `request`.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> int | None:
+        """The signal that asked for a stop, or None."""
+        return self._number
+
+    def request(self, number: int) -> None:
+        """Ask for a stop as the signal `number` would."""
+        self._number = number
+
+    def raise_if_requested(self, message: str = "") -> None:
+        """Raise `Interrupted` if a stop was asked for; to be called after the checkpoint."""
+        if self._number is not None:
+            raise Interrupted(self._number, message)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number is not None:
+            # Nothing that could wait (a lock, a full pipe) may stand between here and the end.
+            os._exit(128 + number)
+        self._number = number
+        # Not through logging: its locks may be held by the very code that this interrupts.
+        text = (
+            f"\n{signal.Signals(number).name}: writing a checkpoint after this step; "
+            "the same again stops at once.\n"
+        )
+        try:
+            os.write(2, text.encode())
+        except OSError:
+            return  # a closed terminal must not keep the run from stopping well
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            log.debug("not in the main thread: signals keep their meaning")
+            return self
+        for name in _NAMES:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                continue
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous.clear()

