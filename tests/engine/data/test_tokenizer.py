@@ -63,7 +63,7 @@ def with_post_processor(serialised: str) -> str:
     return str(backend.to_str())
 
 
-def test_bos_and_eos_follow_the_file_unless_the_configuration_says_otherwise(
+def test_what_stands_around_a_text_is_decided_by_the_file(
     backend_json: str,
 ) -> None:
     serialised = with_post_processor(backend_json)
@@ -72,10 +72,11 @@ def test_bos_and_eos_follow_the_file_unless_the_configuration_says_otherwise(
     assert bare == plain.encode("Hello there", add_special_tokens=False)
     bos, eos = plain.bos_token_id, plain.eos_token_id
     assert load(serialised, BASE).encode("Hello there") == [bos, *bare, eos]
+    assert load(serialised, BASE).encode("") == [bos, eos]
+    # transformers ignores these beside a tokenizer.json, so that the file has the last word.
     flags = {"add_bos_token": True, "add_eos_token": False}
-    assert load(serialised, {**BASE, **flags}).encode("Hello there") == [bos, *bare]
-    assert load(backend_json, {**BASE, **flags}).encode("") == [bos]
-    assert load(serialised, {**BASE, "add_bos_token": False}).encode("Hello there") == bare
+    assert load(serialised, {**BASE, **flags}).encode("Hello there") == [bos, *bare, eos]
+    assert load(backend_json, {**BASE, **flags}).encode("Hello there") == bare
 
 
 def test_truncation_and_padding_stored_in_the_file_are_not_applied(backend_json: str) -> None:
@@ -121,7 +122,8 @@ def test_a_model_without_a_template_gets_the_documented_one(backend_json: str) -
     stripped = json.loads(backend_json)
     stripped["added_tokens"] = []
     stripped["model"]["vocab"].pop("<|im_start|>")
-    tokenizer = load(json.dumps(stripped), {**BASE, "add_bos_token": True})
+    with_bos = with_post_processor(json.dumps(stripped))
+    tokenizer = load(with_bos, BASE)
     messages = [{"role": "user", "content": "Q"}]
     ids = tokenizer.encode_chat(messages)
     assert ids == [tokenizer.bos_token_id, *tokenizer.encode("Q\n", add_special_tokens=False)]
