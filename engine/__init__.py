@@ -25,11 +25,9 @@ if TYPE_CHECKING:
         ExportError,
         MemoryPlanError,
     )
-    from engine.evaluate import evaluate
     from engine.finetune import TrainResult, train
     from engine.generate import generate_text
     from engine.load import load_model
-    from engine.merge import merge
 
 _HOME = {
     "TrainConfig": "engine.config",
@@ -39,12 +37,10 @@ _HOME = {
     "DataError": "engine.errors",
     "ExportError": "engine.errors",
     "MemoryPlanError": "engine.errors",
-    "evaluate": "engine.evaluate",
     "train": "engine.finetune",
     "TrainResult": "engine.finetune",
     "generate_text": "engine.generate",
     "load_model": "engine.load",
-    "merge": "engine.merge",
 }
 
 __all__ = [
@@ -56,10 +52,8 @@ __all__ = [
     "MemoryPlanError",
     "TrainConfig",
     "TrainResult",
-    "evaluate",
     "generate_text",
     "load_model",
-    "merge",
     "train",
 ]
 
@@ -68,6 +62,5 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
-    # `engine.evaluate` and `engine.merge` are modules as well as functions: the function wins.
     globals()[name] = value
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -369,6 +370,8 @@ class _Run:
             from engine.formats.export import export_hf_directory
 
             target = self.directory.path / "model"
+            if target.exists():  # of a run that had ended and was resumed
+                shutil.rmtree(target)
             export_hf_directory(_Trained(self.prepared.checkpoint, self.model), target)
             return target
         target = self.directory.adapter_path
@@ -423,7 +426,10 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         log.info("%s", prepared.report.describe())
         run = _Run(directory, prepared, stack)
         directory.write_manifest(
-            base_digest=run.digest, trainable_parameters=run.trainable, rows=len(prepared.examples)
+            base_digest=run.digest,
+            trainable_parameters=run.trainable,
+            rows=len(prepared.examples),
+            total_steps=prepared.total_steps,
         )
         log.info(
             "%s: %d trainable parameters, %d rows, %d steps",

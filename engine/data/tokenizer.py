@@ -1,8 +1,9 @@
 """One tokenizer for every model: `tokenizer.json`, or a SentencePiece `tokenizer.model`.
 
-Ids equal those of transformers: added tokens and `add_bos_token` / `add_eos_token` of
-tokenizer_config.json are applied to the file as `PreTrainedTokenizerFast` applies them. What the
-tokenizer puts before and after a text is kept apart from the encoding itself, so that a rendered
+Ids equal those of transformers: tokens that tokenizer_config.json adds are added; what stands
+around a text is decided by the post-processor of a tokenizer.json, and by `add_bos_token` and
+`add_eos_token` of tokenizer_config.json for a tokenizer.model (which has none). What the tokenizer
+puts before and after a text is kept apart from the encoding itself, so that a rendered
 chat, which brings its own BOS token, never gets a second one.
 """
 
@@ -210,14 +211,15 @@ def load_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
     serialised = checkpoint.tokenizer_json()
     model_file = None if serialised is not None else checkpoint.tokenizer_model()
     where = str(checkpoint.path)
-    add_bos, add_eos = _flag(config, "add_bos_token"), _flag(config, "add_eos_token")
+    add_bos: bool | None = None
+    add_eos: bool | None = None
     if serialised is not None:
         backend = _from_json(serialised, where)
     elif model_file is not None:
         from engine.data.sentencepiece_model import load_sentencepiece
 
         backend = load_sentencepiece(model_file, config)
-        add_bos, add_eos = bool(add_bos), bool(add_eos)
+        add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
     else:
         raise CheckpointError(
             f"{where}: the model has no tokenizer; expected a tokenizer.json or a SentencePiece "
@@ -290,8 +292,3 @@ def _read_json(files: Mapping[str, Any], name: str) -> dict[str, Any]:
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
     value = json.loads(data)
     return value if isinstance(value, dict) else {}
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    return None if value is None else bool(value)

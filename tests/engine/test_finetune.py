@@ -309,3 +309,17 @@ def test_int8_and_nf4_stay_close_to_the_full_model(tiny_model: Path) -> None:
         nf4 = load_model(tiny_model, quantize="nf4")(ids).log_softmax(-1)
     assert 0 < float((int8 - whole).abs().mean()) < 0.2
     assert float((int8 - whole).abs().mean()) < float((nf4 - whole).abs().mean()) < 2.4
+
+
+def test_a_run_that_has_ended_can_be_resumed_without_harm(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path
+) -> None:
+    for method, result in (
+        ("full", "model/model.safetensors"),
+        ("lora", "adapter/adapter_model.safetensors"),
+    ):
+        settings = config(tiny_model, write_rows(4), tmp_path / method, method=method, max_steps=2)
+        train(settings, console=False)
+        before = (tmp_path / method / result).read_bytes()
+        train(settings.model_copy(update={"resume": "auto"}), console=False)
+        assert (tmp_path / method / result).read_bytes() == before

@@ -12,9 +12,9 @@ from engine.data.sentencepiece_model import load_sentencepiece
 from engine.errors import CheckpointError
 
 WORDS = [
-    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve", "readers",
-    "count", "to", "ten", "and", "print", "code", "def", "return", "lambda", "yield", "東京", "café",
-    "straße", "hello", "world", "value", "index", "error", "string", "number",
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve",
+    "readers", "count", "to", "ten", "and", "print", "code", "def", "return", "lambda", "yield",
+    "東京", "café", "straße", "hello", "world", "value", "index", "error", "string", "number",
 ]  # fmt: skip
 ODD = ["  ", "\n", "\t", "    ", "é", "🙂", "x=1", "(", "):", "ﬁ", "\u00a0", "0x1F", "aaaa"]
 
