@@ -17,6 +17,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.formats.checkpoint import Checkpoint, open_checkpoint
 from kernels.int8 import quantize_int8
 from kernels.nf4 import quantize
+from kernels.nf4_layout import has_planar_order, to_planar
 from models.decoder import Decoder
 from models.linear import Linear
 from models.lora import add_lora, load_adapter_tensors
@@ -49,6 +50,8 @@ def build_model(
         _place(model, name, tensor, quantization, double_quant, device, dtype)
         del tensor
         checkpoint.release(name)
+    for layer in model.layers:
+        layer.join_weights()
     return model.eval()
 
 
@@ -72,7 +75,10 @@ def _place(
         if quantization and path.rsplit(".", 1)[-1] in PROJECTIONS:
             on_device = tensor.to(device)
             if quantization == "nf4":
-                module.set_weight(quantize(on_device, double_quant=double_quant))
+                packed = quantize(on_device, double_quant=double_quant)
+                # The GPU kernels read their own order of the codes; the reference reads either.
+                planar = device.type == "cuda" and has_planar_order(packed)
+                module.set_weight(to_planar(packed) if planar else packed)
             else:
                 module.set_weight(quantize_int8(on_device))
         else:

@@ -1,100 +1,46 @@
-"""Linear projections that share an input: plain, LoRA and QLoRA through one path.
+"""Linear projections that share an input: plain, LoRA, DoRA and QLoRA through one path.
 
 For projections i with weight W_i (out_i, in), bias b_i and adapter A_i (r, in), B_i (out_i, r):
 
-    y_i = x W_i^T + b_i + s_i (x~ A_i^T) B_i^T,     x~ = dropout(x)
+    z_i = x W_i^T + s_i (x~ A_i^T) B_i^T,     x~ = dropout(x),     y_i = c_i * z_i + b_i
 
-    P_i = s_i dy_i B_i
-    dx  = sum_i dy_i W_i + dropout(sum_i P_i A_i)
-    dA_i = P_i^T x~,   dB_i = s_i dy_i^T (x~ A_i^T),   dW_i = dy_i^T x,   db_i = sum dy_i
+    P_i = s_i dz_i B_i,   dz_i = c_i * dy_i
+    dx  = sum_i dz_i W_i + dropout(sum_i P_i A_i)
+    dA_i = P_i^T x~,   dB_i = s_i dz_i^T (x~ A_i^T),   dW_i = dz_i^T x,   db_i = sum dy_i
 
-W_i may be NF4 or 8-bit rows: it is dequantised into reused scratch and never saved. All A_i that
-read the same x form one skinny product; where all W_i are quantised they are dequantised one below
-the other, so that q, k, v (and gate, up) are one product in either direction. Source: Hu et al.
-2021 (LoRA, arXiv 2106.09685); Dettmers et al. 2023 (QLoRA, arXiv 2305.14314).
+c_i is 1 but for DoRA (`kernels.dora`). W_i may be NF4 or 8-bit rows: it is decoded into reused
+scratch and never saved. All A_i that read the same x form one skinny product.
+
+On a GPU the adapter costs no pass of its own over inputs or outputs. The scratch is one matrix
+
+    [ W_1  s_1 B_1            ]
+    [ W_2            s_2 B_2  ]        E (sum out + sum r, in + sum r)
+    [ A_1                     ]
+    [ A_2                     ]
+
+so that [x | x~ A^T] times the upper rows of E is every z_i in one product, and [dz | P] times its
+left columns is dx. On a CPU, where decoding wants contiguous rows, the adapter's skinny products
+are added instead. Source: Hu et al. 2021 (LoRA, arXiv 2106.09685); Dettmers et al. 2023 (QLoRA,
+arXiv 2305.14314).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.dora import magnitude_gradient, row_scale
 from kernels.dropout import dropout
-from kernels.int8 import Int8Weight, dequantize_int8
-from kernels.nf4 import NF4Weight, dequantize
-from kernels.scratch import scratch
+from kernels.nf4_layout import PlanarNF4Weight
+from kernels.nf4_matmul import fused_pays, nf4_linear
+from kernels.projection import Decoded, Projection, decode, output_columns
 from kernels.swiglu import swiglu_backward_, swiglu_forward
-
-QuantizedWeight = NF4Weight | Int8Weight
-Weight = Tensor | QuantizedWeight
-
-
-@dataclass(frozen=True)
-class Projection:
-    """One linear map: `weight` (out, in) dense or quantised, optional bias (out,) and LoRA pair."""
-
-    weight: Weight
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    scale: float = 1.0
-    dropout: float = 0.0
-
-    @property
-    def out_features(self) -> int:
-        return int(self.weight.shape[0])
-
-    def trainable(self) -> list[Tensor]:
-        """The tensors of this projection that want a gradient, in a fixed order."""
-        found = (self.weight, self.bias, self.lora_a, self.lora_b)
-        return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
-
 
 Gradients = dict[int, Tensor]
 """id of a trainable tensor -> its gradient."""
-
-
-def dense_weights(
-    projections: Sequence[Projection], dtype: torch.dtype, slot: str = "wide"
-) -> list[Tensor]:
-    """The weights as dense matrices of `dtype`; quantised ones lie one below the other in scratch.
-
-    Valid until the next call for the same `slot`. A decoder block uses two slots, "wide" for the
-    projections that read the block's input and "narrow" for the one that writes its output, so
-    that a backward pass decodes each weight once for recompute and gradient together.
-    """
-    quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
-    if not quantized:
-        return [p.weight.to(dtype) for p in projections if isinstance(p.weight, Tensor)]
-    rows = sum(w.shape[0] for w in quantized)
-    joined = scratch(
-        f"dequantized.{slot}", (rows, quantized[0].shape[1]), dtype, quantized[0].device
-    )
-    weights, row = [], 0
-    for projection in projections:
-        weight = projection.weight
-        if isinstance(weight, Tensor):
-            weights.append(weight.to(dtype))
-            continue
-        part = joined[row : row + weight.shape[0]]
-        decode_weight(weight, dtype, out=part)
-        weights.append(part)
-        row += weight.shape[0]
-    return weights
-
-
-def decode_weight(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """A quantised weight as a dense matrix (out, in) of `dtype`."""
-    if isinstance(weight, Int8Weight):
-        return dequantize_int8(weight, dtype, out=out)
-    if dtype == torch.float64:  # NF4 values are fp32 by definition; fp64 is for gradient checks
-        wide = dequantize(weight, torch.float32).double()
-        return wide if out is None else out.copy_(wide)
-    return dequantize(weight, dtype, out=out)
 
 
 def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor | None:
@@ -121,29 +67,69 @@ def project(
     x: Tensor,
     projections: Sequence[Projection],
     seed: int | None = None,
-    weights: list[Tensor] | None = None,
+    decoded: Decoded | None = None,
+    slot: str = "wide",
 ) -> tuple[list[Tensor], Tensor | None]:
     """y_i (N, out_i) for x (N, in), as column blocks of one matrix, and x~ A^T (N, sum r).
 
-    `seed` None means no dropout (evaluation). `weights` are `dense_weights` already at hand.
+    `seed` None means no dropout (evaluation). `decoded` are weights already at hand; without them
+    few rows on a GPU are multiplied by the codes directly (`kernels.nf4_matmul`), and otherwise the
+    weights are decoded into the scratch of `slot`.
     """
-    weights = weights or dense_weights(projections, x.dtype)
-    widths = [p.out_features for p in projections]
-    joined = _stacked(weights, 0)
-    if joined is not None:
-        out = x @ joined.T
-    else:
-        out = x.new_empty(x.shape[0], sum(widths))
-        for part, weight in zip(out.split(widths, 1), weights, strict=True):
-            part.copy_(x @ weight.T)
-    ys = list(out.split(widths, 1))
     xa = adapter_input(x, projections, seed)
-    for y, projection, low in zip(ys, projections, _split_ranks(xa, projections), strict=True):
+    ys = list(output_columns(x.shape[0], projections, x))
+    if decoded is None and _without_decoding(x, projections):
+        for y, projection in zip(ys, projections, strict=True):
+            assert isinstance(projection.weight, PlanarNF4Weight)
+            nf4_linear(x, projection.weight, out=y)
+        _add_adapters(xa, projections, ys)
+    else:
+        decoded = decoded or decode(projections, x.dtype, slot)
+        _multiply(x, xa, projections, decoded, ys)
+    for index, (y, projection) in enumerate(zip(ys, projections, strict=True)):
+        if projection.magnitude is not None:
+            assert decoded is not None
+            y.mul_(row_scale(decoded.weights[index], projection).to(y.dtype))
         if projection.bias is not None:
             y += projection.bias.to(y.dtype)
+    return ys, xa
+
+
+def _without_decoding(x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether the fused NF4 product is the faster way for all of these."""
+    return all(
+        isinstance(p.weight, PlanarNF4Weight) and p.magnitude is None and fused_pays(x, p.weight)
+        for p in projections
+    )
+
+
+def _multiply(
+    x: Tensor,
+    xa: Tensor | None,
+    projections: Sequence[Projection],
+    decoded: Decoded,
+    ys: Sequence[Tensor],
+) -> None:
+    """ys = z_i, in one product where the weights lie one below the other."""
+    out, joined = _stacked(ys, 1), _stacked(decoded.weights, 0)
+    assert out is not None
+    if decoded.extended is not None and xa is not None:
+        torch.mm(torch.cat((x, xa), 1), decoded.forward_matrix().T, out=out)
+        return
+    if joined is not None:
+        torch.mm(x, joined.T, out=out)
+    else:
+        for y, weight in zip(ys, decoded.weights, strict=True):
+            torch.mm(x, weight.T, out=y)
+    _add_adapters(xa, projections, ys)
+
+
+def _add_adapters(
+    xa: Tensor | None, projections: Sequence[Projection], ys: Sequence[Tensor]
+) -> None:
+    for y, projection, low in zip(ys, projections, _split_ranks(xa, projections), strict=True):
         if projection.lora_b is not None and low is not None:
             y.addmm_(low, projection.lora_b.to(y.dtype).T, alpha=projection.scale)
-    return ys, xa
 
 
 def adapter_input(x: Tensor, projections: Sequence[Projection], seed: int | None) -> Tensor | None:
@@ -183,7 +169,7 @@ def project_backward(
     *,
     seed: int | None = None,
     xa: Tensor | None = None,
-    weights: list[Tensor] | None = None,
+    decoded: Decoded | None = None,
     need_dx: bool = True,
 ) -> Tensor | None:
     """Adds every wanted parameter gradient to `grads` and returns dx (N, in).
@@ -193,35 +179,53 @@ def project_backward(
     """
     if xa is None:
         xa = adapter_input(x, projections, seed)
-    products = []
-    for dy, projection, low in zip(dys, projections, _split_ranks(xa, projections), strict=True):
-        _dense_gradients(dy, x, projection, grads)
+    dora = any(p.magnitude is not None for p in projections)
+    if decoded is None and (need_dx or dora):
+        decoded = decode(projections, x.dtype)
+    products, dzs = [], list(dys)
+    for index, (dy, projection, low) in enumerate(
+        zip(dys, projections, _split_ranks(xa, projections), strict=True)
+    ):
+        if projection.bias is not None and projection.bias.requires_grad:
+            grads[id(projection.bias)] = dy.sum(0).to(projection.bias.dtype)
+        if projection.magnitude is not None:
+            assert decoded is not None
+            dy = _magnitude_backward(dy, x, low, decoded.weights[index], projection, grads)
+            dzs[index] = dy
+        if isinstance(projection.weight, Tensor) and projection.weight.requires_grad:
+            grads[id(projection.weight)] = (dy.T @ x).to(projection.weight.dtype)
         if projection.lora_b is None or low is None:
             continue
         products.append((dy @ projection.lora_b.to(dy.dtype)).mul_(projection.scale))
         if projection.lora_b.requires_grad:
             db = (dy.T @ low).mul_(projection.scale)
             grads[id(projection.lora_b)] = db.to(projection.lora_b.dtype)
-    dx = _input_gradient(dys, x, projections, weights) if need_dx else None
-    if products:
-        low_dy = products[0] if len(products) == 1 else torch.cat(products, 1)
+    low_dy = None if not products else products[0] if len(products) == 1 else torch.cat(products, 1)
+    if low_dy is not None:
         _adapter_a_gradients(low_dy, x, projections, grads, seed)
-        if dx is not None:
-            stacked = _stacked_a(projections, x.dtype)
-            assert stacked is not None
-            if seed is None or max(p.dropout for p in projections) <= 0.0:
-                dx.addmm_(low_dy, stacked)
-            else:
-                dx += _dropped(low_dy @ stacked, projections, seed)
-    return dx
+    if not need_dx:
+        return None
+    assert decoded is not None
+    return _input_gradient(dzs, low_dy, projections, decoded, seed)
 
 
-def _dense_gradients(dy: Tensor, x: Tensor, projection: Projection, grads: Gradients) -> None:
-    weight, bias = projection.weight, projection.bias
-    if isinstance(weight, Tensor) and weight.requires_grad:
-        grads[id(weight)] = (dy.T @ x).to(weight.dtype)
-    if bias is not None and bias.requires_grad:
-        grads[id(bias)] = dy.sum(0).to(bias.dtype)
+def _magnitude_backward(
+    dy: Tensor,
+    x: Tensor,
+    low: Tensor | None,
+    weight: Tensor,
+    projection: Projection,
+    grads: Gradients,
+) -> Tensor:
+    """dz of dy; the gradient of the magnitude needs z, which is recomputed."""
+    z = x @ weight.T
+    if projection.lora_b is not None and low is not None:
+        z.addmm_(low, projection.lora_b.to(z.dtype).T, alpha=projection.scale)
+    magnitude = projection.magnitude
+    assert magnitude is not None
+    if magnitude.requires_grad:
+        grads[id(magnitude)] = magnitude_gradient(dy, z, weight, projection)
+    return dy * row_scale(weight, projection).to(dy.dtype)
 
 
 def _adapter_a_gradients(
@@ -242,18 +246,43 @@ def _adapter_a_gradients(
 
 def _input_gradient(
     dys: Sequence[Tensor],
-    x: Tensor,
+    low_dy: Tensor | None,
     projections: Sequence[Projection],
-    weights: list[Tensor] | None,
+    decoded: Decoded,
+    seed: int | None,
 ) -> Tensor:
-    weights = weights or dense_weights(projections, x.dtype)
-    joined_w, joined_dy = _stacked(weights, 0), _stacked(dys, 1)
-    if joined_w is not None and joined_dy is not None:
-        return joined_dy @ joined_w
-    dx = dys[0] @ weights[0]
-    for dy, weight in zip(dys[1:], weights[1:], strict=True):
-        dx.addmm_(dy, weight)
+    """dx from the outputs' gradients and P = `low_dy` (N, sum r)."""
+    masked = seed is not None and max(p.dropout for p in projections) > 0.0
+    joined = _stacked(dys, 1)
+    if low_dy is not None and not masked and decoded.extended is not None:
+        whole = _with_spare(joined, low_dy.shape[1])
+        if whole is not None:
+            whole[:, -low_dy.shape[1] :] = low_dy
+            return whole @ decoded.backward_matrix()
+    weights = decoded.weights
+    stacked = _stacked(weights, 0)
+    if stacked is not None and joined is not None:
+        dx = joined @ stacked
+    else:
+        dx = dys[0] @ weights[0]
+        for dy, weight in zip(dys[1:], weights[1:], strict=True):
+            dx.addmm_(dy, weight)
+    if low_dy is not None:
+        a = _stacked_a(projections, dx.dtype)
+        assert a is not None
+        if masked:
+            dx += _dropped(low_dy @ a, projections, seed)
+        else:
+            dx.addmm_(low_dy, a)
     return dx
+
+
+def _with_spare(joined: Tensor | None, spare: int) -> Tensor | None:
+    """`joined` (N, M) widened to the (N, M + spare) that `output_columns` allocated, if it did."""
+    if joined is None or joined.stride() != (joined.shape[1] + spare, 1) or joined.shape[0] < 2:
+        return None
+    shape = (joined.shape[0], joined.shape[1] + spare)
+    return joined.as_strided(shape, joined.stride(), joined.storage_offset())
 
 
 class _Project(torch.autograd.Function):
@@ -311,8 +340,8 @@ class _MLP(torch.autograd.Function):
         x, g, u, xa = ctx.saved_tensors
         gate, up, down = ctx.group
         grads: Gradients = {}
-        joined = torch.cat((g, u), 1)
-        g, u = joined.split((g.shape[1], u.shape[1]), 1)
+        fresh = output_columns(x.shape[0], (gate, up), x)
+        g, u = fresh[0].copy_(g), fresh[1].copy_(u)
         h = swiglu_forward(g, u)
         dh = project_backward((dy,), h, (down,), grads, seed=_next(ctx.seed))
         assert dh is not None

@@ -275,35 +275,37 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
 
 def _decode_blocks(weight: NF4Weight, begin: int, out: Tensor) -> None:
     """Decode into the flat `out` from `begin`, which lies on a block boundary."""
-    n, block_size, device = out.numel(), weight.block_size, out.device
-    slab = max(_CPU_SLAB if out.is_cpu else _CUDA_SLAB, block_size)
+    n, block_size = out.numel(), weight.block_size
     if out.dtype == torch.float32 and out.data_ptr() % 8 == 0:
         scales = _decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
-        _look_up(weight, begin, scales, out, slab)
+        _look_up(weight, begin, scales, out)
         return
+    slab = _GRAIN if out.is_cpu else _CUDA_SLAB
     for at in range(0, n, slab):
         target = out[at : at + slab]
-        exact = scratch("nf4 slab", (target.numel(),), torch.float32, device)
+        exact = scratch("nf4 slab", (target.numel(),), torch.float32, out.device)
         _decode_blocks(weight, begin + at, exact)
         target.copy_(exact)
 
 
-def _look_up(weight: NF4Weight, begin: int, scales: Tensor, out: Tensor, slab: int) -> None:
+def _look_up(weight: NF4Weight, begin: int, scales: Tensor, out: Tensor) -> None:
     """Values times `scales`, two at a time, into `out`: fp32, aligned to 8 bytes."""
     n, block_size = out.numel(), weight.block_size
-    even, whole, half = n - n % 2, n - n % block_size, slab // 2
+    even, whole = n - n % 2, n - n % block_size
+    slab = _CPU_SLAB if out.is_cpu else _CUDA_SLAB
+    rows, half = (_GRAIN if out.is_cpu else slab) // block_size, slab // 2
     table = _pair_table(weight.device)
     pairs = weight.packed[begin // 2 : (begin + n + 1) // 2]
     if even < n:
         last = table.index_select(0, pairs[-1:].to(torch.int32))
         out[even:] = last.view(torch.float32)[:1]
-    rows = (_GRAIN if out.is_cpu else slab) // block_size
-    blocks = out[:whole].view(-1, block_size).split(rows)
-    factors = scales[: whole // block_size, None].split(rows)
+    blocks = torch.split(out[:whole].view(-1, block_size), rows)
+    factors = torch.split(scales[: whole // block_size, None], rows)
     products = iter(zip(blocks, factors, strict=True))
     index = scratch("nf4 index", (half,), torch.int32, weight.device)
-    words = out[:even].view(torch.int64).split(half)
-    for source, target in zip(pairs[: even // 2].split(half), words, strict=True):
+    sources = torch.split(pairs[: even // 2], half)
+    targets = torch.split(out[:even].view(torch.int64), half)
+    for source, target in zip(sources, targets, strict=True):
         chosen = index[: len(source)].copy_(source)
         torch.index_select(table, 0, chosen, out=target)
         for block, factor in itertools.islice(products, slab // (rows * block_size)):

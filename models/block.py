@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from kernels.attention import (
@@ -27,7 +28,8 @@ from kernels.attention import (
     attention_forward,
     cached_attention,
 )
-from kernels.lora import Gradients, Projection, dense_weights, project, project_backward
+from kernels.lora import Gradients, project, project_backward
+from kernels.projection import Decoded, Projection, decode, output_columns
 from kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from kernels.rope import rope_
 from kernels.swiglu import swiglu_backward_, swiglu_forward
@@ -131,6 +133,24 @@ class DecoderLayer(nn.Module):
         """Parameters that want a gradient, in a fixed order."""
         return [p for p in self.parameters() if p.requires_grad]
 
+    def join_weights(self) -> None:
+        """Lay dense weights that read the same input one below the other in memory.
+
+        They stay separate parameters and become one product in either direction.
+        """
+        attention, mlp = self.self_attn, self.mlp
+        for group in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (mlp.gate_proj, mlp.up_proj),
+        ):
+            weights = [linear.weight for linear in group]
+            dense = [weight for weight in weights if isinstance(weight, Tensor)]
+            if len(dense) < len(group):
+                continue
+            joined = torch.cat([weight.detach() for weight in dense])
+            for weight, part in zip(dense, joined.split([len(w) for w in dense]), strict=True):
+                weight.data = part
+
     def heads(self, x: Tensor) -> Tensor:
         """(N, heads * D) -> (N, heads, D), a view."""
         split: Tensor = x.unflatten(1, (-1, self.head_dim))
@@ -146,8 +166,7 @@ class DecoderLayer(nn.Module):
         (kept.gate, kept.up), _ = project(h, self.mlp.gate_up(), batch.seed(self.index, 2))
         inner = swiglu_forward(kept.gate, kept.up)
         down = (self.mlp.down_proj.projection(),)
-        weights = dense_weights(down, x.dtype, "narrow")
-        (y,), _ = project(inner, down, batch.seed(self.index, 3), weights)
+        (y,), _ = project(inner, down, batch.seed(self.index, 3), slot="narrow")
         return y.add_(x1), kept
 
     @property
@@ -168,9 +187,9 @@ class DecoderLayer(nn.Module):
             )
         kept.x1 = self.attention_output(kept.out, batch).add_(x)
 
-    def _qkv(self, h: Tensor, batch: Batch, kept: Kept, weights: list[Tensor] | None) -> None:
+    def _qkv(self, h: Tensor, batch: Batch, kept: Kept, decoded: Decoded | None) -> None:
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
-        ys, _ = project(h, self.self_attn.qkv(), batch.seed(self.index, 0), weights)
+        ys, _ = project(h, self.self_attn.qkv(), batch.seed(self.index, 0), decoded)
         kept.q, kept.k, kept.v = (self.heads(y) for y in ys)
         if self.self_attn.q_norm is None:
             rope_(kept.q, batch.cos, batch.sin)
@@ -189,8 +208,8 @@ class DecoderLayer(nn.Module):
     def attention_output(self, out: Tensor, batch: Batch) -> Tensor:
         """o_proj of the heads' outputs (N, heads, D) -> (N, H)."""
         o_proj = (self.self_attn.o_proj.projection(),)
-        weights = dense_weights(o_proj, out.dtype, "narrow")
-        return project(out.flatten(1), o_proj, batch.seed(self.index, 1), weights)[0][0]
+        seed = batch.seed(self.index, 1)
+        return project(out.flatten(1), o_proj, seed, slot="narrow")[0][0]
 
     def differentiate(
         self, dy: Tensor, x: Tensor, batch: Batch, kept: Kept, need_dx: bool
@@ -208,9 +227,9 @@ class DecoderLayer(nn.Module):
         assert x1 is not None
         gate_up, seed = self.mlp.gate_up(), batch.seed(self.index, 2)
         h, rstd = rms_norm_forward(x1, norm.weight, norm.eps)
-        weights = dense_weights(gate_up, x1.dtype)
+        decoded = decode(gate_up, x1.dtype)
         if kept.gate is None:
-            (kept.gate, kept.up), _ = project(h, gate_up, seed, weights)
+            (kept.gate, kept.up), _ = project(h, gate_up, seed, decoded)
         assert kept.up is not None
         inner = swiglu_forward(kept.gate, kept.up)
         down = (self.mlp.down_proj.projection(),)
@@ -220,12 +239,12 @@ class DecoderLayer(nn.Module):
             down,
             grads,
             seed=batch.seed(self.index, 3),
-            weights=dense_weights(down, x1.dtype, "narrow"),
+            decoded=decode(down, x1.dtype, "narrow"),
         )
         assert d_inner is not None
         d_gate_up = swiglu_backward_(d_inner, kept.gate, kept.up)
         del inner, d_inner
-        dh = project_backward(d_gate_up, h, gate_up, grads, seed=seed, weights=weights)
+        dh = project_backward(d_gate_up, h, gate_up, grads, seed=seed, decoded=decoded)
         assert dh is not None
         return _norm_backward(dh, x1, norm, rstd, grads).add_(dy)
 
@@ -234,9 +253,10 @@ class DecoderLayer(nn.Module):
     ) -> Tensor | None:
         norm, qkv, seed = self.input_layernorm, self.self_attn.qkv(), batch.seed(self.index, 0)
         h, rstd = rms_norm_forward(x, norm.weight, norm.eps)
-        weights = dense_weights(qkv, x.dtype)
+        need_dh = need_dx or norm.weight.requires_grad
+        decoded = decode(qkv, x.dtype) if need_dh or kept.q is None else None
         if kept.q is None:
-            self._qkv(h, batch, kept, weights)
+            self._qkv(h, batch, kept, decoded)
         o_proj = (self.self_attn.o_proj.projection(),)
         assert kept.out is not None and kept.v is not None
         d_out = project_backward(
@@ -245,12 +265,11 @@ class DecoderLayer(nn.Module):
             o_proj,
             grads,
             seed=batch.seed(self.index, 1),
-            weights=dense_weights(o_proj, x.dtype, "narrow"),
+            decoded=decode(o_proj, x.dtype, "narrow"),
         )
         assert d_out is not None
         d_qkv = self._scores_backward(self.heads(d_out), batch, kept, grads)
-        need_dh = need_dx or norm.weight.requires_grad
-        dh = project_backward(d_qkv, h, qkv, grads, seed=seed, weights=weights, need_dx=need_dh)
+        dh = project_backward(d_qkv, h, qkv, grads, seed=seed, decoded=decoded, need_dx=need_dh)
         if dh is None:
             return None
         return _norm_backward(dh, x, norm, rstd, grads).add_(dx1)
@@ -262,9 +281,7 @@ class DecoderLayer(nn.Module):
         q, k = self.rotated(kept, batch)
         raw_q, raw_k, v, out = kept.q, kept.k, kept.v, kept.out
         assert raw_q is not None and raw_k is not None and v is not None and out is not None
-        widths = [t.shape[1] * t.shape[2] for t in (q, k, v)]
-        joined = d_out.new_empty(d_out.shape[0], sum(widths))
-        parts: tuple[Tensor, ...] = joined.split(widths, 1)
+        parts = output_columns(d_out.shape[0], self.self_attn.qkv(), d_out)
         dq, dk, dv = (self.heads(part) for part in parts)
         attention_backward(
             d_out, q, k, v, out, kept.lse, batch.plan, self.window, self.scale, (dq, dk, dv)

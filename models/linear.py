@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels.lora import Projection, Weight
+from kernels.projection import Projection, Weight
 from kernels.rms_norm import rms_norm
 
 

@@ -323,3 +323,13 @@ def test_a_run_that_has_ended_can_be_resumed_without_harm(
         before = (tmp_path / method / result).read_bytes()
         train(settings.model_copy(update={"resume": "auto"}), console=False)
         assert (tmp_path / method / result).read_bytes() == before
+
+
+def test_dense_weights_of_one_input_are_one_matrix_product(tiny_model: Path) -> None:
+    model = load_model(tiny_model)
+    attention = model.layers[0].self_attn
+    weights = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert all(isinstance(weight, torch.nn.Parameter) for weight in weights)
+    starts = [w.data_ptr() for w in weights if isinstance(w, torch.Tensor)]
+    sizes = [w.nbytes for w in weights if isinstance(w, torch.Tensor)]
+    assert starts == [starts[0], starts[0] + sizes[0], starts[0] + sizes[0] + sizes[1]]

@@ -1,15 +1,18 @@
 """Projections that share an input: values, every gradient, planted faults."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import lora as lora_module
+from kernels import projection as projection_module
 from kernels.int8 import dequantize_int8, quantize_int8
-from kernels.lora import Projection, lora_linear, lora_mlp, lora_qkv, project
+from kernels.lora import lora_linear, lora_mlp, lora_qkv, project, project_backward
 from kernels.nf4 import dequantize, quantize
+from kernels.projection import Projection, decode, output_columns
 
 G = torch.Generator().manual_seed(0)
 
@@ -95,6 +98,60 @@ def test_quantised_weights_compute_as_their_decoded_values(
     (dx,) = torch.autograd.grad(got, x, dys)
     (dx_plain,) = torch.autograd.grad(want, x, dys)
     assert torch.allclose(dx, dx_plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("ranks", [(3, 3, 3), (5, 0, 2)])
+def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
+    ranks: tuple[int, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does: one product for base and adapters, in either direction."""
+    x, seed = randn(9, 128).float(), 11 if dropout else None
+
+    def adapted(out: int, rank: int) -> Projection:
+        a = randn(rank, 128).float().requires_grad_(True) if rank else None
+        b = randn(out, rank).float().requires_grad_(True) if rank else None
+        bias = randn(out).float().requires_grad_(True)
+        return Projection(quantize(randn(out, 128).float()), bias, a, b, 0.7, dropout)
+
+    group = [adapted(out, rank) for out, rank in zip((64, 32, 32), ranks, strict=True)]
+    found = []
+    for extend in (False, True):
+        monkeypatch.setattr(projection_module, "_extends", lambda device, extend=extend: extend)
+        grads: dict[int, Tensor] = {}
+        with torch.no_grad():
+            ys, xa = project(x, group, seed)
+            decoded = decode(group, x.dtype)
+            assert (decoded.extended is not None) == extend
+            dys = output_columns(9, group, x)
+            for part, y in zip(dys, ys, strict=True):
+                part.copy_(y).sin_()
+            dx = project_backward(dys, x, group, grads, seed=seed, xa=xa, decoded=decoded)
+        assert dx is not None
+        found.append([*ys, dx, *(grads[id(t)] for p in group for t in p.trainable())])
+    for apart, together in zip(*found, strict=True):
+        assert torch.allclose(apart, together, rtol=2e-4, atol=2e-4)
+
+
+def test_dora_equals_the_textbook_with_its_norm_held_constant() -> None:
+    """Values against the textbook; gradients as in the paper, where the norm is a constant."""
+    x = randn(7, 6).requires_grad_(True)
+    plain = projection(6, 4, bias=True, train_base=True)
+    m = (randn(4).abs() + 0.5).requires_grad_(True)
+    p = replace(plain, magnitude=m)
+    assert isinstance(p.weight, Tensor)
+    assert p.lora_a is not None
+    assert p.lora_b is not None
+    norm = (p.weight + p.scale * p.lora_b @ p.lora_a).norm(dim=1).detach()
+    want = (m / norm) * (textbook(x, replace(plain, bias=None))) + p.bias
+    got = lora_linear(x, p)
+    assert torch.allclose(got, want, rtol=1e-10)
+    leaves, dy = [x, *p.trainable()], randn(7, 4)
+    assert len(leaves) == 6
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-10)
 
 
 def test_int8_rows_are_within_half_a_step() -> None:

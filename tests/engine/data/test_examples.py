@@ -60,6 +60,17 @@ def test_ids_are_those_of_the_whole_text_with_one_bos(
             assert example.input_ids[0] == tokenizer.bos_token_id
 
 
+def test_a_tokenizer_that_adds_bos_does_not_add_a_second_one(
+    make_tokenizer: Callable[..., Tokenizer],
+) -> None:
+    for family in ("llama3", "mistral"):
+        tokenizer = make_tokenizer(family, add_bos=True, add_eos=True)
+        assert tokenizer.encode("x")[0] == tokenizer.bos_token_id
+        (example,), _ = build_examples([row("Q", "A")], tokenizer, 64)
+        assert example.input_ids.count(tokenizer.bos_token_id or 0) == 1
+        assert example.input_ids[-2:] != [tokenizer.eos_token_id] * 2
+
+
 def test_the_end_token_is_trained_although_it_is_also_the_padding_token(
     tokenizers_by_family: dict[str, Tokenizer],
 ) -> None:

@@ -28,6 +28,12 @@ def test_documents_are_laid_end_to_end_and_their_first_token_is_not_trained() ->
     assert batch.cu_seqlens.dtype == torch.int32
 
 
+def test_a_batch_does_not_rely_on_its_examples_for_the_first_token() -> None:
+    example = Example([1, 2], [True, True], "a")
+    example.mask[0] = True
+    assert collate([example]).labels.tolist() == [-100, 2]
+
+
 def test_a_batch_of_nothing_is_refused() -> None:
     for examples in ([], [Example([], [], "a")]):
         with pytest.raises(ValueError):

@@ -151,6 +151,14 @@ def test_a_token_of_several_characters_keeps_its_place_in_the_text(
     assert covered == set(range(len(text)))
 
 
+def test_offsets_keep_white_space_that_the_file_would_trim(backend_json: str) -> None:
+    serialised = json.loads(backend_json)
+    serialised["post_processor"]["trim_offsets"] = True
+    text = "a   b"
+    _, offsets = load(json.dumps(serialised), BASE).encode_with_offsets(text)
+    assert {index for start, end in offsets for index in range(start, end)} == set(range(5))
+
+
 @pytest.mark.parametrize("serialised", ["", "{}", '{"model": {"type": "Nothing"}}', "\x00"])
 def test_a_damaged_tokenizer_file_is_refused(serialised: str) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):

@@ -132,6 +132,16 @@ def test_generation_tags_decide_and_their_end_is_moved_to_the_end_token(
     assert [span.replace("\n", "") for span in trained(template, messages)] == ["A2<|im_end|>"]
 
 
+def test_generation_tags_inside_each_other_are_refused() -> None:
+    source = (
+        "{% generation %}{% generation %}{{ messages[1].content }}</s>{% endgeneration %}"
+        "</s>{% endgeneration %}"
+    )
+    messages = say("Q", "A", "Q", "A")
+    with pytest.raises(ConversationError, match="mixes the turns"):
+        ChatTemplate(source, {"eos_token": "</s>"}).render_with_spans(messages)
+
+
 REFUSED = [
     ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "never learn to"),
     ("{% for m in messages %}{{ m.content | upper + '</s>' }}{% endfor %}", "cannot be found"),

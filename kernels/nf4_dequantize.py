@@ -1,0 +1,331 @@
+"""NF4 to bf16, fp16 or fp32 in one launch, the double-quantised scales decoded on the way.
+
+    absmax[b] = map[code[b]] * nested_absmax[b // 256] + nested_offset     (fp32, two roundings)
+    w[i]      = NF4_CODE[nibble[i]] * absmax[i // block_size]              (fp32, one rounding)
+
+Every value is bit for bit that of `kernels.nf4.dequantize`, which is bitsandbytes'. Two orders of
+the codes are read: bitsandbytes' (any shape) and the planar one (`kernels.nf4_layout`). Values are
+looked up in a table of byte planes that is formed once per block (`kernels.nf4_decode`). Two
+neighbouring threads share a block, each storing every other 16 bytes of it, so that a warp's stores
+fill whole 32-byte sectors without an exchange through shared memory. The result may be written
+transposed, and for a planar weight a range of rows and of column blocks can be asked for, so that a
+large weight goes through a small buffer in slabs.
+
+Offsets are 64 bits wide from the program id on: weights of more than 2^31 elements are addressed
+correctly.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import use_triton
+from kernels.dynamic_map import dynamic_map
+from kernels.nf4 import NESTED_BLOCK, NF4Weight, dequantize
+from kernels.nf4_decode import (
+    INTERPRETED,
+    decode_pair,
+    decode_plane_words,
+    decode_planes,
+    decode_words,
+    nested_scale,
+)
+from kernels.nf4_layout import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
+from kernels.tiling import dequantize_tile, multiprocessors
+from kernels.triton_support import cdiv, jit, on_device, tl
+
+_TRITON_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+
+
+def dequantize_reference(weight: AnyNF4, dtype: torch.dtype) -> Tensor:
+    """The plain torch reference for either order of the codes."""
+    return dequantize(from_planar(weight) if isinstance(weight, PlanarNF4Weight) else weight, dtype)
+
+
+@jit
+def dequantize_flat_kernel(
+    packed,
+    absmax,
+    value_map,
+    nested,
+    offset,
+    out,
+    numel,
+    columns,
+    ldo,
+    first_chunk,
+    last_chunk,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SCALE_SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """bitsandbytes' order: chunks of CHUNK elements, of which ROWS * STEPS per program.
+
+    WORDS reads 8 codes and stores two 16-bit values at once: for whole chunks, and `packed` and
+    `out` aligned to 4 bytes. Otherwise every element goes alone.
+    """
+    start = tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + first_chunk
+    for step in tl.static_range(STEPS):
+        chunk = start + step * ROWS + tl.arange(0, ROWS)[:, None]
+        inside = chunk < last_chunk
+        block = chunk >> SCALE_SHIFT
+        if NESTED:
+            code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
+            value = tl.load(value_map + code, mask=inside, other=0.0)
+            outer = tl.load(nested + (block >> 8), mask=inside, other=0.0)
+            scale = nested_scale(value, outer, tl.load(offset), PTX)
+        else:
+            scale = tl.load(absmax + block, mask=inside, other=0.0)
+        for part in tl.static_range(CHUNK // 16):
+            if WORDS:
+                source = packed.to(tl.pointer_type(tl.int32)) + chunk * (CHUNK // 8) + 2 * part
+                codes = tl.load(source + tl.arange(0, 2)[None, :], mask=inside, other=0)
+                w0, w1, w2, w3 = decode_words(codes, scale, DTYPE)
+                words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, 8))
+                target = out.to(tl.pointer_type(tl.uint32)) + chunk * (CHUNK // 2) + 8 * part
+                tl.store(target + tl.arange(0, 8)[None, :], words, mask=inside)
+            else:
+                pair = chunk * (CHUNK // 2) + 8 * part + tl.arange(0, 8)[None, :]
+                index = chunk * CHUNK + 16 * part + tl.arange(0, 16)[None, :]
+                codes = tl.load(packed + pair, mask=inside & (2 * pair < numel), other=0)
+                even, odd = decode_pair(codes, scale, DTYPE)
+                target = index
+                if TRANSPOSED:
+                    target = (index % columns) * ldo + index // columns
+                tl.store(out + target, tl.interleave(even, odd), mask=inside & (index < numel))
+
+
+@jit
+def dequantize_planar_kernel(
+    codes,
+    absmax,
+    value_map,
+    nested,
+    offset,
+    out,
+    rows,
+    blocks,
+    first_row,
+    last_row,
+    first_block,
+    last_block,
+    ldo,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    WORDS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Planar order: a program decodes ROWS rows of STEPS neighbouring blocks of 64 columns.
+
+    WORDS decodes, and if not TRANSPOSED stores, two 16-bit values at once; the latter takes an
+    `out` aligned to 4 bytes and an even `ldo`.
+    """
+    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = local_row + first_row
+    start = tl.program_id(1).to(tl.int64) * STEPS
+    word = tl.arange(0, 8)[None, :]
+    single = tl.arange(0, 16)[None, :]
+    for step in tl.static_range(STEPS):
+        block = first_block + start + step
+        inside = (row < last_row) & (block < last_block)
+        at = block * rows + row
+        if NESTED:
+            code = tl.load(absmax + at, mask=inside, other=0).to(tl.int32)
+            value = tl.load(value_map + code, mask=inside, other=0.0)
+            outer = tl.load(
+                nested + ((row * blocks + block) >> NESTED_SHIFT), mask=inside, other=0.0
+            )
+            scale = nested_scale(value, outer, tl.load(offset), PTX)
+        else:
+            scale = tl.load(absmax + at, mask=inside, other=0.0)
+        if WORDS:
+            source = codes.to(tl.pointer_type(tl.int32)) + at * 8 + word
+            part = tl.load(source, mask=inside, other=0)
+            w0, w1, w2, w3 = decode_plane_words(part, scale, DTYPE)
+            if TRANSPOSED:
+                planes = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+                tile = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), (ROWS, 32))
+                low = (tile & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
+                high = (tile >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+                column = (start + step) * 64 + 2 * tl.arange(0, 32)[None, :]
+                tl.store(out + column * ldo + local_row, low, mask=inside)
+                tl.store(out + (column + 1) * ldo + local_row, high, mask=inside)
+            else:
+                target = out.to(tl.pointer_type(tl.uint32)) + local_row * (ldo // 2)
+                target += (start + step) * 32 + word
+                tl.store(target, w0, mask=inside)
+                tl.store(target + 8, w1, mask=inside)
+                tl.store(target + 16, w2, mask=inside)
+                tl.store(target + 24, w3, mask=inside)
+        else:
+            part = tl.load(codes + at * 16 + single, mask=inside, other=0)
+            w0, w1, w2, w3 = decode_planes(part, scale, DTYPE, False)
+            column = (start + step) * 64 + single
+            target = out + local_row * ldo + column
+            plane = 16
+            if TRANSPOSED:
+                target = out + column * ldo + local_row
+                plane = 16 * ldo
+            tl.store(target, w0, mask=inside)
+            tl.store(target + plane, w1, mask=inside)
+            tl.store(target + 2 * plane, w2, mask=inside)
+            tl.store(target + 3 * plane, w3, mask=inside)
+
+
+def nf4_dequantize(
+    weight: AnyNF4,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Decode `weight`, in either order of its codes, to a tensor of its shape.
+
+    `dtype` is bf16, fp16 or fp32; it defaults to that of `out`, then to that of the weight that was
+    quantised. `out`, if given, is written and returned: contiguous, of the weight's shape. With
+    `transposed` a weight (N, K) is returned as a contiguous (K, N). Raises ValueError for another
+    dtype and where `out` does not fit.
+    """
+    if dtype is None:
+        dtype = weight.dtype if out is None else out.dtype
+    if dtype not in _TRITON_DTYPES:
+        raise ValueError(f"NF4 decodes to float32, bfloat16 or float16, got {dtype}")
+    if transposed and len(weight.shape) != 2:
+        raise ValueError(f"only a 2-D weight can be transposed, got shape {weight.shape}")
+    shape = weight.shape[::-1] if transposed else weight.shape
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=weight.device)
+    elif out.numel() != weight.numel() or out.dtype != dtype or out.device != weight.device:
+        raise ValueError(
+            f"out holds {out.numel()} {out.dtype} values on {out.device}, "
+            f"expected {weight.numel()} of {dtype} on {weight.device}"
+        )
+    elif not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    out = out.view(shape)
+    if not use_triton(out):
+        plain = dequantize_reference(weight, dtype)
+        return out.copy_(plain.T if transposed else plain)
+    if isinstance(weight, PlanarNF4Weight):
+        dequantize_planar(weight, out, transposed=transposed)
+    else:
+        dequantize_flat(weight, out, transposed=transposed)
+    return out
+
+
+def dequantize_planar(
+    weight: PlanarNF4Weight,
+    out: Tensor,
+    rows: range | None = None,
+    blocks: range | None = None,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Launch the planar kernel for `rows` and `blocks` of 64 columns of the weight, by default all.
+
+    `out` is (rows, 64 blocks), or the reverse with `transposed`, its last dimension contiguous.
+    """
+    total_rows, columns = weight.shape
+    rows = range(total_rows) if rows is None else rows
+    blocks = range(columns // BLOCK) if blocks is None else blocks
+    tile = dequantize_tile(multiprocessors(out.device), len(rows) * len(blocks))
+    grid = (cdiv(len(rows), tile.rows), cdiv(len(blocks), tile.steps))
+    with on_device(out):
+        dequantize_planar_kernel[grid](
+            weight.codes,
+            weight.absmax,
+            *nested_arguments(weight),
+            out,
+            total_rows,
+            columns // BLOCK,
+            rows.start,
+            rows.stop,
+            blocks.start,
+            blocks.stop,
+            out.stride(0),
+            ROWS=tile.rows,
+            STEPS=tile.steps,
+            NESTED_SHIFT=nested_shift(weight),
+            NESTED=weight.nested_absmax is not None,
+            WORDS=_in_words(out) and (transposed or out.stride(0) % 2 == 0),
+            TRANSPOSED=transposed,
+            DTYPE=triton_dtype(out.dtype),
+            PTX=not INTERPRETED,
+            num_warps=tile.warps,
+        )
+
+
+def dequantize_flat(weight: NF4Weight, out: Tensor, *, transposed: bool = False) -> None:
+    """Launch the flat kernel: whole chunks two values at a time, what is left one at a time."""
+    numel = weight.numel()
+    chunk = min(weight.block_size, BLOCK)
+    whole = numel // chunk
+    paired = _in_words(out) and not transposed and weight.packed.data_ptr() % 4 == 0
+    parts: list[tuple[int, int, bool]] = [(0, whole, True)] if paired else []
+    rest = whole if paired else 0
+    if rest * chunk < numel:
+        parts.append((rest, cdiv(numel, chunk), False))
+    for first, last, words in parts:
+        if first < last:
+            _launch_flat(weight, out, first, last, words=words, transposed=transposed)
+
+
+def _launch_flat(
+    weight: NF4Weight, out: Tensor, first: int, last: int, *, words: bool, transposed: bool
+) -> None:
+    chunk = min(weight.block_size, BLOCK)
+    tile = dequantize_tile(multiprocessors(out.device), last - first)
+    with on_device(out):
+        dequantize_flat_kernel[(cdiv(last - first, tile.rows * tile.steps),)](
+            weight.packed,
+            weight.absmax,
+            *nested_arguments(weight),
+            out,
+            weight.numel(),
+            weight.shape[-1] if weight.shape else 1,
+            weight.shape[0] if weight.shape else 1,
+            first,
+            last,
+            ROWS=tile.rows,
+            STEPS=tile.steps,
+            CHUNK=chunk,
+            SCALE_SHIFT=(weight.block_size // chunk).bit_length() - 1,
+            NESTED=weight.nested_absmax is not None,
+            WORDS=words,
+            TRANSPOSED=transposed,
+            DTYPE=triton_dtype(out.dtype),
+            PTX=not INTERPRETED,
+            num_warps=tile.warps,
+        )
+
+
+def _in_words(out: Tensor) -> bool:
+    return out.dtype != torch.float32 and out.data_ptr() % 4 == 0 and not INTERPRETED
+
+
+def nested_arguments(weight: AnyNF4) -> tuple[Tensor, Tensor, Tensor]:
+    """Value map, nested scales, offset; without double quantisation stand-ins, never read."""
+    if weight.nested_absmax is None or weight.nested_offset is None:
+        return weight.absmax, weight.absmax, weight.absmax
+    return dynamic_map(True, weight.device), weight.nested_absmax, weight.nested_offset
+
+
+def nested_shift(weight: PlanarNF4Weight) -> int:
+    """By how many bits the index of a block of 64 is shifted to that of its nested scale."""
+    return (NESTED_BLOCK * weight.block_size // BLOCK).bit_length() - 1
+
+
+def triton_dtype(dtype: torch.dtype) -> object:
+    """Triton's name of a torch dtype that NF4 decodes to."""
+    return getattr(tl, _TRITON_DTYPES[dtype])
