@@ -36,7 +36,7 @@ from engine.progress import ProgressReporter
 from engine.run_directory import RunDirectory
 from engine.signals import StopSignals
 from engine.trackers import Trackers, require_trackers
-from engine.trainer import Progress, Trainer, TrainerSettings
+from engine.trainer import Progress, Trainer, TrainerSettings, new_progress
 from models.decoder import Decoder
 from models.lora import adapter_tensors, add_lora, load_adapter_tensors, target_modules
 from optim import AdamW8bit, param_groups
@@ -269,7 +269,7 @@ class _Run:
     def _resume(self) -> Progress:
         loaded = self.directory.checkpoints.resume(self.config.resume)
         if loaded is None:
-            return Progress()
+            return new_progress(self.model)
         state = loaded.state
         for key, mine in (("trajectory", self.config.trajectory()), ("base", self.digest)):
             if state.get(key) != mine:

@@ -25,7 +25,7 @@ from engine.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.signals import StopSignals
 from models.decoder import Decoder
 from optim import AdamW8bit, lr_at
-from optim.clip import clip_grad_norm
+from optim.clip import clip_coefficient, global_norm
 
 if TYPE_CHECKING:
     from engine.data.loader import Batch
@@ -62,6 +62,8 @@ class Progress:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    loss_scale: float = 1.0
+    steps_at_scale: int = 0
 
     def state(self) -> dict[str, Any]:
         """What JSON holds; `Progress(**state)` is its inverse."""
@@ -92,11 +94,15 @@ def train_step(
     max_grad_norm: float,
     seed: int = 0,
     step: int = 0,
+    loss_scale: float = 1.0,
 ) -> StepResult:
     """Accumulate the micro-batches' gradients and update once; gradients are then cleared.
 
-    A loss or gradient norm that is not finite leaves weights and optimizer state as they were.
-    Raises `ValueError` if no row of any batch has a trained token.
+    Clipping is a factor that the optimizer applies as it reads the gradients; the host waits for
+    the device once, after the update, to learn the loss. A loss or gradient norm that is not finite
+    leaves weights and optimizer state as they were. `loss_scale` multiplies the loss before the
+    backward pass and is divided out again, for gradients that float16 could not hold otherwise.
+    `max_grad_norm` 0 is no clipping. Raises `ValueError` if no row has a trained token.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
@@ -109,19 +115,48 @@ def train_step(
             batch.input_ids.to(model.device),
             batch.labels.to(model.device),
             batch.cu_seqlens.to(model.device),
-            num_items=trained,
+            num_items=trained / loss_scale,
         )
         part.backward()
-        loss += part.detach()
+        loss += part.detach() / loss_scale
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(clip_grad_norm(parameters, max_grad_norm or math.inf))
-    value = float(loss)
-    finite = math.isfinite(value) and math.isfinite(norm)
-    if finite:
-        optimizer.step()
+    norm = global_norm([p.grad for p in parameters if p.grad is not None]) / loss_scale
+    factor = clip_coefficient(norm, max_grad_norm or math.inf) / loss_scale
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    # The optimizer leaves out a step whose factor is not finite, on the device.
+    optimizer.step(grad_scale=torch.where(finite, factor, torch.nan))
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(int(batch.input_ids.numel()) for batch in batches)
-    return StepResult(value, norm, tokens, trained, not finite)
+    value, measured = torch.stack((loss, norm.double())).tolist()
+    skipped = not (math.isfinite(value) and math.isfinite(measured))
+    return StepResult(value, measured, tokens, trained, skipped)
+
+
+FIRST_LOSS_SCALE = 2.0**16
+_GROW_EVERY = 1000
+
+
+def new_progress(model: Decoder) -> Progress:
+    """The start of a run; float16 starts with a loss scale."""
+    return Progress(loss_scale=FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1.0)
+
+
+def adjust_loss_scale(progress: Progress, skipped: bool) -> bool:
+    """Halve the scale after an overflow, double it after many steps without one.
+
+    Returns whether the step is to be done again at the lower scale. Source: Micikevicius et al.
+    2018, arXiv 1710.03740.
+    """
+    if skipped and progress.loss_scale > 1.0:
+        progress.loss_scale /= 2
+        progress.steps_at_scale = 0
+        return True
+    if progress.loss_scale > 1.0 and not skipped:
+        progress.steps_at_scale += 1
+        if progress.steps_at_scale == _GROW_EVERY:
+            progress.loss_scale *= 2
+            progress.steps_at_scale = 0
+    return False
 
 
 class Trainer:
@@ -149,7 +184,7 @@ class Trainer:
         self.batches_of, self.settings = batches_of, settings
         self.save, self.report, self.evaluate = save, report, evaluate
         self.signals = signals or StopSignals()
-        self.progress = progress or Progress()
+        self.progress = progress or new_progress(model)
         self._eta = Eta(settings.total_steps)
 
     def run(self) -> Progress:
@@ -185,14 +220,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches, epoch = self.batches_of(progress.step)
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batches,
-            max_grad_norm=settings.max_grad_norm,
-            seed=settings.seed,
-            step=progress.step,
-        )
+        result = self._update(batches)
+        while adjust_loss_scale(progress, result.skipped):
+            log.info("float16 overflowed; loss scale lowered to %g", progress.loss_scale)
+            result = self._update(batches)
         self._count(result)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
@@ -214,6 +245,17 @@ class Trainer:
                 seconds=seconds,
                 extra=held,
             )
+        )
+
+    def _update(self, batches: Sequence[Batch]) -> StepResult:
+        return train_step(
+            self.model,
+            self.optimizer,
+            batches,
+            max_grad_norm=self.settings.max_grad_norm,
+            seed=self.settings.seed,
+            step=self.progress.step,
+            loss_scale=self.progress.loss_scale,
         )
 
     def _count(self, result: StepResult) -> None:

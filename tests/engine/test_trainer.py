@@ -136,9 +136,10 @@ def test_clipping_bounds_the_norm_that_reaches_the_optimizer() -> None:
     seen: list[float] = []
 
     class Spy(AdamW8bit):
-        def step(self, *_: object, **__: object) -> None:  # type: ignore[override]
+        def step(self, *_: object, **named: torch.Tensor) -> None:  # type: ignore[override]
             grads = [p.grad for p in model.parameters() if p.grad is not None]
-            seen.append(float(torch.nn.utils.get_total_norm(grads)))
+            scaled = float(named["grad_scale"]) * torch.nn.utils.get_total_norm(grads)
+            seen.append(float(scaled))
 
     spy = Spy([p for p in model.parameters() if p.requires_grad])
     free = train_step(model, spy, [collate(examples())], max_grad_norm=0.0)
@@ -221,3 +222,29 @@ def test_a_step_without_a_trained_token_is_refused() -> None:
     silent = Example([1, 2, 3], [False] * 3, "row:1")
     with pytest.raises(ValueError, match="trained token"):
         train_step(model, optimizer(model), [collate([silent])], max_grad_norm=1.0)
+
+
+def test_a_loss_scale_changes_nothing_but_the_range_of_the_gradients() -> None:
+    results, weights = [], []
+    for scale in (1.0, 1024.0):
+        model = build()
+        chosen = optimizer(model)
+        batch = [collate(examples())]
+        results.append(train_step(model, chosen, batch, max_grad_norm=0.5, loss_scale=scale))
+        weights.append(snapshot(model))
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], atol=1e-6), name
+
+
+def test_an_overflow_is_done_again_at_half_the_scale() -> None:
+    model, recorder = build(), Recorder()
+    running = trainer(model, recorder)
+    running.progress.loss_scale = 2.0**127  # times a gradient above 2 it leaves float32's range
+    before = snapshot(model)
+    running.run()
+    assert running.progress.loss_scale < 2.0**127
+    assert running.progress.skipped == 0
+    assert [line.step for line in recorder.lines] == [1, 2, 3, 4, 5]
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in snapshot(model).items())
