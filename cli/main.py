@@ -24,10 +24,12 @@ from typing import Any
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
+    "plan": ("cli.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.generate", "answer a prompt"),
     "merge": ("cli.merge", "write a model with an adapter merged into its weights"),
     "data": ("cli.data", "check, show and make training data"),
+    "bench": ("cli.bench", "time the kernels against this machine's limits"),
     "status": ("cli.status", "how far a run is, and whether it is alive"),
     "doctor": ("cli.doctor", "what this machine and installation can do"),
 }
@@ -127,7 +129,8 @@ def _is_usage_error(error: BaseException) -> bool:
 def _usage_message(error: Any) -> str:
     option = getattr(error, "option_name", None)
     if option is None or "No such option" not in str(error.message):
-        return str(error.format_message()).rstrip(".") + "."
+        message = str(error.format_message()).rstrip(".")
+        return message if message.endswith("?") else f"{message}."
     near = difflib.get_close_matches(option, error.possibilities or [], n=1)
     if str(error.ctx.info_name).endswith(" train"):
         from engine.config import TrainConfig

@@ -53,6 +53,7 @@ _NOT_TRAJECTORY = frozenset(
         "report_to",
         "log_level",
         "log_every",
+        "memory_budget",
         "plot",
     }
 )
@@ -107,6 +108,24 @@ def _one_or_many(value: Any) -> Any:
 
 def _minus_one_is_none(value: Any) -> Any:
     return None if value in (-1, "-1") else value
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def _bytes(value: Any) -> Any:
+    """`"8GiB"` and `"8GB"` as numbers of bytes; 1 GiB is 2^30 and 1 GB 10^9."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1 << 20:
+        raise ValueError("is less than 1 MiB; write a unit, such as 8GiB")
+    return size
 
 
 def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
@@ -224,6 +243,9 @@ class TrainConfig(BaseModel):
     ] = _setting("selective", "Length and memory", "what is computed again in the backward pass")
     loss_chunk_rows: int = _setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
+    )
+    memory_budget: Annotated[int | None, BeforeValidator(_bytes)] = _setting(
+        None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
     )
 
     device: str = _setting(

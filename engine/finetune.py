@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,9 @@ from engine.trainer import Progress, Trainer, TrainerSettings, new_progress
 from models.decoder import Decoder
 from models.lora import adapter_tensors, add_lora, load_adapter_tensors, target_modules
 from optim import AdamW8bit, param_groups
+
+if TYPE_CHECKING:
+    from engine.budget import MemoryBudget
 
 log = logging.getLogger(__name__)
 BASE_FILE = "base.json"
@@ -236,6 +240,17 @@ def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig
     )
 
 
+def _budget(
+    prepared: Prepared, device: torch.device, dtype: torch.dtype
+) -> MemoryBudget | None:
+    """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
+    if prepared.config.memory_budget is None:
+        return None
+    from engine.budget import MemoryBudget
+
+    return MemoryBudget(prepared, device, dtype)
+
+
 class _Run:
     """One training run between the opening of its directory and its summary."""
 
@@ -244,13 +259,15 @@ class _Run:
         self.config = directory.config
         self.device = resolve_device(self.config.device)
         self.digest = prepared.checkpoint.digest()
+        dtype = resolve_dtype(self.config.dtype, self.device)
+        self.budget = _budget(prepared, self.device, dtype)
         init = check_init_adapter(self.config, self.digest)
         self.model = build_model(
             prepared.checkpoint,
             quantization="nf4" if self.config.method == "qlora" else None,
             double_quant=self.config.double_quant,
             device=self.device,
-            dtype=resolve_dtype(self.config.dtype, self.device),
+            dtype=dtype,
         )
         self.trainable = make_trainable(self.model, self.config, init)
         self.optimizer = make_optimizer(self.model, self.config)
@@ -361,8 +378,14 @@ class _Run:
             evaluate=self._held_figures if prepared.heldout else None,
             signals=self.stack.enter_context(StopSignals()),
             progress=self.progress,
+            watch=self._watch(),
         )
         return trainer.run()
+
+    def _watch(self) -> Callable[[Sequence[Batch]], AbstractContextManager[None]] | None:
+        if self.budget is None:
+            return None
+        return partial(self.budget.watch, self.model, self.optimizer)
 
     def write_output(self) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""
@@ -456,6 +479,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
             log.info("held-out perplexity after training: %.3f", after.perplexity)
         output = run.write_output()
         figures["peak_memory_bytes"] = peak_memory_bytes(run.device)
+        if run.budget is not None:
+            figures |= run.budget.figures()
         if config.plot:
             plot_loss(directory.path)
         directory.write_summary("Success", output_path=output, metrics=figures)

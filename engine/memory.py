@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.scratch
 from engine.errors import MemoryPlanError
-from kernels.nf4 import NF4Weight
 from models.block import Batch, DecoderLayer, Kept
 from models.decoder import Decoder
 from models.linear import Linear
+from optim.adamw8bit import AdamW8bit
 from optim.flat_state import FlatState
 
 OWNERS = (
@@ -43,10 +42,14 @@ OWNERS = (
     "checkpoints",
     "block working set",
     "loss",
+    "loss chunk",
     "scratch",
     "batch",
 )
 """Who may hold memory, in the order in which tables show them."""
+
+SCRATCH = ("scratch", "loss chunk")
+"""The owners of buffers that grow to their largest use and stay."""
 
 Segment = tuple[str, int]
 """A stretch of a step: ("forward" | "backward", layer), ("loss", 0), ("update", 0), ..."""
@@ -67,25 +70,43 @@ class MemoryMeter(TorchDispatchMode):
     total over it raises `MemoryPlanError` as soon as it returns.
     """
 
+    aside: tuple[str, ...] = ()
+    """Owners that are left out of peaks."""
+
     def __init__(self, granule: int = 1, limit: int | None = None) -> None:
         super().__init__()
         self.granule, self.limit = granule, limit
         self.owner = "block working set"
-        self.total = 0
+        self.total = self.high = 0
         self.live: dict[str, int] = dict.fromkeys(OWNERS, 0)
         self.segments: dict[Segment, Peak] = {}
         self._segment = self.segments.setdefault(("start", 0), Peak())
         self._held: dict[int, tuple[Any, str, int]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; torch need not import its compiler to keep out of the way."""
+        return False
+
+    @property
+    def counted(self) -> int:
+        """The bytes alive now that count towards a peak."""
+        return self.total - sum(self.live[owner] for owner in self.aside)
+
     @property
     def peak(self) -> Peak:
         """The highest peak of all segments."""
+        self.mark()
         return max(self.segments.values(), key=lambda peak: peak.bytes)
 
     def begin(self, kind: str, index: int = 0) -> None:
         """Start counting the peak of another stretch; the same name goes on with the earlier."""
+        self.mark()
         self._segment = self.segments.setdefault((kind, index), Peak())
-        self._mark()
+
+    def __exit__(self, *error: Any) -> None:
+        self.mark()
+        super().__exit__(*error)
 
     def track(self, owner: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, or change the owner of those that are counted."""
@@ -102,11 +123,18 @@ class MemoryMeter(TorchDispatchMode):
         for key in [key for key, held in self._held.items() if held[1] == source]:
             self._move(key, target)
 
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Count these as nothing: they lie in a mapped file."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            self._held[key] = (weakref.ref(storage, partial(self._freed, key)), OWNERS[-1], 0)
+
     def bump(self, transient: int) -> None:
         """Count bytes that come and go inside one op."""
         self.total += transient
         self.live[self.owner] += transient
-        self._mark()
+        self.mark()
         self.total -= transient
         self.live[self.owner] -= transient
 
@@ -137,7 +165,6 @@ class MemoryMeter(TorchDispatchMode):
         self._held[key] = (weakref.ref(storage, partial(self._freed, key)), owner, size)
         self.total += size
         self.live[owner] += size
-        self._mark()
         if self.limit is not None and self.total > self.limit:
             raise MemoryPlanError(
                 f"This step holds {gib(self.total)} of tensors, more than the memory budget of "
@@ -146,6 +173,7 @@ class MemoryMeter(TorchDispatchMode):
             )
 
     def _freed(self, key: int, _: object) -> None:
+        self.mark()
         _, owner, size = self._held.pop(key)
         self.total -= size
         self.live[owner] -= size
@@ -155,12 +183,13 @@ class MemoryMeter(TorchDispatchMode):
         self._held[key] = (reference, owner, size)
         self.live[before] -= size
         self.live[owner] += size
-        if self.total == self._segment.bytes:
-            self._segment.owners = dict(self.live)
 
-    def _mark(self) -> None:
-        if self.total > self._segment.bytes:
-            self._segment.bytes = self.total
+    def mark(self) -> None:
+        """Take note of the bytes that are alive: called before any of them is freed."""
+        counted = self.counted
+        self.high = max(self.high, counted)
+        if counted > self._segment.bytes:
+            self._segment.bytes = counted
             self._segment.owners = dict(self.live)
 
 
@@ -179,15 +208,14 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
         if parameter.grad is not None:
             meter.track("gradients", [parameter.grad])
     for module in model.modules():
-        if isinstance(module, Linear) and isinstance(module.weight, NF4Weight):
-            weight = module.weight
-            parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset)
-            meter.track("NF4 base", [part for part in parts if part is not None])
+        if isinstance(module, Linear) and not isinstance(module.weight, Tensor):
+            parts = vars(module.weight).values()
+            meter.track("NF4 base", [part for part in parts if isinstance(part, Tensor)])
 
 
 def _owner_of(name: str) -> str:
     leaf = name.rsplit(".", 1)[-1]
-    if leaf in ("lora_A", "lora_B"):
+    if leaf.startswith("lora"):
         return "adapters"
     if name.startswith("lm_head"):
         return "head"
@@ -197,17 +225,47 @@ def _owner_of(name: str) -> str:
 
 
 class _WatchedScratch(dict[Any, Tensor]):
-    """Scratch buffers whose memory is counted as scratch, or as the loss where they hold logits."""
+    """Scratch buffers, counted as scratch, or as the loss's chunk where they hold logits."""
 
     def __init__(self, meter: MemoryMeter, buffers: Mapping[Any, Tensor]) -> None:
         super().__init__()
         self._meter = meter
+        self._before: str | None = None
         for key, buffer in buffers.items():
             self[key] = buffer
 
+    def pop(self, key: Any, *default: Any) -> Any:
+        """A buffer goes because a larger one is allocated next."""
+        self._before, self._meter.owner = self._meter.owner, _scratch_owner(key)
+        return super().pop(key, *default)
+
     def __setitem__(self, key: Any, buffer: Tensor) -> None:
-        self._meter.track("loss" if key[0] == "logits" else "scratch", [buffer])
+        if self._before is not None:
+            self._meter.owner, self._before = self._before, None
+        self._meter.track(_scratch_owner(key), [buffer])
         super().__setitem__(key, buffer)
+
+
+def _scratch_owner(key: Any) -> str:
+    return "loss chunk" if key[0] == "logits" else "scratch"
+
+
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes (owner, name, value) for the length of a block."""
+    before = [
+        (owner, name, name in vars(owner), getattr(owner, name)) for owner, name, _ in changes
+    ]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, own, value in before:
+            if own:
+                setattr(owner, name, value)
+            else:
+                delattr(owner, name)
 
 
 @contextmanager
@@ -216,18 +274,23 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
 
     With `fresh_scratch` the scratch buffers of the process are set aside for the while.
     """
-    run, differentiate, build = DecoderLayer.run, DecoderLayer.differentiate, FlatState.__init__
+    run, differentiate = DecoderLayer.run, DecoderLayer.differentiate
+    build, step = FlatState.__init__, AdamW8bit.step
+    work = meter.owner
 
     def watched_run(layer: DecoderLayer, x: Tensor, batch: Batch) -> tuple[Tensor, Kept]:
-        meter.hand_over("block working set", "checkpoints")
+        meter.owner = work
         meter.begin("forward", layer.index)
         y, kept = run(layer, x, batch)
+        meter.hand_over(work, "checkpoints")
+        meter.owner = "loss"
         meter.begin("loss")
         return y, kept
 
     def watched_differentiate(
         layer: DecoderLayer, dy: Tensor, x: Tensor, batch: Batch, kept: Kept, need_dx: bool
     ) -> Any:
+        meter.owner = work
         meter.begin("backward", layer.index)
         dx, grads = differentiate(layer, dy, x, batch, kept, need_dx)
         meter.track("gradients", grads.values())
@@ -235,23 +298,32 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
         return dx, grads
 
     def watched_build(state: FlatState, *args: Any) -> None:
-        meter.begin("update")
         before, meter.owner = meter.owner, "optimiser"
         try:
             build(state, *args)
         finally:
             meter.owner = before
 
-    buffers = _WatchedScratch(meter, {} if fresh_scratch else kernels.scratch._buffers)
-    with ExitStack() as stack:
-        for owner, name, value in (
+    def watched_step(optimizer: AdamW8bit, *args: Any, **options: Any) -> Any:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        meter.track("gradients", [p.grad for p in parameters if p.grad is not None])
+        meter.begin("update")
+        result = step(optimizer, *args, **options)
+        meter.begin("between steps")
+        return result
+
+    earlier = kernels.scratch._buffers
+    buffers = _WatchedScratch(meter, {} if fresh_scratch else earlier)
+    try:
+        with replaced(
             (DecoderLayer, "run", watched_run),
             (DecoderLayer, "differentiate", watched_differentiate),
             (FlatState, "__init__", watched_build),
+            (AdamW8bit, "step", watched_step),
             (kernels.scratch, "_buffers", buffers),
         ):
-            stack.enter_context(mock.patch.object(owner, name, value))
-        yield
+            yield
+    finally:
         if not fresh_scratch:
-            kept_buffers = dict(buffers)
-            stack.callback(lambda: kernels.scratch._buffers.update(kept_buffers))
+            earlier.clear()
+            earlier.update(buffers)

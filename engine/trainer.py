@@ -15,6 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +165,7 @@ class Trainer:
 
     `batches_of(step)` gives the micro-batches of a step (counted from 0) and the epoch it lies in,
     as a fraction, after it. `save` writes a checkpoint, `report` takes each step's metrics,
-    `evaluate` returns held-out figures to add to a step's line.
+    `evaluate` returns held-out figures to add to a step's line, `watch` is entered around a step.
     """
 
     def __init__(
@@ -179,12 +180,14 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         signals: StopSignals | None = None,
         progress: Progress | None = None,
+        watch: Callable[[Sequence[Batch]], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model, self.optimizer = model, optimizer
         self.batches_of, self.settings = batches_of, settings
         self.save, self.report, self.evaluate = save, report, evaluate
         self.signals = signals or StopSignals()
         self.progress = progress or new_progress(model)
+        self.watch = watch or (lambda batches: nullcontext())
         self._eta = Eta(settings.total_steps)
 
     def run(self) -> Progress:
@@ -220,7 +223,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batches, epoch = self.batches_of(progress.step)
-        result = self._update(batches)
+        with self.watch(batches):
+            result = self._update(batches)
         while adjust_loss_scale(progress, result.skipped):
             log.info("float16 overflowed; loss scale lowered to %g", progress.loss_scale)
             result = self._update(batches)

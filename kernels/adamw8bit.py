@@ -33,7 +33,8 @@ from kernels.scratch import scratch
 ROW = 256
 """Elements per quantisation block."""
 
-_ZERO_CODE = 127
+ZERO_CODE = 127
+"""The code of 0 in the signed map. The padding of a parameter's last row always holds it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def adamw_slab_(
     rows = sum(piece.rows for piece in pieces)
     shape, device = (rows, ROW), moments.m.device
     g = scratch("adamw gradient", shape, torch.float32, device)
-    if sum(piece.end - piece.begin for piece in pieces) != rows * ROW:
+    padded = sum(piece.end - piece.begin for piece in pieces) != rows * ROW
+    if padded:
         g.zero_()
     torch._foreach_copy_(_split(g, pieces), list(grads))
     if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
@@ -131,21 +133,31 @@ def adamw_slab_(
         codes, absmax = quantize_blocks(m, signed=True, rounding=update.rounding, scratch=m)
         if update.rounding == "nearest":
             # A negative moment never becomes 0, as in bitsandbytes' CUDA kernel.
-            codes.sub_((codes == _ZERO_CODE) & (m < 0))
+            codes.sub_(((codes == ZERO_CODE) & (m < 0)).to(torch.uint8))
         moments.m.copy_(codes)
         moments.m_absmax.copy_(absmax)
         codes, absmax = quantize_blocks(v, signed=False, rounding=update.rounding, scratch=v)
         moments.v.copy_(codes)
         moments.v_absmax.copy_(absmax)
+        if padded:
+            for part, zero in ((moments.m, ZERO_CODE), (moments.v, 0)):
+                for padding in _cut(part, pieces)[1::2]:
+                    padding.fill_(zero)
 
 
-def _split(flat: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
-    """The pieces' parts of a slab-shaped tensor, flat, without the padding of their last rows."""
+def _cut(slab: Tensor, pieces: Sequence[Piece]) -> Sequence[Tensor]:
+    """Flat parts of a slab: of each piece its elements, then the padding of its last row."""
     sizes = []
     for piece in pieces:
         used = piece.end - piece.begin
         sizes += [used, piece.rows * ROW - used]
-    return list(flat.view(-1).split(sizes)[::2])
+    parts: Sequence[Tensor] = torch.split(slab.view(-1), sizes)
+    return parts
+
+
+def _split(slab: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+    """The elements of each piece, without padding."""
+    return list(_cut(slab, pieces)[::2])
 
 
 def _apply(

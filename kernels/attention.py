@@ -8,81 +8,29 @@ only i - j < W (W keys, its own included). Documents never see each other.
     S = scale * q k^T + mask,   P = softmax(S),   o = P v
     dv = P^T do,  dS = P * (do v^T - rowsum(do * o)),  dq = scale dS k,  dk = scale dS^T q
 
-What a batch needs to know of its documents is computed once (`AttentionPlan`), not per layer. Each
-document (each block of queries, where there is a window) is one call of torch's fused attention,
-whose backward reads the saved output and log-sum-exp, so nothing of size T^2 is kept.
+What a batch needs to know of its documents is computed once (`AttentionPlan`), not per layer. On a
+CPU each document (each block of queries, where there is a window) is one call of torch's fused
+attention, whose backward reads the saved output and log-sum-exp, so nothing of size T^2 is kept.
+On a GPU `kernels.attention_backends` chooses among torch's back ends, which keep the same two.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_WINDOW_BLOCK = 256
+from kernels import attention_backends
+from kernels.attention_plan import AttentionPlan, window_mask
 
-
-@dataclass(frozen=True)
-class AttentionPlan:
-    """Document boundaries of one packed batch, on the device and as host integers."""
-
-    cu_seqlens: Tensor
-    bounds: tuple[int, ...]
-
-    @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> AttentionPlan:
-        """Read (D + 1,) int32 boundaries; the one host read of a batch.
-
-        Raises `ValueError` unless they rise strictly from 0 to `tokens`.
-        """
-        bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
-        rising = all(a < b for a, b in zip(bounds, bounds[1:], strict=False))
-        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
-            raise ValueError(
-                f"cu_seqlens is {list(bounds)[:8]}; expected boundaries that rise strictly "
-                f"from 0 to the number of tokens, {tokens}"
-            )
-        return cls(cu_seqlens.to(torch.int32), bounds)
-
-    def documents(self) -> list[tuple[int, int]]:
-        """(start, end) of every document."""
-        return list(zip(self.bounds, self.bounds[1:], strict=False))
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Queries [q0, q1) against keys [k0, q1); `mask` None means plain causal with k0 == q0."""
-
-    q0: int
-    q1: int
-    k0: int
-    mask: Tensor | None
-
-
-def _blocks(plan: AttentionPlan, window: int | None, like: Tensor) -> list[_Block]:
-    blocks = []
-    for start, end in plan.documents():
-        if window is None or end - start <= window:
-            blocks.append(_Block(start, end, start, None))
-            continue
-        for q0 in range(start, end, _WINDOW_BLOCK):
-            q1, k0 = min(q0 + _WINDOW_BLOCK, end), max(start, q0 - window + 1)
-            blocks.append(_Block(q0, q1, k0, _window_mask(q1 - q0, q0 - k0, window, like)))
-    return blocks
-
-
-def _window_mask(queries: int, lead: int, window: int, like: Tensor) -> Tensor:
-    """Additive mask (queries, lead + queries): key column c is at distance lead + row - c."""
-    row = torch.arange(queries, device=like.device).unsqueeze(1)
-    column = torch.arange(lead + queries, device=like.device).unsqueeze(0)
-    distance = lead + row - column
-    hidden = (distance < 0) | (distance >= window)
-    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(hidden, float("-inf"))
+__all__ = [
+    "AttentionPlan",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "cached_attention",
+]
 
 
 def _heads_first(x: Tensor, start: int, end: int, groups: int) -> Tensor:
@@ -114,41 +62,102 @@ def _cpu_flash_reads_groups() -> bool:
 
 
 def _expansion(q: Tensor, k: Tensor) -> int:
-    """How often key/value heads must be repeated for the fused op on this device."""
-    groups = q.shape[1] // k.shape[1]
-    return 1 if not q.is_cuda and _cpu_flash_reads_groups() else groups
+    """How often key/value heads must be repeated for torch's fused CPU attention."""
+    return 1 if _cpu_flash_reads_groups() else q.shape[1] // k.shape[1]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-
-
-def attention_forward(
+def _cpu_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """o (N, Hq, D) contiguous, and what the backward pass needs of the softmax.
-
-    The second value is one log-sum-exp per block on a CPU and empty elsewhere.
-    """
+    """The output, and the log-sum-exp of every block."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    window = plan.window(window)
     groups, saved = _expansion(q, k), []
-    for b in _blocks(plan, window, q):
-        args = (
+    for b in plan.blocks(window, q):
+        part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _heads_first(q, b.q0, b.q1, 1),
             _heads_first(k, b.k0, b.q1, groups),
             _heads_first(v, b.k0, b.q1, groups),
+            0.0,
+            b.mask is None,
+            attn_mask=b.mask,
+            scale=scale,
         )
-        if q.is_cuda:
-            part = _sdpa(*args, b.mask, scale)
-        else:
-            part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *args, 0.0, b.mask is None, attn_mask=b.mask, scale=scale
-            )
-            saved.append(lse)
+        saved.append(lse)
         out[b.q0 : b.q1] = part.squeeze(0).transpose(0, 1)
     return out, saved
+
+
+def _cpu_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    saved: list[Tensor],
+    plan: AttentionPlan,
+    window: int | None,
+    scale: float,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    dq, dk, dv = grads
+    window = plan.window(window)
+    if window is not None:
+        dk.zero_()
+        dv.zero_()
+    groups, kv_heads = _expansion(q, k), k.shape[1]
+    for index, b in enumerate(plan.blocks(window, q)):
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(do, b.q0, b.q1, 1),
+            _heads_first(q, b.q0, b.q1, 1),
+            _heads_first(k, b.k0, b.q1, groups),
+            _heads_first(v, b.k0, b.q1, groups),
+            _heads_first(out, b.q0, b.q1, 1),
+            saved[index],
+            0.0,
+            b.mask is None,
+            attn_mask=b.mask,
+            scale=scale,
+        )
+        dq[b.q0 : b.q1] = parts[0].squeeze(0).transpose(0, 1)
+        for target, part in ((dk, parts[1]), (dv, parts[2])):
+            if groups > 1:
+                part = part.unflatten(1, (kv_heads, groups)).sum(2)
+            rows = part.squeeze(0).transpose(0, 1)
+            if window is None:
+                target[b.k0 : b.q1] = rows
+            else:
+                target[b.k0 : b.q1] += rows
+
+
+def _backend(
+    name: str | None, q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None
+) -> attention_backends.Backend | None:
+    """The back end to run; None is the CPU's own way."""
+    if name is not None:
+        return None if name == "cpu" else attention_backends.BACKENDS[name]
+    return attention_backends.select(q, k, plan, window) if q.is_cuda else None
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    window: int | None,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """o (N, Hq, D) contiguous, and what the backward pass needs of the softmax.
+
+    The second value holds a back end's own tensors (log-sum-exp, generator state); the same
+    `backend` must get them back. None chooses: "cpu" on a CPU, else the best that works of
+    `kernels.attention_backends.BACKENDS`.
+    """
+    chosen = _backend(backend, q, k, plan, window)
+    if chosen is None:
+        return _cpu_forward(q, k, v, plan, window, scale)
+    return chosen.forward(q, k, v, plan, window, scale)
 
 
 def attention_backward(
@@ -162,76 +171,48 @@ def attention_backward(
     window: int | None,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes of q, k, v; written into `grads` where given (any strides)."""
-    dq, dk, dv = grads if grads is not None else (torch.empty_like(t) for t in (q, k, v))
-    if window is not None:
-        dk.zero_()
-        dv.zero_()
-    groups, kv_heads = _expansion(q, k), k.shape[1]
-    for index, b in enumerate(_blocks(plan, window, q)):
-        args = (
-            _heads_first(q, b.q0, b.q1, 1),
-            _heads_first(k, b.k0, b.q1, groups),
-            _heads_first(v, b.k0, b.q1, groups),
-        )
-        d_out = _heads_first(do, b.q0, b.q1, 1)
-        if q.is_cuda:
-            parts = _sdpa_backward(d_out, args, b.mask, scale)
-        else:
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                d_out,
-                *args,
-                _heads_first(out, b.q0, b.q1, 1),
-                saved[index],
-                0.0,
-                b.mask is None,
-                attn_mask=b.mask,
-                scale=scale,
-            )
-        dq[b.q0 : b.q1] = parts[0].squeeze(0).transpose(0, 1)
-        for target, part in ((dk, parts[1]), (dv, parts[2])):
-            if groups > 1:
-                part = part.unflatten(1, (kv_heads, groups)).sum(2)
-            rows = part.squeeze(0).transpose(0, 1)
-            if window is None:
-                target[b.k0 : b.q1] = rows
-            else:
-                target[b.k0 : b.q1] += rows
-    return dq, dk, dv
+    chosen = _backend(backend, q, k, plan, window)
+    if chosen is None:
+        into = grads if grads is not None else _like(q, k, v)
+        _cpu_backward(do, q, k, v, out, saved, plan, window, scale, into)
+        return into
+    parts = chosen.backward(do, q, k, v, out, saved, plan, window, scale)
+    if grads is None:
+        return parts
+    for target, part in zip(grads, parts, strict=True):
+        target.copy_(part)
+    return grads
 
 
-def _sdpa_backward(
-    d_out: Tensor, args: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, scale: float
-) -> tuple[Tensor, ...]:
-    """Gradients by differentiating torch's attention anew, for back ends without a public pair."""
-    leaves = [t.detach().requires_grad_(True) for t in args]
-    with torch.enable_grad():
-        out = _sdpa(leaves[0], leaves[1], leaves[2], mask, scale)
-    return torch.autograd.grad(out, leaves, d_out)
+def _like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         plan: AttentionPlan,
         window: int | None,
         scale: float,
+        backend: str | None,
     ) -> Tensor:
-        out, saved = attention_forward(q, k, v, plan, window, scale)
+        out, saved = attention_forward(q, k, v, plan, window, scale, backend)
         ctx.save_for_backward(q, k, v, out, *saved)
-        ctx.plan, ctx.window, ctx.scale = plan, window, scale
+        ctx.given = (plan, window, scale, None, backend)
         return out
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, do: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, out, *saved = ctx.saved_tensors
-        grads = attention_backward(do, q, k, v, out, saved, ctx.plan, ctx.window, ctx.scale)
-        return *grads, None, None, None
+        grads = attention_backward(do, q, k, v, out, saved, *ctx.given)
+        return *grads, None, None, None, None
 
 
 def attention(
@@ -242,10 +223,12 @@ def attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Packed causal attention: q (N, Hq, D), k and v (N, Hkv, D) -> (N, Hq, D).
 
-    `scale` defaults to D^-1/2. Raises `ValueError` if Hkv does not divide Hq or the rows differ.
+    `scale` defaults to D^-1/2; `backend` as for `attention_forward`. Raises `ValueError` if Hkv
+    does not divide Hq or the rows differ.
     """
     if q.shape[1] % k.shape[1] or k.shape != v.shape or q.shape[0] != k.shape[0]:
         raise ValueError(
@@ -254,7 +237,7 @@ def attention(
         )
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    out: Tensor = _Attention.apply(q, k, v, plan, window, scale)
+    out: Tensor = _Attention.apply(q, k, v, plan, window, scale, backend)
     return out
 
 
@@ -270,16 +253,18 @@ def cached_attention(
     if window is not None and lead >= window:
         first = lead - window + 1
         keys, values, lead = keys[first:], values[first:], lead - first
-    groups = q.shape[1] // keys.shape[1]
-    total = lead + queries
-    mask = None
-    if queries > 1:
-        mask = _window_mask(queries, lead, window or total, q)
+    groups, total = q.shape[1] // keys.shape[1], lead + queries
+    if queries == 1:
+        # The heads of a group stand in as queries of their one key/value head: no cache is copied.
+        newest = q.view(1, keys.shape[1], groups, q.shape[2])
+        keys, values = _heads_first(keys, 0, total, 1), _heads_first(values, 0, total, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(newest, keys, values, scale=scale)
+        return out.reshape(q.shape)
     out = torch.nn.functional.scaled_dot_product_attention(
         _heads_first(q, 0, queries, 1),
         _heads_first(keys, 0, total, groups),
         _heads_first(values, 0, total, groups),
-        attn_mask=mask,
+        attn_mask=window_mask(queries, lead, window or total, q),
         scale=scale,
     )
     return out.squeeze(0).transpose(0, 1).contiguous()

@@ -14,6 +14,7 @@ domain), the function known as lowbias32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import no_type_check
 
 import torch
@@ -23,7 +24,9 @@ from kernels.dispatch import use_triton
 from kernels.triton_support import cdiv, jit, on_device, tl, triton
 
 _MUL1, _MUL2 = 0x7FEB352D, 0x846CA68B
-_CHUNK = 1 << 20
+_CHUNK = 1 << 17
+BLOCK = 1024
+"""Elements of one program."""
 
 
 def _signed(word: int) -> int:
@@ -44,12 +47,14 @@ def _mix_reference_(x: Tensor, work: Tensor) -> None:
     _xor_shift_(x.mul_(_signed(_MUL2)), 16, work)
 
 
-def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
-    """Boolean (numel,): True with probability 1 - p, a pure function of (seed, index)."""
-    keep = torch.empty(numel, dtype=torch.bool, device=device)
+def _kept_chunks(
+    numel: int, p: float, seed: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor]]:
+    """(elements, mask) of every chunk, small enough for the cache; each mask is reused."""
     size = min(_CHUNK, numel)
     index = torch.arange(size, dtype=torch.int32, device=device)
     bits, work = torch.empty_like(index), torch.empty_like(index)
+    keep = torch.empty(size, dtype=torch.bool, device=device)
     # Unsigned `bits >= threshold` is signed `bits ^ 2^31 >= threshold - 2^31`.
     threshold = int(p * 2**32) - 2**31
     for start in range(0, numel, _CHUNK):
@@ -60,13 +65,24 @@ def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
         _mix_reference_(x.bitwise_xor_(_signed(seed)), room)
         _mix_reference_(x.add_(_signed((start >> 32) + (seed >> 32))), room)
         x.bitwise_xor_(_signed(1 << 31))
-        torch.ge(x, threshold, out=keep[start : start + x.numel()])
-    return keep
+        yield slice(start, start + x.numel()), torch.ge(x, threshold, out=keep[part])
+
+
+def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
+    """Boolean (numel,): True with probability 1 - p, a pure function of (seed, index)."""
+    mask = torch.empty(numel, dtype=torch.bool, device=device)
+    for part, keep in _kept_chunks(numel, p, seed, device):
+        mask[part] = keep
+    return mask
 
 
 def _dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:
-    mask = keep_mask(x.numel(), p, seed, x.device).view(x.shape)
-    return (x * mask).mul_(1.0 / (1.0 - p))
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    flat, out, scale = x.view(-1), y.view(-1), 1.0 / (1.0 - p)
+    for part, keep in _kept_chunks(x.numel(), p, seed, x.device):
+        torch.mul(flat[part], keep, out=out[part]).mul_(scale)
+    return y
 
 
 @jit
@@ -92,7 +108,7 @@ def kept(index, seed_low, seed_high, threshold):
 # Words that change with every call must not make Triton compile anew.
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 @no_type_check
-def _dropout_kernel(
+def dropout_kernel(
     x_ptr, y_ptr, numel, scale, seed_low, seed_high, threshold, BLOCK: tl.constexpr
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -108,13 +124,13 @@ def words(p: float, seed: int) -> tuple[int, int, int]:
     return _signed(seed), _signed(seed >> 32), _signed(int(p * 2**32))
 
 
-def _dropout_triton(x: Tensor, p: float, seed: int, block: int = 1024) -> Tensor:
+def _dropout_triton(x: Tensor, p: float, seed: int) -> Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
         with on_device(x):
-            _dropout_kernel[(cdiv(x.numel(), block),)](
-                x, y, x.numel(), 1.0 / (1.0 - p), *words(p, seed), BLOCK=block, num_warps=4
+            dropout_kernel[(cdiv(x.numel(), BLOCK),)](
+                x, y, x.numel(), 1.0 / (1.0 - p), *words(p, seed), BLOCK=BLOCK, num_warps=4
             )
     return y
 

@@ -78,6 +78,28 @@ def grid_table(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     return _host_grid(signed).to(device)
 
 
+FIRST_CELL = 0x3400
+"""High half of the bits of 2^-23, below which every magnitude has code 0."""
+
+
+@functools.cache
+def magnitude_tables(signed: bool, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """A `nearest` rounding of magnitudes by two lookups: codes of cells (uint8), thresholds (fp32).
+
+    The high half of a positive float's bits, less `FIRST_CELL`, numbers a cell so narrow that it
+    holds one threshold at most: `code = cells[number]`, plus 1 if the value is above
+    `thresholds[code]`.
+    The signed map is its positive half here, so its codes count from 0 at zero to 128 at one.
+    """
+    code = _host_map(signed)[127:] if signed else _host_map(signed)
+    middles = (code[:-1] + code[1:]) / 2
+    numbers = torch.arange(FIRST_CELL, 0x3F80 + 1, dtype=torch.int32, device="cpu")
+    edges = (numbers << 16).view(torch.float32)
+    cells = torch.bucketize(edges, middles).to(torch.uint8)
+    endless = torch.full((1,), float("inf"), dtype=torch.float32, device="cpu")
+    return cells.to(device), torch.cat([middles, endless]).to(device)
+
+
 def quantize_blocks(
     values: Tensor, *, signed: bool, rounding: Rounding = "grid", scratch: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -3,22 +3,29 @@
 For trained rows h (n, H) and a head W (V, H), with y the target of each row:
 
     z = h W^T,   loss = sum_i (logsumexp(z_i) - z_i[y_i]) / num_items
-    dz = (softmax(z) - onehot(y)) / num_items,   dh = dz W,   dW = dz^T h
+    dz = softmax(z) - onehot(y),   dh = dz W / num_items,   dW = dz^T h / num_items
 
 The gradient is formed in the forward pass, in the memory of the logits, one chunk of rows at a
-time, so a frozen head costs two matrix products a chunk and nothing is recomputed. Rows without a
-target are dropped before the first product. Source: the chunked form follows Hsu et al. 2024
-(Liger-Kernel, arXiv 2410.10989); the maths is the softmax's own.
+time, so a frozen head costs two matrix products a chunk and nothing is recomputed. The factor
+1 / num_items enters in the products, where it cannot underflow in fp16. Rows without a target are
+dropped before the first product; finding them is the one wait for the device in a step. Source:
+the chunked form follows Hsu et al. 2024 (Liger-Kernel, arXiv 2410.10989); the maths is the
+softmax's own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from kernels.cross_entropy import cross_entropy_
+from kernels.scratch import scratch
+
 DEFAULT_CHUNK_BYTES = 64 * 2**20
+_GPU_CHUNK_BYTES = 256 * 2**20
+_GPU_CHUNK_ROWS = 1024
 
 
 def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
@@ -26,14 +33,44 @@ def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES
     return max(64, budget // (vocab_size * itemsize))
 
 
-def _chunk_loss_(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
-    """Sum of the chunk's losses; `logits` (n, V) becomes scale * (softmax - onehot)."""
-    picked = logits.gather(1, targets.unsqueeze(1)).squeeze(1)
-    lse = torch.logsumexp(logits, dim=-1)
-    logits.sub_(lse.unsqueeze(1)).exp_()
-    logits.scatter_add_(1, targets.unsqueeze(1), -torch.ones_like(picked).unsqueeze(1))
-    logits.mul_(scale)
-    return (lse - picked).sum()
+def _default_rows(vocab_size: int, hidden: Tensor) -> int:
+    """A GPU needs tall chunks: each one reads the whole head twice."""
+    if hidden.is_cuda:
+        return max(_GPU_CHUNK_ROWS, chunk_rows(vocab_size, hidden.itemsize, _GPU_CHUNK_BYTES))
+    return chunk_rows(vocab_size, 4)
+
+
+def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
+    """Room for one chunk. Fresh memory costs page faults on a CPU; a GPU's is pooled."""
+    if hidden.is_cuda:
+        return torch.empty((rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
+    return scratch("logits", (rows, vocab_size), hidden.dtype, hidden.device)
+
+
+@cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit matrices to an fp32 one without converting them."""
+    if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    left = torch.eye(16, dtype=dtype, device=device)
+    got = torch.ones(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(got, left, left, torch.float32, beta=1, alpha=0.5, out=got)
+    except RuntimeError:
+        return False
+    return torch.equal(got, 1.0 + 0.5 * left.float())
+
+
+def _add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -> None:
+    """dweight (V, H), fp32 or wider, += scale * dlogits^T hidden."""
+    if dlogits.dtype == dweight.dtype:
+        dweight.addmm_(dlogits.T, hidden, alpha=scale)
+    elif _multiplies_into_fp32(dweight.device, dlogits.dtype):
+        torch.ops.aten.addmm.dtype_out(
+            dweight, dlogits.T, hidden, torch.float32, beta=1, alpha=scale, out=dweight
+        )
+    else:
+        dweight.addmm_(dlogits.T.to(dweight.dtype), hidden.to(dweight.dtype), alpha=scale)
 
 
 def _forward(
@@ -47,38 +84,37 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """loss (fp32 or wider scalar), d loss / d hidden (n, H), d loss / d weight (V, H)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    count, vocab_size = hidden.shape[0], weight.shape[0]
+    losses = torch.empty(count, dtype=wide, device=hidden.device)
     dhidden = torch.empty_like(hidden) if need_dhidden else None
     dweight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if need_dweight else None
     head = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
-    for start in range(0, hidden.shape[0], rows):
-        part = slice(start, min(start + rows, hidden.shape[0]))
-        logits = (hidden[part] @ head.T).to(wide)
-        if not (need_dhidden or need_dweight):
-            picked = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1)
-            loss += (torch.logsumexp(logits, dim=-1) - picked).sum()
-            continue
-        loss += _chunk_loss_(logits, targets[part], scale)
-        dlogits = logits.to(hidden.dtype)
+    buffer = _logits_buffer(min(rows, count), vocab_size, hidden)
+    for start in range(0, count, rows):
+        part = slice(start, min(start + rows, count))
+        logits = torch.mm(hidden[part], head.T, out=buffer[: part.stop - start])
+        losses[part] = cross_entropy_(
+            logits, targets[part], gradient=need_dhidden or need_dweight
+        )
         if dhidden is not None:
-            torch.mm(dlogits, head, out=dhidden[part])
+            target = dhidden[part]
+            torch.addmm(target, logits, head, beta=0, alpha=scale, out=target)
         if dweight is not None:
-            dweight.addmm_(dlogits.T.to(wide), hidden[part].to(wide))
-    return loss * scale, dhidden, dweight
+            _add_outer_(dweight, logits, hidden[part], scale)
+    return losses.sum() * scale, dhidden, dweight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: float, rows: int
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: float | None, rows: int
     ) -> Tensor:
         trained = torch.nonzero(labels >= 0).squeeze(1)
-        chosen = hidden.index_select(0, trained)
         loss, dchosen, dweight = _forward(
-            chosen,
+            hidden.index_select(0, trained),
             weight,
             labels.index_select(0, trained),
-            1.0 / num_items,
+            1.0 / (max(1, trained.numel()) if num_items is None else num_items),
             rows,
             ctx.needs_input_grad[0],
             ctx.needs_input_grad[1],
@@ -88,7 +124,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, dloss: Tensor):  # type: ignore[no-untyped-def]
         trained, dchosen, dweight = ctx.saved_tensors
         dhidden = None
         if dchosen is not None:
@@ -112,7 +148,8 @@ def linear_cross_entropy(
     trained. `num_items` is the number of trained tokens of the whole accumulated batch; by default
     that of these rows. Returns a scalar in fp32 or wider; 0 where no row is trained.
 
-    Raises `ValueError` for a label outside the vocabulary or mismatching shapes.
+    Raises `ValueError` for mismatching shapes and, on a CPU, for a label outside the vocabulary; on
+    a GPU, where the check would wait for the device, such a label makes the loss NaN.
     """
     if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
@@ -121,8 +158,6 @@ def linear_cross_entropy(
         )
     if not labels.is_cuda and labels.numel() and int(labels.max()) >= weight.shape[0]:
         raise ValueError(f"label {int(labels.max())} is outside a vocabulary of {weight.shape[0]}")
-    if num_items is None:
-        num_items = max(1, int((labels >= 0).sum()))
-    rows = rows_per_chunk or chunk_rows(weight.shape[0], 4)
+    rows = rows_per_chunk or _default_rows(weight.shape[0], hidden)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, num_items, rows)
     return loss

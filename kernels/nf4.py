@@ -26,7 +26,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.dispatch import use_triton
 from kernels.dynamic_map import dynamic_map, quantize_blocks
+from kernels.nf4_quantize import quantize_whole_blocks
 from kernels.scratch import scratch
 
 NF4_CODE = torch.tensor(
@@ -186,20 +188,16 @@ def dequantize_rows(
 
 
 def _quantize_flat(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Codes (packed) and fp32 scales of a flat tensor, a slab at a time."""
+    """Codes (packed) and fp32 scales of a flat tensor."""
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
+    if use_triton(flat):
+        quantize_whole_blocks(flat, _thresholds(flat.device), block_size, packed, absmax)
+        _refuse_nonfinite(absmax[: n // block_size])
+    else:
+        _quantize_whole_blocks(flat, block_size, packed, absmax)
     whole = n - n % block_size
-    for begin in range(0, whole, _QUANTIZE_SLAB):
-        end = min(begin + _QUANTIZE_SLAB, whole)
-        blocks = flat[begin:end].view(-1, block_size)
-        blocks = blocks.float() if flat.dtype != torch.float32 else blocks
-        scales = blocks.abs().amax(dim=1)
-        _refuse_nonfinite(scales)
-        absmax[begin // block_size : end // block_size] = scales
-        inverse = scales.clamp_(min=_SMALLEST_SCALE).reciprocal_()
-        _pack(_nearest_code((blocks * inverse[:, None]).view(-1)), packed[begin // 2 : end // 2])
     if whole < n:
         # bitsandbytes multiplies a whole block by its inverse scale but divides a short last one.
         rest = flat[whole:].float()
@@ -211,9 +209,29 @@ def _quantize_flat(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
+def _quantize_whole_blocks(flat: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
+    """Write codes and scales of all but a short last block, a slab at a time."""
+    whole = flat.numel() - flat.numel() % block_size
+    for begin in range(0, whole, _QUANTIZE_SLAB):
+        end = min(begin + _QUANTIZE_SLAB, whole)
+        blocks = flat[begin:end].view(-1, block_size)
+        blocks = blocks.float() if flat.dtype != torch.float32 else blocks
+        scales = blocks.abs().amax(dim=1)
+        _refuse_nonfinite(scales)
+        absmax[begin // block_size : end // block_size] = scales
+        inverse = scales.clamp_(min=_SMALLEST_SCALE).reciprocal_()
+        _pack(_nearest_code((blocks * inverse[:, None]).view(-1)), packed[begin // 2 : end // 2])
+
+
 def _refuse_nonfinite(scales: Tensor) -> None:
     if not bool(torch.isfinite(scales).all()):
         raise ValueError("cannot quantise a weight that holds NaN or infinity")
+
+
+@functools.cache
+def _thresholds(device: torch.device) -> Tensor:
+    """The 15 midpoints between neighbouring values, fp32."""
+    return ((NF4_CODE[1:] + NF4_CODE[:-1]) / 2).to(device)
 
 
 @functools.cache
@@ -223,7 +241,7 @@ def _cells(device: torch.device) -> tuple[Tensor, Tensor]:
     NF4's thresholds lie more than a cell apart and none lies on an edge, so a cell holds at most
     one and a single comparison completes the search.
     """
-    thresholds = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
+    thresholds = _thresholds(torch.device("cpu"))
     edges = torch.arange(_CELLS + 1, dtype=torch.float32, device="cpu") * (2.0 / _CELLS) - 1.0
     code = torch.bucketize(edges, thresholds, out_int32=True)
     beyond = torch.tensor([2.0], dtype=torch.float32, device="cpu")

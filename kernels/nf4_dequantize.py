@@ -32,7 +32,7 @@ from kernels.nf4_decode import (
     nested_scale,
 )
 from kernels.nf4_layout import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
-from kernels.tiling import dequantize_tile, multiprocessors
+from kernels.tiling import architecture, dequantize_tile, multiprocessors
 from kernels.triton_support import cdiv, jit, on_device, tl
 
 _TRITON_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -286,8 +286,9 @@ def _launch_flat(
 ) -> None:
     chunk = min(weight.block_size, BLOCK)
     tile = dequantize_tile(multiprocessors(out.device), last - first)
+    steps = tile.steps if words else 1
     with on_device(out):
-        dequantize_flat_kernel[(cdiv(last - first, tile.rows * tile.steps),)](
+        dequantize_flat_kernel[(cdiv(last - first, tile.rows * steps),)](
             weight.packed,
             weight.absmax,
             *nested_arguments(weight),
@@ -298,7 +299,7 @@ def _launch_flat(
             first,
             last,
             ROWS=tile.rows,
-            STEPS=tile.steps,
+            STEPS=steps,
             CHUNK=chunk,
             SCALE_SHIFT=(weight.block_size // chunk).bit_length() - 1,
             NESTED=weight.nested_absmax is not None,
@@ -311,7 +312,11 @@ def _launch_flat(
 
 
 def _in_words(out: Tensor) -> bool:
-    return out.dtype != torch.float32 and out.data_ptr() % 4 == 0 and not INTERPRETED
+    """Whether values can be decoded two at a time: 16-bit, aligned, and rounded by the hardware."""
+    if INTERPRETED or out.data_ptr() % 4 != 0:
+        return False
+    by_hardware = out.dtype == torch.float16 or architecture(out.device) >= 80
+    return out.dtype != torch.float32 and by_hardware
 
 
 def nested_arguments(weight: AnyNF4) -> tuple[Tensor, Tensor, Tensor]:

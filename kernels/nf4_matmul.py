@@ -245,10 +245,13 @@ def nf4_matmul(
 ) -> None:
     """Launch the fused product: x (M, K) and out (M, N) bf16 or fp16 with contiguous rows.
 
-    `plan.tile` must be set. Raises ValueError where there are more tiles than counters.
+    `plan.tile` must be set. Raises ValueError where there are more tiles than counters, and for
+    codes that are not aligned to the 16 bytes of one copy.
     """
     tile = plan.tile
     assert tile is not None
+    if weight.codes.data_ptr() % 16 != 0:
+        raise ValueError("the codes of a fused NF4 product must be aligned to 16 bytes")
     m, (rows, columns) = x.shape[0], weight.shape
     tiles = cdiv(m, tile.block_m) * cdiv(rows, tile.block_n)
     split = plan.split_k > 1

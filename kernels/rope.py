@@ -74,7 +74,7 @@ def _rotate_heads(
 
 
 @jit
-def _rope_kernel(
+def rope_kernel(
     q_ptr,
     k_ptr,
     q_out_ptr,
@@ -101,6 +101,8 @@ def _rope_kernel(
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
+    # As wide as a tile of heads, so that they are loaded in the layout in which they are used.
+    column = tl.broadcast_to(column, (HEADS, BLOCK))
     inside = column < half
     cos = tl.load(cos_ptr + token * cos_token + column, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + token * sin_token + column, mask=inside, other=0.0).to(tl.float32)
@@ -163,7 +165,7 @@ def _rope_triton(
     if not groups or not q.shape[0]:
         return
     with on_device(q):
-        _rope_kernel[(q.shape[0], groups)](
+        rope_kernel[(q.shape[0], groups)](
             q, k, *out, cos, sin, q.shape[1], k.shape[1], half, q.stride(0), q.stride(1),
             k.stride(0), k.stride(1), out[0].stride(0), out[0].stride(1), out[1].stride(0),
             out[1].stride(1), cos.stride(0), sin.stride(0),
@@ -217,12 +219,12 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tens
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(cos, sin)
         return rope_(x.clone(), cos, sin)
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         return rope_(dy.clone(), cos, sin, inverse=True), None, None
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from kernels.dispatch import use_triton
 from kernels.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+
+_REFERENCE_ELEMENTS = 1 << 17
 
 
 def _forward_reference(gate: Tensor, up: Tensor) -> Tensor:
@@ -24,26 +26,26 @@ def _forward_reference(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _backward_reference_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> None:
-    if gate.dtype in (torch.float32, torch.float64):
-        dsilu, silu = dh * up, F.silu(gate)
+    """A few rows at a time, so that the temporaries stay in the processor's cache."""
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    rows = max(1, _REFERENCE_ELEMENTS // max(1, gate.shape[1]))
+    for start in range(0, gate.shape[0], rows):
+        dh_part, gate_part, up_part = (x[start : start + rows] for x in (dh, gate, up))
+        g, u, d = gate_part.to(wide), up_part.to(wide), dh_part.to(wide)
+        dsilu, silu = d * u, F.silu(g)
         if keep_h:
-            h = silu * up
-            torch.mul(silu, dh, out=up)
-            dh.copy_(h)
-        else:
-            torch.mul(silu, dh, out=up)
-        torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=gate)
-        return
-    gate_wide, up_wide, dh_wide = gate.float(), up.float(), dh.float()
-    silu = F.silu(gate_wide)
-    if keep_h:
-        dh.copy_(silu * up_wide)
-    gate.copy_(torch.ops.aten.silu_backward(dh_wide * up_wide, gate_wide))
-    up.copy_(silu.mul_(dh_wide))
+            h = silu * u
+        torch.mul(silu, d, out=u)
+        torch.ops.aten.silu_backward.grad_input(dsilu, g, grad_input=g)
+        if g is not gate_part:
+            gate_part.copy_(g)
+            up_part.copy_(u)
+        if keep_h:
+            dh_part.copy_(h)
 
 
 @jit
-def _forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -55,7 +57,7 @@ def _forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOCK: tl.
 
 
 @jit
-def _backward_kernel(
+def swiglu_backward_kernel(
     dh_ptr,
     gate_ptr,
     up_ptr,
@@ -87,7 +89,7 @@ def _backward_kernel(
 
 def tile(width: int) -> tuple[int, int]:
     """Columns of one program (a power of two) and its warps, for rows of `width`."""
-    return min(1024, next_power_of_2(width)), 4
+    return min(2048, next_power_of_2(width)), 4
 
 
 def _check(gate: Tensor, *others: Tensor) -> None:
@@ -105,7 +107,7 @@ def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
     block, warps = tile(gate.shape[1])
     if h.numel():
         with on_device(gate):
-            _forward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
+            swiglu_forward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
                 gate, up, h, gate.shape[1], gate.stride(0), up.stride(0),
                 BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -117,7 +119,7 @@ def _backward_triton_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> Non
     block, warps = tile(gate.shape[1])
     if gate.numel():
         with on_device(gate):
-            _backward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
+            swiglu_backward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
                 dh, gate, up, gate.shape[1], dh.stride(0), gate.stride(0), up.stride(0),
                 KEEP_H=keep_h, BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -142,12 +144,12 @@ def swiglu_backward_(
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(gate, up)
         return swiglu_forward(gate, up)
 
     @staticmethod
-    def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         return swiglu_backward_(dh.contiguous(), gate.clone(), up.clone())
 

@@ -2,11 +2,13 @@
 
 The codes are those that bitsandbytes' AdamW8bit would hold on the same device: block size 256,
 parameters under `min_8bit_size` elements in fp32, and the rounding bitsandbytes uses there. A step
-whose gradients are not all finite changes nothing but `skipped_steps`.
+whose gradients are not all finite changes nothing but `skipped_steps`. Where Triton runs, a step is
+a handful of launches for all parameters together and never waits for the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
@@ -15,7 +17,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
+from kernels.adamw8bit_launch import SegmentTable, adamw_flat_
+from kernels.dispatch import use_triton
 from kernels.dynamic_map import Rounding
+from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
@@ -31,6 +36,7 @@ class AdamW8bit(torch.optim.Optimizer):
     (as bitsandbytes), rounded `stochastic`ally (bf16 only, a pure function of `seed`, step and
     position), or copied from an fp32 `master` kept beside them. `rounding` overrides how moments
     are rounded to 8 bits; by default as bitsandbytes rounds on the parameters' device.
+    `grad_norm` is the norm that the last step clipped by, on the device, or None.
     """
 
     def __init__(
@@ -61,7 +67,10 @@ class AdamW8bit(torch.optim.Optimizer):
         self._low_precision = low_precision
         self._seed = seed
         self._rounding = rounding
+        self.grad_norm: Tensor | None = None
         self._flat: FlatState | None = None
+        self._table: SegmentTable | None = None
+        self._settings: tuple[list[list[float]], Tensor] | None = None
         self._plans: dict[tuple[int, ...], list[Slab]] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
@@ -79,37 +88,92 @@ class AdamW8bit(torch.optim.Optimizer):
             self._built().adopt(before)
 
     @overload
-    def step(self, closure: None = None, *, grad_scale: float | Tensor = 1.0) -> None: ...
+    def step(
+        self,
+        closure: None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        max_norm: float = math.inf,
+    ) -> None: ...
 
     @overload
-    def step(self, closure: Callable[[], float], *, grad_scale: float | Tensor = 1.0) -> float: ...
+    def step(
+        self,
+        closure: Callable[[], float],
+        *,
+        grad_scale: float | Tensor = 1.0,
+        max_norm: float = math.inf,
+    ) -> float: ...
 
     @torch.no_grad()
     def step(
-        self, closure: Callable[[], float] | None = None, *, grad_scale: float | Tensor = 1.0
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        max_norm: float = math.inf,
     ) -> float | None:
         """Update every parameter that has a gradient; or none, if one or a moment is not finite.
 
-        `grad_scale` multiplies all gradients as they are read, so a clipping coefficient needs no
-        pass of its own; it may be a tensor () on the parameters' device.
+        The gradients themselves stay as they are: `grad_scale`, a number or a tensor () on the
+        parameters' device, multiplies them as they are read, and then they are clipped to the
+        global norm `max_norm`.
         """
+        if not max_norm > 0.0:
+            raise ValueError(f"max_norm must be positive, got {max_norm}")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if use_triton(self._built().m_absmax):
+            self._step_flat(grad_scale, max_norm)
+        else:
+            self._step_reference(grad_scale, max_norm)
+        return loss
+
+    def _step_reference(self, grad_scale: float | Tensor, max_norm: float) -> None:
         flat = self._built()
         params = self._params()
         grads = {i: param.grad for i, param in enumerate(params) if param.grad is not None}
+        if math.isfinite(max_norm) and grads:
+            size = torch.as_tensor(grad_scale).abs()
+            self.grad_norm = global_norm(list(grads.values())) * size
+            grad_scale = grad_scale * clip_coefficient(self.grad_norm, max_norm)
         scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
         if not all_finite([*grads.values(), *scale, *flat.scales()]):
             flat.skipped += 1
-            return loss
+            return
         active = list(grads)
         for members, update in self._runs(active):
             for slab in self._plan(members):
                 _step_slab(flat, slab, params, grads, update, grad_scale)
         flat.steps[active] += 1
-        return loss
+
+    def _step_flat(self, grad_scale: float | Tensor, max_norm: float) -> None:
+        flat, params = self._built(), self._params()
+        device = flat.steps.device
+        if self._table is None:
+            numbered = enumerate(self.param_groups)
+            self._table = flat.table([i for i, group in numbered for _ in group["params"]])
+        self._table.refresh(params, flat.masters)
+        settings = [
+            [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
+            for group in self.param_groups
+        ]
+        if self._settings is None or self._settings[0] != settings:
+            self._settings = settings, torch.tensor(settings, dtype=torch.float64).to(device)
+        if not isinstance(grad_scale, Tensor):
+            grad_scale = torch.full((1,), grad_scale, dtype=torch.float32, device=device)
+        outcome = adamw_flat_(
+            flat.flat_moments(),
+            self._table,
+            self._settings[1],
+            grad_scale.to(torch.float32).view(1),
+            max_norm,
+            self._rule(),
+            self._seed if self._low_precision == "stochastic" else None,
+        )
+        self.grad_norm = outcome[0]
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
@@ -159,14 +223,17 @@ class AdamW8bit(torch.optim.Optimizer):
             masters = self._low_precision == "master"
             self._flat = FlatState(params, self._min_8bit_size, masters)
             self._plans.clear()
+            self._table = None
             for index, param in enumerate(params):
                 self.state[param] = self._flat.views(index)
         return self._flat
 
+    def _rule(self) -> Rounding:
+        return self._rounding or ("grid" if self._built().steps.is_cpu else "nearest")
+
     def _runs(self, active: list[int]) -> list[tuple[tuple[int, ...], Update]]:
         """The active parameters in sets that share group and step count, with their update."""
         steps = self._built().steps.tolist()
-        rounding = self._rounding or ("grid" if self._built().steps.is_cpu else "nearest")
         first, runs = 0, []
         for group in self.param_groups:
             last = first + len(group["params"])
@@ -180,7 +247,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                     step=step + 1,
-                    rounding=rounding,
+                    rounding=self._rule(),
                     stochastic_seed=self._seed if self._low_precision == "stochastic" else None,
                 )
                 runs.append((tuple(i for i in members if steps[i] == step), update))

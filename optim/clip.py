@@ -1,8 +1,9 @@
 """Clipping by the global norm of the gradients.
 
-Norms are taken per tensor in fp32, in the order given, and combined in fp32; the same gradients in
-the same order give the same bits. If the norm is not finite the gradients are left as they are,
-so that the optimiser, which skips such a step, still sees what happened.
+Squares are summed in float64, per tensor and then over the tensors in the order given: a sum of
+millions of fp32 squares in fp32 is off by 1e-4, and overflows where no gradient does. The same
+gradients in the same order give the same bits. If the norm is not finite the gradients are left as
+they are, so that the optimiser, which skips such a step, still sees what happened.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Te
 
 
 def global_norm(tensors: list[Tensor]) -> Tensor:
-    """The 2-norm of all `tensors` together, fp32 (), accumulated in fp32."""
-    norms = torch._foreach_norm(tensors, 2, torch.float32)
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return total
+    """The 2-norm of all `tensors` together, fp32 ()."""
+    norms = torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total.float()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.adamw8bit import ROW, Moments, Piece
+from kernels.adamw8bit import ROW, ZERO_CODE, Moments, Piece
+from kernels.adamw8bit_launch import FlatMoments, SegmentTable
 
 SLAB_ROWS = 1024
 """Rows that the torch reference works on at once: its four fp32 slabs then fit a core's cache."""
@@ -61,7 +62,7 @@ class FlatState:
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.m_codes = zeros(rows[True], ROW, dtype=torch.uint8)
+        self.m_codes = zeros(rows[True], ROW, dtype=torch.uint8).fill_(ZERO_CODE)
         self.v_codes = zeros(rows[True], ROW, dtype=torch.uint8)
         self.m_absmax = zeros(rows[True], dtype=torch.float32)
         self.v_absmax = zeros(rows[True], dtype=torch.float32)
@@ -84,7 +85,25 @@ class FlatState:
 
     def scales(self) -> list[Tensor]:
         """The tensors that make the state non-finite if one of their elements is."""
-        return [self.m_absmax, self.v_absmax, self.m_exact, self.v_exact, *self.masters.values()]
+        return [self.m_absmax, self.v_absmax, self.m_exact, self.v_exact]
+
+    def flat_moments(self) -> FlatMoments:
+        """All buffers, for the kernels."""
+        return FlatMoments(
+            self.m_codes,
+            self.v_codes,
+            self.m_absmax,
+            self.v_absmax,
+            self.m_exact,
+            self.v_exact,
+            self.steps,
+            self.skipped,
+        )
+
+    def table(self, groups: Sequence[int]) -> SegmentTable:
+        """The kernels' table of parameters, which belong to these `groups`."""
+        rows = [(segment.quantized, segment.row, segment.rows) for segment in self.segments]
+        return SegmentTable(rows, groups, self.steps.device)
 
     def views(self, index: int) -> dict[str, Tensor]:
         """One parameter's own part of every buffer: flat, without padding, sharing memory."""

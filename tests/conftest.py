@@ -5,6 +5,7 @@ uninitialised tensor is filled with NaN (or the largest integer), so that an out
 code writes cannot look right by luck.
 """
 
+import os
 import random
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -21,6 +22,10 @@ torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
 PEERS = ("transformers", "peft", "bitsandbytes", "xllamacpp")
 MISSING_PEERS = [name for name in PEERS if find_spec(name) is None]
+
+# Triton reads this when a kernel is defined: it has to be set before any test module is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The comparisons import the programs they compare with, which the product must work without.
 collect_ignore = ["interop"] if MISSING_PEERS else []

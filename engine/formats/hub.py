@@ -55,6 +55,11 @@ def resolve(model: str, revision: str | None = None) -> Path:
     return _fetch(model, revision, None)
 
 
+def fetch_config(repository: str, revision: str | None = None) -> Path:
+    """The `config.json` of a hub id and nothing else of it. Raises `ConfigError`."""
+    return _fetch(repository, revision, "config.json")
+
+
 def _fetch(repository: str, revision: str | None, file: str | None) -> Path:
     """From the cache if it is complete there, else from the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

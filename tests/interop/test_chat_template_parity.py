@@ -116,8 +116,9 @@ def test_texts_are_equal(family: str, peer: Any) -> None:
         "{{ messages | tojson }}|{{ messages | tojson(indent=2, sort_keys=true) }}",
         "{{ tools | tojson(ensure_ascii=true, separators=(',', ':')) }}",
         "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}|{{ documents }}",
-        "{% for m in messages %}{{ loop.index }}{% if loop.last %}{% break %}{% endif %}{% endfor %}",
-        "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}",
+        "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}{{ m }}{% endfor %}",
+        "{% set n = namespace(a=0) %}{% for m in tools %}{% set n.a = n.a + 1 %}{% endfor %}"
+        "{{ n.a }}",
         "{{ strftime_now('%d %b %Y') }}{{ dict(a=1) }}{{ dict.fromkeys(['k'], 2) }}",
         "  {%- for m in messages %}\n  {{ m.role }}\n  {%- endfor %}\n\n",
         "a\n    {% if true %}\n  b  {# c #}\n    {% endif %}\n",
@@ -137,7 +138,8 @@ def test_generation_tags_give_the_assistant_mask_of_transformers(peer: Any) -> N
     source = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
         "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}"
-        "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+        "{% endfor %}"
     )
     backend = Backend.from_str(peer.backend_tokenizer.to_str())
     ours = Tokenizer(backend, NAMED, source)

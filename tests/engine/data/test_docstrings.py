@@ -83,6 +83,20 @@ def test_no_module_is_on_both_sides_and_no_held_out_text_was_seen(pairs: list[Ro
     assert len(copied) <= 0.02 * len(held)
 
 
+def test_held_out_rows_that_repeat_a_training_text_are_left_out() -> None:
+    def row(module: str, text: str) -> Row:
+        question = {"role": "user", "content": f"What does the Python function `{module}.f` do?"}
+        return Row([question, {"role": "assistant", "content": text}], 1, module)
+
+    body = "open the file that has this name and return a new descriptor for it"
+    same = [row(f"m{n}", f"Variant {n}: {body}") for n in range(40)]
+    own = [row(f"m{n}", " ".join(f"word{n}x{i}" for i in range(12))) for n in range(40)]
+    train, held = split_by_module([*same, *own], 0.3)
+    assert 20 < len([item for item in train if item in same]) < 40
+    assert held
+    assert not [item for item in held if item in same]
+
+
 def test_the_files_are_read_back_as_rows(tmp_path: Path) -> None:
     train, trained, heldout, held = write_docstrings(tmp_path / "new" / "folder", limit=200)
     rows = load_rows([train, heldout], min_rating=5)

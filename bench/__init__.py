@@ -1,0 +1,1 @@
+"""Measurements: one script per op and per whole step, and the demonstration."""

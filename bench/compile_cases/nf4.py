@@ -1,0 +1,171 @@
+"""Every configuration of the NF4 kernels that `kernels.tiling` can return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+from bench.compile_cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from kernels.nf4_dequantize import dequantize_flat_kernel, dequantize_planar_kernel
+from kernels.nf4_matmul import nf4_matmul_kernel
+from kernels.tiling import MatmulTile, dequantize_tiles, matmul_tiles
+from kernels.triton_support import tl
+
+DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+DEQUANTIZE_LIMIT = 6.5
+TRANSPOSED_LIMIT = 10.0
+"""A transposition exchanges 16-bit values between threads: one byte permute and more for each."""
+MATMUL_LIMITS = {80: 14.0, 86: 14.0, 89: 14.0, 90: 9.0, 100: 14.0, 120: 14.0}
+
+
+def compile_cases() -> list[CompileCase]:
+    return [*_flat(), *_planar(), *_matmul()]
+
+
+def _scale_arguments(nested: bool) -> dict[str, str]:
+    """Without double quantisation the stand-ins have the type of the scales."""
+    absmax = "*u8" if nested else "*fp32"
+    return {"absmax": absmax, "value_map": "*fp32", "nested": "*fp32", "offset": "*fp32"}
+
+
+def _architectures(dtype: str) -> tuple[int, ...]:
+    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
+
+
+def _flat() -> Iterator[CompileCase]:
+    pairs = [(tile, tile.steps, "pairs") for tile in dequantize_tiles()]
+    tile = dequantize_tiles()[0]
+    forms = [*pairs, (tile, 1, "single"), (tile, 1, "transposed")]
+    for (tile, steps, way), dtype, nested in product(forms, DTYPES, (True, False)):
+        if way == "pairs" and dtype == "fp32":
+            continue
+        yield CompileCase(
+            kernel=dequantize_flat_kernel,
+            name="nf4_dequantize_flat",
+            config=f"{dtype} {'nested' if nested else 'plain'} {way} steps {steps}",
+            signature={
+                "packed": "*u8",
+                **_scale_arguments(nested),
+                "out": f"*{dtype}",
+                "numel": "i32",
+                "columns": "i32",
+                "ldo": "i32",
+                "first_chunk": "i32",
+                "last_chunk": "i32",
+            },
+            constexprs={
+                "ROWS": tile.rows,
+                "STEPS": steps,
+                "CHUNK": 64,
+                "SCALE_SHIFT": 0,
+                "NESTED": nested,
+                "WORDS": way == "pairs",
+                "TRANSPOSED": way == "transposed",
+                "DTYPE": DTYPES[dtype],
+                "PTX": True,
+            },
+            num_warps=tile.warps,
+            elements=tile.rows * steps * 64,
+            limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if way == "pairs" else {},
+            unaligned=frozenset(("columns", "first_chunk")),
+            architectures=_architectures(dtype),
+            checked=dtype == "bf16" and nested and way == "pairs" and steps == 4,
+        )
+
+
+def _planar() -> Iterator[CompileCase]:
+    choices = product(dequantize_tiles(), DTYPES, (True, False), (False, True))
+    for tile, dtype, nested, transposed in choices:
+        limit = TRANSPOSED_LIMIT if transposed else DEQUANTIZE_LIMIT
+        yield CompileCase(
+            kernel=dequantize_planar_kernel,
+            name="nf4_dequantize_planar",
+            config=f"{dtype} {'nested' if nested else 'plain'}"
+            f"{' transposed' if transposed else ''} steps {tile.steps}",
+            signature={
+                "codes": "*i16",
+                **_scale_arguments(nested),
+                "out": f"*{dtype}",
+                "rows": "i32",
+                "blocks": "i32",
+                "first_row": "i32",
+                "last_row": "i32",
+                "first_block": "i32",
+                "last_block": "i32",
+                "ldo": "i32",
+            },
+            constexprs={
+                "ROWS": tile.rows,
+                "STEPS": tile.steps,
+                "NESTED_SHIFT": 8,
+                "NESTED": nested,
+                "WORDS": dtype != "fp32",
+                "TRANSPOSED": transposed,
+                "DTYPE": DTYPES[dtype],
+                "PTX": True,
+            },
+            num_warps=tile.warps,
+            elements=tile.rows * tile.steps * 64,
+            limits=dict.fromkeys(ARCHITECTURES, limit) if dtype != "fp32" else {},
+            unaligned=frozenset(("blocks", "last_block")),
+            architectures=_architectures(dtype),
+            checked=dtype == "bf16" and nested and tile.steps == 4,
+        )
+
+
+def _tiles() -> dict[MatmulTile, tuple[int, ...]]:
+    """Each fused tile with the architectures that use it."""
+    users: dict[MatmulTile, tuple[int, ...]] = {}
+    for arch in BF16_ARCHITECTURES:
+        for tile in matmul_tiles(arch):
+            users[tile] = (*users.get(tile, ()), arch)
+    return users
+
+
+def _matmul() -> Iterator[CompileCase]:
+    choices = product(_tiles().items(), ("bf16", "fp16"), (True, False), (True, False), (1, 4))
+    for (tile, architectures), dtype, nested, bias, parts in choices:
+        config = (
+            f"N {tile.block_n} M {tile.block_m} warps {tile.warps} stages {tile.stages} {dtype} "
+            f"{'nested' if nested else 'plain'}{' bias' if bias else ''}"
+            f"{' split' if parts > 1 else ''}"
+        )
+        yield CompileCase(
+            kernel=nf4_matmul_kernel,
+            name="nf4_matmul",
+            config=config,
+            signature={
+                "x": f"*{dtype}",
+                "codes": "*i16",
+                **_scale_arguments(nested),
+                "bias": f"*{dtype}",
+                "out": f"*{dtype}",
+                "partial": "*fp32",
+                "counters": "*i32",
+                "m": "i32",
+                "rows": "i32",
+                "columns": "i32",
+                "ldx": "i32",
+                "ldo": "i32",
+                "parts": "i32",
+            },
+            constexprs={
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "NESTED_SHIFT": 8,
+                "NESTED": nested,
+                "HAS_BIAS": bias,
+                "SPLIT": parts > 1,
+                "DTYPE": DTYPES[dtype],
+                "PTX": True,
+            },
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            elements=tile.block_n * 64,
+            limits=MATMUL_LIMITS,
+            unaligned=frozenset(("m", "parts")),
+            architectures=architectures,
+            is_matmul=True,
+            left_in_registers=True,
+            checked=dtype == "bf16" and nested and bias and (parts > 1) == (tile.block_m == 16),
+        )

@@ -1,0 +1,63 @@
+"""Reading Triton's intermediate code for two faults that no small test would show.
+
+`tl.inline_asm_elementwise` with pack=n hands n elements of a thread to one execution. Which ones
+depends on the layout that the compiler chose. A sequence that reads one scale for all of them is
+right only if they lie side by side in a row.
+
+An offset computed from a 32-bit program id wraps in a tensor of more than 2^31 elements. So a
+program id is widened to 64 bits before anything is multiplied by it.
+"""
+
+from __future__ import annotations
+
+import re
+
+_LAYOUT = re.compile(r"^(#\w+) = (#ttg\.\S.*)$", re.MULTILINE)
+_INLINE = re.compile(
+    r"elementwise_inline_asm .*packed_element = (\d+).*?: "
+    r"tensor<[\dx]+x\w+, (#ttg\.\w+<\{.*?\}>|#\w+)>"
+)
+_ASSIGNMENT = re.compile(r"\s*(%[\w#]+)(?::\d+)? = (\S+) (.*)$")
+_NUMBERS = r"\[([\d, ]+)\]"
+
+
+def packs_across_rows(ttgir: str) -> list[str]:
+    """The layouts in which a packed inline sequence may get elements of different rows."""
+    layouts = dict(_LAYOUT.findall(ttgir))
+    found = ((int(pack), layouts.get(name, name)) for pack, name in _INLINE.findall(ttgir))
+    return sorted({layout for pack, layout in found if pack > 1 and _along_row(layout) < pack})
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Instructions that multiply a 32-bit value derived from a program id."""
+    narrow: set[str] = set()
+    found = []
+    for line in ttir.splitlines():
+        match = _ASSIGNMENT.match(line)
+        if match is None:
+            continue
+        results, operation, rest = match.groups()
+        inputs = set(re.findall(r"%[\w#]+", rest.split(" : ")[0]))
+        if operation == "tt.get_program_id":
+            narrow.add(results)
+        elif inputs & narrow and re.search(r"\bi32|xi32>", rest.split(" to ")[-1]):
+            if operation in ("arith.muli", "arith.shli"):
+                found.append(line.strip().split(" loc(")[0])
+            narrow.add(results)
+    return found
+
+
+def _along_row(layout: str) -> int:
+    """How many elements of a thread are neighbours in the last dimension, as far as is known."""
+    if layout.startswith("#ttg.blocked"):
+        order = _numbers("order", layout)
+        return _numbers("sizePerThread", layout)[-1] if order[0] == len(order) - 1 else 1
+    left_operand = re.search(r"dot_op<\{opIdx = 0,.*kWidth = (\d+)", layout)
+    return int(left_operand[1]) if left_operand else 1
+
+
+def _numbers(name: str, layout: str) -> list[int]:
+    match = re.search(rf"{name} = {_NUMBERS}", layout)
+    if match is None:
+        raise ValueError(f"a blocked layout without {name}: {layout}")
+    return [int(number) for number in match[1].split(",")]

@@ -1,0 +1,115 @@
+"""`engine bench`: the kernels against this machine's limits and against other implementations."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli.options import Device, Json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from engine.benchmark.runner import Contenders, Row
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(name="bench")
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops to measure; all by default.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Whose shapes: llama-3.1-8b, qwen3-8b, qwen3-4b, smollm2-135m, ...")
+    ] = "",
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens at once; 0 chooses.")] = 0,
+    device: Device = "auto",
+    budget: Annotated[float, typer.Option(min=0.0, help="Seconds to spend on one timing.")] = 0.2,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Also time torch.compile of the plain form.")
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Module with `contenders(op, work)`, such as bench.peers; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for ops.json and roofline.png.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each op: share of the measured limits, and ratio to plain torch and others.
+
+    The limits, copy bandwidth and matrix products, are measured on this machine first.
+    """
+    from engine.benchmark.machine import describe
+    from engine.benchmark.report import limits, write
+    from engine.benchmark.roofline import measure_roofline
+    from engine.benchmark.runner import all_cases, chosen_ops, default_settings, run_case
+    from engine.device import resolve_device
+
+    wanted, where = chosen_ops(ops or []), resolve_device(device)
+    model = model or ("llama-3.1-8b" if where.type == "cuda" else "smollm2-135m")
+    offers = [_contenders(name) for name in against or []]
+    cases = [
+        case
+        for case in all_cases(model, default_settings(where, tokens or None))
+        if case.op in wanted
+    ]
+    roofline, rows = measure_roofline(where, budget=min(budget, 0.3)), list["Row"]()
+    for number, case in enumerate(cases, 1):
+        if sys.stderr.isatty():
+            print(
+                f"\r{number}/{len(cases)} {case.name:<70.70}", end="", file=sys.stderr, flush=True
+            )
+        rows.append(
+            run_case(case, where, roofline, budget=budget, compiled=compiled, contenders=offers)
+        )
+    if sys.stderr.isatty():
+        print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
+    machine = describe(where)
+    if as_json:
+        print(json.dumps([{**row.plain(), **machine} for row in rows]))
+    else:
+        _show(rows, f"{machine['device']}: {model}")
+        print(limits(roofline))
+    for path in write(output, rows, roofline, machine) if output is not None else []:
+        if not as_json:
+            print(f"Written: {path}")
+
+
+def _contenders(name: str) -> Contenders:
+    """`contenders` of a module that the user named."""
+    import importlib
+
+    from engine.errors import ConfigError
+
+    try:
+        found: Contenders = importlib.import_module(name).contenders
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--against {name} is no module with a function contenders(op, work): {error}."
+        ) from None
+    return found
+
+
+def _show(rows: Sequence[Row], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from engine.benchmark.report import HEADINGS, cells, other_names
+
+    others = other_names(rows)
+    table = Table(title=title)
+    for heading in (*HEADINGS, *(f"{name} / ours" for name in others)):
+        table.add_column(
+            heading,
+            justify="left" if heading in ("op", "shape") else "right",
+            overflow="fold",
+            no_wrap=heading == "op",
+        )
+    for row in rows:
+        table.add_row(*cells(row, others))
+    Console().print(table)

@@ -1,0 +1,101 @@
+"""`engine plan`: what a run will need, before it allocates anything.
+
+Takes every setting of `engine train`; no data and no weights are read.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.train import _sort_words, _with_settings
+from engine.config_sources import load_config
+from engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engine.config import TrainConfig
+    from engine.plan import MemoryPlan
+    from engine.plan_search import Choice
+
+app = typer.Typer(add_completion=False)
+
+RATES = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.0}
+"""Tera-operations per second that dense bf16 products reach on a card."""
+
+
+def plan(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG.yaml KEY=VALUE", help="As for train.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Starting point, as for train.")] = None,
+    max_context: Annotated[
+        bool, typer.Option("--max-context", help="The longest row for cards of 6 to 141 GB.")
+    ] = False,
+    card: Annotated[
+        str | None,
+        typer.Option(help="For the time: " + ", ".join(RATES) + ", or its TFLOP/s as a number."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    **flags: Any,
+) -> int:
+    """Plan a run: bytes by owner, peaks of loading, a step and saving, and the time of a step.
+
+    --model also takes a name such as llama-3.1-8b, whose shape is known. With --memory-budget the
+    fastest settings that fit are chosen.
+    """
+    file, overrides = _sort_words(words or [], config)
+    given = {key: value for key, value in flags.items() if value not in (None, [], ())}
+    given.setdefault("data", ["-"])
+    settings = load_config(file, preset=preset, flags=given, overrides=overrides)
+    from engine.plan_report import Target, find_target, report
+
+    target: Target = find_target(settings)
+    rate = _rate(card) if card else target.rate()
+    if max_context:
+        return _show_contexts(settings, target, as_json)
+    started = time.perf_counter()
+    choice: Choice | None = None
+    if settings.memory_budget is not None:
+        from engine.plan_search import choose
+
+        choice = choose(settings, settings.memory_budget, target.plan)
+    planned: MemoryPlan = target.plan(settings) if choice is None else choice.plan
+    seconds = time.perf_counter() - started
+    made = report(target, planned, choice, rate, seconds)
+    print(json.dumps(made.as_dict()) if as_json else made.text())
+    return 0
+
+
+def _rate(card: str) -> float:
+    """Operations per second of a card by its name or number."""
+    if card.lower() in RATES:
+        return RATES[card.lower()] * 1e12
+    try:
+        rate = float(card)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1e6:
+        raise ConfigError(
+            f"--card is {card!r}; it should be one of {', '.join(RATES)}, or a number of TFLOP/s."
+        )
+    return rate * 1e12
+
+
+def _show_contexts(settings: "TrainConfig", target: Any, as_json: bool) -> int:
+    from engine.plan_search import context_table
+
+    table = context_table(settings, target.plan, target.longest_row)
+    if as_json:
+        print(json.dumps({"max_context": {str(size): tokens for size, tokens in table}}))
+        return 0
+    print(f"{target.title}, one row, full recomputation, {settings.method}")
+    print(f"{'GB':>5}  tokens")
+    for size, tokens in table:
+        print(f"{size:>5}  {'does not fit' if tokens is None else f'{tokens:,}'}")
+    return 0
+
+
+app.command(name="plan")(_with_settings(plan))

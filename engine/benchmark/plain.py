@@ -1,0 +1,74 @@
+"""The ops as a user of torch would write them: what the kernels are compared with.
+
+Every function computes in the dtype of its inputs, raising to fp32 where the Hugging Face models
+do, so that the same text in float64 is the truth for an accuracy check. Gradients are autograd's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels.dynamic_map import dynamic_map
+from kernels.nf4 import NESTED_BLOCK, NF4_CODE, NF4Weight
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def nf4_weight(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """A doubly quantised NF4 weight decoded by table look-ups."""
+    assert weight.nested_absmax is not None and weight.nested_offset is not None
+    scales = dynamic_map(True, weight.device)[weight.absmax.int()]
+    nested = weight.nested_absmax.repeat_interleave(NESTED_BLOCK)[: scales.numel()]
+    scales = scales * nested + weight.nested_offset
+    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).view(-1).int()
+    values = NF4_CODE.to(weight.device)[codes].view(-1, weight.block_size)
+    return (values * scales[:, None]).to(dtype).view(weight.shape)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times weight."""
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (N, heads, D) by cos, sin (N, D / 2)."""
+    cos, sin = (torch.cat((t, t), -1).unsqueeze(1).to(x.dtype) for t in (cos, sin))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return functional.silu(gate) * up
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of every row, in fp32 or wider."""
+    return functional.cross_entropy(_wide(logits), targets, reduction="none")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bounds: Sequence[int]) -> Tensor:
+    """Causal attention of q (N, Hq, D) over k, v (N, Hkv, D), each document for itself."""
+    parts = []
+    for start, end in pairwise(bounds):
+        heads = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        out = functional.scaled_dot_product_attention(
+            heads[0], heads[1], heads[2], is_causal=True, enable_gqa=True
+        )
+        parts.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """A linear map with a LoRA pair."""
+    low = functional.linear(x, a.to(x.dtype))
+    return functional.linear(x, weight) + functional.linear(low, b.to(x.dtype)) * scale

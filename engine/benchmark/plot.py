@@ -1,0 +1,49 @@
+"""The roofline as a picture: operations per byte against operations per second, both on logs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from engine.benchmark.roofline import Roofline
+from engine.benchmark.runner import Row
+
+
+def draw(rows: Sequence[Row], roofline: Roofline, title: str) -> bytes | None:
+    """A PNG with the machine's two ceilings and a point per row; None without matplotlib."""
+    if not rows or find_spec("matplotlib") is None:
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    intensities = [row.flops / row.nbytes for row in rows]
+    low, high = min(intensities) / 3, max(*intensities, 300.0) * 3
+    for dtype, peak in roofline.flops.items():
+        knee = peak / roofline.bandwidth
+        bends = [low, max(knee, low), max(high, knee)]
+        axes.plot(
+            bends, [min(peak, x * roofline.bandwidth) for x in bends], label=f"limit, {dtype}"
+        )
+    for op in dict.fromkeys(row.op for row in rows):
+        own = [row for row in rows if row.op == op]
+        x, y = [row.flops / row.nbytes for row in own], [row.flops / row.seconds for row in own]
+        axes.plot(x, y, linestyle="", marker="o", markersize=5)
+        for row, across, up in zip(own, x, y, strict=True):
+            axes.annotate(
+                f"{op} {row.shape}", (across, up), fontsize=6, xytext=(4, 2),
+                textcoords="offset points",
+            )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("operations per byte that must be moved")
+    axes.set_ylabel("operations per second")
+    axes.set_title(title)
+    axes.legend()
+    axes.grid(visible=True, which="both", alpha=0.2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()

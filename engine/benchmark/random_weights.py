@@ -1,0 +1,109 @@
+"""Models with random weights, made where they will be used: nothing is read and nothing copied.
+
+NF4 weights are random codes and random scales, not the quantisation of a random matrix: the
+arithmetic that reads them is the same, and 70 billion of them are there in a second. Their scale is
+that of a trained model, about 1 / sqrt(columns), so that activations stay in range.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kernels.nf4 import NESTED_BLOCK, NF4Weight
+from kernels.nf4_layout import BLOCK, PlanarNF4Weight
+from kernels.projection import Projection
+from models.config import ModelConfig
+from models.decoder import Decoder
+from models.linear import Linear
+from models.lora import add_lora
+from models.registry import PROJECTIONS, expected_tensors
+
+_NF4_DEVIATION = 0.55
+"""Standard deviation of a uniformly drawn NF4 value, to two digits."""
+
+
+def random_nf4(
+    rows: int,
+    columns: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    planar: bool | None = None,
+) -> NF4Weight | PlanarNF4Weight:
+    """A doubly quantised weight (rows, columns), in the order that `engine.load` keeps there.
+
+    `planar` asks for one order; columns must then be a multiple of 64.
+    """
+    if planar is None:
+        planar = device.type == "cuda" and columns % BLOCK == 0
+    shape, blocks = (rows, columns), -(-rows * columns // BLOCK)
+    mean = 1.0 / (_NF4_DEVIATION * math.sqrt(columns))
+    nested = torch.full((-(-blocks // NESTED_BLOCK),), 0.5 * mean, device=device)
+    offset = torch.tensor(mean, device=device)
+    if planar:
+        size = (columns // BLOCK, rows)
+        codes = torch.randint(
+            -(1 << 15), 1 << 15, (*size, BLOCK // 4), dtype=torch.int16, device=device
+        )
+        absmax = torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        return PlanarNF4Weight(codes, absmax, nested, offset, shape, BLOCK, dtype)
+    packed = torch.randint(0, 256, (-(-rows * columns // 2),), dtype=torch.uint8, device=device)
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device)
+    return NF4Weight(packed, absmax, nested, offset, shape, BLOCK, dtype)
+
+
+def random_projection(
+    rows: int, columns: int, rank: int, device: torch.device, dtype: torch.dtype
+) -> Projection:
+    """An NF4 projection with a LoRA pair in fp32, both halves away from zero."""
+    a = torch.randn(rank, columns, device=device) / math.sqrt(columns)
+    b = torch.randn(rows, rank, device=device) / math.sqrt(rank)
+    return Projection(
+        random_nf4(rows, columns, device, dtype),
+        None,
+        a.requires_grad_(),
+        b.requires_grad_(),
+        scale=0.5,
+    )
+
+
+def random_decoder(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, *, rank: int = 16
+) -> Decoder:
+    """A decoder of `config` with an NF4 base, ready to be trained: LoRA on all projections.
+
+    The B halves are not zero, so that every gradient is computed from something.
+    """
+    with torch.device("meta"):
+        model = Decoder(config)
+    for name, shape in expected_tensors(config).items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, Linear) and leaf == "weight":
+            if path.rsplit(".", 1)[-1] in PROJECTIONS:
+                module.set_weight(random_nf4(shape[0], shape[1], device, dtype))
+                continue
+            module.set_weight(_normal(shape, shape[1] ** -0.5, device, dtype))
+        else:
+            setattr(module, leaf, nn.Parameter(_filled(shape, device, dtype), requires_grad=False))
+    add_lora(model, rank=rank, alpha=2.0 * rank)
+    for layer in model.layers:
+        for module in layer.modules():
+            if isinstance(module, Linear) and module.lora_B is not None:
+                nn.init.normal_(module.lora_B, std=0.01)
+    return model
+
+
+def _normal(
+    shape: tuple[int, ...], deviation: float, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty(shape, device=device, dtype=dtype).normal_(std=deviation)
+
+
+def _filled(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A norm's weight or a bias near its usual value; a matrix of unit variance."""
+    if len(shape) == 1:
+        return 1.0 + _normal(shape, 0.1, device, dtype)
+    return _normal(shape, 1.0, device, dtype)

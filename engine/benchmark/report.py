@@ -1,0 +1,91 @@
+"""Rows of measurements as text: a table's cells, Markdown, and the files of `engine bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.benchmark.roofline import Roofline
+from engine.benchmark.runner import Row
+from engine.formats import durable
+
+HEADINGS = ("op", "shape", "time", "spread", "rate", "of limit")
+
+
+def seconds(value: float) -> str:
+    """A time in the unit that fits it."""
+    for factor, unit in ((1.0, "s"), (1e3, "ms")):
+        if value * factor >= 1.0:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.3g} us"
+
+
+def rate(row: Row) -> str:
+    """Operations per second where they are the limit, else bytes per second."""
+    if row.bound == "compute":
+        return f"{row.tflops:.3g} TFLOP/s"
+    return f"{row.gigabytes_per_second:.4g} GB/s"
+
+
+def cells(row: Row, others: Sequence[str]) -> list[str]:
+    """The row under `HEADINGS` and, per other implementation, its time over ours.
+
+    The spread is that between the 20th and the 80th percentile, as a share of the median.
+    """
+    ratios = [
+        "failed" if name in row.failed else f"{row.ratios[name]:.2f}x" if name in row.ratios else ""
+        for name in others
+    ]
+    return [
+        row.op,
+        row.shape,
+        seconds(row.seconds),
+        f"{(row.p80 - row.p20) / row.seconds:.0%}",
+        rate(row),
+        f"{row.roofline_share:.0%}",
+        *ratios,
+    ]
+
+
+def other_names(rows: Sequence[Row]) -> list[str]:
+    """Every other implementation that was tried, in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in (*row.others, *row.failed)))
+
+
+def limits(roofline: Roofline) -> str:
+    """The measured ceilings in one line."""
+    rates = ", ".join(f"{k} {v / 1e12:.3g} TFLOP/s" for k, v in roofline.flops.items())
+    return f"Measured limits: copy {roofline.bandwidth / 1e9:.4g} GB/s, products {rates}."
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars inside cells are escaped."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
+
+
+def write(
+    directory: Path, rows: Sequence[Row], roofline: Roofline, machine: Mapping[str, Any]
+) -> list[Path]:
+    """`ops.json` and, where matplotlib is installed, `roofline.png`; returns what was written.
+
+    Every row in the file carries the machine, so that rows of several files can be put together.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / "ops.json"]
+    content = {
+        "machine": dict(machine),
+        "roofline": {"bandwidth": roofline.bandwidth, "flops": dict(roofline.flops)},
+        "rows": [{**row.plain(), **machine} for row in rows],
+    }
+    durable.write_json(written[0], content)
+    from engine.benchmark.plot import draw
+
+    image = draw(rows, roofline, str(machine.get("device", "")))
+    if image is not None:
+        written.append(directory / "roofline.png")
+        durable.write_bytes(written[1], image)
+    return written

@@ -1,0 +1,186 @@
+"""Running cases: which there are, how long each takes, and what share of the limits that is."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.benchmark import ops_elementwise, ops_layer, ops_matmul
+from engine.benchmark.case import Case, Settings, Work
+from engine.benchmark.roofline import Roofline
+from engine.benchmark.timing import Call, Timing, measure
+from engine.errors import ConfigError
+from engine.model_presets import preset_config, unknown_model
+from kernels.scratch import release
+from models.config import ModelConfig
+
+Contenders = Callable[[str, Work], Mapping[str, Call]]
+"""Op and its inputs -> other implementations of it by name."""
+
+OPS = (
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_linear_dx",
+    "lora_qkv",
+    "lora_mlp",
+    "linear_cross_entropy",
+    "attention",
+    "attention_grad",
+    "rms_norm",
+    "add_rms_norm",
+    "rms_norm_grad",
+    "rope",
+    "swiglu",
+    "swiglu_grad",
+    "cross_entropy",
+    "adamw8bit",
+    "decoder_layer",
+)
+
+
+@dataclass
+class Row:
+    """One measured case. Times in seconds; `others` has the times of other implementations.
+
+    `ratios` are their times over ours; `failed` says why one could not be measured.
+    """
+
+    op: str
+    model: str
+    shape: str
+    dtype: str
+    seconds: float
+    p20: float
+    p80: float
+    host_seconds: float
+    repeats: int
+    flops: float
+    nbytes: float
+    tflops: float
+    gigabytes_per_second: float
+    bound: str
+    roofline_share: float
+    others: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """What JSON holds."""
+        return asdict(self)
+
+
+def default_settings(device: torch.device, tokens: int | None = None) -> Settings:
+    """Sizes that fill a GPU, or that one processor core finishes soon."""
+    if device.type == "cuda":
+        whole = tokens or 8192
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return Settings(whole, dtype, document=min(whole, 4096))
+    whole = tokens or 64
+    return Settings(
+        whole,
+        torch.float32,
+        document=max(1, whole // 2),
+        head_rows=32,
+        optimizer_layers=2,
+    )
+
+
+def all_cases(model: str, settings: Settings, config: ModelConfig | None = None) -> Iterator[Case]:
+    """Every case at the shapes of `config`, or of the preset `model`.
+
+    Raises `ConfigError` for an unknown preset.
+    """
+    config = config or preset_config(model)
+    if config is None:
+        raise unknown_model(model)
+    for module in (ops_matmul, ops_elementwise, ops_layer):
+        yield from module.cases(model, config, settings)
+
+
+def chosen_ops(names: Sequence[str]) -> tuple[str, ...]:
+    """`names`, or all ops. Raises `ConfigError` for one that does not exist."""
+    for name in names:
+        if name not in OPS:
+            near = difflib.get_close_matches(name, OPS, n=1, cutoff=0.5)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"There is no op {name!r}.{meant} Ops: {', '.join(OPS)}.")
+    return tuple(names) or OPS
+
+
+def run_case(
+    case: Case,
+    device: torch.device,
+    roofline: Roofline,
+    *,
+    budget: float,
+    compiled: bool = False,
+    contenders: Sequence[Contenders] = (),
+) -> Row:
+    """Measure one case and, beside it, plain torch and the other implementations."""
+    release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    work = case.make(device)
+    mine = work.copies()
+    taken = measure(lambda: work.ours(mine), device, budget=budget, before=_restore(work, mine))
+    row = _row(case, taken, roofline)
+    for name, call in _others(case, work, compiled, contenders, row):
+        try:
+            row.others[name] = measure(call, device, budget=budget).median
+        except Exception as error:
+            # Another implementation that cannot do this is a fact to report, not a failed run.
+            row.failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    row.ratios = {name: seconds / taken.median for name, seconds in row.others.items()}
+    return row
+
+
+def _restore(work: Work, mine: Mapping[str, torch.Tensor]) -> Call | None:
+    """Puts back what the op overwrites, untimed."""
+    if not work.overwritten:
+        return None
+
+    def before() -> None:
+        for name in work.overwritten:
+            mine[name].copy_(work.tensors[name])
+
+    return before
+
+
+def _others(
+    case: Case, work: Work, compiled: bool, contenders: Sequence[Contenders], row: Row
+) -> Iterator[tuple[str, Call]]:
+    yield "torch", partial(work.plain, work.tensors)
+    if compiled and work.tensors:
+        yield "torch.compile", partial(torch.compile(work.plain), work.tensors)
+    for offer in contenders:
+        try:
+            yield from offer(case.op, work).items()
+        except Exception as error:
+            name = getattr(offer, "__module__", "contender")
+            row.failed[name] = f"{type(error).__name__}: {error}"
+
+
+def _row(case: Case, taken: Timing, roofline: Roofline) -> Row:
+    least = roofline.least_seconds(case.flops, case.nbytes, case.dtype_name)
+    return Row(
+        op=case.op,
+        model=case.model,
+        shape=case.shape,
+        dtype=case.dtype_name,
+        seconds=taken.median,
+        p20=taken.p20,
+        p80=taken.p80,
+        host_seconds=taken.host,
+        repeats=taken.repeats,
+        flops=case.flops,
+        nbytes=case.nbytes,
+        tflops=case.flops / taken.median / 1e12,
+        gigabytes_per_second=case.nbytes / taken.median / 1e9,
+        bound=roofline.bound(case.flops, case.nbytes, case.dtype_name),
+        roofline_share=least / taken.median,
+    )

@@ -1,0 +1,144 @@
+"""A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
+
+Before weights are read, the largest step that the run's rows can make is planned, and refused if
+the budget cannot hold it. On a CUDA card the allocator gets the budget as its limit. On a CPU every
+step that is larger than those before it, and the first two, run under a `MemoryMeter` that stops
+the run at the budget. At the end the measured peak stands beside the plan of the largest step seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.config import TrainConfig
+from engine.data.loader import Batch
+from engine.errors import MemoryPlanError
+from engine.memory import MemoryMeter, gib, observed, track_model
+from engine.plan import CUDA_CONTEXT, MemoryPlan, Workload, plan
+from engine.plan_search import refusal
+
+if TYPE_CHECKING:
+    from engine.finetune import Prepared
+    from models.decoder import Decoder
+    from optim import AdamW8bit
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+_ALWAYS = 2
+
+
+class MemoryBudget:
+    """Holds one run to `config.memory_budget` bytes."""
+
+    def __init__(self, prepared: Prepared, device: torch.device, dtype: torch.dtype) -> None:
+        """Plan the run and limit the card. Raises `MemoryPlanError` where the budget is too small.
+
+        `config.memory_budget` must be set.
+        """
+        self._prepared, self._device, self._dtype = prepared, device, dtype
+        budget = prepared.config.memory_budget
+        assert budget is not None
+        self._budget = budget
+        self.planned = self._plan(prepared.config, _largest_step(prepared))
+        if self.planned.total > budget:
+            raise MemoryPlanError(self._refusal())
+        log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
+        if device.type == "cuda":
+            capacity = torch.cuda.get_device_properties(device).total_memory
+            share = min(1.0, (budget - CUDA_CONTEXT) / capacity)
+            torch.cuda.set_per_process_memory_fraction(share, device)
+        self._most = 0
+        self._watched = 0
+        self._measured = 0
+        self._largest: Sequence[Batch] = ()
+
+    def _plan(
+        self, config: TrainConfig, work: Workload | None, batches: Sequence[Batch] = ()
+    ) -> MemoryPlan:
+        return plan(
+            self._prepared.checkpoint.config,
+            config,
+            card=self._device.type == "cuda",
+            dtype=self._dtype,
+            work=work,
+            batches=batches,
+        )
+
+    def _refusal(self) -> str:
+        config = self._prepared.config
+        step = self.planned
+        text = (
+            f"This run needs {gib(step.total)} for its largest step of {step.tokens} tokens, "
+            f"{gib(step.total - self._budget)} more than the memory budget of "
+            f"{gib(self._budget)}. `engine plan` with the same settings finds some that fit. "
+        )
+        smallest = config.model_copy(
+            update={"max_length": 64, "batch_size": 1, "gradient_checkpointing": "full"}
+        )
+        if self._plan(smallest, None).total <= self._budget:
+            return text + (
+                "Lower --batch-size or --max-length, or take --gradient-checkpointing full."
+            )
+        return refusal(config, self._budget, lambda other: self._plan(other, None))
+
+    @contextmanager
+    def watch(
+        self, model: Decoder, optimizer: AdamW8bit, batches: Sequence[Batch]
+    ) -> Iterator[None]:
+        """Around one step. Raises `MemoryPlanError` from the op that goes over the budget."""
+        tokens = sum(int(batch.input_ids.numel()) for batch in batches)
+        larger = tokens > self._most
+        if larger:
+            self._most, self._largest = tokens, batches
+        self._watched += 1
+        if self._device.type == "cuda" or not (larger or self._watched <= _ALWAYS):
+            yield
+            return
+        meter = MemoryMeter(limit=self._budget)
+        track_model(meter, model)
+        meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+        if self._watched > 1:
+            meter.track("optimiser", optimizer.state_tensors().values())
+        with observed(meter), meter:
+            yield
+        self._measured = max(self._measured, meter.peak.bytes)
+
+    def figures(self) -> dict[str, Any]:
+        """Planned and measured peaks for the summary; warns where they are far apart."""
+        config = self._prepared.config
+        seen = self._plan(config, None, self._largest) if self._largest else self.planned
+        expected = seen.step.bytes
+        measured = self._measured
+        if self._device.type == "cuda":
+            expected = max(expected, seen.load.bytes)
+            measured = int(torch.cuda.max_memory_allocated(self._device))
+        if measured and abs(expected - measured) > TOLERANCE * measured:
+            log.warning(
+                "The plan was wrong by %.1f %%: %s planned for the largest step, %s measured. "
+                "Please report it with this run's config.yaml.",
+                100 * (expected - measured) / measured, gib(expected), gib(measured),
+            )  # fmt: skip
+        return {
+            "memory_budget_bytes": self._budget,
+            "planned_limit_bytes": self.planned.total,
+            "planned_peak_bytes": expected,
+            "measured_peak_bytes": measured,
+        }
+
+
+def _largest_step(prepared: Prepared) -> Workload:
+    """The most tokens that a step of this run can have, from the lengths of its rows."""
+    config = prepared.config
+    lengths = sorted((len(example) for example in prepared.examples), reverse=True)
+    count = min(config.accumulate, 2)
+    if config.packing:
+        return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)
+    size = config.batch_size
+    steps = [tuple(lengths[i * size : (i + 1) * size]) for i in range(count)]
+    return Workload(tuple(step for step in steps if step))

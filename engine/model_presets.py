@@ -1,0 +1,122 @@
+"""Shapes of well-known dense models, so that a plan needs no download.
+
+Each entry is what the model's published `config.json` says of its arithmetic, and its published
+number of parameters. Sources: the model cards and configuration files of Meta Llama 3.1 to 3.3,
+Qwen2.5, Qwen3, Mistral 7B v0.3 and SmolLM2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from engine.errors import ConfigError
+from models.config import ModelConfig
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_COMMON: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "rope_scaling": _LLAMA3_ROPE,
+        "max_position_embeddings": 131_072,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40_960,
+    },
+    "qwen2.5": {
+        "model_type": "qwen2",
+        "vocab_size": 151_936,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 32_768,
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "vocab_size": 32_768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1_000_000.0,
+        "sliding_window": None,
+        "max_position_embeddings": 32_768,
+    },
+    "smollm2": {
+        "model_type": "llama",
+        "vocab_size": 49_152,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000.0,
+        "max_position_embeddings": 8_192,
+    },
+}
+
+# name: family, hidden, inner, layers, heads, key/value heads, vocabulary (None: the family's),
+# tied head, published parameters
+_SHAPES: dict[str, tuple[str, int, int, int, int, int, int | None, bool, int]] = {
+    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, None, False, 8_030_261_248),
+    "llama-3.2-1b": ("llama", 2048, 8192, 16, 32, 8, None, True, 1_235_814_400),
+    "llama-3.2-3b": ("llama", 3072, 8192, 28, 24, 8, None, True, 3_212_749_824),
+    "llama-3.3-70b": ("llama", 8192, 28672, 80, 64, 8, None, False, 70_553_706_496),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, None, True, 596_049_920),
+    "qwen3-1.7b": ("qwen3", 2048, 6144, 28, 16, 8, None, True, 1_720_574_976),
+    "qwen3-4b": ("qwen3", 2560, 9728, 36, 32, 8, None, True, 4_022_468_096),
+    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, None, False, 8_190_735_360),
+    "qwen3-14b": ("qwen3", 5120, 17408, 40, 40, 8, None, False, 14_768_307_200),
+    "qwen3-32b": ("qwen3", 5120, 25600, 64, 64, 8, None, False, 32_762_123_264),
+    "qwen2.5-0.5b": ("qwen2.5", 896, 4864, 24, 14, 2, None, True, 494_032_768),
+    "qwen2.5-1.5b": ("qwen2.5", 1536, 8960, 28, 12, 2, None, True, 1_543_714_304),
+    "qwen2.5-3b": ("qwen2.5", 2048, 11008, 36, 16, 2, None, True, 3_085_938_688),
+    "qwen2.5-7b": ("qwen2.5", 3584, 18944, 28, 28, 4, 152_064, False, 7_615_616_512),
+    "qwen2.5-14b": ("qwen2.5", 5120, 13824, 48, 40, 8, 152_064, False, 14_770_033_664),
+    "qwen2.5-32b": ("qwen2.5", 5120, 27648, 64, 40, 8, 152_064, False, 32_763_876_352),
+    "qwen2.5-72b": ("qwen2.5", 8192, 29568, 80, 64, 8, 152_064, False, 72_706_203_648),
+    "mistral-7b": ("mistral", 4096, 14336, 32, 32, 8, None, False, 7_248_023_552),
+    "smollm2-135m": ("smollm2", 576, 1536, 30, 9, 3, None, True, 134_515_008),
+    "smollm2-360m": ("smollm2", 960, 2560, 32, 15, 5, None, True, 361_821_120),
+    "smollm2-1.7b": ("smollm2", 2048, 8192, 24, 32, 32, None, True, 1_711_376_384),
+}
+
+NAMES = tuple(_SHAPES)
+PUBLISHED_PARAMETERS = {name: shape[-1] for name, shape in _SHAPES.items()}
+
+
+def preset_config(name: str) -> ModelConfig | None:
+    """The configuration of a preset, whatever its case; None if there is no such preset."""
+    shape = _SHAPES.get(name.lower())
+    if shape is None:
+        return None
+    family, hidden, inner, layers, heads, kv_heads, vocabulary, tied, _ = shape
+    raw = _COMMON[family] | {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+    }
+    if name.lower().startswith("llama-3.2"):
+        raw["rope_scaling"] = _LLAMA3_ROPE | {"factor": 32.0}
+    if vocabulary is not None:
+        raw["vocab_size"] = vocabulary
+    return ModelConfig.from_dict(raw)
+
+
+def unknown_model(model: str) -> ConfigError:
+    """The error for a name that is neither a path nor a hub id nor a preset."""
+    near = difflib.get_close_matches(model.lower(), NAMES, n=1, cutoff=0.5)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return ConfigError(
+        f"There is no model directory, config.json or .gguf file {model}, and no preset of that "
+        f"name.{meant} Presets: {', '.join(NAMES)}."
+    )

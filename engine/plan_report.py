@@ -1,0 +1,184 @@
+"""A plan as text and as JSON, for the machine and model that the settings name."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from engine.config import TrainConfig
+from engine.device import resolve_device, resolve_dtype
+from engine.memory import OWNERS, gib
+from engine.model_presets import preset_config
+from engine.plan import MemoryPlan, plan
+from engine.plan_model import find_model
+from engine.plan_search import Choice, Planner
+from models.config import ModelConfig
+
+CARD_RATE = 165e12
+"""Operations per second where no card is named: what dense bf16 products reach on an RTX 4090."""
+
+_LONGEST_ROW = 1 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is planned for: a model's shape and a kind of machine."""
+
+    title: str
+    model: ModelConfig
+    card: bool
+    stored: torch.dtype
+    plan: Planner
+
+    @property
+    def longest_row(self) -> int:
+        """Where the search for the longest row ends."""
+        return _LONGEST_ROW
+
+    def rate(self) -> float:
+        """Operations per second: a typical card's, or this CPU's, measured in a moment."""
+        return CARD_RATE if self.card else _cpu_rate()
+
+
+def find_target(config: TrainConfig) -> Target:
+    """The model and machine of these settings.
+
+    `--device auto` means this machine, and a CUDA card where the model is named by a preset.
+    Raises `ConfigError`.
+    """
+    model, stored = find_model(config.model, config.revision)
+    if config.device == "auto":
+        card = torch.cuda.is_available() or preset_config(config.model) is not None
+    else:
+        card = config.device.startswith("cuda")
+    place = "a CUDA card" if card else "the CPU"
+    planner = partial(_plan, model, card, stored)
+    return Target(f"{config.model} on {place}", model, card, stored, planner)
+
+
+def _plan(model: ModelConfig, card: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
+    return plan(model, config, card=card, dtype=compute_dtype(config, card), stored=stored)
+
+
+def compute_dtype(config: TrainConfig, card: bool) -> torch.dtype:
+    """The type a run computes in; a card that is not here is taken to know bf16."""
+    if not card:
+        return resolve_dtype(config.dtype, torch.device("cpu"))
+    if config.dtype == "auto":
+        return (
+            resolve_dtype("auto", resolve_device("cuda"))
+            if torch.cuda.is_available()
+            else (torch.bfloat16)
+        )
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def _cpu_rate(size: int = 384) -> float:
+    left = torch.ones(size, size)
+    best = 1e9
+    for _ in range(5):
+        started = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan with what was chosen for it."""
+
+    target: Target
+    plan: MemoryPlan
+    choice: Choice | None
+    rate: float
+    planning_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for programs; bytes are integers."""
+        planned, config = self.plan, self.plan.config
+        changes = self.choice.changes if self.choice else {}
+        return {
+            "model": config.model,
+            "device": "cuda" if planned.card else "cpu",
+            "dtype": str(planned.dtype).removeprefix("torch."),
+            "settings": {name: getattr(config, name) for name in _SHOWN},
+            "peaks": {
+                name: {"bytes": peak.bytes, "owners": _held(peak.owners)}
+                for name, peak in self._peaks()
+            },
+            "save_host_bytes": planned.save_host,
+            "reserve": planned.reserve,
+            "allocated_bytes": planned.allocated,
+            "total_bytes": planned.total,
+            "budget_bytes": config.memory_budget,
+            "trainable_parameters": planned.trainable,
+            "tokens_per_step": planned.tokens,
+            "flops_per_step": planned.flops,
+            "seconds_per_step": planned.seconds(self.rate),
+            "flops_per_second": self.rate,
+            "changes": {name: list(pair) for name, pair in changes.items()},
+            "why": self.choice.why if self.choice else None,
+            "planning_seconds": self.planning_seconds,
+        }
+
+    def _peaks(self) -> list[tuple[str, Any]]:
+        return [("load", self.plan.load), ("step", self.plan.step), ("save", self.plan.save)]
+
+    def text(self) -> str:
+        """The table that `engine plan` prints."""
+        planned, config = self.plan, self.plan.config
+        settings = ", ".join(f"{name} {getattr(config, name)}" for name in _SHOWN)
+        lines = [f"{self.target.title}, {str(planned.dtype).removeprefix('torch.')}", settings, ""]
+        lines.append(f"{'':<22}{'step':>12}{'between steps':>15}")
+        for owner in OWNERS:
+            step, rest = planned.step.owners.get(owner, 0), planned.save.owners.get(owner, 0)
+            if max(step, rest) >= 1024:
+                lines.append(f"{owner:<22}{gib(step):>12}{gib(rest):>15}")
+        lines.append(f"{'tensors':<22}{gib(planned.step.bytes):>12}{gib(planned.save.bytes):>15}")
+        lines += [f"{name:<22}{gib(size):>12}  assumed" for name, size in planned.reserve.items()]
+        lines += ["", f"peak of loading  {gib(planned.load.bytes)}"]
+        lines.append(f"peak of a step   {gib(planned.step.bytes)}")
+        host = f", and {gib(planned.save_host)} of host memory" if planned.save_host else ""
+        lines.append(f"peak of saving   {gib(planned.save.bytes)}{host}")
+        lines.append(f"needed           {gib(planned.total)}")
+        seconds = planned.seconds(self.rate)
+        lines += [
+            "",
+            f"{planned.trainable:,} trainable parameters; {planned.flops / 1e12:.1f} TFLOP and "
+            f"{planned.tokens:,} tokens a step; at {self.rate / 1e12:.3g} TFLOP/s at best "
+            f"{seconds:.2f} s, {planned.tokens / seconds:,.0f} tokens/s",
+        ]
+        return "\n".join(lines + self._chosen())
+
+    def _chosen(self) -> list[str]:
+        budget = self.plan.config.memory_budget
+        if self.choice is None or budget is None:
+            return []
+        lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
+        for name, (before, after) in self.choice.changes.items():
+            lines.append(f"  --{name.replace('_', '-')} {after}  (asked for {before})")
+        return lines
+
+
+_SHOWN = (
+    "method",
+    "lora_rank",
+    "batch_size",
+    "accumulate",
+    "max_length",
+    "gradient_checkpointing",
+    "loss_chunk_rows",
+)
+
+
+def _held(owners: dict[str, int]) -> dict[str, int]:
+    return {owner: size for owner, size in owners.items() if size}
+
+
+report = Report
+"""Makes a report of (target, plan, choice, rate, planning seconds)."""

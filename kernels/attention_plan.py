@@ -1,0 +1,117 @@
+"""What attention needs to know of a packed batch, worked out once and read by every layer.
+
+Document d of a batch holds rows bounds[d] to bounds[d + 1]. From these boundaries follow the blocks
+of queries and keys that are computed together and, under a sliding window, their masks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WINDOW_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [q0, q1) against keys [k0, q1); `mask` None means plain causal with k0 == q0."""
+
+    q0: int
+    q1: int
+    k0: int
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Document boundaries of one packed batch, on the device and as host integers."""
+
+    cu_seqlens: Tensor
+    bounds: tuple[int, ...]
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> AttentionPlan:
+        """Read (D + 1,) int32 boundaries; the one host read of a batch, free for a CPU tensor.
+
+        Raises `ValueError` unless they rise strictly from 0 to `tokens`.
+        """
+        bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
+        rising = all(a < b for a, b in pairwise(bounds))
+        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
+            raise ValueError(
+                f"cu_seqlens is {list(bounds)[:8]}; expected boundaries that rise strictly "
+                f"from 0 to the number of tokens, {tokens}"
+            )
+        return cls(cu_seqlens.to(torch.int32), bounds)
+
+    def documents(self) -> list[tuple[int, int]]:
+        """(start, end) of every document."""
+        return list(pairwise(self.bounds))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(end - start for start, end in self.documents())
+
+    @cached_property
+    def equal_length(self) -> int | None:
+        """Tokens of every document where all are equally long, else None."""
+        first = self.bounds[1]
+        same = all(end - start == first for start, end in self.documents())
+        return first if same else None
+
+    def window(self, window: int | None) -> int | None:
+        """`window`, or None where it hides nothing because every document fits in it."""
+        return None if window is None or window >= self.longest else window
+
+    def boundaries(self, device: torch.device) -> Tensor:
+        """`cu_seqlens` on `device`, copied there at most once."""
+        if self.cu_seqlens.device == device:
+            return self.cu_seqlens
+        key = ("boundaries", device)
+        if key not in self._known:
+            self._known[key] = self.cu_seqlens.to(device)
+        found: Tensor = self._known[key]
+        return found
+
+    def blocks(self, window: int | None, like: Tensor) -> list[Block]:
+        """Blocks that cover every query once, with masks in the dtype and on the device of `like`.
+
+        Masks of equal shape are one tensor: within a long document all but the first are alike.
+        """
+        key = ("blocks", window, like.dtype, like.device)
+        if key not in self._known:
+            self._known[key] = self._make_blocks(window, like)
+        found: list[Block] = self._known[key]
+        return found
+
+    def _make_blocks(self, window: int | None, like: Tensor) -> list[Block]:
+        blocks: list[Block] = []
+        masks: dict[tuple[int, int], Tensor] = {}
+        for start, end in self.documents():
+            if window is None or end - start <= window:
+                blocks.append(Block(start, end, start, None))
+                continue
+            for q0 in range(start, end, _WINDOW_BLOCK):
+                q1, k0 = min(q0 + _WINDOW_BLOCK, end), max(start, q0 - window + 1)
+                shape = (q1 - q0, q0 - k0)
+                if shape not in masks:
+                    masks[shape] = window_mask(*shape, window, like)
+                blocks.append(Block(q0, q1, k0, masks[shape]))
+        return blocks
+
+
+def window_mask(queries: int, lead: int, window: int, like: Tensor) -> Tensor:
+    """Additive mask (queries, lead + queries): key column c is at distance lead + row - c."""
+    row = torch.arange(queries, device=like.device).unsqueeze(1)
+    column = torch.arange(lead + queries, device=like.device).unsqueeze(0)
+    distance = lead + row - column
+    hidden = (distance < 0) | (distance >= window)
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,43 @@
+"""Random bits as a pure function of a seed and a counter: Philox-4x32 with ten rounds.
+
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. `tl.philox` computes
+the same function, so that a Triton kernel and its torch reference draw the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MUL_A, _MUL_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+def philox_bits(seed: int, index: Tensor, *words: int) -> Tensor:
+    """The first 32-bit word of Philox, int64 in [0, 2^32), for the counter (index, *words).
+
+    `index` is int64 of any shape and below 2^32; up to three `words` follow it, missing ones are 0.
+    The key is made of the two halves of `seed`.
+    """
+    key0, key1 = seed & _MASK32, (seed >> 32) & _MASK32
+    c0 = index & _MASK32
+    c1, c2, c3 = (torch.full_like(c0, word) for word in (*words, 0, 0, 0)[:3])
+    for _ in range(_ROUNDS):
+        # The product of two 32-bit numbers wraps in int64, yet its 64 bits are the right ones.
+        product0, product2 = c0 * _MUL_A, c2 * _MUL_B
+        c0 = ((product2 >> 32) & _MASK32) ^ c1 ^ key0
+        c2 = ((product0 >> 32) & _MASK32) ^ c3 ^ key1
+        c1, c3 = product2 & _MASK32, product0 & _MASK32
+        key0, key1 = (key0 + _KEY_A) & _MASK32, (key1 + _KEY_B) & _MASK32
+    return c0
+
+
+def round_stochastically(values: Tensor, bits: Tensor) -> Tensor:
+    """Round fp32 `values` to bf16, up with the probability that makes the mean exact.
+
+    The low 16 of the random `bits` (int64) are added below bf16's last place, then cut off.
+    """
+    raised = values.contiguous().view(torch.int32) + (bits & 0xFFFF).to(torch.int32)
+    return (raised & -65536).view(torch.float32).to(torch.bfloat16)

@@ -1,0 +1,57 @@
+"""`engine plan`: its table, its JSON, its search and its refusals."""
+
+import json
+from typing import Any
+
+import pytest
+
+from cli import main as cli
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_names_owners_and_peaks(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--model", "qwen3-0.6b", "--card", "4090")
+    for word in ("NF4 base", "embeddings", "adapters", "peak of loading", "CUDA context", "TFLOP"):
+        assert word in text
+
+
+def test_json_holds_every_byte(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--model", "smollm2-135m", "--batch-size", "1", "--json")
+    made: dict[str, Any] = json.loads(out)
+    step = made["peaks"]["step"]
+    assert sum(step["owners"].values()) == step["bytes"]
+    assert made["total_bytes"] == made["allocated_bytes"] + sum(made["reserve"].values())
+    assert made["settings"]["batch_size"] == 1
+
+
+def test_a_budget_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(
+        capsys, "--model", "smollm2-135m", "--max-length", "1024", "--memory-budget", "1.5GiB"
+    )
+    assert "budget 1.50 GiB" in out
+    assert "the fastest of the settings that fit" in out
+
+
+def test_a_budget_that_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "llama-3.1-8b", "--memory-budget", "4GiB"]) == 2
+    error = capsys.readouterr().err
+    assert "too much" in error and "Ways out" in error
+    assert error.count("\n") == 1
+
+
+def test_the_context_table_has_a_line_per_card(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--model", "smollm2-1.7b", "--max-context", "--json")
+    table = json.loads(out)["max_context"]
+    assert list(table) == ["6", "8", "12", "16", "24", "40", "48", "80", "141"]
+    lengths = [tokens or 0 for tokens in table.values()]
+    assert lengths == sorted(lengths)
+    assert lengths[1] > 4096
+
+
+def test_a_wrong_card_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "smollm2-135m", "--card", "fast"]) == 2
+    assert "TFLOP/s" in capsys.readouterr().err

@@ -1,0 +1,163 @@
+"""A training step reads from the device a fixed number of times, however many layers there are.
+
+On a GPU each such read waits until the device is done. The operations that read are counted in a
+real step of the trainer, once on the torch references and once with every op taking its Triton way;
+there the launches are left out, and outputs that no kernel fills are zero.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine.benchmark.random_weights import random_decoder
+from engine.trainer import train_step
+from kernels.swiglu import swiglu_forward
+from kernels.triton_support import HAS_TRITON
+from models import block
+from models.config import ModelConfig
+from optim import AdamW8bit
+
+DOCUMENTS = (7, 12, 5)
+
+# Each of these needs a value or a size that only the device knows.
+READING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::unique_dim",
+    "aten::_unique2",
+    "aten::bincount",
+}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what a GPU would make the host wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func._schema.name
+        sized = name == "aten::repeat_interleave" and (kwargs or {}).get("output_size") is None
+        masked = name in ("aten::index", "aten::index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in READING or sized or masked:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def config(layers: int) -> ModelConfig:
+    return ModelConfig.from_dict(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 64,
+        }
+    )
+
+
+def step_of(layers: int, recompute: str) -> Callable[[], object]:
+    model = random_decoder(config(layers), torch.device("cpu"), torch.float32, rank=4)
+    model.set_recompute(recompute)
+    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ids = torch.randint(0, 96, (sum(DOCUMENTS),))
+    bounds = torch.tensor([0, *DOCUMENTS], dtype=torch.int32).cumsum(0).to(torch.int32)
+    trained = sum(DOCUMENTS) - len(DOCUMENTS)
+    batch = SimpleNamespace(input_ids=ids, labels=ids, cu_seqlens=bounds, trained_tokens=trained)
+    batches = cast(Any, [batch, batch])
+    return lambda: train_step(model, optimizer, batches, max_grad_norm=1.0)
+
+
+def reads(layers: int, recompute: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """What one warmed-up step reads. `tolist` goes past the dispatcher, so it is counted apart."""
+    step = step_of(layers, recompute)
+    step()
+    counter = HostReads()
+    plain = torch.Tensor.tolist
+
+    def counted(tensor: torch.Tensor) -> Any:
+        counter.counts["tolist"] += 1
+        return plain(tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", counted)
+        with counter:
+            step()
+    return counter.counts
+
+
+@pytest.fixture(params=["reference", "kernels"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On the references, or on the Triton ways without their launches."""
+    if request.param == "kernels":
+        if not HAS_TRITON:
+            pytest.skip("Triton is not installed on this platform")
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import KernelInterface
+
+        monkeypatch.setenv("ENGINE_INTERPRET", "1")
+        for owner in (KernelInterface, InterpretedFunction):
+            if "__getitem__" in vars(owner):
+                monkeypatch.setattr(owner, "__getitem__", lambda kernel, grid: no_launch)
+        for place, name in (
+            (torch, "empty"),
+            (torch, "empty_like"),
+            (torch.Tensor, "new_empty"),
+        ):
+            monkeypatch.setattr(place, name, zeroed(getattr(place, name)))
+    return str(request.param)
+
+
+def zeroed(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """An allocation that returns zeros."""
+
+    def allocate_zeroed(*args: object, **options: object) -> torch.Tensor:
+        tensor = allocate(*args, **options)
+        return tensor if tensor.is_meta else tensor.detach().zero_()
+
+    return allocate_zeroed
+
+
+def no_launch(*args: object, **options: object) -> None:
+    """A kernel that does nothing."""
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_reads_do_not_grow_with_the_layers(
+    way: str, recompute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = (reads(layers, recompute, monkeypatch) for layers in (1, 4))
+    assert few == many
+    assert sum(few.values()) > 0, "a step reads its loss at least; nothing was counted"
+
+
+def test_a_read_in_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = swiglu_forward
+
+    def reading(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        assert float(gate.sum()) < float("inf")
+        return right(gate, up)
+
+    monkeypatch.setattr(block, "swiglu_forward", reading)
+    few, many = (reads(layers, "none", monkeypatch) for layers in (1, 4))
+    assert many["aten::_local_scalar_dense"] > few["aten::_local_scalar_dense"]

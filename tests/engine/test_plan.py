@@ -1,0 +1,167 @@
+"""Presets, the search for settings that fit, refusals, and a run held to its budget."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import TrainConfig
+from engine.errors import ConfigError, MemoryPlanError
+from engine.finetune import train
+from engine.memory import MemoryMeter
+from engine.model_presets import NAMES, PUBLISHED_PARAMETERS, preset_config
+from engine.plan import MemoryPlan, plan
+from engine.plan_model import find_model
+from engine.plan_search import changed, choose, longest
+from models.registry import expected_tensors
+
+Rows = Callable[..., Path]
+GIB = 2**30
+
+
+def settings(**changes: Any) -> TrainConfig:
+    return TrainConfig(model="m", data="d", **changes)
+
+
+def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
+    model = preset_config(name)
+    assert model is not None
+    return lambda config: plan(model, config, card=True, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
+    model = preset_config(name)
+    assert model is not None
+    count = sum(math.prod(shape) for shape in expected_tensors(model).values())
+    assert count == pytest.approx(PUBLISHED_PARAMETERS[name], rel=1e-3)
+
+
+def test_an_unknown_preset_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean llama-3\.1-8b"):
+        find_model("llama-3.1-8")
+
+
+def test_a_config_file_is_enough(tmp_path: Path, golden: Callable[[str], Path]) -> None:
+    text = (golden("qwen3") / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text)
+    for path in (tmp_path, tmp_path / "config.json"):
+        model, _ = find_model(str(path))
+        assert model.hidden_size == json.loads(text)["hidden_size"]
+
+
+def test_eight_billion_parameters_are_planned_as_their_layout_says() -> None:
+    made = planner("llama-3.1-8b")(
+        settings(batch_size=1, max_length=2048, gradient_checkpointing="full")
+    )
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert made.step.owners["NF4 base"] == pytest.approx(linear * (0.5 + 1 / 64), rel=2e-3)
+    assert made.step.owners["embeddings"] == made.step.owners["head"] == 128_256 * 4096 * 2
+    assert made.trainable == 41_943_040
+    # Products forward, twice backward with the recomputed ones, of every linear weight and the head
+    assert 6 * linear < made.flops / made.tokens < 7 * (linear + 128_256 * 4096)
+
+
+def test_the_search_takes_the_fastest_settings_that_fit() -> None:
+    make = planner("smollm2-360m")
+    asked = settings(batch_size=4, max_length=512)
+    roomy = choose(asked, 80 * GIB, make)
+    assert roomy.plan.config.gradient_checkpointing == "none"
+    assert roomy.plan.config.batch_size == 4
+    totals = {
+        level: make(changed(asked, gradient_checkpointing=level)).total
+        for level in ("none", "selective", "full")
+    }
+    assert totals["full"] < totals["selective"] < totals["none"]
+    tight = choose(asked, totals["none"] - 1, make)
+    assert tight.plan.total < totals["none"]
+    assert tight.changes
+    config = tight.plan.config
+    assert config.batch_size * config.accumulate == 4
+    assert (config.lora_rank, config.max_length) == (16, 512)
+
+
+def test_rows_are_cut_only_when_nothing_else_fits() -> None:
+    make = planner("smollm2-360m")
+    asked = settings(batch_size=2, max_length=4096)
+    least = changed(
+        asked, gradient_checkpointing="full", batch_size=1, accumulate=2, loss_chunk_rows=64
+    )
+    budget = make(changed(least, max_length=1000)).total
+    choice = choose(asked, budget, make)
+    assert choice.plan.total <= budget
+    assert 900 <= choice.plan.config.max_length <= 1000
+    assert "cut" in choice.why
+
+
+def test_what_cannot_fit_is_refused_with_the_amount_and_three_ways_out() -> None:
+    with pytest.raises(MemoryPlanError) as refused:
+        choose(settings(), 8 * GIB, planner("llama-3.3-70b"))
+    text = str(refused.value)
+    assert "too much" in text and "NF4 base" in text
+    assert text.split("Ways out: ")[1].count(";") == 2
+    assert "--memory-budget" in text
+
+
+def test_the_longest_row_fits_and_one_step_longer_does_not() -> None:
+    make = planner("smollm2-135m")
+    config = settings(batch_size=1, gradient_checkpointing="full")
+    budget = 2 * GIB
+    found = longest(config, budget, make, 1 << 16)
+    assert found is not None
+    assert make(changed(config, max_length=found)).total <= budget
+    assert make(changed(config, max_length=found + 64)).total > budget
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8GiB", 8 * GIB), ("8GB", 8 * 10**9), ("900 MiB", 900 << 20)]
+)
+def test_a_budget_is_written_with_its_unit(text: str, size: int) -> None:
+    assert settings(memory_budget=text).memory_budget == size
+
+
+@pytest.mark.parametrize("text", ["8", "eight", "-1GiB"])
+def test_a_budget_without_a_unit_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="GiB"):
+        settings(memory_budget=text)
+
+
+def run_settings(model: Path, data: Path, output: Path, budget: str) -> TrainConfig:
+    return TrainConfig(
+        model=str(model), data=str(data), output_dir=output, max_steps=3, batch_size=2,
+        max_length=64, device="cpu", plot=False, memory_budget=budget,
+    )  # fmt: skip
+
+
+def test_a_run_puts_plan_and_measurement_side_by_side(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(run_settings(tiny_model, write_rows(9), run, "200MiB"), console=False)
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    planned, measured = metrics["planned_peak_bytes"], metrics["measured_peak_bytes"]
+    assert planned == pytest.approx(measured, rel=0.01)
+    assert measured <= metrics["planned_limit_bytes"] * 1.01
+    assert metrics["memory_budget_bytes"] == 200 << 20
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.finetune.build_model", pytest.fail)
+    with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
+        train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
+
+
+def test_a_step_that_goes_over_the_budget_is_stopped(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = partial(MemoryMeter, limit=1 << 19)
+    monkeypatch.setattr("engine.budget.MemoryMeter", lambda limit: small())
+    with pytest.raises(MemoryPlanError, match="This step holds"):
+        train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "200MiB"), console=False)

@@ -1,0 +1,158 @@
+"""The Triton kernels of the gated delta rule against the plain torch reference."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.gated_delta import (
+    GatedDeltaGradients,
+    GatedDeltaSaved,
+    gated_delta_backward,
+    gated_delta_forward,
+    l2norm_forward,
+)
+from kernels.gated_delta_chunks import (
+    chunk_layout,
+    decay_matrix,
+    in_chunks,
+    triangular_inverse,
+)
+from kernels.gated_delta_tiles import MAX_SIZE, prepare, tile
+from kernels.gated_delta_triton import invert
+
+BOUNDS = (0, 65, 66, 100)
+TOKENS, KEY_HEADS, HEADS, KEY, VALUE = 100, 1, 2, 40, 40
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, GatedDeltaGradients]
+
+
+def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
+    q = torch.randn(TOKENS, KEY_HEADS, KEY, device=device)
+    k = torch.randn(TOKENS, KEY_HEADS, KEY, device=device)
+    v = torch.randn(TOKENS, HEADS, VALUE, device=device)
+    g = -0.3 * torch.rand(TOKENS, HEADS, device=device)
+    beta = torch.rand(TOKENS, HEADS, device=device)
+    return q.to(dtype), k.to(dtype), v.to(dtype), g, beta
+
+
+def run(x: Inputs, do: Tensor, initial: Tensor | None, d_final: Tensor | None) -> Results:
+    out, state, saved = gated_delta_forward(*x, BOUNDS, initial)
+    found = gated_delta_backward(do, *x, BOUNDS, saved, initial, d_final)
+    return out, state, found
+
+
+def reference(
+    x: Inputs,
+    do: Tensor,
+    initial: Tensor | None,
+    d_final: Tensor | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Results:
+    """The plain torch path in fp64, from the same rounded inputs."""
+
+    def wide(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.double()
+
+    q, k, v, g, beta = (t.double() for t in x)
+    with monkeypatch.context() as patch:
+        patch.setenv("ENGINE_REFERENCE", "1")
+        return run((q, k, v, g, beta), do.double(), wide(initial), wide(d_final))
+
+
+def worst(found: Tensor, truth: Tensor) -> float:
+    return float((found.double() - truth).abs().max())
+
+
+def flat(results: Results) -> list[Tensor]:
+    return [results[0], results[1], *results[2]]
+
+
+def assert_within(found: Results, truth: Results, roundings: int, dtype: torch.dtype) -> None:
+    """No tensor is off by more than that many roundings of its largest element."""
+    for ours, exact in zip(flat(found), flat(truth), strict=True):
+        allowed = roundings * torch.finfo(dtype).eps * float(exact.abs().max())
+        assert worst(ours, exact) <= allowed
+
+
+@pytest.mark.usefixtures("triton_on")
+def test_fp32_with_states_loses_a_few_roundings(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device.type == "cuda":
+        pytest.skip("fp32 takes the reference on a GPU")
+    x = inputs(device, torch.float32)
+    do = torch.randn(TOKENS, HEADS, VALUE)
+    initial, d_final = (torch.randn(3, HEADS, KEY, VALUE) for _ in range(2))
+    truth = reference(x, do, initial, d_final, monkeypatch)
+    assert_within(run(x, do, initial, d_final), truth, 8, torch.float32)
+
+
+@pytest.mark.usefixtures("triton_on")
+def test_columns_of_one_wide_fp16_matrix_lose_a_few_roundings(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v, g, beta = inputs(device, torch.float16)
+    joined = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
+    parts = torch.split(joined, [KEY, KEY, HEADS * VALUE], 1)
+    q, k, v = (part.view(TOKENS, -1, 40) for part in parts)
+    x = (q, k, v, g, beta)
+    do = torch.randn(TOKENS, HEADS, VALUE, device=device).half()
+    truth = reference(x, do, None, None, monkeypatch)
+    assert_within(run(x, do, None, None), truth, 4, torch.float16)
+
+
+@pytest.mark.usefixtures("triton_on")
+def test_a_document_feels_neither_another_nor_what_was_trimmed(device: torch.device) -> None:
+    x = inputs(device, torch.float16)
+    do = torch.randn(TOKENS, HEADS, VALUE, device=device).half()
+    own = slice(66, 100)
+    results = []
+    for trimmed in (False, True):
+        if trimmed:
+            for tensor in x:
+                tensor[:66] = float("nan")
+        out, state, saved = gated_delta_forward(*x, BOUNDS)
+        kept = GatedDeltaSaved(saved.inverse) if trimmed else saved
+        found = gated_delta_backward(do, *x, BOUNDS, kept)
+        results.append((out[own], state[2], *(grad[own] for grad in found[:5])))
+    for one, two in zip(*results, strict=True):
+        assert torch.isfinite(one).all()
+        assert torch.equal(one, two)
+
+
+@pytest.mark.usefixtures("triton_on")
+@pytest.mark.parametrize("case", ["random", "repeated"])
+def test_the_blocked_solve_is_as_good_as_a_triangular_solve(
+    device: torch.device, case: str
+) -> None:
+    if device.type == "cuda":
+        pytest.skip("fp32 takes the reference on a GPU")
+    q, k, v, g, beta = inputs(device, torch.float32)
+    if case == "repeated":
+        k, g, beta = k[:1].expand_as(k).contiguous(), g * 1e-3, torch.ones_like(beta)
+
+    def solved(dtype: torch.dtype) -> Tensor:
+        layout = chunk_layout(BOUNDS, 64, device)
+        unit, _ = l2norm_forward(k.to(dtype))
+        c = in_chunks(unit, unit, v.to(dtype), g.to(dtype), beta.to(dtype), layout)
+        inverse = triangular_inverse(c, decay_matrix(c)).flatten(1, 2)
+        # The layout orders chunks by their place in the document, longest document first.
+        return inverse[[0, 3, 2, 1]]
+
+    truth, plain = (solved(dtype) for dtype in (torch.float64, torch.float32))
+    found = invert(prepare(q, k, v, g, beta, BOUNDS, 1e-6))
+    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+        assert worst(ours, exact) <= 2 * worst(theirs, exact) + 2e-7
+
+
+@pytest.mark.usefixtures("triton_on")
+def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
+    q, k, v, g, beta = inputs(device, torch.float16)
+    wide = torch.zeros(TOKENS, KEY_HEADS, MAX_SIZE + 1, device=device).half()
+    with pytest.raises(ValueError, match="ENGINE_REFERENCE=1"):
+        gated_delta_forward(wide, wide, v, g, beta, BOUNDS)
+    with pytest.raises(ValueError, match="chunks of 64"):
+        gated_delta_forward(q, k, v, g, beta, BOUNDS, chunk=32)
+    with pytest.raises(RuntimeError, match=r"compute capability 8\.0"):
+        tile("scan", 75, 128, 128)

@@ -1,0 +1,123 @@
+"""The GPU suite on tiny sizes: every section runs, and a failure is recorded and seen."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import accuracy, suite_sections
+from bench.gpu_suite import main
+from bench.isolation import run_apart, run_here
+from engine.benchmark import ops_elementwise
+from kernels.swiglu import swiglu_forward
+
+SECTIONS = ["roofline", "accuracy", "steps", "profile", "ops"]
+
+MODULE = """
+import os, time
+
+class Section:
+    def run(self, item, options):
+        if item == "raises":
+            raise ValueError("no such thing")
+        if item == "dies":
+            os._exit(7)
+        if item == "breaks":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if item == "hangs":
+            time.sleep(60)
+        return {"item": item, "process": os.getpid(), "given": options["given"]}
+
+SECTIONS = {"only": Section()}
+"""
+
+
+def test_smoke_run_measures_every_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main(["--smoke", "--output", str(tmp_path), "--sections", *SECTIONS])
+    capsys.readouterr()
+    results = json.loads((tmp_path / "gpu_suite.json").read_text())
+    errors = [o for name in SECTIONS for o in results["sections"][name] if o["error"]]
+    assert errors == []
+    assert status == 0
+    ops = {o["data"]["op"] for o in results["sections"]["ops"]}
+    assert {"nf4_linear", "adamw8bit", "decoder_layer", "attention_grad"} <= ops
+    step = results["sections"]["steps"][0]["data"]
+    assert step["tokens_per_second"] > 0
+    assert step["utilisation"] > 0
+    assert "within the rule" in (tmp_path / "gpu_suite.md").read_text()
+
+
+def test_a_wrong_kernel_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ops_elementwise, "swiglu_forward", lambda gate, up: swiglu_forward(gate, up) * (1 + 1e-3)
+    )
+    assert main(["--smoke", "--output", str(tmp_path), "--sections", "accuracy"]) == 1
+    capsys.readouterr()
+    results = json.loads((tmp_path / "gpu_suite.json").read_text())
+    wrong = {o["data"]["op"] for o in results["sections"]["accuracy"] if not o["data"]["passed"]}
+    assert wrong == {"swiglu", "swiglu_grad"}
+
+
+def test_nan_never_passes_the_rule() -> None:
+    truth = torch.ones(3)
+    bad = torch.tensor([1.0, float("nan"), 1.0])
+    assert accuracy.compare(truth, truth, truth, exact=False)["passed"]
+    assert not accuracy.compare(bad, truth, truth, exact=False)["passed"]
+
+
+def test_the_ulp_is_that_of_the_dtype_at_the_value() -> None:
+    assert accuracy.ulp(torch.float32, 1.0) == 2.0**-23
+    assert accuracy.ulp(torch.bfloat16, 3.0) == 2.0**-6
+    assert accuracy.ulp(torch.float16, 0.75) == 2.0**-11
+
+
+def test_no_gpu_and_no_smoke_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        assert suite_sections.SECTIONS
+        return
+    assert main([]) == 2
+    assert "--smoke" in capsys.readouterr().err
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "isolated_module.py").write_text(MODULE)
+    root = Path(__file__).parent.parent
+    monkeypatch.setenv("PYTHONPATH", f"{root}:{tmp_path}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "isolated_module"
+
+
+def test_an_item_that_dies_hangs_or_breaks_the_context_stops_no_other(module: str) -> None:
+    items = ["a", "raises", "b", "dies", "c", "breaks", "d", "hangs", "e"]
+    deadline = time.monotonic() + 100
+    # The first item of a process may also take the time that the process needs to start.
+    outcomes = {
+        o.item: o
+        for o in run_apart(module, "only", items, {"given": 3}, deadline, item_seconds=4.0)
+    }
+    assert list(outcomes) == items
+    good = {item: outcomes[item].data for item in "abcde"}
+    assert all(data is not None and data["given"] == 3 for data in good.values())
+    processes = [data["process"] for data in good.values() if data is not None]
+    assert processes[0] == processes[1]
+    assert len(set(processes)) == 4
+    assert "no such thing" in str(outcomes["raises"].error)
+    assert "status 7" in str(outcomes["dies"].error)
+    assert "illegal memory access" in str(outcomes["breaks"].error)
+    assert "no result within" in str(outcomes["hangs"].error)
+
+
+def test_items_beyond_the_time_are_recorded_as_not_run(module: str) -> None:
+    for outcomes in (
+        run_here(module, "only", ["a"], {"given": 1}, deadline=0.0),
+        run_apart(module, "only", ["a"], {"given": 1}, deadline=0.0, item_seconds=1.0),
+    ):
+        assert [outcome.data for outcome in outcomes] == [None]
+        assert "not run" in str(outcomes[0].error)
