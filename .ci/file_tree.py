@@ -16,6 +16,7 @@ FOLDERS = {
     "models": "the graph, its configuration, and LoRA on it",
     "optim": "the optimiser and what belongs to it",
     "engine": "what a user would call the program",
+    "engine/benchmark": "ops against the machine's limits",
     "engine/data": "from rows of text to batches of token ids",
     "engine/formats": "what is read from disk and written to it",
     "cli": "one file per verb",

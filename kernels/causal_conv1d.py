@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.attention import AttentionPlan
-from kernels.dispatch import use_triton
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -59,10 +58,6 @@ def causal_conv1d_forward(
             f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit {bounds[-1]} tokens; "
             "expected (N, C) and (C, J) or (C, 1, J)"
         )
-    if use_triton(x) and state is None:
-        from kernels import causal_conv1d_triton
-
-        return causal_conv1d_triton.forward(x, weight, bounds)
     wide_state = None if state is None else _wide(state)
     return F.silu(_convolve(_wide(x), _taps(weight), bounds, wide_state)).to(x.dtype)
 
@@ -71,10 +66,6 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bounds: tuple[int, ...], *, need_dweight: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """dx (N, C) in the dtype of x and, if asked for, dw in the shape and dtype of weight."""
-    if use_triton(x):
-        from kernels import causal_conv1d_triton
-
-        return causal_conv1d_triton.backward(dy, x, weight, bounds, need_dweight)
     values, taps = _wide(x), _taps(weight)
     da = torch.ops.aten.silu_backward(_wide(dy), _convolve(values, taps, bounds, None))
     dx = da * taps[0]
@@ -131,5 +122,5 @@ class _CausalConv1d(torch.autograd.Function):
 
 def causal_conv1d(x: Tensor, weight: Tensor, plan: AttentionPlan) -> Tensor:
     """silu(causal depthwise convolution) of x (N, C), with gradients for x and weight."""
-    y: Tensor = _CausalConv1d.apply(x, weight, plan.bounds)  # type: ignore[no-untyped-call]
+    y: Tensor = _CausalConv1d.apply(x, weight, plan.bounds)
     return y

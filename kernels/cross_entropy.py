@@ -86,9 +86,7 @@ def tile(vocabulary: int) -> tuple[int, int]:
     return (4096, 8) if vocabulary > 4096 else (1024, 4)
 
 
-def _cross_entropy_triton_(
-    logits: Tensor, targets: Tensor, scale: float, gradient: bool
-) -> Tensor:
+def _cross_entropy_triton_(logits: Tensor, targets: Tensor, scale: float, gradient: bool) -> Tensor:
     rows, vocabulary = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     block, warps = tile(vocabulary)

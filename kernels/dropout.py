@@ -108,9 +108,7 @@ def kept(index, seed_low, seed_high, threshold):
 # Words that change with every call must not make Triton compile anew.
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
 @no_type_check
-def dropout_kernel(
-    x_ptr, y_ptr, numel, scale, seed_low, seed_high, threshold, BLOCK: tl.constexpr
-):
+def dropout_kernel(x_ptr, y_ptr, numel, scale, seed_low, seed_high, threshold, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < numel
     x = tl.load(x_ptr + index, mask=inside, other=0.0)

@@ -279,7 +279,7 @@ def gated_delta(
 
     Arguments as in `gated_delta_forward`. Keeps the inputs and T for backward.
     """
-    out: tuple[Tensor, Tensor] = _GatedDelta.apply(  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor] = _GatedDelta.apply(
         q, k, v, g, beta, initial_state, plan.bounds, chunk
     )
     return out

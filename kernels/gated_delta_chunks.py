@@ -137,9 +137,7 @@ def triangular_inverse(c: Chunks, decay: Tensor) -> Tensor:
     return inverse
 
 
-def scan(
-    c: Chunks, inverse: Tensor, state: Tensor, layout: ChunkLayout
-) -> tuple[Tensor, Tensor]:
+def scan(c: Chunks, inverse: Tensor, state: Tensor, layout: ChunkLayout) -> tuple[Tensor, Tensor]:
     """S at the start of every chunk (n, Hk, r, K, V) and v' (n, Hk, r, C, V).
 
     `state` (D, Hk, r, K, V), in the order of the layout, becomes the state after each document.

@@ -159,7 +159,7 @@ _TILES = {
     "output": Tile(MAX_SIZE, 64),
     "writes_backward": Tile(MAX_SIZE, 32),
     "reverse_scan": Tile(MAX_SIZE, 32, warps=8),
-    "pairs": Tile(32, 32),
+    "pairs": Tile(64, 32),
     "query": Tile(64, 32),
     "key": Tile(32, 32),
 }
@@ -167,7 +167,6 @@ _TILES = {
 _TILES_90 = {
     "writes_backward": Tile(MAX_SIZE, 64),
     "reverse_scan": Tile(MAX_SIZE, 32),
-    "pairs": Tile(64, 32),
     "key": Tile(64, 32),
 }
 
@@ -188,7 +187,6 @@ def tile(kernel: str, arch: int, key: int, value: int) -> Tile:
         found = _TILES_90.get(kernel, found)
     keys, values = (max(16, next_power_of_2(size)) for size in (key, value))
     return replace(found, keys=min(found.keys, keys), values=min(found.values, values))
-
 
 
 @jit

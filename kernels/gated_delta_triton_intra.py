@@ -100,18 +100,21 @@ def pairs_kernel(
     tl.store(through + matrix, d_scores.to(through.dtype.element_ty))
     tl.store(lower + matrix, d_lower.to(lower.dtype.element_ty))
 
-    queries_keys = tl.zeros((64, 64), tl.float32)
-    keys_keys = tl.zeros((64, 64), tl.float32)
+    q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
+    k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
+    dots = tl.zeros((64, 64), tl.float32)
     for at in range(0, KEY, BLOCK_K):
         column = at + tl.arange(0, BLOCK_K)
         keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
         queries = load_rows(q + key_head * q_head, row, inside, q_row, column, KEY)
-        queries_keys += product(queries, tl.trans(keys))
-        keys_keys += product(keys, tl.trans(keys))
-    q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
-    k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
-    both = d_scores * queries_keys * q_scale[:, None]
-    both += d_lower * keys_keys * (strength * k_scale)[:, None]
+        dots += product(queries, tl.trans(keys))
+    both = d_scores * dots * q_scale[:, None]
+    dots = tl.zeros((64, 64), tl.float32)
+    for at in range(0, KEY, BLOCK_K):
+        column = at + tl.arange(0, BLOCK_K)
+        keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
+        dots += product(keys, tl.trans(keys))
+    both += d_lower * dots * (strength * k_scale)[:, None]
     both *= k_scale[None, :]
     d_log = tl.sum(both, 1) - tl.sum(both, 0)
     tl.store(dg + row * heads + head, tl.cumsum(d_log, 0, reverse=True), mask=inside)

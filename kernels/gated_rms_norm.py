@@ -67,5 +67,5 @@ class _GatedRMSNorm(torch.autograd.Function):
 
 def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """(w * rms(o)) * silu(z) with gradients for o, z (..., V) and weight (V,)."""
-    y: Tensor = _GatedRMSNorm.apply(o, z, weight, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _GatedRMSNorm.apply(o, z, weight, eps)
     return y

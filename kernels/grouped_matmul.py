@@ -23,7 +23,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.dispatch import use_triton
 from kernels.dropout import dropout
 from kernels.lora import Gradients
 from kernels.nf4 import NF4Weight, dequantize_rows
@@ -151,12 +150,6 @@ def grouped_matmul(
     if out is None:
         out_features = weight_shape(weight)[2 if transpose else 1]
         out, accumulate = x.new_empty(groups.rows, out_features), False
-    if use_triton(x) and not isinstance(weight, tuple):
-        from kernels import grouped_matmul_triton
-
-        return grouped_matmul_triton.matmul(
-            x, weight, groups, rows, transpose, out, accumulate, scale
-        )
     for expert, part in groups.filled():
         dense = expert_weight(weight, expert, x.dtype)
         right, target = dense if transpose else dense.T, out[part]
@@ -177,10 +170,6 @@ def grouped_outer(
 
     a (M, P), b (M, Q), or gathered by their rows (M,) as in `grouped_matmul`.
     """
-    if use_triton(a):
-        from kernels import grouped_matmul_triton
-
-        return grouped_matmul_triton.outer(a, b, groups, a_rows, b_rows, scale)
     out = a.new_zeros(groups.count, a.shape[1], b.shape[1])
     for expert, part in groups.filled():
         torch.mm(_rows(a, part, a_rows).T, _rows(b, part, b_rows), out=out[expert])

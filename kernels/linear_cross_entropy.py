@@ -93,9 +93,7 @@ def _forward(
     for start in range(0, count, rows):
         part = slice(start, min(start + rows, count))
         logits = torch.mm(hidden[part], head.T, out=buffer[: part.stop - start])
-        losses[part] = cross_entropy_(
-            logits, targets[part], gradient=need_dhidden or need_dweight
-        )
+        losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
         if dhidden is not None:
             target = dhidden[part]
             torch.addmm(target, logits, head, beta=0, alpha=scale, out=target)

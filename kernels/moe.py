@@ -283,7 +283,7 @@ def mixture_of_experts(
 
     The last two are what `load_balancing_loss` takes.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(
         x, moe, seed, *moe.trainable()
     )
     return found

@@ -85,7 +85,9 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``torch.empty`` and its relatives return NaN, as unwritten memory may."""
-    if request.node.get_closest_marker("interop") is None:
+    # A dry pass allocates tensors that stand for memory and have none to fill.
+    dry = request.path.name in ("test_plan.py", "test_memory.py")
+    if request.node.get_closest_marker("interop") is None and not dry:
         for owner, name in (
             (torch, "empty"),
             (torch, "empty_like"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from bench.compile_cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
-from kernels import cross_entropy, dropout, rms_norm, rope, swiglu
+from kernels import cross_entropy, dropout, rms_norm_triton, rope, swiglu
 
 DTYPES = ("bf16", "fp16", "fp32")
 NORM_WIDTHS = (128, 1024, 4096, 8192, 16384)
@@ -15,7 +15,7 @@ HEADS = ((32, 64), (32, 128), (48, 96), (16, 256))
 
 
 def compile_cases() -> list[CompileCase]:
-    norm = [*_norm_forward(), *_norm_backward()]
+    norm = [*_norm_forward(), *_norm_backward(), *_norm_dweight()]
     return [*norm, *_rope(), *_swiglu(), *_cross_entropy(), *_dropout()]
 
 
@@ -34,10 +34,10 @@ def _groups(width: int) -> int:
 
 def _norm_forward() -> Iterator[CompileCase]:
     for width, dtype, add in product(NORM_WIDTHS, DTYPES, (False, True)):
-        rows, block, warps = rms_norm.tile(width, _groups(width))
+        rows, block, warps = rms_norm_triton.tile(width, _groups(width))
         tensors = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr")
         yield CompileCase(
-            kernel=rms_norm.rms_norm_forward_kernel,
+            kernel=rms_norm_triton.rms_norm_forward_kernel,
             name="rms_norm_forward",
             config=f"{dtype} width {width}{' add' if add else ''}",
             signature={
@@ -64,12 +64,12 @@ def _norm_forward() -> Iterator[CompileCase]:
 
 def _norm_backward() -> Iterator[CompileCase]:
     for width, dtype, dweight in product(NORM_WIDTHS, DTYPES, (False, True)):
-        rows, block, warps, registers = (*rms_norm.tile(width, _groups(width)), True)
-        if dweight:
-            rows, block, warps, registers = rms_norm.dweight_tile(width, _groups(width))
+        if dweight and width > rms_norm_triton.FUSED_DWEIGHT_WIDTH:
+            continue
+        rows, block, warps = rms_norm_triton.tile(width, _groups(width), dweight)
         tensors = ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
         yield CompileCase(
-            kernel=rms_norm.rms_norm_backward_kernel,
+            kernel=rms_norm_triton.rms_norm_backward_kernel,
             name="rms_norm_backward",
             config=f"{dtype} width {width}{' dweight' if dweight else ''}",
             signature={
@@ -86,7 +86,6 @@ def _norm_backward() -> Iterator[CompileCase]:
                 "ADD": True,
                 "ZERO_CENTERED": False,
                 "DWEIGHT": dweight,
-                "REGISTERS": registers,
                 "ROWS": rows,
                 "BLOCK": block,
             },
@@ -97,11 +96,29 @@ def _norm_backward() -> Iterator[CompileCase]:
         )
 
 
+def _norm_dweight() -> Iterator[CompileCase]:
+    rows, block, warps = rms_norm_triton.dweight_tile()
+    for dtype in DTYPES:
+        yield CompileCase(
+            kernel=rms_norm_triton.rms_norm_dweight_kernel,
+            name="rms_norm_dweight",
+            config=dtype,
+            signature={
+                **dict.fromkeys(("dy_ptr", "x_ptr"), f"*{dtype}"),
+                **dict.fromkeys(("rstd_ptr", "partial_ptr"), "*fp32"),
+                **dict.fromkeys(("rows", "width", "dy_row", "x_row"), "i32"),
+            },
+            constexprs={"ROWS": rows, "BLOCK": block},
+            num_warps=warps,
+            elements=rows * block,
+            architectures=_architectures(dtype),
+        )
+
+
 def _rope() -> Iterator[CompileCase]:
     sizes = ("q_heads", "k_heads", "half", "cos_token", "sin_token")
     strides = [
-        f"{name}_{unit}"
-        for name, unit in product(("q", "k", "q_out", "k_out"), ("token", "head"))
+        f"{name}_{unit}" for name, unit in product(("q", "k", "q_out", "k_out"), ("token", "head"))
     ]
     for (heads, dim), dtype in product(HEADS, DTYPES):
         tile_heads, block, warps = rope.tile(dim // 2, heads)

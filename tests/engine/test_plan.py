@@ -145,8 +145,9 @@ def test_a_run_puts_plan_and_measurement_side_by_side(
     train(run_settings(tiny_model, write_rows(9), run, "200MiB"), console=False)
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
     planned, measured = metrics["planned_peak_bytes"], metrics["measured_peak_bytes"]
-    assert planned == pytest.approx(measured, rel=0.01)
-    assert measured <= metrics["planned_limit_bytes"] * 1.01
+    # 1.4 MB in all: the step's few scalars and index tensors are a percent of it.
+    assert planned == pytest.approx(measured, rel=0.02)
+    assert measured <= metrics["planned_limit_bytes"] * 1.02
     assert metrics["memory_budget_bytes"] == 200 << 20
 
 

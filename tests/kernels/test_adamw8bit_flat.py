@@ -227,7 +227,7 @@ def test_a_gradient_that_moved_in_memory_is_found_again(
     pair.check()
 
 
-class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NoWaiting(TorchDispatchMode):
     """Refuses what would make the host wait for a value from the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -241,9 +241,9 @@ def test_a_step_never_reads_from_the_device(
 ) -> None:
     pair = Pair(device, monkeypatch)
     set_grads(pair.params, 0)
-    with NoWaiting():  # type: ignore[no-untyped-call]
+    with NoWaiting():
         pair.ours.step(max_norm=1.0)
-    with pytest.raises(AssertionError, match="read a value"), NoWaiting():  # type: ignore[no-untyped-call]
+    with pytest.raises(AssertionError, match="read a value"), NoWaiting():
         _ = pair.ours.skipped_steps
 
 

@@ -208,12 +208,12 @@ class LargestTensor(TorchDispatchMode):
 
 def test_temporary_memory_does_not_grow_with_the_weight() -> None:
     w = torch.randn(1 << 23).bfloat16()
-    with LargestTensor() as seen:  # type: ignore[no-untyped-call]
+    with LargestTensor() as seen:
         weight = quantize(w, double_quant=False)
     assert seen.nbytes == weight.packed.nbytes == 1 << 22
     out = torch.empty(1 << 23)
     release()
-    with LargestTensor() as seen:  # type: ignore[no-untyped-call]
+    with LargestTensor() as seen:
         dequantize(weight, out=out)
     assert 0 < seen.nbytes <= 1 << 20
 

@@ -325,7 +325,7 @@ def test_the_closure_is_called_with_gradients_on() -> None:
     def closure() -> float:
         optimizer.zero_grad()
         loss = (param * param).sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss.item()
 
     assert optimizer.step(closure) == 3.0
