@@ -156,8 +156,8 @@ class Tile:
 _TILES = {
     "inverse": Tile(64, 16),
     "scan": Tile(MAX_SIZE, 32, stages=3),
-    "output": Tile(MAX_SIZE, 64),
-    "writes_backward": Tile(MAX_SIZE, 32),
+    "output": Tile(64, 64),
+    "writes_backward": Tile(64, 64),
     "reverse_scan": Tile(MAX_SIZE, 32, warps=8),
     "pairs": Tile(64, 32),
     "query": Tile(64, 32),
@@ -165,7 +165,7 @@ _TILES = {
 }
 # Where products read shared memory (wgmma, tcgen05), registers hold larger sums.
 _TILES_90 = {
-    "writes_backward": Tile(MAX_SIZE, 64),
+    "pairs": Tile(64, 32, warps=8),
     "reverse_scan": Tile(MAX_SIZE, 32),
     "key": Tile(64, 32),
 }

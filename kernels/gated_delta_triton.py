@@ -248,20 +248,23 @@ def output_kernel(
     row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
     inside = row < tl.load(ends + chunk)
     key_head = head // group
-    along_k = tl.arange(0, BLOCK_K)
-    queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
-    keys = load_rows(k + key_head * k_head, row, inside, k_row, along_k, KEY)
+    scores = tl.zeros((64, 64), tl.float32)
+    result = tl.zeros((64, BLOCK_V), tl.float32)
+    at_state = states + (chunk * heads + head) * KEY * VALUE
+    for at in range(0, KEY, BLOCK_K):
+        along_k = at + tl.arange(0, BLOCK_K)
+        queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
+        keys = load_rows(k + key_head * k_head, row, inside, k_row, along_k, KEY)
+        state = load_rows(at_state, along_k, along_k < KEY, VALUE, column, VALUE)
+        scores += product(queries, tl.trans(keys))
+        result += product(queries, state)
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     log = log_decay(g, row, inside, head, heads)
-    scores = product(queries, tl.trans(keys)) * q_scale[:, None] * k_scale[None, :]
-    scores *= decay_matrix(log, 64)
-    in_state = (along_k < KEY)[:, None] & (column < VALUE)[None, :]
-    at_state = (chunk * heads + head) * KEY * VALUE + along_k[:, None] * VALUE + column[None, :]
-    state = tl.load(states + at_state, mask=in_state, other=0.0)
+    scores *= q_scale[:, None] * k_scale[None, :] * decay_matrix(log, 64)
     written = load_rows(writes + head * VALUE, row, inside, heads * VALUE, column, VALUE)
-    result = product(queries, state) * (q_scale * tl.exp(log))[:, None]
-    result += product(scores.to(queries.dtype), written)
+    result *= (q_scale * tl.exp(log))[:, None]
+    result += product(scores.to(written.dtype), written)
     store_rows(out + head * VALUE, row, inside, heads * VALUE, column, VALUE, result)
 
 

@@ -60,15 +60,19 @@ def writes_backward_kernel(
     row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
     inside = row < tl.load(ends + chunk)
     key_head = head // group
-    along_k = tl.arange(0, BLOCK_K)
-    queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
-    keys = load_rows(k + key_head * k_head, row, inside, k_row, along_k, KEY)
+    scores = tl.zeros((64, 64), tl.float32)
+    for at in range(0, KEY, BLOCK_K):
+        along_k = at + tl.arange(0, BLOCK_K)
+        queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
+        keys = load_rows(k + key_head * k_head, row, inside, k_row, along_k, KEY)
+        scores += product(keys, tl.trans(queries))
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     decay = tl.trans(decay_matrix(log_decay(g, row, inside, head, heads), 64))
-    scores = product(keys, tl.trans(queries)) * k_scale[:, None] * q_scale[None, :] * decay
+    scores *= k_scale[:, None] * q_scale[None, :] * decay
     d_rows = load_rows(d_out + head * d_head, row, inside, d_row, column, VALUE)
-    result = product(scores.to(keys.dtype), d_rows.to(keys.dtype))
+    dtype = out.dtype.element_ty
+    result = product(scores.to(dtype), d_rows.to(dtype))
     store_rows(out + head * VALUE, row, inside, heads * VALUE, column, VALUE, result)
 
 
