@@ -2,12 +2,14 @@
 
 Every side gets the same model (SmolLM2-135M-Instruct), the same rows (docstrings of the installed
 Python, tokenised once), the same batches of four ragged rows and the same settings: NF4 with double
-quantisation, LoRA of rank 16 and alpha 32 on all seven projections, checkpointed layers, AdamW with
-8-bit moments, fp32 compute. The sides are
+quantisation, LoRA of rank 16 and alpha 32 on all seven projections, AdamW with 8-bit moments, fp32
+compute. The sides are
 
-    ours              rows end to end, no padding
+    ours              rows end to end, no padding; recomputes what does not fit in memory
     peers             rows padded to the longest of the batch: what these libraries do by default
     peers-flattened   rows end to end with position ids, as DataCollatorWithFlattening builds them
+
+The peers checkpoint their layers, as QLoRA with them does.
 
 They run in turn, round after round, each time in a fresh process, so that a change of the machine's
 clock or load meets all of them. Printed are real tokens per second (padding is never counted) and
@@ -185,7 +187,7 @@ def require_same_work(results: dict[str, list[Result]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bench.train_step_cpu", description="Time a QLoRA step.")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of a turn")
     parser.add_argument("--warmup", type=int, default=1, help="untimed steps before them")
     parser.add_argument("--seed", type=int, default=0, help="which rows are drawn")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))

@@ -1,7 +1,8 @@
 """One side of bench/train_step_cpu.py: QLoRA with this engine.
 
-The same work as bench/train_step_peers.py: NF4 with double quantisation, fp32 compute, checkpointed
-layers, 8-bit AdamW, LoRA on all seven projections. Rows lie end to end instead of being padded.
+The same work as bench/train_step_peers.py: NF4 with double quantisation, fp32 compute, 8-bit AdamW,
+LoRA on all seven projections. Rows lie end to end instead of being padded, and what backward
+computes again is chosen as `engine train` chooses it.
 
 Run as ``python -m bench.train_step_ours WORK.json RESULT.json``.
 """
@@ -13,18 +14,38 @@ from pathlib import Path
 import torch
 
 from bench.side import Row, Work, measure
+from engine.config import TrainConfig
 from engine.data.examples import Example
 from engine.data.loader import collate
+from engine.formats.checkpoint import open_checkpoint
 from engine.load import load_model
+from engine.plan import Workload
+from engine.recompute import resolve_recompute
 from models.lora import add_lora
 from optim import AdamW8bit
 from optim.clip import clip_grad_norm
+
+
+def recompute_level(config: TrainConfig, work: Work) -> str:
+    """What `--gradient-checkpointing auto` comes to for the largest batch."""
+    largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
+    lengths = tuple(len(row.input_ids) for row in largest)
+    return resolve_recompute(
+        open_checkpoint(work.gguf).config,
+        config,
+        torch.device("cpu"),
+        torch.float32,
+        Workload((lengths,)),
+    )
 
 
 def main(work_file: Path, result_file: Path) -> None:
     work = Work.read(work_file)
     model = load_model(work.gguf, quantize="nf4", dtype=torch.float32)
     add_lora(model, rank=work.rank, alpha=work.alpha, targets="all")
+    config = TrainConfig(model=work.gguf, data=["-"], lora_rank=work.rank)
+    model.set_recompute(recompute_level(config, work))
+    model.loss_chunk_rows = config.loss_chunk_rows
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW8bit(trained, lr=work.learning_rate, weight_decay=0.01)
@@ -43,7 +64,8 @@ def main(work_file: Path, result_file: Path) -> None:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    measure(work, step, {"torch": version("torch")}, len(trained), result_file)
+    versions = {"torch": version("torch"), "gradient_checkpointing": model.recompute}
+    measure(work, step, versions, len(trained), result_file)
 
 
 if __name__ == "__main__":

@@ -36,16 +36,19 @@ _ALWAYS = 2
 class MemoryBudget:
     """Holds one run to `config.memory_budget` bytes."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, prepared: Prepared, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    ) -> None:
         """Plan the run and limit the card. Raises `MemoryPlanError` where the budget is too small.
 
-        `config.memory_budget` must be set.
+        `config` is the run's with its recompute level chosen; its `memory_budget` must be set.
         """
-        self._prepared, self._device, self._dtype = prepared, device, dtype
-        budget = prepared.config.memory_budget
+        self._prepared, self._config = prepared, config
+        self._device, self._dtype = device, dtype
+        budget = config.memory_budget
         assert budget is not None
         self._budget = budget
-        self.planned = self._plan(prepared.config, _largest_step(prepared))
+        self.planned = self._plan(config, largest_step(prepared))
         if self.planned.total > budget:
             raise MemoryPlanError(self._refusal())
         log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
@@ -71,7 +74,7 @@ class MemoryBudget:
         )
 
     def _refusal(self) -> str:
-        config = self._prepared.config
+        config = self._config
         step = self.planned
         text = (
             f"This run needs {gib(step.total)} for its largest step of {step.tokens} tokens, "
@@ -111,7 +114,7 @@ class MemoryBudget:
 
     def figures(self) -> dict[str, Any]:
         """Planned and measured peaks for the summary; warns where they are far apart."""
-        config = self._prepared.config
+        config = self._config
         seen = self._plan(config, None, self._largest) if self._largest else self.planned
         expected = seen.step.bytes
         measured = self._measured
@@ -132,7 +135,7 @@ class MemoryBudget:
         }
 
 
-def _largest_step(prepared: Prepared) -> Workload:
+def largest_step(prepared: Prepared) -> Workload:
     """The most tokens that a step of this run can have, from the lengths of its rows."""
     config = prepared.config
     lengths = sorted((len(example) for example in prepared.examples), reverse=True)

@@ -239,8 +239,10 @@ class TrainConfig(BaseModel):
         False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
     )
     gradient_checkpointing: Annotated[
-        Literal["selective", "full", "none"], _spelled(_CHECKPOINTING)
-    ] = _setting("selective", "Length and memory", "what is computed again in the backward pass")
+        Literal["auto", "none", "selective", "full"], _spelled(_CHECKPOINTING)
+    ] = _setting(
+        "auto", "Length and memory", "what backward recomputes; auto: as little as memory allows"
+    )
     loss_chunk_rows: int = _setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )

@@ -195,7 +195,10 @@ def _targets(config: TrainConfig) -> tuple[str, ...]:
 def make_trainable(
     model: Decoder, config: TrainConfig, init: dict[str, tuple[Tensor, Tensor]] | None
 ) -> int:
-    """Turn on what `config.method` trains and return the number of trainable parameters."""
+    """Turn on what `config.method` trains and return the number of trainable parameters.
+
+    `config.gradient_checkpointing` must be a level, not auto.
+    """
     if config.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -240,15 +243,30 @@ def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig
     )
 
 
+def _with_recompute(
+    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype
+) -> TrainConfig:
+    """The settings with the recompute level chosen, where they leave it to the machine."""
+    if config.gradient_checkpointing != "auto":
+        return config
+    from engine.budget import largest_step
+    from engine.recompute import resolve_recompute
+
+    level = resolve_recompute(
+        prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
+    )
+    return config.model_copy(update={"gradient_checkpointing": level})
+
+
 def _budget(
-    prepared: Prepared, device: torch.device, dtype: torch.dtype
+    prepared: Prepared, config: TrainConfig, device: torch.device, dtype: torch.dtype
 ) -> MemoryBudget | None:
     """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
-    if prepared.config.memory_budget is None:
+    if config.memory_budget is None:
         return None
     from engine.budget import MemoryBudget
 
-    return MemoryBudget(prepared, device, dtype)
+    return MemoryBudget(prepared, config, device, dtype)
 
 
 class _Run:
@@ -260,7 +278,8 @@ class _Run:
         self.device = resolve_device(self.config.device)
         self.digest = prepared.checkpoint.digest()
         dtype = resolve_dtype(self.config.dtype, self.device)
-        self.budget = _budget(prepared, self.device, dtype)
+        settings = _with_recompute(self.config, prepared, self.device, dtype)
+        self.budget = _budget(prepared, settings, self.device, dtype)
         init = check_init_adapter(self.config, self.digest)
         self.model = build_model(
             prepared.checkpoint,
@@ -269,7 +288,7 @@ class _Run:
             device=self.device,
             dtype=dtype,
         )
-        self.trainable = make_trainable(self.model, self.config, init)
+        self.trainable = make_trainable(self.model, settings, init)
         self.optimizer = make_optimizer(self.model, self.config)
         self.progress = self._resume()
 
@@ -303,6 +322,7 @@ class _Run:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
+        self.model.set_recompute(state["recompute"])
         log.info("Going on from %s", loaded.path)
         return Progress(**state["progress"])
 
@@ -317,6 +337,7 @@ class _Run:
             {
                 "progress": progress.state(),
                 "trajectory": self.config.trajectory(),
+                "recompute": self.model.recompute,
                 "base": self.digest,
             },
         )

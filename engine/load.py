@@ -7,6 +7,8 @@ model plus the largest single tensor.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -52,7 +54,16 @@ def build_model(
         checkpoint.release(name)
     for layer in model.layers:
         layer.join_weights()
+    _return_freed_memory()
     return model.eval()
+
+
+def _return_freed_memory() -> None:
+    """Give the pages that quantising freed back to the system, where the C library knows how."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def _place(

@@ -15,7 +15,8 @@ from engine.memory import OWNERS, gib
 from engine.model_presets import preset_config
 from engine.plan import MemoryPlan, plan
 from engine.plan_model import find_model
-from engine.plan_search import Choice, Planner
+from engine.plan_search import Choice, Planner, changed
+from engine.recompute import resolve_recompute
 from models.config import ModelConfig
 
 CARD_RATE = 165e12
@@ -61,7 +62,17 @@ def find_target(config: TrainConfig) -> Target:
 
 
 def _plan(model: ModelConfig, card: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
-    return plan(model, config, card=card, dtype=compute_dtype(config, card), stored=stored)
+    dtype = compute_dtype(config, card)
+    if config.gradient_checkpointing == "auto":
+        config = changed(config, gradient_checkpointing=_level(model, card, dtype, config))
+    return plan(model, config, card=card, dtype=dtype, stored=stored)
+
+
+def _level(model: ModelConfig, card: bool, dtype: torch.dtype, config: TrainConfig) -> str:
+    """What auto comes to; "selective" for a card that is not here, whose memory nobody knows."""
+    if card and config.memory_budget is None and not torch.cuda.is_available():
+        return "selective"
+    return resolve_recompute(model, config, torch.device("cuda" if card else "cpu"), dtype)
 
 
 def compute_dtype(config: TrainConfig, card: bool) -> torch.dtype:

@@ -151,11 +151,15 @@ def rms_norm_dweight_kernel(
     tl.store(partial, tl.sum(dweight, axis=0), mask=column < width)
 
 
-def tile(width: int, groups: int, dweight: bool = False) -> tuple[int, int, int]:
-    """Rows of one program, its block (both powers of two) and warps."""
+def tile(width: int, groups: int, itemsize: int, dweight: bool = False) -> tuple[int, int, int]:
+    """Rows of one program, its block (both powers of two) and warps.
+
+    The share of a thread is the largest for which no configuration spills a register.
+    """
     block = next_power_of_2(width)
     rows = min(max(1, 2048 // block), next_power_of_2(max(1, groups)))
-    return rows, block, min(16, max(4, rows * block // (512 if dweight else 1024)))
+    share = 16 if dweight else 8 if itemsize > 2 else 32
+    return rows, block, min(32, max(4, rows * block // (32 * share)))
 
 
 def dweight_tile() -> tuple[int, int, int]:
@@ -206,7 +210,7 @@ def forward(
     total = y if residual is None else torch.empty_like(y)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     grouped, outer, groups, strides = _layout(x, other)
-    rows, block, warps = tile(width, groups)
+    rows, block, warps = tile(width, groups, x.itemsize)
     tiles = cdiv(groups, rows)
     if x.numel():
         with on_device(x):
@@ -240,7 +244,7 @@ def backward(
     rstd = rstd.contiguous()
     grouped, outer, groups, strides = _layout(dy, x, dx)
     fused = need_dweight and width <= FUSED_DWEIGHT_WIDTH
-    rows, block, warps = tile(width, groups, fused)
+    rows, block, warps = tile(width, groups, x.itemsize, fused)
     tiles = cdiv(groups, rows)
     steps, parts = (outer, tiles) if grouped else (tiles, 1)
     programs, partial = steps, rstd

@@ -8,7 +8,8 @@ from itertools import product
 from bench.compile_cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
 from kernels import cross_entropy, dropout, rms_norm_triton, rope, swiglu
 
-DTYPES = ("bf16", "fp16", "fp32")
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+DTYPES = tuple(ITEMSIZES)
 NORM_WIDTHS = (128, 1024, 4096, 8192, 16384)
 HEADS = ((32, 64), (32, 128), (48, 96), (16, 256))
 """Heads and head dimension."""
@@ -34,7 +35,7 @@ def _groups(width: int) -> int:
 
 def _norm_forward() -> Iterator[CompileCase]:
     for width, dtype, add in product(NORM_WIDTHS, DTYPES, (False, True)):
-        rows, block, warps = rms_norm_triton.tile(width, _groups(width))
+        rows, block, warps = rms_norm_triton.tile(width, _groups(width), ITEMSIZES[dtype])
         tensors = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "sum_ptr")
         yield CompileCase(
             kernel=rms_norm_triton.rms_norm_forward_kernel,
@@ -66,7 +67,9 @@ def _norm_backward() -> Iterator[CompileCase]:
     for width, dtype, dweight in product(NORM_WIDTHS, DTYPES, (False, True)):
         if dweight and width > rms_norm_triton.FUSED_DWEIGHT_WIDTH:
             continue
-        rows, block, warps = rms_norm_triton.tile(width, _groups(width), dweight)
+        rows, block, warps = rms_norm_triton.tile(
+            width, _groups(width), ITEMSIZES[dtype], dweight
+        )
         tensors = ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
         yield CompileCase(
             kernel=rms_norm_triton.rms_norm_backward_kernel,
