@@ -16,11 +16,11 @@ from typing import Any, cast
 import torch
 
 from engine.config import TrainConfig
-from engine.finetune import make_optimizer, make_trainable
 from engine.formats.checkpoint import Checkpoint
 from engine.load import build_model
 from engine.model_presets import preset_config
 from engine.plan import make_batch, plan
+from engine.trainable import make_optimizer, make_trainable
 from engine.trainer import train_step
 from models.config import ModelConfig
 from models.registry import expected_tensors
@@ -35,6 +35,10 @@ class RandomCheckpoint:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self._shapes = expected_tensors(config)
+
+    def names(self) -> list[str]:
+        """Names of the file's tensors."""
+        return list(self._shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of standard deviation 0.02."""

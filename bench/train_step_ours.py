@@ -27,7 +27,7 @@ from optim.clip import clip_grad_norm
 
 
 def recompute_level(config: TrainConfig, work: Work) -> str:
-    """What `--gradient-checkpointing auto` comes to for the largest batch."""
+    """What `--gradient-checkpointing` comes to for the largest batch."""
     largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
     lengths = tuple(len(row.input_ids) for row in largest)
     return resolve_recompute(
@@ -43,7 +43,12 @@ def main(work_file: Path, result_file: Path) -> None:
     work = Work.read(work_file)
     model = load_model(work.gguf, quantize="nf4", dtype=torch.float32)
     add_lora(model, rank=work.rank, alpha=work.alpha, targets="all")
-    config = TrainConfig(model=work.gguf, data=["-"], lora_rank=work.rank)
+    config = TrainConfig(
+        model=work.gguf,
+        data=["-"],
+        lora_rank=work.rank,
+        gradient_checkpointing=work.recompute,
+    )
     model.set_recompute(recompute_level(config, work))
     model.loss_chunk_rows = config.loss_chunk_rows
     model.train()

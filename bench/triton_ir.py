@@ -52,8 +52,26 @@ def _along_row(layout: str) -> int:
     if layout.startswith("#ttg.blocked"):
         order = _numbers("order", layout)
         return _numbers("sizePerThread", layout)[-1] if order[0] == len(order) - 1 else 1
+    if layout.startswith("#ttg.linear"):
+        return _first_registers_along_row(layout)
     left_operand = re.search(r"dot_op<\{opIdx = 0,.*kWidth = (\d+)", layout)
     return int(left_operand[1]) if left_operand else 1
+
+
+def _first_registers_along_row(layout: str) -> int:
+    """Of a linear layout: a thread's registers 0, 1, 2, ... that lie side by side in a row.
+
+    Register 2^i lies at the sum of the bases before it: the i-th basis must be 2^i columns on.
+    """
+    match = re.search(r"register = \[(\[.*?\])\]", layout)
+    bases = [] if match is None else re.findall(_NUMBERS, match[1])
+    neighbours = 1
+    for basis in bases:
+        *rows, column = (int(number) for number in basis.split(","))
+        if any(rows) or column != neighbours:
+            break
+        neighbours *= 2
+    return neighbours
 
 
 def _numbers(name: str, layout: str) -> list[int]:

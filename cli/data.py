@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Json
+from cli.options import Json, TemplateKwargs, template_kwargs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -118,6 +118,7 @@ def preview(
     min_rating: MinRating = None,
     category: Category = None,
     bad_lines: BadLines = "fail",
+    chat_template_kwargs: TemplateKwargs = None,
 ) -> None:
     """Show rows as the model will read them; what is trained stands out.
 
@@ -137,7 +138,8 @@ def preview(
             _print_messages(console, item)
         return
     tokenizer, vocab_size = _tokenizer(model)
-    examples, report = _build(chosen, tokenizer, vocab_size, max_length, bad_lines)
+    kwargs = template_kwargs(chat_template_kwargs)
+    examples, report = _build(chosen, tokenizer, vocab_size, max_length, bad_lines, kwargs)
     for example in examples:
         _print_example(console, example, tokenizer)
     for line in report.dropped:
@@ -181,12 +183,19 @@ def _tokenizer(model: str) -> tuple["Tokenizer", int]:
 
 
 def _build(
-    rows: Sequence["Row"], tokenizer: "Tokenizer", vocab_size: int, max_length: int, bad_lines: str
+    rows: Sequence["Row"],
+    tokenizer: "Tokenizer",
+    vocab_size: int,
+    max_length: int,
+    bad_lines: str,
+    kwargs: dict[str, Any] | None = None,
 ) -> tuple[list["Example"], "Report"]:
     from engine.data.examples import build_examples, check_ids
 
     bad_rows = "fail" if bad_lines == "fail" else "skip"
-    examples, report = build_examples(rows, tokenizer, max_length, bad_rows=bad_rows)
+    examples, report = build_examples(
+        rows, tokenizer, max_length, template_kwargs=kwargs, bad_rows=bad_rows
+    )
     check_ids(examples, vocab_size)
     return examples, report
 

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Adapter, Base, Device, Dtype, Json, Model, Quantize
+from cli.options import (
+    Adapter,
+    Base,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quantize,
+    TemplateKwargs,
+    template_kwargs,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -27,6 +37,7 @@ def evaluate_model(
     ] = None,
     category: Annotated[str | None, typer.Option(help="Only rows of this category.")] = None,
     limit_rows: Annotated[int | None, typer.Option(min=1, help="Only the first N rows.")] = None,
+    chat_template_kwargs: TemplateKwargs = None,
     quantize: Quantize = Base.none,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -50,6 +61,7 @@ def evaluate_model(
         min_rating=min_rating,
         category=category,
         limit_rows=limit_rows,
+        template_kwargs=template_kwargs(chat_template_kwargs),
     )
     if as_json:
         figures = dataclasses.asdict(result)

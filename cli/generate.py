@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Adapter, Base, Device, Dtype, Json, Model, Quantize
+from cli.options import (
+    Adapter,
+    Base,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Quantize,
+    TemplateKwargs,
+    template_kwargs,
+)
 
 app = typer.Typer(add_completion=False)
 
@@ -28,6 +38,7 @@ def generate(
         list[str] | None, typer.Option(help="End before this text; may repeat.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Go on from the prompt, no template.")] = False,
+    chat_template_kwargs: TemplateKwargs = None,
     quantize: Quantize = Base.none,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -52,5 +63,6 @@ def generate(
         device=device,
         dtype=dtype,
         stop=stop or [],
+        template_kwargs=template_kwargs(chat_template_kwargs),
     )
     print(json.dumps(dataclasses.asdict(result)) if as_json else result.text)

@@ -28,6 +28,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("cli.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.generate", "answer a prompt"),
     "merge": ("cli.merge", "write a model with an adapter merged into its weights"),
+    "prune": ("cli.prune", "remove the least important attention heads"),
+    "forge": ("cli.forge", "prune, fine-tune and judge, cycle after cycle"),
     "data": ("cli.data", "check, show and make training data"),
     "bench": ("cli.bench", "time the kernels against this machine's limits"),
     "status": ("cli.status", "how far a run is, and whether it is alive"),
@@ -52,6 +54,9 @@ _USERS_ERRNOS = frozenset(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    # Threads that wait by spinning take the cores from those that work wherever another program
+    # runs too; on an idle machine the two ways are equally fast. OpenMP reads this as torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]

@@ -2,9 +2,11 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+
+from engine.errors import ConfigError
 
 
 class Base(StrEnum):
@@ -27,4 +29,30 @@ Adapter = Annotated[Path | None, typer.Option(help="Adapter to put on the model.
 Quantize = Annotated[Base, typer.Option(help="Quantise the base model's weights as they load.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+TemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='Further variables of the chat template: {"enable_thinking": false}.',
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def template_kwargs(text: str | None) -> dict[str, Any]:
+    """The variables that `--chat-template-kwargs` gives. Raises `ConfigError`."""
+    if text is None:
+        return {}
+    import json
+
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"--chat-template-kwargs {text!r} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"--chat-template-kwargs {text!r} should be a JSON object, such as "
+            '{"enable_thinking": false}.'
+        )
+    return found

@@ -89,12 +89,13 @@ def _show_contexts(settings: "TrainConfig", target: Any, as_json: bool) -> int:
 
     table = context_table(settings, target.plan, target.longest_row)
     if as_json:
-        print(json.dumps({"max_context": {str(size): tokens for size, tokens in table}}))
+        print(json.dumps({"max_context": {str(row.gigabytes): row.tokens for row in table}}))
         return 0
-    print(f"{target.title}, one row, full recomputation, {settings.method}")
+    print(f"{target.title}, one row, {settings.method}, all that saves memory")
     print(f"{'GB':>5}  tokens")
-    for size, tokens in table:
-        print(f"{size:>5}  {'does not fit' if tokens is None else f'{tokens:,}'}")
+    for row in table:
+        tokens = "does not fit" if row.tokens is None else f"{row.tokens:,}"
+        print(f"{row.gigabytes:>5}  {tokens}{'  (weights streamed)' if row.streamed else ''}")
     return 0
 
 

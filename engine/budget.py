@@ -23,7 +23,7 @@ from engine.plan import CUDA_CONTEXT, MemoryPlan, Workload, plan
 from engine.plan_search import refusal
 
 if TYPE_CHECKING:
-    from engine.finetune import Prepared
+    from engine.prepare import Prepared
     from models.decoder import Decoder
     from optim import AdamW8bit
 

@@ -8,7 +8,6 @@ Nothing here imports torch, so the command line can show help and report a bad o
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +22,19 @@ from pydantic import (
 )
 
 from engine.config_errors import describe
+from engine.config_spelling import (
+    DTYPES,
+    LEVEL,
+    OPTIMIZERS,
+    PRECISIONS,
+    comma_list,
+    json_object,
+    minus_one_is_none,
+    one_or_many,
+    recompute_levels,
+    size_in_bytes,
+    spelled,
+)
 from engine.errors import ConfigError
 
 ALL_PROJECTIONS = (
@@ -33,10 +45,14 @@ ALL_PROJECTIONS = (
     "gate_proj",
     "up_proj",
     "down_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_qkvz",
+    "out_proj",
 )
 TARGET_PRESETS: dict[str, tuple[str, ...]] = {
     "all": ALL_PROJECTIONS,
-    "attn": ALL_PROJECTIONS[:4],
+    "attn": ALL_PROJECTIONS[:4] + ALL_PROJECTIONS[7:],
     "qv": ("q_proj", "v_proj"),
 }
 
@@ -54,78 +70,11 @@ _NOT_TRAJECTORY = frozenset(
         "log_level",
         "log_every",
         "memory_budget",
+        "embedding_on",
+        "offload",
         "plot",
     }
 )
-
-_DTYPES = {
-    "fp32": "float32",
-    "float": "float32",
-    "bf16": "bfloat16",
-    "fp16": "float16",
-    "half": "float16",
-}
-_OPTIMIZERS = dict.fromkeys(
-    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8"), "adamw8bit"
-)
-_CHECKPOINTING = dict.fromkeys(("true", "yes", "on", "unsloth"), "selective") | dict.fromkeys(
-    ("false", "no", "off"), "none"
-)
-
-
-def _spelled(table: Mapping[str, str]) -> BeforeValidator:
-    """A validator that replaces the other spellings in `table`, whatever their case."""
-
-    def replace(value: Any) -> Any:
-        if isinstance(value, str | bool):
-            text = str(value).strip().lower()
-            return table.get(text, text)
-        return value
-
-    return BeforeValidator(replace)
-
-
-def _comma_list(value: Any) -> Any:
-    """`"a, b"` as `["a", "b"]`; "none" and "" as the empty list; anything else as it is."""
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        parts = [part.strip() for part in value.split(",")]
-        return [part for part in parts if part and part.lower() != "none"]
-    return value
-
-
-def _one_or_many(value: Any) -> Any:
-    """One path or a list of paths, as a tuple of strings."""
-    if value is None:
-        return ()
-    if isinstance(value, str | Path):
-        return (str(value),)
-    if isinstance(value, list | tuple):
-        return tuple(str(item) if isinstance(item, Path) else item for item in value)
-    return value
-
-
-def _minus_one_is_none(value: Any) -> Any:
-    return None if value in (-1, "-1") else value
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
-
-
-def _bytes(value: Any) -> Any:
-    """`"8GiB"` and `"8GB"` as numbers of bytes; 1 GiB is 2^30 and 1 GB 10^9."""
-    if not isinstance(value, str):
-        return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
-    number, unit, binary = found.groups()
-    power = " kmgt".index(unit.lower() or " ")
-    size = int(float(number) * (1024 if binary else 1000) ** power)
-    if size < 1 << 20:
-        raise ValueError("is less than 1 MiB; write a unit, such as 8GiB")
-    return size
 
 
 def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
@@ -143,10 +92,13 @@ class TrainConfig(BaseModel):
         ..., "Model and data", "Hugging Face directory, hub id or .gguf file", min_length=1
     )
     revision: str | None = _setting(None, "Model and data", "branch, tag or commit of a hub id")
-    data: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = _setting(
+    teacher: str | None = _setting(
+        None, "Model and data", "learn this model's next-token probabilities, not the rows' tokens"
+    )
+    data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
         ..., "Model and data", "JSONL or JSON file(s) of rows to train on", min_length=1
     )
-    eval_data: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)] = _setting(
+    eval_data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
         (), "Model and data", "file(s) of held-out rows, never trained on"
     )
     heldout: float = _setting(
@@ -156,9 +108,19 @@ class TrainConfig(BaseModel):
         None, "Model and data", "leave out rows rated lower", ge=1, le=5
     )
     category: str | None = _setting(None, "Model and data", "only rows of this category")
+    bad_lines: str = _setting(
+        "fail",
+        "Model and data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=r"^(fail|skip|skip:\d+(\.\d+)?%)$",
+    )
     limit_rows: int | None = _setting(None, "Model and data", "only the first N rows", ge=1)
     system_prompt: str | None = _setting(
         None, "Model and data", "system message put before rows that have none"
+    )
+
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = _setting(
+        {}, "Model and data", 'further variables of the chat template: {"enable_thinking": false}'
     )
 
     output_dir: Path | None = _setting(None, "Run", "run directory; by default runs/<run-id>")
@@ -177,7 +139,7 @@ class TrainConfig(BaseModel):
         0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
     )
     report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_comma_list)
+        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(comma_list)
     ] = _setting((), "Run", "trackers to report to: tensorboard, wandb")
     plot: bool = _setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
@@ -187,13 +149,16 @@ class TrainConfig(BaseModel):
         10, "Run", "steps between lines when the console is not a terminal", ge=1
     )
 
-    method: Annotated[Literal["qlora", "lora", "full"], _spelled({})] = _setting(
+    method: Annotated[Literal["qlora", "lora", "full"], spelled({})] = _setting(
         "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
     )
     lora_rank: int = _setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
     lora_alpha: float = _setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
     lora_dropout: float = _setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
     use_rslora: bool = _setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
+    use_dora: bool = _setting(
+        False, "Adapter", "learn the length of each weight row apart from its direction (DoRA)"
+    )
     target_modules: str | tuple[str, ...] = _setting(
         "all", "Adapter", "all, attn, qv, or projections with commas between them"
     )
@@ -201,7 +166,7 @@ class TrainConfig(BaseModel):
     double_quant: bool = _setting(True, "Adapter", "quantise the NF4 scales again")
 
     learning_rate: float = _setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
-    lr_schedule: Annotated[Literal["cosine", "linear", "constant"], _spelled({})] = _setting(
+    lr_schedule: Annotated[Literal["cosine", "linear", "constant"], spelled({})] = _setting(
         "cosine", "Optimisation", "shape after the warm-up"
     )
     warmup_ratio: float | None = _setting(
@@ -209,7 +174,7 @@ class TrainConfig(BaseModel):
     )
     warmup_steps: int | None = _setting(None, "Optimisation", "steps that warm up", ge=0)
     weight_decay: float = _setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
-    betas: Annotated[tuple[float, float], BeforeValidator(_comma_list)] = _setting(
+    betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = _setting(
         (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
     )
     eps: float = _setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
@@ -217,7 +182,7 @@ class TrainConfig(BaseModel):
         1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
     )
     optimizer: Annotated[
-        Literal["adamw8bit", "adamw"], _spelled({**_OPTIMIZERS, "adamw_torch": "adamw"})
+        Literal["adamw8bit", "adamw"], spelled({**OPTIMIZERS, "adamw_torch": "adamw"})
     ] = _setting("adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments")
     nonfinite: str = _setting(
         "stop",
@@ -227,7 +192,7 @@ class TrainConfig(BaseModel):
     )
 
     epochs: int = _setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
-    max_steps: Annotated[int | None, BeforeValidator(_minus_one_is_none)] = _setting(
+    max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = _setting(
         None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
     )
     batch_size: int = _setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
@@ -238,22 +203,41 @@ class TrainConfig(BaseModel):
     packing: bool = _setting(
         False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
     )
-    gradient_checkpointing: Annotated[
-        Literal["auto", "none", "selective", "full"], _spelled(_CHECKPOINTING)
-    ] = _setting(
-        "auto", "Length and memory", "what backward recomputes; auto: as little as memory allows"
+    gradient_checkpointing: Annotated[str, BeforeValidator(recompute_levels)] = _setting(
+        "auto",
+        "Length and memory",
+        "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
+        "little as memory allows",
+        pattern=rf"^(auto|({LEVEL}:[1-9]\d*,)*{LEVEL}(:[1-9]\d*)?)$",
+    )
+    mlp_tile_rows: int | None = _setting(
+        None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
+    )
+    decode_singly: bool = _setting(
+        False, "Length and memory", "hold one decoded weight at a time, not a group of them"
     )
     loss_chunk_rows: int = _setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )
-    memory_budget: Annotated[int | None, BeforeValidator(_bytes)] = _setting(
+    head_precision: Annotated[Literal["16bit", "8bit"], spelled(PRECISIONS)] = _setting(
+        "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
+    )
+    embedding_on: Annotated[Literal["device", "host"], spelled({"cpu": "host"})] = _setting(
+        "device", "Length and memory", "where a frozen embedding lies; host: a batch's rows travel"
+    )
+    offload: Annotated[
+        tuple[Literal["checkpoints", "weights"], ...], BeforeValidator(comma_list)
+    ] = _setting(
+        (), "Length and memory", "what a card lends to the host: checkpoints (inputs), weights"
+    )
+    memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = _setting(
         None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
     )
 
     device: str = _setting(
         "auto", "Machine", "auto, cpu or cuda", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _spelled(_DTYPES)] = (
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], spelled(DTYPES)] = (
         _setting("auto", "Machine", "compute type")
     )
     seed: int = _setting(
@@ -266,6 +250,10 @@ class TrainConfig(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
+
+    def __hash__(self) -> int:
+        """Of the values as JSON: one of them is a mapping, which has no hash of its own."""
+        return hash(self.model_dump_json())
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -286,7 +274,7 @@ class TrainConfig(BaseModel):
         if isinstance(value, str):
             if value in TARGET_PRESETS:
                 return value
-            value = "all" if value in ("all-linear", "all_linear") else _comma_list(value)
+            value = "all" if value in ("all-linear", "all_linear") else comma_list(value)
         if value == "all":
             return value
         names = tuple(value) if isinstance(value, list | tuple) else value
@@ -310,8 +298,22 @@ class TrainConfig(BaseModel):
             raise ValueError("set warmup_ratio or warmup_steps, not both")
         if self.eval_data and self.heldout:
             raise ValueError("set eval_data or heldout, not both: one names the held-out rows")
+        if self.teacher is not None and self.method == "full":
+            raise ValueError("teacher needs a frozen head: method lora or qlora, and it is full")
+        if self.teacher is not None and self.memory_budget is not None:
+            raise ValueError("memory_budget does not know what a teacher takes: set one of them")
         if self.method == "full" and self.init_adapter is not None:
             raise ValueError("init_adapter needs method lora or qlora, and method is full")
+        if self.method == "full" and self.use_dora:
+            raise ValueError("use_dora needs method lora or qlora, and method is full")
+        frozen = self.head_precision == "8bit" or self.embedding_on == "host"
+        if self.method == "full" and frozen:
+            raise ValueError(
+                "head_precision 8bit and embedding_on host are for a frozen head and embedding, "
+                "and method full trains them"
+            )
+        if "weights" in self.offload and (self.method != "qlora" or self.use_dora):
+            raise ValueError("offload weights streams NF4 weights: for method qlora, no use_dora")
         if self.resume == "auto" and self.output_dir is None and self.run_id is None:
             raise ValueError("resume auto needs output_dir or run_id, to know which run goes on")
         if self.resume is not None and self.overwrite:

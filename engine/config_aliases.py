@@ -51,6 +51,7 @@ _BY_FIELD: dict[str, tuple[str, ...]] = {
     "lora_alpha": ("alpha",),
     "lora_dropout": ("dropout",),
     "use_rslora": ("peft_use_rslora", "rslora"),
+    "use_dora": ("dora", "peft_use_dora"),
     "target_modules": ("lora_target", "lora_target_modules", "targets"),
     "init_adapter": (
         "adapter_name_or_path",

@@ -7,6 +7,7 @@ operations of matrix products and attention are counted on the way.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,21 @@ class DryMeter(MemoryMeter):
     def __init__(self, granule: int = 1) -> None:
         super().__init__(granule)
         self.flops = 0.0
+        self.host = self.host_high = 0
+        self._put_aside: set[weakref.ref[Any]] = set()
+
+    def put_aside(self, tensor: Tensor) -> None:
+        """Count a tensor as the host's: it takes nothing of a card."""
+        self.ignore([tensor])
+        size = tensor.untyped_storage().nbytes()
+        self.host += size
+        self.host_high = max(self.host, self.host_high)
+
+        def freed(reference: weakref.ref[Any]) -> None:
+            self.host -= size
+            self._put_aside.discard(reference)
+
+        self._put_aside.add(weakref.ref(tensor.untyped_storage(), freed))
 
     def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         count = _PRODUCTS.get(func)
@@ -51,7 +67,8 @@ class DryMeter(MemoryMeter):
         if func is _ATEN._local_scalar_dense.default:
             return _healthy(args[0].dtype)
         if func is _ATEN._flash_attention_backward.default:
-            self.bump(_flash_workspace(args[1], args[2], args[6]))
+            results = sum(x.numel() * x.itemsize for x in args[1:4])
+            self.bump(results + _flash_workspace(args[1], args[2], args[6]))
         kind = _kind(func)
         if kind == "in place":
             return args[0] if func._schema.returns else None

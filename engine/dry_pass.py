@@ -33,12 +33,13 @@ import kernels.nf4_layout
 import kernels.tiling
 from engine.config import TrainConfig
 from engine.data.loader import Batch
+from engine.dry_card import CARD, OnCard, OnHost, also_backward, card_ways, host_ways
 from engine.dry_meter import META, DryMeter
-from engine.dry_ways import CARD, OnCard, OnHost, also_backward, card_ways, shortcuts
-from engine.finetune import make_optimizer, make_trainable
+from engine.dry_ways import shortcuts
 from engine.formats.checkpoint import Checkpoint
-from engine.load import build_model
+from engine.load import build_for
 from engine.memory import SCRATCH, Peak, Segment, observed, replaced, track_model
+from engine.trainable import make_optimizer, make_trainable
 from engine.trainer import train_step
 from kernels.dynamic_map import dynamic_map, grid_table, midpoints
 from models.config import ModelConfig
@@ -57,6 +58,10 @@ class _EmptyCheckpoint:
         self.config, self._stored, self._meter, self._card = config, stored, meter, card
         self._shapes = expected_tensors(config)
 
+    def names(self) -> list[str]:
+        """Names of the file's tensors."""
+        return list(self._shapes)
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the file; on a CPU it is mapped and takes no memory."""
         with _disable_current_modes():
@@ -71,13 +76,17 @@ class _EmptyCheckpoint:
 
 @dataclass(frozen=True)
 class DryResult:
-    """Peaks of one dry pass. `resident` is what stays between steps, by owner."""
+    """Peaks of one dry pass. `resident` is what stays between steps, by owner.
+
+    `host` is the most bytes that were put into the host's memory to spare a card's.
+    """
 
     load: Peak
     segments: dict[Segment, Peak]
     resident: dict[str, int]
     trainable: int
     flops: float
+    host: int = 0
 
     @property
     def step(self) -> Peak:
@@ -101,7 +110,7 @@ def dry_pass(
     kernels.attention._cpu_flash_reads_groups()
     meter = DryMeter(CUDA_GRANULE if card else 1)
     place = OnCard() if card else OnHost()
-    ways = [also_backward(place), *(card_ways() if card else [])]
+    ways = [also_backward(place), *(card_ways(meter) if card else host_ways())]
     with replaced(*ways, *shortcuts(meter)), observed(meter, fresh_scratch=True), place:
         _make_tables(CARD if card else META)
         with meter:
@@ -136,7 +145,8 @@ def _passed(
     track_model(meter, model)
     _step(meter, model, optimizer, batches, config)
     resident = dict(meter.live)
-    return DryResult(load, _steady(meter.segments, resident), resident, trainable, meter.flops)
+    steady = _steady(meter.segments, resident)
+    return DryResult(load, steady, resident, trainable, meter.flops, meter.host_high)
 
 
 def _loaded(
@@ -148,13 +158,8 @@ def _loaded(
     stored: torch.dtype,
 ) -> Decoder:
     meter.begin("load")
-    return build_model(
-        cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, card)),
-        quantization="nf4" if config.method == "qlora" else None,
-        double_quant=config.double_quant,
-        device=CARD if card else META,
-        dtype=dtype,
-    )
+    checkpoint = cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, card))
+    return build_for(config, checkpoint, CARD if card else META, dtype)
 
 
 def _step(

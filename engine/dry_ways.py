@@ -1,45 +1,41 @@
-"""Which way a dry pass takes through the kernels: the CPU's or a CUDA card's, and its short cuts.
+"""Short cuts of a dry pass through what works in many small parts.
 
-On a card's way meta tensors say that they lie on `CARD`, Triton kernels are not launched, and what
-asks the machine for a card is answered. Short cuts run an op that works in many small parts once
-for each shape; afterwards the peak that it had is counted again.
+An op of many parts runs once for each shape; afterwards the peak that it had is counted again. Of
+many equal tiles and chunks, which end where they began, a few are enough.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import engine.load
-import kernels.attention
-import kernels.attention_backends
 import kernels.cross_entropy
 import kernels.dropout
+import kernels.grouped_matmul
+import kernels.int8
 import kernels.linear_cross_entropy
 import kernels.nf4
 import kernels.nf4_layout
-import kernels.tiling
 import optim.adamw8bit
 from engine.dry_meter import META, DryMeter
+from kernels import grouped_matmul_triton
+from kernels.grouped_matmul import ExpertWeights, Groups, weight_shape
+from kernels.int8 import Int8Weight
 from kernels.nf4 import NESTED_BLOCK, NF4Weight
 from kernels.nf4_layout import BLOCK, PlanarNF4Weight
-from kernels.triton_support import HAS_TRITON, _AbsentKernel
+from kernels.scratch import scratch
 from models.config import ModelConfig
 from models.decoder import Decoder
-
-CARD = torch.device("cuda", 127)
-"""The device that meta tensors claim. No machine has it, so nothing cached for it is ever used."""
-
-_ATTENTION = ("flash", "documents")
-_DEVICE, _IS_CUDA, _IS_CPU = torch.Tensor.device, torch.Tensor.is_cuda, torch.Tensor.is_cpu
+from models.rotary import Rotary
+from models.tiled_mlp import TiledMLP
 
 
 class _OncePerShape:
@@ -75,6 +71,20 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
     decode, rows_loss = kernels.nf4.dequantize, kernels.cross_entropy.cross_entropy_
     step_slab, drop = optim.adamw8bit._step_slab, kernels.dropout.dropout
     quantize_flat, planar = kernels.nf4._quantize_flat, kernels.nf4_layout.to_planar
+    expert = kernels.grouped_matmul.expert_weight
+    decode_rows, tiles = kernels.int8.dequantize_int8, TiledMLP._tiles
+    logits_of = kernels.linear_cross_entropy.head_logits
+    head_gradient = kernels.linear_cross_entropy._head_gradient
+    chunks = kernels.linear_cross_entropy._chunks
+    products: dict[Any, float] = {}
+
+    def counted(key: Any, run: Callable[[], Any], make: Callable[[], Any]) -> Any:
+        """As `once`, for ops whose operations are counted."""
+        before = meter.flops
+        meter.flops += products.get(key, 0.0)
+        result = once(key, run, make)
+        products.setdefault(key, meter.flops - before)
+        return result
 
     def dry_planar(weight: NF4Weight) -> Any:
         return once(
@@ -103,6 +113,52 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
         )
         return target
 
+    def dry_decode_rows(
+        weight: Int8Weight, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Any:
+        return once(
+            ("rows", weight.shape, dtype, out is None),
+            lambda: decode_rows(weight, dtype, out),
+            lambda: torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
+            if out is None
+            else out,
+        )
+
+    def dry_logits(hidden: Tensor, head: Any, out: Tensor | None = None) -> Any:
+        if isinstance(head, Tensor):
+            return logits_of(hidden, head, out)
+        return counted(
+            ("logits", hidden.shape, head.shape, hidden.dtype, out is None),
+            lambda: logits_of(hidden, head, out),
+            lambda: hidden.new_empty(hidden.shape[0], head.shape[0]) if out is None else out,
+        )
+
+    def dry_head_gradient(dlogits: Tensor, head: Any, scale: float, target: Tensor) -> None:
+        if isinstance(head, Tensor):
+            head_gradient(dlogits, head, scale, target)
+            return
+        counted(
+            ("dhead", dlogits.shape, head.shape, target.dtype),
+            lambda: head_gradient(dlogits, head, scale, target),
+            lambda: None,
+        )
+
+    def some(pieces: Sequence[Any]) -> Iterator[Any]:
+        """Of many equal pieces the first two and the last, which may be short."""
+        for index, piece in enumerate(pieces):
+            if 2 <= index < len(pieces) - 1:
+                continue
+            before = meter.flops
+            yield piece
+            if index == 1:
+                meter.flops += (meter.flops - before) * max(0, len(pieces) - 3)
+
+    def dry_tiles(mlp: TiledMLP, count: int) -> Iterator[Any]:
+        return some(list(tiles(mlp, count)))
+
+    def dry_chunks(count: int, rows: int) -> Iterator[Any]:
+        return some(list(chunks(count, rows)))
+
     def dry_loss(
         logits: Tensor, targets: Tensor, scale: float = 1.0, *, gradient: bool = True
     ) -> Any:
@@ -130,17 +186,72 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
             lambda: torch.empty(x.shape, dtype=x.dtype, device="meta"),
         )
 
-    changes: list[tuple[Any, str, Any]] = [(engine.load, "Decoder", _skeleton)]
+    def dry_expert(weight: ExpertWeights, number: int, dtype: torch.dtype) -> Tensor:
+        _, *shape = weight_shape(weight)
+        found: Tensor = once(
+            ("expert", weight_shape(weight), dtype, type(weight)),
+            lambda: expert(weight, number, dtype),
+            lambda: weight[number].to(dtype)
+            if isinstance(weight, Tensor)
+            else scratch("dequantized.expert", tuple(shape), dtype, META),
+        )
+        return found
+
+    changes: list[tuple[Any, str, Any]] = [
+        (engine.load, "Decoder", _skeleton),
+        (Groups, "bounds", property(_even_bounds)),
+        *_counted_groups(meter),
+        (TiledMLP, "_tiles", dry_tiles),
+        (Rotary, "__call__", _dry_angles),
+    ]
     for function, dry in (
         (decode, dry_decode),
+        (decode_rows, dry_decode_rows),
+        (logits_of, dry_logits),
+        (head_gradient, dry_head_gradient),
+        (chunks, dry_chunks),
         (rows_loss, dry_loss),
         (drop, dry_drop),
         (step_slab, dry_step),
         (quantize_flat, dry_quantize),
         (planar, dry_planar),
+        (expert, dry_expert),
     ):
-        changes += [(module, name, dry) for module, name in _users(function)]
+        changes += [(module, name, dry) for module, name in users(function)]
     return changes
+
+
+_angles = Rotary.__call__
+
+
+def _dry_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Positions are integers, which are real; what is computed of them need not be."""
+    return _angles(rotary, torch.empty_like(position_ids, device=META), dtype)
+
+
+def _counted_groups(meter: DryMeter) -> list[tuple[Any, str, Any]]:
+    """The products of experts in one launch, whose operations no op of torch's tells."""
+    matmul, outer = grouped_matmul_triton.matmul, grouped_matmul_triton.outer
+
+    def counted_matmul(x: Tensor, weight: Any, *rest: Any) -> None:
+        out: Tensor = rest[4]
+        meter.flops += 2.0 * out.shape[0] * weight.shape[1] * weight.shape[2]
+        matmul(x, weight, *rest)
+
+    def counted_outer(a: Tensor, b: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
+        gathered = [index.shape[0] for index in rest[:2] if index is not None]
+        meter.flops += 2.0 * (gathered or [a.shape[0]])[0] * a.shape[1] * b.shape[1]
+        return outer(a, b, offsets, *rest)
+
+    return [
+        (grouped_matmul_triton, "matmul", counted_matmul),
+        (grouped_matmul_triton, "outer", counted_outer),
+    ]
+
+
+def _even_bounds(groups: Groups) -> tuple[int, ...]:
+    """The rows of experts that are all asked for equally often."""
+    return tuple(groups.rows * edge // groups.count for edge in range(groups.count + 1))
 
 
 def _dropped(result: Any) -> None:
@@ -154,7 +265,7 @@ def _skeleton(config: ModelConfig) -> Decoder:
         return Decoder(config)
 
 
-def _users(function: Any) -> list[tuple[ModuleType, str]]:
+def users(function: Any) -> list[tuple[ModuleType, str]]:
     """Every module of this program that calls `function` by a name of its own, and that name."""
     ours = [
         module
@@ -208,64 +319,3 @@ def _some_rows(weight: NF4Weight) -> NF4Weight:
         return weight
     packed = weight.packed[: (rows * weight.shape[1] + 1) // 2]
     return replace(weight, packed=packed, shape=(rows, weight.shape[1]))
-
-
-def _no_launch(kernel: Any, grid: Any) -> Callable[..., None]:
-    return lambda *args, **options: None
-
-
-class OnCard(TorchFunctionMode):
-    """Meta tensors say that they lie on `CARD`, and what is to lie there becomes a meta tensor."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        options = dict(kwargs or {})
-        asked = getattr(func, "__self__", None)
-        if asked is _DEVICE or asked is _IS_CUDA:
-            if args[0].is_meta:
-                return CARD if asked is _DEVICE else True
-            return func(*args)
-        if options.get("device") == CARD:
-            options["device"] = META
-        if any(isinstance(x, torch.device) for x in args):
-            args = tuple(META if isinstance(x, torch.device) and x == CARD else x for x in args)
-        return func(*args, **options)
-
-
-def also_backward(mode: TorchFunctionMode) -> tuple[Any, str, Any]:
-    """autograd calls the backward half of a function without the mode; this enters it again."""
-    owner = torch.autograd.function.BackwardCFunction
-    apply = owner.apply
-
-    def apply_in_mode(node: Any, *grads: Any) -> Any:
-        with mode:
-            return apply(node, *grads)
-
-    return owner, "apply", apply_in_mode
-
-
-class OnHost(TorchFunctionMode):
-    """Meta tensors say that they lie in the CPU's memory."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__self__", None) is _IS_CPU and args[0].is_meta:
-            return True
-        return func(*args, **(kwargs or {}))
-
-
-def card_ways() -> list[tuple[Any, str, Any]]:
-    """Replacements of what asks the machine for a card."""
-    if HAS_TRITON:
-        from triton.runtime.jit import KernelInterface as Kernel
-    else:
-        Kernel = _AbsentKernel
-    return [
-        (torch.cuda, "current_device", lambda: CARD.index),
-        (kernels.linear_cross_entropy, "_multiplies_into_fp32", lambda device, dtype: True),
-        (kernels.attention_backends, "_works", lambda backend, kind: backend.name in _ATTENTION),
-        (kernels.tiling, "_device_numbers", lambda device: (80, 108)),
-        (Kernel, "__getitem__", _no_launch),
-    ]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -58,7 +58,7 @@ def evaluate_examples(
     for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
         batch = collate(group)
         loss = model.loss(
-            batch.input_ids.to(model.device),
+            batch.input_ids.to(model.ids_device),
             batch.labels.to(model.device),
             batch.cu_seqlens.to(model.device),
             num_items=1,
@@ -84,6 +84,7 @@ def evaluate(
     min_rating: int | None = None,
     category: str | None = None,
     limit_rows: int | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> EvalResult:
     """Perplexity of a model, with an adapter or without, on the rows of `data`.
 
@@ -100,7 +101,9 @@ def evaluate(
     where = resolve_device(device)
     checkpoint = open_checkpoint(model)
     rows = load_rows(data, min_rating=min_rating, category=category)[:limit_rows]
-    examples, _ = build_examples(rows, load_tokenizer(checkpoint), max_length)
+    examples, _ = build_examples(
+        rows, load_tokenizer(checkpoint), max_length, template_kwargs=template_kwargs
+    )
     check_ids(examples, checkpoint.config.vocab_size)
     decoder = build_model(
         checkpoint, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)

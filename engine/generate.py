@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -173,8 +173,11 @@ def generate_text(
     device: str = "auto",
     dtype: str = "auto",
     stop: Sequence[str] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> GenerateResult:
     """Answer one prompt. `raw` continues the text as it is instead of using the chat template.
+
+    `template_kwargs` are further variables of the template, such as `enable_thinking`.
 
     Raises `ConfigError` for options out of range, `CheckpointError` for a model that cannot be
     read.
@@ -198,7 +201,7 @@ def generate_text(
     return complete(
         decoder,
         tokenizer,
-        prompt_ids(tokenizer, prompt, system, raw),
+        prompt_ids(tokenizer, prompt, system, raw, template_kwargs),
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids_of(checkpoint, tokenizer),
         stop=stop,
@@ -207,12 +210,18 @@ def generate_text(
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, prompt: str, system: str | None = None, raw: bool = False
+    tokenizer: Tokenizer,
+    prompt: str,
+    system: str | None = None,
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """The ids a model is asked to continue: the chat template's, or those of the bare text."""
     if raw:
         return tokenizer.encode(prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    text = tokenizer.chat_template.render(messages, add_generation_prompt=True)
+    text = tokenizer.chat_template.render(
+        messages, add_generation_prompt=True, **(template_kwargs or {})
+    )
     return tokenizer.encode(text, add_special_tokens=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,15 +18,21 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, ConfigError
 from engine.formats.checkpoint import Checkpoint, open_checkpoint
+from kernels.grouped_matmul import ExpertWeights, planar_experts
 from kernels.int8 import quantize_int8
 from kernels.nf4 import quantize
-from kernels.nf4_layout import has_planar_order, to_planar
+from kernels.nf4_layout import BLOCK, has_planar_order, to_planar
 from models.decoder import Decoder
+from models.experts import EXPERT_PROJECTIONS, Experts
+from models.host_memory import host_copy
+from models.layout import Layout
 from models.linear import Linear
 from models.lora import add_lora, load_adapter_tensors
-from models.registry import PROJECTIONS, expected_tensors
+from models.offload import on_host
+from models.registry import PROJECTIONS, graph_tensors
 
 if TYPE_CHECKING:
+    from engine.config import TrainConfig
     from engine.formats.adapter import AdapterConfig
 
 Quantization = Literal["nf4", "int8"]
@@ -38,24 +45,90 @@ def build_model(
     double_quant: bool = True,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    head_8bit: bool = False,
+    embedding_on_host: bool = False,
+    weights_on_host: bool = False,
 ) -> Decoder:
     """A decoder with the checkpoint's weights, every parameter frozen.
 
-    The seven projections of each layer are quantised if asked for; embeddings, norms, biases and
-    the head are kept in `dtype`. Raises `CheckpointError` for a tensor that is not finite.
+    The large projections of each layer (`models.registry.PROJECTIONS`), experts among them, are
+    quantised if asked for; embeddings, norms, biases, routers and the head are kept in `dtype`, or
+    the head, with the embedding where they are tied, in 8-bit rows. An embedding on the host sends
+    only a batch's rows to the device; with `weights_on_host` the layers' quantised weights lie
+    there and are streamed. Raises `CheckpointError` for a tensor that is not finite, `ConfigError`
+    for a tied embedding on the host.
     """
     device = torch.device(device)
+    if embedding_on_host and checkpoint.config.tie_word_embeddings:
+        raise ConfigError(
+            "This model's embedding is its output head too, which every token reads, so it cannot "
+            "stay on the host: leave out --embedding-on host; --head-precision 8bit halves it."
+        )
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
-    for name in expected_tensors(checkpoint.config):
-        tensor = checkpoint.tensor(name)
-        _place(model, name, tensor, quantization, double_quant, device, dtype)
+    layout = Layout.of_names(checkpoint.config, checkpoint.names())
+    for name, shape in graph_tensors(checkpoint.config).items():
+        tensor = layout.assemble(name, shape, checkpoint.tensor)
+        if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
+            _place(model, name, tensor, quantization, double_quant, device, dtype)
+            if weights_on_host and device.type == "cuda":
+                _lend(model.get_submodule(name.rpartition(".")[0]))
         del tensor
-        checkpoint.release(name)
+        for part in layout.parts(name, shape):
+            checkpoint.release(part)
     for layer in model.layers:
         layer.join_weights()
+    if weights_on_host:
+        model.stream_weights()
     _return_freed_memory()
     return model.eval()
+
+
+def build_for(
+    config: TrainConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """The model that a run of `config` trains on, every parameter frozen. Raises as above."""
+    return build_model(
+        checkpoint,
+        quantization="nf4" if config.method == "qlora" else None,
+        double_quant=config.double_quant,
+        device=device,
+        dtype=dtype,
+        head_8bit=config.head_precision == "8bit",
+        embedding_on_host=config.embedding_on == "host",
+        weights_on_host="weights" in config.offload,
+    )
+
+
+def _lend(module: nn.Module) -> None:
+    """Move a quantised weight that was just placed to the host's memory."""
+    if isinstance(module, Linear) and not isinstance(module.weight, Tensor):
+        module.set_weight(on_host(module.weight))
+
+
+def _place_outer(
+    model: Decoder,
+    name: str,
+    tensor: Tensor,
+    head_8bit: bool,
+    embedding_on_host: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Place a head or an embedding that is to be no dense tensor on the device, if this is one."""
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if name == "model.embed_tokens.weight" and (embedding_on_host or (head_8bit and head is None)):
+        _require_finite(name, tensor)
+        if embedding_on_host:
+            embedding.set_weight(host_copy(tensor, dtype), device)
+        else:
+            embedding.set_weight(replace(quantize_int8(tensor, device), dtype=dtype))
+        return True
+    if name == "lm_head.weight" and head_8bit and head is not None:
+        _require_finite(name, tensor)
+        head.set_weight(replace(quantize_int8(tensor, device), dtype=dtype))
+        return True
+    return False
 
 
 def _return_freed_memory() -> None:
@@ -77,11 +150,7 @@ def _place(
 ) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    if not tensor.is_cuda and not bool(torch.isfinite(tensor.float().sum())):
-        raise CheckpointError(
-            f"tensor {name} holds values that are not finite; the checkpoint is damaged or was "
-            "saved from a diverged run. Download it again or use an earlier one."
-        )
+    _require_finite(name, tensor)
     if isinstance(module, Linear) and leaf == "weight":
         if quantization and path.rsplit(".", 1)[-1] in PROJECTIONS:
             on_device = tensor.to(device)
@@ -95,7 +164,38 @@ def _place(
         else:
             module.set_weight(_owned(tensor, device, dtype))
         return
+    if isinstance(module, Experts) and quantization:
+        # In 16 bits on a card all experts are one launch, which reads the planar order.
+        planar = device.type == "cuda" and dtype.itemsize == 2
+        weights = _quantized_experts(leaf, tensor.to(device), quantization, double_quant, planar)
+        module.set_quantized(leaf, weights)
+        return
     setattr(module, leaf, nn.Parameter(_owned(tensor, device, dtype), requires_grad=False))
+
+
+def _quantized_experts(
+    leaf: str, tensor: Tensor, quantization: Quantization, double_quant: bool, planar: bool
+) -> dict[str, ExpertWeights]:
+    """All experts' weights (E, out, in) of one parameter, quantised projection by projection."""
+    parts = tensor.chunk(2, 1) if leaf == "gate_up_proj" else (tensor,)
+    names = EXPERT_PROJECTIONS[:2] if leaf == "gate_up_proj" else (leaf,)
+    if quantization == "nf4":
+        packed = [quantize(part, double_quant=double_quant) for part in parts]
+        whole = planar and tensor.shape[-1] % BLOCK == 0
+        weights = [planar_experts(one) for one in packed] if whole else packed
+        return dict(zip(names, weights, strict=True))
+    return {
+        name: tuple(quantize_int8(expert) for expert in part)
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.is_cuda and not bool(torch.isfinite(tensor.float().sum())):
+        raise CheckpointError(
+            f"tensor {name} holds values that are not finite; the checkpoint is damaged or was "
+            "saved from a diverged run. Download it again or use an earlier one."
+        )
 
 
 def _owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -119,6 +219,7 @@ def attach_adapter(model: Decoder, directory: Path | str) -> AdapterConfig:
             dropout=config.lora_dropout,
             targets=config.target_modules,
             use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
         )
         load_adapter_tensors(model, tensors)
     except ValueError as error:

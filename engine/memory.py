@@ -24,9 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.scratch
 from engine.errors import MemoryPlanError
+from kernels.projection import Weight
 from models.block import Batch, DecoderLayer, Kept
 from models.decoder import Decoder
-from models.linear import Linear
+from models.experts import Experts
+from models.linear import Embedding, Linear
+from models.offload import WeightStream
 from optim.adamw8bit import AdamW8bit
 from optim.flat_state import FlatState
 
@@ -207,10 +210,20 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
         meter.track(_owner_of(name), [parameter])
         if parameter.grad is not None:
             meter.track("gradients", [parameter.grad])
-    for module in model.modules():
-        if isinstance(module, Linear) and not isinstance(module.weight, Tensor):
-            parts = vars(module.weight).values()
-            meter.track("NF4 base", [part for part in parts if isinstance(part, Tensor)])
+    for name, module in model.named_modules():
+        if isinstance(module, Embedding):
+            meter.track("embeddings", _parts(module.weight))
+        elif isinstance(module, Linear) and not isinstance(module.weight, Tensor):
+            meter.track("head" if name == "lm_head" else "NF4 base", _parts(module.weight))
+        elif isinstance(module, Experts):
+            meter.track("NF4 base", module.quantized_tensors())
+
+
+def _parts(weight: Weight) -> list[Tensor]:
+    """The tensors of a weight."""
+    if isinstance(weight, Tensor):
+        return [weight]
+    return [part for part in vars(weight).values() if isinstance(part, Tensor)]
 
 
 def _owner_of(name: str) -> str:
@@ -275,13 +288,16 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
     With `fresh_scratch` the scratch buffers of the process are set aside for the while.
     """
     run, differentiate = DecoderLayer.run, DecoderLayer.differentiate
+    bring = WeightStream._bring
     build, step = FlatState.__init__, AdamW8bit.step
     work = meter.owner
 
-    def watched_run(layer: DecoderLayer, x: Tensor, batch: Batch) -> tuple[Tensor, Kept]:
+    def watched_run(
+        layer: DecoderLayer, x: Tensor, batch: Batch, level: str = "none"
+    ) -> tuple[Tensor, Kept]:
         meter.owner = work
         meter.begin("forward", layer.index)
-        y, kept = run(layer, x, batch)
+        y, kept = run(layer, x, batch, level)
         meter.hand_over(work, "checkpoints")
         meter.owner = "loss"
         meter.begin("loss")
@@ -296,6 +312,12 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
         meter.track("gradients", grads.values())
         meter.begin("between layers")
         return dx, grads
+
+    def watched_bring(stream: WeightStream, index: int) -> Any:
+        weights, event = bring(stream, index)
+        for weight in weights:
+            meter.track("NF4 base", _parts(weight))
+        return weights, event
 
     def watched_build(state: FlatState, *args: Any) -> None:
         before, meter.owner = meter.owner, "optimiser"
@@ -318,6 +340,7 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
         with replaced(
             (DecoderLayer, "run", watched_run),
             (DecoderLayer, "differentiate", watched_differentiate),
+            (WeightStream, "_bring", watched_bring),
             (FlatState, "__init__", watched_build),
             (AdamW8bit, "step", watched_step),
             (kernels.scratch, "_buffers", buffers),

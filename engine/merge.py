@@ -1,5 +1,7 @@
 """Merge a LoRA adapter into its base model: W + scale * B @ A, in fp32, tensor by tensor.
 
+A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.dora`).
+
 By default the sum goes onto the original weights, in the type they have. Merging onto the values
 that 4-bit training saw (`onto="dequantised"`) reproduces the trained model exactly, with the error
 of the quantisation kept in; the original weights are closer to what the base model was.
@@ -16,8 +18,11 @@ import torch
 from engine.errors import CheckpointError, ConfigError
 from engine.formats.adapter import AdapterConfig, Pairs, load_adapter
 from engine.formats.checkpoint import Checkpoint, listing, open_checkpoint
+from engine.formats.experts import StoredExperts
 from engine.formats.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from kernels.dora import scale_rows_
 from kernels.nf4 import dequantize, quantize
+from models.layout import path_in_file
 from models.registry import PROJECTIONS
 
 Onto = Literal["original", "dequantised"]
@@ -59,8 +64,9 @@ def merge(
         raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
     checkpoint = open_checkpoint(model)
     config, pairs = load_adapter(Path(adapter))
+    pairs = {path_in_file(checkpoint.config, path): pair for path, pair in pairs.items()}
     _check_fit(checkpoint, pairs, Path(adapter))
-    merger = _Merger(config, pairs, onto)
+    merger = _Merger(checkpoint, config, pairs, onto)
     written = write_directory(checkpoint, output, merger, dtype, max_shard_size)
     return MergeResult(written, merger.merged, merger.requantised)
 
@@ -68,24 +74,55 @@ def merge(
 class _Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once."""
 
-    def __init__(self, config: AdapterConfig, pairs: Pairs, onto: Onto) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: AdapterConfig, pairs: Pairs, onto: Onto
+    ) -> None:
         self._scale = config.scale
         self._pairs = {f"{module}.weight": pair for module, pair in pairs.items()}
         self._onto = onto
+        self._experts = StoredExperts(checkpoint)
         self.merged = 0
         self.requantised = 0
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if self._experts.fuses(name):
+            return self._merge_experts(name, tensor)
         projection = name.removesuffix(".weight").rpartition(".")[2]
-        if self._onto == "dequantised" and projection in PROJECTIONS and tensor.dim() == 2:
+        if self._onto == "dequantised" and self._experts.holds(name):
+            tensor = self._experts.through_nf4(name)
+            self.requantised += 1
+        elif self._onto == "dequantised" and projection in PROJECTIONS and tensor.dim() == 2:
             tensor = _through_nf4(name, tensor)
             self.requantised += 1
         pair = self._pairs.pop(name, None)
         if pair is None:
             return tensor
         self.merged += 1
-        a, b = pair
-        return tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scale)
+        a, b, *magnitude = pair
+        merged = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scale)
+        return scale_rows_(merged, magnitude[0]) if magnitude else merged
+
+
+    def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of all experts' weights (E, out, in); every expert has pairs of its own."""
+        merged = tensor
+        if self._onto == "dequantised":
+            merged = self._experts.through_nf4(name)
+            self.requantised += 1
+        pairs = {
+            path: self._pairs.pop(f"{path}.weight")
+            for path in self._experts.modules(name, tensor)
+            if f"{path}.weight" in self._pairs
+        }
+        if not pairs:
+            return merged
+        merged = merged.to(torch.float32, copy=True)
+        for path, target in self._experts.modules(name, merged).items():
+            if path in pairs:
+                a, b, *_ = pairs[path]
+                target.addmm_(b, a, alpha=self._scale)
+                self.merged += 1
+        return merged
 
 
 def _through_nf4(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -97,18 +134,18 @@ def _through_nf4(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def _check_fit(checkpoint: Checkpoint, pairs: Pairs, adapter: Path) -> None:
     """Every pair of the adapter must have a weight of its shape in the model."""
-    known = set(checkpoint.names())
-    strays = [module for module in pairs if f"{module}.weight" not in known]
+    shapes = StoredExperts(checkpoint).adaptable()
+    strays = [module for module in pairs if module not in shapes]
     if "lm_head" in strays and checkpoint.config.tie_word_embeddings:
         raise CheckpointError(
             f"{adapter} adapts lm_head, which {checkpoint.path} shares with its embedding; merging "
             "would change both. Keep this adapter separate."
         )
     wrong = [
-        f"{module} has {list(checkpoint.shape(f'{module}.weight'))}, the adapter "
+        f"{module} has {list(shapes[module])}, the adapter "
         f"[{b.shape[0]}, {a.shape[1]}]"
-        for module, (a, b) in pairs.items()
-        if module not in strays and checkpoint.shape(f"{module}.weight") != (b.shape[0], a.shape[1])
+        for module, (a, b, *_) in pairs.items()
+        if module in shapes and shapes[module] != (b.shape[0], a.shape[1])
     ]
     if strays or wrong:
         raise CheckpointError(

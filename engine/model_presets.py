@@ -1,8 +1,8 @@
-"""Shapes of well-known dense models, so that a plan needs no download.
+"""Shapes of well-known models, so that a plan needs no download.
 
 Each entry is what the model's published `config.json` says of its arithmetic, and its published
 number of parameters. Sources: the model cards and configuration files of Meta Llama 3.1 to 3.3,
-Qwen2.5, Qwen3, Mistral 7B v0.3 and SmolLM2.
+Qwen1.5-MoE, Qwen2.5, Qwen3, Qwen3-Next, Qwen3.5, Mistral 7B v0.3, SmolLM2 and SmolLM3.
 """
 
 from __future__ import annotations
@@ -87,12 +87,94 @@ _SHAPES: dict[str, tuple[str, int, int, int, int, int, int | None, bool, int]] =
     "smollm2-1.7b": ("smollm2", 2048, 8192, 24, 32, 32, None, True, 1_711_376_384),
 }
 
-NAMES = tuple(_SHAPES)
-PUBLISHED_PARAMETERS = {name: shape[-1] for name, shape in _SHAPES.items()}
+_QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 151_936,
+    "head_dim": 128,
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1_000_000.0,
+    "max_position_embeddings": 40_960,
+}
+_QWEN3_5 = {
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248_320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "rope_theta": 10_000_000.0,
+    "partial_rotary_factor": 0.25,
+    "max_position_embeddings": 262_144,
+}
+# hidden, layers, heads, key/value heads, then what else the family's file says, and the published
+# number of parameters; None where that counts other parts of the model too.
+_OTHERS: dict[str, tuple[dict[str, Any], int, int, int, int, dict[str, Any], int | None]] = {
+    "smollm3-3b": (
+        {"model_type": "smollm3", "vocab_size": 128_256, "rope_theta": 5_000_000.0},
+        2048, 36, 16, 4, {"intermediate_size": 11008, "max_position_embeddings": 65_536},
+        3_075_098_624,
+    ),
+    "qwen1.5-moe-a2.7b": (
+        {"model_type": "qwen2_moe", "vocab_size": 151_936, "rope_theta": 1_000_000.0},
+        2048, 24, 16, 16, {"intermediate_size": 5632, "max_position_embeddings": 8192},
+        14_315_784_192,
+    ),
+    "qwen3-30b-a3b": (
+        _QWEN3_MOE, 2048, 48, 32, 4,
+        {"intermediate_size": 6144, "moe_intermediate_size": 768}, 30_532_122_624,
+    ),
+    "qwen3-235b-a22b": (
+        _QWEN3_MOE, 4096, 94, 64, 4,
+        {"intermediate_size": 12288, "moe_intermediate_size": 1536}, 235_093_634_560,
+    ),
+    "qwen3-next-80b-a3b": (
+        {"model_type": "qwen3_next", "vocab_size": 151_936, "rope_theta": 10_000_000.0},
+        2048, 48, 16, 2, {"intermediate_size": 5120, "max_position_embeddings": 262_144}, None,
+    ),
+    "qwen3.5-0.8b": (
+        _QWEN3_5, 1024, 24, 8, 2,
+        {"intermediate_size": 3584, "linear_num_value_heads": 16, "tie_word_embeddings": True},
+        None,
+    ),
+    "qwen3.5-2b": (
+        _QWEN3_5, 2048, 24, 8, 2,
+        {"intermediate_size": 6144, "linear_num_value_heads": 16, "tie_word_embeddings": True},
+        None,
+    ),
+    "qwen3.5-4b": (
+        _QWEN3_5, 2560, 32, 16, 4,
+        {"intermediate_size": 9216, "linear_num_value_heads": 32, "tie_word_embeddings": True},
+        None,
+    ),
+    "qwen3.5-9b": (
+        _QWEN3_5, 4096, 32, 16, 4,
+        {"intermediate_size": 12288, "linear_num_value_heads": 32}, None,
+    ),
+    "qwen3.5-27b": (
+        _QWEN3_5, 5120, 64, 24, 4,
+        {"intermediate_size": 17408, "linear_num_value_heads": 48}, None,
+    ),
+    "qwen3.5-35b-a3b": (
+        _QWEN3_5 | {"model_type": "qwen3_5_moe_text"}, 2048, 40, 16, 2,
+        {"num_experts": 256, "num_experts_per_tok": 8, "linear_num_value_heads": 32}, None,
+    ),
+}  # fmt: skip
+
+NAMES = (*_SHAPES, *_OTHERS)
+PUBLISHED_PARAMETERS = {name: shape[-1] for name, shape in _SHAPES.items()} | {
+    name: other[-1] for name, other in _OTHERS.items() if other[-1] is not None
+}
 
 
 def preset_config(name: str) -> ModelConfig | None:
     """The configuration of a preset, whatever its case; None if there is no such preset."""
+    other = _OTHERS.get(name.lower())
+    if other is not None:
+        raw, hidden, layers, heads, kv_heads, more, _ = other
+        sizes = {"hidden_size": hidden, "num_hidden_layers": layers}
+        sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        return ModelConfig.from_dict(raw | sizes | more)
     shape = _SHAPES.get(name.lower())
     if shape is None:
         return None

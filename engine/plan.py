@@ -9,7 +9,7 @@ allocator on a card cannot be counted without one; it is added as the constants 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from engine.config import TrainConfig
 from engine.data.loader import IGNORED, Batch
 from engine.dry_pass import DryResult, dry_pass
 from engine.memory import Peak, Segment
+from models.batch import layer_levels
 from models.config import ModelConfig
 
 CUDA_CONTEXT = 480 * 2**20
@@ -48,7 +49,8 @@ class Workload:
 class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
-    `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU.
+    `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU. `host` is
+    what a card lends to the host's memory.
     """
 
     config: TrainConfig
@@ -62,6 +64,8 @@ class MemoryPlan:
     tokens: int
     flops: float
     reserve: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+    layers: int = 0
 
     @property
     def allocated(self) -> int:
@@ -119,7 +123,7 @@ def plan(
 
     `card` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
     (by default the largest that the settings allow), or `batches` the step itself. `whole` passes
-    every layer.
+    every layer. Raises `ValueError` where the recompute levels are not those of the layers.
     """
     if batches:
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
@@ -127,21 +131,32 @@ def plan(
         work = work or workload(config)
         batches = [make_batch(lengths) for lengths in work.micro_batches]
 
-    def run(layers: int) -> DryResult:
-        few = replace(model, num_hidden_layers=layers, layer_types=model.layer_types[:1] * layers)
-        return dry_pass(few, config, batches, card=card, dtype=dtype, stored=stored)
+    layers, period = model.num_hidden_layers, model.period
+    levels = set(layer_levels(config.gradient_checkpointing, layers))
+    mixed = len(levels) > 1
+    settings = (
+        config if mixed else config.model_copy(update={"gradient_checkpointing": levels.pop()})
+    )
 
-    layers = model.num_hidden_layers
-    alike = len(set(model.layer_types)) == 1
-    if whole or not alike or layers <= _FEW_LAYERS[1] + 1:
-        result = dry_pass(model, config, batches, card=card, dtype=dtype, stored=stored)
+    def run(layers: int) -> DryResult:
+        few = model.with_layers(layers)
+        return dry_pass(few, settings, batches, card=card, dtype=dtype, stored=stored)
+
+    few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
+    if whole or mixed or layers % period or layers <= few[1] + 1:
+        result = run(layers)
     else:
-        result = _extrapolated(run(_FEW_LAYERS[0]), run(_FEW_LAYERS[1]), layers)
-    return _plan_of(result, config, card, dtype, work)
+        result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
+    return _plan_of(result, config, card, dtype, work, layers)
 
 
 def _plan_of(
-    result: DryResult, config: TrainConfig, card: bool, dtype: torch.dtype, work: Workload
+    result: DryResult,
+    config: TrainConfig,
+    card: bool,
+    dtype: torch.dtype,
+    work: Workload,
+    layers: int,
 ) -> MemoryPlan:
     step, resident = result.step, result.resident
     saved: tuple[str, ...] = ("adapters", "optimiser")
@@ -168,23 +183,28 @@ def _plan_of(
         tokens=int(work.tokens * micro),
         flops=result.flops * micro,
         reserve=reserve,
+        host=result.host,
+        layers=layers,
     )
 
 
-def _extrapolated(fewer: DryResult, more: DryResult, layers: int) -> DryResult:
-    """The pass of a model with `layers` layers, from those of two shallow ones.
+def _extrapolated(
+    fewer: DryResult, more: DryResult, few: tuple[int, int], layers: int, ends: int
+) -> DryResult:
+    """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
 
-    In both directions the bytes held grow or shrink by the same amount from layer to layer, so the
-    ends decide: the first two and the last two layers of each direction are looked at.
+    In both directions the bytes held grow or shrink by the same amount from layer to layer, or from
+    period to period where layers differ, so the ends decide: the first and last `ends` layers of
+    each direction are looked at.
     """
-    low, high = _FEW_LAYERS
+    low, high = few
     distance = (layers - low) / (high - low)
-    ahead, beyond = _by_end(fewer.segments, low), _by_end(more.segments, high)
+    ahead, beyond = _by_end(fewer.segments, low, ends), _by_end(more.segments, high, ends)
     segments = {
         name: _further(ahead[name], beyond[name], distance) for name in ahead if name in beyond
     }
     resident = {
-        owner: round(size + (more.resident[owner] - size) * distance)
+        owner: max(0, round(size + (more.resident[owner] - size) * distance))
         for owner, size in fewer.resident.items()
     }
     return DryResult(
@@ -193,17 +213,18 @@ def _extrapolated(fewer: DryResult, more: DryResult, layers: int) -> DryResult:
         resident=resident,
         trainable=round(fewer.trainable + (more.trainable - fewer.trainable) * distance),
         flops=fewer.flops + (more.flops - fewer.flops) * distance,
+        host=round(fewer.host + (more.host - fewer.host) * distance),
     )
 
 
-def _by_end(segments: dict[Segment, Peak], layers: int) -> dict[Segment, Peak]:
+def _by_end(segments: dict[Segment, Peak], layers: int, ends: int) -> dict[Segment, Peak]:
     """Segments named by their distance from the first layer, or, negative, from the last."""
     named = {}
     for (kind, index), peak in segments.items():
         if kind in ("forward", "backward"):
-            if 2 <= index < layers - 2:
+            if ends <= index < layers - ends:
                 continue
-            index = index if index < 2 else index - layers
+            index = index if index < ends else index - layers
         named[kind, index] = peak
     return named
 

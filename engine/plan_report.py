@@ -17,6 +17,7 @@ from engine.plan import MemoryPlan, plan
 from engine.plan_model import find_model
 from engine.plan_search import Choice, Planner, changed
 from engine.recompute import resolve_recompute
+from engine.trainable import check_levels
 from models.config import ModelConfig
 
 CARD_RATE = 165e12
@@ -65,6 +66,7 @@ def _plan(model: ModelConfig, card: bool, stored: torch.dtype, config: TrainConf
     dtype = compute_dtype(config, card)
     if config.gradient_checkpointing == "auto":
         config = changed(config, gradient_checkpointing=_level(model, card, dtype, config))
+    check_levels(config, model.num_hidden_layers)
     return plan(model, config, card=card, dtype=dtype, stored=stored)
 
 
@@ -124,6 +126,7 @@ class Report:
             },
             "save_host_bytes": planned.save_host,
             "reserve": planned.reserve,
+            "host_bytes": planned.host,
             "allocated_bytes": planned.allocated,
             "total_bytes": planned.total,
             "budget_bytes": config.memory_budget,
@@ -143,7 +146,11 @@ class Report:
     def text(self) -> str:
         """The table that `engine plan` prints."""
         planned, config = self.plan, self.plan.config
-        settings = ", ".join(f"{name} {getattr(config, name)}" for name in _SHOWN)
+        settings = ", ".join(
+            f"{name} {_text(getattr(config, name))}"
+            for name in _SHOWN
+            if name in _ALWAYS_SHOWN or getattr(config, name) != _default(name)
+        )
         lines = [f"{self.target.title}, {str(planned.dtype).removeprefix('torch.')}", settings, ""]
         lines.append(f"{'':<22}{'step':>12}{'between steps':>15}")
         for owner in OWNERS:
@@ -157,6 +164,8 @@ class Report:
         host = f", and {gib(planned.save_host)} of host memory" if planned.save_host else ""
         lines.append(f"peak of saving   {gib(planned.save.bytes)}{host}")
         lines.append(f"needed           {gib(planned.total)}")
+        if planned.host:
+            lines.append(f"lent to the host {gib(planned.host)}")
         seconds = planned.seconds(self.rate)
         lines += [
             "",
@@ -172,7 +181,9 @@ class Report:
             return []
         lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
         for name, (before, after) in self.choice.changes.items():
-            lines.append(f"  --{name.replace('_', '-')} {after}  (asked for {before})")
+            option = f"--{name.replace('_', '-')}"
+            given = option if after is True else f"{option} {_text(after)}"
+            lines.append(f"  {given}  (asked for {_text(before)})")
         return lines
 
 
@@ -184,7 +195,24 @@ _SHOWN = (
     "max_length",
     "gradient_checkpointing",
     "loss_chunk_rows",
+    "mlp_tile_rows",
+    "decode_singly",
+    "head_precision",
+    "embedding_on",
+    "offload",
 )
+
+
+_ALWAYS_SHOWN = _SHOWN[:7]
+
+
+def _default(name: str) -> object:
+    return TrainConfig.model_fields[name].default
+
+
+def _text(value: object) -> str:
+    """A setting as the command line takes it."""
+    return (",".join(value) or "none") if isinstance(value, tuple) else str(value)
 
 
 def _held(owners: dict[str, int]) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 Candidates are what costs time and nothing else: how much backward recomputes, how many rows a
 micro-batch holds (with more micro-batches in their place, so that a step learns from as many rows),
-and how many rows of logits exist at once. They are tried in the order of their time, which is the
-operations of the dry pass with a surcharge for smaller pieces; the first that fits is taken. If
-none does, rows are cut to the length that fits. The rank and what is trained are never changed.
+and how far down the ladder of `engine.plan_levers` the run goes. Their time is the operations of
+the dry pass with surcharges for the rest; of those that fit the fastest is taken. Where that
+recomputes more than a faster level, as many of the last layers as fit take the faster one. If
+nothing fits, rows are cut to the length that does. The rank and what is trained are never changed.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.config import TrainConfig
-from engine.errors import MemoryPlanError
+from engine.errors import ConfigError, MemoryPlanError
 from engine.memory import gib
 from engine.plan import MemoryPlan
+from engine.plan_levers import NAMES, Lever, cost, ladder, pull
 
 LEVELS = ("none", "selective", "full")
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64
 
-_HALVED_BATCH, _HALVED_CHUNK = 0.03, 0.01
-"""Assumed cost of halving a micro-batch or a chunk of the loss, as a share of the step's time."""
+_HALVED_BATCH = 0.03
+"""Assumed cost of halving a micro-batch, as a share of the step's time."""
 
 _ROUND = 64
+_TABLE_SLACK = 1 / 128
 
 Planner = Callable[[TrainConfig], MemoryPlan]
 """Plans a run of these settings on the model and machine in question."""
@@ -40,6 +43,15 @@ class Choice:
     why: str
 
 
+@dataclass(frozen=True)
+class LongestRow:
+    """The tokens of one row that fit a card of `gigabytes`, and the settings that hold them."""
+
+    gigabytes: int
+    tokens: int | None
+    streamed: bool
+
+
 def changed(config: TrainConfig, **changes: object) -> TrainConfig:
     """The same configuration with other values."""
     return config.model_copy(update=changes)
@@ -50,98 +62,166 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
 
     Raises `MemoryPlanError` saying what is missing and the three cheapest ways out.
     """
-    planned: dict[TrainConfig, MemoryPlan] = {}
-
-    def plan(candidate: TrainConfig) -> MemoryPlan:
-        if candidate not in planned:
-            planned[candidate] = planner(candidate)
-        return planned[candidate]
-
-    least = _smallest(config)
-    if plan(least).total > budget:
-        return _shorter(config, least, budget, plan, len(planned))
-    hopeless = {
-        level
-        for level in LEVELS
-        if plan(changed(least, gradient_checkpointing=level)).total > budget
-    }
-    for candidate in _by_time(config, plan):
-        if candidate.gradient_checkpointing in hopeless:
-            continue
-        if plan(candidate).total <= budget:
-            return Choice(
-                plan(candidate),
-                _changes(config, candidate),
-                len(planned),
-                "the fastest of the settings that fit",
-            )
-    raise AssertionError("the smallest settings fit and are among the candidates")
+    search = _Search(config, budget, planner)
+    found = search.fastest()
+    why = "the fastest of the settings that fit"
+    if found is None:
+        least = search.least()
+        length = longest(least, budget, search.plan, config.max_length)
+        if length is None:
+            raise MemoryPlanError(refusal(config, budget, search.plan))
+        found = changed(least, max_length=length)
+        why = f"nothing else fits at {config.max_length} tokens, so longer rows are cut"
+    return Choice(search.plan(found), _changes(config, found), len(search.planned), why)
 
 
-def _smallest(config: TrainConfig) -> TrainConfig:
-    return changed(
-        config,
-        gradient_checkpointing="full",
-        batch_size=1,
-        accumulate=config.accumulate * config.batch_size,
-        loss_chunk_rows=min(64, config.loss_chunk_rows),
-    )
+class _Search:
+    """The search for one run and budget; every plan is made once."""
+
+    def __init__(self, config: TrainConfig, budget: int, planner: Planner) -> None:
+        self.config, self.budget, self.planner = config, budget, planner
+        self.planned: dict[str, MemoryPlan] = {}
+        self.rungs = levers_of(config, self.plan)
+
+    def plan(self, candidate: TrainConfig) -> MemoryPlan:
+        key = candidate.model_dump_json()
+        if key not in self.planned:
+            self.planned[key] = self.planner(candidate)
+        return self.planned[key]
+
+    def fits(self, candidate: TrainConfig) -> bool:
+        return self.plan(candidate).total <= self.budget
+
+    def least(self) -> TrainConfig:
+        """The settings that need the least, rows as long as asked for."""
+        return pull(self._shaped("full", 1), self.rungs)
+
+    def _shaped(self, level: str, batch: int) -> TrainConfig:
+        rows = self.config.batch_size * self.config.accumulate
+        return changed(
+            self.config, gradient_checkpointing=level, batch_size=batch, accumulate=rows // batch
+        )
+
+    def fastest(self) -> TrainConfig | None:
+        """The settings that fit and take the least time; None if none fit.
+
+        Streaming weights costs more than any recompute saves, so it is looked at last.
+        """
+        every = self.rungs
+        for self.rungs in ([rung for rung in every if rung.value != "weights"], every):
+            if self.fits(self.least()):
+                return self._fastest()
+        return None
+
+    def _fastest(self) -> TrainConfig:
+        best: tuple[float, TrainConfig, list[Lever]] | None = None
+        for least_time, level, batch in sorted(self._groups()):
+            if best is not None and best[0] <= least_time:
+                break
+            shaped = self._shaped(level, batch)
+            count = self._rungs_needed(shaped)
+            if count is None:
+                continue
+            levers = self._needed(shaped, self.rungs[:count])
+            time = least_time * (1.0 + cost(levers))
+            if best is None or time < best[0]:
+                best = (time, shaped, levers)
+        assert best is not None, "the settings that need the least fit and are in a group"
+        return self._faster_layers(pull(best[1], best[2]))
+
+    def _groups(self) -> Iterator[tuple[float, str, int]]:
+        """(time without levers, level, rows of a micro-batch) of what may fit."""
+        size = self.config.batch_size
+        rows = size * self.config.accumulate
+        batches = [b for b in range(1, size + 1) if rows % b == 0]
+        for level in LEVELS:
+            smallest = pull(self._shaped(level, 1), self.rungs)
+            if not self.fits(smallest):
+                continue
+            for batch in batches:
+                halvings = max(0, (size // batch).bit_length() - 1)
+                yield self.plan(smallest).flops * (1 + _HALVED_BATCH * halvings), level, batch
+
+    def _rungs_needed(self, shaped: TrainConfig) -> int | None:
+        """How far down the ladder the settings must go to fit; None if its end does not do."""
+        if self.fits(shaped):
+            return 0
+        low, high = 0, len(self.rungs)
+        if not self.fits(pull(shaped, self.rungs)):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.fits(pull(shaped, self.rungs[:middle])):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _needed(self, shaped: TrainConfig, levers: list[Lever]) -> list[Lever]:
+        """The levers without those that are not needed, the dearest tried first.
+
+        The last is needed: without it the settings did not fit.
+        """
+        needed = list(levers)
+        for lever in sorted(levers[:-1], key=lambda lever: -lever.cost):
+            rest = [other for other in needed if other is not lever]
+            if self.fits(pull(shaped, rest)):
+                needed = rest
+        return needed
+
+    def _faster_layers(self, found: TrainConfig) -> TrainConfig:
+        """Let the last layers keep what the next faster level keeps, as many as fit.
+
+        The last layers' activations are the first to go in backward, before gradients pile up.
+        """
+        slow = found.gradient_checkpointing
+        layers = self.plan(found).layers
+        if slow not in LEVELS[1:] or layers < 2:
+            return found
+        fast = LEVELS[LEVELS.index(slow) - 1]
+        most = self.plan(changed(found, gradient_checkpointing=fast)).total
+        room = self.budget - self.plan(found).total
+        per_layer = max(1.0, (most - self.plan(found).total) / layers)
+        count = min(layers - 1, int(room / per_layer))
+        for faster in range(min(layers - 1, count + 2), max(0, count - 3), -1):
+            spec = f"{slow}:{layers - faster},{fast}"
+            if self.fits(changed(found, gradient_checkpointing=spec)):
+                return changed(found, gradient_checkpointing=spec)
+        return found
 
 
-def _by_time(config: TrainConfig, plan: Planner) -> Iterator[TrainConfig]:
-    """Every candidate, the fastest first; the operations of a level are planned once."""
-    rows = config.batch_size * config.accumulate
-    batches = sorted({b for b in range(1, config.batch_size + 1) if rows % b == 0}, reverse=True)
-    chunks = [c for c in (config.loss_chunk_rows, 64) if c <= config.loss_chunk_rows]
-    timed: list[tuple[float, int, TrainConfig]] = []
-    for level in LEVELS:
-        smallest = changed(_smallest(config), gradient_checkpointing=level)
-        flops = plan(smallest).flops
-        for batch in batches:
-            for chunk in dict.fromkeys(chunks):
-                surcharge = _HALVED_BATCH * _halvings(config.batch_size, batch)
-                surcharge += _HALVED_CHUNK * _halvings(config.loss_chunk_rows, chunk)
-                candidate = changed(
-                    config,
-                    gradient_checkpointing=level,
-                    batch_size=batch,
-                    accumulate=rows // batch,
-                    loss_chunk_rows=chunk,
-                )
-                timed.append((flops * (1.0 + surcharge), len(timed), candidate))
-    return iter(candidate for _, _, candidate in sorted(timed, key=lambda entry: entry[:2]))
+def levers_of(config: TrainConfig, plan: Planner) -> list[Lever]:
+    """The ladder of this run; whether the model is tied is asked of the plan."""
+    shortest = changed(config, max_length=min(SHORTEST, config.max_length), batch_size=1)
+    card, tied = plan(changed(shortest, gradient_checkpointing="full")).card, False
+    if card and config.method != "full":
+        try:
+            plan(changed(shortest, gradient_checkpointing="full", embedding_on="host"))
+        except ConfigError:
+            tied = True
+    return ladder(config, card, tied)
 
 
-def _halvings(before: int, after: int) -> float:
-    return max(0, (before // after).bit_length() - 1)
+def smallest(config: TrainConfig, plan: Planner) -> TrainConfig:
+    """The settings that need the least memory and learn the same."""
+    return _Search(config, 0, plan).least()
 
 
 def _changes(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[object, object]]:
-    names = ("gradient_checkpointing", "batch_size", "accumulate", "loss_chunk_rows", "max_length")
     return {
         name: (getattr(config, name), getattr(other, name))
-        for name in names
+        for name in NAMES
         if getattr(config, name) != getattr(other, name)
     }
 
 
-def _shorter(
-    config: TrainConfig, least: TrainConfig, budget: int, plan: Planner, tried: int
-) -> Choice:
-    length = longest(least, budget, plan, config.max_length)
-    if length is None:
-        raise MemoryPlanError(refusal(config, budget, plan))
-    candidate = changed(least, max_length=length)
-    return Choice(
-        plan(candidate),
-        _changes(config, candidate),
-        tried,
-        f"nothing else fits at {config.max_length} tokens, so longer rows are cut",
-    )
+def longest(
+    config: TrainConfig, budget: int, plan: Planner, most: int, slack: float = 0.0
+) -> int | None:
+    """The most tokens of a row that fit, up to `most`; None if not even 64 do.
 
-
-def longest(config: TrainConfig, budget: int, plan: Planner, most: int) -> int | None:
-    """The most tokens of a row that fit, in steps of 64, up to `most`; None if not even 64 do."""
+    It is a multiple of 64, and the longest one but for a share `slack` of its tokens.
+    """
 
     def total(tokens: int) -> int:
         return plan(changed(config, max_length=tokens)).total
@@ -153,42 +233,47 @@ def longest(config: TrainConfig, budget: int, plan: Planner, most: int) -> int |
     if total(high) <= budget:
         return high
     high_total = total(high)
-    while high - low > _ROUND:
+    step = _ROUND
+    while high - low > step:
         # Bytes grow nearly in proportion to tokens: aim there, and halve where that is no progress.
         share = (budget - low_total) / max(1, high_total - low_total)
         aimed = low + int((high - low) * share)
+        step = max(_ROUND, int(aimed * slack) // _ROUND * _ROUND)
         middle = min(max(aimed, low + 1), high - 1) // _ROUND * _ROUND
         if middle in (low, high) or middle < low + _ROUND:
             middle = low + _ROUND
         found = total(middle)
-        if found <= budget:
-            if total(middle + _ROUND) > budget:
-                return middle
-            low, low_total = middle + _ROUND, total(middle + _ROUND)
-        else:
+        if found > budget:
             high, high_total = middle, found
+            continue
+        low, low_total = middle, found
+        if low + step < high:
+            beyond = total(low + step)
+            if beyond > budget:
+                return low
+            low, low_total = low + step, beyond
     return low
 
 
 def refusal(config: TrainConfig, budget: int, plan: Planner) -> str:
     """One paragraph: what is missing by how much, and the three cheapest ways out."""
-    least = _smallest(config)
-    shortest = changed(least, max_length=min(SHORTEST, config.max_length))
-    smallest = plan(shortest)
-    held = sorted(smallest.step.owners.items(), key=lambda entry: -entry[1])[:3]
+    shortest = changed(smallest(config, plan), max_length=min(SHORTEST, config.max_length))
+    needed = plan(shortest)
+    held = sorted(needed.step.owners.items(), key=lambda entry: -entry[1])[:3]
     most = ", ".join(f"{owner} {gib(size)}" for owner, size in held)
     exits = []
     for text, changes in _ways(config):
         need = plan(changed(shortest, **changes)).total
         verdict = "fits" if need <= budget else f"needs {gib(need)}"
         exits.append((need > budget, need, f"{text} ({verdict})"))
-    exits.append((False, smallest.total, f"--memory-budget {_mib(smallest.total)}MiB"))
+    exits.append((False, needed.total, f"--memory-budget {_mib(needed.total)}MiB"))
     exits.sort(key=lambda entry: entry[:2])
     ways = "; ".join(text for _, _, text in exits[:3])
     return (
         f"No settings fit a memory budget of {gib(budget)}: rows of {shortest.max_length} tokens, "
-        f"one at a time with full recomputation, still need {gib(smallest.total)}, which is "
-        f"{gib(smallest.total - budget)} too much ({most}). Ways out: {ways}."
+        f"one at a time with full recomputation and all that saves memory, still need "
+        f"{gib(needed.total)}, which is {gib(needed.total - budget)} too much ({most}). "
+        f"Ways out: {ways}."
     )
 
 
@@ -212,7 +297,19 @@ def _ways(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--optimizer adamw8bit", {"optimizer": "adamw8bit"}
 
 
-def context_table(config: TrainConfig, plan: Planner, limit: int) -> list[tuple[int, int | None]]:
-    """(GB, tokens of one row that fit with full recomputation) for the usual cards' sizes."""
-    least = changed(_smallest(config), accumulate=1)
-    return [(size, longest(least, size * 10**9, plan, limit)) for size in CONTEXT_BUDGETS_GB]
+def context_table(config: TrainConfig, plan: Planner, limit: int) -> list[LongestRow]:
+    """The longest row with full recomputation for the usual cards' sizes, all levers pulled.
+
+    Weights are streamed only where nothing fits without. Lengths are within a percent of the most.
+    """
+    search = _Search(changed(config, accumulate=1, batch_size=1), 0, plan)
+    least = search.least()
+    resident = changed(least, offload=tuple(kind for kind in least.offload if kind != "weights"))
+    table = []
+    for size in CONTEXT_BUDGETS_GB:
+        tokens = longest(resident, size * 10**9, search.plan, limit, _TABLE_SLACK)
+        streamed = tokens is None and least.offload != resident.offload
+        if streamed:
+            tokens = longest(least, size * 10**9, search.plan, limit, _TABLE_SLACK)
+        table.append(LongestRow(size, tokens, streamed and tokens is not None))
+    return table

@@ -96,6 +96,7 @@ def train_step(
     seed: int = 0,
     step: int = 0,
     loss_scale: float = 1.0,
+    teacher: Decoder | None = None,
 ) -> StepResult:
     """Accumulate the micro-batches' gradients and update once; gradients are then cleared.
 
@@ -113,10 +114,11 @@ def train_step(
     for micro, batch in enumerate(batches):
         model.dropout_seed = dropout_seed(seed, step, micro)
         part = model.loss(
-            batch.input_ids.to(model.device),
+            batch.input_ids.to(model.ids_device),
             batch.labels.to(model.device),
             batch.cu_seqlens.to(model.device),
             num_items=trained / loss_scale,
+            teacher=teacher,
         )
         part.backward()
         loss += part.detach() / loss_scale
@@ -165,7 +167,8 @@ class Trainer:
 
     `batches_of(step)` gives the micro-batches of a step (counted from 0) and the epoch it lies in,
     as a fraction, after it. `save` writes a checkpoint, `report` takes each step's metrics,
-    `evaluate` returns held-out figures to add to a step's line, `watch` is entered around a step.
+    `evaluate` returns held-out figures to add to a step's line, `watch` is entered around a step,
+    and a `teacher` is what the model learns from instead of the tokens.
     """
 
     def __init__(
@@ -181,8 +184,9 @@ class Trainer:
         signals: StopSignals | None = None,
         progress: Progress | None = None,
         watch: Callable[[Sequence[Batch]], AbstractContextManager[None]] | None = None,
+        teacher: Decoder | None = None,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.teacher = model, optimizer, teacher
         self.batches_of, self.settings = batches_of, settings
         self.save, self.report, self.evaluate = save, report, evaluate
         self.signals = signals or StopSignals()
@@ -260,6 +264,7 @@ class Trainer:
             seed=self.settings.seed,
             step=self.progress.step,
             loss_scale=self.progress.loss_scale,
+            teacher=self.teacher,
         )
 
     def _count(self, result: StepResult) -> None:

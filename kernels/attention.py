@@ -179,6 +179,8 @@ def attention_backward(
         into = grads if grads is not None else _like(q, k, v)
         _cpu_backward(do, q, k, v, out, saved, plan, window, scale, into)
         return into
+    if grads is not None and chosen.writes:
+        return chosen.backward(do, q, k, v, out, saved, plan, window, scale, grads)
     parts = chosen.backward(do, q, k, v, out, saved, plan, window, scale)
     if grads is None:
         return parts

@@ -36,6 +36,7 @@ from kernels.attention_plan import AttentionPlan
 
 _HALF = (torch.float16, torch.bfloat16)
 _INT32_ELEMENTS = 2**31
+_FRUGAL_ELEMENTS = 2**23
 _CUDNN_GRANULE = 128
 _CAUSAL = 1
 """`efficient`'s number for a causal mask."""
@@ -51,13 +52,15 @@ class Backend:
     """A pair of functions and the problems they are made for.
 
     `forward(q, k, v, plan, window, scale)` returns (out, saved);
-    `backward(do, q, k, v, out, saved, plan, window, scale)` returns (dq, dk, dv).
+    `backward(do, q, k, v, out, saved, plan, window, scale)` returns (dq, dk, dv); where it `writes`
+    it takes three tensors `into` which it writes instead.
     """
 
     name: str
     forward: Callable[[Tensor, Tensor, Tensor, AttentionPlan, int | None, float], Result]
     backward: Callable[..., Gradients]
     suits: Callable[[Tensor, Tensor, AttentionPlan, int | None], bool]
+    writes: bool = False
 
 
 def _batched(x: Tensor, plan: AttentionPlan) -> Tensor:
@@ -79,6 +82,7 @@ def _cudnn_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) 
         and length is not None
         and length % _CUDNN_GRANULE == 0
         and plan.window(window) is None
+        and not plan.frugal  # its workspace is its own secret
     )
 
 
@@ -121,6 +125,7 @@ def _flash_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) 
 def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice, slice]]:
     """Heads of q and of k, v for each call, so that no call's fp32 dQ has 2^31 elements.
 
+    For a frugal batch it has no more than `_FRUGAL_ELEMENTS`, where one group of heads allows that.
     The backward pass of flash attention 2 pads every document of dQ to 128 rows more and every
     head to a multiple of 32, and has indexed it in 32 bits. Raises `ValueError` if one group of
     heads is already too large.
@@ -134,6 +139,9 @@ def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice,
             "are more than flash attention can index; split the batch"
         )
     step = min(kv_heads, (_INT32_ELEMENTS - 1) // per_group)
+    if plan.frugal:
+        calls = -(-kv_heads // max(1, min(step, _FRUGAL_ELEMENTS // per_group)))
+        step = -(-kv_heads // calls)
     starts = range(0, kv_heads, step)
     return [(slice(h * groups, (h + step) * groups), slice(h, h + step)) for h in starts]
 
@@ -156,14 +164,17 @@ def _flash_forward(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
 ) -> Result:
     arguments, options = _flash_arguments(q, plan, window, scale)
-    outs, saved = [], []
-    for heads, kv in _head_slices(q, k, plan):
+    slices = _head_slices(q, k, plan)
+    whole = q.new_empty(q.shape) if len(slices) > 1 else None
+    saved: list[Tensor] = []
+    for heads, kv in slices:
         out, *state, _ = torch.ops.aten._flash_attention_forward(
             _taken(q, heads), _taken(k, kv), _taken(v, kv), *arguments, False, **options
         )
-        outs.append(out)
         saved += state
-    return (outs[0].contiguous() if len(outs) == 1 else torch.cat(outs, 1)), saved
+        if whole is not None:
+            whole[:, heads] = out
+    return (out.contiguous() if whole is None else whole), saved
 
 
 def _flash_backward(
@@ -176,22 +187,27 @@ def _flash_backward(
     plan: AttentionPlan,
     window: int | None,
     scale: float,
+    into: Gradients | None = None,
 ) -> Gradients:
     arguments, options = _flash_arguments(q, plan, window, scale)
-    parts = []
-    for index, (heads, kv) in enumerate(_head_slices(q, k, plan)):
+    slices = _head_slices(q, k, plan)
+    if into is None and len(slices) > 1:
+        into = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    for index, (heads, kv) in enumerate(slices):
         lse, state, unused = saved[3 * index : 3 * index + 3]
         wanted = ((do, heads), (q, heads), (k, kv), (v, kv), (out, heads))
         inputs = [_taken(x, part) for x, part in wanted]
-        part = torch.ops.aten._flash_attention_backward(
+        parts = torch.ops.aten._flash_attention_backward(
             *inputs, lse, *arguments, state, unused, **options
         )
-        parts.append(part)
-    if len(parts) == 1:
-        dq, dk, dv = parts[0]
-    else:
-        dq, dk, dv = (torch.cat(same, 1) for same in zip(*parts, strict=True))
-    return dq, dk, dv
+        if into is None:
+            dq, dk, dv = parts
+            return dq, dk, dv
+        for target, part, of in zip(into, parts, (heads, kv, kv), strict=True):
+            _taken(target, of).copy_(part)
+        del parts
+    assert into is not None
+    return into
 
 
 def _efficient_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
@@ -247,7 +263,7 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_suits),
-        Backend("flash", _flash_forward, _flash_backward, _flash_suits),
+        Backend("flash", _flash_forward, _flash_backward, _flash_suits, writes=True),
         Backend("efficient", _efficient_forward, _efficient_backward, _efficient_suits),
         Backend("documents", documents_forward, documents_backward, lambda *problem: True),
     )

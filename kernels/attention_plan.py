@@ -29,14 +29,20 @@ class Block:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Document boundaries of one packed batch, on the device and as host integers."""
+    """Document boundaries of one packed batch, on the device and as host integers.
+
+    A `frugal` batch prefers a small workspace to few calls.
+    """
 
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
+    frugal: bool = False
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, tokens: int) -> AttentionPlan:
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, tokens: int, frugal: bool = False
+    ) -> AttentionPlan:
         """Read (D + 1,) int32 boundaries; the one host read of a batch, free for a CPU tensor.
 
         Raises `ValueError` unless they rise strictly from 0 to `tokens`.
@@ -48,7 +54,7 @@ class AttentionPlan:
                 f"cu_seqlens is {list(bounds)[:8]}; expected boundaries that rise strictly "
                 f"from 0 to the number of tokens, {tokens}"
             )
-        return cls(cu_seqlens.to(torch.int32), bounds)
+        return cls(cu_seqlens.to(torch.int32), bounds, frugal)
 
     def documents(self) -> list[tuple[int, int]]:
         """(start, end) of every document."""

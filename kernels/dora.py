@@ -37,6 +37,12 @@ def adapted_row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Ten
     return norms
 
 
+def scale_rows_(weight: Tensor, magnitude: Tensor) -> Tensor:
+    """Give row i of an adapted weight (out, in) the length of magnitude (out,), in place."""
+    norms = torch.linalg.vector_norm(weight, dim=1)
+    return weight.mul_(_over_norms(magnitude, norms)[:, None])
+
+
 def _norms(weight: Tensor, projection: Projection) -> Tensor:
     if projection.lora_a is None or projection.lora_b is None:
         raise ValueError("a magnitude needs a LoRA pair: DoRA scales an adapted weight")
@@ -45,15 +51,20 @@ def _norms(weight: Tensor, projection: Projection) -> Tensor:
         return adapted_row_norms(weight, a, b, projection.scale)
 
 
+def _over_norms(values: Tensor, norms: Tensor) -> Tensor:
+    """values_i / n_i; 0 for a row of zeros, which has no direction: a pruned row stays pruned."""
+    return torch.where(norms > 0, values.to(norms.dtype) / norms, 0.0)
+
+
 def row_scale(weight: Tensor, projection: Projection) -> Tensor:
     """c (out,) of a projection whose decoded weight is `weight` (out, in)."""
     assert projection.magnitude is not None
     norms = _norms(weight, projection)
-    return projection.magnitude.detach().to(norms.dtype) / norms
+    return _over_norms(projection.magnitude.detach(), norms)
 
 
 def magnitude_gradient(dy: Tensor, z: Tensor, weight: Tensor, projection: Projection) -> Tensor:
     """dm (out,) for dy and z (N, out), z the output before it is scaled."""
     assert projection.magnitude is not None
     norms = _norms(weight, projection)
-    return ((dy * z).to(norms.dtype).sum(0) / norms).to(projection.magnitude.dtype)
+    return _over_norms((dy * z).to(norms.dtype).sum(0), norms).to(projection.magnitude.dtype)

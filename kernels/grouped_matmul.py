@@ -23,6 +23,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels import grouped_matmul_triton
+from kernels.dispatch import use_triton
 from kernels.dropout import dropout
 from kernels.lora import Gradients
 from kernels.nf4 import NF4Weight, dequantize_rows
@@ -30,12 +32,13 @@ from kernels.nf4_dequantize import dequantize_reference
 from kernels.nf4_layout import PlanarNF4Weight, to_planar
 from kernels.projection import Weight, decode_weight
 from kernels.scratch import scratch
+from kernels.tiling import architecture
 
 ExpertWeights = Tensor | NF4Weight | PlanarNF4Weight | tuple[Weight, ...]
 """(E, out, in) dense or NF4, or one (out, in) dense or quantised weight per expert."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Rows sorted by expert: expert e has rows offsets[e] to offsets[e + 1] of `rows`.
 
@@ -56,6 +59,11 @@ class Groups:
     def count(self) -> int:
         """Number of experts."""
         return self.offsets.shape[0] - 1
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Expert and first row of every tile of a Triton product."""
+        return grouped_matmul_triton.tile_table(self.offsets, self.rows)
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
@@ -127,6 +135,16 @@ def expert_weight(weight: ExpertWeights, expert: int, dtype: torch.dtype) -> Ten
     return dequantize_rows(weight, expert, expert + 1, dtype, out=decoded).squeeze(0)
 
 
+def _in_one_launch(x: Tensor, weight: ExpertWeights) -> bool:
+    """Whether the Triton product takes these.
+
+    fp32 on a GPU is what libraries multiply best, and before sm_80 Triton uses no tensor core.
+    """
+    if not use_triton(x) or not isinstance(weight, Tensor | PlanarNF4Weight):
+        return False
+    return not x.is_cuda or (x.dtype != torch.float32 and architecture(x.device) >= 80)
+
+
 def _rows(x: Tensor, part: slice, rows: Tensor | None) -> Tensor:
     return x[part] if rows is None else x.index_select(0, rows[part])
 
@@ -145,11 +163,18 @@ def grouped_matmul(
     """scale * W_e x_m for every row m, (M, out); W_e^T x_m, (M, in), with `transpose`.
 
     x (M, in), or any (N, in) of which sorted row m reads row rows[m]. `out` (M, out), rows of any
-    stride, is written, or added to with `accumulate`.
+    stride, is written, or added to with `accumulate`. On a GPU 16-bit rows times a dense (E, out,
+    in) or a planar NF4 weight are one launch; other weights, and fp32, go expert by expert.
     """
     if out is None:
         out_features = weight_shape(weight)[2 if transpose else 1]
         out, accumulate = x.new_empty(groups.rows, out_features), False
+    if _in_one_launch(x, weight):
+        assert isinstance(weight, Tensor | PlanarNF4Weight)
+        grouped_matmul_triton.matmul(
+            x, weight, groups.offsets, groups.tiles, rows, transpose, out, accumulate, scale
+        )
+        return out
     for expert, part in groups.filled():
         dense = expert_weight(weight, expert, x.dtype)
         right, target = dense if transpose else dense.T, out[part]
@@ -170,6 +195,8 @@ def grouped_outer(
 
     a (M, P), b (M, Q), or gathered by their rows (M,) as in `grouped_matmul`.
     """
+    if _in_one_launch(a, a):
+        return grouped_matmul_triton.outer(a, b, groups.offsets, a_rows, b_rows, scale)
     out = a.new_zeros(groups.count, a.shape[1], b.shape[1])
     for expert, part in groups.filled():
         torch.mm(_rows(a, part, a_rows).T, _rows(b, part, b_rows), out=out[expert])

@@ -42,20 +42,22 @@ class Int8Weight:
         return Int8Weight(self.codes.to(device), self.absmax.to(device), self.dtype)
 
 
-def quantize_int8(weight: Tensor) -> Int8Weight:
+def quantize_int8(weight: Tensor, device: torch.device | None = None) -> Int8Weight:
     """Round a matrix (out, in) to 8-bit rows, nearest even, in slabs of rows.
 
-    Raises `ValueError` for anything but a floating-point matrix.
+    With a `device` the codes are made there, and the matrix is sent to it a slab at a time. Raises
+    `ValueError` for anything but a floating-point matrix.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"expected a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}"
         )
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    device = device or weight.device
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
     for start in range(0, weight.shape[0], _SLAB_ROWS):
         rows = slice(start, start + _SLAB_ROWS)
-        part = weight[rows].float()
+        part = weight[rows].to(device).float()
         absmax[rows] = part.abs().amax(1)
         inverse = torch.where(absmax[rows] > 0, 127.0 / absmax[rows], 0.0)
         codes[rows] = (part * inverse.unsqueeze(1)).round_().to(torch.int8)
@@ -74,3 +76,10 @@ def dequantize_int8(
         scale = (weight.absmax[rows] / 127.0).unsqueeze(1)
         target[rows] = weight.codes[rows].float().mul_(scale)
     return target
+
+
+def rows_int8(weight: Int8Weight, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `index` (N,) of the dense matrix, (N, in), as `dequantize_int8` rounds them."""
+    scale = (weight.absmax.index_select(0, index) / 127.0).unsqueeze(1)
+    wide = weight.codes.index_select(0, index).float().mul_(scale)
+    return wide.to(dtype or weight.dtype)

@@ -8,24 +8,32 @@ For trained rows h (n, H) and a head W (V, H), with y the target of each row:
 The gradient is formed in the forward pass, in the memory of the logits, one chunk of rows at a
 time, so a frozen head costs two matrix products a chunk and nothing is recomputed. The factor
 1 / num_items enters in the products, where it cannot underflow in fp16. Rows without a target are
-dropped before the first product; finding them is the one wait for the device in a step. Source:
+dropped before the first product; finding them is the one wait for the device in a step.
+
+A frozen head may be 8-bit rows (`kernels.int8`): it is decoded in slabs of its rows, for the logits
+and again for dh, whose parts are added up in fp32. Source:
 the chunked form follows Hsu et al. 2024 (Liger-Kernel, arXiv 2410.10989); the maths is the
 softmax's own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy_
+from kernels.int8 import Int8Weight, dequantize_int8
 from kernels.scratch import scratch
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 _GPU_CHUNK_ROWS = 1024
+_SLAB_BYTES = 16 * 2**20
+
+Head = Tensor | Int8Weight
 
 
 def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
@@ -45,6 +53,48 @@ def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
     if hidden.is_cuda:
         return torch.empty((rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
     return scratch("logits", (rows, vocab_size), hidden.dtype, hidden.device)
+
+
+def _chunks(count: int, rows: int) -> Iterator[slice]:
+    """The rows of every chunk."""
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of the head as a dense matrix in scratch), in the dtype of `like`.
+
+    The scratch is that of the layers' weights, none of which is decoded while the loss is formed.
+    """
+    vocab_size, width = head.shape
+    step = min(vocab_size, max(64, _SLAB_BYTES // (width * like.itemsize)))
+    for start in range(0, vocab_size, step):
+        rows = slice(start, min(start + step, vocab_size))
+        part = Int8Weight(head.codes[rows], head.absmax[rows], head.dtype)
+        room = scratch("decoded.wide", (step, width), like.dtype, like.device)
+        yield rows, dequantize_int8(part, like.dtype, out=room[: rows.stop - start])
+
+
+def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """hidden (n, H) times the head (V, H), transposed: logits (n, V), in `out` if given."""
+    if isinstance(head, Tensor):
+        return torch.mm(hidden, head.T, out=out)
+    if out is None:
+        out = hidden.new_empty(hidden.shape[0], head.shape[0])
+    for rows, part in _slabs(head, hidden):
+        torch.mm(hidden, part.T, out=out[:, rows])
+    return out
+
+
+def _head_gradient(dlogits: Tensor, head: Head, scale: float, target: Tensor) -> None:
+    """target (n, H) = scale * dlogits (n, V) times the head."""
+    if isinstance(head, Tensor):
+        torch.addmm(target, dlogits, head, beta=0, alpha=scale, out=target)
+        return
+    wide = torch.promote_types(target.dtype, torch.float32)
+    total = torch.zeros(target.shape, dtype=wide, device=target.device)
+    for rows, part in _slabs(head, target):
+        total.add_(dlogits[:, rows] @ part, alpha=scale)
+    target.copy_(total)
 
 
 @cache
@@ -75,7 +125,7 @@ def _add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) 
 
 def _forward(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Head,
     targets: Tensor,
     scale: float,
     rows: int,
@@ -88,24 +138,25 @@ def _forward(
     losses = torch.empty(count, dtype=wide, device=hidden.device)
     dhidden = torch.empty_like(hidden) if need_dhidden else None
     dweight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if need_dweight else None
-    head = weight if weight.dtype == hidden.dtype else weight.to(hidden.dtype)
+    head = weight
+    if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
+        head = weight.to(hidden.dtype)
     buffer = _logits_buffer(min(rows, count), vocab_size, hidden)
-    for start in range(0, count, rows):
-        part = slice(start, min(start + rows, count))
-        logits = torch.mm(hidden[part], head.T, out=buffer[: part.stop - start])
+    for part in _chunks(count, rows):
+        logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
         losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
         if dhidden is not None:
-            target = dhidden[part]
-            torch.addmm(target, logits, head, beta=0, alpha=scale, out=target)
+            _head_gradient(logits, head, scale, dhidden[part])
         if dweight is not None:
             _add_outer_(dweight, logits, hidden[part], scale)
-    return losses.sum() * scale, dhidden, dweight
+    total = losses.sum(dtype=torch.float64) * scale
+    return total.to(wide), dhidden, dweight
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, num_items: float | None, rows: int
+        ctx, hidden: Tensor, weight: Head, labels: Tensor, num_items: float | None, rows: int
     ) -> Tensor:
         trained = torch.nonzero(labels >= 0).squeeze(1)
         loss, dchosen, dweight = _forward(
@@ -135,16 +186,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Head,
     labels: Tensor,
     num_items: float | None = None,
     rows_per_chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `labels`, summed and divided by `num_items`.
 
-    hidden (N, H); weight (V, H); labels (N,) int64, already shifted, negative where the row is not
-    trained. `num_items` is the number of trained tokens of the whole accumulated batch; by default
-    that of these rows. Returns a scalar in fp32 or wider; 0 where no row is trained.
+    hidden (N, H); weight (V, H), dense, or frozen in 8-bit rows; labels (N,) int64, already
+    shifted, negative where the row is not trained. `num_items` is the number of trained tokens of
+    the whole accumulated batch; by default that of these rows. Returns a scalar in fp32 or wider; 0
+    where no row is trained.
 
     Raises `ValueError` for mismatching shapes and, on a CPU, for a label outside the vocabulary; on
     a GPU, where the check would wait for the device, such a label makes the loss NaN.

@@ -31,9 +31,10 @@ def _forward_reference(
     x: Tensor, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(x)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    xhat = wide * rstd
+    # The squares' memory becomes that of x^; a norm squared again would be two roundings worse.
+    xhat = wide.square()
+    rstd = xhat.mean(-1, keepdim=True).add_(eps).rsqrt_()
+    torch.mul(wide, rstd, out=xhat)
     if zero_centered:
         return xhat.mul_(_factor(weight, wide.dtype, True)).to(x.dtype), rstd
     return xhat.to(x.dtype).mul_(weight.to(x.dtype)), rstd

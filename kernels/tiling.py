@@ -20,8 +20,8 @@ on the same idea (M up to 128 on A100 and GeForce 30, 256 on GeForce 40 and 50, 
 on B200), and on instruction counts (`bench/results/compile_report.md`) and rooflines, by which this
 one should reach further on H100: at M = 128 and 14,336 x 4,096, 16 us of instruction issue beside
 19 us of tensor core, against 40 us for decoding alone. They are a starting point, computed and not
-measured. `override` replaces rows while it is entered, and
-`DISPATCH` may be edited; `python -m bench` measures.
+measured. `override` replaces rows while it is entered, and `DISPATCH` may be edited; `engine bench`
+measures.
 
 Nothing here is tuned while a model runs: a choice depends on the key alone.
 """

@@ -8,11 +8,13 @@ silently wrong; keys known to change nothing about the arithmetic are listed in 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from models.config_values import boolean, fraction, integer, positive, token_ids
+from models.families import FAMILIES
+from models.families.family import Family
 
 # Keys of `PretrainedConfig` and of hub repositories that do not change logits or the loss.
 _IGNORED = (
@@ -32,34 +34,33 @@ _IGNORED = (
     "logits_to_keep "
 )
 IGNORED_KEYS = frozenset(_IGNORED.split())
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
+MODEL_TYPES = tuple(FAMILIES)
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LAYER_TYPES = {
     "full_attention": "full_attention",
     "attention": "full_attention",
     "sliding_attention": "sliding_attention",
+    "linear_attention": "linear_attention",
+    "mamba": "linear_attention",
 }
-_HEAD_DIM_DEFAULT = {"qwen3": 128}
-_EPS_DEFAULT = {"mistral": 1e-6, "llama": 1e-6, "qwen2": 1e-6, "qwen3": 1e-6}
-_BOUNDS: dict[str, tuple[int, int]] = {
-    "vocab_size": (1, 2**22),
-    "hidden_size": (1, 65_536),
-    "intermediate_size": (1, 2**20),
-    "num_hidden_layers": (1, 1024),
-    "num_attention_heads": (1, 1024),
-    "num_key_value_heads": (1, 1024),
-    "head_dim": (2, 1024),
-    "max_position_embeddings": (1, 2**24),
-}
+# Beside `text_config`, in the file of a model that has more than a decoder.
+_AROUND = (
+    "text_config vision_config image_token_id video_token_id vision_start_token_id "
+    "vision_end_token_id tie_word_embeddings model_type"
+)
+_AROUND_TEXT = frozenset(_AROUND.split())
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and arithmetic of one dense decoder.
+    """Shape and arithmetic of one decoder.
 
-    `layer_types` holds one of "full_attention" and "sliding_attention" per layer; a sliding layer
-    sees `sliding_window` keys including the query's own position. `rope_parameters` always holds
-    `rope_type` and `rope_theta`. `eos_token_id` is a tuple, empty where the file names none.
+    `layer_types` holds one of "full_attention", "sliding_attention" and "linear_attention" (Gated
+    DeltaNet) per layer; a sliding layer sees `sliding_window` keys including the query's own
+    position. `rope_layers` says which layers rotate q and k, `sparse_layers` which are mixtures of
+    experts. `rope_parameters` always holds `rope_type` and `rope_theta`. `eos_token_id` is a tuple,
+    empty where the file names none. `nested` means that the decoder is a part of a larger model,
+    whose file calls it `language_model`.
     """
 
     model_type: str
@@ -83,6 +84,24 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    rope_layers: tuple[bool, ...] = ()
+    sparse_layers: tuple[bool, ...] = ()
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.0
+    output_router_logits: bool = False
+    zero_centered_norm: bool = False
+    attention_gate: bool = False
+    linear_conv_kernel_dim: int = 0
+    linear_key_head_dim: int = 0
+    linear_value_head_dim: int = 0
+    linear_num_key_heads: int = 0
+    linear_num_value_heads: int = 0
+    linear_joint_projections: bool = False
+    nested: bool = False
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -91,46 +110,54 @@ class ModelConfig:
         Raises `ValueError` with one sentence that names the key, its value and what was expected.
         """
         model_type = raw.get("model_type")
-        if model_type not in MODEL_TYPES:
+        if model_type not in FAMILIES:
             raise ValueError(
                 f"model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
             )
-        _refuse_unknown_keys(raw, model_type)
+        family, nested = FAMILIES[model_type], model_type in FAMILIES[model_type].nested
+        if nested:
+            raw = _text_config(raw, model_type)
+        _refuse_unknown_keys(raw, model_type, family)
         act = raw.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {act!r}; every supported family uses 'silu'")
-        heads = _integer(raw, "num_attention_heads")
-        kv_heads = _integer(raw, "num_key_value_heads", default=heads)
+        heads = integer(raw, "num_attention_heads")
+        kv_heads = integer(raw, "num_key_value_heads", default=heads)
         if heads % kv_heads:
             raise ValueError(
                 f"num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does "
                 "not divide"
             )
-        layers = _integer(raw, "num_hidden_layers")
-        window, layer_types = _layer_types(raw, model_type, layers)
-        bias = model_type == "qwen2" or bool(raw.get("attention_bias", False))
+        layers = integer(raw, "num_hidden_layers")
+        window, layer_types = _layer_types(raw, family, layers)
+        plain: dict[str, Any] = {
+            "layer_types": layer_types,
+            "attention_bias": bool(raw.get("attention_bias", False)),
+            "rope_layers": (True,) * layers,
+            "sparse_layers": (False,) * layers,
+        }
+        own = family.fields(raw, layers)
+        if "intermediate_size" not in own:
+            own["intermediate_size"] = integer(raw, "intermediate_size")
         return cls(
             model_type=model_type,
-            vocab_size=_integer(raw, "vocab_size"),
-            hidden_size=_integer(raw, "hidden_size"),
-            intermediate_size=_integer(raw, "intermediate_size"),
+            vocab_size=integer(raw, "vocab_size"),
+            hidden_size=integer(raw, "hidden_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            head_dim=_head_dim(raw, model_type, heads),
-            rms_norm_eps=_fraction(raw, "rms_norm_eps", _EPS_DEFAULT[model_type]),
-            max_position_embeddings=_integer(raw, "max_position_embeddings", default=2048),
-            tie_word_embeddings=_boolean(raw, "tie_word_embeddings", False),
-            rope_parameters=_rope_parameters(raw),
-            layer_types=layer_types,
+            head_dim=_head_dim(raw, family, heads),
+            rms_norm_eps=fraction(raw, "rms_norm_eps", 1e-6),
+            max_position_embeddings=integer(raw, "max_position_embeddings", default=2048),
+            tie_word_embeddings=boolean(raw, "tie_word_embeddings", family.tied),
+            rope_parameters=_rope_parameters(raw, family),
             sliding_window=window,
-            attention_bias=bias,
-            attention_output_bias=bias and model_type != "qwen2",
-            mlp_bias=_boolean(raw, "mlp_bias", False),
-            qk_norm=model_type == "qwen3",
-            bos_token_id=next(iter(_token_ids(raw, "bos_token_id")), None),
-            eos_token_id=_token_ids(raw, "eos_token_id"),
-            pad_token_id=next(iter(_token_ids(raw, "pad_token_id")), None),
+            mlp_bias=boolean(raw, "mlp_bias", False),
+            bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
+            eos_token_id=token_ids(raw, "eos_token_id"),
+            pad_token_id=next(iter(token_ids(raw, "pad_token_id")), None),
+            nested=nested,
+            **(plain | own),
         )
 
     @property
@@ -138,30 +165,61 @@ class ModelConfig:
         """Query heads per key/value head: query head h reads key/value head h // kv_groups."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def rotary_dim(self) -> int:
+        """The leading elements of a head that are rotated."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    @property
+    def period(self) -> int:
+        """The least number of layers after which their kinds repeat."""
+        kinds = list(zip(self.layer_types, self.rope_layers, self.sparse_layers, strict=True))
+        return next(
+            count
+            for count in range(1, len(kinds) + 1)
+            if all(kind == kinds[layer % count] for layer, kind in enumerate(kinds))
+        )
+
     def window(self, layer: int) -> int | None:
         """Keys that layer `layer` sees, counting the query's own; None is all before it."""
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
+    def with_layers(self, count: int) -> ModelConfig:
+        """The same model with `count` layers, whose kinds follow each other as here."""
+        repeats = -(-count // self.num_hidden_layers)
+        return replace(
+            self,
+            num_hidden_layers=count,
+            layer_types=(self.layer_types * repeats)[:count],
+            rope_layers=(self.rope_layers * repeats)[:count],
+            sparse_layers=(self.sparse_layers * repeats)[:count],
+        )
 
-_OWN_KEYS = {f.name for f in dataclasses.fields(ModelConfig)} | {
-    "hidden_act",
-    "rope_theta",
-    "rope_scaling",
-    "original_max_position_embeddings",
-    "partial_rotary_factor",
-    "use_sliding_window",
-    "max_window_layers",
-    "quantization_config",
-}
+
+_COMMON = (
+    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+    "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings "
+    "rope_parameters layer_types sliding_window attention_bias mlp_bias bos_token_id eos_token_id "
+    "pad_token_id hidden_act rope_theta rope_scaling original_max_position_embeddings "
+    "partial_rotary_factor use_sliding_window max_window_layers quantization_config"
+)
+_COMMON_KEYS = frozenset(_COMMON.split())
 
 
-def _refuse_unknown_keys(raw: Mapping[str, Any], model_type: str) -> None:
+def _text_config(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
+    """The decoder's part of the file, with what the outer part says of it."""
+    text = raw.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ValueError(f"text_config is {text!r}; a {model_type} model has its decoder there")
+    around = {key: value for key, value in raw.items() if key not in _AROUND_TEXT}
+    shared = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
+    return around | dict(text) | shared
+
+
+def _refuse_unknown_keys(raw: Mapping[str, Any], model_type: str, family: Family) -> None:
+    known = _COMMON_KEYS | IGNORED_KEYS | family.keys | family.ignored
     unknown = sorted(
-        key
-        for key in raw
-        if key not in _OWN_KEYS
-        and key not in IGNORED_KEYS
-        and not key.startswith(("_", "unsloth_"))
+        key for key in raw if key not in known and not key.startswith(("_", "unsloth_"))
     )
     if unknown:
         raise ValueError(
@@ -170,51 +228,11 @@ def _refuse_unknown_keys(raw: Mapping[str, Any], model_type: str) -> None:
         )
 
 
-def _integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    low, high = _BOUNDS[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{key} is {value!r}; expected an integer from {low} to {high}")
-    return value
-
-
-def _boolean(raw: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = raw.get(key, default)
-    if not isinstance(value, bool):
-        raise ValueError(f"{key} is {value!r}; expected true or false")
-    return value
-
-
-def _fraction(raw: Mapping[str, Any], key: str, default: float) -> float:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ValueError(f"{key} is {value!r}; expected a number between 0 and 1")
-    return float(value)
-
-
-def _positive(values: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} is {value!r}; expected a positive finite number")
-    return float(value)
-
-
-def _token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = raw.get(key)
-    ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < -1:
-            raise ValueError(f"{key} is {value!r}; expected a token id or a list of them")
-    return tuple(token for token in ids if token >= 0)
-
-
-def _head_dim(raw: Mapping[str, Any], model_type: str, heads: int) -> int:
-    if raw.get("head_dim") is not None or model_type in _HEAD_DIM_DEFAULT:
-        dim = _integer(raw, "head_dim", default=_HEAD_DIM_DEFAULT.get(model_type))
+def _head_dim(raw: Mapping[str, Any], family: Family, heads: int) -> int:
+    if raw.get("head_dim") is not None or family.head_dim is not None:
+        dim = integer(raw, "head_dim", default=family.head_dim)
     else:
-        hidden = _integer(raw, "hidden_size")
+        hidden = integer(raw, "hidden_size")
         if hidden % heads:
             raise ValueError(
                 f"hidden_size {hidden} is not divisible by num_attention_heads {heads}, "
@@ -227,29 +245,34 @@ def _head_dim(raw: Mapping[str, Any], model_type: str, heads: int) -> int:
 
 
 def _layer_types(
-    raw: Mapping[str, Any], model_type: str, layers: int
+    raw: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, tuple[str, ...]]:
     window = raw.get("sliding_window")
-    if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
-        window = None
-    if model_type == "llama":
+    slides = family.sliding
+    if slides is None or (family.window_switch and not raw.get("use_sliding_window", False)):
         window = None
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}; expected a positive integer or null")
     named = raw.get("layer_types")
     if named is None:
-        first = 0 if model_type == "mistral" else raw.get("max_window_layers", layers)
         kinds = tuple(
-            "sliding_attention" if window is not None and layer >= first else "full_attention"
+            "sliding_attention"
+            if window is not None and slides is not None and slides(raw, layer)
+            else "full_attention"
             for layer in range(layers)
         )
         return window, kinds
     if not isinstance(named, list | tuple) or len(named) != layers:
         raise ValueError(f"layer_types is {named!r}; expected {layers} names, one a layer")
-    unknown = sorted({str(kind) for kind in named} - set(LAYER_TYPES))
+    supported = [
+        kind
+        for kind, meant in LAYER_TYPES.items()
+        if meant != "linear_attention" or "linear_key_head_dim" in family.keys
+    ]
+    unknown = sorted({str(kind) for kind in named} - set(supported))
     if unknown:
         raise ValueError(
-            f"layer_types names {', '.join(unknown)}; supported are {', '.join(LAYER_TYPES)}"
+            f"layer_types names {', '.join(unknown)}; supported are {', '.join(supported)}"
         )
     kinds = tuple(LAYER_TYPES[kind] for kind in named)
     if "sliding_attention" in kinds and window is None:
@@ -257,7 +280,7 @@ def _layer_types(
     return window, kinds
 
 
-def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _rope_parameters(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The rotary parameters in transformers 5 spelling, whichever spelling the file uses.
 
     Precedence: `rope_parameters`, then `rope_scaling`, then top-level keys, then defaults. A
@@ -268,28 +291,48 @@ def _rope_parameters(raw: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope_parameters is {nested!r}; expected an object")
     if any(isinstance(value, Mapping) for value in nested.values()):
         raise ValueError("rope_parameters per layer type are not used by the supported families")
-    rope = {key: value for key, value in nested.items() if value is not None and key != "type"}
+    # The rows of a picture's positions: for text they are equal, and the rotation the plain one.
+    dropped = ("type", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
+    rope = {k: v for k, v in nested.items() if v is not None and k not in dropped}
     rope["rope_type"] = nested.get("rope_type", nested.get("type", "default"))
-    rope.setdefault("rope_theta", raw.get("rope_theta") or 10_000.0)
-    rope["rope_theta"] = _positive(rope, "rope_theta")
+    rope.setdefault("rope_theta", raw.get("rope_theta") or family.rope_theta)
+    rope["rope_theta"] = positive(rope, "rope_theta")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"rope_type is {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}"
         )
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor is not 1.0, which no supported family uses")
+    _partial_rotation(rope, nested, raw, family)
     if rope["rope_type"] != "default":
-        rope["factor"] = _positive(rope, "factor")
+        rope["factor"] = positive(rope, "factor")
         original = raw.get("original_max_position_embeddings")
         if original is None:
             original = rope.get("original_max_position_embeddings")
         if original is None:
             original = raw.get("max_position_embeddings", 2048)
         rope["original_max_position_embeddings"] = original
-        _positive(rope, "original_max_position_embeddings")
+        positive(rope, "original_max_position_embeddings")
     if rope["rope_type"] == "llama3":
-        low = rope["low_freq_factor"] = _positive(rope, "low_freq_factor", 1.0)
-        high = rope["high_freq_factor"] = _positive(rope, "high_freq_factor", 4.0)
+        low = rope["low_freq_factor"] = positive(rope, "low_freq_factor", 1.0)
+        high = rope["high_freq_factor"] = positive(rope, "high_freq_factor", 4.0)
         if high <= low:
             raise ValueError(f"high_freq_factor {high} must be greater than low_freq_factor {low}")
     return rope
+
+
+def _partial_rotation(
+    rope: dict[str, Any], nested: Mapping[str, Any], raw: Mapping[str, Any], family: Family
+) -> None:
+    """Put `partial_rotary_factor` into `rope` where the family rotates a part of each head."""
+    default = 1.0 if family.partial_rotary is None else family.partial_rotary
+    part = nested.get("partial_rotary_factor", raw.get("partial_rotary_factor", default))
+    if family.partial_rotary is None:
+        if part != 1.0:
+            raise ValueError(f"partial_rotary_factor is {part!r}; this family rotates whole heads")
+        return
+    part = positive({"partial_rotary_factor": part}, "partial_rotary_factor")
+    dim = raw.get("head_dim") or family.head_dim or 0
+    if part > 1.0 or int(dim * part) % 2 or int(dim * part) < 2:
+        raise ValueError(
+            f"partial_rotary_factor is {part}; expected an even share of a head's {dim} elements"
+        )
+    rope["partial_rotary_factor"] = part

@@ -6,18 +6,31 @@ attention, positions and the loss know their boundaries. Parameters have Hugging
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from kernels.attention import AttentionPlan
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.rms_norm import rms_norm_forward
-from models.block import LEVELS, Batch, DecoderLayer
+from kernels.int8 import Int8Weight
+from kernels.linear_cross_entropy import Head, head_logits, linear_cross_entropy
+from kernels.linear_distillation import linear_distillation
+from kernels.moe_router import load_balancing_loss
+from models.batch import Batch, Levers, layer_levels
+from models.block import DecoderLayer
 from models.config import ModelConfig
 from models.gradient_checkpointing import run_layer
+from models.host_memory import SideCopies
 from models.kv_cache import KVCache
 from models.linear import Embedding, Linear, RMSNorm
+from models.offload import CheckpointStore, WeightStream
 from models.rotary import Rotary
+
+DISTILLATION_ROWS = 256
+"""Rows of both models' logits that exist at once while one learns from the other."""
+
+Routed = list[tuple[Tensor, Tensor]]
+"""Rows per expert and sum of probabilities, both (E,), of every mixture."""
 
 
 class Trunk(nn.Module):
@@ -29,7 +42,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
 
 
 class Decoder(nn.Module):
@@ -47,9 +60,14 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.rotary = Rotary(config)
-        self.recompute = "selective"
+        self.set_recompute("selective")
+        self.levers = Levers()
+        self.checkpoints_on_host = False
+        self.weight_stream: WeightStream | None = None
+        self._copies: SideCopies | None = None
         self.dropout_seed: int | None = None
         self.loss_chunk_rows: int | None = None
+        self.router_loss = config.router_aux_loss_coef if config.output_router_logits else 0.0
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -57,33 +75,57 @@ class Decoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations: that of the embedding."""
-        return self.model.embed_tokens.weight.dtype
+        """The dtype of activations."""
+        return self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def ids_device(self) -> torch.device:
+        """Where token ids are wanted: where the embedding lies."""
         return self.model.embed_tokens.weight.device
 
     def set_recompute(self, level: str) -> None:
-        """Choose what backward recomputes. Raises `ValueError` on an unknown level."""
-        if level not in LEVELS:
-            raise ValueError(f"recompute level {level!r}; expected one of {', '.join(LEVELS)}")
+        """Choose what backward recomputes, in all layers or in each.
+
+        Raises `ValueError` as `models.batch.layer_levels` does.
+        """
+        self.levels = layer_levels(level, len(self.layers))
         self.recompute = level
 
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Head:
         """The output head (V, H): the embedding where they are tied."""
         weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor | Int8Weight)
         return weight
 
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""
+        head = self.head_weight()
+        return x @ head.T if isinstance(head, Tensor) else head_logits(x, head)
+
     def _batch(self, tokens: int, cu_seqlens: Tensor) -> Batch:
-        plan = AttentionPlan.from_cu_seqlens(cu_seqlens, tokens)
+        cu_seqlens = cu_seqlens.to(self.device)
+        plan = AttentionPlan.from_cu_seqlens(cu_seqlens, tokens, frugal=self.levers.singly)
         starts = torch.repeat_interleave(
             plan.cu_seqlens[:-1].long(), plan.cu_seqlens.diff().long(), output_size=tokens
         )
         positions = torch.arange(tokens, device=cu_seqlens.device) - starts
         cos, sin = self.rotary(positions, self.dtype)
-        return Batch(cos, sin, plan, self.dropout_seed if self.training else None)
+        seed = self.dropout_seed if self.training else None
+        store = None
+        if self.checkpoints_on_host and torch.is_grad_enabled():
+            self._copies = self._copies or SideCopies(self.device)
+            store = CheckpointStore(self.device, self._copies)
+        return Batch(
+            cos, sin, plan, seed, levers=self.levers, checkpoints=store, weights=self.weight_stream
+        )
+
+    def stream_weights(self) -> None:
+        """Stream the quantised weights, which lie in the host's memory, as layers need them."""
+        self.weight_stream = WeightStream(self.layers, self.device)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         if not input_ids.is_cuda and input_ids.numel():
@@ -96,12 +138,17 @@ class Decoder(nn.Module):
         embedded: Tensor = self.model.embed_tokens(input_ids)
         return embedded
 
-    def hidden_states(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """input_ids (N,) packed -> the last layer's output (N, H), before the final norm."""
-        batch = self._batch(input_ids.shape[0], cu_seqlens)
+    def hidden_states(
+        self, input_ids: Tensor, cu_seqlens: Tensor, routed: Routed | None = None
+    ) -> Tensor:
+        """input_ids (N,) packed -> the last layer's output (N, H), before the final norm.
+
+        What `models.batch.Batch` says of `routed` is added to the list, if there is one.
+        """
+        batch = replace(self._batch(input_ids.shape[0], cu_seqlens), routed=routed)
         x = self._embed(input_ids)
-        for layer in self.layers:
-            x = run_layer(x, layer, batch, self.recompute)
+        for layer, level in zip(self.layers, self.levels, strict=True):
+            x = run_layer(x, layer, batch, level)
         return x
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -113,8 +160,7 @@ class Decoder(nn.Module):
         """
         flat, bounds = _packed(input_ids, cu_seqlens)
         x = self.model.norm(self.hidden_states(flat, bounds))
-        logits: Tensor = x @ self.head_weight().T
-        return logits.view(*input_ids.shape, -1)
+        return self._logits(x).view(*input_ids.shape, -1)
 
     def loss(
         self,
@@ -122,12 +168,16 @@ class Decoder(nn.Module):
         labels: Tensor,
         cu_seqlens: Tensor | None = None,
         num_items: float | None = None,
+        teacher: Decoder | None = None,
     ) -> Tensor:
         """Cross-entropy of the next token, summed over trained tokens, divided by `num_items`.
 
         `labels` have the shape of `input_ids`, unshifted, -100 where not trained; the first token
         of a document is never a target. `num_items` defaults to the trained tokens of this call;
-        give that of the whole accumulated batch when this is one of several micro-batches.
+        give that of the whole accumulated batch when this is one of several micro-batches. Where
+        `router_loss` is not 0, that many times the router's load balancing loss is added. With a
+        `teacher` of the same vocabulary its distribution is learnt in place of the tokens
+        (`kernels.linear_distillation`); labels then say where.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
@@ -136,15 +186,47 @@ class Decoder(nn.Module):
             )
         flat, bounds = _packed(input_ids, cu_seqlens)
         targets = shift_labels(labels.reshape(-1), bounds)
-        x = self.hidden_states(flat, bounds)
+        routed: Routed | None = [] if self.router_loss else None
+        x = self.hidden_states(flat, bounds, routed)
         trained = torch.nonzero(targets >= 0).squeeze(1)
         chosen = self.model.norm(x.index_select(0, trained))
-        return linear_cross_entropy(
+        if teacher is not None:
+            loss = self._distillation(chosen, teacher, flat, bounds, trained, num_items)
+        else:
+            loss = linear_cross_entropy(
+                chosen,
+                self.head_weight(),
+                targets.index_select(0, trained),
+                num_items,
+                self.loss_chunk_rows,
+            )
+        if not routed:
+            return loss
+        # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
+        share = 1.0 if num_items is None else trained.numel() / num_items
+        counts, prob_sums = zip(*routed, strict=True)
+        balance = load_balancing_loss(counts, prob_sums, flat.shape[0])
+        return loss + self.router_loss * share * balance.to(loss.dtype)
+
+    def _distillation(
+        self,
+        chosen: Tensor,
+        teacher: Decoder,
+        flat: Tensor,
+        bounds: Tensor,
+        trained: Tensor,
+        num_items: float | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            states = teacher.hidden_states(flat, bounds).index_select(0, trained)
+            known = teacher.model.norm(states)
+        return linear_distillation(
             chosen,
             self.head_weight(),
-            targets.index_select(0, trained),
+            known,
+            teacher.head_weight(),
             num_items,
-            self.loss_chunk_rows,
+            self.loss_chunk_rows or DISTILLATION_ROWS,
         )
 
     @torch.no_grad()
@@ -154,14 +236,15 @@ class Decoder(nn.Module):
         positions = torch.arange(start, start + tokens, device=input_ids.device)
         cos, sin = self.rotary(positions, self.dtype)
         whole = torch.tensor([0, tokens], dtype=torch.int32)
-        batch = Batch(cos, sin, AttentionPlan.from_cu_seqlens(whole, tokens), cache=cache)
+        plan = AttentionPlan.from_cu_seqlens(whole, tokens)
+        batch = Batch(cos, sin, plan, cache=cache, weights=self.weight_stream)
         x = self._embed(input_ids)
         for layer in self.layers:
-            x, _ = layer.run(x, batch)
+            x = run_layer(x, layer, batch, "full")
         cache.advance(tokens)
         norm = self.model.norm
-        last, _ = rms_norm_forward(x[-1:], norm.weight, norm.eps)
-        return (last @ self.head_weight().T).squeeze(0)
+        last, _ = norm.run(x[-1:])
+        return self._logits(last).squeeze(0)
 
 
 def _packed(input_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

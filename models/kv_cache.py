@@ -1,6 +1,11 @@
-"""Keys and values of the tokens already seen, for one sequence at a time."""
+"""What is kept of the tokens already seen, for one sequence at a time.
+
+An attention layer keeps their keys and values, a Gated DeltaNet layer a state of fixed size.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,16 +13,45 @@ from torch import Tensor
 from models.config import ModelConfig
 
 
+@dataclass
+class DeltaState:
+    """The last inputs of the convolution (1, J - 1, C), and the rule's memory (1, Hv, K, V)."""
+
+    inputs: Tensor
+    memory: Tensor
+
+    @classmethod
+    def empty(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> DeltaState:
+        """The state before any token; the memory is fp32 or wider."""
+        keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        channels = 2 * keys * key_dim + values * value_dim
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(
+            torch.zeros(1, config.linear_conv_kernel_dim - 1, channels, dtype=dtype, device=device),
+            torch.zeros(1, values, key_dim, value_dim, dtype=wide, device=device),
+        )
+
+
 class KVCache:
-    """Preallocated (layers, 2, capacity, kv_heads, head_dim); `length` tokens are filled."""
+    """Preallocated (2, capacity, kv_heads, head_dim) per attention layer; `length` are filled.
+
+    `states` holds the Gated DeltaNet layers' by their index.
+    """
 
     def __init__(
         self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (2, capacity, config.num_key_value_heads, config.head_dim)
+        linear = [kind == "linear_attention" for kind in config.layer_types]
         self.layers = [
-            torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
+            torch.empty((2, 0) if skip else shape, dtype=dtype, device=device) for skip in linear
         ]
+        self.states = {
+            layer: DeltaState.empty(config, dtype, device)
+            for layer, is_linear in enumerate(linear)
+            if is_linear
+        }
         self.capacity = capacity
         self.length = 0
 

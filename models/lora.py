@@ -2,8 +2,9 @@
 
 A (r, in) starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B (out, r) at
 zero, so a new adapter changes nothing until it has been trained. The scale is alpha / r, or
-alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). Adapters are fp32 whatever the
-base is.
+alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). DoRA adds a magnitude (out,) to
+each pair, which starts at the lengths of the weight's rows (`kernels.dora`). Adapters are fp32
+whatever the base is. Every expert of a mixture has pairs of its own, named by the expert.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.dora import adapted_row_norms
+from kernels.projection import decode_weight
 from models.decoder import Decoder
+from models.experts import ExpertAdapter, Experts
+from models.layout import Layout, path_in_file
 from models.linear import Linear
-from models.registry import PROJECTIONS
+from models.registry import ATTENTION_PROJECTIONS, DELTA_PROJECTIONS, PROJECTIONS
 
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+"""The tensors of one adapter, in the order of its tuple; the last one only under DoRA."""
 TARGETS: dict[str, tuple[str, ...]] = {
     "all": PROJECTIONS,
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "attn": (*ATTENTION_PROJECTIONS, *DELTA_PROJECTIONS),
     "qv": ("q_proj", "v_proj"),
 }
 
@@ -52,6 +59,17 @@ def linears(model: nn.Module, names: Sequence[str]) -> dict[str, Linear]:
     }
 
 
+def expert_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, ExpertAdapter]:
+    """Path of a mixture's experts and a projection of `names` -> the place for their pairs."""
+    return {
+        f"{path}.{name}": adapter
+        for path, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, adapter in module.adapters().items()
+        if name in names
+    }
+
+
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
     """The factor of B A x."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -71,51 +89,93 @@ def add_lora(
     targets: str | Sequence[str] = "all",
     use_rslora: bool = False,
     seed: int = 0,
+    use_dora: bool = False,
 ) -> list[str]:
     """Freeze the base, give every target projection a trainable pair; returns their paths.
 
-    The initial values are a function of (seed, order of the modules). Raises `ValueError` on a
-    rank below 1, a dropout outside [0, 1) or an unknown target.
+    With `use_dora` each pair gets a magnitude beside it. The initial values are a function of
+    (seed, order of the modules). Raises `ValueError` on a rank below 1, a dropout outside [0, 1),
+    an unknown target, targets that the model does not have, or DoRA on experts.
     """
     if rank < 1 or not 0.0 <= dropout < 1.0:
         raise ValueError(f"rank {rank} must be at least 1 and dropout {dropout} in [0, 1)")
-    found = linears(model, target_modules(targets))
+    names = target_modules(targets)
+    found, experts = linears(model, names), expert_adapters(model, names)
+    if not found and not experts:
+        raise ValueError(f"the model has none of the target modules {', '.join(names)}")
+    if use_dora and experts:
+        raise ValueError("DoRA is not defined here for experts; leave it out or target attn")
     freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for linear in found.values():
         bound = 1.0 / math.sqrt(linear.in_features)
         a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(linear.out_features, rank)
-        device = linear.weight.device
+        device = model.device  # the weight may lie on the host
         linear.lora_A = nn.Parameter(a.to(device))
         linear.lora_B = nn.Parameter(b.to(device))
         linear.scale, linear.dropout = scale_of(rank, alpha, use_rslora), dropout
-    return list(found)
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path -> (A, B) of every adapted projection, sharing memory with the model."""
-    return {
-        path: (module.lora_A.data, module.lora_B.data)
-        for path, module in model.named_modules()
-        if isinstance(module, Linear) and module.lora_A is not None and module.lora_B is not None
-    }
+        if use_dora:
+            linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
+    for adapter in experts.values():
+        adapter.attach(
+            rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator
+        )
+    return list(adapter_tensors(model))
 
 
 @torch.no_grad()
-def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy (A, B) pairs into the adapted projections.
+def _magnitude(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """|| W_i + s B_i A || (out,) in fp32, of W as a step in `dtype` sees it.
+
+    Computed as every step computes it, so that a new adapter scales each row by exactly 1.
+    """
+    weight, a, b = linear.weight, linear.lora_A, linear.lora_B
+    assert a is not None and b is not None
+    dense = weight if isinstance(weight, Tensor) else decode_weight(weight, dtype)
+    return adapted_row_norms(dense, a, b, linear.scale).float()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Module path -> (A, B), under DoRA (A, B, magnitude), sharing memory with the model.
+
+    Paths are those of the model's file: below `model.language_model.` where the decoder is a part
+    of a larger model, and with the expert's number for a mixture's.
+    """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    layout = Layout(nested=isinstance(model, Decoder) and model.config.nested)
+    for path, module in model.named_modules():
+        path = layout.path(path)
+        if isinstance(module, Experts):
+            for name, adapter in module.adapters().items():
+                a, b = adapter.lora_A, adapter.lora_B
+                if a is not None and b is not None:
+                    for expert in range(module.count):
+                        found[f"{path}.{expert}.{name}"] = (a.data[expert], b.data[expert])
+        if isinstance(module, Linear) and module.lora_A is not None and module.lora_B is not None:
+            parts = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+            found[path] = tuple(part.data for part in parts if part is not None)
+    return found
+
+
+@torch.no_grad()
+def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, ...]]) -> None:
+    """Copy tensors, as `adapter_tensors` gives them, into the adapted projections.
 
     Raises `ValueError` unless paths and shapes match one to one, listing what does not.
     """
     own = adapter_tensors(model)
+    if isinstance(model, Decoder):
+        tensors = {path_in_file(model.config, path): parts for path, parts in tensors.items()}
     wrong = [f"{path} is missing" for path in own if path not in tensors]
     wrong += [f"{path} is not adapted here" for path in tensors if path not in own]
     for path in own.keys() & tensors.keys():
-        for kind, mine, given in zip("AB", own[path], tensors[path], strict=True):
+        if len(own[path]) != len(tensors[path]):
+            wrong.append(f"only one of model and adapter has a magnitude (DoRA) on {path}")
+        for part, mine, given in zip(PARTS, own[path], tensors[path], strict=False):
             if mine.shape != given.shape:
                 wrong.append(
-                    f"lora_{kind} of {path} is {tuple(given.shape)}, expected {tuple(mine.shape)}"
+                    f"{part} of {path} is {tuple(given.shape)}, expected {tuple(mine.shape)}"
                 )
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""

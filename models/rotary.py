@@ -2,6 +2,8 @@
 
     inv_i = theta^(-2 i / D),  i < D / 2;   angle = position * inv_i
 
+D is the number of elements of a head that are rotated.
+
 - linear: inv / factor.
 - llama3: wavelengths longer than O / low_freq_factor are divided by factor, those shorter than
   O / high_freq_factor are kept, those between are interpolated (Llama 3.1's published code).
@@ -25,8 +27,8 @@ from models.config import ModelConfig
 
 
 def inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """inv (head_dim / 2,) fp32 on the CPU, and the factor that scales cos and sin."""
-    rope, dim = config.rope_parameters, config.head_dim
+    """inv (rotary_dim / 2,) fp32 on the CPU, and the factor that scales cos and sin."""
+    rope, dim = config.rope_parameters, config.rotary_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").float() / dim
     inv = 1.0 / (rope["rope_theta"] ** exponents)
     kind = rope["rope_type"]

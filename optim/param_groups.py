@@ -11,11 +11,13 @@ from torch import nn
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to the parameter of this name.
 
-    Biases and the scales of norms have one dimension; the last test is for those stored otherwise.
+    Biases and the scales of norms have one dimension; the last tests are for those stored
+    otherwise, and for the taps of a depthwise convolution.
     """
     leaf = name.rsplit(".", 1)[-1]
     owner = name.rsplit(".", 2)[-2] if "." in name else ""
-    return parameter.ndim >= 2 and leaf != "bias" and "norm" not in owner.lower()
+    matrix = parameter.ndim >= 2 and owner != "conv1d"
+    return matrix and leaf != "bias" and "norm" not in owner.lower()
 
 
 def param_groups(

@@ -72,7 +72,7 @@ def _tiled(dtype: str) -> Iterator[CompileCase]:
                 num_stages=shape.stages,
                 unaligned=frozenset(("tokens", "group")),
                 architectures=architectures,
-                checked=dtype == "bf16" and name in ("inverse", "key"),
+                checked=dtype == "bf16",
             )
 
 
@@ -86,4 +86,5 @@ def _unit_backward(dtype: str) -> CompileCase:
         elements=SIZE * intra.UNIT_ROWS,
         unaligned=frozenset(("tokens", "group")),
         architectures=BF16_ARCHITECTURES,
+        checked=dtype == "bf16",
     )

@@ -99,7 +99,7 @@ def _plain_layer(
     x = inputs["x"]
     h = norm("input_layernorm", x)
     q, k, v = (linear(name, h).unflatten(1, (-1, dim)) for name in ("q_proj", "k_proj", "v_proj"))
-    if layer.self_attn.q_norm is not None:
+    if layer.self_attn is not None and layer.self_attn.q_norm is not None:
         q, k = norm("self_attn.q_norm", q), norm("self_attn.k_norm", k)
     q, k = (plain.rope(part, t["cos"], t["sin"]) for part in (q, k))
     attended = plain.attention(q, k, v, settings.bounds).flatten(1)

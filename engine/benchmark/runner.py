@@ -93,11 +93,13 @@ def default_settings(device: torch.device, tokens: int | None = None) -> Setting
 def all_cases(model: str, settings: Settings, config: ModelConfig | None = None) -> Iterator[Case]:
     """Every case at the shapes of `config`, or of the preset `model`.
 
-    Raises `ConfigError` for an unknown preset.
+    Raises `ConfigError` for an unknown preset and for one with experts or DeltaNet.
     """
     config = config or preset_config(model)
     if config is None:
         raise unknown_model(model)
+    if config.num_experts or "linear_attention" in config.layer_types:
+        raise ConfigError(f"{model} is no dense model; the benchmarks have ops of dense models.")
     for module in (ops_matmul, ops_elementwise, ops_layer):
         yield from module.cases(model, config, settings)
 

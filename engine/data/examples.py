@@ -261,7 +261,7 @@ def _judge(report: Report, max_length: int) -> None:
             f"raise the length limit (now {max_length} tokens; the longest row has "
             f"{report.longest}) or mend the rows."
         )
-    if dropped > _WARN_DROPPED * report.rows or report.truncated:
-        log.warning("%s", report.describe())
+    loss = dropped > _WARN_DROPPED * report.rows or report.truncated
+    log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())
     for reason in report.dropped[:20]:
         log.warning("dropped %s", reason)

@@ -6,11 +6,16 @@ For a module such as `model.layers.0.self_attn.q_proj` the file holds
     base_model.model.<module>.lora_B.weight   (out, r)
 
 and the adapted weight is W + scale * B @ A, where scale is lora_alpha / r, or lora_alpha / sqrt(r)
-under `use_rslora`. Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+under `use_rslora`. Under `use_dora` there is a third tensor, and each row of the adapted weight is
+scaled to the length that it gives (`kernels.dora`):
+
+    base_model.model.<module>.lora_magnitude_vector   (out,)
+
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 
 What is written uses only keys that PEFT has known since early 2024, so that old versions, vLLM and
 llama.cpp read it. What is read may use whatever changes nothing; a feature that changes the
-arithmetic and is not supported here (DoRA, trained copies of modules, ranks per module, ...) is
+arithmetic and is not supported here (trained copies of modules, ranks per module, ...) is
 refused by its name, never ignored.
 """
 
@@ -29,15 +34,18 @@ import torch
 from engine.errors import CheckpointError
 from engine.formats import durable
 from engine.formats.checkpoint import listing
+from engine.formats.expert_adapters import EXPERTS, PARAMETERS, divide, fuse, fused_keys, is_ours
 from engine.formats.files import read_json_object
 from engine.formats.safetensors import SafetensorsFile, save_file
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PAIR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
+_MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)")
 _LEGACY = ("adapter_model.bin", "adapter_model.pt")
-Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
+Pairs = dict[str, tuple[torch.Tensor, ...]]
+"""Module path -> (A, B), under DoRA (A, B, magnitude)."""
 # Written as they are, beside the keys of `AdapterConfig`.
 _CONSTANT: dict[str, Any] = {
     "alpha_pattern": {},
@@ -56,7 +64,6 @@ _CONSTANT: dict[str, Any] = {
     "rank_pattern": {},
     "revision": None,
     "task_type": "CAUSAL_LM",
-    "use_dora": False,
 }
 # Features that change the arithmetic, unless they have one of the values that switch them off.
 _UNSUPPORTED = (
@@ -70,17 +77,14 @@ _UNSUPPORTED = (
     "modules_to_save",
     "monteclora_config",
     "rank_pattern",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
 # Initialisations that also change the base weights, which an adapter file does not hold.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TENSOR_FEATURES = {
-    "lora_magnitude_vector": "DoRA (use_dora)",
     "lora_embedding_": "LoRA on the embedding",
     "lora_B.bias": "a bias on LoRA (lora_bias)",
     "base_layer.": "a copy of a base weight (save_embedding_layers)",
@@ -92,7 +96,8 @@ _TENSOR_FEATURES = {
 class AdapterConfig:
     """The part of adapter_config.json that says what the adapter is.
 
-    `target_modules` are suffixes of module names, such as "q_proj".
+    `target_modules` are suffixes of module names, such as "q_proj". With `fused_experts` the pairs
+    of experts are written as `engine.formats.expert_adapters` says.
     """
 
     r: int
@@ -101,6 +106,8 @@ class AdapterConfig:
     base_model_name_or_path: str = ""
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    fused_experts: bool = False
 
     @property
     def scale(self) -> float:
@@ -111,27 +118,29 @@ class AdapterConfig:
 def save_adapter(
     directory: Path | str,
     config: AdapterConfig,
-    tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    tensors: Mapping[str, tuple[torch.Tensor, ...]],
 ) -> None:
     """Write an adapter that PEFT loads into `directory`, replacing one that stands there.
 
-    `tensors` maps a module's path to A (r, in) and B (out, r), which are saved in float32. Raises
-    `CheckpointError` for a tensor that is not finite or of another shape, before anything is
-    written, and if the disk refuses.
+    `tensors` maps a module's path to A (r, in), B (out, r) and, under DoRA, the magnitude (out,),
+    which are saved in float32. Raises `CheckpointError` for a tensor that is not finite or of
+    another shape, before anything is written, and if the disk refuses.
     """
     directory = Path(directory)
     flat: dict[str, torch.Tensor] = {}
-    for module, (a, b) in tensors.items():
-        _check_pair(module, a, b, config.r, str(directory))
-        flat[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().float()
-        flat[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().float()
+    for module, parts in tensors.items():
+        _check_parts(module, parts, config, str(directory))
+    stored = fuse(tensors) if config.fused_experts else tensors
+    for module, parts in stored.items():
+        for name, tensor in zip(_names(module), parts, strict=False):
+            flat[name] = tensor.detach().float().contiguous()
     if not flat:
         raise CheckpointError(f"There is no adapter tensor to save to {directory}.")
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise durable.write_error(directory, error) from error
-    durable.write_json(directory / CONFIG, _to_json(config))
+    durable.write_json(directory / CONFIG, _to_json(config) | _of_experts(config, tensors))
     durable.write_text(directory / "README.md", _readme(config))
     save_file(dict(sorted(flat.items())), directory / WEIGHTS, {"format": "pt"})
 
@@ -139,8 +148,9 @@ def save_adapter(
 def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
     """Read a PEFT LoRA adapter: its configuration, and module path -> (A, B) in float32.
 
-    Raises `CheckpointError` for a missing or damaged file, a pickle, a feature that is not
-    supported, a tensor without its partner, or one of another rank than the configuration says.
+    Under DoRA a module has (A, B, magnitude). Raises `CheckpointError` for a missing or damaged
+    file, a pickle, a feature that is not supported, a tensor without its partner, or one of another
+    rank than the configuration says.
     """
     directory = Path(directory)
     path = directory / WEIGHTS
@@ -155,8 +165,13 @@ def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
         what = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no weights"
         raise CheckpointError(f"{directory} holds {what}; expected {WEIGHTS}.")
     pairs = _read_pairs(SafetensorsFile(path))
-    for module, (a, b) in pairs.items():
-        _check_pair(module, a, b, config.r, str(path))
+    if config.fused_experts:
+        try:
+            pairs = divide(pairs, config.r)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}.") from error
+    for module, parts in pairs.items():
+        _check_parts(module, parts, config, str(path))
     if not config.target_modules:
         suffixes = sorted({module.rpartition(".")[2] for module in pairs})
         return replace(config, target_modules=suffixes), pairs
@@ -165,31 +180,41 @@ def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
 
 
 def _read_pairs(file: SafetensorsFile) -> Pairs:
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    found: dict[str, dict[str, torch.Tensor]] = {}
     odd = []
     for name in file.keys():  # noqa: SIM118
         for part, feature in _TENSOR_FEATURES.items():
-            if part in name:
+            if part in name and f"{EXPERTS}{part}lora_" not in name:
                 raise CheckpointError(
                     f"{file.path}: tensor {name} belongs to {feature}, which is not supported."
                 )
-        match = _PAIR.fullmatch(name)
+        match = _TENSOR.fullmatch(name) or _MAGNITUDE.fullmatch(name)
         if match is None or not file.dtype(name).is_floating_point:
             odd.append(f"{name} {list(file.shape(name))}")
             continue
-        halves.setdefault(match[1], {})[match[2]] = file.tensor(name).to(torch.float32, copy=True)
+        found.setdefault(match[1], {})[match[2]] = file.tensor(name).to(torch.float32, copy=True)
     odd += [
-        f"{module} has lora_{next(iter(half))} only"
-        for module, half in halves.items()
-        if len(half) != 2
+        f"{module} has {' and '.join(parts)} only"
+        for module, parts in found.items()
+        if not {"lora_A", "lora_B"} <= parts.keys()
     ]
-    if odd or not halves:
+    if odd or not found:
         raise CheckpointError(
             f"{file.path} does not hold pairs of lora_A.weight and lora_B.weight alone: "
             f"{listing(odd) or 'it is empty'}. A trained copy of a module (modules_to_save) or "
             "another kind of adapter is not supported."
         )
-    return {module: (half["A"], half["B"]) for module, half in halves.items()}
+    order = ("lora_A", "lora_B", "lora_magnitude_vector")
+    return {
+        module: tuple(parts[part] for part in order if part in parts)
+        for module, parts in found.items()
+    }
+
+
+def _names(module: str) -> tuple[str, ...]:
+    """The file's names of A, B and magnitude; old and new versions of PEFT agree on them."""
+    path = f"{_PREFIX}{module}"
+    return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_magnitude_vector"
 
 
 def _check_targets(targets: list[str], modules: list[str], source: str) -> None:
@@ -208,16 +233,30 @@ def _check_targets(targets: list[str], modules: list[str], source: str) -> None:
         )
 
 
-def _check_pair(module: str, a: torch.Tensor, b: torch.Tensor, rank: int, source: str) -> None:
+def _check_parts(
+    module: str, parts: tuple[torch.Tensor, ...], config: AdapterConfig, source: str
+) -> None:
+    (a, b), magnitude, rank = parts[:2], parts[2:], config.r
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
             f"{source}: the adapter of {module} has A {list(a.shape)} and B {list(b.shape)}; "
             f"expected [{rank}, in] and [out, {rank}], since {CONFIG} gives the rank {rank}."
         )
-    for letter, tensor in (("A", a), ("B", b)):
+    if len(magnitude) != int(config.use_dora):
+        raise CheckpointError(
+            f"{source}: {module} has {'a' if magnitude else 'no'} lora_magnitude_vector, and "
+            f"{CONFIG} says use_dora {str(config.use_dora).lower()}; the two files belong to "
+            "different adapters."
+        )
+    if magnitude and magnitude[0].shape != b.shape[:1]:
+        raise CheckpointError(
+            f"{source}: lora_magnitude_vector of {module} is {list(magnitude[0].shape)}; expected "
+            f"[{b.shape[0]}], one length per row of the weight."
+        )
+    for name, tensor in zip(("lora_A", "lora_B", "lora_magnitude_vector"), parts, strict=False):
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
-                f"{source}: lora_{letter} of {module} holds values that are not finite. Training "
+                f"{source}: {name} of {module} holds values that are not finite. Training "
                 "diverged or the file is damaged; use an earlier checkpoint."
             )
 
@@ -231,8 +270,38 @@ def _to_json(config: AdapterConfig) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "r": config.r,
         "target_modules": sorted(config.target_modules),
+        "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
+
+
+def _of_experts(config: AdapterConfig, modules: Mapping[str, Any]) -> dict[str, Any]:
+    """What the configuration of an adapter of experts says beside, or otherwise.
+
+    For the families whose divided experts PEFT knows it takes `gate_proj` and its like in
+    `target_modules` to mean the experts and nothing else; it finds shared experts and dense layers
+    by their names in `target_parameters`. Other programs find all by `target_modules`. Dropout,
+    which matters for training alone, PEFT refuses on experts.
+    """
+    if not any(EXPERTS in name for name in modules):
+        return {}
+    if config.fused_experts:
+        fused = fused_keys(config.r, config.lora_alpha, config.use_rslora)
+        return {"lora_dropout": 0.0} | fused
+    keys: dict[str, Any] = {"lora_dropout": 0.0}
+    others = sorted(f"{name}.weight" for name in modules if _beside_experts(f"{name}.weight"))
+    if others:
+        keys["target_parameters"] = others
+    if config.use_rslora:
+        # PEFT fuses gate and up to twice the rank with twice alpha, which under rsLoRA is another
+        # scale; alpha that has the root in it is right either way.
+        keys |= {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
+    return keys
+
+
+def _beside_experts(parameter: str) -> bool:
+    """Whether this is the weight of a shared expert or of a dense feed-forward layer."""
+    return ".mlp." in parameter and parameter.endswith(".weight") and EXPERTS not in parameter
 
 
 def _from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
@@ -241,6 +310,12 @@ def _from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
             f"{source}: peft_type is {raw.get('peft_type')!r}; only 'LORA' adapters are supported."
         )
     used = [key for key in _UNSUPPORTED if raw.get(key)]
+    parameters = list(map(str, raw.get("target_parameters") or []))
+    fused = bool(parameters) and set(parameters) <= set(PARAMETERS)
+    if fused and is_ours(raw):
+        used = [key for key in used if key not in ("rank_pattern", "alpha_pattern")]
+    elif not all(map(_beside_experts, parameters)):
+        used.append("target_parameters")
     if raw.get("bias", "none") != "none":
         used.append("bias")
     initial = str(raw.get("init_lora_weights", True)).lower()
@@ -267,6 +342,8 @@ def _from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
         base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
         lora_dropout=float(dropout),
         use_rslora=bool(raw.get("use_rslora", False)),
+        use_dora=bool(raw.get("use_dora", False)),
+        fused_experts=fused,
     )
 
 

@@ -43,7 +43,8 @@ class Checkpoint(Protocol):
         """The parsed generation_config.json, or what it would hold; empty where unknown."""
 
     def names(self) -> list[str]:
-        """Names of the tensors, exactly those that `models.registry.expected_tensors` lists."""
+        """Names of the tensors: those that `models.registry.expected_tensors` lists for the file's
+        layout, then those of the model's other parts (`models.layout.carried_prefixes`)."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor `name`."""
@@ -79,12 +80,14 @@ class Checkpoint(Protocol):
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a Hugging Face directory, a `.gguf` file or a model of the hub by its id.
 
-    Raises `ConfigError` where nothing is found or the configuration cannot be used, and
-    `CheckpointError` where the files are damaged or do not match the configuration.
+    Attention heads that a `pruning.json` beside the weights masks read as zeros. Raises
+    `ConfigError` where nothing is found or the configuration cannot be used, and `CheckpointError`
+    where the files are damaged or do not match the configuration.
     """
     from engine.formats.gguf import GGUFCheckpoint
     from engine.formats.hf_directory import HFDirectory
     from engine.formats.hub import resolve
+    from engine.formats.pruning import masked
 
     path = resolve(str(model), revision)
     if not path.is_dir():
@@ -93,7 +96,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoin
     lone = sorted(path.glob("*.gguf"))
     if len(lone) == 1 and not (path / "config.json").exists():
         return GGUFCheckpoint(lone[0])
-    return HFDirectory(path)
+    return masked(HFDirectory(path))
 
 
 def match_tensors(

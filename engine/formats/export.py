@@ -17,7 +17,9 @@ from engine.formats import durable
 from engine.formats.checkpoint import Checkpoint
 from engine.formats.files import read_regular
 from engine.formats.hf_directory import INDEX, WEIGHTS
+from engine.formats.pruning import PRUNING, carried, read_pruning
 from engine.formats.safetensors import SafetensorsWriter
+from models.layout import carried_prefixes
 
 MAX_SHARD_SIZE = 5 * 10**9
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -57,10 +59,13 @@ def write_directory(
     transform: Transform,
     dtype: torch.dtype | str | None,
     max_shard_size: int,
+    beside: Callable[[Path], None] | None = None,
 ) -> WrittenModel:
     """As `export_hf_directory`, with `transform(name, tensor)` in place of every tensor.
 
-    `transform` returns a tensor of the same shape and any floating type.
+    `transform` returns a tensor of the same shape and any floating type. Tensors of the model's
+    other parts (`models.layout.carried_prefixes`) keep their bytes and see neither. `beside` may
+    write more files into the folder, which it is given before it appears under its name.
     """
     wanted = parse_dtype(dtype)
     output = Path(output)
@@ -86,6 +91,8 @@ def write_directory(
             metadata = {"total_parameters": parameters, "total_size": total}
             durable.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
         _write_small_files(checkpoint, folder, wanted)
+        if beside is not None:
+            beside(folder)
     return WrittenModel(output, len(sizes), parameters, len(shards), total)
 
 
@@ -103,9 +110,12 @@ def _plan(checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_size: int
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size is {max_shard_size}; expected a number of bytes.")
     shards: list[_Shard] = [{}]
-    filled = 0
+    filled, others = 0, carried_prefixes(checkpoint.config)
     for name in checkpoint.names():
-        kind, shape = dtype or checkpoint.dtype(name), checkpoint.shape(name)
+        kept = dtype is None or name.startswith(others)
+        kind = checkpoint.dtype(name) if kept else dtype
+        assert kind is not None
+        shape = checkpoint.shape(name)
         size = kind.itemsize * torch.Size(shape).numel()
         if shards[-1] and filled + size > max_shard_size:
             shards.append({})
@@ -120,8 +130,13 @@ def _shard_name(number: int, count: int) -> str:
 
 
 def _write_shard(checkpoint: Checkpoint, path: Path, shard: _Shard, transform: Transform) -> None:
+    others = carried_prefixes(checkpoint.config)
     with SafetensorsWriter(path, shard, {"format": "pt"}) as writer:
         for name, (kind, _) in shard.items():
+            if name.startswith(others):
+                writer.write(name, checkpoint.tensor(name))
+                checkpoint.release(name)
+                continue
             tensor = transform(name, checkpoint.tensor(name)).to(kind)
             if not _finite(tensor):
                 raise CheckpointError(
@@ -144,9 +159,15 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype 
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
+        text = config.get("text_config")
+        if isinstance(text, dict) and key in text:
+            config["text_config"] = text | {key: config[key]}
     durable.write_json(folder / "config.json", config)
     if checkpoint.generation_config:
         durable.write_json(folder / "generation_config.json", checkpoint.generation_config)
+    pruning = read_pruning(checkpoint.path)
+    if pruning is not None:  # fine-tuning what is written here must know which heads stay off
+        durable.write_json(folder / PRUNING, carried(pruning))
     for name, content in checkpoint.tokenizer_files().items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

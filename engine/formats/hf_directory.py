@@ -29,6 +29,7 @@ from engine.formats.files import (
 )
 from engine.formats.safetensors import SafetensorsFile
 from models.config import ModelConfig
+from models.layout import Layout, carried_prefixes
 from models.registry import expected_tensors
 
 WEIGHTS = "model.safetensors"
@@ -190,14 +191,18 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
 def _select(
     files: list[SafetensorsFile], config: ModelConfig, source: str
 ) -> dict[str, SafetensorsFile]:
-    """Tensor name -> file, for exactly the tensors of a model of `config`, in its order."""
+    """Tensor name -> file, for exactly the tensors of a model of `config`, in its order.
+
+    After them come those of the model's other parts (vision, multi-token prediction), if any.
+    """
     home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     ignored = [name for name in home if name.endswith(_DERIVED)]
     if config.tie_word_embeddings and "lm_head.weight" in home:
         ignored.append("lm_head.weight")
     for name in ignored:
         del home[name]
-    expected = expected_tensors(config)
+    carried = {n: home.pop(n) for n in list(home) if n.startswith(carried_prefixes(config))}
+    expected = expected_tensors(config, Layout.of_names(config, home))
     match_tensors({name: file.shape(name) for name, file in home.items()}, expected, source)
     odd = [name for name, file in home.items() if not file.dtype(name).is_floating_point]
     if odd:
@@ -205,7 +210,7 @@ def _select(
             f"{source}: {len(odd)} weights are not floating point numbers: {listing(odd)}. "
             "Take the model's original 16-bit files."
         )
-    return {name: home[name] for name in expected}
+    return {name: home[name] for name in expected} | carried
 
 
 def _default_template(value: Any, source: Path) -> str:

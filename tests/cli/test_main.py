@@ -87,7 +87,9 @@ def test_the_help_of_train_lists_every_setting_with_its_default() -> None:
         assert part in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["eval", "generate", "merge", "status", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["eval", "generate", "merge", "prune", "forge", "status", "doctor"]
+)
 def test_every_verb_has_help(verb: str) -> None:
     done = engine(verb, "--help")
     assert done.returncode == 0, done.stderr
@@ -296,3 +298,15 @@ def test_status_answers_for_a_run_in_words_and_json(
     assert cli.main(["status", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["state"], found["alive"]) == (5, "died", False)
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert cli.main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == found
+    monkeypatch.delenv("OMP_WAIT_POLICY")

@@ -37,7 +37,7 @@ def test_a_budget_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_budget_that_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--model", "llama-3.1-8b", "--memory-budget", "4GiB"]) == 2
+    assert cli.main(["plan", "--model", "llama-3.1-8b", "--memory-budget", "1GiB"]) == 2
     error = capsys.readouterr().err
     assert "too much" in error and "Ways out" in error
     assert error.count("\n") == 1

@@ -29,6 +29,12 @@ def write_tiny_model(target: Path, family: str = "qwen3") -> Path:
     weights = load_file(GOLDEN / family / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 4
     save_file(weights, target / "model.safetensors", {"format": "pt"})
+    write_tokenizer(target)
+    return target
+
+
+def write_tokenizer(target: Path) -> None:
+    """The files of a character tokenizer of 83 ids and a ChatML template."""
     characters = [*string.ascii_letters, *string.digits, *" \n.,:;!?'()_-+*/=<>"]
     vocab = {text: index for index, text in enumerate(["<pad>", "<|im_start|>", "<|im_end|>"])}
     vocab |= {text: index + 3 for index, text in enumerate(characters)}
@@ -38,7 +44,12 @@ def write_tiny_model(target: Path, family: str = "qwen3") -> Path:
     tokenizer.save(str(target / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": CHATML}
     (target / "tokenizer_config.json").write_text(json.dumps(config))
-    return target
+
+
+@pytest.fixture
+def add_tokenizer() -> Callable[[Path], None]:
+    """``add_tokenizer(folder)`` puts a character tokenizer of 83 ids beside a model."""
+    return write_tokenizer
 
 
 @pytest.fixture

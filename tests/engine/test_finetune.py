@@ -12,11 +12,12 @@ import engine.finetune
 from engine.config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.evaluate import evaluate
-from engine.finetune import dry_run, prepare, train
+from engine.finetune import dry_run, train
 from engine.formats.adapter import load_adapter
 from engine.load import load_model
 from engine.merge import merge
 from engine.metrics import read_metrics
+from engine.prepare import prepare
 from engine.signals import Interrupted, StopSignals
 
 Rows = Callable[..., Path]
@@ -122,6 +123,7 @@ def test_full_fine_tuning_saves_a_model_that_loads(
         {"packing": True, "max_length": 80, "batch_size": 1},
         {"method": "full", "learning_rate": 1e-3},
         {"method": "lora", "optimizer": "adamw", "lr_schedule": "linear", "warmup_steps": 2},
+        {"use_dora": True, "lora_dropout": 0.1},
     ],
 )
 @pytest.mark.parametrize("stops", [[3], [1, 2, 5]])
@@ -328,8 +330,26 @@ def test_a_run_that_has_ended_can_be_resumed_without_harm(
 def test_dense_weights_of_one_input_are_one_matrix_product(tiny_model: Path) -> None:
     model = load_model(tiny_model)
     attention = model.layers[0].self_attn
+    assert attention is not None
     weights = [p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert all(isinstance(weight, torch.nn.Parameter) for weight in weights)
     starts = [w.data_ptr() for w in weights if isinstance(w, torch.Tensor)]
     sizes = [w.nbytes for w in weights if isinstance(w, torch.Tensor)]
     assert starts == [starts[0], starts[0] + sizes[0], starts[0] + sizes[0] + sizes[1]]
+
+
+def test_bad_rows_stop_a_run_or_are_left_out_and_counted(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path
+) -> None:
+    data = write_rows(6)
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:3], '{"prompt": "no answer"}', *lines[3:]]) + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:4"):
+        train(config(tiny_model, data, tmp_path / "strict"), console=False)
+    with pytest.raises(DataError, match="more than the 5 %"):
+        train(config(tiny_model, data, tmp_path / "few", bad_lines="skip:5%"), console=False)
+    train(config(tiny_model, data, tmp_path / "lenient", bad_lines="skip"), console=False)
+    metrics = json.loads((tmp_path / "lenient" / "summary.json").read_text())["metrics"]
+    assert metrics["rows_read"] == 7
+    assert metrics["rows_skipped"] == 1
+    assert metrics["rows_trained"] == 6

@@ -20,7 +20,7 @@ from engine.benchmark.random_weights import random_decoder
 from engine.trainer import train_step
 from kernels.swiglu import swiglu_forward
 from kernels.triton_support import HAS_TRITON
-from models import block
+from models import mlp
 from models.config import ModelConfig
 from optim import AdamW8bit
 
@@ -158,6 +158,6 @@ def test_a_read_in_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert float(gate.sum()) < float("inf")
         return right(gate, up)
 
-    monkeypatch.setattr(block, "swiglu_forward", reading)
+    monkeypatch.setattr(mlp, "swiglu_forward", reading)
     few, many = (reads(layers, "none", monkeypatch) for layers in (1, 4))
     assert many["aten::_local_scalar_dense"] > few["aten::_local_scalar_dense"]

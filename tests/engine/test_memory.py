@@ -6,6 +6,9 @@ of the second step of a run, when the optimizer's state and the scratch buffers 
 
 import dataclasses
 import gc
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,13 +17,13 @@ import torch
 
 from engine.config import TrainConfig
 from engine.data.loader import Batch
-from engine.dry_pass import dry_pass
+from engine.dry_pass import DryResult, dry_pass
 from engine.errors import MemoryPlanError
-from engine.finetune import make_optimizer, make_trainable
-from engine.load import build_model
+from engine.load import build_for
 from engine.memory import MemoryMeter, observed, track_model
 from engine.model_presets import preset_config
 from engine.plan import make_batch, plan
+from engine.trainable import make_optimizer, make_trainable
 from engine.trainer import train_step
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -57,6 +60,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full recompute": {"gradient_checkpointing": "full"},
     "no recompute": {"gradient_checkpointing": "none"},
     "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "dora on dense weights": {"use_dora": True, "method": "lora"},
     "two targets": {"target_modules": "qv"},
     "small chunks": {"loss_chunk_rows": 64},
     "single quantisation": {"double_quant": False},
@@ -65,6 +70,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "high rank": {"lora_rank": 64},
     "bfloat16": {"dtype": "bfloat16"},
     "short rows": {"max_length": 24},
+    "8-bit head": {"head_precision": "8bit"},
+    "embedding on the host": {"embedding_on": "host"},
+    "tiles": {"mlp_tile_rows": 48},
+    "tiles with full recompute": {"mlp_tile_rows": 100, "gradient_checkpointing": "full"},
+    "single weights": {"decode_singly": True},
+    "levels by layer": {"gradient_checkpointing": "full:1,none"},
+    "everything": {
+        "mlp_tile_rows": 48,
+        "decode_singly": True,
+        "head_precision": "8bit",
+        "gradient_checkpointing": "full",
+        "offload": ("checkpoints", "weights"),
+        "loss_chunk_rows": 64,
+    },
 }
 
 
@@ -74,6 +93,9 @@ class RandomCheckpoint:
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
         self._shapes = expected_tensors(config)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
 
     def tensor(self, name: str) -> torch.Tensor:
         return (torch.randn(self._shapes[name]) * 0.02).to(torch.bfloat16)
@@ -86,12 +108,7 @@ def prepared(
     model_config: ModelConfig, config: TrainConfig, dtype: torch.dtype
 ) -> tuple[Decoder, AdamW8bit]:
     checkpoint: Any = RandomCheckpoint(model_config)
-    model = build_model(
-        checkpoint,
-        quantization="nf4" if config.method == "qlora" else None,
-        double_quant=config.double_quant,
-        dtype=dtype,
-    )
+    model = build_for(config, checkpoint, torch.device("cpu"), dtype)
     make_trainable(model, config, None)
     return model, make_optimizer(model, config)
 
@@ -115,7 +132,9 @@ def measured(
 
 
 def settings(**changes: Any) -> TrainConfig:
-    return TrainConfig(model="m", data="d", device="cpu", **changes)
+    return TrainConfig(
+        model="m", data="d", device="cpu", **{"gradient_checkpointing": "selective"} | changes
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -130,6 +149,8 @@ def tables_made() -> None:
 def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> None:
     config = settings(**SETTINGS[name])
     model = ModelConfig.from_dict(MODELS[family])
+    if config.embedding_on == "host" and model.tie_word_embeddings:
+        model = dataclasses.replace(model, tie_word_embeddings=False)
     lengths = [24, 9] if name == "short rows" else [100, 37, 163]
     batches = [make_batch(lengths)] * config.accumulate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -141,7 +162,21 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["default", "lora", "full recompute", "no recompute", "dropout", "two targets"]
+    "name",
+    [
+        "default",
+        "lora",
+        "full recompute",
+        "no recompute",
+        "dropout",
+        "two targets",
+        "small chunks",
+        "high rank",
+        "8-bit head",
+        "tiles",
+        "single weights",
+        "everything",
+    ],
 )
 def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     whole = preset_config("smollm2-135m")
@@ -166,6 +201,8 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
         {"gradient_checkpointing": "none"},
         {"accumulate": 2},
         {"max_length": 8},
+        {"mlp_tile_rows": 48, "decode_singly": True, "offload": ("checkpoints", "weights")},
+        {"head_precision": "8bit", "embedding_on": "host", "offload": ("checkpoints",)},
     ],
 )
 def test_a_deep_model_is_planned_from_shallow_ones(card: bool, changes: dict[str, Any]) -> None:
@@ -181,6 +218,57 @@ def test_a_deep_model_is_planned_from_shallow_ones(card: bool, changes: dict[str
     assert abs(quick.save.bytes - whole.save.bytes) <= slack
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
     assert quick.trainable == whole.trainable
+
+
+def lent(**changes: Any) -> DryResult:
+    """The dry pass of a step on a card."""
+    sizes = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 2048}
+    model = ModelConfig.from_dict(SMALL | sizes)
+    return dry_pass(
+        model,
+        settings(gradient_checkpointing="full", **changes),
+        [make_batch([100, 60])],
+        card=True,
+        dtype=torch.bfloat16,
+    )
+
+
+def test_every_lever_saves_the_bytes_that_it_should() -> None:
+    plain = lent()
+    table = 1000 * 256 * 2
+    head = lent(head_precision="8bit").resident["head"]
+    assert plain.resident["head"] == table
+    assert table // 2 + 1000 * 4 <= head < table // 2 + 1000 * 4 + 512
+    gathered = lent(embedding_on="host")
+    assert (plain.resident["embeddings"], plain.host) == (table, 0)
+    assert (gathered.resident["embeddings"], gathered.host) == (0, table)
+    inputs = lent(offload=("checkpoints",))
+    rows = 160 * 256 * 2
+    # Five layers' inputs and the last output are held without; with, the one that leaves last.
+    assert inputs.host == 6 * rows
+    before, after = (r.segments["backward", 5].owners["checkpoints"] for r in (plain, inputs))
+    # What a block writes has room for its adapters' 16 columns beside it; the embedding has not.
+    assert before - after == 5 * rows + 4 * 160 * 16 * 2
+    streamed = lent(offload=("weights",))
+    layer = streamed.resident["NF4 base"]  # the first, which stays for the next step
+    assert plain.resident["NF4 base"] == 6 * layer
+    assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a card rounds up to 512 bytes
+    assert streamed.segments["backward", 2].owners["NF4 base"] == 2 * layer
+    assert streamed.step.bytes < plain.step.bytes
+    assert streamed.load.bytes < plain.load.bytes
+
+
+def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
+    plain, tiled, singly = lent(), lent(mlp_tile_rows=32), lent(decode_singly=True)
+    work = [r.segments["backward", 2].owners["block working set"] for r in (plain, tiled)]
+    # gate, up, silu(gate) * up and its gradient: four times 128 tokens fewer, 2048 wide, 2 bytes;
+    # attention, which was the lesser part, is the greater now.
+    assert work[0] - work[1] >= 4 * 128 * 2048 * 2 * 0.6
+    scratch = [r.resident["scratch"] for r in (plain, singly)]
+    rank, inner, hidden = 16, 2048, 256
+    group = (2 * inner + 2 * rank) * (hidden + 2 * rank)
+    alone = (inner + rank) * (hidden + rank)
+    assert scratch == [2 * (group + alone), 2 * alone]
 
 
 def test_a_dry_pass_leaves_no_trace() -> None:
@@ -234,3 +322,34 @@ def test_memory_does_not_grow_over_two_hundred_steps() -> None:
                 resident.append(process.memory_info().rss)
     assert counted[0] == counted[1]
     assert resident[1] - resident[0] < 4 << 20
+
+
+@pytest.mark.parametrize("level", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "family", ["smollm3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe_vl"]
+)
+def test_the_plan_of_other_families_is_what_a_step_takes(
+    family: str, level: str, golden: Callable[[str], Path]
+) -> None:
+    model = ModelConfig.from_dict(json.loads((golden(family) / "config.json").read_text()))
+    config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
+    real = measured(model, config, batches, torch.float32).peak
+    dry = dry_pass(model, config, batches, card=False, dtype=torch.float32).step
+    # How many rows an expert gets is known to a plan on average alone.
+    assert dry.bytes == pytest.approx(real.bytes, rel=0.02 if model.num_experts else 0.001)
+
+
+@pytest.mark.parametrize("card", [False, True])
+def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
+    card: bool, golden: Callable[[str], Path]
+) -> None:
+    raw = json.loads((golden("qwen3_next") / "config.json").read_text())
+    model = ModelConfig.from_dict(raw).with_layers(10)
+    assert model.period == 2
+    config = settings(batch_size=2, max_length=150)
+    dtype = torch.bfloat16 if card else torch.float32
+    whole = plan(model, config, card=card, dtype=dtype, whole=True)
+    quick = plan(model, config, card=card, dtype=dtype)
+    assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
+    assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
+    assert quick.trainable == whole.trainable

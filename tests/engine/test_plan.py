@@ -14,10 +14,10 @@ from engine.config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
 from engine.memory import MemoryMeter
-from engine.model_presets import NAMES, PUBLISHED_PARAMETERS, preset_config
+from engine.model_presets import PUBLISHED_PARAMETERS, preset_config
 from engine.plan import MemoryPlan, plan
 from engine.plan_model import find_model
-from engine.plan_search import changed, choose, longest
+from engine.plan_search import changed, choose, longest, smallest
 from models.registry import expected_tensors
 
 Rows = Callable[..., Path]
@@ -25,7 +25,7 @@ GIB = 2**30
 
 
 def settings(**changes: Any) -> TrainConfig:
-    return TrainConfig(model="m", data="d", **changes)
+    return TrainConfig(model="m", data="d", **{"gradient_checkpointing": "selective"} | changes)
 
 
 def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
@@ -34,12 +34,33 @@ def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
     return lambda config: plan(model, config, card=True, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
 def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
     model = preset_config(name)
     assert model is not None
     count = sum(math.prod(shape) for shape in expected_tensors(model).values())
     assert count == pytest.approx(PUBLISHED_PARAMETERS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("qwen3.5-0.8b", 0.75),
+        ("qwen3.5-2b", 1.88),
+        ("qwen3.5-4b", 4.21),
+        ("qwen3.5-9b", 8.95),
+        ("qwen3.5-27b", 26.90),
+        ("qwen3.5-35b-a3b", 34.66),
+        ("qwen3-next-80b-a3b", 79.67),
+    ],
+)
+def test_the_text_part_of_a_larger_model_has_its_number_of_parameters(
+    name: str, billions: float
+) -> None:
+    model = preset_config(name)
+    assert model is not None
+    count = sum(math.prod(shape) for shape in expected_tensors(model).values())
+    assert count / 1e9 == pytest.approx(billions, abs=0.0051)
 
 
 def test_an_unknown_preset_gets_a_suggestion() -> None:
@@ -89,9 +110,8 @@ def test_the_search_takes_the_fastest_settings_that_fit() -> None:
 def test_rows_are_cut_only_when_nothing_else_fits() -> None:
     make = planner("smollm2-360m")
     asked = settings(batch_size=2, max_length=4096)
-    least = changed(
-        asked, gradient_checkpointing="full", batch_size=1, accumulate=2, loss_chunk_rows=64
-    )
+    least = smallest(asked, make)
+    assert least.batch_size * least.accumulate == 2
     budget = make(changed(least, max_length=1000)).total
     choice = choose(asked, budget, make)
     assert choice.plan.total <= budget
@@ -101,9 +121,9 @@ def test_rows_are_cut_only_when_nothing_else_fits() -> None:
 
 def test_what_cannot_fit_is_refused_with_the_amount_and_three_ways_out() -> None:
     with pytest.raises(MemoryPlanError) as refused:
-        choose(settings(), 8 * GIB, planner("llama-3.3-70b"))
+        choose(settings(), 4 * GIB, planner("llama-3.3-70b"))
     text = str(refused.value)
-    assert "too much" in text and "NF4 base" in text
+    assert "too much" in text and "head" in text
     assert text.split("Ways out: ")[1].count(";") == 2
     assert "--memory-budget" in text
 
@@ -156,7 +176,7 @@ def test_a_run_puts_plan_and_measurement_side_by_side(
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.finetune.build_model", pytest.fail)
+    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
     with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
         train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
 

@@ -46,12 +46,13 @@ def peft_adapter(base: Path, target: Path, **changes: Any) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
 def test_an_adapter_of_peft_merges_to_the_logits_of_peft(
-    golden: Golden, tmp_path: Path, family: str, rslora: bool
+    golden: Golden, tmp_path: Path, family: str, rslora: bool, dora: bool
 ) -> None:
-    model = peft_adapter(golden(family), tmp_path / "adapter", use_rslora=rslora)
+    model = peft_adapter(golden(family), tmp_path / "adapter", use_rslora=rslora, use_dora=dora)
     config, pairs = load_adapter(tmp_path / "adapter")
     assert (config.r, config.lora_alpha, config.use_rslora) == (4, 6, rslora)
     assert sorted(config.target_modules) == sorted(TARGETS)
@@ -61,11 +62,11 @@ def test_an_adapter_of_peft_merges_to_the_logits_of_peft(
     assert (logits(load(golden(family))) - logits(model)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_an_adapter_saved_here_loads_in_peft_and_in_transformers(
-    golden: Golden, tmp_path: Path, rslora: bool
+    golden: Golden, tmp_path: Path, changes: dict[str, bool]
 ) -> None:
-    peft_adapter(golden("llama"), tmp_path / "theirs", use_rslora=rslora)
+    peft_adapter(golden("llama"), tmp_path / "theirs", **changes)
     config, pairs = load_adapter(tmp_path / "theirs")
     save_adapter(tmp_path / "ours", config, pairs)
     theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
@@ -82,7 +83,6 @@ def test_an_adapter_saved_here_loads_in_peft_and_in_transformers(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
         {"rank_pattern": {"q_proj": 2}},
         {"alpha_pattern": {"q_proj": 2}},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from engine.formats.checkpoint import open_checkpoint
 from engine.generate import Sampling, generate_ids, prompt_ids
 from engine.load import load_model
 from engine.merge import merge
+from models.families import FAMILIES as FUSED
 from models.lora import adapter_tensors, add_lora
 
 pytestmark = pytest.mark.interop
@@ -23,7 +25,11 @@ FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
 
 
 def peer(directory: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    """The class that the files are of: with the parts that text does not pass, where it has any."""
+    named = json.loads((directory / "config.json").read_text()).get("architectures", ["Auto"])[0]
+    whole = named.endswith("ForConditionalGeneration")
+    kind = getattr(transformers, named) if whole else AutoModelForCausalLM
+    return kind.from_pretrained(directory, dtype=torch.float32).eval()
 
 
 def ids_of(vocab_size: int, *shape: int) -> torch.Tensor:
@@ -47,6 +53,7 @@ def trained_adapter(directory: Path, target: Path, **options: Any) -> Any:
         target_modules=names,
         base_model_name_or_path=str(directory),
         use_rslora=options.get("use_rslora", False),
+        fused_experts=FUSED[model.config.model_type].fused_adapters,
     )
     save_adapter(target, config, adapter_tensors(model))
     return model
@@ -66,20 +73,23 @@ def test_gguf_and_directory_are_the_same_model(smollm2_gguf: Path, smollm2_direc
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"targets": "qv", "use_rslora": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"targets": "qv", "use_rslora": True}]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapter_and_merged_model_give_our_logits_in_peft(
     family: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     base = GOLDEN / family
     model = trained_adapter(base, tmp_path / "adapter", **options)
-    ids = ids_of(128, 2, 40)
+    ids = ids_of(model.config.vocab_size, 2, 40)
     ours = model(ids)
     assert float((ours - load_model(base)(ids)).abs().max()) > 1e-2
     with_peft = PeftModel.from_pretrained(peer(base), str(tmp_path / "adapter")).eval()
-    assert float((ours - with_peft(ids).logits).abs().max()) <= 2e-5
+    tolerance = 2e-4 if "linear_attention" in model.config.layer_types else 2e-5
+    assert float((ours - with_peft(ids).logits).abs().max()) <= tolerance
     merge(base, tmp_path / "adapter", tmp_path / "merged")
-    assert float((ours - peer(tmp_path / "merged")(ids).logits).abs().max()) <= 5e-5
+    assert float((ours - peer(tmp_path / "merged")(ids).logits).abs().max()) <= max(tolerance, 5e-5)
     reloaded = load_model(base, adapter=tmp_path / "adapter")
     assert torch.equal(reloaded(ids), ours)
 

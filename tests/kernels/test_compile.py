@@ -136,6 +136,13 @@ def test_inline_sequences_that_mix_rows_are_found() -> None:
     other = inline.replace("LAYOUT", "#ttg.linear<{register = [[1, 0]]}>")
     assert len(packs_across_rows(other)) == 1
     assert packs_across_rows(other.replace("packed_element = 2", "packed_element = 1")) == []
+    for bases, safe in (
+        ("[0, 1], [0, 2]", True),
+        ("[0, 2], [0, 1]", False),
+        ("[0, 1], [1, 0]", True),
+    ):
+        linear = f"#ttg.linear<{{register = [{bases}], lane = [[1, 0]], warp = [], block = []}}>"
+        assert (packs_across_rows(inline.replace("LAYOUT", linear)) == []) == safe
 
 
 def test_a_product_with_a_narrow_program_id_is_found() -> None:

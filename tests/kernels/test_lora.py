@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels import lora as lora_module
 from kernels import projection as projection_module
+from kernels.dora import adapted_row_norms
 from kernels.int8 import dequantize_int8, quantize_int8
 from kernels.lora import lora_linear, lora_mlp, lora_qkv, project, project_backward
 from kernels.nf4 import dequantize, quantize
@@ -102,8 +103,9 @@ def test_quantised_weights_compute_as_their_decoded_values(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("ranks", [(3, 3, 3), (5, 0, 2)])
+@pytest.mark.parametrize("dora", [False, True])
 def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
-    ranks: tuple[int, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
+    dora: bool, ranks: tuple[int, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does: one product for base and adapters, in either direction."""
     x, seed = randn(9, 128).float(), 11 if dropout else None
@@ -112,7 +114,8 @@ def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
         a = randn(rank, 128).float().requires_grad_(True) if rank else None
         b = randn(out, rank).float().requires_grad_(True) if rank else None
         bias = randn(out).float().requires_grad_(True)
-        return Projection(quantize(randn(out, 128).float()), bias, a, b, 0.7, dropout)
+        m = torch.rand(out).add_(0.5).requires_grad_(True) if rank and dora else None
+        return Projection(quantize(randn(out, 128).float()), bias, a, b, 0.7, dropout, m)
 
     group = [adapted(out, rank) for out, rank in zip((64, 32, 32), ranks, strict=True)]
     found = []
@@ -152,6 +155,23 @@ def test_dora_equals_the_textbook_with_its_norm_held_constant() -> None:
         torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True
     ):
         assert torch.allclose(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def test_dora_leaves_rows_of_zeros_as_they_are() -> None:
+    """A pruned row has no direction: it gives 0, and nothing that would bring it back moves."""
+    x, p = randn(7, 6), projection(6, 4)
+    assert isinstance(p.weight, Tensor) and p.lora_a is not None and p.lora_b is not None
+    with torch.no_grad():
+        p.weight[1].zero_()
+        p.lora_b[1].zero_()
+    m = adapted_row_norms(p.weight, p.lora_a, p.lora_b, p.scale).detach().requires_grad_(True)
+    assert float(m[1].detach()) == 0.0
+    y = lora_linear(x, replace(p, magnitude=m))
+    y.sum().backward()
+    assert bool((y[:, 1] == 0).all())
+    assert m.grad is not None and p.lora_b.grad is not None
+    assert float(m.grad[1]) == 0.0 and bool((p.lora_b.grad[1] == 0).all())
+    assert bool((m.grad[[0, 2, 3]] != 0).all()) and bool(torch.isfinite(p.lora_b.grad).all())
 
 
 def test_int8_rows_are_within_half_a_step() -> None:

@@ -63,3 +63,69 @@ def test_eos_may_be_one_id_or_several() -> None:
     assert ModelConfig.from_dict(BASE | {"eos_token_id": 7}).eos_token_id == (7,)
     assert ModelConfig.from_dict(BASE | {"eos_token_id": [7, 9]}).eos_token_id == (7, 9)
     assert ModelConfig.from_dict(BASE | {"eos_token_id": None}).eos_token_id == ()
+
+
+def golden(family: str) -> dict[str, Any]:
+    folder = Path(__file__).parents[1] / "fixtures" / "golden" / family
+    raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "words"),
+    [
+        ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "2"]),
+        ("smollm3", {"no_rope_layers": [1, 3]}, ["no_rope_layers", "0 or 1"]),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, ["num_experts_per_tok", "7", "6"]),
+        ("qwen3_moe", {"num_experts": 5}, ["num_experts", "num_local_experts", "5"]),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, ["moe_intermediate_size"]),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size"]),
+        ("qwen2_moe", {"mlp_only_layers": [2]}, ["mlp_only_layers", "0 to 1"]),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step"]),
+        ("qwen2_moe", {"router_aux_loss_coef": -1.0}, ["router_aux_loss_coef"]),
+        ("qwen2_moe", {"norm_topk_prob": 1}, ["norm_topk_prob"]),
+        ("qwen2_moe", {"layer_types": ["linear_attention"] * 2}, ["linear_attention"]),
+        ("qwen3_next", {"linear_num_key_heads": 4}, ["linear_num_value_heads", "4"]),
+        ("qwen3_next", {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["partial_rotary"]),
+        ("qwen3_5", {"attn_output_gate": False}, ["attn_output_gate"]),
+        ("qwen3_5", {"output_gate_type": "sigmoid"}, ["output_gate_type", "sigmoid"]),
+        ("qwen3_5_vl", {"text_config": None}, ["text_config"]),
+        ("qwen3_5_vl", {"mystery": 1}, ["mystery"]),
+        ("qwen3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+    ],
+)
+def test_bad_value_of_another_family_is_refused_by_name(
+    family: str, change: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_dict(golden(family) | change)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_a_tied_head_is_what_the_outer_part_of_the_file_says() -> None:
+    raw = golden("qwen3_5_vl")
+    assert not ModelConfig.from_dict(raw).tie_word_embeddings
+    assert ModelConfig.from_dict(raw | {"tie_word_embeddings": True}).tie_word_embeddings
+
+
+def test_smollm3_leaves_every_fourth_layer_unrotated() -> None:
+    raw = {k: v for k, v in golden("smollm3").items() if not k.startswith(("no_rope", "layer_"))}
+    assert ModelConfig.from_dict(raw | {"num_hidden_layers": 5}).rope_layers == (
+        True, True, True, False, True,
+    )  # fmt: skip
+
+
+def test_a_hybrid_has_every_fourth_layer_attend() -> None:
+    raw = {k: v for k, v in golden("qwen3_next").items() if k not in ("layer_types",)}
+    config = ModelConfig.from_dict(raw | {"num_hidden_layers": 8})
+    assert config.layer_types == (("linear_attention",) * 3 + ("full_attention",)) * 2
+    assert config.period == 4
+    assert config.with_layers(6).layer_types == config.layer_types[:6]
+
+
+def test_experts_may_be_spelled_either_way() -> None:
+    raw = golden("qwen3_moe")
+    count = raw.pop("num_local_experts")
+    assert ModelConfig.from_dict(raw | {"num_experts": count}) == ModelConfig.from_dict(
+        raw | {"num_local_experts": count}
+    )

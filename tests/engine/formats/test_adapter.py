@@ -61,6 +61,38 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(found[module][1], b)
 
 
+def dora() -> dict[str, tuple[torch.Tensor, ...]]:
+    return {module: (a, b, torch.rand(b.shape[0])) for module, (a, b) in pairs().items()}
+
+
+def test_a_magnitude_is_saved_beside_its_pair_and_loaded(tmp_path: Path) -> None:
+    tensors = dora()
+    save_adapter(tmp_path, config(use_dora=True), tensors)
+    names = load_file(tmp_path / WEIGHTS).keys()
+    assert f"{PREFIX}{Q}.lora_magnitude_vector" in names
+    assert len(names) == 6
+    after, found = load_adapter(tmp_path)
+    assert after.use_dora
+    for module, parts in tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[module], parts, strict=True))
+
+
+def test_a_magnitude_that_does_not_fit_is_never_saved(tmp_path: Path) -> None:
+    tensors = dora()
+    with pytest.raises(CheckpointError, match=r"has a lora_magnitude_vector, and .* false"):
+        save_adapter(tmp_path / "a", config(), tensors)
+    with pytest.raises(CheckpointError, match=r"has no lora_magnitude_vector, and .* true"):
+        save_adapter(tmp_path / "a", config(use_dora=True), pairs())
+    a, b, _ = tensors[V]
+    for wrong, words in (
+        (torch.ones(3), r"expected \[2\]"),
+        (torch.tensor([1.0, float("nan")]), "not finite"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            save_adapter(tmp_path / "a", config(use_dora=True), tensors | {V: (a, b, wrong)})
+    assert not (tmp_path / "a").exists()
+
+
 def test_names_metadata_and_types_are_those_of_peft(saved: Path) -> None:
     file = SafetensorsFile(saved / WEIGHTS)
     assert file.metadata == {"format": "pt"}
@@ -188,7 +220,7 @@ def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "uses use_dora"),
+        ({"use_dora": True}, "no lora_magnitude_vector"),
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern"),
         ({"alpha_pattern": {"q_proj": 8}}, "uses alpha_pattern"),
@@ -200,7 +232,7 @@ def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
         ({"target_parameters": ["gate_up_proj"]}, "uses target_parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights=pissa_niter_4"),
         ({"init_lora_weights": "olora"}, "uses init_lora_weights=olora"),
-        ({"use_dora": True, "bias": "all"}, "uses use_dora, bias"),
+        ({"use_qalora": True, "bias": "all"}, "uses use_qalora, bias"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": None}, "peft_type is None"),
         ({"r": 0}, "r is 0"),
@@ -228,7 +260,8 @@ def test_what_is_not_supported_is_refused_by_its_name(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        (f"{PREFIX}{Q}.lora_magnitude_vector", "DoRA (use_dora)"),
+        (f"{PREFIX}{Q}.lora_magnitude_vector", "use_dora false"),
+        (f"{PREFIX}lm_head.lora_magnitude_vector", "lm_head has lora_magnitude_vector only"),
         (f"{PREFIX}model.embed_tokens.lora_embedding_A", "LoRA on the embedding"),
         (f"{PREFIX}{Q}.lora_B.bias", "a bias on LoRA"),
         (f"{PREFIX}model.embed_tokens.base_layer.weight", "a copy of a base weight"),

@@ -1,0 +1,1 @@
+"""Pruning attention heads: score them, choose, remove, and say what was done."""

@@ -1,0 +1,15 @@
+"""Llama 2 to 3.3, SmolLM and others: the plain dense decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.families.family import Family
+
+
+def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    return {"attention_output_bias": bool(raw.get("attention_bias", False))}
+
+
+FAMILY = Family(("llama",), _fields)

@@ -1,0 +1,21 @@
+"""Qwen1.5, Qwen2 and Qwen2.5: biases on q, k, v; the window from `max_window_layers` on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from models.families.family import Family
+
+
+def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    return {"attention_bias": True}
+
+
+def late_layers_slide(raw: Mapping[str, Any], layer: int) -> bool:
+    """The window is for layers from `max_window_layers` on; for none where that is not given."""
+    first = raw.get("max_window_layers")
+    return first is not None and layer >= first
+
+
+FAMILY = Family(("qwen2",), _fields, sliding=late_layers_slide)

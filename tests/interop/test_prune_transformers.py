@@ -1,0 +1,124 @@
+"""Pruned models in transformers: the same logits, and heads scored by its own activations."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.data.examples import Example
+from engine.load import load_model
+from engine.prune.calibration import activations, gradients
+from engine.prune.recipe import Mode, PruneSettings, prune
+from engine.prune.selection import Granularity
+
+pytestmark = pytest.mark.interop
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
+IDS = (torch.arange(80) * 7 % 61 + 3).reshape(2, 40)
+
+
+def peer(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["head", "kv-group"])
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruned_models_load_with_equal_logits(
+    family: str, mode: Mode, granularity: Granularity, tmp_path: Path
+) -> None:
+    settings = PruneSettings(0.5, mode=mode, granularity=granularity, scope="layer")
+    prune(GOLDEN / family, tmp_path / "out", settings)
+    other = peer(tmp_path / "out")
+    ours, theirs = load_model(tmp_path / "out")(IDS), other(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 5e-5
+    assert float((peer(GOLDEN / family)(IDS).logits - theirs).abs().max()) > 1e-3
+    if mode == "structural":
+        config = other.config
+        counts = (config.num_attention_heads, config.num_key_value_heads)
+        assert counts == ((2, 2) if granularity == "head" else (2, 1))
+
+
+def listen(index: int, found: dict[int, torch.Tensor]) -> Any:
+    """A hook that keeps what a module is given, with its gradient, under `index`."""
+
+    def hook(module: Any, arguments: Any) -> None:
+        arguments[0].retain_grad()
+        found[index] = arguments[0]
+
+    return hook
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_scores_are_those_of_transformers_activations_and_gradients(family: str) -> None:
+    generator = np.random.default_rng(2)
+    rows = [generator.integers(3, 120, length) for length in (19, 31)]
+    examples = [Example(row, [True] * len(row), "row") for row in rows]
+    model = load_model(GOLDEN / family)
+    dim = model.config.head_dim
+    other = peer(GOLDEN / family)
+    lengths = torch.zeros(2, 4)
+    slopes = torch.zeros(2, 4)
+    for row in rows:
+        inputs: dict[int, torch.Tensor] = {}
+
+        handles = [
+            layer.self_attn.o_proj.register_forward_pre_hook(listen(index, inputs))
+            for index, layer in enumerate(other.model.layers)
+        ]
+        ids = torch.tensor(row)[None]
+        (other(ids, labels=ids).loss * (len(row) - 1)).backward()
+        for handle in handles:
+            handle.remove()
+        for index, layer in enumerate(other.model.layers):
+            x, weight = inputs[index], layer.self_attn.o_proj.weight.detach()
+            assert x.grad is not None
+            heads = x.detach()[0].unflatten(1, (4, dim))
+            added = torch.einsum("nhd,ohd->nho", heads, weight.unflatten(1, (4, dim)))
+            lengths[index] += added.norm(dim=2).sum(0)
+            slopes[index] += (x.detach() * x.grad)[0].unflatten(1, (4, dim)).sum((0, 2)).abs()
+    want = lengths / sum(map(len, rows)), slopes / sum(len(row) - 1 for row in rows)
+    found = activations(model, [0, 1], examples), gradients(model, [0, 1], examples)
+    for ours, theirs in zip(found, want, strict=True):
+        assert torch.allclose(torch.stack(ours).float(), theirs, rtol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("mode", "fraction"), [("zero", 0.2), ("structural", 1 / 3)])
+def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
+    smollm2_gguf: Path, tmp_path: Path, mode: Mode, fraction: float
+) -> None:
+    """270 real heads: 54 of them are a fifth, and one of every three a third."""
+    result = prune(smollm2_gguf, tmp_path / "out", PruneSettings(fraction, mode=mode))
+    removed = 54 if mode == "zero" else 90
+    assert result.record["units"] == {"before": 270, "asked": removed, "removed": removed}
+    ours = load_model(tmp_path / "out")(IDS)
+    theirs = peer(tmp_path / "out")(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+@pytest.mark.parametrize(
+    ("family", "granularity", "fraction"),
+    [
+        ("qwen3_5", "head", 0.5),
+        ("qwen3_5", "kv-group", 0.5),
+        ("qwen3_next", "head", 1 / 3),
+        ("qwen3_next", "kv-group", 0.5),
+    ],
+)
+def test_delta_heads_are_removed_for_transformers_too(
+    family: str, granularity: Granularity, fraction: float, mode: Mode, tmp_path: Path
+) -> None:
+    settings = PruneSettings(
+        fraction, mode=mode, heads="delta", granularity=granularity, scope="layer"
+    )
+    prune(GOLDEN / family, tmp_path / "out", settings)
+    ours, theirs = load_model(tmp_path / "out")(IDS), peer(tmp_path / "out")(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 5e-5
+    assert float((peer(GOLDEN / family)(IDS).logits - theirs).abs().max()) > 1e-4
