@@ -128,6 +128,8 @@ def markdown(found: dict[str, Any]) -> str:
     for metric, cells in found["pruned"].items():
         values = " | ".join(f"{cells[key]['perplexity']:.2f}" for key in keys)
         lines.append(f"| pruned by {metric} | {found['baseline']:.2f} | {values} |")
+    middle = {metric: cells[keys[1]]["perplexity"] for metric, cells in found["pruned"].items()}
+    worse = [metric for metric, value in middle.items() if value > middle["random"]]
     values = " | ".join(f"{found['recovered'][key]:.2f}" for key in keys)
     lines += [
         f"| by {RECOVERED}, then {found['steps']} steps of LoRA | {found['control']:.2f} (control) "
@@ -135,6 +137,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         "The control is the model that was not pruned after the same training: what pruning costs",
         "after recovery is the distance to it, not to the untrained model.",
+        "",
+        f"Worse than chance at {columns[1]}: {', '.join(worse) or 'none'}.",
         "",
     ]
     return "\n".join(lines)
