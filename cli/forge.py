@@ -40,7 +40,8 @@ def forge_model(
     domain: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --data: docstrings, or a folder with train.jsonl and heldout.jsonl."
+            help="Instead of --data: docstrings, a file of rows, or a folder with train.jsonl and "
+            "heldout.jsonl."
         ),
     ] = None,
     heldout: Annotated[
@@ -74,6 +75,13 @@ def forge_model(
         int, typer.Option(min=1, help="Key/value heads to leave in every layer.")
     ] = 1,
     protect: Annotated[str, typer.Option(help="Layers to leave alone, such as 0,1,-1.")] = "",
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="With structural: another number from each layer. Only this engine loads it.",
+        ),
+    ] = False,
     allow_shortfall: Annotated[
         bool, typer.Option("--allow-shortfall", help="Prune fewer where the rules allow no more.")
     ] = False,
@@ -116,6 +124,7 @@ def forge_model(
         min_heads=min_heads,
         min_kv_heads=min_kv_heads,
         protect=_layers(protect),
+        per_layer=per_layer,
         allow_shortfall=allow_shortfall,
         seed=training.seed,
         calibration_rows=calibration_rows,

@@ -77,6 +77,13 @@ def prune_heads(
             "smaller weights, the same in every layer."
         ),
     ] = Mode.zero,
+    per_layer: Annotated[
+        bool,
+        typer.Option(
+            "--per-layer",
+            help="With structural: another number from each layer. Only this engine loads it.",
+        ),
+    ] = False,
     heads: Annotated[
         Kind, typer.Option(help="Those of attention, or of DeltaNet layers, by their own rules.")
     ] = Kind.attention,
@@ -135,6 +142,7 @@ def prune_heads(
         min_heads=min_heads,
         min_kv_heads=min_kv_heads,
         protect=_layers(protect),
+        per_layer=per_layer,
         allow_shortfall=allow_shortfall,
         seed=seed,
         data=tuple(data or ()),

@@ -1,9 +1,10 @@
 """A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
 
-Before weights are read, the largest step that the run's rows can make is planned, and refused if
-the budget cannot hold it. On a CUDA card the allocator gets the budget as its limit. On a CPU every
-step that is larger than those before it, and the first two, run under a `MemoryMeter` that stops
-the run at the budget. At the end the measured peak stands beside the plan of the largest step seen.
+Before rows are read, one row of two tokens is planned, and a budget that cannot hold it is refused.
+Before weights are read, so is the largest step that the run's rows can make. On a CUDA card the
+allocator gets the budget as its limit. On a CPU every step that is larger than those before it, and
+the first two, run under a `MemoryMeter` that stops the run at the budget. At the end the measured
+peak stands beside the plan of the largest step seen.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +22,11 @@ from engine.data.loader import Batch
 from engine.errors import MemoryPlanError
 from engine.memory import MemoryMeter, gib, observed, track_model
 from engine.plan import CUDA_CONTEXT, MemoryPlan, Workload, plan
-from engine.plan_search import refusal
+from engine.plan_search import least_step, require_any
 
 if TYPE_CHECKING:
     from engine.prepare import Prepared
+    from models.config import ModelConfig
     from models.decoder import Decoder
     from optim import AdamW8bit
 
@@ -31,6 +34,28 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = 0.05
 _ALWAYS = 2
+
+
+def require_room(
+    config: TrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise `MemoryPlanError` where the budget cannot hold one row of two tokens.
+
+    `config.memory_budget` must be set. A budget that holds costs one plan, another a few more.
+    """
+    budget = config.memory_budget
+    assert budget is not None
+    make = partial(plan, model, card=device.type == "cuda", dtype=dtype)
+    least = least_step(config)
+    made = make(least)
+    if made.total <= budget:
+        return
+    require_any(config, budget, lambda other: made if other == least else make(other))
+    raise MemoryPlanError(
+        f"This run needs {gib(made.total)} for one row of two tokens with full recomputation, "
+        f"{gib(made.total - budget)} more than the memory budget of {gib(budget)}. `engine plan` "
+        "with the same settings finds some that fit."
+    )
 
 
 class MemoryBudget:
@@ -74,21 +99,13 @@ class MemoryBudget:
         )
 
     def _refusal(self) -> str:
-        config = self._config
         step = self.planned
-        text = (
+        return (
             f"This run needs {gib(step.total)} for its largest step of {step.tokens} tokens, "
             f"{gib(step.total - self._budget)} more than the memory budget of "
-            f"{gib(self._budget)}. `engine plan` with the same settings finds some that fit. "
+            f"{gib(self._budget)}. `engine plan` with the same settings finds some that fit. Lower "
+            "--batch-size or --max-length, or take --gradient-checkpointing full."
         )
-        smallest = config.model_copy(
-            update={"max_length": 64, "batch_size": 1, "gradient_checkpointing": "full"}
-        )
-        if self._plan(smallest, None).total <= self._budget:
-            return text + (
-                "Lower --batch-size or --max-length, or take --gradient-checkpointing full."
-            )
-        return refusal(config, self._budget, lambda other: self._plan(other, None))
 
     @contextmanager
     def watch(

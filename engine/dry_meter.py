@@ -72,8 +72,8 @@ class DryMeter(MemoryMeter):
         kind = _kind(func)
         if kind == "in place":
             return args[0] if func._schema.returns else None
-        if kind == "out" and "out" in kwargs:
-            return kwargs["out"]
+        if kind == "out" and _out_name(func) in kwargs:
+            return kwargs[_out_name(func)]
         if kind == "pure":
             return _like_before(func, args, kwargs)
         if meta < len(tensors):
@@ -132,6 +132,13 @@ def _kind(func: Any) -> str:
     if not returned or (len(returned) == 1 and schema.arguments[0].alias_info is not None):
         return "in place"
     return "out" if len(returned) == 1 else "other"
+
+
+@cache
+def _out_name(func: Any) -> str:
+    """The argument that an op of kind "out" writes: `out`, or what its gradient is called."""
+    written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    return str(written[0].name)
 
 
 _outcomes: dict[Any, Any] = {}

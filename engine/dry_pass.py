@@ -15,6 +15,7 @@ optimiser's slabs, rows of the loss) runs once for each shape; afterwards its pe
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -30,6 +31,7 @@ import kernels.dropout
 import kernels.linear_cross_entropy
 import kernels.nf4
 import kernels.nf4_layout
+import kernels.nf4_matmul
 import kernels.tiling
 from engine.config import TrainConfig
 from engine.data.loader import Batch
@@ -41,7 +43,7 @@ from engine.load import build_for
 from engine.memory import SCRATCH, Peak, Segment, observed, replaced, track_model
 from engine.trainable import make_optimizer, make_trainable
 from engine.trainer import train_step
-from kernels.dynamic_map import dynamic_map, grid_table, midpoints
+from kernels.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.registry import expected_tensors
@@ -108,6 +110,8 @@ def dry_pass(
     `card` chooses the code for CUDA. Raises what the run itself would raise for these settings.
     """
     kernels.attention._cpu_flash_reads_groups()
+    # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
+    importlib.import_module("torch._dynamo")
     meter = DryMeter(CUDA_GRANULE if card else 1)
     place = OnCard() if card else OnHost()
     ways = [also_backward(place), *(card_ways(meter) if card else host_ways())]
@@ -123,7 +127,10 @@ def _make_tables(device: torch.device) -> None:
         dynamic_map(signed, device)
         midpoints(signed, device)
         grid_table(signed, device)
+        magnitude_tables(signed, device)
+    kernels.nf4._thresholds(device)
     kernels.nf4._cells(device)
+    kernels.nf4_matmul._counters(device)
     kernels.nf4._pair_table(device)
 
 

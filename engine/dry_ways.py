@@ -75,7 +75,7 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
     decode_rows, tiles = kernels.int8.dequantize_int8, TiledMLP._tiles
     logits_of = kernels.linear_cross_entropy.head_logits
     head_gradient = kernels.linear_cross_entropy._head_gradient
-    chunks = kernels.linear_cross_entropy._chunks
+    chunks, all_finite = kernels.linear_cross_entropy._chunks, engine.load._all_finite
     products: dict[Any, float] = {}
 
     def counted(key: Any, run: Callable[[], Any], make: Callable[[], Any]) -> Any:
@@ -199,6 +199,7 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
 
     changes: list[tuple[Any, str, Any]] = [
         (engine.load, "Decoder", _skeleton),
+        (engine.load, "_all_finite", lambda x: all_finite(x.reshape(-1)[: engine.load._PART])),
         (Groups, "bounds", property(_even_bounds)),
         *_counted_groups(meter),
         (TiledMLP, "_tiles", dry_tiles),

@@ -46,6 +46,7 @@ from engine.trainable import (
     make_trainable,
 )
 from engine.trainer import Progress, Trainer, TrainerSettings, new_progress
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.lora import (
     PARTS,
@@ -101,6 +102,15 @@ def _with_recompute(
         prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
     )
     return config.model_copy(update={"gradient_checkpointing": level})
+
+
+def _require_room(config: TrainConfig, model: ModelConfig) -> None:
+    """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
+    if config.memory_budget is not None:
+        from engine.budget import require_room
+
+        device = resolve_device(config.device)
+        require_room(config, model, device, resolve_dtype(config.dtype, device))
 
 
 def _budget(
@@ -284,7 +294,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = prepare(directory.config)
+        prepared = prepare(directory.config, partial(_require_room, directory.config))
         run = _Run(directory, prepared, stack)
         directory.write_manifest(
             base_digest=run.digest,

@@ -9,6 +9,8 @@ of the quantisation kept in; the original weights are closer to what the base mo
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,8 +24,9 @@ from engine.formats.experts import StoredExperts
 from engine.formats.export import MAX_SHARD_SIZE, WrittenModel, write_directory
 from kernels.dora import scale_rows_
 from kernels.nf4 import dequantize, quantize
+from models.config import ModelConfig
 from models.layout import path_in_file
-from models.registry import PROJECTIONS
+from models.registry import PROJECTIONS, expected_tensors
 
 Onto = Literal["original", "dequantised"]
 
@@ -69,6 +72,25 @@ def merge(
     merger = _Merger(checkpoint, config, pairs, onto)
     written = write_directory(checkpoint, output, merger, dtype, max_shard_size)
     return MergeResult(written, merger.merged, merger.requantised)
+
+
+def host_peak(
+    model: ModelConfig, stored: torch.dtype, targets: Collection[str], adapter_bytes: int
+) -> int:
+    """The most bytes of host memory that merging onto the original weights takes.
+
+    The adapter is held whole, and of one tensor after the other the mapped original; where it is
+    adapted, also the sum in fp32 and the sum rounded. A model's depth does not matter. For
+    Llama-3.3-70B in bf16 a `down_proj` of 28,672 x 8,192 takes 0.47 + 0.94 + 0.47 = 1.88 GB and the
+    embedding, which is only copied, 2.10 GB; an adapter of rank 16 in fp32 adds 0.83 GB.
+    """
+    most = 0
+    for name, shape in expected_tensors(model).items():
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        adapted = leaf in targets or (leaf == "gate_up_proj" and "gate_proj" in targets)
+        width = 2 * stored.itemsize + 4 if adapted and len(shape) > 1 else stored.itemsize
+        most = max(most, width * math.prod(shape))
+    return most + adapter_bytes
 
 
 class _Merger:

@@ -9,7 +9,7 @@ allocator on a card cannot be counted without one; it is added as the constants 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -50,7 +50,7 @@ class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
     `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU. `host` is
-    what a card lends to the host's memory.
+    what a card lends to the host's memory, and `tied` says that the head is the embedding.
     """
 
     config: TrainConfig
@@ -66,6 +66,7 @@ class MemoryPlan:
     reserve: dict[str, int] = field(default_factory=dict)
     host: int = 0
     layers: int = 0
+    tied: bool = False
 
     @property
     def allocated(self) -> int:
@@ -147,7 +148,8 @@ def plan(
         result = run(layers)
     else:
         result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
-    return _plan_of(result, config, card, dtype, work, layers)
+    made = _plan_of(result, config, card, dtype, work, layers)
+    return replace(made, tied=model.tie_word_embeddings)
 
 
 def _plan_of(

@@ -17,7 +17,7 @@ from engine.plan import MemoryPlan, plan
 from engine.plan_model import find_model
 from engine.plan_search import Choice, Planner, changed
 from engine.recompute import resolve_recompute
-from engine.trainable import check_levels
+from engine.trainable import check_levels, targets_of
 from models.config import ModelConfig
 
 CARD_RATE = 165e12
@@ -125,6 +125,7 @@ class Report:
                 for name, peak in self._peaks()
             },
             "save_host_bytes": planned.save_host,
+            "merge_host_bytes": self._merging(),
             "reserve": planned.reserve,
             "host_bytes": planned.host,
             "allocated_bytes": planned.allocated,
@@ -139,6 +140,17 @@ class Report:
             "why": self.choice.why if self.choice else None,
             "planning_seconds": self.planning_seconds,
         }
+
+    def _merging(self) -> int | None:
+        """Host memory for merging what the run trains; None after full fine-tuning."""
+        config = self.plan.config
+        if config.method == "full":
+            return None
+        from engine.merge import host_peak
+
+        targets = targets_of(config, self.target.model)
+        adapter = 4 * self.plan.trainable
+        return host_peak(self.target.model, self.target.stored, targets, adapter)
 
     def _peaks(self) -> list[tuple[str, Any]]:
         return [("load", self.plan.load), ("step", self.plan.step), ("save", self.plan.save)]
@@ -163,6 +175,9 @@ class Report:
         lines.append(f"peak of a step   {gib(planned.step.bytes)}")
         host = f", and {gib(planned.save_host)} of host memory" if planned.save_host else ""
         lines.append(f"peak of saving   {gib(planned.save.bytes)}{host}")
+        merging = self._merging()
+        if merging is not None:
+            lines.append(f"peak of merging  {gib(merging)} of host memory")
         lines.append(f"needed           {gib(planned.total)}")
         if planned.host:
             lines.append(f"lent to the host {gib(planned.host)}")

@@ -6,6 +6,7 @@ and how far down the ladder of `engine.plan_levers` the run goes. Their time is 
 the dry pass with surcharges for the rest; of those that fit the fastest is taken. Where that
 recomputes more than a faster level, as many of the last layers as fit take the faster one. If
 nothing fits, rows are cut to the length that does. The rank and what is trained are never changed.
+The settings that need the least are planned first: a budget below them is refused at once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from engine.config import TrainConfig
-from engine.errors import ConfigError, MemoryPlanError
+from engine.errors import MemoryPlanError
 from engine.memory import gib
 from engine.plan import MemoryPlan
 from engine.plan_levers import NAMES, Lever, cost, ladder, pull
@@ -63,13 +64,13 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
     Raises `MemoryPlanError` saying what is missing and the three cheapest ways out.
     """
     search = _Search(config, budget, planner)
+    search.require_any()
     found = search.fastest()
     why = "the fastest of the settings that fit"
     if found is None:
         least = search.least()
         length = longest(least, budget, search.plan, config.max_length)
-        if length is None:
-            raise MemoryPlanError(refusal(config, budget, search.plan))
+        assert length is not None, "rows of 64 tokens were found to fit"
         found = changed(least, max_length=length)
         why = f"nothing else fits at {config.max_length} tokens, so longer rows are cut"
     return Choice(search.plan(found), _changes(config, found), len(search.planned), why)
@@ -95,6 +96,12 @@ class _Search:
     def least(self) -> TrainConfig:
         """The settings that need the least, rows as long as asked for."""
         return pull(self._shaped("full", 1), self.rungs)
+
+    def require_any(self) -> None:
+        """Raises `MemoryPlanError` where not even the least settings fit, with short rows."""
+        shortest = changed(self.least(), max_length=min(SHORTEST, self.config.max_length))
+        if not self.fits(shortest):
+            raise MemoryPlanError(_refusal(self.config, shortest, self.budget, self.plan))
 
     def _shaped(self, level: str, batch: int) -> TrainConfig:
         rows = self.config.batch_size * self.config.accumulate
@@ -191,15 +198,19 @@ class _Search:
 
 
 def levers_of(config: TrainConfig, plan: Planner) -> list[Lever]:
-    """The ladder of this run; whether the model is tied is asked of the plan."""
-    shortest = changed(config, max_length=min(SHORTEST, config.max_length), batch_size=1)
-    card, tied = plan(changed(shortest, gradient_checkpointing="full")).card, False
-    if card and config.method != "full":
-        try:
-            plan(changed(shortest, gradient_checkpointing="full", embedding_on="host"))
-        except ConfigError:
-            tied = True
-    return ladder(config, card, tied)
+    """The ladder of this run; a plan of its least step knows the machine and the model."""
+    made = plan(least_step(config))
+    return ladder(config, made.card, made.tied)
+
+
+def least_step(config: TrainConfig) -> TrainConfig:
+    """The run with the levers as they are, cut to one row of two tokens: no row needs less."""
+    return changed(config, max_length=2, batch_size=1, accumulate=1, gradient_checkpointing="full")
+
+
+def require_any(config: TrainConfig, budget: int, plan: Planner) -> None:
+    """Raise `MemoryPlanError` where no settings fit: what is missing, and three ways out."""
+    _Search(config, budget, plan).require_any()
 
 
 def smallest(config: TrainConfig, plan: Planner) -> TrainConfig:
@@ -255,9 +266,11 @@ def longest(
     return low
 
 
-def refusal(config: TrainConfig, budget: int, plan: Planner) -> str:
-    """One paragraph: what is missing by how much, and the three cheapest ways out."""
-    shortest = changed(smallest(config, plan), max_length=min(SHORTEST, config.max_length))
+def _refusal(config: TrainConfig, shortest: TrainConfig, budget: int, plan: Planner) -> str:
+    """One paragraph: what is missing by how much, and the three cheapest ways out.
+
+    `shortest` are the settings that need the least.
+    """
     needed = plan(shortest)
     held = sorted(needed.step.owners.items(), key=lambda entry: -entry[1])[:3]
     most = ", ".join(f"{owner} {gib(size)}" for owner, size in held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -13,6 +14,7 @@ from engine.data.loader import Batch, BatchPlan, collate, split_heldout
 from engine.data.rows import Row
 from engine.data.tokenizer import Tokenizer, load_tokenizer
 from engine.formats.checkpoint import Checkpoint, open_checkpoint
+from models.config import ModelConfig
 
 
 @dataclass
@@ -59,12 +61,15 @@ class Prepared:
         return batches, epoch + last / self.plan.steps_per_epoch
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = None) -> Prepared:
     """Open the model's files and tokenise the data; no weight is read.
 
-    Raises `ConfigError`, `CheckpointError` or `DataError`.
+    `check` is given the model's shape before any row is read, and may refuse it. Raises
+    `ConfigError`, `CheckpointError` or `DataError`.
     """
     checkpoint = open_checkpoint(config.model, config.revision)
+    if check is not None:
+        check(checkpoint.config)
     tokenizer = load_tokenizer(checkpoint)
     rows, read = read_rows(
         list(config.data), config.min_rating, config.category, config.bad_lines

@@ -7,8 +7,9 @@ x (N, C) holds the tokens of all documents one after another, w (C, J) or (C, 1,
     dw[:, J - 1 - j] = sum_t da_t x_{t - j}
 
 Taps stop at the start of a document, or read the last J - 1 inputs of what came before where a
-state is given. The sum a is formed again in backward. Source: Gu & Dao 2023 (Mamba, arXiv
-2312.00752) for its place in the layer; the maths is the convolution's own.
+state is given. The sum a is formed again in backward. The kernels for a GPU are in
+`kernels.causal_conv1d_triton`. Source: Gu & Dao 2023 (Mamba, arXiv 2312.00752) for its place in the
+layer; the maths is the convolution's own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels import causal_conv1d_triton
 from kernels.attention import AttentionPlan
+from kernels.dispatch import use_triton
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -45,6 +48,14 @@ def _convolve(x: Tensor, taps: Tensor, bounds: tuple[int, ...], state: Tensor | 
     return out
 
 
+def _check(x: Tensor, weight: Tensor, bounds: tuple[int, ...]) -> None:
+    if x.shape[0] != bounds[-1] or weight.shape[0] != x.shape[1] or weight.numel() % x.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit {bounds[-1]} tokens; "
+            "expected (N, C) and (C, J) or (C, 1, J)"
+        )
+
+
 def causal_conv1d_forward(
     x: Tensor, weight: Tensor, bounds: tuple[int, ...], state: Tensor | None = None
 ) -> Tensor:
@@ -53,11 +64,9 @@ def causal_conv1d_forward(
     weight (C, J) or (C, 1, J); `bounds` as `AttentionPlan.bounds`; `state` (D, J - 1, C) the inputs
     before every document, None for none. Raises `ValueError` if the shapes do not fit.
     """
-    if x.shape[0] != bounds[-1] or weight.shape[0] != x.shape[1] or weight.numel() % x.shape[1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit {bounds[-1]} tokens; "
-            "expected (N, C) and (C, J) or (C, 1, J)"
-        )
+    _check(x, weight, bounds)
+    if use_triton(x):
+        return causal_conv1d_triton.forward(x, weight, bounds, state)
     wide_state = None if state is None else _wide(state)
     return F.silu(_convolve(_wide(x), _taps(weight), bounds, wide_state)).to(x.dtype)
 
@@ -65,7 +74,15 @@ def causal_conv1d_forward(
 def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bounds: tuple[int, ...], *, need_dweight: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """dx (N, C) in the dtype of x and, if asked for, dw in the shape and dtype of weight."""
+    """dx (N, C) in the dtype of x and, if asked for, dw in the shape and dtype of weight.
+
+    Raises `ValueError` if the shapes do not fit.
+    """
+    _check(x, weight, bounds)
+    if dy.shape != x.shape:
+        raise ValueError(f"dy {tuple(dy.shape)} does not fit x {tuple(x.shape)}")
+    if use_triton(x):
+        return causal_conv1d_triton.backward(dy, x, weight, bounds, need_dweight)
     values, taps = _wide(x), _taps(weight)
     da = torch.ops.aten.silu_backward(_wide(dy), _convolve(values, taps, bounds, None))
     dx = da * taps[0]

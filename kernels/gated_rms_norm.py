@@ -5,6 +5,7 @@
 
 The weight is plain (not 1 + w) and shared by all heads. Arithmetic is fp32 between load and store;
 o rstd is rounded to the dtype of o before the product with w, as Hugging Face's Qwen3-Next does.
+The kernels for a GPU are in `kernels.gated_rms_norm_triton`.
 Source: Yang et al. 2024 (Gated Delta Networks, arXiv 2412.06464), section 3.4.
 """
 
@@ -13,6 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from kernels import gated_rms_norm_triton
+from kernels.dispatch import use_triton
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -23,6 +27,8 @@ def gated_rms_norm_forward(
     o: Tensor, z: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """o, z (..., V), weight (V,) -> y (..., V) in the dtype of o, rstd (..., 1) fp32 or wider."""
+    if use_triton(o):
+        return gated_rms_norm_triton.forward(o, z, weight, eps)
     wide = _wide(o)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
     normed = (wide * rstd).to(o.dtype).mul_(weight.to(o.dtype))
@@ -33,6 +39,8 @@ def gated_rms_norm_backward(
     dy: Tensor, o: Tensor, z: Tensor, weight: Tensor, rstd: Tensor, *, need_dweight: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """do and dz in the shapes and dtypes of o and z, and, if asked for, dw (V,)."""
+    if use_triton(o):
+        return gated_rms_norm_triton.backward(dy, o, z, weight, rstd, need_dweight)
     dy_wide, z_wide, scale = _wide(dy), _wide(z), _wide(weight)
     xhat = _wide(o) * rstd
     dz = torch.ops.aten.silu_backward(dy_wide * (xhat * scale), z_wide).to(z.dtype)

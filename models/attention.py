@@ -49,7 +49,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         hidden, dim = config.hidden_size, config.head_dim
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.heads(index), config.kv_heads(index)
         self.index, self.head_dim = index, dim
         self.window, self.scale = config.window(index), dim**-0.5
         self.rotates, self.gated = config.rope_layers[index], config.attention_gate

@@ -41,9 +41,10 @@ def layer_levels(text: str, layers: int) -> tuple[str, ...]:
 class Levers:
     """What a step does to hold less memory, at the price of time. Gradients stay what they were.
 
-    With `mlp_tile_rows` the dense feed-forward part takes that many tokens at a time
-    (`models.tiled_mlp`). With `singly` no more than one decoded weight, or one group of those that
-    attention reads together, exists at a time, and attention goes over its heads in parts.
+    With `mlp_tile_rows` the dense feed-forward part takes that many tokens at a time and keeps
+    nothing at any recompute level (`models.tiled_mlp`). With `singly` no more than one decoded
+    weight, or one group of those that attention reads together, exists at a time, and attention
+    goes over its heads in parts.
     """
 
     mlp_tile_rows: int | None = None

@@ -15,6 +15,7 @@ from typing import Any
 from models.config_values import boolean, fraction, integer, positive, token_ids
 from models.families import FAMILIES
 from models.families.family import Family
+from models.head_counts import heads_per_layer
 
 # Keys of `PretrainedConfig` and of hub repositories that do not change logits or the loss.
 _IGNORED = (
@@ -61,6 +62,8 @@ class ModelConfig:
     experts. `rope_parameters` always holds `rope_type` and `rope_theta`. `eos_token_id` is a tuple,
     empty where the file names none. `nested` means that the decoder is a part of a larger model,
     whose file calls it `language_model`.
+    Where layers differ in their numbers of heads, `num_attention_heads` and `num_key_value_heads`
+    are the largest and the lists `..._per_layer` hold all; `heads` and `kv_heads` give a layer's.
     """
 
     model_type: str
@@ -102,6 +105,8 @@ class ModelConfig:
     linear_num_value_heads: int = 0
     linear_joint_projections: bool = False
     nested: bool = False
+    num_attention_heads_per_layer: tuple[int, ...] = ()
+    num_key_value_heads_per_layer: tuple[int, ...] = ()
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
@@ -123,12 +128,13 @@ class ModelConfig:
             raise ValueError(f"hidden_act is {act!r}; every supported family uses 'silu'")
         heads = integer(raw, "num_attention_heads")
         kv_heads = integer(raw, "num_key_value_heads", default=heads)
-        if heads % kv_heads:
+        layers = integer(raw, "num_hidden_layers")
+        each, kv_each = heads_per_layer(raw, layers, (heads, kv_heads))
+        if heads % kv_heads and not each:
             raise ValueError(
                 f"num_attention_heads is {heads}, which num_key_value_heads, {kv_heads}, does "
                 "not divide"
             )
-        layers = integer(raw, "num_hidden_layers")
         window, layer_types = _layer_types(raw, family, layers)
         plain: dict[str, Any] = {
             "layer_types": layer_types,
@@ -157,13 +163,20 @@ class ModelConfig:
             eos_token_id=token_ids(raw, "eos_token_id"),
             pad_token_id=next(iter(token_ids(raw, "pad_token_id")), None),
             nested=nested,
+            num_attention_heads_per_layer=each,
+            num_key_value_heads_per_layer=kv_each,
             **(plain | own),
         )
 
-    @property
-    def kv_groups(self) -> int:
-        """Query heads per key/value head: query head h reads key/value head h // kv_groups."""
-        return self.num_attention_heads // self.num_key_value_heads
+    def heads(self, layer: int) -> int:
+        """Query heads of layer `layer`: head h reads key/value head h // (heads / kv_heads)."""
+        each = self.num_attention_heads_per_layer
+        return each[layer] if each else self.num_attention_heads
+
+    def kv_heads(self, layer: int) -> int:
+        """Key/value heads of layer `layer`."""
+        each = self.num_key_value_heads_per_layer
+        return each[layer] if each else self.num_key_value_heads
 
     @property
     def rotary_dim(self) -> int:
@@ -173,7 +186,12 @@ class ModelConfig:
     @property
     def period(self) -> int:
         """The least number of layers after which their kinds repeat."""
-        kinds = list(zip(self.layer_types, self.rope_layers, self.sparse_layers, strict=True))
+        kinds = [
+            (kind, rotates, sparse, self.heads(layer), self.kv_heads(layer))
+            for layer, (kind, rotates, sparse) in enumerate(
+                zip(self.layer_types, self.rope_layers, self.sparse_layers, strict=True)
+            )
+        ]
         return next(
             count
             for count in range(1, len(kinds) + 1)
@@ -193,6 +211,8 @@ class ModelConfig:
             layer_types=(self.layer_types * repeats)[:count],
             rope_layers=(self.rope_layers * repeats)[:count],
             sparse_layers=(self.sparse_layers * repeats)[:count],
+            num_attention_heads_per_layer=(self.num_attention_heads_per_layer * repeats)[:count],
+            num_key_value_heads_per_layer=(self.num_key_value_heads_per_layer * repeats)[:count],
         )
 
 
@@ -201,7 +221,8 @@ _COMMON = (
     "num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings "
     "rope_parameters layer_types sliding_window attention_bias mlp_bias bos_token_id eos_token_id "
     "pad_token_id hidden_act rope_theta rope_scaling original_max_position_embeddings "
-    "partial_rotary_factor use_sliding_window max_window_layers quantization_config"
+    "partial_rotary_factor use_sliding_window max_window_layers quantization_config "
+    "num_attention_heads_per_layer num_key_value_heads_per_layer"
 )
 _COMMON_KEYS = frozenset(_COMMON.split())
 

@@ -1,4 +1,4 @@
-"""The dense decoder: llama, mistral, qwen2 and qwen3 are settings of this one graph.
+"""The decoder: every family is settings of this one graph, whose blocks `models.block` chooses.
 
 Inside, every batch is packed: rows of a (B, T) input become documents laid one after another, and
 attention, positions and the loss know their boundaries. Parameters have Hugging Face's names.

@@ -42,10 +42,14 @@ class KVCache:
     def __init__(
         self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (2, capacity, config.num_key_value_heads, config.head_dim)
         linear = [kind == "linear_attention" for kind in config.layer_types]
         self.layers = [
-            torch.empty((2, 0) if skip else shape, dtype=dtype, device=device) for skip in linear
+            torch.empty(
+                (2, 0) if skip else (2, capacity, config.kv_heads(layer), config.head_dim),
+                dtype=dtype,
+                device=device,
+            )
+            for layer, skip in enumerate(linear)
         ]
         self.states = {
             layer: DeltaState.empty(config, dtype, device)

@@ -46,6 +46,7 @@ class CheckpointStore:
             self._host[index] = x
             return
         self._let_go()
+        x = x.contiguous()  # else torch makes a copy on the side stream, where nobody plans for it
         room = host_room(x)
         event = self._copies.start([(room, x)])
         self._host[index] = room

@@ -23,9 +23,9 @@ not among them."""
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _attention(config: ModelConfig) -> Shapes:
+def _attention(config: ModelConfig, layer: int) -> Shapes:
     hidden, dim = config.hidden_size, config.head_dim
-    width, kv_width = config.num_attention_heads * dim, config.num_key_value_heads * dim
+    width, kv_width = config.heads(layer) * dim, config.kv_heads(layer) * dim
     q_width = width * (2 if config.attention_gate else 1)
     shapes: Shapes = {
         "q_proj.weight": (q_width, hidden),
@@ -100,7 +100,7 @@ def layer_tensors(config: ModelConfig, layer: int = 0) -> Shapes:
     """Name below `model.layers.N.` -> shape, for the parameters of layer `layer`."""
     linear = config.layer_types[layer] == "linear_attention"
     room, mixer = (
-        ("linear_attn", _delta_net(config)) if linear else ("self_attn", _attention(config))
+        ("linear_attn", _delta_net(config)) if linear else ("self_attn", _attention(config, layer))
     )
     inner = config.intermediate_size
     mlp = (

@@ -7,6 +7,7 @@ code writes cannot look right by luck.
 
 import os
 import random
+import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,13 @@ torch.set_num_threads(1)
 FIXTURES = Path(__file__).parent / "fixtures"
 PEERS = ("transformers", "peft", "bitsandbytes", "xllamacpp")
 MISSING_PEERS = [name for name in PEERS if find_spec(name) is None]
+
+# A shell that runs the tests in the background, or `nohup`, hands these down ignored; the tests of
+# signals mean a process that takes them, as do the processes that they start.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Triton reads this when a kernel is defined: it has to be set before any test module is imported.
 if not torch.cuda.is_available():

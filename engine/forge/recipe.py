@@ -144,11 +144,11 @@ class _Forge:
         """Write the rows to train on and those held out, once for every cycle."""
         config, folder = self.settings.training, self.root / "data"
         folder.mkdir(exist_ok=True)
-        if self.settings.domain is not None:
-            files = _domain(self.settings.domain, folder)
+        files = _domain(self.settings.domain, folder)
+        if len(files) == 2:
             rows, held = load_rows(files[0]), load_rows(files[1])
         else:
-            rows = load_rows(list(config.data), config.min_rating, config.category)
+            rows = load_rows(files or list(config.data), config.min_rating, config.category)
             if config.eval_data:
                 held = load_rows(list(config.eval_data))
             else:
@@ -232,17 +232,24 @@ class _Forge:
         return found
 
 
-def _domain(domain: str, folder: Path) -> tuple[Path, Path]:
-    """The files to train on and to hold out, of a data set by name or of a folder that has both."""
+def _domain(domain: str | None, folder: Path) -> list[Path]:
+    """The files of a data set: one to split, or one to train on and one to hold out.
+
+    `domain` is a name, a file, or a folder that has both; None has no files of its own.
+    """
+    if domain is None:
+        return []
     if domain == "docstrings":
         train, _, heldout, _ = write_docstrings(folder / "docstrings")
-        return train, heldout
+        return [train, heldout]
     place = Path(domain)
-    files = place / "train.jsonl", place / "heldout.jsonl"
+    if place.is_file():
+        return [place]
+    files = [place / "train.jsonl", place / "heldout.jsonl"]
     if not all(file.is_file() for file in files):
         raise ConfigError(
-            f"--domain is {domain!r}; expected {', '.join(DOMAINS)}, or a folder with a "
-            "train.jsonl and a heldout.jsonl."
+            f"--domain is {domain!r}; expected {', '.join(DOMAINS)}, a file of rows, or a folder "
+            "with a train.jsonl and a heldout.jsonl."
         )
     return files
 

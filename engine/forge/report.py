@@ -85,7 +85,7 @@ def draw(results: dict[str, Any], target: Path) -> bool:
         values = [results["baseline"]["perplexity"], *control]
         axes.plot(places, values, "s--", label="trained without pruning")
     axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name, _ in found])
-    axes.set(ylabel="held-out perplexity")
+    axes.set(ylabel="held-out perplexity", yscale="log")
     axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()

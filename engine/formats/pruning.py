@@ -179,7 +179,7 @@ def head_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
     """
     if config.layer_types[layer] == "linear_attention":
         return config.linear_num_value_heads, config.linear_value_head_dim
-    return config.num_attention_heads, config.head_dim
+    return config.heads(layer), config.head_dim
 
 
 def columns_of(heads: Sequence[int], head_dim: int) -> list[int]:

@@ -24,6 +24,7 @@ from engine.formats.checkpoint import Checkpoint
 from engine.formats.pruning import HeadMap
 from engine.prune.heads import Heads, Indices
 from models.config import ModelConfig
+from models.head_counts import PER_LAYER
 
 
 class Slices:
@@ -66,13 +67,15 @@ class Slices:
 class SmallerCheckpoint:
     """A checkpoint without the pruned heads; see `engine.formats.checkpoint.Checkpoint`."""
 
-    def __init__(self, source: Checkpoint, slices: Slices, counts: dict[str, int]) -> None:
-        """`counts` are what the configuration says of the heads that every layer keeps."""
+    def __init__(self, source: Checkpoint, slices: Slices, counts: Mapping[str, Any]) -> None:
+        """`counts` are what the configuration says of the heads that the layers keep."""
         self._source, self._slices = source, slices
         raw = source.raw_config
         nested = raw.get("text_config")  # of a model that has other parts beside its decoder
         self.raw_config = (
-            raw | {"text_config": nested | counts} if isinstance(nested, dict) else raw | counts
+            raw | {"text_config": _counted(nested, counts)}
+            if isinstance(nested, dict)
+            else _counted(raw, counts)
         )
         self.config = ModelConfig.from_dict(self.raw_config)
 
@@ -87,6 +90,30 @@ class SmallerCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slices.cut_shape(name, self._source.shape(name))
+
+
+def _counted(raw: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with `counts`; numbers for each layer do not outlive one for all of them."""
+    stale = PER_LAYER if "num_attention_heads" in counts else ()
+    return {key: value for key, value in raw.items() if key not in stale} | dict(counts)
+
+
+def counts_per_layer(
+    config: ModelConfig, layers: Sequence[Heads], off: Mapping[int, Sequence[int]]
+) -> dict[str, Any]:
+    """Keys of the configuration of a model whose layers lose the heads `off`, each its own.
+
+    Layers without attention have the largest numbers in the lists, where nothing reads them.
+    """
+    left = {}
+    for heads in layers:
+        gone = set(off.get(heads.layer, ()))
+        left[heads.layer] = heads.heads - len(gone), heads.kv_heads - len(heads.dead_groups(gone))
+    most = tuple(map(max, zip(*left.values(), strict=True)))
+    counts: dict[str, Any] = dict(layers[0].counts(*most))
+    for place, key in enumerate(PER_LAYER):
+        counts[key] = [left.get(n, most)[place] for n in range(config.num_hidden_layers)]
+    return counts
 
 
 def refuse_indivisible(config: ModelConfig, heads: int, source: Path) -> None:

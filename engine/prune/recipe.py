@@ -24,11 +24,17 @@ from engine.formats.pruning import (
     read_pruning,
     sealed,
 )
-from engine.prune.apply import Slices, SmallerCheckpoint, refuse_indivisible, still_off
+from engine.prune.apply import (
+    Slices,
+    SmallerCheckpoint,
+    counts_per_layer,
+    refuse_indivisible,
+    still_off,
+)
 from engine.prune.delta_heads import delta_heads
 from engine.prune.heads import Heads, attention_heads, refuse_uncut
 from engine.prune.heat_map import HEAT_MAP, draw
-from engine.prune.report import describe, off_heads
+from engine.prune.report import LOADS_IN, describe, off_heads
 from engine.prune.scores import METRICS, NEED_DATA, LayerScores, Metric, weight_scores
 from engine.prune.selection import Granularity, Rules, Scope, Selection, select
 
@@ -53,6 +59,9 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 class PruneSettings:
     """Everything that decides which heads go and how. `protect` counts from the end below 0.
 
+    With `per_layer` a structural cut may take another number out of each layer; no other program
+    loads what is written then.
+
     `data`, `calibration_rows`, `max_length`, `device` and `dtype` are of the metrics that run the
     model; with `quantize` the values are scored that a model quantised so computes with.
     """
@@ -66,6 +75,7 @@ class PruneSettings:
     min_heads: int = 1
     min_kv_heads: int = 1
     protect: Sequence[int] = ()
+    per_layer: bool = False
     allow_shortfall: bool = False
     seed: int = 0
     data: Sequence[str | Path] = ()
@@ -100,6 +110,11 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
             f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "
             "with --data, or use --metric l2 or ov, which need none."
         )
+    if settings.per_layer and (settings.mode, settings.heads) != ("structural", "attention"):
+        raise ConfigError(
+            "--per-layer lets a structural cut take another number of attention heads out of each "
+            "layer: it goes with --mode structural, and not with --heads delta."
+        )
     if output is not None:
         durable.refuse_occupied(Path(output))
     checkpoint = open_checkpoint(model)
@@ -116,6 +131,11 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
         "model": str(model),
         "base_digest": checkpoint.digest(),
     }
+    if settings.per_layer:
+        record["per_layer"] = True
+    kept = checkpoint.config.num_attention_heads_per_layer  # lists that an earlier cut has written
+    if settings.per_layer or (kept and not (rules.uniform and settings.heads == "attention")):
+        record["loads_in"] = LOADS_IN
     if settings.metric in NEED_DATA:
         record["calibration_rows"] = settings.calibration_rows
         record["data"] = [str(path) for path in settings.data]
@@ -139,7 +159,8 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
         min_heads=settings.min_heads,
         min_kv_heads=settings.min_kv_heads,
         protected=frozenset(protected),
-        uniform=settings.mode == "structural",
+        uniform=settings.mode == "structural" and not settings.per_layer,
+        regular=settings.per_layer,
         allow_shortfall=settings.allow_shortfall,
     )
 
@@ -188,7 +209,7 @@ def _write(
     if mode == "mask" and isinstance(checkpoint, MaskedCheckpoint):
         source = checkpoint.whole  # an earlier mask stays one that can be taken off
     if mode == "structural":
-        source, left = _smaller(checkpoint, scored, choice)
+        source, left = _smaller(checkpoint, scored, choice, settings.per_layer)
         off = _others(checkpoint, layers) | left
     slices = Slices(layers, {layer: set(heads) for layer, heads in off.items()})
     record = sealed(record | {"pruned_heads": head_map(off)})
@@ -211,16 +232,19 @@ def _write(
 
 
 def _smaller(
-    checkpoint: Checkpoint, scored: list[LayerScores], choice: Selection
+    checkpoint: Checkpoint, scored: list[LayerScores], choice: Selection, per_layer: bool
 ) -> tuple[Any, HeadMap]:
     """The checkpoint without the chosen heads, and what in it is off all the same."""
     layers = [s.heads for s in scored]
-    first = layers[0]
-    gone = set(choice.heads[first.layer])
-    heads = first.heads - len(gone)
-    counts = first.counts(heads, first.kv_heads - len(first.dead_groups(gone)))
-    if "num_attention_heads" in counts:
-        refuse_indivisible(checkpoint.config, heads, checkpoint.path)
+    if per_layer:
+        counts = counts_per_layer(checkpoint.config, layers, choice.heads)
+    else:
+        first = layers[0]
+        gone = set(choice.heads[first.layer])
+        heads = first.heads - len(gone)
+        counts = first.counts(heads, first.kv_heads - len(first.dead_groups(gone)))
+        if "num_attention_heads" in counts:
+            refuse_indivisible(checkpoint.config, heads, checkpoint.path)
     off = {layer: set(found) for layer, found in choice.heads.items()}
     dead = {s.heads.layer: tuple(sorted(s.dead)) for s in scored}
     smaller = SmallerCheckpoint(checkpoint, Slices(layers, off, cut=True), counts)

@@ -8,6 +8,11 @@ from engine.formats.pruning import HeadMap, head_map
 from engine.prune.scores import LayerScores, Metric
 from engine.prune.selection import Rules, Selection
 
+LOADS_IN = (
+    "this engine alone: config.json gives the number of heads layer by layer, in lists that no "
+    "other program reads"
+)
+
 
 def describe(
     layers: list[LayerScores], rules: Rules, choice: Selection, metric: Metric, mode: str
@@ -84,9 +89,12 @@ def table(record: dict[str, Any]) -> str:
     if units["removed"] < units["asked"]:
         lines.append(f"Fewer than asked by {units['asked'] - units['removed']}.")
     emptied = [str(layer["layer"]) for layer in record["layers"] if _loses_most(layer)]
-    if emptied and record["scope"] == "global" and record["mode"] != "structural":
+    free = record["mode"] != "structural" or record.get("per_layer", False)
+    if emptied and record["scope"] == "global" and free:
         lines.append(
             f"More than half of the heads of layer {', '.join(emptied)} go; --scope layer or a "
             "larger --min-heads spreads them over all layers."
         )
+    if "loads_in" in record:
+        lines.append(f"Loads in {record['loads_in']}.")
     return "\n".join(lines)

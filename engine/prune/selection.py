@@ -10,19 +10,23 @@ that are closest to one more. With granularity "kv-group" what is taken is a key
 query heads that read it, and its score is their sum.
 
 A uniform choice takes the same number out of every key/value group of every layer (or the same
-number of groups), so that one number of heads describes the whole model.
+number of groups), so that one number of heads describes the whole model. A regular choice lets
+layers differ, and leaves every key/value head of a layer with the same number of query heads
+(`engine.prune.regular`). Both cut weights out, so they count every head that the weights have: what
+does nothing goes first.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from engine.errors import ConfigError
 from engine.formats.pruning import HeadMap
+from engine.prune.regular import Cut, cheapest, regular_cuts
 from engine.prune.scores import LayerScores
 
 Scope = Literal["global", "layer"]
@@ -40,6 +44,7 @@ class Rules:
     min_kv_heads: int = 1
     protected: frozenset[int] = frozenset()
     uniform: bool = False
+    regular: bool = False
     allow_shortfall: bool = False
 
     def __post_init__(self) -> None:
@@ -52,7 +57,7 @@ class Rules:
         if self.uniform and self.protected:
             raise ConfigError(
                 "--mode structural takes the same heads out of every layer, so no layer can be "
-                "protected. Use --mode zero, or leave out --protect."
+                "protected. Use --per-layer or --mode zero, or leave out --protect."
             )
 
 
@@ -93,6 +98,8 @@ def select(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     """
     if rules.uniform:
         return _uniform(layers, rules)
+    if rules.regular:
+        return _regular(layers, rules)
     units = {s.heads.layer: _units(s, rules.granularity) for s in layers}
     total = sum(map(len, units.values()))
     count = wanted_units(rules.fraction, total)
@@ -223,7 +230,8 @@ def _uniform(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     if len(shapes) > 1:
         raise ConfigError(
             "--mode structural needs the same number of heads in every layer, and this model has "
-            f"{', '.join(f'{h} with {k} key/value heads' for h, k in sorted(shapes))}."
+            f"{', '.join(f'{h} with {k} key/value heads' for h, k in sorted(shapes))}. Use "
+            "--per-layer, which lets layers differ."
         )
     ((heads, kv_heads),) = shapes
     size, whole = heads // kv_heads, rules.granularity == "kv-group"
@@ -242,12 +250,45 @@ def _uniform(layers: Sequence[LayerScores], rules: Rules) -> Selection:
             f"takes the same from each. "
             + (f"It can take {steps}. " if steps else "Nothing can go. ")
             + "Nothing was written. Ask for one of these, take less with --allow-shortfall, or use "
-            "--mode zero, which takes any number."
+            "--mode zero, which takes any number; --per-layer lets layers differ."
         )
     chosen = {s.heads.layer: _lowest(s, count, whole) for s in layers}
     quota = count * per_piece // len(layers)
     quotas = dict.fromkeys((s.heads.layer for s in layers), quota)
     return Selection(chosen, total, wanted, count * per_piece, quotas)
+
+
+def _regular(layers: Sequence[LayerScores], rules: Rules) -> Selection:
+    """The least important heads that leave every layer regular, exactly as many as asked for."""
+    whole = rules.granularity == "kv-group"
+    # Cut weights count every head there is, as if all were alive.
+    units = {s.heads.layer: _units(replace(s, dead=frozenset()), rules.granularity) for s in layers}
+    total = sum(map(len, units.values()))
+    count = wanted_units(rules.fraction, total)
+    quotas = _quotas(units, rules, count) if rules.scope == "layer" else {}
+    cuts = [
+        {0: Cut()}
+        if s.heads.layer in rules.protected
+        else regular_cuts(s, whole, rules.min_heads, rules.min_kv_heads)
+        for s in layers
+    ]
+    wanted = [quotas.get(s.heads.layer, 0) for s in layers] if quotas else None
+    taken = cheapest(cuts, count, wanted)
+    removed = sum(taken)
+    if removed < count and not (rules.allow_shortfall and removed):
+        kind = "key/value groups" if whole else "heads"
+        kept = f"--min-heads {rules.min_heads}, --min-kv-heads {rules.min_kv_heads}"
+        if rules.protected:
+            kept += f", {len(rules.protected)} protected layers"
+        raise ConfigError(
+            f"--fraction {rules.fraction:g} asks for {count} {kind}; with {kept} and the same "
+            f"number of query heads for every key/value head of a layer, {removed or 'nothing'} "
+            "can go. Nothing was written. Ask for another fraction, lower what must stay, or take "
+            "what there is with --allow-shortfall."
+        )
+    pairs = zip(layers, cuts, taken, strict=True)
+    heads = {s.heads.layer: found[gone].heads for s, found, gone in pairs if gone}
+    return Selection(heads, total, count, removed, quotas)
 
 
 def _most_pieces(heads: int, kv_heads: int, rules: Rules) -> int:

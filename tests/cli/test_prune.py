@@ -69,6 +69,7 @@ def test_a_shortfall_that_is_allowed_is_told(
         (["--fraction", "0.5", "--report-only", "--protect", "2"], "layers 0 to 1"),
         (["--fraction", "0.5", "--report-only", "--metric", "gradient"], "--data"),
         (["--fraction", "0.5", "--report-only", "--metric", "l3"], "l3"),
+        (["--fraction", "0.5", "--report-only", "--per-layer"], "goes with --mode structural"),
     ],
 )
 def test_bad_options_are_told_in_one_paragraph(
@@ -77,3 +78,17 @@ def test_bad_options_are_told_in_one_paragraph(
     assert main(["prune", "--model", str(golden("llama")), *words]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_cut_layer_by_layer_says_that_no_other_program_loads_it(
+    golden: Golden, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["--model", str(golden("llama")), "--output", str(out), "--fraction", "0.25"]
+    assert main(["prune", *words, "--mode", "structural", "--per-layer"]) == 0
+    text = capsys.readouterr().out
+    assert "Loads in this engine alone: config.json gives the number of heads" in text
+    assert "this engine alone" in json.loads((out / "pruning.json").read_text())["loads_in"]
+    assert main(["prune", "--help"]) == 0
+    described = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Only this engine loads it." in described

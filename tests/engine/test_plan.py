@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.budget import require_room
 from engine.config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
@@ -22,6 +25,7 @@ from models.registry import expected_tensors
 
 Rows = Callable[..., Path]
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -128,6 +132,38 @@ def test_what_cannot_fit_is_refused_with_the_amount_and_three_ways_out() -> None
     assert "--memory-budget" in text
 
 
+def test_a_refusal_plans_the_least_settings_and_the_ways_out_alone() -> None:
+    make, made = planner("qwen3-0.6b"), []
+
+    def counted(config: TrainConfig) -> MemoryPlan:
+        made.append(config)
+        return make(config)
+
+    with pytest.raises(MemoryPlanError, match="too much"):
+        choose(settings(batch_size=8, max_length=4096), GIB // 2, counted)
+    # One tells what levers there are, one pulls them all, and two ways out are to be priced.
+    assert len(made) == 4
+    assert max(config.max_length * config.batch_size for config in made) == 64
+
+
+def test_the_first_plan_of_a_process_is_that_of_every_later_one() -> None:
+    # What torch and the kernels make once must not be counted, nor be kept until it is collected.
+    script = (
+        "import gc, torch; gc.disable()\n"
+        "from engine.config import TrainConfig\n"
+        "from engine.model_presets import preset_config\n"
+        "from engine.plan import plan\n"
+        "config = TrainConfig(model='m', data='d', max_length=8, gradient_checkpointing='full')\n"
+        "model = preset_config('qwen3-8b')\n"
+        "for _ in range(2):\n"
+        "    print(plan(model, config, card=True, dtype=torch.bfloat16).step.owners)\n"
+    )
+    words = [sys.executable, "-c", script]
+    out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+    first, second = out.stdout.splitlines()
+    assert first == second
+
+
 def test_the_longest_row_fits_and_one_step_longer_does_not() -> None:
     make = planner("smollm2-135m")
     config = settings(batch_size=1, gradient_checkpointing="full")
@@ -179,6 +215,44 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
     with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
         train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
+
+
+@pytest.fixture
+def plans_of_budget(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Fills with the settings of every plan that a run's budget makes."""
+    made = []
+
+    def counted(model: Any, config: TrainConfig, **options: Any) -> MemoryPlan:
+        made.append(config)
+        return plan(model, config, **options)
+
+    monkeypatch.setattr("engine.budget.plan", counted)
+    return made
+
+
+def test_a_run_of_which_no_row_fits_is_refused_before_rows_are_read(
+    tiny_model: Path,
+    write_rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plans_of_budget: list[Any],
+) -> None:
+    monkeypatch.setattr("engine.prepare.read_rows", lambda *args: pytest.fail("rows were read"))
+    config = run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB")
+    with pytest.raises(MemoryPlanError, match="Ways out"):
+        train(changed(config, memory_budget=GIB >> 11), console=False)
+    assert len(plans_of_budget) == 4
+
+
+def test_a_run_that_levers_would_fit_is_sent_to_the_search(plans_of_budget: list[Any]) -> None:
+    model = preset_config("qwen3-8b")
+    assert model is not None
+    card, config = torch.device("cuda"), settings(memory_budget="4GiB")
+    with pytest.raises(MemoryPlanError, match="`engine plan` with the same settings finds some"):
+        require_room(config, model, card, torch.bfloat16)
+    assert len(plans_of_budget) == 2
+    require_room(changed(config, memory_budget=12 * GIB), model, card, torch.bfloat16)
+    assert len(plans_of_budget) == 3
 
 
 def test_a_step_that_goes_over_the_budget_is_stopped(

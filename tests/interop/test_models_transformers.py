@@ -95,6 +95,17 @@ def test_adapter_and_merged_model_give_our_logits_in_peft(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_transformers_writes_of_a_family_is_read(family: str, tmp_path: Path) -> None:
+    other = peer(GOLDEN / family)
+    other.save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    ids = ids_of(model.config.vocab_size, 2, 40)
+    tolerance = 2e-4 if "linear_attention" in model.config.layer_types else 2e-5
+    assert float((model(ids) - other(ids).logits).abs().max()) <= tolerance
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_equals_that_of_transformers(smollm2_directory: Path, penalty: float) -> None:
     model, other = load_model(smollm2_directory), peer(smollm2_directory)

@@ -24,6 +24,14 @@ def peer(directory: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
+def test_a_model_cut_layer_by_layer_is_refused_and_not_misread(tmp_path: Path) -> None:
+    settings = PruneSettings(0.25, mode="structural", per_layer=True)
+    prune(GOLDEN / "llama", tmp_path / "out", settings)
+    assert load_model(tmp_path / "out")(IDS).isfinite().all()
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        peer(tmp_path / "out")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", ["head", "kv-group"])
 @pytest.mark.parametrize("mode", ["zero", "structural"])

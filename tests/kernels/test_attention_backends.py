@@ -6,6 +6,7 @@ order of arguments, layouts, masks, groups of heads and what is kept for backwar
 and that CUDA's functions mean what is written here, are not. That last is tried at run time.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import attention_backends
-from kernels.attention import AttentionPlan, attention, attention_forward
+from kernels.attention import (
+    AttentionPlan,
+    attention,
+    attention_backward,
+    attention_forward,
+)
 from kernels.attention_backends import BACKENDS, Kind, explain, select, trial
 
 CPU = torch.device("cpu")
@@ -323,6 +329,42 @@ def test_heads_in_several_calls_give_what_one_call_gives(
         grads = torch.autograd.grad(out.square().sum(), (q, k, v))
         results.append([out.detach(), *grads])
     assert emulated.calls.count("flash_forward") == 1 + 2
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_frugal_batch_takes_its_heads_in_equal_parts() -> None:
+    plan = dataclasses.replace(plan_of((4096,)), frugal=True)
+    q, k = (torch.empty(4096, h, 128, device="meta") for h in (32, 8))
+    slices = attention_backends._head_slices(q, k, plan)
+    assert [s[1] for s in slices] == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert sum(q[:, heads].shape[1] for heads, _ in slices) == 32
+    for heads, _ in slices:
+        assert (4096 + 128) * q[:, heads].shape[1] * 128 <= attention_backends._FRUGAL_ELEMENTS
+    assert len(attention_backends._head_slices(q, k, plan_of((4096,)))) == 1
+    long = dataclasses.replace(plan_of((500_000,)), frugal=True)
+    many, few = (torch.empty(500_000, h, 128, device="meta") for h in (32, 8))
+    # One group is more than the limit: a call for each, and no refusal.
+    assert len(attention_backends._head_slices(many, few, long)) == 8
+
+
+def test_a_frugal_batch_gives_what_any_other_gives(
+    emulated: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backends, "_FRUGAL_ELEMENTS", 600 * 2 * 32)
+    values = [torch.randn(196, h, 32) for h in (6, 3, 3, 6)]
+    results = []
+    for frugal in (False, True):
+        plan = dataclasses.replace(plan_of(PACKED), frugal=frugal)
+        q, k, v, do = (x.clone() for x in values)
+        out, saved = attention_forward(q, k, v, plan, None, 32**-0.5, "flash")
+        wide = torch.full((196, 12, 32), float("nan"))
+        into = (wide[:, :6], wide[:, 6:9], wide[:, 9:])
+        grads = attention_backward(
+            do, q, k, v, out, saved, plan, None, 32**-0.5, into, backend="flash"
+        )
+        assert all(mine is given for mine, given in zip(grads, into, strict=True))
+        results.append([out, *into])
+    assert emulated.calls.count("flash_forward") == 1 + 3
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 

@@ -43,6 +43,43 @@ def test_bad_value_is_refused_by_name(change: dict[str, Any], words: list[str]) 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+HEADS, KV_HEADS = "num_attention_heads_per_layer", "num_key_value_heads_per_layer"
+UNEVEN = {HEADS: [4, 3], KV_HEADS: [2, 1]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({HEADS: [4]}, [HEADS, "2 numbers"]),
+        ({KV_HEADS: [2, 1, 1]}, [KV_HEADS, "2 numbers"]),
+        ({HEADS: 4}, [HEADS, "2 numbers"]),
+        ({HEADS: [4, 0]}, [HEADS, "0 for layer 1", "from 1"]),
+        ({KV_HEADS: [2, 0]}, [KV_HEADS, "0 for layer 1"]),
+        ({HEADS: [4, 5]}, [HEADS, "5 for layer 1"]),
+        ({HEADS: [4, 2.0]}, [HEADS, "2.0"]),
+        ({HEADS: [4, True]}, [HEADS, "True"]),
+        ({KV_HEADS: [2, 2]}, [HEADS, "3 for layer 1", "divide"]),
+        ({HEADS: [2, 2]}, ["num_attention_heads is 4", "is 2"]),
+        ({HEADS: None}, [KV_HEADS, HEADS, "without"]),
+        ({"head_dim": None}, [HEADS, "head_dim"]),
+    ],
+)
+def test_heads_layer_by_layer_are_checked(change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig.from_dict(BASE | UNEVEN | change)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_heads_layer_by_layer_are_those_of_the_layer() -> None:
+    config = ModelConfig.from_dict(BASE | {"num_key_value_heads": 3} | UNEVEN | {KV_HEADS: [2, 3]})
+    assert [config.heads(layer) for layer in (0, 1)] == [4, 3]
+    assert [config.kv_heads(layer) for layer in (0, 1)] == [2, 3]
+    assert config.period == 2
+    assert [config.with_layers(5).heads(layer) for layer in range(5)] == [4, 3, 4, 3, 4]
+    plain = ModelConfig.from_dict(BASE)
+    assert (plain.heads(1), plain.kv_heads(1), plain.period) == (4, 2, 1)
+
+
 def test_qwen3_head_dim_defaults_to_128() -> None:
     raw = {k: v for k, v in BASE.items() if k != "head_dim"} | {"model_type": "qwen3"}
     assert ModelConfig.from_dict(raw).head_dim == 128

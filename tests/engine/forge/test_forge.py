@@ -115,10 +115,23 @@ def test_training_never_sees_a_held_out_row(make: Make) -> None:
     assert not train & heldout
 
 
-def test_structural_cycles_make_the_model_smaller(make: Make) -> None:
+def test_a_domain_is_a_file_to_split_or_a_folder_with_both_files(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = make("file", cycles=1, domain=str(write_rows(24)), samples=0)
+    forge(settings)
+    folder = settings.output_dir / "data"
+    whole = make("folder", cycles=1, domain=str(folder), samples=0)
+    forge(whole)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (folder / name).read_bytes() == (whole.output_dir / "data" / name).read_bytes()
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_structural_cycles_make_the_model_smaller(make: Make, per_layer: bool) -> None:
     settings = make(cycles=1)
     pruning = PruneSettings(
-        fraction=0.5, metric="l2", mode="structural", device="cpu", max_length=64
+        0.5, metric="l2", mode="structural", per_layer=per_layer, device="cpu", max_length=64
     )
     results = forge(ForgeSettings(settings.output_dir, settings.training, pruning, cycles=1))
     cycle = results["cycles"][0]
