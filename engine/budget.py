@@ -1,6 +1,6 @@
 """A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
 
-Before rows are read, one row of two tokens is planned, and a budget that cannot hold it is refused.
+Before rows are read, one row of 8 tokens is planned, and a budget that cannot hold it is refused.
 Before weights are read, so is the largest step that the run's rows can make. On a CUDA card the
 allocator gets the budget as its limit. On a CPU every step that is larger than those before it, and
 the first two, run under a `MemoryMeter` that stops the run at the budget. At the end the measured
@@ -39,7 +39,7 @@ _ALWAYS = 2
 def require_room(
     config: TrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Raise `MemoryPlanError` where the budget cannot hold one row of two tokens.
+    """Raise `MemoryPlanError` where the budget cannot hold one row of 8 tokens.
 
     `config.memory_budget` must be set. A budget that holds costs one plan, another a few more.
     """
@@ -52,9 +52,9 @@ def require_room(
         return
     require_any(config, budget, lambda other: made if other == least else make(other))
     raise MemoryPlanError(
-        f"This run needs {gib(made.total)} for one row of two tokens with full recomputation, "
-        f"{gib(made.total - budget)} more than the memory budget of {gib(budget)}. `engine plan` "
-        "with the same settings finds some that fit."
+        f"This run needs {gib(made.total)} for one row of {least.max_length} tokens with full "
+        f"recomputation, {gib(made.total - budget)} more than the memory budget of {gib(budget)}. "
+        "`engine plan` with the same settings finds some that fit."
     )
 
 

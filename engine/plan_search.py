@@ -23,6 +23,7 @@ from engine.plan_levers import NAMES, Lever, cost, ladder, pull
 LEVELS = ("none", "selective", "full")
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64
+LEAST_LENGTH = 8
 
 _HALVED_BATCH = 0.03
 """Assumed cost of halving a micro-batch, as a share of the step's time."""
@@ -204,8 +205,14 @@ def levers_of(config: TrainConfig, plan: Planner) -> list[Lever]:
 
 
 def least_step(config: TrainConfig) -> TrainConfig:
-    """The run with the levers as they are, cut to one row of two tokens: no row needs less."""
-    return changed(config, max_length=2, batch_size=1, accumulate=1, gradient_checkpointing="full")
+    """The run with the levers as they are, cut to one row as short as `max_length` may be."""
+    return changed(
+        config,
+        max_length=LEAST_LENGTH,
+        batch_size=1,
+        accumulate=1,
+        gradient_checkpointing="full",
+    )
 
 
 def require_any(config: TrainConfig, budget: int, plan: Planner) -> None:
