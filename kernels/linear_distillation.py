@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.int8 import dequantize_int8
 from kernels.linear_cross_entropy import Head, head_logits
 
 
@@ -58,8 +59,6 @@ def _through_head(dlogits: Tensor, head: Head) -> Tensor:
     """dlogits (n, V) times the head, (n, H)."""
     if isinstance(head, Tensor):
         return dlogits @ head
-    from kernels.int8 import dequantize_int8
-
     return dlogits @ dequantize_int8(head, dlogits.dtype)
 
 
