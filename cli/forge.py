@@ -8,7 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from cli.options import Json, Model
-from cli.prune import Granularity, Metric, Scope, _layers
+from cli.prune import (
+    AllowShortfall,
+    Granularities,
+    Granularity,
+    Metric,
+    MinHeads,
+    MinKVHeads,
+    PerLayer,
+    Protect,
+    Scope,
+    Scopes,
+    layer_numbers,
+)
 from cli.train import _sort_words
 
 app = typer.Typer(add_completion=False)
@@ -64,27 +76,13 @@ def forge_model(
     mode: Annotated[
         Mode, typer.Option(help="zero: same shapes; structural: smaller weights.")
     ] = Mode.zero,
-    scope: Annotated[
-        Scope, typer.Option(help="Rank all heads together, or those of each layer.")
-    ] = Scope.whole,
-    granularity: Annotated[
-        Granularity, typer.Option(help="Single heads, or key/value heads with all that read them.")
-    ] = Granularity.head,
-    min_heads: Annotated[int, typer.Option(min=1, help="Heads to leave in every layer.")] = 1,
-    min_kv_heads: Annotated[
-        int, typer.Option(min=1, help="Key/value heads to leave in every layer.")
-    ] = 1,
-    protect: Annotated[str, typer.Option(help="Layers to leave alone, such as 0,1,-1.")] = "",
-    per_layer: Annotated[
-        bool,
-        typer.Option(
-            "--per-layer",
-            help="With structural: another number from each layer. Only this engine loads it.",
-        ),
-    ] = False,
-    allow_shortfall: Annotated[
-        bool, typer.Option("--allow-shortfall", help="Prune fewer where the rules allow no more.")
-    ] = False,
+    scope: Scopes = Scope.whole,
+    granularity: Granularities = Granularity.head,
+    min_heads: MinHeads = 1,
+    min_kv_heads: MinKVHeads = 1,
+    protect: Protect = "",
+    per_layer: PerLayer = False,
+    allow_shortfall: AllowShortfall = False,
     calibration_rows: Annotated[
         int, typer.Option(min=1, help="Training rows that activation and gradient are measured on.")
     ] = 64,
@@ -123,7 +121,7 @@ def forge_model(
         granularity=granularity.value,
         min_heads=min_heads,
         min_kv_heads=min_kv_heads,
-        protect=_layers(protect),
+        protect=layer_numbers(protect),
         per_layer=per_layer,
         allow_shortfall=allow_shortfall,
         seed=training.seed,

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from engine.config_spelling import json_object
 from engine.errors import ConfigError
 
 
@@ -42,14 +43,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 def template_kwargs(text: str | None) -> dict[str, Any]:
     """The variables that `--chat-template-kwargs` gives. Raises `ConfigError`."""
-    if text is None:
-        return {}
-    import json
-
     try:
-        found = json.loads(text)
+        found = json_object(text)
     except ValueError as error:
-        raise ConfigError(f"--chat-template-kwargs {text!r} is not JSON: {error}.") from error
+        raise ConfigError(f"--chat-template-kwargs {text!r} {error}.") from error
     if not isinstance(found, dict):
         raise ConfigError(
             f"--chat-template-kwargs {text!r} should be a JSON object, such as "

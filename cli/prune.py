@@ -51,7 +51,28 @@ class Granularity(StrEnum):
     kv_group = "kv-group"
 
 
-def _layers(text: str) -> tuple[int, ...]:
+Scopes = Annotated[Scope, typer.Option(help="Rank all heads together, or those of each layer.")]
+Granularities = Annotated[
+    Granularity, typer.Option(help="Single heads, or key/value heads with all that read them.")
+]
+MinHeads = Annotated[int, typer.Option(min=1, help="Heads to leave in every layer.")]
+MinKVHeads = Annotated[int, typer.Option(min=1, help="Key/value heads to leave in every layer.")]
+Protect = Annotated[
+    str, typer.Option(help="Layers to leave alone, such as 0,1,-1 (-1 is the last).")
+]
+PerLayer = Annotated[
+    bool,
+    typer.Option(
+        "--per-layer",
+        help="With structural: another number from each layer. Only this engine loads it.",
+    ),
+]
+AllowShortfall = Annotated[
+    bool, typer.Option("--allow-shortfall", help="Prune fewer where the rules allow no more.")
+]
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as error:
@@ -77,32 +98,16 @@ def prune_heads(
             "smaller weights, the same in every layer."
         ),
     ] = Mode.zero,
-    per_layer: Annotated[
-        bool,
-        typer.Option(
-            "--per-layer",
-            help="With structural: another number from each layer. Only this engine loads it.",
-        ),
-    ] = False,
+    per_layer: PerLayer = False,
     heads: Annotated[
         Kind, typer.Option(help="Those of attention, or of DeltaNet layers, by their own rules.")
     ] = Kind.attention,
-    scope: Annotated[
-        Scope, typer.Option(help="Rank all heads together, or those of each layer.")
-    ] = Scope.whole,
-    granularity: Annotated[
-        Granularity, typer.Option(help="Single heads, or key/value heads with all that read them.")
-    ] = Granularity.head,
-    min_heads: Annotated[int, typer.Option(min=1, help="Heads to leave in every layer.")] = 1,
-    min_kv_heads: Annotated[
-        int, typer.Option(min=1, help="Key/value heads to leave in every layer.")
-    ] = 1,
-    protect: Annotated[
-        str, typer.Option(help="Layers to leave alone, such as 0,1,-1 (-1 is the last).")
-    ] = "",
-    allow_shortfall: Annotated[
-        bool, typer.Option("--allow-shortfall", help="Prune fewer where the rules allow no more.")
-    ] = False,
+    scope: Scopes = Scope.whole,
+    granularity: Granularities = Granularity.head,
+    min_heads: MinHeads = 1,
+    min_kv_heads: MinKVHeads = 1,
+    protect: Protect = "",
+    allow_shortfall: AllowShortfall = False,
     data: Annotated[
         list[Path] | None, typer.Option(help="Calibration rows (JSONL or JSON); may repeat.")
     ] = None,
@@ -141,7 +146,7 @@ def prune_heads(
         granularity=granularity.value,
         min_heads=min_heads,
         min_kv_heads=min_kv_heads,
-        protect=_layers(protect),
+        protect=layer_numbers(protect),
         per_layer=per_layer,
         allow_shortfall=allow_shortfall,
         seed=seed,

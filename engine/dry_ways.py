@@ -74,7 +74,7 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
     expert = kernels.grouped_matmul.expert_weight
     decode_rows, tiles = kernels.int8.dequantize_int8, TiledMLP._tiles
     logits_of = kernels.linear_cross_entropy.head_logits
-    head_gradient = kernels.linear_cross_entropy._head_gradient
+    head_gradient = kernels.linear_cross_entropy.head_gradient
     chunks, all_finite = kernels.linear_cross_entropy._chunks, engine.load._all_finite
     products: dict[Any, float] = {}
 

@@ -85,7 +85,7 @@ def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor
     return out
 
 
-def _head_gradient(dlogits: Tensor, head: Head, scale: float, target: Tensor) -> None:
+def head_gradient(dlogits: Tensor, head: Head, scale: float, target: Tensor) -> None:
     """target (n, H) = scale * dlogits (n, V) times the head."""
     if isinstance(head, Tensor):
         torch.addmm(target, dlogits, head, beta=0, alpha=scale, out=target)
@@ -146,7 +146,7 @@ def _forward(
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
         losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
         if dhidden is not None:
-            _head_gradient(logits, head, scale, dhidden[part])
+            head_gradient(logits, head, scale, dhidden[part])
         if dweight is not None:
             _add_outer_(dweight, logits, hidden[part], scale)
     total = losses.sum(dtype=torch.float64) * scale

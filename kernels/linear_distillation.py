@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.int8 import dequantize_int8
-from kernels.linear_cross_entropy import Head, head_logits
+from kernels.linear_cross_entropy import Head, head_gradient, head_logits
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -41,8 +40,7 @@ class _LinearDistillation(torch.autograd.Function):
             log_q = head_logits(teacher_hidden[part], teacher_weight).to(wide).log_softmax(1)
             q = log_q.exp()
             losses[part] = log_q.sub_(log_p).mul_(q).sum(1)
-            dlogits = log_p.exp_().sub_(q).to(hidden.dtype)
-            dhidden[part] = _through_head(dlogits, weight)
+            head_gradient(log_p.exp_().sub_(q).to(hidden.dtype), weight, 1.0, dhidden[part])
         # The factor comes last: in fp16 a difference of probabilities could vanish under it.
         ctx.save_for_backward(dhidden)
         ctx.num_items = num_items
@@ -53,13 +51,6 @@ class _LinearDistillation(torch.autograd.Function):
         (dhidden,) = ctx.saved_tensors
         factor = (dloss / ctx.num_items).to(dhidden.dtype)
         return dhidden * factor, None, None, None, None, None
-
-
-def _through_head(dlogits: Tensor, head: Head) -> Tensor:
-    """dlogits (n, V) times the head, (n, H)."""
-    if isinstance(head, Tensor):
-        return dlogits @ head
-    return dlogits @ dequantize_int8(head, dlogits.dtype)
 
 
 def linear_distillation(
