@@ -4,9 +4,10 @@
     python -m bench.gpu_suite --smoke         the same code on tiny sizes, on a CPU in seconds
 
 Sections: the machine's limits; accuracy of every op at real sizes against float64; whole training
-steps of 8B models with random weights; where a step's time goes; the same steps through
-transformers + PEFT + bitsandbytes where they are installed; and the table of ops. Each has a share
-of the time, and unused time passes on. Items run in processes of their own (`bench.isolation`): one
+steps of 8B models with random weights; steps of small batches from CUDA graphs beside the same
+launch by launch; where a step's time goes; the same steps through transformers + PEFT +
+bitsandbytes where they are installed; and the table of ops. Each has a share of the time, and
+unused time passes on. Items run in processes of their own (`bench.isolation`): one
 that fails is recorded with its error and the others go on. After every section the results so far
 are written as `gpu_suite.json` and `gpu_suite.md`, to --output, else to $OUT if it is set, else to
 `bench/results`. Exit status 1 where an item failed.

@@ -28,6 +28,8 @@ from engine.trainer import train_step
 from kernels.scratch import release
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.layer_graphs import LayerGraphs
+from models.recorder import CudaRecorder
 from optim import AdamW8bit
 
 RANK = 16
@@ -35,22 +37,27 @@ RANK = 16
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A step: `documents` of `length` tokens each, at one recompute level."""
+    """A step: `documents` of `length` tokens each, at one recompute level.
+
+    With `graphs` the layers' launches are recorded once and repeated (`models.layer_graphs`).
+    """
 
     model: str
     documents: int
     length: int
     recompute: str
+    graphs: bool = False
 
     @classmethod
     def parse(cls, text: str) -> StepSpec:
-        """From `model documents x length recompute`, the form that `str` gives."""
-        model, size, recompute = text.split()
+        """From `model documents x length recompute [graphs]`, the form that `str` gives."""
+        model, size, recompute, *graphs = text.split()
         documents, length = size.split("x")
-        return cls(model, int(documents), int(length), recompute)
+        return cls(model, int(documents), int(length), recompute, graphs == ["graphs"])
 
     def __str__(self) -> str:
-        return f"{self.model} {self.documents}x{self.length} {self.recompute}"
+        plain = f"{self.model} {self.documents}x{self.length} {self.recompute}"
+        return f"{plain} graphs" if self.graphs else plain
 
     @property
     def tokens(self) -> int:
@@ -117,6 +124,10 @@ def build(
     """A random model that trains, at the step's recompute level, and its optimiser."""
     model = random_decoder(config, device, dtype, rank=RANK)
     model.set_recompute(spec.recompute)
+    if spec.graphs:
+        # Without a GPU the same passes run launch by launch.
+        recorder = CudaRecorder(device) if device.type == "cuda" else None
+        model.graphs = LayerGraphs(model.layers, recorder)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model, AdamW8bit(trained, lr=1e-4)
 
@@ -167,6 +178,26 @@ def measure_step(
         "first_step_seconds": times[0],
         "losses": losses,
     }
+
+
+def compare_graphs(
+    spec: StepSpec, device: torch.device, dtype: torch.dtype, *, small: bool, steps: int
+) -> dict[str, Any]:
+    """The step launch by launch, and from recorded launches: times, memory, losses apart."""
+    rows = {}
+    for name, graphs in (("launched", False), ("recorded", True)):
+        torch.manual_seed(0)
+        given = replace(spec, graphs=graphs)
+        rows[name] = measure_step(given, device, dtype, small=small, steps=steps)
+    launched, recorded = rows["launched"], rows["recorded"]
+    pairs = zip(launched["losses"], recorded["losses"], strict=True)
+    apart = max(abs(a - b) / abs(a) for a, b in pairs)
+    speedup = launched["seconds"] / recorded["seconds"]
+    return {**rows, "speedup": speedup, "losses_apart": apart, "passed": apart <= _LOSSES_APART}
+
+
+_LOSSES_APART = 1e-2
+"""Relative: attention's gradient adds up in no fixed order on a GPU, in 16 bit."""
 
 
 def summary(

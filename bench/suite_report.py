@@ -72,6 +72,29 @@ def _steps(done: Outcomes) -> str:
     return markdown(["step", "time", "tokens/s", "model FLOP utilisation", "peak GiB"], rows)
 
 
+def _graphs(done: Outcomes) -> str:
+    rows = []
+    for outcome in done:
+        data = outcome["data"]
+        ways = (data["launched"], data["recorded"])
+        peaks = [
+            "" if way["peak_memory_bytes"] is None else f"{way['peak_memory_bytes'] / 2**30:.2f}"
+            for way in ways
+        ]
+        rows.append(
+            [
+                outcome["item"],
+                *(seconds(way["seconds"]) for way in ways),
+                f"{data['speedup']:.2f}",
+                *peaks,
+                f"{data['losses_apart']:.1e}",
+            ]
+        )
+    return markdown(
+        ["step", "launched", "recorded", "ratio", "peak GiB", "recorded", "losses apart"], rows
+    )
+
+
 def _profile(done: Outcomes) -> str:
     text = ""
     for outcome in done:
@@ -121,6 +144,7 @@ _TABLES: dict[str, Callable[[Outcomes], str]] = {
     "roofline": _roofline,
     "accuracy": _accuracy,
     "steps": _steps,
+    "graphs": _graphs,
     "profile": _profile,
     "peers": _steps,
     "ops": _ops,

@@ -166,13 +166,33 @@ def _run_profile(item: str, options: Options) -> dict[str, Any]:
 def _profile_items(options: Options) -> list[str]:
     sizes = ("2x8",) if options["smoke"] else ("4x4096", "1x2048")
     profiles = [f"profile: {LLAMA} {size} none" for size in sizes]
+    if not options["smoke"]:
+        profiles.append(f"profile: {LLAMA} {sizes[-1]} none graphs")
     return [*profiles, f"host waits: {LLAMA} {sizes[-1]} none"]
+
+
+def _graph_items(options: Options) -> list[str]:
+    if options["smoke"]:
+        return [f"{LLAMA} 1x128 none"]
+    return [f"{model} 1x2048 none" for model in ("qwen3-0.6b", "qwen3-4b", LLAMA)]
+
+
+def _run_graphs(item: str, options: Options) -> dict[str, Any]:
+    small = options["smoke"]
+    return step.compare_graphs(
+        StepSpec.parse(item),
+        device_of(options),
+        dtype_of(options),
+        small=small,
+        steps=1 if small else 5,
+    )
 
 
 SECTIONS: dict[str, Section] = {
     "roofline": Section(0.5, lambda _: ["limits"], _run_roofline),
     "accuracy": Section(2.0, _accuracy_items, _run_accuracy),
     "steps": Section(2.5, _step_items, _run_step),
+    "graphs": Section(0.5, _graph_items, _run_graphs),
     "profile": Section(1.0, _profile_items, _run_profile),
     "peers": Section(1.5, _peer_items, _run_peer),
     "ops": Section(2.5, lambda options: list(_op_cases(options)), _run_op),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError, ConfigError
 from engine.formats.checkpoint import Checkpoint, open_checkpoint
-from kernels.grouped_matmul import ExpertWeights, planar_experts
+from kernels.grouped_matmul import planar_experts
 from kernels.int8 import quantize_int8
 from kernels.nf4 import quantize
 from kernels.nf4_layout import BLOCK, has_planar_order, to_planar
+from kernels.projection import QuantizedWeight
 from models.decoder import Decoder
-from models.experts import EXPERT_PROJECTIONS, Experts
+from models.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.host_memory import host_copy
 from models.layout import Layout
 from models.linear import Linear
 from models.lora import add_lora, load_adapter_tensors
-from models.offload import on_host
+from models.offload import Kind, on_host
 from models.registry import PROJECTIONS, graph_tensors
 
 if TYPE_CHECKING:
@@ -38,6 +39,49 @@ if TYPE_CHECKING:
 Quantization = Literal["nf4", "int8"]
 
 _PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What becomes of a layer's weights; those that are quantised may be `lent` to the host."""
+
+    quantization: Quantization | None
+    double_quant: bool
+    device: torch.device
+    dtype: torch.dtype
+    lent: bool
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """`weight` (out, in) in the order in which the device reads it."""
+        on_device = weight.to(self.device)
+        if self.quantization == "int8":
+            return self.kept(quantize_int8(on_device))
+        packed = quantize(on_device, double_quant=self.double_quant)
+        # The GPU kernels read their own order of the codes; the reference reads either.
+        planar = self.device.type == "cuda" and has_planar_order(packed)
+        return self.kept(to_planar(packed) if planar else packed)
+
+    def quantized_experts(self, leaf: str, tensor: Tensor) -> dict[str, QuantizedExperts]:
+        """All experts' weights (E, out, in) of one parameter, projection by projection."""
+        both = leaf == "gate_up_proj"
+        names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
+        # In 16 bits on a card all experts are one launch, which reads the planar order.
+        planar = self.device.type == "cuda" and self.dtype.itemsize == 2
+        whole = planar and tensor.shape[-1] % BLOCK == 0
+        found: dict[str, QuantizedExperts] = {}
+        for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
+            on_device = part.to(self.device)
+            if self.quantization == "int8":
+                found[name] = self.kept(tuple(quantize_int8(expert) for expert in on_device))
+                continue
+            packed = quantize(on_device, double_quant=self.double_quant)
+            del on_device
+            found[name] = self.kept(planar_experts(packed) if whole else packed)
+        return found
+
+    def kept(self, weight: Kind) -> Kind:
+        """`weight` where it is to lie."""
+        return on_host(weight) if self.lent else weight
 
 
 def build_model(
@@ -69,12 +113,12 @@ def build_model(
     with torch.device("meta"):
         model = Decoder(checkpoint.config)
     layout = Layout.of_names(checkpoint.config, checkpoint.names())
+    lent = weights_on_host and device.type == "cuda"
+    form = _Form(quantization, double_quant, device, dtype, lent)
     for name, shape in graph_tensors(checkpoint.config).items():
         tensor = layout.assemble(name, shape, checkpoint.tensor)
         if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
-            _place(model, name, tensor, quantization, double_quant, device, dtype)
-            if weights_on_host and device.type == "cuda":
-                _lend(model.get_submodule(name.rpartition(".")[0]))
+            _place(model, name, tensor, form)
         del tensor
         for part in layout.parts(name, shape):
             checkpoint.release(part)
@@ -100,12 +144,6 @@ def build_for(
         embedding_on_host=config.embedding_on == "host",
         weights_on_host="weights" in config.offload,
     )
-
-
-def _lend(module: nn.Module) -> None:
-    """Move a quantised weight that was just placed to the host's memory."""
-    if isinstance(module, Linear) and not isinstance(module.weight, Tensor):
-        module.set_weight(on_host(module.weight))
 
 
 def _place_outer(
@@ -141,55 +179,19 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _place(
-    model: Decoder,
-    name: str,
-    tensor: Tensor,
-    quantization: Quantization | None,
-    double_quant: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def _place(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     _require_finite(name, tensor)
-    if isinstance(module, Linear) and leaf == "weight":
-        if quantization and path.rsplit(".", 1)[-1] in PROJECTIONS:
-            on_device = tensor.to(device)
-            if quantization == "nf4":
-                packed = quantize(on_device, double_quant=double_quant)
-                # The GPU kernels read their own order of the codes; the reference reads either.
-                planar = device.type == "cuda" and has_planar_order(packed)
-                module.set_weight(to_planar(packed) if planar else packed)
-            else:
-                module.set_weight(quantize_int8(on_device))
-        else:
-            module.set_weight(_owned(tensor, device, dtype))
-        return
-    if isinstance(module, Experts) and quantization:
-        # In 16 bits on a card all experts are one launch, which reads the planar order.
-        planar = device.type == "cuda" and dtype.itemsize == 2
-        weights = _quantized_experts(leaf, tensor.to(device), quantization, double_quant, planar)
-        module.set_quantized(leaf, weights)
-        return
-    setattr(module, leaf, nn.Parameter(_owned(tensor, device, dtype), requires_grad=False))
-
-
-def _quantized_experts(
-    leaf: str, tensor: Tensor, quantization: Quantization, double_quant: bool, planar: bool
-) -> dict[str, ExpertWeights]:
-    """All experts' weights (E, out, in) of one parameter, quantised projection by projection."""
-    parts = tensor.chunk(2, 1) if leaf == "gate_up_proj" else (tensor,)
-    names = EXPERT_PROJECTIONS[:2] if leaf == "gate_up_proj" else (leaf,)
-    if quantization == "nf4":
-        packed = [quantize(part, double_quant=double_quant) for part in parts]
-        whole = planar and tensor.shape[-1] % BLOCK == 0
-        weights = [planar_experts(one) for one in packed] if whole else packed
-        return dict(zip(names, weights, strict=True))
-    return {
-        name: tuple(quantize_int8(expert) for expert in part)
-        for name, part in zip(names, parts, strict=True)
-    }
+    if isinstance(module, Experts) and form.quantization:
+        module.set_quantized(leaf, form.quantized_experts(leaf, tensor))
+    elif isinstance(module, Linear) and leaf == "weight":
+        small = form.quantization is None or path.rsplit(".", 1)[-1] not in PROJECTIONS
+        weight = _owned(tensor, form.device, form.dtype) if small else form.quantized(tensor)
+        module.set_weight(weight)
+    else:
+        owned = _owned(tensor, form.device, form.dtype)
+        setattr(module, leaf, nn.Parameter(owned, requires_grad=False))
 
 
 def _require_finite(name: str, tensor: Tensor) -> None:

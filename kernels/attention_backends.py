@@ -4,7 +4,7 @@
     cudnn       a batch of equal lengths    16 bit, no window                out, lse, seed, offset
     flash       boundaries (varlen)         16 bit, D <= 256, window         out, lse, state
     efficient   boundaries (varlen)         16 or 32 bit, window             out, lse, seed, offset
-    documents   one call per block          everything                       q, k, v (recomputes)
+    documents   one call per block          all but open plans               q, k, v (recomputes)
 
 The order is that of speed; cuDNN goes first only where torch's own chooser prefers it to flash for
 this problem. Nothing is decided by a version: a back end is used for a type, head count, head
@@ -65,7 +65,7 @@ class Backend:
 
 def _batched(x: Tensor, plan: AttentionPlan) -> Tensor:
     """(N, H, D) as (documents, H, T, D), for documents of equal length."""
-    return x.view(len(plan.bounds) - 1, -1, *x.shape[1:]).transpose(1, 2)
+    return x.view(plan.count, -1, *x.shape[1:]).transpose(1, 2)
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice,
     heads is already too large.
     """
     groups, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    rows = q.shape[0] + 128 * (len(plan.bounds) - 1)
+    rows = q.shape[0] + 128 * plan.count
     per_group = rows * groups * (-(-q.shape[2] // 32) * 32)
     if per_group >= _INT32_ELEMENTS:
         raise ValueError(
@@ -259,13 +259,17 @@ def _efficient_backward(
     return dq, dk, dv
 
 
+def _documents_suit(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
+    return plan.most is None
+
+
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_suits),
         Backend("flash", _flash_forward, _flash_backward, _flash_suits, writes=True),
         Backend("efficient", _efficient_forward, _efficient_backward, _efficient_suits),
-        Backend("documents", documents_forward, documents_backward, lambda *problem: True),
+        Backend("documents", documents_forward, documents_backward, _documents_suit),
     )
 }
 """By name, the fastest first."""
@@ -281,6 +285,7 @@ class Kind:
     kv_heads: int
     head_dim: int
     windowed: bool
+    open: bool = False
 
 
 _TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
@@ -299,14 +304,22 @@ def _sample(kind: Kind, name: str) -> tuple[AttentionPlan, int | None, list[Tens
     return plan, 37 if kind.windowed else None, [x.to(kind.device, kind.dtype) for x in values]
 
 
+def _opened(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
+    """The same documents, which the host does not know, and three empty ones."""
+    padded = [*plan.bounds, *[plan.bounds[-1]] * 3]
+    cu_seqlens = torch.tensor(padded, dtype=torch.int32, device=device)
+    return AttentionPlan.within(cu_seqlens, 2 * plan.longest)
+
+
 @cache
 def trial(name: str, kind: Kind) -> str:
     """ "ok", or why the back end `name` does not serve problems of `kind`."""
     plan, window, (q, k, v, do) = _sample(kind, name)
     backend, scale = BACKENDS[name], kind.head_dim**-0.5
+    given = _opened(plan, kind.device) if kind.open else plan
     try:
-        out, saved = backend.forward(q, k, v, plan, window, scale)
-        got = (out, *backend.backward(do, q, k, v, out, saved, plan, window, scale))
+        out, saved = backend.forward(q, k, v, given, window, scale)
+        got = (out, *backend.backward(do, q, k, v, out, saved, given, window, scale))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
@@ -333,8 +346,8 @@ def _torch_prefers_cudnn(kind: Kind) -> bool:
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
-def _kind(q: Tensor, k: Tensor, windowed: bool) -> Kind:
-    return Kind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed)
+def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> Kind:
+    return Kind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_)
 
 
 def _works(backend: Backend, kind: Kind) -> bool:
@@ -362,7 +375,7 @@ def select(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> Bac
         return BACKENDS[forced]
     if q.is_meta:
         return BACKENDS["flash" if _flash_suits(q, k, plan, window) else "documents"]
-    kind = _kind(q, k, plan.window(window) is not None)
+    kind = _kind(q, k, plan.window(window) is not None, plan.most is not None)
     for backend in BACKENDS.values():
         if backend.suits(q, k, plan, window) and _works(backend, kind):
             _announce(backend.name, kind)

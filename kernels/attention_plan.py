@@ -31,12 +31,14 @@ class Block:
 class AttentionPlan:
     """Document boundaries of one packed batch, on the device and as host integers.
 
-    A `frugal` batch prefers a small workspace to few calls.
+    A `frugal` batch prefers a small workspace to few calls. An open plan (`within`) is for launches
+    that are recorded once and run again for other documents: only the device knows the boundaries.
     """
 
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
     frugal: bool = False
+    most: tuple[int, int] | None = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -56,18 +58,40 @@ class AttentionPlan:
             )
         return cls(cu_seqlens.to(torch.int32), bounds, frugal)
 
+    @classmethod
+    def within(cls, cu_seqlens: Tensor, longest: int, frugal: bool = False) -> AttentionPlan:
+        """An open plan of (D + 1,) int32 boundaries that rise or stay: documents may be empty.
+
+        None has more than `longest` tokens. The boundaries are read when a kernel runs.
+        """
+        return cls(cu_seqlens, (), frugal, (cu_seqlens.shape[0] - 1, longest))
+
+    @property
+    def count(self) -> int:
+        """Documents, the empty ones of an open plan included."""
+        return len(self.bounds) - 1 if self.most is None else self.most[0]
+
     def documents(self) -> list[tuple[int, int]]:
-        """(start, end) of every document."""
+        """(start, end) of every document. Raises `RuntimeError` for an open plan."""
+        if self.most is not None:
+            raise RuntimeError(
+                "this attention reads document boundaries on the host, and only the device knows "
+                "those of recorded launches; use the flash or efficient back end"
+            )
         return list(pairwise(self.bounds))
 
     @cached_property
     def longest(self) -> int:
-        """Tokens of the longest document."""
+        """Tokens of the longest document, or more for an open plan."""
+        if self.most is not None:
+            return self.most[1]
         return max(end - start for start, end in self.documents())
 
     @cached_property
     def equal_length(self) -> int | None:
-        """Tokens of every document where all are equally long, else None."""
+        """Tokens of every document where all are known to be equally long, else None."""
+        if self.most is not None:
+            return None
         first = self.bounds[1]
         same = all(end - start == first for start, end in self.documents())
         return first if same else None

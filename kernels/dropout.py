@@ -4,7 +4,8 @@ The generator is counter-based: the 32-bit index of an element, keyed by the see
 two rounds of a 32-bit finaliser (multiply, xor-shift), and the element is kept where the result is
 at least p * 2^32. No state is advanced, so forward, recompute and backward draw the same mask,
 and a resumed run draws the mask of the run that was interrupted. The Triton kernel and the torch
-reference draw the same bits.
+reference draw the same bits. Both read the seed from the device's memory where it lies there, so
+that a recorded launch (a CUDA graph) draws anew when the seed is written anew.
 
     bits = mix(mix(low32(index) ^ low32(seed)) + high32(index) + high32(seed)),   y = x / (1 - p)
 
@@ -23,6 +24,9 @@ from torch import Tensor
 from kernels.dispatch import use_triton
 from kernels.triton_support import cdiv, jit, on_device, tl, triton
 
+Seed = int | Tensor
+"""63 bits: a number, or int64 without dimensions on the device of what is dropped."""
+
 _MUL1, _MUL2 = 0x7FEB352D, 0x846CA68B
 _CHUNK = 1 << 17
 BLOCK = 1024
@@ -32,6 +36,13 @@ BLOCK = 1024
 def _signed(word: int) -> int:
     """The 32 low bits of `word` as an int32 holds them."""
     return ((word & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def _on(device: torch.device, seed: Seed) -> Tensor:
+    """The seed in the device's memory."""
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _xor_shift_(x: Tensor, shift: int, work: Tensor) -> None:
@@ -48,7 +59,7 @@ def _mix_reference_(x: Tensor, work: Tensor) -> None:
 
 
 def _kept_chunks(
-    numel: int, p: float, seed: int, device: torch.device
+    numel: int, p: float, seed: Seed, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """(elements, mask) of every chunk, small enough for the cache; each mask is reused."""
     size = min(_CHUNK, numel)
@@ -56,19 +67,22 @@ def _kept_chunks(
     bits, work = torch.empty_like(index), torch.empty_like(index)
     keep = torch.empty(size, dtype=torch.bool, device=device)
     # Unsigned `bits >= threshold` is signed `bits ^ 2^31 >= threshold - 2^31`.
-    threshold = int(p * 2**32) - 2**31
+    least = int(p * 2**32) - 2**31
+    # Only the 32 low bits of these words count; int32 keeps them as it wraps.
+    seed = _on(device, seed)
+    low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
     for start in range(0, numel, _CHUNK):
         # A chunk never crosses a multiple of 2^32, so the high word is one number.
         part = slice(0, min(_CHUNK, numel - start))
         x, room = bits[part], work[part]
         torch.add(index[part], _signed(start), out=x)
-        _mix_reference_(x.bitwise_xor_(_signed(seed)), room)
-        _mix_reference_(x.add_(_signed((start >> 32) + (seed >> 32))), room)
+        _mix_reference_(x.bitwise_xor_(low), room)
+        _mix_reference_(x.add_(high + (start >> 32)), room)
         x.bitwise_xor_(_signed(1 << 31))
-        yield slice(start, start + x.numel()), torch.ge(x, threshold, out=keep[part])
+        yield slice(start, start + x.numel()), torch.ge(x, least, out=keep[part])
 
 
-def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
+def keep_mask(numel: int, p: float, seed: Seed, device: torch.device) -> Tensor:
     """Boolean (numel,): True with probability 1 - p, a pure function of (seed, index)."""
     mask = torch.empty(numel, dtype=torch.bool, device=device)
     for part, keep in _kept_chunks(numel, p, seed, device):
@@ -76,7 +90,7 @@ def keep_mask(numel: int, p: float, seed: int, device: torch.device) -> Tensor:
     return mask
 
 
-def _dropout_reference(x: Tensor, p: float, seed: int) -> Tensor:
+def _dropout_reference(x: Tensor, p: float, seed: Seed) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     flat, out, scale = x.view(-1), y.view(-1), 1.0 / (1.0 - p)
@@ -96,44 +110,43 @@ def mix(x):
 
 
 @jit
-def kept(index, seed_low, seed_high, threshold):
-    """Whether the elements at int64 `index` are kept; seed and threshold are words in int32."""
-    low = (index & 0xFFFFFFFF).to(tl.uint32)
-    high = (index >> 32).to(tl.uint32)
-    bits = mix(low ^ seed_low.to(tl.uint32, bitcast=True))
-    bits = mix(bits + high + seed_high.to(tl.uint32, bitcast=True))
+def kept(index, seed, threshold):
+    """Whether the elements at int64 `index` are kept; seed int64, threshold a word in int32."""
+    bits = mix(((index ^ seed) & 0xFFFFFFFF).to(tl.uint32))
+    bits = mix(bits + (index >> 32).to(tl.uint32) + (seed >> 32).to(tl.uint32))
     return bits >= threshold.to(tl.uint32, bitcast=True)
 
 
-# Words that change with every call must not make Triton compile anew.
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "threshold"])
+@triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 @no_type_check
-def dropout_kernel(x_ptr, y_ptr, numel, scale, seed_low, seed_high, threshold, BLOCK: tl.constexpr):
+def dropout_kernel(x_ptr, y_ptr, seed_ptr, numel, scale, threshold, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < numel
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
-    keep = kept(index, seed_low, seed_high, threshold)
+    keep = kept(index, tl.load(seed_ptr), threshold)
     y = tl.where(keep, x.to(tl.float32) * scale, 0.0)
     tl.store(y_ptr + index, y.to(x.dtype), mask=inside)
 
 
-def words(p: float, seed: int) -> tuple[int, int, int]:
-    """seed_low, seed_high and threshold as `kept` takes them."""
-    return _signed(seed), _signed(seed >> 32), _signed(int(p * 2**32))
+def threshold(p: float) -> int:
+    """The threshold as `kept` takes it."""
+    return _signed(int(p * 2**32))
 
 
-def _dropout_triton(x: Tensor, p: float, seed: int) -> Tensor:
+def _dropout_triton(x: Tensor, p: float, seed: Seed) -> Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
+        grid, place = (cdiv(x.numel(), BLOCK),), _on(x.device, seed)
+        scale = 1.0 / (1.0 - p)
         with on_device(x):
-            dropout_kernel[(cdiv(x.numel(), BLOCK),)](
-                x, y, x.numel(), 1.0 / (1.0 - p), *words(p, seed), BLOCK=BLOCK, num_warps=4
+            dropout_kernel[grid](
+                x, y, place, x.numel(), scale, threshold(p), BLOCK=BLOCK, num_warps=4
             )
     return y
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
     """x with each element zeroed with probability p < 1 and the rest divided by 1 - p.
 
     Linear in x with a fixed mask: the same call with the same seed is its own backward pass.

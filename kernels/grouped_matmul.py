@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kernels import grouped_matmul_triton
 from kernels.dispatch import use_triton
-from kernels.dropout import dropout
+from kernels.dropout import Seed, dropout
 from kernels.lora import Gradients
 from kernels.nf4 import NF4Weight, dequantize_rows
 from kernels.nf4_dequantize import dequantize_reference
@@ -204,7 +204,7 @@ def grouped_outer(
 
 
 def _dropped(
-    x: Tensor, rows: Tensor | None, projections: Sequence[ExpertProjection], seed: int | None
+    x: Tensor, rows: Tensor | None, projections: Sequence[ExpertProjection], seed: Seed | None
 ) -> tuple[Tensor, Tensor | None]:
     """x~ and the rows to read it by; gathered first where dropout is on."""
     p = max(projection.dropout for projection in projections)
@@ -219,7 +219,7 @@ def grouped_project(
     groups: Groups,
     *,
     rows: Tensor | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y (M, sum out_i), column blocks of one matrix, and A x~ (M, r_i) of every projection.
 
@@ -242,7 +242,7 @@ def adapter_inputs(
     groups: Groups,
     *,
     rows: Tensor | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
 ) -> list[Tensor | None]:
     """A_e x~ (M, r) of every projection, None where it has no adapter."""
     dropped, dropped_rows = _dropped(x, rows, projections, seed)
@@ -263,7 +263,7 @@ def grouped_project_backward(
     *,
     rows: Tensor | None = None,
     dy_rows: Tensor | None = None,
-    seed: int | None = None,
+    seed: Seed | None = None,
     lows: list[Tensor | None] | None = None,
     need_dx: bool = True,
 ) -> Tensor | None:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from kernels.dora import magnitude_gradient, row_scale
-from kernels.dropout import dropout
+from kernels.dropout import Seed, dropout
 from kernels.nf4_layout import PlanarNF4Weight
 from kernels.nf4_matmul import fused_pays, nf4_linear
 from kernels.projection import Decoded, Projection, decode, output_columns
@@ -66,7 +66,7 @@ def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor | None:
 def project(
     x: Tensor,
     projections: Sequence[Projection],
-    seed: int | None = None,
+    seed: Seed | None = None,
     decoded: Decoded | None = None,
     slot: str = "wide",
 ) -> tuple[list[Tensor], Tensor | None]:
@@ -132,7 +132,7 @@ def _add_adapters(
             y.addmm_(low, projection.lora_b.to(y.dtype).T, alpha=projection.scale)
 
 
-def adapter_input(x: Tensor, projections: Sequence[Projection], seed: int | None) -> Tensor | None:
+def adapter_input(x: Tensor, projections: Sequence[Projection], seed: Seed | None) -> Tensor | None:
     """x~ A^T (N, sum of ranks) for all adapters on x, or None without adapters."""
     stacked = _stacked_a(projections, x.dtype)
     if stacked is None:
@@ -147,7 +147,7 @@ def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor 
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _dropped(x: Tensor, projections: Sequence[Projection], seed: int | None) -> Tensor:
+def _dropped(x: Tensor, projections: Sequence[Projection], seed: Seed | None) -> Tensor:
     p = max(projection.dropout for projection in projections)
     return x if seed is None else dropout(x, p, seed)
 
@@ -167,7 +167,7 @@ def project_backward(
     projections: Sequence[Projection],
     grads: Gradients,
     *,
-    seed: int | None = None,
+    seed: Seed | None = None,
     xa: Tensor | None = None,
     decoded: Decoded | None = None,
     need_dx: bool = True,
@@ -233,7 +233,7 @@ def _adapter_a_gradients(
     x: Tensor,
     projections: Sequence[Projection],
     grads: Gradients,
-    seed: int | None,
+    seed: Seed | None,
 ) -> None:
     wanted = [p.lora_a for p in projections if p.lora_a is not None]
     if not any(a.requires_grad for a in wanted):
@@ -249,7 +249,7 @@ def _input_gradient(
     low_dy: Tensor | None,
     projections: Sequence[Projection],
     decoded: Decoded,
-    seed: int | None,
+    seed: Seed | None,
 ) -> Tensor:
     """dx from the outputs' gradients and P = `low_dy` (N, sum r)."""
     masked = seed is not None and max(p.dropout for p in projections) > 0.0
@@ -288,7 +288,7 @@ def _with_spare(joined: Tensor | None, spare: int) -> Tensor | None:
 class _Project(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, projections: tuple[Projection, ...], seed: int | None, *params: Tensor
+        ctx: Any, x: Tensor, projections: tuple[Projection, ...], seed: Seed | None, *params: Tensor
     ) -> tuple[Tensor, ...]:
         ys, xa = project(x, projections, seed)
         ctx.save_for_backward(x, xa)
@@ -309,14 +309,14 @@ def _parameters(projections: Sequence[Projection]) -> list[Tensor]:
     return [t for p in projections for t in p.trainable()]
 
 
-def lora_linear(x: Tensor, projection: Projection, seed: int | None = None) -> Tensor:
+def lora_linear(x: Tensor, projection: Projection, seed: Seed | None = None) -> Tensor:
     """One projection of x (N, in) -> (N, out); gradients for x, A, B, and W and b if wanted."""
     ys: tuple[Tensor, ...] = _Project.apply(x, (projection,), seed, *_parameters((projection,)))
     return ys[0]
 
 
 def lora_qkv(
-    x: Tensor, q: Projection, k: Projection, v: Projection, seed: int | None = None
+    x: Tensor, q: Projection, k: Projection, v: Projection, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The three attention inputs of x (N, in) in one product each way."""
     group = (q, k, v)
@@ -327,7 +327,7 @@ def lora_qkv(
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: tuple[Projection, ...], seed: int | None, *params: Tensor
+        ctx: Any, x: Tensor, group: tuple[Projection, ...], seed: Seed | None, *params: Tensor
     ) -> Tensor:
         gate, up, down = group
         (g, u), xa = project(x, (gate, up), seed)
@@ -352,12 +352,12 @@ class _MLP(torch.autograd.Function):
         return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
 
 
-def _next(seed: int | None) -> int | None:
+def _next(seed: Seed | None) -> Seed | None:
     return None if seed is None else seed + 1
 
 
 def lora_mlp(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, seed: int | None = None
+    x: Tensor, gate: Projection, up: Projection, down: Projection, seed: Seed | None = None
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x (N, in), saving x and the two inner activations only."""
     group = (gate, up, down)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.dropout import Seed
 from kernels.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
 from kernels.lora import Gradients, project, project_backward
 from kernels.moe_router import Routing, route, route_backward
@@ -28,6 +29,8 @@ from kernels.swiglu import swiglu_backward_, swiglu_forward
 
 SEEDS = 4
 """Consecutive dropout seeds one mixture uses: experts' and shared expert's two sites each."""
+
+_Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,49 @@ class MoESaved:
     counts: Tensor
     prob_sum: Tensor
     inner: Tensor | None = None
-    shared: tuple[Tensor, Tensor] | None = None
+    shared: _Pair | None = None
+
+    @classmethod
+    def of(
+        cls, routing: Routing, inner: Tensor | None = None, shared: _Pair | None = None
+    ) -> MoESaved:
+        """With what is counted over all tokens of an untrimmed choice."""
+        assert routing.probabilities is not None
+        counts = routing.groups.offsets.diff().to(routing.weights.dtype)
+        return cls(routing, counts, routing.probabilities.sum(0), inner, shared)
+
+    def part(self, tokens: slice) -> MoESaved:
+        """What backward reads of some consecutive tokens, trimmed."""
+        return MoESaved(self.routing.part(tokens), self.counts, self.prob_sum)
 
     def trim(self) -> MoESaved:
         """Only the choice of experts, so that what backward computes again cannot choose anew."""
         return replace(self, routing=self.routing.trim(), inner=None, shared=None)
 
 
-def _seed(seed: int | None, site: int) -> int | None:
+def _seed(seed: Seed | None, site: int) -> Seed | None:
     return None if seed is None else seed + site
 
 
 def moe_forward(
-    x: Tensor, moe: MixtureOfExperts, seed: int | None = None
+    x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
 ) -> tuple[Tensor, MoESaved]:
     """y (N, H) for x (N, H). `seed` None means no dropout; seed to seed + SEEDS - 1 are used."""
+    routing = choose(x, moe)
+    y, inner, shared = moe_output(x, moe, routing, seed)
+    return y, MoESaved.of(routing, inner, shared)
+
+
+def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
+    """The router's choice for x (N, H)."""
     (logits,), _ = project(x, (moe.router,))
-    routing = route(logits, moe.top_k, moe.renormalise)
+    return route(logits, moe.top_k, moe.renormalise)
+
+
+def moe_output(
+    x: Tensor, moe: MixtureOfExperts, routing: Routing, seed: Seed | None = None
+) -> tuple[Tensor, Tensor, _Pair | None]:
+    """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
     groups = routing.groups
     inner, _ = grouped_project(x, moe.inner, groups, rows=routing.tokens, seed=_seed(seed, 0))
     h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
@@ -103,9 +132,7 @@ def moe_forward(
     if moe.shared is not None:
         addend, kept = _shared_forward(x, moe.shared, seed)
         y += addend
-    assert routing.probabilities is not None
-    counts = groups.offsets.diff().to(routing.weights.dtype)
-    return y, MoESaved(routing, counts, routing.probabilities.sum(0), inner, kept)
+    return y, inner, kept
 
 
 def _halves(inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +145,7 @@ def _halves_swiglu(inner: Tensor) -> Tensor:
     return swiglu_forward(gate, up)
 
 
-def _shared_inner(x: Tensor, shared: SharedExpert, seed: int | None) -> tuple[Tensor, Tensor]:
+def _shared_inner(x: Tensor, shared: SharedExpert, seed: Seed | None) -> tuple[Tensor, Tensor]:
     (gate, up), _ = project(x, (shared.gate, shared.up), _seed(seed, 2))
     return gate, up
 
@@ -132,7 +159,7 @@ def _shared_gate(x: Tensor, shared: SharedExpert) -> Tensor | None:
 
 
 def _shared_forward(
-    x: Tensor, shared: SharedExpert, seed: int | None
+    x: Tensor, shared: SharedExpert, seed: Seed | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     gate, up = _shared_inner(x, shared, seed)
     h, strength = swiglu_forward(gate, up), _shared_gate(x, shared)
@@ -149,7 +176,7 @@ def moe_backward(
     saved: MoESaved,
     grads: Gradients,
     *,
-    seed: int | None = None,
+    seed: Seed | None = None,
     d_prob_sum: Tensor | None = None,
     need_dx: bool = True,
 ) -> Tensor | None:
@@ -183,7 +210,7 @@ def _experts_backward(
     routing: Routing,
     inner: Tensor | None,
     grads: Gradients,
-    seed: int | None,
+    seed: Seed | None,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """d_weights (N, k), fp32 or wider, and dx (N, H) of the experts."""
@@ -225,7 +252,7 @@ def _shared_backward(
     shared: SharedExpert,
     kept: tuple[Tensor, Tensor] | None,
     grads: Gradients,
-    seed: int | None,
+    seed: Seed | None,
     need_dx: bool,
 ) -> list[Tensor | None]:
     """The two addends of dx (N, H): through the shared expert and through its gate."""
@@ -249,7 +276,7 @@ def _shared_backward(
 class _MixtureOfExperts(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, moe: MixtureOfExperts, seed: int | None, *params: Tensor
+        ctx, x: Tensor, moe: MixtureOfExperts, seed: Seed | None, *params: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, saved = moe_forward(x, moe, seed)
         ctx.save_for_backward(x, saved.inner)
@@ -277,13 +304,11 @@ class _MixtureOfExperts(torch.autograd.Function):
 
 
 def mixture_of_experts(
-    x: Tensor, moe: MixtureOfExperts, seed: int | None = None
+    x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y (N, H), counts (E,) and prob_sum (E,) of x (N, H), with all gradients.
 
     The last two are what `load_balancing_loss` takes.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(
-        x, moe, seed, *moe.trainable()
-    )
+    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(x, moe, seed, *moe.trainable())
     return found

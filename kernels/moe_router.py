@@ -51,6 +51,11 @@ class Routing:
         """The token (M,) of every sorted row."""
         return self.order // self.experts.shape[1]
 
+    def part(self, tokens: slice) -> Routing:
+        """The choice for some consecutive tokens, trimmed."""
+        experts, weights = self.experts[tokens], self.weights[tokens]
+        return _by_expert(experts, weights, self.groups.count, None)
+
     def sorted_weights(self) -> Tensor:
         """(M, 1)."""
         return self.weights.reshape(-1).index_select(0, self.order).unsqueeze(1)
@@ -60,6 +65,13 @@ class Routing:
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(back.shape[0], device=back.device)
         return rows.index_select(0, back).view(*self.experts.shape, -1).sum(1)
+
+
+def _by_expert(
+    experts: Tensor, weights: Tensor, count: int, probabilities: Tensor | None
+) -> Routing:
+    ordered, order = experts.reshape(-1).sort(stable=True)
+    return Routing(experts, weights, order, Groups.from_sorted(ordered, count), probabilities)
 
 
 def _probabilities(logits: Tensor) -> Tensor:
@@ -79,8 +91,7 @@ def route(logits: Tensor, top_k: int, renormalise: bool) -> Routing:
     weights, experts = probabilities.topk(top_k, dim=-1)
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
-    ordered, order = experts.reshape(-1).sort(stable=True)
-    return Routing(experts, weights, order, Groups.from_sorted(ordered, count), probabilities)
+    return _by_expert(experts, weights, count, probabilities)
 
 
 def route_backward(

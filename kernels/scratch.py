@@ -14,6 +14,11 @@ import torch
 _buffers: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
 
 
+def buffers() -> list[torch.Tensor]:
+    """The buffers that there are now. Recorded launches keep those they were recorded with."""
+    return list(_buffers.values())
+
+
 def scratch(
     purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:

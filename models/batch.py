@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
@@ -12,6 +13,7 @@ from models.offload import CheckpointStore, WeightStream
 
 LEVELS = ("none", "selective", "full")
 _SITES = 6
+_SEED_BITS = (1 << 63) - 1
 
 
 def layer_levels(text: str, layers: int) -> tuple[str, ...]:
@@ -41,8 +43,8 @@ def layer_levels(text: str, layers: int) -> tuple[str, ...]:
 class Levers:
     """What a step does to hold less memory, at the price of time. Gradients stay what they were.
 
-    With `mlp_tile_rows` the dense feed-forward part takes that many tokens at a time and keeps
-    nothing at any recompute level (`models.tiled_mlp`). With `singly` no more than one decoded
+    With `mlp_tile_rows` the feed-forward part takes that many tokens at a time and keeps no inner
+    activation at any recompute level (`models.token_tiles`). With `singly` no more than one decoded
     weight, or one group of those that attention reads together, exists at a time, and attention
     goes over its heads in parts.
     """
@@ -56,11 +58,17 @@ class Levers:
         return "wide" if self.singly else "narrow"
 
 
+def dropout_seeds(seed: int, layers: int, device: torch.device) -> Tensor:
+    """Seeds (layers * 6,) int64 of every dropout site: a pure function of seed, layer and site."""
+    sites = torch.arange(layers * _SITES, device=device)
+    return sites.add_((seed * 1_000_003) & _SEED_BITS).bitwise_and_(_SEED_BITS)
+
+
 @dataclass(frozen=True)
 class Batch:
     """What every layer needs to know of a packed batch, computed once.
 
-    cos, sin (N, rotary_dim / 2); `dropout_seed` None means evaluation. With a `cache` the tokens
+    cos, sin (N, rotary_dim / 2); `dropout_seeds` None means evaluation. With a `cache` the tokens
     are the next ones of one cached sequence. Where there is a list `routed`, each mixture adds its
     rows per expert and its sum of probabilities, both (E,).
     """
@@ -68,18 +76,16 @@ class Batch:
     cos: Tensor
     sin: Tensor
     plan: AttentionPlan
-    dropout_seed: int | None = None
+    dropout_seeds: Tensor | None = None
     cache: KVCache | None = None
     routed: list[tuple[Tensor, Tensor]] | None = None
     levers: Levers = Levers()
     checkpoints: CheckpointStore | None = None
     weights: WeightStream | None = None
 
-    def seed(self, layer: int, site: int) -> int | None:
-        """Seed of one dropout site: a pure function of the batch's seed, layer and site.
+    def seed(self, layer: int, site: int) -> Tensor | None:
+        """Seed of one dropout site, int64 without dimensions.
 
         Sites 0 and 1 are the mixer's, 2 to 5 the feed-forward part's.
         """
-        if self.dropout_seed is None:
-            return None
-        return (self.dropout_seed * 1_000_003 + layer * _SITES + site) & 0x7FFFFFFFFFFFFFFF
+        return None if self.dropout_seeds is None else self.dropout_seeds[layer * _SITES + site]

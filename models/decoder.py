@@ -16,14 +16,17 @@ from kernels.int8 import Int8Weight
 from kernels.linear_cross_entropy import Head, head_logits, linear_cross_entropy
 from kernels.linear_distillation import linear_distillation
 from kernels.moe_router import load_balancing_loss
-from models.batch import Batch, Levers, layer_levels
+from models.batch import Batch, Levers, dropout_seeds, layer_levels
 from models.block import DecoderLayer
 from models.config import ModelConfig
+from models.experts import ExpertAdapter
 from models.gradient_checkpointing import run_layer
 from models.host_memory import SideCopies
 from models.kv_cache import KVCache
+from models.layer_graphs import LayerGraphs, recordable
 from models.linear import Embedding, Linear, RMSNorm
 from models.offload import CheckpointStore, WeightStream
+from models.recorder import CudaRecorder, Recorder
 from models.rotary import Rotary
 
 DISTILLATION_ROWS = 256
@@ -64,6 +67,7 @@ class Decoder(nn.Module):
         self.levers = Levers()
         self.checkpoints_on_host = False
         self.weight_stream: WeightStream | None = None
+        self.graphs: LayerGraphs | None = None
         self._copies: SideCopies | None = None
         self.dropout_seed: int | None = None
         self.loss_chunk_rows: int | None = None
@@ -114,14 +118,37 @@ class Decoder(nn.Module):
         )
         positions = torch.arange(tokens, device=cu_seqlens.device) - starts
         cos, sin = self.rotary(positions, self.dtype)
-        seed = self.dropout_seed if self.training else None
+        seeds = None
+        if self.training and self.dropout_seed is not None and self._drops():
+            seeds = dropout_seeds(self.dropout_seed, len(self.layers), self.device)
         store = None
         if self.checkpoints_on_host and torch.is_grad_enabled():
             self._copies = self._copies or SideCopies(self.device)
             store = CheckpointStore(self.device, self._copies)
         return Batch(
-            cos, sin, plan, seed, levers=self.levers, checkpoints=store, weights=self.weight_stream
+            cos, sin, plan, seeds, levers=self.levers, checkpoints=store, weights=self.weight_stream
         )
+
+    def _drops(self) -> bool:
+        """Whether any adapter has dropout."""
+        holders = (m for m in self.model.layers.modules() if isinstance(m, Linear | ExpertAdapter))
+        return any(holder.dropout > 0.0 for holder in holders)
+
+    def record_layers(self, recorder: Recorder | None = None) -> None:
+        """Run the layers of a training step from recorded launches (`models.layer_graphs`).
+
+        Without a `recorder` they are CUDA graphs. Adapters must be in place. Raises `ValueError`
+        where layers or their inputs are lent to the host, because they then have no fixed address,
+        and where no layer has sizes that follow from the batch's.
+        """
+        if self.weight_stream is not None or self.checkpoints_on_host:
+            raise ValueError("layers whose weights or inputs lie on the host cannot be recorded")
+        if not any(recordable(layer) for layer in self.layers):
+            raise ValueError(
+                "no layer of this model can be recorded: the sizes within mixtures of experts, and "
+                "the documents of Gated DeltaNet, change with every batch"
+            )
+        self.graphs = LayerGraphs(self.layers, recorder or CudaRecorder(self.device))
 
     def stream_weights(self) -> None:
         """Stream the quantised weights, which lie in the host's memory, as layers need them."""
@@ -147,6 +174,8 @@ class Decoder(nn.Module):
         """
         batch = replace(self._batch(input_ids.shape[0], cu_seqlens), routed=routed)
         x = self._embed(input_ids)
+        if self.graphs is not None and torch.is_grad_enabled():
+            return self.graphs.run(x, batch, self.levels)
         for layer, level in zip(self.layers, self.levels, strict=True):
             x = run_layer(x, layer, batch, level)
         return x

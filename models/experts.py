@@ -9,14 +9,20 @@ pair is never formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from kernels.grouped_matmul import ExpertProjection, ExpertWeights
+from kernels.nf4 import NF4Weight
+from kernels.nf4_layout import PlanarNF4Weight
+from kernels.projection import QuantizedWeight
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+QuantizedExperts = NF4Weight | PlanarNF4Weight | tuple[QuantizedWeight, ...]
+"""One projection of all experts: one weight (E, out, in), or one (out, in) for each."""
 
 
 class ExpertAdapter(nn.Module):
@@ -63,9 +69,9 @@ class Experts(nn.Module):
         self.gate_lora = ExpertAdapter(count, hidden, inner)
         self.up_lora = ExpertAdapter(count, hidden, inner)
         self.down_lora = ExpertAdapter(count, inner, hidden)
-        self.stored: dict[str, ExpertWeights] = {}
+        self.stored: dict[str, QuantizedExperts] = {}
 
-    def set_quantized(self, leaf: str, weights: dict[str, ExpertWeights]) -> None:
+    def set_quantized(self, leaf: str, weights: dict[str, QuantizedExperts]) -> None:
         """Replace the parameter `leaf` by quantised weights, named as `EXPERT_PROJECTIONS`."""
         self._parameters[leaf] = None
         self.stored |= weights
@@ -85,6 +91,8 @@ class Experts(nn.Module):
     def inner(self) -> tuple[ExpertProjection, ...]:
         """Gate and up: one projection, or a pair where they are quantised or adapted."""
         joint = self.gate_up_proj
+        gate: ExpertWeights
+        up: ExpertWeights
         if joint is None:
             gate, up = self.stored["gate_proj"], self.stored["up_proj"]
         elif self.gate_lora.lora_A is None and self.up_lora.lora_A is None:
@@ -98,13 +106,6 @@ class Experts(nn.Module):
         dense = self.down_proj
         return self.down_lora.projection(self.stored["down_proj"] if dense is None else dense)
 
-    def quantized_tensors(self) -> Iterator[Tensor]:
-        """Every tensor of the quantised weights."""
-        for weights in self.stored.values():
-            for weight in weights if isinstance(weights, tuple) else (weights,):
-                if not isinstance(weight, Tensor):
-                    yield from (part for part in vars(weight).values() if isinstance(part, Tensor))
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)
         if self.stored:
@@ -113,7 +114,7 @@ class Experts(nn.Module):
         return self
 
 
-def _moved(weight: ExpertWeights, device: torch.device) -> ExpertWeights:
+def _moved(weight: QuantizedExperts, device: torch.device) -> QuantizedExperts:
     if isinstance(weight, tuple):
         return tuple(one.to(device) for one in weight)
     return weight.to(device)

@@ -4,6 +4,8 @@
 
 `kernels.moe` has the arithmetic. Every level of recompute keeps the router's choice, so that what
 backward computes again cannot choose anew; level "none" keeps the experts' inner activations too.
+In tiles of tokens (`models.token_tiles`) nothing else is kept at any level, and the choice is made
+over all tokens: tiles divide it.
 """
 
 from __future__ import annotations
@@ -13,12 +15,21 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kernels.lora import Gradients
-from kernels.moe import MixtureOfExperts, MoESaved, SharedExpert, moe_backward, moe_forward
+from kernels.moe import (
+    MixtureOfExperts,
+    MoESaved,
+    SharedExpert,
+    choose,
+    moe_backward,
+    moe_forward,
+    moe_output,
+)
 from models.batch import Batch
 from models.config import ModelConfig
 from models.experts import Experts
 from models.linear import Linear, RMSNorm
 from models.mlp import MLP
+from models.token_tiles import Tile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
@@ -68,9 +79,19 @@ class MoE(nn.Module):
 
     def run(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MoEKept]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
         h, _ = norm.run(x1)
-        y, saved = moe_forward(h, self.mixture(), batch.seed(self.index, 2))
-        return y.add_(x1), MoEKept(saved)
+        if rows is None:
+            y, saved = moe_forward(h, moe, seed)
+            return y.add_(x1), MoEKept(saved)
+        saved = MoESaved.of(choose(h, moe)).trim()
+        del h
+
+        def forward(h: Tensor, tile: Tile) -> Tensor:
+            routing = saved.routing.part(tile.tokens)
+            return moe_output(h, moe, routing, tile.seed(seed))[0]
+
+        return forward_in_tiles(x1, norm, rows, forward), MoEKept(saved)
 
     def differentiate(
         self,
@@ -82,15 +103,18 @@ class MoE(nn.Module):
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
-        h, rstd = norm.run(x1)
-        dh = moe_backward(
-            dy,
-            h,
-            self.mixture(),
-            kept.saved,
-            grads,
-            seed=batch.seed(self.index, 2),
-            d_prob_sum=kept.d_prob_sum,
-        )
-        assert dh is not None
-        return norm.differentiate(dh, x1, rstd, grads).add_(dy)
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
+        saved, d_prob_sum = kept.saved, kept.d_prob_sum
+        if rows is None:
+            h, rstd = norm.run(x1)
+            dh = moe_backward(dy, h, moe, saved, grads, seed=seed, d_prob_sum=d_prob_sum)
+            assert dh is not None
+            return norm.differentiate(dh, x1, rstd, grads).add_(dy)
+
+        def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
+            part, own = saved.part(tile.tokens), tile.seed(seed)
+            dh = moe_backward(dy, h, moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
+            assert dh is not None
+            return dh
+
+        return backward_in_tiles(dy, x1, norm, rows, backward, grads)

@@ -3,9 +3,9 @@
 Inputs (`CheckpointStore`). A layer's input goes to the host while the layer runs, and comes back
 one layer ahead of its use in backward. On the card there are the input in use and the next one.
 
-Weights (`WeightStream`). All layers' quantised weights lie in the host's memory; on the card there
-are those of the layer in use and of the next: the one above in forward, the one below in backward.
-The layer at which the direction turns stays, so it is not copied twice.
+Weights (`WeightStream`). All layers' quantised weights, experts among them, lie in the host's
+memory; on the card there are those of the layer in use and of the next: the one above in forward,
+the one below in backward. The layer at which the direction turns stays, so it is not copied twice.
 
 Both orders are known beforehand, so no prediction is needed and every copy has one layer's time
 to hide in. On a CPU, device and host are one: both hand out the tensors they were given. Sources:
@@ -18,16 +18,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from kernels.projection import QuantizedWeight
+from models.experts import Experts, QuantizedExperts
 from models.host_memory import SideCopies, host_copy, host_room
 from models.linear import Linear
 
 _Pending = tuple[Tensor, torch.cuda.Event | None]
+
+Quantized = QuantizedWeight | QuantizedExperts
+"""What one projection of a layer holds, of all experts together where it is theirs."""
+
+Kind = TypeVar("Kind", bound=Quantized)
+_Named = dict[str, Any]
 
 
 class CheckpointStore:
@@ -87,12 +94,9 @@ class WeightStream:
     def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
         self._moves = device.type == "cuda"
         self._device, self._copies = device, SideCopies(device)
-        self._linears = [
-            [m for m in layer.modules() if isinstance(m, Linear) and _is_quantized(m)]
-            for layer in layers
-        ]
-        self._host = [[_weight(linear) for linear in linears] for linears in self._linears]
-        self._here: dict[int, tuple[list[QuantizedWeight], torch.cuda.Event | None]] = {}
+        self._holders = [[m for m in layer.modules() if quantized_weights(m)] for layer in layers]
+        self._host = [[quantized_weights(m) for m in holders] for holders in self._holders]
+        self._here: dict[int, tuple[list[_Named], torch.cuda.Event | None]] = {}
 
     @contextmanager
     def present(self, index: int, ahead: int) -> Iterator[None]:
@@ -108,18 +112,18 @@ class WeightStream:
         weights, event = self._here[index]
         self._copies.wait(event)
         following = index + ahead
-        if following not in self._here and 0 <= following < len(self._linears):
+        if following not in self._here and 0 <= following < len(self._holders):
             self._here[following] = self._bring(following)
-        for linear, weight in zip(self._linears[index], weights, strict=True):
-            linear.set_weight(weight)
+        for holder, named in zip(self._holders[index], weights, strict=True):
+            _put(holder, named)
         del weights
         try:
             yield
         finally:
-            for linear, weight in zip(self._linears[index], self._host[index], strict=True):
-                linear.set_weight(weight)
+            for holder, named in zip(self._holders[index], self._host[index], strict=True):
+                _put(holder, named)
 
-    def _bring(self, index: int) -> tuple[list[QuantizedWeight], torch.cuda.Event | None]:
+    def _bring(self, index: int) -> tuple[list[_Named], torch.cuda.Event | None]:
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def room(x: Tensor) -> Tensor:
@@ -127,27 +131,47 @@ class WeightStream:
             pairs.append((target, x))
             return target
 
-        weights = [mapped(weight, room) for weight in self._host[index]]
+        weights = [
+            {name: mapped(weight, room) for name, weight in named.items()}
+            for named in self._host[index]
+        ]
         return weights, self._copies.start(pairs)
 
 
-def mapped(weight: QuantizedWeight, function: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+def quantized_weights(module: nn.Module) -> _Named:
+    """Name -> quantised weight of a projection or of a mixture's experts; else nothing."""
+    if isinstance(module, Experts):
+        return module.stored
+    if isinstance(module, Linear) and not isinstance(module.weight, Tensor):
+        return {"weight": module.weight}
+    return {}
+
+
+def _put(holder: nn.Module, weights: _Named) -> None:
+    """Give a module other weights, as `quantized_weights` has them."""
+    if isinstance(holder, Experts):
+        holder.stored = weights
+    elif isinstance(holder, Linear):
+        holder.set_weight(weights["weight"])
+
+
+def mapped(weight: Kind, function: Callable[[Tensor], Tensor]) -> Kind:
     """A quantised weight whose tensors are those that `function` makes of this one's."""
+    if isinstance(weight, tuple):
+        return cast(Kind, tuple(mapped(one, function) for one in weight))
     parts: dict[str, Any] = {
         name: function(part) for name, part in vars(weight).items() if isinstance(part, Tensor)
     }
     return replace(weight, **parts)
 
 
-def on_host(weight: QuantizedWeight) -> QuantizedWeight:
+def on_host(weight: Kind) -> Kind:
     """A copy of a quantised weight in the host's memory."""
     return mapped(weight, host_copy)
 
 
-def _is_quantized(linear: Linear) -> bool:
-    return not isinstance(linear.weight, Tensor)
-
-
-def _weight(linear: Linear) -> QuantizedWeight:
-    assert not isinstance(linear.weight, Tensor)
-    return linear.weight
+def tensors_of(weight: Quantized) -> list[Tensor]:
+    """Every tensor of a quantised weight."""
+    if isinstance(weight, tuple):
+        return [part for one in weight for part in tensors_of(one)]
+    return [part for part in vars(weight).values() if isinstance(part, Tensor)]

@@ -1,11 +1,6 @@
-"""The MLP of a block over tiles of tokens: its inner activations never exist whole.
+"""A dense feed-forward part over tiles of tokens (`models.token_tiles`).
 
     y = x1 + down(silu(g) * u),   g, u = gate_up(norm(x1)),   for `rows` tokens at a time
-
-The inner activations of a token are four times as wide as an intermediate layer, which makes them
-the largest part of a block's working set; every token goes through the MLP by itself, so any number
-of them can go at once. The backward pass recomputes each tile's inner activations once, forms its
-gradients and forgets it. What is added up over tiles is the adapters' gradients.
 
 With `singly` no more than one decoded weight exists at a time: gate and up become two products, and
 every weight is decoded once for each use of each tile instead of once for all.
@@ -13,18 +8,16 @@ every weight is decoded once for each use of each tile instead of once for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from kernels.dropout import Seed
 from kernels.lora import Gradients, project, project_backward
 from kernels.projection import Decoded, Projection, decode
 from kernels.swiglu import swiglu_backward_, swiglu_forward
 from models.linear import RMSNorm
-
-_TILE_SEED = 0x5851F42D4C957F2D
+from models.token_tiles import Tile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass(frozen=True)
@@ -37,44 +30,44 @@ class TiledMLP:
     norm: RMSNorm
     gate_up: tuple[Projection, ...]
     down: Projection
-    seeds: tuple[int | None, int | None]
+    seeds: tuple[Seed | None, Seed | None]
     rows: int
     singly: bool = False
 
     def forward(self, x1: Tensor) -> Tensor:
         """x1 (N, H) -> y (N, H)."""
-        y = torch.empty_like(x1)
         wide, narrow = self._decoded(x1)
-        for tile, seeds in self._tiles(x1.shape[0]):
-            h, _ = self.norm.run(x1[tile])
-            gate, up = self._inner(h, seeds[0], wide)
+
+        def forward(h: Tensor, tile: Tile) -> Tensor:
+            gate, up = self._inner(h, tile.seed(self.seeds[0]), wide)
             del h
             inner = swiglu_forward(gate, up)
             del gate, up
-            (out,), _ = project(inner, (self.down,), seeds[1], narrow, self._slot)
-            torch.add(out, x1[tile], out=y[tile])
-        return y
+            seed = tile.seed(self.seeds[1])
+            return project(inner, (self.down,), seed, narrow, self._slot)[0][0]
+
+        return forward_in_tiles(x1, self.norm, self.rows, forward)
 
     def backward(self, dy: Tensor, x1: Tensor, grads: Gradients) -> Tensor:
         """dy (N, H) -> dx1 (N, H) in the memory of x1; parameters' gradients go into `grads`."""
         wide, narrow = self._decoded(x1)
-        for tile, seeds in self._tiles(x1.shape[0]):
-            part: Gradients = {}
-            self._tile_backward(dy[tile], x1[tile], seeds, wide, narrow, part)
-            for key, gradient in part.items():
-                grads[key] = grads[key].add_(gradient) if key in grads else gradient
-        return x1
+
+        def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
+            first, second = (tile.seed(seed) for seed in self.seeds)
+            return self._tile_backward(dy, h, (first, second), wide, narrow, grads)
+
+        return backward_in_tiles(dy, x1, self.norm, self.rows, backward, grads)
 
     def _tile_backward(
         self,
         dy: Tensor,
-        x1: Tensor,
-        seeds: tuple[int | None, int | None],
+        h: Tensor,
+        seeds: tuple[Seed | None, Seed | None],
         wide: Decoded | None,
         narrow: Decoded | None,
         grads: Gradients,
-    ) -> None:
-        h, rstd = self.norm.run(x1)
+    ) -> Tensor:
+        """dh (n, H) of a tile for dy (n, H) and h (n, H)."""
         gate, up = self._inner(h, seeds[0], wide)
         inner = swiglu_forward(gate, up)
         narrow = narrow or decode((self.down,), dy.dtype, self._slot)
@@ -89,7 +82,7 @@ class TiledMLP:
             assert more is not None
             dh = more if dh is None else dh.add_(more)
         assert dh is not None
-        torch.add(self.norm.differentiate(dh, x1, rstd, grads), dy, out=x1)
+        return dh
 
     @property
     def _slot(self) -> str:
@@ -102,16 +95,7 @@ class TiledMLP:
             return None, None
         return decode(self.gate_up, x1.dtype), decode((self.down,), x1.dtype, self._slot)
 
-    def _tiles(self, count: int) -> Iterator[tuple[slice, tuple[int | None, int | None]]]:
-        """(tokens, seeds) of every tile. Each draws its own dropout; the first the block's own."""
-        for index, start in enumerate(range(0, count, self.rows)):
-            first, second = (
-                None if seed is None else (seed + index * _TILE_SEED) & 0x7FFFFFFFFFFFFFFF
-                for seed in self.seeds
-            )
-            yield slice(start, min(start + self.rows, count)), (first, second)
-
-    def _inner(self, h: Tensor, seed: int | None, wide: Decoded | None) -> list[Tensor]:
+    def _inner(self, h: Tensor, seed: Seed | None, wide: Decoded | None) -> list[Tensor]:
         if not self.singly:
             return project(h, self.gate_up, seed, wide)[0]
         return [project(h, (projection,), seed)[0][0] for projection in self.gate_up]

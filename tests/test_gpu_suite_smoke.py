@@ -13,7 +13,7 @@ from bench.isolation import run_apart, run_here
 from engine.benchmark import ops_elementwise
 from kernels.swiglu import swiglu_forward
 
-SECTIONS = ["roofline", "accuracy", "steps", "profile", "ops"]
+SECTIONS = ["roofline", "accuracy", "steps", "graphs", "profile", "ops"]
 
 MODULE = """
 import os, time
@@ -48,6 +48,7 @@ def test_smoke_run_measures_every_section(
     step = results["sections"]["steps"][0]["data"]
     assert step["tokens_per_second"] > 0
     assert step["utilisation"] > 0
+    assert results["sections"]["graphs"][0]["data"]["losses_apart"] <= 1e-5
     assert "within the rule" in (tmp_path / "gpu_suite.md").read_text()
 
 

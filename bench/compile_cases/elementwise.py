@@ -207,14 +207,15 @@ def _dropout() -> Iterator[CompileCase]:
             config=dtype,
             signature={
                 **dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"),
+                "seed_ptr": "*i64",
                 "numel": "i32",
                 "scale": "fp32",
-                **dict.fromkeys(("seed_low", "seed_high", "threshold"), "i32"),
+                "threshold": "i32",
             },
             constexprs={"BLOCK": dropout.BLOCK},
             num_warps=4,
             elements=dropout.BLOCK,
-            unaligned=frozenset(("seed_low", "seed_high", "threshold")),
+            unaligned=frozenset(("seed_ptr", "threshold")),
             architectures=_architectures(dtype),
             checked=dtype == "bf16",
         )

@@ -8,6 +8,7 @@ that of a trained model, about 1 / sqrt(columns), so that activations stay in ra
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,10 @@ from kernels.nf4_layout import BLOCK, PlanarNF4Weight
 from kernels.projection import Projection
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.experts import EXPERT_PROJECTIONS, ExpertAdapter, Experts, QuantizedExperts
 from models.linear import Linear
 from models.lora import add_lora
-from models.registry import PROJECTIONS, expected_tensors
+from models.registry import PROJECTIONS, graph_tensors
 
 _NF4_DEVIATION = 0.55
 """Standard deviation of a uniformly drawn NF4 value, to two digits."""
@@ -78,10 +80,12 @@ def random_decoder(
     """
     with torch.device("meta"):
         model = Decoder(config)
-    for name, shape in expected_tensors(config).items():
+    for name, shape in graph_tensors(config).items():
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
-        if isinstance(module, Linear) and leaf == "weight":
+        if isinstance(module, Experts):
+            module.set_quantized(leaf, _random_experts(leaf, shape, device, dtype))
+        elif isinstance(module, Linear) and leaf == "weight":
             if path.rsplit(".", 1)[-1] in PROJECTIONS:
                 module.set_weight(random_nf4(shape[0], shape[1], device, dtype))
                 continue
@@ -91,9 +95,24 @@ def random_decoder(
     add_lora(model, rank=rank, alpha=2.0 * rank)
     for layer in model.layers:
         for module in layer.modules():
-            if isinstance(module, Linear) and module.lora_B is not None:
+            if isinstance(module, Linear | ExpertAdapter) and module.lora_B is not None:
                 nn.init.normal_(module.lora_B, std=0.01)
     return model
+
+
+def _random_experts(
+    leaf: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> dict[str, QuantizedExperts]:
+    """One parameter of a mixture, as `engine.load` keeps it there."""
+    names = EXPERT_PROJECTIONS[:2] if leaf == "gate_up_proj" else (leaf,)
+    count, rows, columns = shape[0], shape[1] // len(names), shape[2]
+    planar = device.type == "cuda" and dtype.itemsize == 2 and columns % BLOCK == 0
+    return {
+        name: replace(
+            random_nf4(count * rows, columns, device, dtype, planar), shape=(count, rows, columns)
+        )
+        for name in names
+    }
 
 
 def _normal(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from engine.config import TrainConfig
@@ -68,3 +68,14 @@ def test_a_trained_adapter_gives_our_logits_in_peft(
     theirs = with_peft.merge_and_unload().state_dict()
     for name, tensor in merged.state_dict().items():
         assert torch.allclose(tensor, theirs[name], rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "qwen3_next"])
+def test_peft_has_no_magnitudes_for_experts_either(family: str) -> None:
+    """Why `use_dora` is refused for them: when this fails, it can be allowed."""
+    for parameter in ("gate_up_proj", "down_proj"):
+        wanted = LoraConfig(
+            r=2, use_dora=True, target_modules=[], target_parameters=[f"mlp.experts.{parameter}"]
+        )
+        with pytest.raises(ValueError, match="does not work with use_dora=True"):
+            get_peft_model(peer(GOLDEN / family), wanted)

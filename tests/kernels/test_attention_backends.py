@@ -93,7 +93,9 @@ class Emulation:
     @staticmethod
     def check_boundaries(cu: Tensor, longest: int) -> None:
         assert cu.dtype == torch.int32
-        assert int(cu.diff().max()) == longest
+        lengths = cu.diff()
+        known = bool((lengths > 0).all())
+        assert longest == int(lengths.max()) if known else longest > int(lengths.max())
 
     def flash_forward(self, q, k, v, cu_q, cu_k, max_q, max_k, p, causal, debug, **options):  # type: ignore[no-untyped-def]
         self.calls.append("flash_forward")
@@ -177,8 +179,8 @@ def emulated() -> Iterator[Emulation]:
     trial.cache_clear()
 
 
-def kind(dtype: torch.dtype = torch.bfloat16, windowed: bool = False) -> Kind:
-    return Kind(CPU, dtype, 4, 2, 32, windowed)
+def kind(dtype: torch.dtype = torch.bfloat16, windowed: bool = False, open_: bool = False) -> Kind:
+    return Kind(CPU, dtype, 4, 2, 32, windowed, open_)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +220,29 @@ def test_a_back_end_is_called_as_its_schema_says(
 
 
 @pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("open_", [False, True])
 @pytest.mark.parametrize("name", ["flash", "efficient"])
-def test_a_trial_accepts_what_is_right(name: str, windowed: bool, emulated: Emulation) -> None:
-    assert trial(name, kind(windowed=windowed)) == "ok"
+def test_a_trial_accepts_what_is_right(
+    name: str, open_: bool, windowed: bool, emulated: Emulation
+) -> None:
+    assert trial(name, kind(windowed=windowed, open_=open_)) == "ok"
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_a_trial_of_an_open_plan_sees_documents_that_leak(name: str, emulated: Emulation) -> None:
+    emulated.leak = True
+    assert "wrong by" in trial(name, kind(open_=True))
+
+
+def test_only_the_device_knows_the_documents_of_an_open_plan() -> None:
+    plan = AttentionPlan.within(torch.tensor([0, 5, 9, 9], dtype=torch.int32), longest=8)
+    assert (plan.count, plan.longest, plan.equal_length) == (3, 8, None)
+    with pytest.raises(RuntimeError, match="flash or efficient"):
+        plan.documents()
+    q = torch.empty(9, 4, 32, dtype=torch.bfloat16)
+    assert not BACKENDS["documents"].suits(q, q[:, :2], plan, None)
+    assert not BACKENDS["cudnn"].suits(q, q[:, :2], plan, None)
+    assert BACKENDS["flash"].suits(q, q[:, :2], plan, None)
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient"])

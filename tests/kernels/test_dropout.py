@@ -30,9 +30,9 @@ def kept(index: int, p: float, seed: int) -> bool:
 
 
 @jit
-def kept_kernel(out_ptr, first, seed_low, seed_high, threshold, n, BLOCK: tl.constexpr):
+def kept_kernel(out_ptr, seed_ptr, first, threshold, n, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = dropout.kept(element + first, seed_low, seed_high, threshold)
+    keep = dropout.kept(element + first, tl.load(seed_ptr), threshold)
     tl.store(out_ptr + element, keep.to(tl.int8), mask=element < n)
 
 
@@ -49,7 +49,8 @@ def test_triton_draws_the_bits_of_the_definition_at_any_index(
     first: int, seed: int, triton_on: None, device: torch.device
 ) -> None:
     out = torch.empty(100, dtype=torch.int8, device=device)
-    kept_kernel[(1,)](out, first, *dropout.words(0.3, seed), 100, BLOCK=128)
+    place = torch.tensor(seed, device=device)
+    kept_kernel[(1,)](out, place, first, dropout.threshold(0.3), 100, BLOCK=128)
     assert out.bool().tolist() == [kept(first + i, 0.3, seed) for i in range(100)]
 
 
@@ -111,6 +112,16 @@ def test_strided_input_is_read_in_its_own_order(way: str, device: torch.device) 
     assert torch.equal(dropout.dropout(x.T, 0.5, 1), dropout.dropout(x.T.contiguous(), 0.5, 1))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_in_memory_is_read_when_it_is_used(
+    seed: int, way: str, device: torch.device
+) -> None:
+    x, place = torch.randn(300, device=device), torch.tensor(1, device=device)
+    dropout.dropout(x, 0.5, place)
+    place.fill_(seed)
+    assert torch.equal(dropout.dropout(x, 0.5, place), dropout.dropout(x, 0.5, seed))
+
+
 def test_no_dropout_returns_its_input_and_all_is_refused() -> None:
     x = torch.randn(3)
     assert dropout.dropout(x, 0.0, 1) is x
@@ -127,7 +138,7 @@ def test_nothing_is_computed_for_no_elements(way: str, device: torch.device) -> 
     [
         ("x *= 0x7FEB352D", "x *= 0x7FEB352F"),
         ("x ^= x >> 15", "x ^= x >> 14"),
-        ("bits + high + seed_high", "bits + high"),
+        ("(index >> 32).to(tl.uint32) + (seed >> 32).to(tl.uint32)", "(index >> 32).to(tl.uint32)"),
         ("return bits >= threshold", "return bits < threshold"),
         ("x.to(tl.float32) * scale", "x.to(tl.float32)"),
     ],

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.load import load_model
+from models.batch import Levers
 from models.decoder import Decoder
 from models.lora import adapter_tensors, add_lora
 
@@ -20,9 +21,11 @@ def gradients(model: Decoder, ids: torch.Tensor, bounds: torch.Tensor) -> dict[s
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "tile"), [("qwen2_moe", None), ("qwen2_moe", 16), ("qwen3_5_vl", None)]
+)
 def test_every_gradient_is_that_of_the_reference(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, tile: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     monkeypatch.delenv("ENGINE_REFERENCE", raising=False)
@@ -37,7 +40,9 @@ def test_every_gradient_is_that_of_the_reference(
             part.normal_(0, 0.1)
     ids = golden["packed.input_ids"][:40].to(device)
     bounds = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
+    model.levers = Levers(tile)
     got = gradients(model, ids, bounds)
+    model.levers = Levers()
     monkeypatch.setenv("ENGINE_REFERENCE", "1")
     want = gradients(model, ids, bounds)
     assert got.keys() == want.keys()
