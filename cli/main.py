@@ -22,6 +22,8 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
+from engine.startup import importing, leave_quickly
+
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
     "plan": ("cli.plan", "what a run will need, before it allocates anything"),
@@ -89,8 +91,10 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
+    leave_quickly()
     try:
-        module = importlib.import_module(VERBS[verb][0])
+        with importing():
+            module = importlib.import_module(VERBS[verb][0])
         with nullcontext() if getattr(module, "OPENS_LOG", False) else _console_log():
             return _invoke(module, verb, arguments)
     except BrokenPipeError:

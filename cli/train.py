@@ -17,6 +17,7 @@ from engine.config import TrainConfig, group_of
 from engine.config_sources import load_config
 from engine.errors import ConfigError
 from engine.presets import SUMMARIES
+from engine.startup import importing
 
 # The run directory's own log shows its lines on the console.
 OPENS_LOG = True
@@ -55,7 +56,8 @@ def train(
     file, overrides = _sort_words(words or [], config)
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     settings = load_config(file, preset=preset, flags=given, overrides=overrides)
-    from engine import finetune
+    with importing():
+        from engine import finetune
 
     if dry_run:
         print(finetune.dry_run(settings))

@@ -62,18 +62,24 @@ class MemoryBudget:
     """Holds one run to `config.memory_budget` bytes."""
 
     def __init__(
-        self, prepared: Prepared, config: TrainConfig, device: torch.device, dtype: torch.dtype
+        self,
+        prepared: Prepared,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        planned: MemoryPlan | None = None,
     ) -> None:
         """Plan the run and limit the card. Raises `MemoryPlanError` where the budget is too small.
 
         `config` is the run's with its recompute level chosen; its `memory_budget` must be set.
+        `planned` is the plan of its largest step, where that is made already.
         """
         self._prepared, self._config = prepared, config
         self._device, self._dtype = device, dtype
         budget = config.memory_budget
         assert budget is not None
         self._budget = budget
-        self.planned = self._plan(config, largest_step(prepared))
+        self.planned = planned or self._plan(config, largest_step(prepared))
         if self.planned.total > budget:
             raise MemoryPlanError(self._refusal())
         log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
@@ -99,12 +105,18 @@ class MemoryBudget:
         )
 
     def _refusal(self) -> str:
-        step = self.planned
+        step, config = self.planned, self._config
+        gradients = ""
+        if config.method == "full" and not config.optimizer_in_backward:
+            gradients = (
+                ", or let gradients be freed as they come with --optimizer-in-backward "
+                "--max-grad-norm 0 --accumulate 1"
+            )
         return (
             f"This run needs {gib(step.total)} for its largest step of {step.tokens} tokens, "
             f"{gib(step.total - self._budget)} more than the memory budget of "
             f"{gib(self._budget)}. `engine plan` with the same settings finds some that fit. Lower "
-            "--batch-size or --max-length, or take --gradient-checkpointing full."
+            f"--batch-size or --max-length, or take --gradient-checkpointing full{gradients}."
         )
 
     @contextmanager
@@ -123,8 +135,8 @@ class MemoryBudget:
         meter = MemoryMeter(limit=self._budget)
         track_model(meter, model)
         meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
-        if self._watched > 1:
-            meter.track("optimiser", optimizer.state_tensors().values())
+        # Made now if this is the first step, so that it holds what every later one does.
+        meter.track("optimiser", optimizer.state_tensors().values())
         with observed(meter), meter:
             yield
         self._measured = max(self._measured, meter.peak.bytes)

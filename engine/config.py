@@ -72,6 +72,7 @@ _NOT_TRAJECTORY = frozenset(
         "memory_budget",
         "embedding_on",
         "offload",
+        "optimizer_in_backward",
         "plot",
     }
 )
@@ -184,6 +185,12 @@ class TrainConfig(BaseModel):
     optimizer: Annotated[
         Literal["adamw8bit", "adamw"], spelled({**OPTIMIZERS, "adamw_torch": "adamw"})
     ] = _setting("adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments")
+    optimizer_in_backward: bool = _setting(
+        False,
+        "Length and memory",
+        "method full: update each layer as its gradients come, so that they never exist all at "
+        "once; needs --max-grad-norm 0 and --accumulate 1",
+    )
     nonfinite: str = _setting(
         "stop",
         "Optimisation",
@@ -229,6 +236,11 @@ class TrainConfig(BaseModel):
         tuple[Literal["checkpoints", "weights"], ...], BeforeValidator(comma_list)
     ] = _setting(
         (), "Length and memory", "what a card lends to the host: checkpoints (inputs), weights"
+    )
+    cuda_graphs: bool = _setting(
+        False,
+        "Length and memory",
+        "repeat recorded launches of the layers, for small models that wait for the host",
     )
     memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = _setting(
         None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
@@ -312,13 +324,55 @@ class TrainConfig(BaseModel):
                 "head_precision 8bit and embedding_on host are for a frozen head and embedding, "
                 "and method full trains them"
             )
+        if self.optimizer_in_backward:
+            self._check_in_backward()
         if "weights" in self.offload and (self.method != "qlora" or self.use_dora):
             raise ValueError("offload weights streams NF4 weights: for method qlora, no use_dora")
+        if self.cuda_graphs:
+            self._check_graphs()
         if self.resume == "auto" and self.output_dir is None and self.run_id is None:
             raise ValueError("resume auto needs output_dir or run_id, to know which run goes on")
         if self.resume is not None and self.overwrite:
             raise ValueError("resume goes on with a run and overwrite replaces it: set one of them")
         return self
+
+    def _check_graphs(self) -> None:
+        """Raises `ValueError` for settings that recorded launches cannot be used with."""
+        if self.method == "full":
+            raise ValueError(
+                "cuda_graphs keeps the gradients of the layers at fixed addresses all the time, "
+                "which only an adapter's are small enough for: method lora or qlora, not full"
+            )
+        lent = [f"offload {what}" for what in self.offload]
+        if self.memory_budget is not None:
+            lent.append("memory_budget")
+        if lent:
+            raise ValueError(
+                f"cuda_graphs was given with {' and '.join(lent)}. Recorded launches hold memory "
+                "of their own, at addresses that stay: leave out one or the other"
+            )
+
+    def _check_in_backward(self) -> None:
+        """Raises `ValueError` where the optimizer cannot step in backward."""
+        if self.method != "full":
+            raise ValueError(
+                f"optimizer_in_backward is for method full, and it is {self.method}: an adapter's "
+                "gradients are too small to be worth it. Leave it out, or train with --method full"
+            )
+        if self.max_grad_norm > 0 or self.accumulate > 1:
+            raise ValueError(
+                f"optimizer_in_backward was given with max_grad_norm {self.max_grad_norm:g} and "
+                f"accumulate {self.accumulate}. It moves a layer before the gradients of the "
+                "others are there, so it can neither clip by the norm of all of them nor add them "
+                "up over micro-batches. Give --max-grad-norm 0 --accumulate 1, or leave it out"
+            )
+        if self.dtype == "float16":
+            raise ValueError(
+                "optimizer_in_backward was given with dtype float16, whose gradients need a loss "
+                "scale: a step that overflows is done again at a lower one, and part of the "
+                "weights would have moved by then. Give --dtype bfloat16 or float32, or leave it "
+                "out"
+            )
 
     @property
     def projections(self) -> tuple[str, ...]:

@@ -75,6 +75,7 @@ _BY_FIELD: dict[str, tuple[str, ...]] = {
         "max_norm",
     ),
     "optimizer": ("optim",),
+    "optimizer_in_backward": ("optimizer_in_bwd",),
     "epochs": ("max_epochs", "n_epochs", "num_epochs", "num_train_epochs"),
     "max_steps": ("iters", "max_iters", "max_steps_per_run", "steps", "total_steps"),
     "batch_size": (

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+import kernels.adamw8bit_launch
 import kernels.attention_backends
 import kernels.int8
 import kernels.linear_cross_entropy
@@ -23,6 +24,7 @@ from engine.dry_meter import META, DryMeter
 from engine.dry_ways import users
 from kernels.int8 import Int8Weight
 from kernels.triton_support import HAS_TRITON, _AbsentKernel
+from optim import StepInBackward
 
 CARD = torch.device("cuda", 127)
 """The device that meta tensors claim. No machine has it, so nothing cached for it is ever used."""
@@ -56,16 +58,22 @@ class OnCard(TorchFunctionMode):
         return func(*args, **options)
 
 
-def also_backward(mode: TorchFunctionMode) -> tuple[Any, str, Any]:
-    """autograd calls the backward half of a function without the mode; this enters it again."""
-    owner = torch.autograd.function.BackwardCFunction
-    apply = owner.apply
+def also_backward(mode: TorchFunctionMode) -> list[tuple[Any, str, Any]]:
+    """autograd calls what runs in backward without the mode; this enters it again."""
 
-    def apply_in_mode(node: Any, *grads: Any) -> Any:
-        with mode:
-            return apply(node, *grads)
+    def in_mode(owner: Any, name: str) -> tuple[Any, str, Any]:
+        called = getattr(owner, name)
 
-    return owner, "apply", apply_in_mode
+        def call_in_mode(*args: Any) -> Any:
+            with mode:
+                return called(*args)
+
+        return owner, name, call_in_mode
+
+    return [
+        in_mode(torch.autograd.function.BackwardCFunction, "apply"),
+        in_mode(StepInBackward, "_arrive"),
+    ]
 
 
 class OnHost(TorchFunctionMode):
@@ -130,7 +138,12 @@ def card_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
         from triton.runtime.jit import KernelInterface as Kernel
     else:
         Kernel = _AbsentKernel
+
+    def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype).to(device)
+
     return [
+        *((module, name, upload) for module, name in users(kernels.adamw8bit_launch.upload)),
         (torch.cuda, "current_device", lambda: CARD.index),
         (kernels.linear_cross_entropy, "_multiplies_into_fp32", lambda device, dtype: True),
         (kernels.attention_backends, "_works", lambda backend, kind: backend.name in _ATTENTION),

@@ -41,7 +41,8 @@ from engine.dry_ways import shortcuts
 from engine.formats.checkpoint import Checkpoint
 from engine.load import build_for
 from engine.memory import SCRATCH, Peak, Segment, observed, replaced, track_model
-from engine.trainable import make_optimizer, make_trainable
+from engine.startup import importing
+from engine.trainable import make_in_backward, make_optimizer, make_trainable
 from engine.trainer import train_step
 from kernels.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
 from models.config import ModelConfig
@@ -111,10 +112,11 @@ def dry_pass(
     """
     kernels.attention._cpu_flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
-    importlib.import_module("torch._dynamo")
+    with importing():
+        importlib.import_module("torch._dynamo")
     meter = DryMeter(CUDA_GRANULE if card else 1)
     place = OnCard() if card else OnHost()
-    ways = [also_backward(place), *(card_ways(meter) if card else host_ways())]
+    ways = [*also_backward(place), *(card_ways(meter) if card else host_ways())]
     with replaced(*ways, *shortcuts(meter)), observed(meter, fresh_scratch=True), place:
         _make_tables(CARD if card else META)
         with meter:
@@ -145,6 +147,7 @@ def _passed(
 ) -> DryResult:
     model = _loaded(model_config, config, meter, card, dtype, stored)
     load = meter.peak
+    meter.begin("adapters and states")  # which every step has too
     meter.hand_over(meter.owner, "norms and biases")
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
@@ -180,7 +183,13 @@ def _step(
     meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
     optimizer.state_tensors()
     meter.segments.clear()
-    train_step(model, optimizer, batches, max_grad_norm=config.max_grad_norm)
+    train_step(
+        model,
+        optimizer,
+        batches,
+        max_grad_norm=config.max_grad_norm,
+        in_backward=make_in_backward(model, optimizer, config),
+    )
 
 
 def _steady(segments: dict[Segment, Peak], resident: dict[str, int]) -> dict[Segment, Peak]:

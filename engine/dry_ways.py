@@ -24,6 +24,7 @@ import kernels.int8
 import kernels.linear_cross_entropy
 import kernels.nf4
 import kernels.nf4_layout
+import models.token_tiles
 import optim.adamw8bit
 from engine.dry_meter import META, DryMeter
 from kernels import grouped_matmul_triton
@@ -35,7 +36,6 @@ from kernels.scratch import scratch
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.rotary import Rotary
-from models.tiled_mlp import TiledMLP
 
 
 class _OncePerShape:
@@ -72,7 +72,7 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
     step_slab, drop = optim.adamw8bit._step_slab, kernels.dropout.dropout
     quantize_flat, planar = kernels.nf4._quantize_flat, kernels.nf4_layout.to_planar
     expert = kernels.grouped_matmul.expert_weight
-    decode_rows, tiles = kernels.int8.dequantize_int8, TiledMLP._tiles
+    decode_rows, tiles = kernels.int8.dequantize_int8, models.token_tiles.token_tiles
     logits_of = kernels.linear_cross_entropy.head_logits
     head_gradient = kernels.linear_cross_entropy.head_gradient
     chunks, all_finite = kernels.linear_cross_entropy._chunks, engine.load._all_finite
@@ -153,8 +153,8 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
             if index == 1:
                 meter.flops += (meter.flops - before) * max(0, len(pieces) - 3)
 
-    def dry_tiles(mlp: TiledMLP, count: int) -> Iterator[Any]:
-        return some(list(tiles(mlp, count)))
+    def dry_tiles(count: int, rows: int) -> Iterator[Any]:
+        return some(list(tiles(count, rows)))
 
     def dry_chunks(count: int, rows: int) -> Iterator[Any]:
         return some(list(chunks(count, rows)))
@@ -202,7 +202,6 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
         (engine.load, "_all_finite", lambda x: all_finite(x.reshape(-1)[: engine.load._PART])),
         (Groups, "bounds", property(_even_bounds)),
         *_counted_groups(meter),
-        (TiledMLP, "_tiles", dry_tiles),
         (Rotary, "__call__", _dry_angles),
     ]
     for function, dry in (
@@ -211,6 +210,7 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
         (logits_of, dry_logits),
         (head_gradient, dry_head_gradient),
         (chunks, dry_chunks),
+        (tiles, dry_tiles),
         (rows_loss, dry_loss),
         (drop, dry_drop),
         (step_slab, dry_step),

@@ -40,8 +40,11 @@ from engine.trackers import Trackers, require_trackers
 from engine.trainable import (
     BASE_FILE,
     adapter_config,
+    check_graphs,
+    check_in_backward,
     check_init_adapter,
     check_levels,
+    make_in_backward,
     make_optimizer,
     make_trainable,
 )
@@ -55,6 +58,7 @@ from models.lora import (
 
 if TYPE_CHECKING:
     from engine.budget import MemoryBudget
+    from engine.plan import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +94,21 @@ def load_teacher(config: TrainConfig, prepared: Prepared, device: torch.device) 
 
 def _with_recompute(
     config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype
-) -> TrainConfig:
-    """The settings with the recompute level chosen, where they leave it to the machine."""
+) -> tuple[TrainConfig, MemoryPlan | None]:
+    """The settings with the recompute level chosen, where they leave it to the machine.
+
+    With them the plan of the largest step, if the choice needed one.
+    """
     if config.gradient_checkpointing != "auto":
         check_levels(config, prepared.checkpoint.config.num_hidden_layers)
-        return config
+        return config, None
     from engine.budget import largest_step
-    from engine.recompute import resolve_recompute
+    from engine.recompute import planned_level
 
-    level = resolve_recompute(
+    level, planned = planned_level(
         prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
     )
-    return config.model_copy(update={"gradient_checkpointing": level})
+    return config.model_copy(update={"gradient_checkpointing": level}), planned
 
 
 def _require_room(config: TrainConfig, model: ModelConfig) -> None:
@@ -114,14 +121,18 @@ def _require_room(config: TrainConfig, model: ModelConfig) -> None:
 
 
 def _budget(
-    prepared: Prepared, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    prepared: Prepared,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    planned: MemoryPlan | None,
 ) -> MemoryBudget | None:
     """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
     if config.memory_budget is None:
         return None
     from engine.budget import MemoryBudget
 
-    return MemoryBudget(prepared, config, device, dtype)
+    return MemoryBudget(prepared, config, device, dtype, planned)
 
 
 class _Run:
@@ -133,13 +144,17 @@ class _Run:
         self.device = resolve_device(self.config.device)
         self.digest = prepared.checkpoint.digest()
         dtype = resolve_dtype(self.config.dtype, self.device)
-        settings = _with_recompute(self.config, prepared, self.device, dtype)
-        self.budget = _budget(prepared, settings, self.device, dtype)
+        settings, planned = _with_recompute(self.config, prepared, self.device, dtype)
+        self.budget = _budget(prepared, settings, self.device, dtype, planned)
+        check_graphs(self.config, prepared.checkpoint.config, self.device)
         init = check_init_adapter(self.config, self.prepared.checkpoint.config, self.digest)
         self.model = build_for(self.config, prepared.checkpoint, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, init)
         self.optimizer = make_optimizer(self.model, self.config)
+        self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.checkpoint.path)
+        if self.config.cuda_graphs:
+            self.model.record_layers()
         self.progress = self._resume()
 
     def weights(self) -> dict[str, Tensor]:
@@ -251,6 +266,7 @@ class _Run:
             progress=self.progress,
             watch=self._watch(),
             teacher=load_teacher(self.config, self.prepared, self.device),
+            in_backward=self.in_backward,
         )
         return trainer.run()
 
@@ -290,7 +306,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     when a signal stopped the run after a checkpoint.
     """
     require_trackers(config.report_to)
-    resolve_dtype(config.dtype, resolve_device(config.device))
+    check_in_backward(config, resolve_dtype(config.dtype, resolve_device(config.device)))
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
@@ -327,6 +343,9 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
             figures["heldout_loss"] = after.loss
             log.info("held-out perplexity after training: %.3f", after.perplexity)
         output = run.write_output()
+        if run.model.graphs is not None:
+            figures["micro_batches_recorded"] = run.model.graphs.repeated
+            figures["micro_batches_launched"] = run.model.graphs.launched
         figures["peak_memory_bytes"] = peak_memory_bytes(run.device)
         if run.budget is not None:
             figures |= run.budget.figures()
@@ -348,8 +367,10 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     require_trackers(config.report_to)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
+    check_in_backward(config, dtype)
     prepared = prepare(config)
     check_init_adapter(config, prepared.checkpoint.config, prepared.checkpoint.digest())
+    check_graphs(config, prepared.checkpoint.config, device)
     lines = [dump_yaml(config).rstrip(), "", prepared.report.describe()]
     lines.append(
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "

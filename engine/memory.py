@@ -24,12 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels.scratch
 from engine.errors import MemoryPlanError
-from kernels.projection import Weight
 from models.block import Batch, DecoderLayer, Kept
 from models.decoder import Decoder
-from models.experts import Experts
-from models.linear import Embedding, Linear
-from models.offload import WeightStream
+from models.linear import Embedding
+from models.offload import WeightStream, quantized_weights, tensors_of
 from optim.adamw8bit import AdamW8bit
 from optim.flat_state import FlatState
 
@@ -212,18 +210,12 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
             meter.track("gradients", [parameter.grad])
     for name, module in model.named_modules():
         if isinstance(module, Embedding):
-            meter.track("embeddings", _parts(module.weight))
-        elif isinstance(module, Linear) and not isinstance(module.weight, Tensor):
-            meter.track("head" if name == "lm_head" else "NF4 base", _parts(module.weight))
-        elif isinstance(module, Experts):
-            meter.track("NF4 base", module.quantized_tensors())
-
-
-def _parts(weight: Weight) -> list[Tensor]:
-    """The tensors of a weight."""
-    if isinstance(weight, Tensor):
-        return [weight]
-    return [part for part in vars(weight).values() if isinstance(part, Tensor)]
+            weight = module.weight
+            meter.track(
+                "embeddings", [weight] if isinstance(weight, Tensor) else tensors_of(weight)
+            )
+        for weight in quantized_weights(module).values():
+            meter.track("head" if name == "lm_head" else "NF4 base", tensors_of(weight))
 
 
 def _owner_of(name: str) -> str:
@@ -310,13 +302,14 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
         meter.begin("backward", layer.index)
         dx, grads = differentiate(layer, dy, x, batch, kept, need_dx)
         meter.track("gradients", grads.values())
-        meter.begin("between layers")
+        meter.begin("between layers", layer.index)
         return dx, grads
 
     def watched_bring(stream: WeightStream, index: int) -> Any:
         weights, event = bring(stream, index)
-        for weight in weights:
-            meter.track("NF4 base", _parts(weight))
+        for named in weights:
+            for weight in named.values():
+                meter.track("NF4 base", tensors_of(weight))
         return weights, event
 
     def watched_build(state: FlatState, *args: Any) -> None:
@@ -329,6 +322,8 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
     def watched_step(optimizer: AdamW8bit, *args: Any, **options: Any) -> Any:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         meter.track("gradients", [p.grad for p in parameters if p.grad is not None])
+        if options.get("only") is not None:  # in the midst of backward
+            return step(optimizer, *args, **options)
         meter.begin("update")
         result = step(optimizer, *args, **options)
         meter.begin("between steps")

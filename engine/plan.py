@@ -223,7 +223,7 @@ def _by_end(segments: dict[Segment, Peak], layers: int, ends: int) -> dict[Segme
     """Segments named by their distance from the first layer, or, negative, from the last."""
     named = {}
     for (kind, index), peak in segments.items():
-        if kind in ("forward", "backward"):
+        if kind in ("forward", "backward", "between layers"):
             if ends <= index < layers - ends:
                 continue
             index = index if index < ends else index - layers

@@ -17,6 +17,7 @@ NAMES = (
     "gradient_checkpointing",
     "batch_size",
     "accumulate",
+    "optimizer_in_backward",
     "embedding_on",
     "offload",
     "mlp_tile_rows",
@@ -42,13 +43,15 @@ class Lever:
 def ladder(config: TrainConfig, card: bool, tied: bool) -> list[Lever]:
     """The levers that this run can pull and has not pulled, the cheapest first.
 
-    What lends memory to the host is for a card only, and a tied embedding stays with the head.
+    What lends memory to the host is for a card only, and a tied embedding stays with the head. The
+    optimizer steps in backward only where that learns the same: see `steps_in_backward`.
     """
     frozen = config.method != "full"
     tile, rows = config.mlp_tile_rows, config.loss_chunk_rows
     streams = config.method == "qlora" and not config.use_dora
     choices = (
         (card and frozen and not tied, Lever("embedding_on", "host", 0.001)),
+        (steps_in_backward(config), Lever("optimizer_in_backward", True, 0.005)),
         (card, Lever("offload", "checkpoints", 0.01)),
         (tile is None or tile > _WIDE_TILE, Lever("mlp_tile_rows", _WIDE_TILE, 0.01)),
         (rows > _FEW_ROWS, Lever("loss_chunk_rows", _FEW_ROWS, 0.02)),
@@ -65,10 +68,21 @@ def _pulled(config: TrainConfig, lever: Lever) -> bool:
     return lever.value in present if lever.setting == "offload" else bool(present == lever.value)
 
 
+def steps_in_backward(config: TrainConfig) -> bool:
+    """Whether the optimizer of these settings may step in backward and learn the same."""
+    alone = config.max_grad_norm == 0 and config.accumulate == 1
+    return config.method == "full" and alone and config.dtype != "float16"
+
+
 def pull(config: TrainConfig, levers: Sequence[Lever]) -> TrainConfig:
-    """The settings with these levers pulled; of two for one setting the later stands."""
+    """The settings with these levers pulled; of two for one setting the later stands.
+
+    Where the settings accumulate, the optimizer does not step in backward.
+    """
     changes: dict[str, object] = {}
     for lever in levers:
+        if lever.setting == "optimizer_in_backward" and config.accumulate > 1:
+            continue
         if lever.setting == "offload":
             before = changes.get("offload", config.offload)
             assert isinstance(before, tuple)

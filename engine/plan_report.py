@@ -19,6 +19,7 @@ from engine.plan_search import Choice, Planner, changed
 from engine.recompute import resolve_recompute
 from engine.trainable import check_levels, targets_of
 from models.config import ModelConfig
+from models.registry import parameter_count
 
 CARD_RATE = 165e12
 """Operations per second where no card is named: what dense bf16 products reach on an RTX 4090."""
@@ -119,6 +120,7 @@ class Report:
             "model": config.model,
             "device": "cuda" if planned.card else "cpu",
             "dtype": str(planned.dtype).removeprefix("torch."),
+            "parameters": parameter_count(self.target.model),
             "settings": {name: getattr(config, name) for name in _SHOWN},
             "peaks": {
                 name: {"bytes": peak.bytes, "owners": _held(peak.owners)}
@@ -163,7 +165,8 @@ class Report:
             for name in _SHOWN
             if name in _ALWAYS_SHOWN or getattr(config, name) != _default(name)
         )
-        lines = [f"{self.target.title}, {str(planned.dtype).removeprefix('torch.')}", settings, ""]
+        count, dtype = parameter_count(self.target.model), str(planned.dtype).removeprefix("torch.")
+        lines = [f"{self.target.title}, {dtype}, {count:,} parameters", settings, ""]
         lines.append(f"{'':<22}{'step':>12}{'between steps':>15}")
         for owner in OWNERS:
             step, rest = planned.step.owners.get(owner, 0), planned.save.owners.get(owner, 0)
@@ -197,7 +200,8 @@ class Report:
         lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
         for name, (before, after) in self.choice.changes.items():
             option = f"--{name.replace('_', '-')}"
-            given = option if after is True else f"{option} {_text(after)}"
+            off = f"--no-{option[2:]}" if after is False else f"{option} {_text(after)}"
+            given = option if after is True else off
             lines.append(f"  {given}  (asked for {_text(before)})")
         return lines
 
@@ -210,6 +214,7 @@ _SHOWN = (
     "max_length",
     "gradient_checkpointing",
     "loss_chunk_rows",
+    "optimizer_in_backward",
     "mlp_tile_rows",
     "decode_singly",
     "head_precision",

@@ -18,7 +18,7 @@ from engine.config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory import gib
 from engine.plan import MemoryPlan
-from engine.plan_levers import NAMES, Lever, cost, ladder, pull
+from engine.plan_levers import NAMES, Lever, cost, ladder, pull, steps_in_backward
 
 LEVELS = ("none", "selective", "full")
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
@@ -69,9 +69,12 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
     found = search.fastest()
     why = "the fastest of the settings that fit"
     if found is None:
-        least = search.least()
-        length = longest(least, budget, search.plan, config.max_length)
-        assert length is not None, "rows of 64 tokens were found to fit"
+        lengths = [
+            (longest(least, budget, search.plan, config.max_length) or 0, least)
+            for least in search.leasts()
+        ]
+        length, least = max(lengths, key=lambda found: found[0])
+        assert length, "rows of 64 tokens were found to fit"
         found = changed(least, max_length=length)
         why = f"nothing else fits at {config.max_length} tokens, so longer rows are cut"
     return Choice(search.plan(found), _changes(config, found), len(search.planned), why)
@@ -94,20 +97,38 @@ class _Search:
     def fits(self, candidate: TrainConfig) -> bool:
         return self.plan(candidate).total <= self.budget
 
-    def least(self) -> TrainConfig:
-        """The settings that need the least, rows as long as asked for."""
-        return pull(self._shaped("full", 1), self.rungs)
+    def least(self, max_length: int | None = None) -> TrainConfig:
+        """The settings that need the least, rows as long as asked for or as here."""
+        return self._smallest("full", max_length)
+
+    def leasts(self, level: str = "full", max_length: int | None = None) -> list[TrainConfig]:
+        """Of a level what may need the least: one row at a time, or one pass of all that steps."""
+        batches = [1]
+        steps = any(rung.setting == "optimizer_in_backward" for rung in self.rungs)
+        if self.config.batch_size > 1 and (steps or self.config.optimizer_in_backward):
+            batches.append(self.config.batch_size)
+        length = max_length or self.config.max_length
+        shapes = [changed(self._shaped(level, batch), max_length=length) for batch in batches]
+        return [pull(shape, self.rungs) for shape in shapes]
+
+    def _smallest(self, level: str, max_length: int | None = None) -> TrainConfig:
+        found = self.leasts(level, max_length)
+        return found[0] if len(found) == 1 else min(found, key=lambda c: self.plan(c).total)
 
     def require_any(self) -> None:
         """Raises `MemoryPlanError` where not even the least settings fit, with short rows."""
-        shortest = changed(self.least(), max_length=min(SHORTEST, self.config.max_length))
+        shortest = self.least(min(SHORTEST, self.config.max_length))
         if not self.fits(shortest):
             raise MemoryPlanError(_refusal(self.config, shortest, self.budget, self.plan))
 
     def _shaped(self, level: str, batch: int) -> TrainConfig:
-        rows = self.config.batch_size * self.config.accumulate
+        accumulate = self.config.batch_size * self.config.accumulate // batch
         return changed(
-            self.config, gradient_checkpointing=level, batch_size=batch, accumulate=rows // batch
+            self.config,
+            gradient_checkpointing=level,
+            batch_size=batch,
+            accumulate=accumulate,
+            optimizer_in_backward=self.config.optimizer_in_backward and accumulate == 1,
         )
 
     def fastest(self) -> TrainConfig | None:
@@ -143,7 +164,7 @@ class _Search:
         rows = size * self.config.accumulate
         batches = [b for b in range(1, size + 1) if rows % b == 0]
         for level in LEVELS:
-            smallest = pull(self._shaped(level, 1), self.rungs)
+            smallest = self._smallest(level)
             if not self.fits(smallest):
                 continue
             for batch in batches:
@@ -309,9 +330,19 @@ def _ways(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--dtype bfloat16", {"dtype": "bfloat16"}
     if not config.double_quant:
         yield "--double-quant", {"double_quant": True}
-    if config.target_modules != "qv":
+    if config.method == "full":
+        if not (config.optimizer_in_backward or steps_in_backward(config)):
+            text = "--optimizer-in-backward --max-grad-norm 0 --accumulate 1"
+            row = " --batch-size 1" if config.batch_size > 1 else ""
+            yield text + row, {
+                "optimizer_in_backward": True,
+                "max_grad_norm": 0.0,
+                "accumulate": 1,
+                "batch_size": 1,
+            }
+    elif config.target_modules != "qv":
         yield "--target-modules qv", {"target_modules": "qv"}
-    if config.lora_rank > 4:
+    if config.method != "full" and config.lora_rank > 4:
         yield "--lora-rank 4", {"lora_rank": 4}
     if config.optimizer != "adamw8bit":
         yield "--optimizer adamw8bit", {"optimizer": "adamw8bit"}

@@ -2,8 +2,9 @@
 
 Levels differ in time and memory only; the gradients are the same (`models.block`). They are planned
 for the largest step of the run (`engine.plan`), the fastest first, against a share of the memory
-that is free, or against the run's budget. Where a generous estimate needs no half of that, nothing
-is planned: a plan takes a second or two.
+that is free, or against the run's budget; with a budget the slowest comes before them all, for if
+it does not fit the run is refused. Where a generous estimate needs no half of that, nothing is
+planned: a plan takes a part of a second.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from engine.config import TrainConfig
 from engine.memory import gib
-from engine.plan import Workload, plan, workload
+from engine.plan import MemoryPlan, Workload, plan, workload
 from engine.plan_search import LEVELS, changed
 from models.config import ModelConfig
 from models.registry import expected_tensors
@@ -63,27 +64,43 @@ def resolve_recompute(
     `work` is the largest step (by default the largest that the settings allow) and `free` the bytes
     that are free, looked up where it is None. Where no level is sure to fit it is "full".
     """
+    return planned_level(model, config, device, dtype, work, free)[0]
+
+
+def planned_level(
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Workload | None = None,
+    free: int | None = None,
+) -> tuple[str, MemoryPlan | None]:
+    """As `resolve_recompute`, with the plan of the largest step at that level if it was made."""
     if config.gradient_checkpointing != "auto":
-        return config.gradient_checkpointing
+        return config.gradient_checkpointing, None
     limit = config.memory_budget
     if limit is None:
         free = free_memory(device) if free is None else free
         limit = int(free * FREE_SHARE[device.type])
     work = work or workload(config)
     if 2 * _estimate(model, config, work, dtype) < limit:
-        return "none"
-    for level in LEVELS:
-        needed = plan(
-            model,
-            changed(config, gradient_checkpointing=level),
-            card=device.type == "cuda",
-            dtype=dtype,
-            work=work,
-        ).total
-        if needed <= limit:
-            break
+        return "none", None
+
+    def made(level: str) -> MemoryPlan:
+        settings = changed(config, gradient_checkpointing=level)
+        return plan(model, settings, card=device.type == "cuda", dtype=dtype, work=work)
+
+    *faster, level = LEVELS
+    found = made(level) if config.memory_budget is not None else None
+    if found is None or found.total <= limit:
+        for other in faster:
+            tried = made(other)
+            if tried.total <= limit:
+                level, found = other, tried
+                break
+    found = found or made(level)
     log.info(
         "gradient checkpointing %s: a step needs %s, and %s may be used",
-        level, gib(needed), gib(limit),
+        level, gib(found.total), gib(limit),
     )  # fmt: skip
-    return level
+    return level, found

@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 
+import torch
+
 from engine.config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.formats.adapter import AdapterConfig, Pairs, load_adapter
@@ -14,9 +16,10 @@ from models.batch import Levers, layer_levels
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
+from models.layer_graphs import recordable
 from models.lora import add_lora, load_adapter_tensors, scale_of, target_modules
 from models.registry import MLP_PROJECTIONS, projections_of
-from optim import AdamW8bit, param_groups
+from optim import AdamW8bit, StepInBackward, param_groups
 
 BASE_FILE = "base.json"
 """Beside an adapter: the digest of the base that it was trained on."""
@@ -98,8 +101,10 @@ def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
         )
     if config.use_dora and any(model.sparse_layers) and set(names) & set(MLP_PROJECTIONS):
         raise ConfigError(
-            f"use_dora is not defined for the experts of a {model.model_type} model; adapt its "
-            "attention alone with --target-modules attn, or leave it out."
+            f"use_dora is not defined for the experts of a {model.model_type} model: they are "
+            "parameters of many matrices, for which PEFT refuses DoRA, so that no program could "
+            "load the adapter. Adapt the attention alone with --target-modules attn, or leave "
+            "--use-dora out."
         )
     return tuple(name for name in names if name in there)
 
@@ -141,6 +146,46 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
         eps=config.eps,
         min_8bit_size=4096 if config.optimizer == "adamw8bit" else 1 << 62,
     )
+
+
+def check_in_backward(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Raises `ConfigError` where the optimizer is to step in backward and `dtype` is float16."""
+    if config.optimizer_in_backward and dtype == torch.float16:
+        raise ConfigError(
+            "--optimizer-in-backward was given on a device that computes in float16, whose "
+            "gradients need a loss scale: a step that overflows is done again at a lower one, and "
+            "part of the weights would have moved by then. Give --dtype float32, or leave it out."
+        )
+
+
+def check_graphs(config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raises `ConfigError` where `config` asks for CUDA graphs that cannot be had."""
+    if not config.cuda_graphs:
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--cuda-graphs was given for a run on the {device.type}, which has none. Leave it "
+            "out, or train on a GPU with --device cuda."
+        )
+    with torch.device("meta"):
+        if not any(map(recordable, Decoder(model).layers)):
+            raise ConfigError(
+                f"--cuda-graphs was given for a {model.model_type} model, none of whose layers has "
+                "sizes that stay: those within mixtures of experts, and the documents of Gated "
+                "DeltaNet, change with every batch. Leave it out."
+            )
+
+
+def make_in_backward(
+    model: Decoder, optimizer: AdamW8bit, config: TrainConfig
+) -> StepInBackward | None:
+    """What steps the optimizer in backward, a layer at a time, where `config` asks for it."""
+    if not config.optimizer_in_backward:
+        return None
+    layers = [layer.trainable() for layer in model.layers]
+    inside = {id(parameter) for unit in layers for parameter in unit}
+    rest = [[p] for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    return StepInBackward(optimizer, [*(unit for unit in layers if unit), *rest])
 
 
 def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig:

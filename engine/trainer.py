@@ -20,12 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from engine.errors import EngineError
 from engine.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.signals import StopSignals
 from models.decoder import Decoder
-from optim import AdamW8bit, lr_at
+from optim import AdamW8bit, StepInBackward, lr_at
 from optim.clip import clip_coefficient, global_norm
 
 if TYPE_CHECKING:
@@ -35,7 +36,10 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(EngineError):
-    """A loss or gradient was not finite more often than the run allows. No weight was changed."""
+    """A loss or gradient was not finite more often than the run allows.
+
+    No weight was changed, unless the optimizer stepped in backward: the message says so then.
+    """
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step. `grad_norm` is before clipping; a skipped step changed nothing."""
+    """One optimizer step. `grad_norm` is before clipping; a skipped step changed nothing.
+
+    `torn` says that of a skipped step some weights may have moved (`train_step` with `in_backward`,
+    a finite loss, and gradients that were not).
+    """
 
     loss: float
     grad_norm: float
     tokens: int
     trained_tokens: int
     skipped: bool
+    torn: bool = False
 
 
 def dropout_seed(seed: int, step: int, micro: int) -> int:
@@ -97,6 +106,7 @@ def train_step(
     step: int = 0,
     loss_scale: float = 1.0,
     teacher: Decoder | None = None,
+    in_backward: StepInBackward | None = None,
 ) -> StepResult:
     """Accumulate the micro-batches' gradients and update once; gradients are then cleared.
 
@@ -104,11 +114,20 @@ def train_step(
     the device once, after the update, to learn the loss. A loss or gradient norm that is not finite
     leaves weights and optimizer state as they were. `loss_scale` multiplies the loss before the
     backward pass and is divided out again, for gradients that float16 could not hold otherwise.
-    `max_grad_norm` 0 is no clipping. Raises `ValueError` if no row has a trained token.
+    `max_grad_norm` 0 is no clipping.
+
+    With `in_backward`, which must be of `optimizer`, weights move while their gradients are made,
+    to the same bits. A loss that is not finite still changes nothing, for it is known before; a
+    gradient that is not finite leaves its own unit as it was, but units before it have moved.
+
+    Raises `ValueError` if no row has a trained token, and with `in_backward` for several
+    micro-batches, clipping or a loss scale.
     """
     trained = sum(batch.trained_tokens for batch in batches)
     if trained == 0:
         raise ValueError("none of the step's rows has a trained token")
+    if in_backward is not None and (len(batches) > 1 or max_grad_norm or loss_scale != 1.0):
+        raise ValueError("steps in backward take one micro-batch, unclipped, at a loss scale of 1")
     model.train()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     for micro, batch in enumerate(batches):
@@ -120,8 +139,27 @@ def train_step(
             num_items=trained / loss_scale,
             teacher=teacher,
         )
-        part.backward()
         loss += part.detach() / loss_scale
+        if in_backward is None:
+            part.backward()
+        else:
+            with in_backward.stepping(torch.where(torch.isfinite(loss), 1.0, torch.nan)):
+                part.backward()
+    if in_backward is None:
+        norm = _step_at_once(optimizer, loss, max_grad_norm, loss_scale)
+    else:
+        norm = in_backward.grad_norm()
+    tokens = sum(int(batch.input_ids.numel()) for batch in batches)
+    value, measured = torch.stack((loss, norm.double())).tolist()
+    skipped = not (math.isfinite(value) and math.isfinite(measured))
+    torn = skipped and math.isfinite(value) and in_backward is not None
+    return StepResult(value, measured, tokens, trained, skipped, torn)
+
+
+def _step_at_once(
+    optimizer: AdamW8bit, loss: Tensor, max_grad_norm: float, loss_scale: float
+) -> Tensor:
+    """Update by the gradients there are, clear them, and return their norm, fp32 ()."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = global_norm([p.grad for p in parameters if p.grad is not None]) / loss_scale
     factor = clip_coefficient(norm, max_grad_norm or math.inf) / loss_scale
@@ -129,10 +167,7 @@ def train_step(
     # The optimizer leaves out a step whose factor is not finite, on the device.
     optimizer.step(grad_scale=torch.where(finite, factor, torch.nan))
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(int(batch.input_ids.numel()) for batch in batches)
-    value, measured = torch.stack((loss, norm.double())).tolist()
-    skipped = not (math.isfinite(value) and math.isfinite(measured))
-    return StepResult(value, measured, tokens, trained, skipped)
+    return norm
 
 
 FIRST_LOSS_SCALE = 2.0**16
@@ -168,7 +203,8 @@ class Trainer:
     `batches_of(step)` gives the micro-batches of a step (counted from 0) and the epoch it lies in,
     as a fraction, after it. `save` writes a checkpoint, `report` takes each step's metrics,
     `evaluate` returns held-out figures to add to a step's line, `watch` is entered around a step,
-    and a `teacher` is what the model learns from instead of the tokens.
+    a `teacher` is what the model learns from instead of the tokens, and `in_backward` lets the
+    optimizer step while gradients are made.
     """
 
     def __init__(
@@ -185,8 +221,10 @@ class Trainer:
         progress: Progress | None = None,
         watch: Callable[[Sequence[Batch]], AbstractContextManager[None]] | None = None,
         teacher: Decoder | None = None,
+        in_backward: StepInBackward | None = None,
     ) -> None:
         self.model, self.optimizer, self.teacher = model, optimizer, teacher
+        self.in_backward = in_backward
         self.batches_of, self.settings = batches_of, settings
         self.save, self.report, self.evaluate = save, report, evaluate
         self.signals = signals or StopSignals()
@@ -265,6 +303,7 @@ class Trainer:
             step=self.progress.step,
             loss_scale=self.progress.loss_scale,
             teacher=self.teacher,
+            in_backward=self.in_backward,
         )
 
     def _count(self, result: StepResult) -> None:
@@ -272,6 +311,14 @@ class Trainer:
         if result.skipped:
             what = f"loss {result.loss}, gradient norm {result.grad_norm}"
             if progress.skipped_in_a_row + 1 > limit:
+                if result.torn:
+                    # Neither the state before the step nor one after it: nothing to save.
+                    raise NonFiniteError(
+                        f"Step {progress.step + 1} is not finite ({what}), and with the optimizer "
+                        "in backward a part of the weights had moved by then; they are not saved. "
+                        "Go on from the last checkpoint with --resume auto, with a lower "
+                        "--learning-rate or without --optimizer-in-backward."
+                    )
                 # The step is not counted: going on from the last checkpoint meets it again.
                 self.save(progress)
                 raise NonFiniteError(
@@ -281,7 +328,8 @@ class Trainer:
                 )
             progress.skipped += 1
             progress.skipped_in_a_row += 1
-            log.warning("Step %d skipped: %s", progress.step + 1, what)
+            extent = "in part" if result.torn else "whole"
+            log.warning("Step %d skipped (%s): %s", progress.step + 1, extent, what)
         else:
             progress.skipped_in_a_row = 0
         progress.step += 1

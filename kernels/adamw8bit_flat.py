@@ -24,7 +24,7 @@ from kernels.triton_support import jit, tl
 
 COLUMNS = 8
 """Columns of the segment table: address of parameter, gradient and master, elements, first row of
-its moments, kind, group, and one unused, so that an entry is 64 bytes."""
+its moments, kind, group, and the number of the parameter, by which its steps are counted."""
 
 FACTORS = 8
 """Columns of the factors: decay, step size, 1 / denominator scale, eps, b1, b2, 1 - b1, 1 - b2."""
@@ -132,8 +132,9 @@ def prepare_kernel(
         at = (start + lane).to(tl.int64)
         inside = at < segment_count
         active = tl.load(segments + at * 8 + 1, mask=inside, other=0) != 0
-        step = tl.load(steps + at, mask=inside, other=0) + tl.where(active, made, 0)
-        tl.store(steps + at, step, mask=inside)
+        number = tl.load(segments + at * 8 + 7, mask=inside, other=0)
+        step = tl.load(steps + number, mask=inside, other=0) + tl.where(active, made, 0)
+        tl.store(steps + number, step, mask=inside)
         group = groups + tl.load(segments + at * 8 + 6, mask=inside, other=0) * 5
         lr = tl.load(group, mask=inside, other=0.0)
         beta1 = tl.load(group + 1, mask=inside, other=0.0)
@@ -185,9 +186,9 @@ def _encode(x, cells, thresholds, SIGNED: tl.constexpr, NEAREST: tl.constexpr, R
 
 
 @jit
-def _random_bits(seed, index, segment, step):
+def _random_bits(seed, index, number, step):
     zero = (index * 0).to(tl.uint32)
-    word2, word3 = zero + segment.to(tl.uint32), zero + step.to(tl.uint32)
+    word2, word3 = zero + number.to(tl.uint32), zero + step.to(tl.uint32)
     random, _, _, _ = tl.philox(seed, index.to(tl.uint32), zero, word2, word3)
     return random.to(tl.uint32) & 0xFFFF
 
@@ -270,7 +271,8 @@ def adamw_kernel(
     else:
         p = tl.load(param, mask=mask, other=0.0).to(tl.float32) * decay + move
     if STOCHASTIC:
-        random = _random_bits(seed, index, segment, tl.load(steps + segment))
+        number = tl.load(entry + 7)
+        random = _random_bits(seed, index, number, tl.load(steps + number))
         tl.store(param, _to_bf16(p, random), mask=mask)
     elif tl.bfloat16 == PARAM:
         to_nearest = 0x7FFF + ((p.to(tl.uint32, bitcast=True) >> 16) & 1)

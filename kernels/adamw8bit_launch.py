@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,16 @@ from kernels.dynamic_map import Rounding, dynamic_map, grid_table, magnitude_tab
 from kernels.triton_support import on_device, tl
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def upload(
+    values: Sequence[Sequence[float]] | np.ndarray, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A table on the device. The host does not wait: a card fetches it from pinned memory."""
+    table = torch.as_tensor(values, dtype=dtype)
+    if device.type != "cuda":
+        return table.to(device)
+    return table.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,21 @@ class Kind:
     master: bool
 
 
+def _work(places: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The work items (place, first row) of entries with so many rows, int32 (items, 2)."""
+    parts = [np.empty((0, 2), dtype=np.int32)]
+    for place, count in places:
+        first = np.arange(0, count, WORK_ROWS, dtype=np.int32)
+        parts.append(np.stack((np.full_like(first, place), first), axis=1))
+    return np.concatenate(parts)
+
+
 class SegmentTable:
     """Where parameters, gradients and masters are, on the device (`kernels.adamw8bit_flat`).
 
     `rows` gives for each parameter whether its moments are 8-bit, their first row and how many,
-    `groups` its group. Gradients may move between steps: `refresh` looks.
+    `groups` its group; all are of every parameter, of which a table has some `members` or all.
+    Gradients may move between steps: `refresh` looks.
     """
 
     def __init__(
@@ -63,21 +84,18 @@ class SegmentTable:
         rows: Sequence[tuple[bool, int, int]],
         groups: Sequence[int],
         device: torch.device,
+        members: Sequence[int] | None = None,
     ) -> None:
         self.kinds: list[Kind] = []
         self.aligned = False
         self.entries = torch.zeros(0, COLUMNS, dtype=torch.int64)
-        work = {
-            wanted: [
-                (index, row)
-                for index, (quantized, _, count) in enumerate(rows)
-                if quantized is wanted
-                for row in range(0, count, WORK_ROWS)
-            ]
+        self._members = range(len(rows)) if members is None else members
+        coarse, exact = (
+            _work([(i, rows[n][2]) for i, n in enumerate(self._members) if rows[n][0] is wanted])
             for wanted in (True, False)
-        }
-        self.quantized_items = len(work[True])
-        self.work = torch.tensor(work[True] + work[False], dtype=torch.int32).to(device)
+        )
+        self.quantized_items = len(coarse)
+        self.work = upload(np.concatenate((coarse, exact)), torch.int32, device)
         self._rows, self._groups, self._device = rows, groups, device
         self._uploaded: list[list[int]] = []
 
@@ -85,7 +103,8 @@ class SegmentTable:
         """Bring the table up to date. Raises ValueError for a gradient the kernels cannot read."""
         kinds: dict[Kind, int] = {}
         entries = []
-        for index, param in enumerate(params):
+        for index in self._members:
+            param = params[index]
             grad, master = param.grad, masters.get(index)
             kind, grad_at = 0, 0
             if grad is not None:
@@ -95,12 +114,12 @@ class SegmentTable:
                 kind, grad_at = kinds.setdefault(key, len(kinds)), grad.data_ptr()
             master_at = 0 if master is None else master.data_ptr()
             places = [param.data_ptr(), grad_at, master_at]
-            sizes = [param.numel(), self._rows[index][1], kind, self._groups[index], 0]
+            sizes = [param.numel(), self._rows[index][1], kind, self._groups[index], index]
             entries.append(places + sizes)
         self.kinds = list(kinds)
         if entries != self._uploaded:
             self.aligned = all(value % 16 == 0 for entry in entries for value in entry[:4])
-            self.entries = torch.tensor(entries, dtype=torch.int64).to(self._device)
+            self.entries = upload(entries, torch.int64, self._device)
             self._uploaded = entries
 
 
@@ -112,20 +131,22 @@ def adamw_flat_(
     max_norm: float,
     rounding: Rounding,
     stochastic_seed: int | None,
+    held: Sequence[Tensor],
 ) -> Tensor:
     """One step of every parameter in `table` that has a gradient, or of none if one is not finite.
 
     `groups` is float64 (groups, 5): lr, beta1, beta2, eps, weight decay. `grad_scale` fp32 (1,)
-    multiplies the gradients, and clipping to `max_norm` follows. Returns fp32 (3,): the norm before
-    clipping, the factor applied to the gradients, and 1 if all was finite, else 0.
+    multiplies the gradients, and clipping to `max_norm` follows. `held` are the moments that must
+    be finite as well. Returns fp32 (3,): the norm before clipping, the factor applied to the
+    gradients, and 1 if all was finite, else 0.
     """
     device = moments.steps.device
     items = len(table.work)
     programs = min(NORM_PROGRAMS, items)
     partials = torch.empty(len(table.kinds) * programs + 1, dtype=torch.float64, device=device)
-    held = [moments.m_absmax, moments.v_absmax, moments.m_exact, moments.v_exact]
     # Not finite if a moment is not, and nothing otherwise.
-    partials[-1] = torch.stack(torch._foreach_norm(held, 2, torch.float64)).mul_(0.0).sum()
+    norms = torch._foreach_norm(list(held), 2, torch.float64)
+    partials[-1] = torch.stack(norms).mul_(0.0).sum()
     count = len(table.entries)
     factors = torch.empty(count, FACTORS, dtype=torch.float32, device=device)
     outcome = torch.empty(3, dtype=torch.float32, device=device)

@@ -32,6 +32,7 @@ DEFAULT_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 _GPU_CHUNK_ROWS = 1024
 _SLAB_BYTES = 16 * 2**20
+_SCALED_ROWS = 1 << 14
 
 Head = Tensor | Int8Weight
 
@@ -153,6 +154,17 @@ def _forward(
     return total.to(wide), dhidden, dweight
 
 
+def _scaled(dweight: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """dweight (V, H) times dloss () in `dtype`.
+
+    For 16-bit weights without a second matrix in fp32, which a CPU's product would make inside.
+    """
+    scaled = torch.empty_like(dweight, dtype=dtype)
+    for source, target in zip(dweight.split(_SCALED_ROWS), scaled.split(_SCALED_ROWS), strict=True):
+        torch.mul(source, dloss, out=target)
+    return scaled
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -180,7 +192,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
             dhidden.index_copy_(0, trained, dchosen * dloss.to(ctx.dtype))
         if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.weight_dtype)
+            dweight = _scaled(dweight, dloss, ctx.weight_dtype)
         return dhidden, dweight, None, None, None
 
 

@@ -1,8 +1,9 @@
-"""Optimisation: the 8-bit AdamW, its parameter groups, clipping and the learning-rate schedule."""
+"""Optimisation: the 8-bit AdamW, at once or in backward, groups, clipping and the schedule."""
 
 from optim.adamw8bit import AdamW8bit
 from optim.clip import clip_grad_norm
+from optim.in_backward import StepInBackward
 from optim.lr_schedule import lr_at
 from optim.param_groups import param_groups
 
-__all__ = ["AdamW8bit", "clip_grad_norm", "lr_at", "param_groups"]
+__all__ = ["AdamW8bit", "StepInBackward", "clip_grad_norm", "lr_at", "param_groups"]

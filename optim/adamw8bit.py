@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
-from kernels.adamw8bit_launch import SegmentTable, adamw_flat_
+from kernels.adamw8bit_launch import SegmentTable, adamw_flat_, upload
 from kernels.dispatch import use_triton
 from kernels.dynamic_map import Rounding
 from optim.clip import clip_coefficient, global_norm
@@ -69,7 +69,7 @@ class AdamW8bit(torch.optim.Optimizer):
         self._rounding = rounding
         self.grad_norm: Tensor | None = None
         self._flat: FlatState | None = None
-        self._table: SegmentTable | None = None
+        self._tables: dict[tuple[int, ...] | None, SegmentTable] = {}
         self._settings: tuple[list[list[float]], Tensor] | None = None
         self._plans: dict[tuple[int, ...], list[Slab]] = {}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -94,6 +94,7 @@ class AdamW8bit(torch.optim.Optimizer):
         *,
         grad_scale: float | Tensor = 1.0,
         max_norm: float = math.inf,
+        only: tuple[int, ...] | None = None,
     ) -> None: ...
 
     @overload
@@ -103,6 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
         *,
         grad_scale: float | Tensor = 1.0,
         max_norm: float = math.inf,
+        only: tuple[int, ...] | None = None,
     ) -> float: ...
 
     @torch.no_grad()
@@ -112,12 +114,14 @@ class AdamW8bit(torch.optim.Optimizer):
         *,
         grad_scale: float | Tensor = 1.0,
         max_norm: float = math.inf,
+        only: tuple[int, ...] | None = None,
     ) -> float | None:
         """Update every parameter that has a gradient; or none, if one or a moment is not finite.
 
         The gradients themselves stay as they are: `grad_scale`, a number or a tensor () on the
         parameters' device, multiplies them as they are read, and then they are clipped to the
-        global norm `max_norm`.
+        global norm `max_norm`. With `only`, numbers of parameters in the order of the groups, the
+        others are neither looked at nor moved; a parameter moves to the same bits either way.
         """
         if not max_norm > 0.0:
             raise ValueError(f"max_norm must be positive, got {max_norm}")
@@ -126,21 +130,24 @@ class AdamW8bit(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if use_triton(self._built().m_absmax):
-            self._step_flat(grad_scale, max_norm)
+            self._step_flat(grad_scale, max_norm, only)
         else:
-            self._step_reference(grad_scale, max_norm)
+            self._step_reference(grad_scale, max_norm, only)
         return loss
 
-    def _step_reference(self, grad_scale: float | Tensor, max_norm: float) -> None:
+    def _step_reference(
+        self, grad_scale: float | Tensor, max_norm: float, only: tuple[int, ...] | None
+    ) -> None:
         flat = self._built()
         params = self._params()
-        grads = {i: param.grad for i, param in enumerate(params) if param.grad is not None}
+        numbers = range(len(params)) if only is None else only
+        grads = {i: grad for i in numbers if (grad := params[i].grad) is not None}
         if math.isfinite(max_norm) and grads:
             size = torch.as_tensor(grad_scale).abs()
             self.grad_norm = global_norm(list(grads.values())) * size
             grad_scale = grad_scale * clip_coefficient(self.grad_norm, max_norm)
         scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
-        if not all_finite([*grads.values(), *scale, *flat.scales()]):
+        if not all_finite([*grads.values(), *scale, *flat.scales(only)]):
             flat.skipped += 1
             return
         active = list(grads)
@@ -149,29 +156,33 @@ class AdamW8bit(torch.optim.Optimizer):
                 _step_slab(flat, slab, params, grads, update, grad_scale)
         flat.steps[active] += 1
 
-    def _step_flat(self, grad_scale: float | Tensor, max_norm: float) -> None:
+    def _step_flat(
+        self, grad_scale: float | Tensor, max_norm: float, only: tuple[int, ...] | None
+    ) -> None:
         flat, params = self._built(), self._params()
         device = flat.steps.device
-        if self._table is None:
-            numbered = enumerate(self.param_groups)
-            self._table = flat.table([i for i, group in numbered for _ in group["params"]])
-        self._table.refresh(params, flat.masters)
+        table = self._tables.get(only)
+        if table is None:
+            groups = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+            table = self._tables[only] = flat.table(groups, only)
+        table.refresh(params, flat.masters)
         settings = [
             [float(group["lr"]), *group["betas"], group["eps"], group["weight_decay"]]
             for group in self.param_groups
         ]
         if self._settings is None or self._settings[0] != settings:
-            self._settings = settings, torch.tensor(settings, dtype=torch.float64).to(device)
+            self._settings = settings, upload(settings, torch.float64, device)
         if not isinstance(grad_scale, Tensor):
             grad_scale = torch.full((1,), grad_scale, dtype=torch.float32, device=device)
         outcome = adamw_flat_(
             flat.flat_moments(),
-            self._table,
+            table,
             self._settings[1],
             grad_scale.to(torch.float32).view(1),
             max_norm,
             self._rule(),
             self._seed if self._low_precision == "stochastic" else None,
+            flat.scales(only),
         )
         self.grad_norm = outcome[0]
 
@@ -223,7 +234,7 @@ class AdamW8bit(torch.optim.Optimizer):
             masters = self._low_precision == "master"
             self._flat = FlatState(params, self._min_8bit_size, masters)
             self._plans.clear()
-            self._table = None
+            self._tables.clear()
             for index, param in enumerate(params):
                 self.state[param] = self._flat.views(index)
         return self._flat

@@ -83,9 +83,31 @@ class FlatState:
             return Moments(self.m_codes[rows], self.v_codes[rows], m_absmax, v_absmax)
         return Moments(self.m_exact[rows], self.v_exact[rows])
 
-    def scales(self) -> list[Tensor]:
-        """The tensors that make the state non-finite if one of their elements is."""
-        return [self.m_absmax, self.v_absmax, self.m_exact, self.v_exact]
+    def scales(self, members: Sequence[int] | None = None) -> list[Tensor]:
+        """The tensors that make the state, or these members', non-finite if an element is."""
+        coarse, exact = (self.m_absmax, self.v_absmax), (self.m_exact, self.v_exact)
+        if members is None:
+            return [*coarse, *exact]
+        return [
+            tensor[first:last]
+            for quantized, tensors in ((True, coarse), (False, exact))
+            for first, last in self._stretches(members, quantized)
+            for tensor in tensors
+        ]
+
+    def _stretches(self, members: Sequence[int], quantized: bool) -> list[tuple[int, int]]:
+        """First and last + 1 of the rows of `members` in one kind of buffer, without gaps."""
+        rows = sorted(
+            (segment.row, segment.row + segment.rows)
+            for segment in (self.segments[index] for index in members)
+            if segment.quantized is quantized
+        )
+        joined: list[tuple[int, int]] = []
+        for first, last in rows:
+            if joined and joined[-1][1] == first:
+                first = joined.pop()[0]
+            joined.append((first, last))
+        return joined
 
     def flat_moments(self) -> FlatMoments:
         """All buffers, for the kernels."""
@@ -100,10 +122,10 @@ class FlatState:
             self.skipped,
         )
 
-    def table(self, groups: Sequence[int]) -> SegmentTable:
-        """The kernels' table of parameters, which belong to these `groups`."""
+    def table(self, groups: Sequence[int], members: Sequence[int] | None = None) -> SegmentTable:
+        """The kernels' table of all parameters or some; they belong to these `groups`."""
         rows = [(segment.quantized, segment.row, segment.rows) for segment in self.segments]
-        return SegmentTable(rows, groups, self.steps.device)
+        return SegmentTable(rows, groups, self.steps.device, members)
 
     def views(self, index: int) -> dict[str, Tensor]:
         """One parameter's own part of every buffer: flat, without padding, sharing memory."""

@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,19 @@ import torch
 
 from engine.config import TrainConfig
 from engine.data.loader import Batch
-from engine.dry_pass import DryResult, dry_pass
+from engine.dry_pass import dry_pass
 from engine.errors import MemoryPlanError
 from engine.load import build_for
 from engine.memory import MemoryMeter, observed, track_model
 from engine.model_presets import preset_config
 from engine.plan import make_batch, plan
-from engine.trainable import make_optimizer, make_trainable
+from engine.trainable import make_in_backward, make_optimizer, make_trainable
 from engine.trainer import train_step
 from models.block import DecoderLayer
 from models.config import ModelConfig
 from models.decoder import Decoder
 from models.head_counts import PER_LAYER
+from models.offload import WeightStream
 from models.registry import expected_tensors
 from optim import AdamW8bit
 
@@ -59,6 +61,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "lora": {"method": "lora"},
     "full fine-tuning": {"method": "full"},
+    "full fine-tuning in backward": {
+        "method": "full",
+        "max_grad_norm": 0.0,
+        "optimizer_in_backward": True,
+    },
+    "in backward, full recompute": {
+        "method": "full",
+        "max_grad_norm": 0.0,
+        "optimizer_in_backward": True,
+        "gradient_checkpointing": "full",
+        "dtype": "bfloat16",
+    },
     "full recompute": {"gradient_checkpointing": "full"},
     "no recompute": {"gradient_checkpointing": "none"},
     "dropout": {"lora_dropout": 0.1},
@@ -78,6 +92,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tiles with full recompute": {"mlp_tile_rows": 100, "gradient_checkpointing": "full"},
     "single weights": {"decode_singly": True},
     "levels by layer": {"gradient_checkpointing": "full:1,none"},
+    "streamed weights": {"offload": ("weights",)},
     "everything": {
         "mlp_tile_rows": 48,
         "decode_singly": True,
@@ -125,11 +140,20 @@ def measured(
     track_model(meter, model)
     meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
     meter.track("optimiser", optimizer.state_tensors().values())
+    step = partial(
+        train_step,
+        model,
+        optimizer,
+        batches,
+        max_grad_norm=config.max_grad_norm,
+        seed=1,
+        in_backward=make_in_backward(model, optimizer, config),
+    )
     with observed(meter, fresh_scratch=True), meter:
-        train_step(model, optimizer, batches, max_grad_norm=1.0, seed=1)
+        step()
         meter.segments.clear()
         meter.begin("start")
-        train_step(model, optimizer, batches, max_grad_norm=1.0, seed=1, step=1)
+        step(step=1)
     return meter
 
 
@@ -199,6 +223,7 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     [
         {},
         {"method": "full"},
+        {"method": "full", "max_grad_norm": 0.0, "optimizer_in_backward": True},
         {"gradient_checkpointing": "full"},
         {"gradient_checkpointing": "none"},
         {"accumulate": 2},
@@ -220,57 +245,6 @@ def test_a_deep_model_is_planned_from_shallow_ones(card: bool, changes: dict[str
     assert abs(quick.save.bytes - whole.save.bytes) <= slack
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
     assert quick.trainable == whole.trainable
-
-
-def lent(**changes: Any) -> DryResult:
-    """The dry pass of a step on a card."""
-    sizes = {"num_hidden_layers": 6, "hidden_size": 256, "intermediate_size": 2048}
-    model = ModelConfig.from_dict(SMALL | sizes)
-    return dry_pass(
-        model,
-        settings(gradient_checkpointing="full", **changes),
-        [make_batch([100, 60])],
-        card=True,
-        dtype=torch.bfloat16,
-    )
-
-
-def test_every_lever_saves_the_bytes_that_it_should() -> None:
-    plain = lent()
-    table = 1000 * 256 * 2
-    head = lent(head_precision="8bit").resident["head"]
-    assert plain.resident["head"] == table
-    assert table // 2 + 1000 * 4 <= head < table // 2 + 1000 * 4 + 512
-    gathered = lent(embedding_on="host")
-    assert (plain.resident["embeddings"], plain.host) == (table, 0)
-    assert (gathered.resident["embeddings"], gathered.host) == (0, table)
-    inputs = lent(offload=("checkpoints",))
-    rows = 160 * 256 * 2
-    assert inputs.host == 6 * rows
-    before, after = (r.segments["backward", 5].bytes for r in (plain, inputs))
-    # Of six layers' inputs the last is still there and the one below on its way back. What a block
-    # writes has room for its adapters' 16 columns beside it, which what was sent away has not.
-    assert before - after == pytest.approx(4 * rows + 5 * 160 * 16 * 2, abs=2048)
-    streamed = lent(offload=("weights",))
-    layer = streamed.resident["NF4 base"]  # the first, which stays for the next step
-    assert plain.resident["NF4 base"] == 6 * layer
-    assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a card rounds up to 512 bytes
-    assert streamed.segments["backward", 2].owners["NF4 base"] == 2 * layer
-    assert streamed.step.bytes < plain.step.bytes
-    assert streamed.load.bytes < plain.load.bytes
-
-
-def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
-    plain, tiled, singly = lent(), lent(mlp_tile_rows=32), lent(decode_singly=True)
-    work = [r.segments["backward", 2].owners["block working set"] for r in (plain, tiled)]
-    # gate, up, silu(gate) * up and its gradient: four times 128 tokens fewer, 2048 wide, 2 bytes;
-    # attention, which was the lesser part, is the greater now.
-    assert work[0] - work[1] >= 4 * 128 * 2048 * 2 * 0.6
-    scratch = [r.resident["scratch"] for r in (plain, singly)]
-    rank, inner, hidden = 16, 2048, 256
-    group = (2 * inner + 2 * rank) * (hidden + 2 * rank)
-    alone = (inner + rank) * (hidden + rank)
-    assert scratch == [2 * (group + alone), 2 * alone]
 
 
 def test_a_dry_pass_leaves_no_trace() -> None:
@@ -340,19 +314,34 @@ def test_memory_does_not_grow_over_two_hundred_steps(
     assert (resident[1] - resident[0] < 3 << 20) is not leaks
 
 
-@pytest.mark.parametrize("level", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "name",
+    ["default", "no recompute", "full recompute", "tiles with full recompute", "streamed weights"],
+)
 @pytest.mark.parametrize(
     "family", ["smollm3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5", "qwen3_5_moe_vl"]
 )
 def test_the_plan_of_other_families_is_what_a_step_takes(
-    family: str, level: str, golden: Callable[[str], Path]
+    family: str, name: str, golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ModelConfig.from_dict(json.loads((golden(family) / "config.json").read_text()))
-    config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
+    """With experts that are as large a part as in real mixtures, and real copies of weights."""
+    raw = json.loads((golden(family) / "config.json").read_text())
+    text = raw.get("text_config", raw)
+    if "moe_intermediate_size" in text:
+        text["moe_intermediate_size"] = 128
+    model = ModelConfig.from_dict(raw)
+    config, batches = settings(**SETTINGS[name]), [make_batch([100, 37, 163])]
+    init = WeightStream.__init__
+
+    def moving(stream: WeightStream, *args: Any) -> None:
+        init(stream, *args)
+        stream._moves = True
+
+    monkeypatch.setattr(WeightStream, "__init__", moving)
     real = measured(model, config, batches, torch.float32).peak
     dry = dry_pass(model, config, batches, card=False, dtype=torch.float32).step
     # How many rows an expert gets is known to a plan on average alone.
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.02 if model.num_experts else 0.001)
+    assert dry.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
 
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
@@ -367,16 +356,20 @@ def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(level: str) 
 
 
 @pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mlp_tile_rows": 48, "offload": ("checkpoints", "weights")}]
+)
 def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
-    card: bool, golden: Callable[[str], Path]
+    card: bool, changes: dict[str, Any], golden: Callable[[str], Path]
 ) -> None:
     raw = json.loads((golden("qwen3_next") / "config.json").read_text())
     model = ModelConfig.from_dict(raw).with_layers(10)
     assert model.period == 2
-    config = settings(batch_size=2, max_length=150)
+    config = settings(batch_size=2, max_length=150, **changes)
     dtype = torch.bfloat16 if card else torch.float32
     whole = plan(model, config, card=card, dtype=dtype, whole=True)
     quick = plan(model, config, card=card, dtype=dtype)
     assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
+    assert quick.host == pytest.approx(whole.host, rel=0.002)
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
     assert quick.trainable == whole.trainable

@@ -67,6 +67,30 @@ def test_the_text_part_of_a_larger_model_has_its_number_of_parameters(
     assert count / 1e9 == pytest.approx(billions, abs=0.0051)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Qwen/Qwen3-8B", "qwen3-8b"),
+        ("Qwen/Qwen1.5-0.5B-Chat", "qwen1.5-0.5b"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama-2-7b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("HuggingFaceTB/SmolLM3-3B-Base", "smollm3-3b"),
+    ],
+)
+def test_a_publishers_id_needs_no_hub(model: str, name: str) -> None:
+    assert find_model(model)[0] == preset_config(name)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["someone/qwen3-8b", "Qwen/Qwen3-8B-FP8", "mistralai/Mistral-7B-v0.1", "a/Qwen/qwen3-8b"],
+)
+def test_another_id_is_no_preset(model: str) -> None:
+    assert preset_config(model) is None
+
+
 def test_an_unknown_preset_gets_a_suggestion() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean llama-3\.1-8b"):
         find_model("llama-3.1-8")
@@ -207,6 +231,34 @@ def test_a_run_puts_plan_and_measurement_side_by_side(
     assert planned == pytest.approx(measured, rel=0.02)
     assert measured <= metrics["planned_limit_bytes"] * 1.02
     assert metrics["memory_budget_bytes"] == 200 << 20
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"accumulate": 2},
+        {"dtype": "bfloat16", "gradient_checkpointing": "full"},
+        {"optimizer": "adamw"},
+        {"optimizer_in_backward": True, "max_grad_norm": 0.0},
+        {"optimizer_in_backward": True, "max_grad_norm": 0.0, "gradient_checkpointing": "full"},
+    ],
+)
+def test_full_fine_tuning_is_held_to_its_budget_and_measured(
+    changes: dict[str, Any],
+    tiny_model: Path,
+    write_rows: Rows,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("kernels.scratch._buffers", {})
+    run = tmp_path / "run"
+    config = run_settings(tiny_model, write_rows(9), run, "200MiB")
+    train(changed(config, method="full", **changes), console=False)
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    planned, measured = metrics["planned_peak_bytes"], metrics["measured_peak_bytes"]
+    assert planned == pytest.approx(measured, rel=0.03)
+    assert measured <= metrics["planned_limit_bytes"]
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(

@@ -124,6 +124,42 @@ def test_seventy_billion_parameters_train_on_a_card_of_24_gb() -> None:
     assert make(changed(streamed, offload=("checkpoints",))).total > 24 * GB
 
 
+def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None:
+    whole = preset_config("qwen3-30b-a3b")
+    assert whole is not None
+    model, made = whole.with_layers(4), {}
+
+    def make(config: TrainConfig) -> MemoryPlan:
+        text = config.model_dump_json()
+        if text not in made:
+            made[text] = plan(model, config, card=True, dtype=torch.bfloat16)
+        return made[text]
+
+    resident = settings(
+        batch_size=1,
+        max_length=16_384,
+        target_modules="attn",
+        gradient_checkpointing="full",
+        embedding_on="host",
+        offload=("checkpoints",),
+        head_precision="8bit",
+        decode_singly=True,
+        loss_chunk_rows=64,
+    )
+    streamed = changed(resident, offload=("checkpoints", "weights"))
+    tiled = changed(streamed, mlp_tile_rows=2048)
+    held = [make(config) for config in (resident, streamed, tiled)]
+    base = [planned.step.owners["NF4 base"] for planned in held]
+    assert base[1] == base[0] // 2  # two layers of four
+    assert held[1].host - held[0].host == pytest.approx(base[0], rel=0.001)
+    assert base[0] > 1.28 * GB  # 604 million weights of experts a layer, half a byte each
+    work = [planned.step.owners["block working set"] for planned in held]
+    assert work[2] < 0.7 * work[1]
+    choice = choose(streamed, held[2].total, make)
+    assert choice.plan.config.mlp_tile_rows == 2048
+    assert choice.plan.total <= held[2].total < held[1].total
+
+
 def test_the_context_table_streams_weights_only_where_it_must(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

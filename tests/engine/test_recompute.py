@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from engine.config import TrainConfig
+from engine.errors import MemoryPlanError
 from engine.finetune import train
+from engine.formats.checkpoint import open_checkpoint
 from engine.model_presets import preset_config
-from engine.plan import Workload, plan
-from engine.plan_search import LEVELS, changed
+from engine.plan import MemoryPlan, Workload, plan
+from engine.plan_search import LEVELS, changed, least_step
 from engine.recompute import FREE_SHARE, _estimate, resolve_recompute
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -100,3 +102,73 @@ def test_a_resumed_run_keeps_its_level(
         for run in ("run", "another")
     )
     assert first == second
+
+
+@pytest.fixture
+def levels_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Fills with (who asked, level) of every plan that a run makes."""
+    made: list[tuple[str, str]] = []
+
+    def counting(where: str) -> Callable[..., MemoryPlan]:
+        def counted(model: ModelConfig, config: TrainConfig, **options: Any) -> MemoryPlan:
+            made.append((where, config.gradient_checkpointing))
+            return plan(model, config, **options)
+
+        return counted
+
+    monkeypatch.setattr("engine.recompute.plan", counting("level"))
+    monkeypatch.setattr("engine.budget.plan", counting("budget"))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [("qlora", "checkpointing full.$"), ("full", "--optimizer-in-backward --max-grad-norm 0")],
+)
+def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
+    method: str,
+    advice: str,
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    levels_planned: list[tuple[str, str]],
+) -> None:
+    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(write_rows(8))],
+        output_dir=tmp_path / "run",
+        device="cpu",
+        method=method,
+    )
+    checkpoint = open_checkpoint(str(tiny_model))
+    least = plan(checkpoint.config, least_step(config), card=False, dtype=torch.float32).total
+    with pytest.raises(MemoryPlanError, match=f"for its largest step.*{advice}"):
+        train(changed(config, memory_budget=least), console=False)
+    # One row of 8 tokens before rows are read, and the largest step of those read.
+    assert levels_planned == [("budget", "full"), ("level", "full")]
+
+
+def test_the_choice_of_a_level_and_the_budget_share_their_plan(
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    levels_planned: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.recompute._estimate", lambda *shape: 1 << 60)
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(write_rows(8))],
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        device="cpu",
+        memory_budget="200MiB",
+        plot=False,
+    )
+    train(config, console=False)
+    # The last compares what was measured with the largest step that was seen.
+    assert levels_planned == [
+        ("budget", "full"), ("level", "full"), ("level", "none"), ("budget", "none"),
+    ]  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import adamw8bit_launch
+from kernels import adamw8bit_flat, adamw8bit_launch
 from kernels.dynamic_map import FIRST_CELL, Rounding, magnitude_tables, midpoints
 from optim import AdamW8bit
 
@@ -263,6 +264,54 @@ def test_a_wrong_table_is_noticed(
         pair.step(number)
     with pytest.raises(AssertionError):
         pair.check()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("total += value * value", "total += value"),
+        ("tl.abs(scale)\n", "scale * 2.0\n"),
+        ("max_norm / tl.maximum(norm, max_norm)", "max_norm / (norm + max_norm)"),
+        ("base = base * base\n", "base = base * base * base\n"),
+        ("-lr / (1.0 - _power(beta1, counted))", "-lr"),
+        ("g * g * tl.load(factor + 7)", "g * g * tl.load(factor + 6)"),
+        ("* decay + move\n        tl.store(master", "+ move\n        tl.store(master"),
+        ("0x7FFF + (", "0x7FFFF + ("),
+        ("(size == threshold)", "(size == 0.0)"),
+        ("code = tl.load(cells + cell).to(tl.int32)", "code = tl.load(cells + cell // 2 * 2) + 0"),
+        ("tl.store(v_absmax + scale_at, v_scale", "tl.store(v_absmax + scale_at, m_scale"),
+        ("at = moment_row * 256", "at = row * 256"),
+    ],
+)
+def test_a_planted_fault_in_the_kernels_is_noticed(
+    old: str,
+    new: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+) -> None:
+    changed = mutant(adamw8bit_flat, old, new)
+
+    def make() -> list[Tensor]:
+        return make_params(device, torch.bfloat16)
+
+    def noticed() -> bool:
+        # A factor off by an ulp may change the code of a moment whose terms cancel: the norm, and
+        # the clipping to it, are looked at after a single step.
+        for steps, options in ((2, {}), (1, {"max_norm": 0.5})):
+            pair = Pair(device, monkeypatch, make, low_precision="master", rounding="nearest")
+            for number in range(steps):
+                pair.step(number, **options)
+            try:
+                pair.check()
+            except AssertionError:
+                return True
+        return False
+
+    assert not noticed()
+    for name in ("grad_norm_kernel", "prepare_kernel", "adamw_kernel"):
+        monkeypatch.setattr(adamw8bit_launch, name, getattr(changed, name))
+    assert noticed()
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -75,6 +75,12 @@ CHANGES: list[dict[str, Any]] = [
     {"method": "qlora", "lora_rank": 64},
     {"method": "qlora", "use_dora": True, "lora_dropout": 0.2},
     {"method": "full", "learning_rate": 1e-3},
+    {
+        "method": "full",
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0,
+        "optimizer_in_backward": True,
+    },
 ]
 
 
