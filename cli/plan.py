@@ -13,6 +13,7 @@ import typer
 from cli.train import _sort_words, _with_settings
 from engine.config_sources import load_config
 from engine.errors import ConfigError
+from engine.startup import importing
 
 if TYPE_CHECKING:
     from engine.config import TrainConfig
@@ -38,6 +39,9 @@ def plan(
         str | None,
         typer.Option(help="For the time: " + ", ".join(RATES) + ", or its TFLOP/s as a number."),
     ] = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="The models known by name, and their parameters.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     **flags: Any,
 ) -> int:
@@ -46,11 +50,14 @@ def plan(
     --model also takes a name such as llama-3.1-8b, whose shape is known. With --memory-budget the
     fastest settings that fit are chosen.
     """
+    if sizes:
+        return _show_sizes(as_json)
     file, overrides = _sort_words(words or [], config)
     given = {key: value for key, value in flags.items() if value not in (None, [], ())}
     given.setdefault("data", ["-"])
     settings = load_config(file, preset=preset, flags=given, overrides=overrides)
-    from engine.plan_report import Target, find_target, report
+    with importing():
+        from engine.plan_report import Target, find_target, report
 
     target: Target = find_target(settings)
     rate = _rate(card) if card else target.rate()
@@ -66,6 +73,23 @@ def plan(
     seconds = time.perf_counter() - started
     made = report(target, planned, choice, rate, seconds)
     print(json.dumps(made.as_dict()) if as_json else made.text())
+    return 0
+
+
+def _show_sizes(as_json: bool) -> int:
+    from engine.model_presets import NAMES, preset_config
+    from models.registry import parameter_count
+
+    known = {name: model for name in NAMES if (model := preset_config(name)) is not None}
+    counts = {name: parameter_count(model) for name, model in known.items()}
+    if as_json:
+        print(json.dumps({"parameters": counts}))
+        return 0
+    print(f"{'model':<24}{'parameters':>17}  kind, layers x width")
+    for name, model in known.items():
+        shape = f"{model.model_type}, {model.num_hidden_layers} x {model.hidden_size}"
+        print(f"{name:<24}{counts[name]:>17,}  {shape}")
+    print("Of models that also see pictures or predict further tokens, the decoder is counted.")
     return 0
 
 

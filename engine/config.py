@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from engine.config_errors import describe
+from engine.config_rules import check_together
 from engine.config_spelling import (
     DTYPES,
     LEVEL,
@@ -306,73 +307,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("set warmup_ratio or warmup_steps, not both")
-        if self.eval_data and self.heldout:
-            raise ValueError("set eval_data or heldout, not both: one names the held-out rows")
-        if self.teacher is not None and self.method == "full":
-            raise ValueError("teacher needs a frozen head: method lora or qlora, and it is full")
-        if self.teacher is not None and self.memory_budget is not None:
-            raise ValueError("memory_budget does not know what a teacher takes: set one of them")
-        if self.method == "full" and self.init_adapter is not None:
-            raise ValueError("init_adapter needs method lora or qlora, and method is full")
-        if self.method == "full" and self.use_dora:
-            raise ValueError("use_dora needs method lora or qlora, and method is full")
-        frozen = self.head_precision == "8bit" or self.embedding_on == "host"
-        if self.method == "full" and frozen:
-            raise ValueError(
-                "head_precision 8bit and embedding_on host are for a frozen head and embedding, "
-                "and method full trains them"
-            )
-        if self.optimizer_in_backward:
-            self._check_in_backward()
-        if "weights" in self.offload and (self.method != "qlora" or self.use_dora):
-            raise ValueError("offload weights streams NF4 weights: for method qlora, no use_dora")
-        if self.cuda_graphs:
-            self._check_graphs()
-        if self.resume == "auto" and self.output_dir is None and self.run_id is None:
-            raise ValueError("resume auto needs output_dir or run_id, to know which run goes on")
-        if self.resume is not None and self.overwrite:
-            raise ValueError("resume goes on with a run and overwrite replaces it: set one of them")
+        check_together(self)
         return self
-
-    def _check_graphs(self) -> None:
-        """Raises `ValueError` for settings that recorded launches cannot be used with."""
-        if self.method == "full":
-            raise ValueError(
-                "cuda_graphs keeps the gradients of the layers at fixed addresses all the time, "
-                "which only an adapter's are small enough for: method lora or qlora, not full"
-            )
-        lent = [f"offload {what}" for what in self.offload]
-        if self.memory_budget is not None:
-            lent.append("memory_budget")
-        if lent:
-            raise ValueError(
-                f"cuda_graphs was given with {' and '.join(lent)}. Recorded launches hold memory "
-                "of their own, at addresses that stay: leave out one or the other"
-            )
-
-    def _check_in_backward(self) -> None:
-        """Raises `ValueError` where the optimizer cannot step in backward."""
-        if self.method != "full":
-            raise ValueError(
-                f"optimizer_in_backward is for method full, and it is {self.method}: an adapter's "
-                "gradients are too small to be worth it. Leave it out, or train with --method full"
-            )
-        if self.max_grad_norm > 0 or self.accumulate > 1:
-            raise ValueError(
-                f"optimizer_in_backward was given with max_grad_norm {self.max_grad_norm:g} and "
-                f"accumulate {self.accumulate}. It moves a layer before the gradients of the "
-                "others are there, so it can neither clip by the norm of all of them nor add them "
-                "up over micro-batches. Give --max-grad-norm 0 --accumulate 1, or leave it out"
-            )
-        if self.dtype == "float16":
-            raise ValueError(
-                "optimizer_in_backward was given with dtype float16, whose gradients need a loss "
-                "scale: a step that overflows is done again at a lower one, and part of the "
-                "weights would have moved by then. Give --dtype bfloat16 or float32, or leave it "
-                "out"
-            )
 
     @property
     def projections(self) -> tuple[str, ...]:

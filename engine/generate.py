@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
+from models.config import ModelConfig
 from models.decoder import Decoder
 from models.kv_cache import KVCache
 
@@ -94,11 +95,19 @@ def generate_ids(
 ) -> Iterator[int]:
     """Yield new ids, the stop token included, until one is in `stop_ids` or the limit is reached.
 
-    Raises `ConfigError` for an empty prompt.
+    Raises `ConfigError` for a prompt that is empty or not of the model's vocabulary.
     """
     sampling = sampling or Sampling()
     if not prompt:
         raise ConfigError("the prompt has no tokens; give at least one character")
+    if max(prompt) >= model.config.vocab_size:
+        raise ConfigError(
+            f"the prompt has the token id {max(prompt)}, and the model's vocabulary ends at "
+            f"{model.config.vocab_size - 1}: its tokenizer is that of another model, or of this "
+            "one with tokens added whose rows its embedding never got. Take the tokenizer files "
+            "that belong to the weights."
+        )
+    _refuse_stretching(model.config, len(prompt) + max_new_tokens)
     cache = KVCache(model.config, len(prompt) + max_new_tokens, model.dtype, model.device)
     generator = torch.Generator().manual_seed(sampling.seed)
     seen = list(prompt)
@@ -111,6 +120,18 @@ def generate_ids(
             return
         seen.append(token)
         fresh = torch.tensor([token], device=model.device)
+
+
+def _refuse_stretching(config: ModelConfig, tokens: int) -> None:
+    """Raise `ConfigError` for a text whose growth would turn the keys that are cached."""
+    rope = config.rope_parameters
+    longest = rope.get("original_max_position_embeddings", tokens)
+    if rope["rope_type"] == "dynamic" and tokens > longest:
+        raise ConfigError(
+            f"the prompt and its answer may have {tokens} tokens, and past {longest} this model's "
+            "dynamic rotary scaling turns every position anew with each token, which a cache of "
+            "keys cannot follow; ask for a shorter answer, or give a shorter prompt"
+        )
 
 
 def stop_ids_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:

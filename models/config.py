@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from models.config_values import boolean, fraction, integer, positive, token_ids
+from models.config_values import boolean, fraction, integer, token_ids
 from models.families import FAMILIES
 from models.families.family import Family
 from models.head_counts import heads_per_layer
+from models.rope_parameters import read_rope_parameters
 
 # Keys of `PretrainedConfig` and of hub repositories that do not change logits or the loss.
 _IGNORED = (
@@ -36,7 +37,6 @@ _IGNORED = (
 )
 IGNORED_KEYS = frozenset(_IGNORED.split())
 MODEL_TYPES = tuple(FAMILIES)
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LAYER_TYPES = {
     "full_attention": "full_attention",
     "attention": "full_attention",
@@ -115,10 +115,9 @@ class ModelConfig:
         Raises `ValueError` with one sentence that names the key, its value and what was expected.
         """
         model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type is {model_type!r}; supported are {', '.join(MODEL_TYPES)}"
-            )
+        if not isinstance(model_type, str) or model_type not in FAMILIES:
+            found = repr(model_type) if "model_type" in raw else "missing"
+            raise ValueError(f"model_type is {found}; supported are {', '.join(MODEL_TYPES)}")
         family, nested = FAMILIES[model_type], model_type in FAMILIES[model_type].nested
         if nested:
             raw = _text_config(raw, model_type)
@@ -138,7 +137,7 @@ class ModelConfig:
         window, layer_types = _layer_types(raw, family, layers)
         plain: dict[str, Any] = {
             "layer_types": layer_types,
-            "attention_bias": bool(raw.get("attention_bias", False)),
+            "attention_bias": boolean(raw, "attention_bias", False),
             "rope_layers": (True,) * layers,
             "sparse_layers": (False,) * layers,
         }
@@ -156,9 +155,8 @@ class ModelConfig:
             rms_norm_eps=fraction(raw, "rms_norm_eps", 1e-6),
             max_position_embeddings=integer(raw, "max_position_embeddings", default=2048),
             tie_word_embeddings=boolean(raw, "tie_word_embeddings", family.tied),
-            rope_parameters=_rope_parameters(raw, family),
+            rope_parameters=read_rope_parameters(raw, family),
             sliding_window=window,
-            mlp_bias=boolean(raw, "mlp_bias", False),
             bos_token_id=next(iter(token_ids(raw, "bos_token_id")), None),
             eos_token_id=token_ids(raw, "eos_token_id"),
             pad_token_id=next(iter(token_ids(raw, "pad_token_id")), None),
@@ -260,17 +258,17 @@ def _head_dim(raw: Mapping[str, Any], family: Family, heads: int) -> int:
                 "and no head_dim is given"
             )
         dim = hidden // heads
-    if dim % 2:
-        raise ValueError(f"head_dim is {dim}; rotary embeddings need an even number")
+    if dim % 2 or dim < 4:
+        raise ValueError(f"head_dim is {dim}; rotary embeddings need an even number from 4 on")
     return dim
 
 
 def _layer_types(
     raw: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, tuple[str, ...]]:
-    window = raw.get("sliding_window")
+    window = raw.get("sliding_window", family.default_window)
     slides = family.sliding
-    if slides is None or (family.window_switch and not raw.get("use_sliding_window", False)):
+    if slides is None or (family.window_switch and not boolean(raw, "use_sliding_window", False)):
         window = None
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}; expected a positive integer or null")
@@ -298,62 +296,9 @@ def _layer_types(
     kinds = tuple(LAYER_TYPES[kind] for kind in named)
     if "sliding_attention" in kinds and window is None:
         raise ValueError("layer_types has sliding_attention layers, but no sliding_window is set")
+    if family.uniform_window and window is not None and "full_attention" in kinds:
+        raise ValueError(
+            f"layer_types names full_attention layers, but sliding_window is {window}, and this "
+            "family has the window on every layer"
+        )
     return window, kinds
-
-
-def _rope_parameters(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The rotary parameters in transformers 5 spelling, whichever spelling the file uses.
-
-    Precedence: `rope_parameters`, then `rope_scaling`, then top-level keys, then defaults. A
-    top-level `original_max_position_embeddings` wins over a nested one, as in transformers.
-    """
-    nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(nested, Mapping):
-        raise ValueError(f"rope_parameters is {nested!r}; expected an object")
-    if any(isinstance(value, Mapping) for value in nested.values()):
-        raise ValueError("rope_parameters per layer type are not used by the supported families")
-    # The rows of a picture's positions: for text they are equal, and the rotation the plain one.
-    dropped = ("type", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
-    rope = {k: v for k, v in nested.items() if v is not None and k not in dropped}
-    rope["rope_type"] = nested.get("rope_type", nested.get("type", "default"))
-    rope.setdefault("rope_theta", raw.get("rope_theta") or family.rope_theta)
-    rope["rope_theta"] = positive(rope, "rope_theta")
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"rope_type is {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}"
-        )
-    _partial_rotation(rope, nested, raw, family)
-    if rope["rope_type"] != "default":
-        rope["factor"] = positive(rope, "factor")
-        original = raw.get("original_max_position_embeddings")
-        if original is None:
-            original = rope.get("original_max_position_embeddings")
-        if original is None:
-            original = raw.get("max_position_embeddings", 2048)
-        rope["original_max_position_embeddings"] = original
-        positive(rope, "original_max_position_embeddings")
-    if rope["rope_type"] == "llama3":
-        low = rope["low_freq_factor"] = positive(rope, "low_freq_factor", 1.0)
-        high = rope["high_freq_factor"] = positive(rope, "high_freq_factor", 4.0)
-        if high <= low:
-            raise ValueError(f"high_freq_factor {high} must be greater than low_freq_factor {low}")
-    return rope
-
-
-def _partial_rotation(
-    rope: dict[str, Any], nested: Mapping[str, Any], raw: Mapping[str, Any], family: Family
-) -> None:
-    """Put `partial_rotary_factor` into `rope` where the family rotates a part of each head."""
-    default = 1.0 if family.partial_rotary is None else family.partial_rotary
-    part = nested.get("partial_rotary_factor", raw.get("partial_rotary_factor", default))
-    if family.partial_rotary is None:
-        if part != 1.0:
-            raise ValueError(f"partial_rotary_factor is {part!r}; this family rotates whole heads")
-        return
-    part = positive({"partial_rotary_factor": part}, "partial_rotary_factor")
-    dim = raw.get("head_dim") or family.head_dim or 0
-    if part > 1.0 or int(dim * part) % 2 or int(dim * part) < 2:
-        raise ValueError(
-            f"partial_rotary_factor is {part}; expected an even share of a head's {dim} elements"
-        )
-    rope["partial_rotary_factor"] = part

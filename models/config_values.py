@@ -13,7 +13,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "num_hidden_layers": (1, 1024),
     "num_attention_heads": (1, 1024),
     "num_key_value_heads": (1, 1024),
-    "head_dim": (2, 1024),
+    "head_dim": (4, 1024),
     "max_position_embeddings": (1, 2**24),
     "num_experts": (1, 4096),
     "num_experts_per_tok": (1, 4096),
@@ -21,6 +21,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "shared_expert_intermediate_size": (1, 2**20),
     "decoder_sparse_step": (1, 1024),
     "no_rope_layer_interval": (1, 1024),
+    "max_window_layers": (0, 2**20),
     "full_attention_interval": (1, 1024),
     "linear_conv_kernel_dim": (1, 64),
     "linear_key_head_dim": (1, 1024),
@@ -37,13 +38,16 @@ def integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int
         value = default
     low, high = BOUNDS[key]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{key} is {value!r}; expected an integer from {low} to {high}")
+        found = repr(value) if key in raw else "missing"
+        raise ValueError(f"{key} is {found}; expected an integer from {low} to {high}")
     return value
 
 
 def boolean(raw: Mapping[str, Any], key: str, default: bool) -> bool:
-    """True or false."""
-    value = raw.get(key, default)
+    """True or false; `default` where the key is absent or null."""
+    value = raw.get(key)
+    if value is None:
+        value = default
     if not isinstance(value, bool):
         raise ValueError(f"{key} is {value!r}; expected true or false")
     return value
@@ -77,7 +81,8 @@ def token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
 
 def layer_indices(raw: Mapping[str, Any], key: str, layers: int) -> frozenset[int]:
     """A list of layer numbers; null is none."""
-    value = raw.get(key) or ()
+    value = raw.get(key)
+    value = () if value is None else value
     good = isinstance(value, list | tuple) and all(
         type(index) is int and 0 <= index < layers for index in value
     )

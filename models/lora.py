@@ -104,7 +104,10 @@ def add_lora(
     if not found and not experts:
         raise ValueError(f"the model has none of the target modules {', '.join(names)}")
     if use_dora and experts:
-        raise ValueError("DoRA is not defined here for experts; leave it out or target attn")
+        raise ValueError(
+            "DoRA is not defined for experts, whose adapters PEFT keeps as parameters without a "
+            "magnitude; leave it out or target attn"
+        )
     freeze(model)
     generator = torch.Generator().manual_seed(seed)
     for linear in found.values():
@@ -118,9 +121,7 @@ def add_lora(
         if use_dora:
             linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
     for adapter in experts.values():
-        adapter.attach(
-            rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator
-        )
+        adapter.attach(rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator)
     return list(adapter_tensors(model))
 
 

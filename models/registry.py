@@ -8,6 +8,8 @@ tensors here.
 
 from __future__ import annotations
 
+import math
+
 from models.config import MODEL_TYPES, ModelConfig
 from models.layout import Layout
 
@@ -129,6 +131,11 @@ def graph_tensors(config: ModelConfig) -> Shapes:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     return shapes
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Elements of all parameters of the graph; a tied head counts once."""
+    return sum(math.prod(shape) for shape in graph_tensors(config).values())
 
 
 def projections_of(config: ModelConfig) -> tuple[str, ...]:

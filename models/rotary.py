@@ -5,6 +5,8 @@
 D is the number of elements of a head that are rotated.
 
 - linear: inv / factor.
+- dynamic: a document of L > O tokens has theta (f L / O - f + 1)^(D / (D - 2)) for theta, f the
+  factor and O the positions that the model was made for; a shorter one is not scaled.
 - llama3: wavelengths longer than O / low_freq_factor are divided by factor, those shorter than
   O / high_freq_factor are kept, those between are interpolated (Llama 3.1's published code).
 - yarn: inv / factor below, inv above, and a ramp between the dimensions at which O positions make
@@ -87,11 +89,27 @@ class Rotary:
 
     def __init__(self, config: ModelConfig) -> None:
         self.inv, self.factor = inverse_frequencies(config)
+        rope = config.rope_parameters
+        self.dynamic = rope if rope["rope_type"] == "dynamic" else None
 
     def __call__(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """position_ids (N,) -> cos, sin (N, D / 2) in fp32, or fp64 for an fp64 model."""
         if self.inv.device != position_ids.device:
             self.inv = self.inv.to(position_ids.device)
-        angles = position_ids.float().unsqueeze(1) * self.inv
+        inv = self.inv if self.dynamic is None else self._stretched(position_ids, self.dynamic)
+        angles = position_ids.float().unsqueeze(1) * inv
         wide = torch.promote_types(dtype, torch.float32)
         return (angles.cos() * self.factor).to(wide), (angles.sin() * self.factor).to(wide)
+
+    def _stretched(self, position_ids: Tensor, rope: Mapping[str, Any]) -> Tensor:
+        """inv (N, D / 2) of every token, by the length of its document, which begins at 0."""
+        factor, original = rope["factor"], rope["original_max_position_embeddings"]
+        dim = 2 * self.inv.shape[0]
+        document = (position_ids == 0).cumsum(0)
+        last = torch.zeros(position_ids.shape[0] + 1, dtype=torch.int64, device=document.device)
+        last = last.scatter_reduce(0, document, position_ids.long(), "amax")
+        length = (last + 1).clamp(min=original)[document].float().unsqueeze(1)
+        stretch = (factor * length / original - (factor - 1.0)) ** (dim / (dim - 2))
+        exponents = torch.arange(0, dim, 2, device=document.device).float() / dim
+        inv: Tensor = 1.0 / (rope["rope_theta"] * stretch) ** exponents
+        return inv

@@ -3,16 +3,15 @@
 Tensors get Hugging Face's names, and are dequantised one at a time when they are asked for. F32,
 F16, BF16, Q8_0, Q4_0 and Q4_1 are unpacked here; every other type through the `gguf` package.
 
-For the architecture `llama` the rows of the query and key projections are put back in order.
-llama.cpp rotates neighbouring elements (2i, 2i+1) of a head where Hugging Face rotates (i, i+d/2),
-so its converter interleaves the halves of each head's d rows; `undo_permutation` separates them.
+What llama.cpp's converter changed is undone, as `engine.formats.gguf_names` says. Layers that
+predict further tokens are left out.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +22,14 @@ from engine.errors import CheckpointError, ConfigError
 from engine.formats.checkpoint import match_tensors, quick_digest
 from engine.formats.gguf_config import raw_config
 from engine.formats.gguf_container import GGUFFile
+from engine.formats.gguf_names import sources
 from engine.formats.gguf_tokenizer import GGUFTokenizer, build_tokenizer
 from engine.formats.hf_directory import read_config
 from models.registry import expected_tensors
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TOP = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-}
-_IN_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _ROPE_FREQS = "rope_freqs.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(\d+)\..+")
 
 
 class GGUFCheckpoint:
@@ -67,11 +49,10 @@ class GGUFCheckpoint:
             del shapes[_ROPE_FREQS]
         self.raw_config = raw_config(self._file.metadata, shapes, rope_freqs, str(self.path))
         self.config = read_config(self.raw_config, str(self.path))
-        expected = expected_tensors(self.config)
-        theirs = {gguf_name(name): name for name in expected}
-        found = {theirs.get(name, name): shape for name, shape in shapes.items()}
-        match_tensors(found, expected, str(self.path))
-        self._shapes = expected
+        shapes = self._without_prediction(shapes)
+        self._shapes, self._sources = expected_tensors(self.config), sources(self.config, shapes)
+        parts = (source.tensors for source in self._sources.values())
+        match_tensors(shapes, {n: s for part in parts for n, s in part.items()}, str(self.path))
         self.raw_config["dtype"] = str(self.dtype("model.embed_tokens.weight")).split(".")[-1]
 
     @property
@@ -88,17 +69,14 @@ class GGUFCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         self._check(name)
-        return _STORED.get(self._file.tensors[gguf_name(name)].kind, torch.float32)
+        kinds = (self._file.tensors[part].kind for part in self._sources[name].tensors)
+        return reduce(torch.promote_types, (_STORED.get(kind, torch.float32) for kind in kinds))
 
     def tensor(self, name: str) -> torch.Tensor:
         self._check(name)
-        tensor = dequantise(self._file, gguf_name(name))
-        if self.config.model_type == "llama" and ".self_attn." in name:
-            if ".q_proj." in name:
-                tensor = undo_permutation(tensor, self.config.num_attention_heads)
-            elif ".k_proj." in name:
-                tensor = undo_permutation(tensor, self.config.num_key_value_heads)
-        return tensor
+        source = self._sources[name]
+        parts = [dequantise(self._file, part, source.entry) for part in source.tensors]
+        return source.restore(*parts)
 
     def release(self, name: str) -> None:
         """Nothing to do: `tensor` returns memory of its own, and drops the pages it read."""
@@ -128,42 +106,43 @@ class GGUFCheckpoint:
     def _tokenizer(self) -> GGUFTokenizer | None:
         return build_tokenizer(self._file.metadata, self.config.vocab_size, str(self.path))
 
+    def _without_prediction(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """`shapes` less those of the layers that predict further tokens, which nothing here runs.
+
+        They are numbered on after the decoder's own.
+        """
+        architecture = self._file.metadata["general.architecture"]
+        further = self._file.metadata.get(f"{architecture}.nextn_predict_layers", 0)
+        first = self.config.num_hidden_layers
+        return {
+            name: shape
+            for name, shape in shapes.items()
+            if not (match := _BLOCK.fullmatch(name)) or not first <= int(match[1]) < first + further
+        }
+
     def _check(self, name: str) -> None:
         if name not in self._shapes:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of the tensor that Hugging Face calls `name`."""
-    match = _LAYER.fullmatch(name)
-    if match:
-        return f"blk.{match[1]}.{_IN_LAYER[match[2]]}.{match[3]}"
-    stem, _, suffix = name.rpartition(".")
-    return f"{_TOP[stem]}.{suffix}"
+def dequantise(file: GGUFFile, name: str, entry: int | None = None) -> torch.Tensor:
+    """Tensor `name` of `file` in memory of its own: fp32, or as stored for F32, F16 and BF16.
 
-
-def undo_permutation(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key projection (or its bias), from interleaved halves to halves.
-
-    `tensor` is (heads * head_dim, ...) with any type; the result is contiguous.
+    Only entry `entry` of its first dimension, an expert, where that is given.
     """
-    rows = tensor.shape[0]
-    paired = tensor.reshape(heads, rows // heads // 2, 2, *tensor.shape[1:])
-    return paired.transpose(1, 2).reshape(tensor.shape).contiguous()
-
-
-def dequantise(file: GGUFFile, name: str) -> torch.Tensor:
-    """Tensor `name` of `file` in memory of its own: fp32, or as stored for F32, F16 and BF16."""
     info = file.tensors[name]
+    raw, shape = file.raw(name), info.shape
+    if entry is not None:
+        raw, shape = raw.reshape(shape[0], -1)[entry], shape[1:]
     if info.kind in _STORED or info.kind in _UNPACK:
-        data = torch.from_numpy(file.raw(name).copy())
+        data = torch.from_numpy(raw.copy())
         file.release(name)
         if info.kind in _STORED:
-            return data.view(_STORED[info.kind]).reshape(info.shape)
-        return _UNPACK[info.kind](data).reshape(info.shape)
-    values = _dequantise_with_package(file, name)
+            return data.view(_STORED[info.kind]).reshape(shape)
+        return _UNPACK[info.kind](data).reshape(shape)
+    values = _dequantise_with_package(file, name, raw.reshape(math.prod(shape[:-1]), -1))
     file.release(name)
-    return torch.from_numpy(values).reshape(info.shape)
+    return torch.from_numpy(values).reshape(shape)
 
 
 def _q8_0(data: torch.Tensor) -> torch.Tensor:
@@ -194,7 +173,9 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
     return torch.cat([packed & 15, packed >> 4], dim=1)
 
 
-def _dequantise_with_package(file: GGUFFile, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _dequantise_with_package(
+    file: GGUFFile, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     info = file.tensors[name]
     try:
         from gguf import GGMLQuantizationType, quants
@@ -203,9 +184,8 @@ def _dequantise_with_package(file: GGUFFile, name: str) -> np.ndarray[Any, np.dt
             f"{file.path}: tensor {name} is stored as {info.kind}; the `gguf` package can unpack "
             "that, and is not installed. Run: pip install gguf"
         ) from error
-    raw = file.raw(name).reshape(math.prod(info.shape[:-1]), -1)
     try:
-        values = quants.dequantize(raw, GGMLQuantizationType[info.kind])
+        values = quants.dequantize(rows, GGMLQuantizationType[info.kind])
     except (KeyError, NotImplementedError, ValueError) as error:
         raise CheckpointError(
             f"{file.path}: tensor {name} of type {info.kind} cannot be unpacked: {error}."

@@ -22,13 +22,22 @@ import numpy as np
 import torch
 
 from engine.errors import CheckpointError, ConfigError
+from engine.formats.gguf_keys import Keys
+from engine.formats.gguf_parts import HYBRIDS, MIXTURES, hybrid, mixture
 
+_MOST_LAYERS = 1024
+# llama.cpp's name -> model_type and class of transformers
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+    "qwen2moe": ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
+    "qwen3next": ("qwen3_next", "Qwen3NextForCausalLM"),
+    "qwen35": ("qwen3_5_text", "Qwen3_5ForCausalLM"),
+    "qwen35moe": ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM"),
 }
-_MISSING = object()
 
 
 def raw_config(
@@ -44,24 +53,27 @@ def raw_config(
     where the metadata lacks a key or contradicts itself.
     """
     arch = metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise ConfigError(
             f"{source} holds a model of the architecture {arch!r}; of GGUF files, "
             f"{', '.join(ARCHITECTURES)} are read. Use the model's Hugging Face directory."
         )
-    keys = _Keys(metadata, arch, source)
-    if keys.integer("expert_count", 0):
-        raise ConfigError(f"{source} holds a mixture of experts, which is not supported.")
+    keys = Keys(metadata, arch, source)
+    if arch not in MIXTURES and keys.integer("expert_count", 0):
+        raise ConfigError(
+            f"{source} holds a mixture of experts of the architecture {arch!r}, which is not "
+            f"supported; of mixtures, {', '.join(MIXTURES)} are read."
+        )
     if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"]) != 2:
         raise CheckpointError(f"{source} has no embedding matrix token_embd.weight.")
-    head_dim = _head_dim(keys)
+    model_type, name_of_class = ARCHITECTURES[arch]
+    head_dim, layers = _head_dim(keys, arch), _layers(keys)
     config: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[arch]],
-        "model_type": arch,
+        "architectures": [name_of_class],
+        "model_type": model_type,
         "vocab_size": shapes["token_embd.weight"][0],
         "hidden_size": keys.integer("embedding_length"),
-        "intermediate_size": keys.integer("feed_forward_length"),
-        "num_hidden_layers": keys.integer("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": keys.integer("attention.head_count"),
         "num_key_value_heads": _kv_heads(keys),
         "head_dim": head_dim,
@@ -72,58 +84,45 @@ def raw_config(
         "tie_word_embeddings": "output.weight" not in shapes,
         "use_cache": True,
     }
-    if arch != "qwen2":
-        config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    if arch == "llama":
+    if arch in MIXTURES:
+        config |= mixture(arch, keys, shapes, layers)
+    if arch in HYBRIDS:
+        config |= hybrid(keys, shapes, layers)
+        config["rope_parameters"] |= _partial_rotation(keys, head_dim)
+    if arch not in MIXTURES:
+        config["intermediate_size"] = keys.integer("feed_forward_length")
+    elif arch != "qwen35moe":  # which has no dense layer
+        inner = config["moe_intermediate_size"]
+        config["intermediate_size"] = keys.integer("feed_forward_length", inner) or inner
+    biased = any(name.endswith(".attn_q.bias") for name in shapes)
+    if arch == "qwen2moe":
+        config["qkv_bias"] = biased
+    elif arch != "qwen2":
+        config["attention_bias"] = biased
+    if arch in ("llama", "smollm3"):
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
-    else:
+    elif arch not in HYBRIDS:
         config["use_sliding_window"] = False
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
     return config
 
 
-class _Keys:
-    """The metadata keys below one architecture's name."""
-
-    def __init__(self, metadata: Mapping[str, Any], arch: str, source: str) -> None:
-        self._metadata = metadata
-        self._arch = arch
-        self.source = source
-
-    def value(self, key: str, default: Any = _MISSING) -> Any:
-        value = self._metadata.get(f"{self._arch}.{key}", default)
-        if value is _MISSING:
-            raise CheckpointError(f"{self.source} lacks the metadata key {self._arch}.{key}.")
-        return value
-
-    def integer(self, key: str, default: Any = _MISSING) -> int:
-        """A count; one that is given per layer must be the same in every layer."""
-        value = self.value(key, default)
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(
-                f"{self.source}: {self._arch}.{key} is {str(value)[:80]}; expected one integer."
-            )
-        return value
-
-    def number(self, key: str, default: Any = _MISSING) -> float:
-        """A number that was stored in 32 bits, as the shortest decimal that rounds to it."""
-        value = self.value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(
-                f"{self.source}: {self._arch}.{key} is {str(value)[:80]}; expected a number."
-            )
-        return float(str(np.float32(value)))
+def _layers(keys: Keys) -> int:
+    """Layers of the decoder itself: those that predict further tokens come after them."""
+    layers = keys.integer("block_count") - keys.integer("nextn_predict_layers", 0)
+    if not 0 <= layers <= _MOST_LAYERS:
+        raise CheckpointError(f"{keys.source}: the model is said to have {layers} layers.")
+    return layers
 
 
-def _head_dim(keys: _Keys) -> int:
+def _head_dim(keys: Keys, arch: str) -> int:
     heads = keys.integer("attention.head_count")
     if heads < 1:
         raise CheckpointError(f"{keys.source}: the number of attention heads is {heads}.")
     head_dim = keys.integer("attention.key_length", keys.integer("embedding_length") // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
+    same = ("attention.value_length", "rope.dimension_count")
+    for key in same[: 1 if arch in HYBRIDS else 2]:
         if keys.integer(key, head_dim) != head_dim:
             raise ConfigError(
                 f"{keys.source}: attention heads are {head_dim} wide but {key} is "
@@ -132,11 +131,26 @@ def _head_dim(keys: _Keys) -> int:
     return head_dim
 
 
-def _kv_heads(keys: _Keys) -> int:
+def _partial_rotation(keys: Keys, head_dim: int) -> dict[str, Any]:
+    """How much of each head is rotated, and the rows of a picture's positions."""
+    rotated = keys.integer("rope.dimension_count", head_dim // 4)
+    rope: dict[str, Any] = {"partial_rotary_factor": rotated / head_dim}
+    sections = keys.value("rope.dimension_sections", None)
+    if sections is not None:
+        if not isinstance(sections, np.ndarray) or sections.dtype.kind not in "iu":
+            raise ConfigError(
+                f"{keys.source}: rope.dimension_sections is {str(sections)[:80]}; expected an "
+                "array of integers."
+            )
+        rope |= {"mrope_section": sections[:3].tolist(), "mrope_interleaved": True}
+    return rope
+
+
+def _kv_heads(keys: Keys) -> int:
     return keys.integer("attention.head_count_kv", keys.integer("attention.head_count"))
 
 
-def _rope_parameters(keys: _Keys, rope_freqs: torch.Tensor | None, head_dim: int) -> dict[str, Any]:
+def _rope_parameters(keys: Keys, rope_freqs: torch.Tensor | None, head_dim: int) -> dict[str, Any]:
     theta = keys.number("rope.freq_base", 10_000.0)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     kind = keys.value("rope.scaling.type", "none")

@@ -12,6 +12,7 @@ over `chat_template.json`, as in transformers.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class HFDirectory:
         self.config = read_config(self.raw_config, str(config_path))
         self.generation_config = self._optional_json("generation_config.json")
         self._files = self._open_weights()
+        if _has_own_head(self.raw_config, self.config, self._files):
+            self.config = replace(self.config, tie_word_embeddings=False)
         self._home = _select(self._files, self.config, str(self.path))
 
     def names(self) -> list[str]:
@@ -186,6 +189,17 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
             f"{listing(odd)}. Download the index and the files again, from one revision."
         )
     return files
+
+
+def _has_own_head(raw: dict[str, Any], config: ModelConfig, files: list[SafetensorsFile]) -> bool:
+    """Whether a head that only `text_config` calls tied stands in the files all the same.
+
+    transformers takes the flag from the outer part of such a configuration, and reads its absence
+    there as untied.
+    """
+    if not config.nested or not config.tie_word_embeddings or "tie_word_embeddings" in raw:
+        return False
+    return any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
 
 
 def _select(

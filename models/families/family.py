@@ -21,8 +21,9 @@ class Family:
     differ from its defaults. `head_dim` is the default where the file gives none (None:
     hidden_size / num_attention_heads), `rope_theta` and `partial_rotary` those of the rotary
     embedding (None: the family rotates whole heads). `sliding(raw, layer)` says whether a layer
-    has the window where the file names no `layer_types`; `window_switch` means that
-    `use_sliding_window` must turn windows on. `nested` model types keep the decoder in
+    has the window where the file names no `layer_types`, `default_window` how many keys where it
+    does not say; `window_switch` means that `use_sliding_window` must turn windows on, and
+    `uniform_window` that no layer is without one. `nested` model types keep the decoder in
     `text_config`; tensors whose names begin with one of `carried` belong to other parts of the
     model (vision, multi-token prediction) and are kept as they are. `fused_experts` says how the
     hub's files hold a mixture, `fused_adapters` whether PEFT knows adapters of its experts in the
@@ -37,7 +38,9 @@ class Family:
     rope_theta: float = 10_000.0
     partial_rotary: float | None = None
     sliding: Callable[[Mapping[str, Any], int], bool] | None = None
+    default_window: int | None = None
     window_switch: bool = True
+    uniform_window: bool = False
     nested: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     fused_experts: bool = False

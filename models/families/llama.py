@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.config_values import boolean
 from models.families.family import Family
 
 
 def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    return {"attention_output_bias": bool(raw.get("attention_bias", False))}
+    return {
+        "attention_output_bias": boolean(raw, "attention_bias", False),
+        "mlp_bias": boolean(raw, "mlp_bias", False),
+    }
 
 
 FAMILY = Family(("llama",), _fields)

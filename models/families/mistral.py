@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from models.families.family import Family
-from models.families.llama import FAMILY as LLAMA
+from collections.abc import Mapping
+from typing import Any
 
-FAMILY = Family(("mistral",), LLAMA.fields, sliding=lambda raw, layer: True, window_switch=False)
+from models.families.family import Family
+
+
+def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    return {"attention_bias": False}  # whatever the file says, as in transformers
+
+
+FAMILY = Family(
+    ("mistral",),
+    _fields,
+    sliding=lambda raw, layer: True,
+    default_window=4096,
+    window_switch=False,
+    uniform_window=True,
+)

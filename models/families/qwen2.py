@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from models.config_values import integer
 from models.families.family import Family
 
 
@@ -13,9 +14,8 @@ def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def late_layers_slide(raw: Mapping[str, Any], layer: int) -> bool:
-    """The window is for layers from `max_window_layers` on; for none where that is not given."""
-    first = raw.get("max_window_layers")
-    return first is not None and layer >= first
+    """The window is for layers from `max_window_layers` on, which is 28 unless it is given."""
+    return layer >= integer(raw, "max_window_layers", default=28)
 
 
-FAMILY = Family(("qwen2",), _fields, sliding=late_layers_slide)
+FAMILY = Family(("qwen2",), _fields, sliding=late_layers_slide, default_window=4096)

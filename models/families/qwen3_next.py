@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import integer
+from models.config_values import boolean, integer
 from models.families.family import Family
 from models.families.qwen_moe import SHARED_KEYS, SPARSE_KEYS, router_fields, sparse_layers
 
@@ -33,7 +33,7 @@ def hybrid_fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
         "qk_norm": True,
         "attention_gate": True,
         "zero_centered_norm": True,
-        "attention_output_bias": bool(raw.get("attention_bias", False)),
+        "attention_output_bias": boolean(raw, "attention_bias", False),
         "linear_conv_kernel_dim": integer(raw, "linear_conv_kernel_dim", default=4),
         "linear_key_head_dim": integer(raw, "linear_key_head_dim", default=128),
         "linear_value_head_dim": integer(raw, "linear_value_head_dim", default=128),

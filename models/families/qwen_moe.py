@@ -32,10 +32,10 @@ def router_fields(
     raw: Mapping[str, Any], experts: int, chosen: int, width: int, renormalise: bool
 ) -> dict[str, Any]:
     """The fields of a router; the four values are the family's defaults."""
-    both = {raw[key] for key in ("num_experts", "num_local_experts") if raw.get(key) is not None}
-    if len(both) > 1:
-        raise ValueError(f"num_experts and num_local_experts differ: {sorted(both)}")
-    count = integer({"num_experts": next(iter(both), experts)}, "num_experts")
+    both = [raw[key] for key in ("num_experts", "num_local_experts") if raw.get(key) is not None]
+    if len(both) > 1 and both[0] != both[1]:
+        raise ValueError(f"num_experts is {both[0]!r}, but num_local_experts is {both[1]!r}")
+    count = integer({"num_experts": both[0] if both else experts}, "num_experts")
     per_token = integer(raw, "num_experts_per_tok", default=chosen)
     if per_token > count:
         raise ValueError(
@@ -75,15 +75,14 @@ def _qwen2(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
 def _qwen3(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {
         "qk_norm": True,
-        "attention_output_bias": bool(raw.get("attention_bias", False)),
+        "attention_output_bias": boolean(raw, "attention_bias", False),
         "sparse_layers": sparse_layers(raw, layers),
         **router_fields(raw, experts=128, chosen=8, width=768, renormalise=False),
     }
 
 
 def _early_odd_layers_slide(raw: Mapping[str, Any], layer: int) -> bool:
-    last = raw.get("max_window_layers")
-    return layer % 2 == 0 and layer < (28 if last is None else last)
+    return layer % 2 == 0 and layer < integer(raw, "max_window_layers", default=28)
 
 
 QWEN2_MOE = Family(
@@ -91,6 +90,14 @@ QWEN2_MOE = Family(
     _qwen2,
     keys=SPARSE_KEYS | SHARED_KEYS | {"qkv_bias"},
     sliding=_early_odd_layers_slide,
+    default_window=4096,
     fused_adapters=True,
 )
-QWEN3_MOE = Family(("qwen3_moe",), _qwen3, keys=SPARSE_KEYS, sliding=lambda raw, layer: True)
+QWEN3_MOE = Family(
+    ("qwen3_moe",),
+    _qwen3,
+    keys=SPARSE_KEYS,
+    sliding=lambda raw, layer: True,
+    default_window=4096,
+    uniform_window=True,
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import integer
+from models.config_values import boolean, integer
 from models.families.family import Family
 
 
@@ -20,24 +20,23 @@ def _rotating(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:
         return tuple((layer + 1) % every != 0 for layer in range(layers))
     if (
         not isinstance(named, list | tuple)
-        or len(named) != layers
+        or len(named) < layers
         or any(value not in (0, 1) for value in named)
     ):
-        raise ValueError(f"no_rope_layers is {named!r}; expected {layers} times 0 or 1")
-    return tuple(bool(value) for value in named)
+        raise ValueError(f"no_rope_layers is {named!r}; expected at least {layers} times 0 or 1")
+    return tuple(bool(value) for value in named[:layers])
 
 
 def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:
     return {
         "rope_layers": _rotating(raw, layers),
-        "attention_output_bias": bool(raw.get("attention_bias", False)),
+        "attention_output_bias": boolean(raw, "attention_bias", False),
+        "mlp_bias": boolean(raw, "mlp_bias", False),
     }
 
 
 def _slides(raw: Mapping[str, Any], layer: int) -> bool:
-    named = raw.get("no_rope_layers")
-    every = integer(raw, "no_rope_layer_interval", default=4)
-    return (layer + 1) % every == 0 if named is None else not named[layer]
+    return not _rotating(raw, integer(raw, "num_hidden_layers"))[layer]
 
 
 FAMILY = Family(

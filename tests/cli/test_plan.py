@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cli import main as cli
+from engine.model_presets import NAMES
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -26,6 +27,23 @@ def test_json_holds_every_byte(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(step["owners"].values()) == step["bytes"]
     assert made["total_bytes"] == made["allocated_bytes"] + sum(made["reserve"].values())
     assert made["settings"]["batch_size"] == 1
+
+
+def test_the_plan_says_how_many_parameters_the_model_has(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--model", "qwen2.5-0.5b", "--batch-size", "1")
+    assert "494,032,768 parameters" in printed(capsys, *words)
+    assert json.loads(printed(capsys, *words, "--json"))["parameters"] == 494_032_768
+
+
+def test_the_known_sizes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = json.loads(printed(capsys, "--sizes", "--json"))["parameters"]
+    assert list(counts) == list(NAMES)
+    assert counts["llama-3.1-405b"] == 405_853_388_800
+    lines = printed(capsys, "--sizes").splitlines()
+    assert len(lines) == len(NAMES) + 2
+    assert "qwen3-30b-a3b              30,532,122,624  qwen3_moe, 48 x 2048" in lines
 
 
 def test_a_budget_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

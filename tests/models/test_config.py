@@ -13,10 +13,14 @@ BASE: dict[str, Any] = json.loads(
 )
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "gpt2"}, ["gpt2", "llama"]),
+        ({"model_type": "gpt2"}, ["gpt2", "llama", "qwen3_5_moe", "smollm3"]),
+        ({"model_type": ["llama"]}, ["['llama']", "supported are"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers", "-1"]),
         ({"hidden_size": 0}, ["hidden_size", "0"]),
         ({"vocab_size": 2**40}, ["vocab_size"]),
@@ -30,6 +34,19 @@ BASE: dict[str, Any] = json.loads(
         ({"rope_parameters": {"rope_type": "spiral"}}, ["spiral", "llama3"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
         ({"rope_parameters": {"rope_theta": -1.0}}, ["rope_theta"]),
+        ({"rope_parameters": None, "rope_theta": 0}, ["rope_theta", "0"]),
+        ({"rope_parameters": []}, ["rope_parameters", "an object"]),
+        ({"rope_parameters": {"rope_type": "yarn", "facter": 2.0}}, ["facter", "factor"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["per layer type"]),
+        ({"rope_parameters": YARN | {"beta_fast": "32"}}, ["beta_fast", "'32'"]),
+        ({"rope_parameters": YARN | {"attention_factor": -1}}, ["attention_factor", "-1"]),
+        ({"rope_parameters": YARN | {"beta_slow": 33}}, ["beta_fast", "beta_slow", "33"]),
+        ({"rope_parameters": YARN | {"truncate": "no"}}, ["truncate"]),
+        ({"rope_parameters": YARN | {"original_max_position_embeddings": 2**40}}, ["at most"]),
+        ({"rope_scaling": YARN}, ["rope_parameters", "rope_scaling", "contradict"]),
+        ({"attention_bias": "no"}, ["attention_bias", "'no'"]),
+        ({"hidden_size": 64.0}, ["hidden_size", "64.0"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers", "None"]),
         ({"layer_types": ["full_attention"]}, ["layer_types"]),
         ({"layer_types": ["full_attention", "ring"]}, ["ring"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings"]),
@@ -43,6 +60,7 @@ def test_bad_value_is_refused_by_name(change: dict[str, Any], words: list[str]) 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+SWITCHED = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
 HEADS, KV_HEADS = "num_attention_heads_per_layer", "num_key_value_heads_per_layer"
 UNEVEN = {HEADS: [4, 3], KV_HEADS: [2, 1]}
 
@@ -96,6 +114,42 @@ def test_sliding_window_needs_its_switch_in_qwen2_and_not_in_mistral() -> None:
     assert ModelConfig.from_dict(BASE | window | {"model_type": "mistral"}).window(0) == 16
 
 
+def test_a_window_that_is_not_given_is_the_familys() -> None:
+    def without(family: str) -> dict[str, Any]:
+        keys = ("sliding_window", "layer_types", "max_window_layers")
+        return {k: v for k, v in golden(family).items() if k not in keys}
+
+    config = ModelConfig.from_dict(without("mistral"))
+    assert config.sliding_window == 4096 and config.window(0) == 4096
+    assert ModelConfig.from_dict(without("mistral") | {"sliding_window": None}).window(0) is None
+    switched = without("qwen2") | {"use_sliding_window": True, "num_hidden_layers": 30}
+    assert [layer for layer in range(30) if ModelConfig.from_dict(switched).window(layer)] == [
+        28,
+        29,
+    ]
+    assert (
+        ModelConfig.from_dict(without("smollm3") | {"use_sliding_window": True}).window(1) is None
+    )
+
+
+def test_both_spellings_of_the_rotation_may_stand_there_if_they_agree() -> None:
+    old = {"type": "yarn", "factor": 4.0}
+    both = BASE | {"rope_parameters": YARN | {"beta_fast": 16}, "rope_scaling": old}
+    rope = ModelConfig.from_dict(both).rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["beta_fast"]) == ("yarn", 4.0, 16)
+    null = BASE | {"rope_parameters": None, "rope_scaling": {}, "rope_theta": 5}
+    assert ModelConfig.from_dict(null).rope_parameters == {
+        "rope_type": "default",
+        "rope_theta": 5.0,
+    }
+
+
+@pytest.mark.parametrize("key", ["model_type", "hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_missing_key_is_called_missing(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key} is missing"):
+        ModelConfig.from_dict({k: v for k, v in BASE.items() if k != key})
+
+
 def test_eos_may_be_one_id_or_several() -> None:
     assert ModelConfig.from_dict(BASE | {"eos_token_id": 7}).eos_token_id == (7,)
     assert ModelConfig.from_dict(BASE | {"eos_token_id": [7, 9]}).eos_token_id == (7, 9)
@@ -115,6 +169,19 @@ def golden(family: str) -> dict[str, Any]:
         ("smollm3", {"no_rope_layers": [1, 3]}, ["no_rope_layers", "0 or 1"]),
         ("qwen3_moe", {"num_experts_per_tok": 7}, ["num_experts_per_tok", "7", "6"]),
         ("qwen3_moe", {"num_experts": 5}, ["num_experts", "num_local_experts", "5"]),
+        ("qwen3_moe", {"num_local_experts": [6]}, ["num_experts", "[6]"]),
+        (
+            "qwen3_moe",
+            {
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["full_attention", "sliding_attention"],
+            },
+            ["layer_types", "8", "every layer"],
+        ),
+        ("qwen2", {**SWITCHED, "max_window_layers": "1"}, ["max_window_layers"]),
+        ("qwen2", {"use_sliding_window": "yes"}, ["use_sliding_window"]),
+        ("qwen2_moe", {"mlp_only_layers": 0}, ["mlp_only_layers"]),
         ("qwen3_moe", {"moe_intermediate_size": 0}, ["moe_intermediate_size"]),
         ("qwen3_moe", {"shared_expert_intermediate_size": 8}, ["shared_expert_intermediate_size"]),
         ("qwen2_moe", {"mlp_only_layers": [2]}, ["mlp_only_layers", "0 to 1"]),
@@ -150,6 +217,11 @@ def test_smollm3_leaves_every_fourth_layer_unrotated() -> None:
     assert ModelConfig.from_dict(raw | {"num_hidden_layers": 5}).rope_layers == (
         True, True, True, False, True,
     )  # fmt: skip
+
+
+def test_smollm3_may_list_more_layers_than_it_has() -> None:
+    raw = golden("smollm3") | {"no_rope_layers": [1, 0, 1, 1, 0]}
+    assert ModelConfig.from_dict(raw).rope_layers == (True, False)
 
 
 def test_a_hybrid_has_every_fourth_layer_attend() -> None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from engine.errors import CheckpointError, ConfigError
 from engine.formats.checkpoint import open_checkpoint
-from engine.formats.gguf import GGUFCheckpoint, dequantise, undo_permutation
+from engine.formats.gguf import GGUFCheckpoint, dequantise
 from engine.formats.gguf_container import GGUFFile
+from engine.formats.gguf_names import undo_permutation
 from engine.formats.hf_directory import HFDirectory
 
 U32, F32, STRING, ARRAY, U64 = 4, 6, 8, 9, 10
@@ -134,6 +135,13 @@ def test_the_permutation_is_undone_for_rows_of_any_rank() -> None:
     [
         ("llama", {"general.architecture": (STRING, "gemma")}, (), ConfigError, "'gemma'"),
         ("llama", {"general.architecture": (U32, 1)}, (), ConfigError, "architecture 1"),
+        (
+            "llama",
+            {"general.architecture": (ARRAY, (STRING, ["llama"]))},
+            (),
+            ConfigError,
+            "architecture ['llama']",
+        ),
         ("llama", {}, ("general.architecture",), ConfigError, "architecture None"),
         ("llama", {}, ("llama.block_count",), CheckpointError, "lacks the metadata key"),
         ("llama", {"llama.block_count": (U32, 3)}, (), CheckpointError, "9 missing"),

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,19 @@ def test_a_head_beside_a_tied_embedding_is_ignored(model_copy: Copy) -> None:
     checkpoint = HFDirectory(folder)
     assert checkpoint.config.tie_word_embeddings
     assert "lm_head.weight" not in checkpoint.names()
+
+
+def test_a_head_that_only_the_inner_part_calls_tied_is_read(tmp_path: Path, golden: Copy) -> None:
+    raw = json.loads((golden("qwen3_5_vl") / "config.json").read_text())
+    raw["text_config"]["tie_word_embeddings"] = True
+    for outer, tied in (({}, False), ({"tie_word_embeddings": True}, True)):
+        folder = tmp_path / str(tied)
+        shutil.copytree(golden("qwen3_5_vl"), folder)
+        inner = {k: v for k, v in raw.items() if k != "tie_word_embeddings"}
+        (folder / "config.json").write_text(json.dumps(inner | outer))
+        checkpoint = HFDirectory(folder)
+        assert checkpoint.config.tie_word_embeddings is tied
+        assert ("lm_head.weight" in checkpoint.names()) is not tied
 
 
 def test_a_missing_head_is_an_error_where_it_is_not_tied(model_copy: Copy) -> None:
