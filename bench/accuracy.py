@@ -6,8 +6,9 @@ With truth in float64 from the same rounded inputs, for every value and gradient
 
 The ulp is that of our result's dtype at the largest true value. Before each op the allocator's free
 memory is filled with NaN, so that an element which no code writes cannot look right. A decoded
-weight and its plain twin must agree to the bit. The 8-bit optimiser has no float64 form: its codes
-on the device are compared with those of its reference on the CPU.
+weight and its plain twin must agree to the bit, and so must the codes of a quantised one. The 8-bit
+optimiser has no float64 form: its codes on the device are compared with those of its reference on
+the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bench.step import clear
 from engine.benchmark.case import Case, Tensors
 from optim import AdamW8bit
 
-EXACT = ("nf4_dequantize",)
+EXACT = ("nf4_quantize", "nf4_dequantize", "nf4_dequantize_transposed")
 _POISON_BYTES = 4 << 30
 _CODES_APART = 1e-4
 """Share of codes that may differ: values within an ulp of a rounding boundary."""
@@ -50,7 +51,7 @@ def compare(ours: Tensor, plain: Tensor, truth: Tensor, *, exact: bool) -> dict[
     truth = truth.detach().double()
     error = float((ours.double() - truth).abs().max())
     other = float((plain.detach().double() - truth).abs().max())
-    step = ulp(ours.dtype, float(truth.abs().max()))
+    step = ulp(ours.dtype, float(truth.abs().max())) if ours.is_floating_point() else 0.0
     passed = torch.equal(ours, plain) if exact else error <= 2 * other + step
     return {"ours": error, "plain": other, "ulp": step, "passed": bool(passed)}
 

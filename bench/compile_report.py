@@ -15,7 +15,8 @@ the main loop for a matmul, of the whole kernel otherwise) and the tensor-core i
   (sm_90) whose left operand comes from shared memory although the case says registers;
 * on an inline sequence for several elements in a layout that mixes rows, and on an offset
   that a tensor of more than 2^31 elements would overflow (`bench.triton_ir`);
-* with `--check`, on 10 % more instructions than the committed table has.
+* with `--check`, on 10 % more instructions than the committed table has, and where that names a
+  tensor-core instruction and the kernel has none left.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def compile_row(case: CompileCase, arch: int) -> Row:
     from kernels.tiling import SHARED_MEMORY
 
     try:
-        shared, stages, code = _compile(case, arch)
+        shared, stages, code = compile_case(case, arch)
     except Exception as error:
         # Whatever stops the compiler is this row's fault, and the others go on.
         reason = (str(error).strip().splitlines() or [""])[-1][:200]
@@ -123,7 +124,7 @@ def compile_row(case: CompileCase, arch: int) -> Row:
     return replace(row, faults=tuple(faults_of(case, row, code, stages)))
 
 
-def _compile(case: CompileCase, arch: int) -> tuple[int, Mapping[str, Any], Disassembly]:
+def compile_case(case: CompileCase, arch: int) -> tuple[int, Mapping[str, Any], Disassembly]:
     """Shared memory in bytes, the stages of compilation by name, and machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -245,6 +246,8 @@ def regressions(rows: Iterable[Row], committed: dict[tuple[str, str, int], Row])
                     f"{name} spends {row.per_element} instructions per element, "
                     f"the committed table {before.per_element}"
                 )
+        if before is not None and before.tensor_core and not row.tensor_core:
+            found.append(f"{name} lost its tensor-core instructions ({before.tensor_core})")
     return found
 
 

@@ -61,6 +61,13 @@ def _dequantize(work: Work) -> Call:
     return partial(dequantize_4bit, weight.packed.view(-1, 1), quant_state(weight))
 
 
+def _quantize(work: Work) -> Call:
+    from bitsandbytes.functional import quantize_4bit
+
+    options = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": False}
+    return partial(quantize_4bit, work.tensors["w"], **options)
+
+
 def _linear4bit(work: Work) -> Call:
     from bitsandbytes import matmul_4bit
 
@@ -154,6 +161,7 @@ def _liger_head(work: Work) -> Call:
 
 
 _BITSANDBYTES: dict[str, Callable[[Work], Call]] = {
+    "nf4_quantize": _quantize,
     "nf4_dequantize": _dequantize,
     "nf4_linear": _linear4bit,
     "adamw8bit": _adamw,

@@ -73,10 +73,10 @@ def run(ptx: str, outputs: int, inputs: Sequence[Words]) -> list[Words]:
     """
     registers: dict[str, Words] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
     for opcode, operands in statements(ptx):
-        if opcode not in _INSTRUCTIONS:
+        if opcode not in INSTRUCTIONS:
             raise PtxError(f"unknown instruction {opcode}")
         values = [_value(text, registers, inputs[0].shape) for text in operands[1:]]
-        registers[operands[0]] = _INSTRUCTIONS[opcode](*values)
+        registers[operands[0]] = INSTRUCTIONS[opcode](*values)
     return [registers[f"${i}"] for i in range(outputs)]
 
 
@@ -151,7 +151,7 @@ def _shift_right(a: Words, by: Words) -> Words:
     return np.where(by < 32, a >> np.minimum(by, 31), 0).astype(np.uint32)
 
 
-_INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "and.b32": np.bitwise_and,
     "shl.b32": _shift_left,
     "shr.u32": _shift_right,

@@ -190,6 +190,36 @@ def tile(kernel: str, arch: int, key: int, value: int) -> Tile:
 
 
 @jit
+def chunk_rows(starts, ends, group):
+    """Chunk, value head and its key head of a program, the chunk's tokens, which there are."""
+    chunk = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
+    return chunk, head, head // group, row, row < tl.load(ends + chunk)
+
+
+@jit
+def document_state(
+    bounds, heads, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """Columns of V, head, document of a program, its first token and the first behind it.
+
+    And of the document's state: where its elements lie, those of any state, and which there are.
+    """
+    column = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
+    head = tl.program_id(1).to(tl.int64)
+    document = tl.program_id(2).to(tl.int64)
+    start = tl.load(bounds + document).to(tl.int64)
+    end = tl.load(bounds + document + 1).to(tl.int64)
+    along_k = tl.arange(0, BLOCK_K)
+    in_state = (along_k < KEY)[:, None] & (column < VALUE)[None, :]
+    element = along_k[:, None] * VALUE + column[None, :]
+    at_document = (document * heads + head) * KEY * VALUE + element
+    return column, head, document, start, end, at_document, element, in_state
+
+
+@jit
 def load_rows(x, row, inside, stride, column, width):
     """Rows of x, the given columns, zero outside."""
     mask = inside[:, None] & (column < width)[None, :]
@@ -197,10 +227,37 @@ def load_rows(x, row, inside, stride, column, width):
 
 
 @jit
-def store_rows(x, row, inside, stride, column, width, values):
+def load_head(x, row, inside, head, heads, column, width):
+    """Rows of one head of a contiguous x (N, heads, width)."""
+    return load_rows(x + head * width, row, inside, heads * width, column, width)
+
+
+@jit
+def store_head(x, row, inside, head, heads, column, width, values):
+    """Write rows of one head of a contiguous x (N, heads, width), in its dtype."""
     mask = inside[:, None] & (column < width)[None, :]
-    target = x + row[:, None] * stride + column[None, :]
+    target = x + head * width + row[:, None] * (heads * width) + column[None, :]
     tl.store(target, values.to(x.dtype.element_ty), mask=mask)
+
+
+@jit
+def row_products(
+    a, a_row, b, b_row, row, inside, KEY: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """a b^T (64, 64) of the same rows of a and b, (N, KEY) each, fp32."""
+    sums = tl.zeros((64, 64), tl.float32)
+    for at in range(0, KEY, BLOCK_K):
+        column = at + tl.arange(0, BLOCK_K)
+        left = load_rows(a, row, inside, a_row, column, KEY)
+        right = load_rows(b, row, inside, b_row, column, KEY)
+        sums += product(left, tl.trans(right))
+    return sums
+
+
+@jit
+def square(i, matrix):
+    """Where the elements of the 64 x 64 matrix number `matrix` lie; i is 0 to 63."""
+    return matrix * 4096 + i[:, None] * 64 + i[None, :]
 
 
 @jit

@@ -22,12 +22,16 @@ from kernels.gated_delta_tiles import (
     CHUNK,
     Launch,
     at_end,
+    chunk_rows,
     decay_matrix,
+    document_state,
+    load_head,
     load_rows,
     load_scalars,
     log_decay,
     product,
-    store_rows,
+    square,
+    store_head,
 )
 from kernels.triton_support import cdiv, jit, on_device, tl
 
@@ -180,18 +184,13 @@ def scan_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    head = tl.program_id(1).to(tl.int64)
-    document = tl.program_id(2).to(tl.int64)
-    start = tl.load(bounds + document).to(tl.int64)
-    end = tl.load(bounds + document + 1).to(tl.int64)
+    column, head, document, start, end, at_document, element, in_state = document_state(
+        bounds, heads, KEY, VALUE, BLOCK_K, BLOCK_V
+    )
     matrix = tl.load(first + document).to(tl.int64) * heads + head
     key_head = head // group
     i = tl.arange(0, 64)
     along_k = tl.arange(0, BLOCK_K)
-    in_state = (along_k < KEY)[:, None] & (column < VALUE)[None, :]
-    element = along_k[:, None] * VALUE + column[None, :]
-    at_document = (document * heads + head) * KEY * VALUE + element
     if INITIAL:
         state = tl.load(initial + at_document, mask=in_state, other=0.0).to(tl.float32)
     else:
@@ -209,9 +208,9 @@ def scan_kernel(
         tl.store(states + matrix * KEY * VALUE + element, narrow, mask=in_state)
         read = product(keys, narrow) * (rstd * tl.exp(log))[:, None]
         error = strength[:, None] * (values.to(tl.float32) - read)
-        solve = tl.load(inverse + matrix * 4096 + i[:, None] * 64 + i[None, :])
+        solve = tl.load(inverse + square(i, matrix))
         write = product(solve, error.to(keys.dtype))
-        store_rows(writes + head * VALUE, row, inside, heads * VALUE, column, VALUE, write)
+        store_head(writes, row, inside, head, heads, column, VALUE, write)
         write *= (rstd * tl.exp(total - log))[:, None]
         state = state * tl.exp(total) + product(tl.trans(keys), write.to(keys.dtype))
         matrix += heads
@@ -242,12 +241,8 @@ def output_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
-    inside = row < tl.load(ends + chunk)
-    key_head = head // group
     scores = tl.zeros((64, 64), tl.float32)
     result = tl.zeros((64, BLOCK_V), tl.float32)
     at_state = states + (chunk * heads + head) * KEY * VALUE
@@ -262,10 +257,10 @@ def output_kernel(
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     log = log_decay(g, row, inside, head, heads)
     scores *= q_scale[:, None] * k_scale[None, :] * decay_matrix(log, 64)
-    written = load_rows(writes + head * VALUE, row, inside, heads * VALUE, column, VALUE)
+    written = load_head(writes, row, inside, head, heads, column, VALUE)
     result *= (q_scale * tl.exp(log))[:, None]
     result += product(scores.to(written.dtype), written)
-    store_rows(out + head * VALUE, row, inside, heads * VALUE, column, VALUE, result)
+    store_head(out, row, inside, head, heads, column, VALUE, result)
 
 
 def invert(x: Launch) -> Tensor:

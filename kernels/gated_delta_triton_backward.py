@@ -17,13 +17,18 @@ from torch import Tensor
 from kernels.gated_delta_tiles import (
     Launch,
     at_end,
+    chunk_rows,
     decay_matrix,
+    document_state,
+    load_head,
     load_rows,
     load_scalars,
     log_decay,
     product,
+    row_products,
     rows_adjacent,
-    store_rows,
+    square,
+    store_head,
 )
 from kernels.gated_delta_triton_intra import before_norm, inside_chunks
 from kernels.triton_support import cdiv, jit, on_device, tl
@@ -54,18 +59,10 @@ def writes_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    _, head, key_head, row, inside = chunk_rows(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
-    inside = row < tl.load(ends + chunk)
-    key_head = head // group
-    scores = tl.zeros((64, 64), tl.float32)
-    for at in range(0, KEY, BLOCK_K):
-        along_k = at + tl.arange(0, BLOCK_K)
-        queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
-        keys = load_rows(k + key_head * k_head, row, inside, k_row, along_k, KEY)
-        scores += product(keys, tl.trans(queries))
+    queries, keys = q + key_head * q_head, k + key_head * k_head
+    scores = row_products(keys, k_row, queries, q_row, row, inside, KEY, BLOCK_K)
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     decay = tl.trans(decay_matrix(log_decay(g, row, inside, head, heads), 64))
@@ -73,7 +70,7 @@ def writes_backward_kernel(
     d_rows = load_rows(d_out + head * d_head, row, inside, d_row, column, VALUE)
     dtype = out.dtype.element_ty
     result = product(scores.to(dtype), d_rows.to(dtype))
-    store_rows(out + head * VALUE, row, inside, heads * VALUE, column, VALUE, result)
+    store_head(out, row, inside, head, heads, column, VALUE, result)
 
 
 @jit
@@ -108,19 +105,14 @@ def reverse_scan_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    column = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
-    head = tl.program_id(1).to(tl.int64)
-    document = tl.program_id(2).to(tl.int64)
-    start = tl.load(bounds + document).to(tl.int64)
-    end = tl.load(bounds + document + 1).to(tl.int64)
+    column, head, document, start, end, at_document, element, in_state = document_state(
+        bounds, heads, KEY, VALUE, BLOCK_K, BLOCK_V
+    )
     matrix = (tl.load(first + document + 1).to(tl.int64) - 1) * heads + head
     last = start + (end - start - 1) // 64 * 64
     key_head = head // group
     i = tl.arange(0, 64)
     along_k = tl.arange(0, BLOCK_K)
-    in_state = (along_k < KEY)[:, None] & (column < VALUE)[None, :]
-    element = along_k[:, None] * VALUE + column[None, :]
-    at_document = (document * heads + head) * KEY * VALUE + element
     if FINAL:
         d_state = tl.load(d_final + at_document, mask=in_state, other=0.0).to(tl.float32)
     else:
@@ -134,12 +126,12 @@ def reverse_scan_kernel(
         total = at_end(log, 64)
         narrow = d_state.to(keys.dtype)
         tl.store(d_ends + matrix * KEY * VALUE + element, narrow, mask=in_state)
-        written = load_rows(d_writes + head * VALUE, row, inside, heads * VALUE, column, VALUE)
+        written = load_head(d_writes, row, inside, head, heads, column, VALUE)
         d_write = product(keys, narrow) * (k_scale * tl.exp(total - log))[:, None]
         d_write += written.to(tl.float32)
-        solve = tl.load(inverse + matrix * 4096 + i[:, None] * 64 + i[None, :])
+        solve = tl.load(inverse + square(i, matrix))
         d_error = product(tl.trans(solve), d_write.to(keys.dtype))
-        store_rows(d_errors + head * VALUE, row, inside, heads * VALUE, column, VALUE, d_error)
+        store_head(d_errors, row, inside, head, heads, column, VALUE, d_error)
         queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
         q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
         d_rows = load_rows(d_out + head * d_head, row, inside, d_row, column, VALUE)

@@ -23,12 +23,16 @@ from kernels.gated_delta_tiles import (
     CHUNK,
     Launch,
     at_end,
+    chunk_rows,
     decay_matrix,
+    load_head,
     load_rows,
     load_scalars,
     log_decay,
     product,
-    store_rows,
+    row_products,
+    square,
+    store_head,
 )
 from kernels.triton_support import cdiv, jit, next_power_of_2, on_device, tl
 
@@ -70,50 +74,38 @@ def pairs_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
     i = tl.arange(0, 64)
-    row = tl.load(starts + chunk).to(tl.int64) + i
-    inside = row < tl.load(ends + chunk)
-    key_head = head // group
     strength = load_scalars(beta, row, inside, head, heads)
     d_scores = tl.zeros((64, 64), tl.float32)
     d_lower = tl.zeros((64, 64), tl.float32)
     along_values = tl.zeros((64,), tl.float32)
     for at in range(0, VALUE, BLOCK_V):
         column = at + tl.arange(0, BLOCK_V)
-        written = load_rows(writes + head * VALUE, row, inside, heads * VALUE, column, VALUE)
+        written = load_head(writes, row, inside, head, heads, column, VALUE)
         d_rows = load_rows(d_out + head * d_head, row, inside, d_row, column, VALUE)
-        error = load_rows(d_errors + head * VALUE, row, inside, heads * VALUE, column, VALUE)
+        error = load_head(d_errors, row, inside, head, heads, column, VALUE)
         d_scores += product(d_rows.to(written.dtype), tl.trans(written))
         d_lower -= product(error, tl.trans(written))
         values = load_rows(v + head * v_head, row, inside, v_row, column, VALUE)
         wide = error.to(tl.float32)
         along_values += tl.sum(wide * values.to(tl.float32), 1)
         wide *= strength[:, None]
-        store_rows(dv + head * VALUE, row, inside, heads * VALUE, column, VALUE, wide)
+        store_head(dv, row, inside, head, heads, column, VALUE, wide)
 
     decay = decay_matrix(log_decay(g, row, inside, head, heads), 64)
     d_scores *= decay
     d_lower = tl.where(i[:, None] > i[None, :], d_lower * decay, 0.0)
-    matrix = (chunk * heads + head) * 4096 + i[:, None] * 64 + i[None, :]
+    matrix = square(i, chunk * heads + head)
     tl.store(through + matrix, d_scores.to(through.dtype.element_ty))
     tl.store(lower + matrix, d_lower.to(lower.dtype.element_ty))
 
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
-    dots = tl.zeros((64, 64), tl.float32)
-    for at in range(0, KEY, BLOCK_K):
-        column = at + tl.arange(0, BLOCK_K)
-        keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
-        queries = load_rows(q + key_head * q_head, row, inside, q_row, column, KEY)
-        dots += product(queries, tl.trans(keys))
+    queries, keys = q + key_head * q_head, k + key_head * k_head
+    dots = row_products(queries, q_row, keys, k_row, row, inside, KEY, BLOCK_K)
     both = d_scores * dots * q_scale[:, None]
-    dots = tl.zeros((64, 64), tl.float32)
-    for at in range(0, KEY, BLOCK_K):
-        column = at + tl.arange(0, BLOCK_K)
-        keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
-        dots += product(keys, tl.trans(keys))
+    dots = row_products(keys, k_row, keys, k_row, row, inside, KEY, BLOCK_K)
     both += d_lower * dots * (strength * k_scale)[:, None]
     both *= k_scale[None, :]
     d_log = tl.sum(both, 1) - tl.sum(both, 0)
@@ -150,14 +142,9 @@ def query_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = tl.arange(0, 64)
-    row = tl.load(starts + chunk).to(tl.int64) + i
-    inside = row < tl.load(ends + chunk)
-    key_head = head // group
     at_state = states + (chunk * heads + head) * KEY * VALUE
     d_query = tl.zeros((64, BLOCK_K), tl.float32)
     for at in range(0, VALUE, BLOCK_V):
@@ -174,9 +161,9 @@ def query_kernel(
     tl.store(dg + share, tl.cumsum(direct, 0, reverse=True), mask=inside)
     keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
-    m = tl.load(through + (chunk * heads + head) * 4096 + i[:, None] * 64 + i[None, :])
+    m = tl.load(through + square(tl.arange(0, 64), chunk * heads + head))
     d_query += product(m, (keys.to(tl.float32) * k_scale[:, None]).to(keys.dtype))
-    store_rows(dq + head * KEY, row, inside, heads * KEY, column, KEY, d_query)
+    store_head(dq, row, inside, head, heads, column, KEY, d_query)
 
 
 @jit
@@ -211,14 +198,9 @@ def key_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
-    i = tl.arange(0, 64)
-    row = tl.load(starts + chunk).to(tl.int64) + i
-    inside = row < tl.load(ends + chunk)
-    key_head = head // group
     at_state = (chunk * heads + head) * KEY * VALUE
     to_state = tl.zeros((64, BLOCK_K), tl.float32)
     read = tl.zeros((64, BLOCK_K), tl.float32)
@@ -227,9 +209,9 @@ def key_kernel(
         along_v = at + tl.arange(0, BLOCK_V)
         state = load_rows(states + at_state, column, column < KEY, VALUE, along_v, VALUE)
         d_end = load_rows(d_ends + at_state, column, column < KEY, VALUE, along_v, VALUE)
-        error = load_rows(d_errors + head * VALUE, row, inside, heads * VALUE, along_v, VALUE)
+        error = load_head(d_errors, row, inside, head, heads, along_v, VALUE)
         read += product(error, tl.trans(state))
-        written = load_rows(writes + head * VALUE, row, inside, heads * VALUE, along_v, VALUE)
+        written = load_head(writes, row, inside, head, heads, along_v, VALUE)
         to_state += product(written, tl.trans(d_end))
         overlap += tl.sum(state.to(tl.float32) * d_end.to(tl.float32), 1)
 
@@ -248,7 +230,7 @@ def key_kernel(
     share = (part * tokens + row) * heads + head
     tl.store(dg + share, d_decay, mask=inside)
 
-    matrix = (chunk * heads + head) * 4096 + i[:, None] * 64 + i[None, :]
+    matrix = square(tl.arange(0, 64), chunk * heads + head)
     n = tl.load(lower + matrix)
     read -= product(n, unit.to(keys.dtype))
     tl.store(dbeta + share, -tl.sum(unit * read, 1), mask=inside)
@@ -258,7 +240,7 @@ def key_kernel(
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     queries = (queries.to(tl.float32) * q_scale[:, None]).to(keys.dtype)
     to_state += product(tl.trans(tl.load(through + matrix)), queries)
-    store_rows(dk + head * KEY, row, inside, heads * KEY, column, KEY, to_state)
+    store_head(dk, row, inside, head, heads, column, KEY, to_state)
 
 
 @jit
@@ -283,14 +265,14 @@ def unit_backward_kernel(
     column = tl.arange(0, BLOCK_K)
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
     for member in range(group):
-        source = dy + (key_head * group + member) * KEY
-        total += load_rows(source, row, inside, heads * KEY, column, KEY).to(tl.float32)
+        head = key_head * group + member
+        total += load_head(dy, row, inside, head, heads, column, KEY).to(tl.float32)
     norm = load_scalars(rstd, row, inside, key_head, heads // group)
     unit = load_rows(x + key_head * x_head, row, inside, x_row, column, KEY).to(tl.float32)
     unit *= norm[:, None]
     along = tl.sum(unit * total, 1)
     total = (total - unit * along[:, None]) * (norm * scale)[:, None]
-    store_rows(dx + key_head * KEY, row, inside, heads // group * KEY, column, KEY, total)
+    store_head(dx, row, inside, key_head, heads // group, column, KEY, total)
 
 
 def inside_chunks(

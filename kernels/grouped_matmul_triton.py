@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.nf4_decode import INTERPRETED, decode_planes, nested_scale
+from kernels.nf4_decode import INTERPRETED, block_scale, decode_planes
 from kernels.nf4_dequantize import nested_arguments, nested_shift, triton_dtype
 from kernels.nf4_layout import BLOCK, PlanarNF4Weight
 from kernels.triton_support import cdiv, jit, next_power_of_2, on_device, tl
@@ -42,19 +42,20 @@ def tile_table(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def _rows(tile_row, offsets, tile, expert, BLOCK_M: tl.constexpr):
-    """Sorted rows of a tile, and which of them there are."""
-    row = tl.load(tile_row + tile).to(tl.int64) + tl.arange(0, BLOCK_M)
-    return row, row < tl.load(offsets + expert + 1)
-
-
-@jit
 def _source(row, inside, gather, GATHER: tl.constexpr):
     """The rows of the left operand that sorted rows read."""
     if GATHER:
         return tl.load(gather + row, mask=inside, other=0).to(tl.int64)
     else:
         return row
+
+
+@jit
+def _rows(tile_row, offsets, gather, tile, expert, GATHER: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Sorted rows of a tile, which of them there are, and the rows that they read."""
+    row = tl.load(tile_row + tile).to(tl.int64) + tl.arange(0, BLOCK_M)
+    inside = row < tl.load(offsets + expert + 1)
+    return row, inside, _source(row, inside, gather, GATHER)
 
 
 @jit
@@ -96,8 +97,7 @@ def dense_kernel(
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert >= experts:
         return
-    row, inside = _rows(tile_row, offsets, tile, expert, BLOCK_M)
-    source = _source(row, inside, gather, GATHER)
+    row, inside, source = _rows(tile_row, offsets, gather, tile, expert, GATHER, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     along = tl.arange(0, BLOCK_K).to(tl.int64)
     x_at = x + source[:, None] * ldx + along[None, :]
@@ -114,18 +114,22 @@ def dense_kernel(
 
 
 @jit
-def _block_scale(
-    absmax, value_map, nested, shift, at, index, inside, NESTED: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr, PTX: tl.constexpr,
+def _planes(
+    codes, absmax, value_map, nested, shift, line, lines, block, blocks, there,
+    NESTED: tl.constexpr, NESTED_SHIFT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Scale of the block of 64 at `at` of the planar order, `index` of the row-major one."""
-    if NESTED:
-        code = tl.load(absmax + at, mask=inside, other=0).to(tl.int32)
-        value = tl.load(value_map + code, mask=inside, other=0.0)
-        outer = tl.load(nested + (index >> NESTED_SHIFT), mask=inside, other=0.0)
-        return nested_scale(value, outer, shift, PTX)
-    else:
-        return tl.load(absmax + at, mask=inside, other=0.0)
+    """The four planes (R, 16) of block `block` of 64 columns of the given lines of the weight.
+
+    `lines` and `blocks` are how many there are; the codes of lines that are not `there` are zero.
+    """
+    at = block * lines + line
+    scale = block_scale(
+        absmax, value_map, nested, shift, at, line * blocks + block, there, NESTED, NESTED_SHIFT,
+        PTX,
+    )  # fmt: skip
+    codes_at = codes + at[:, None] * 16 + tl.arange(0, 16)[None, :]
+    packed = tl.load(codes_at, mask=there[:, None], other=0)
+    return decode_planes(packed, scale[:, None], DTYPE, PTX)
 
 
 @jit
@@ -160,26 +164,21 @@ def nf4_kernel(
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert >= experts:
         return
-    row, inside = _rows(tile_row, offsets, tile, expert, BLOCK_M)
-    source = _source(row, inside, gather, GATHER)
+    row, inside, source = _rows(tile_row, offsets, gather, tile, expert, GATHER, BLOCK_M)
     column = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     there = column < width
     line = expert * width + column
-    lines = experts.to(tl.int64) * width
+    lines = tl.cast(experts, tl.int64) * width
     blocks = depth // 64
-    word = tl.arange(0, 16)
     shift = tl.load(offset) if NESTED else 0.0
-    codes_at = codes + line[:, None] * 16 + word[None, :]
-    x_at = x + source[None, :] * ldx + word[:, None]
+    x_at = x + source[None, :] * ldx + tl.arange(0, 16)[:, None]
     x_mask = inside[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for block in range(blocks):
-        size = _block_scale(
-            absmax, value_map, nested, shift, block * lines + line, line * blocks + block, there,
-            NESTED, NESTED_SHIFT, PTX,
+        w0, w1, w2, w3 = _planes(
+            codes, absmax, value_map, nested, shift, line, lines, block, blocks, there, NESTED,
+            NESTED_SHIFT, DTYPE, PTX,
         )  # fmt: skip
-        packed = tl.load(codes_at, mask=there[:, None], other=0)
-        w0, w1, w2, w3 = decode_planes(packed, size[:, None], DTYPE, PTX)
         x0 = tl.load(x_at, mask=x_mask, other=0.0)
         x1 = tl.load(x_at + 16, mask=x_mask, other=0.0)
         x2 = tl.load(x_at + 32, mask=x_mask, other=0.0)
@@ -188,7 +187,6 @@ def nf4_kernel(
         acc = tl.dot(w1, x1, acc, input_precision="ieee")
         acc = tl.dot(w2, x2, acc, input_precision="ieee")
         acc = tl.dot(w3, x3, acc, input_precision="ieee")
-        codes_at += lines * 16
         x_at += 64
     _finish(out, row, inside, column, width, ldo, tl.trans(acc), scale, ACCUMULATE)
 
@@ -226,26 +224,21 @@ def nf4_transposed_kernel(
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert >= experts:
         return
-    row, inside = _rows(tile_row, offsets, tile, expert, BLOCK_M)
-    source = _source(row, inside, gather, GATHER)
+    row, inside, source = _rows(tile_row, offsets, gather, tile, expert, GATHER, BLOCK_M)
     block = tl.program_id(1).to(tl.int64)
     blocks = width // 64
-    lines = experts.to(tl.int64) * depth
+    lines = tl.cast(experts, tl.int64) * depth
     along = tl.arange(0, BLOCK_K).to(tl.int64)
-    word = tl.arange(0, 16)
     shift = tl.load(offset) if NESTED else 0.0
     x_at = x + source[:, None] * ldx + along[None, :]
     acc = tl.zeros((BLOCK_M, 64), tl.float32)
     for at in range(0, depth, BLOCK_K):
         there = at + along < depth
         line = expert * depth + at + along
-        size = _block_scale(
-            absmax, value_map, nested, shift, block * lines + line, line * blocks + block, there,
-            NESTED, NESTED_SHIFT, PTX,
+        w0, w1, w2, w3 = _planes(
+            codes, absmax, value_map, nested, shift, line, lines, block, blocks, there, NESTED,
+            NESTED_SHIFT, DTYPE, PTX,
         )  # fmt: skip
-        codes_at = codes + (block * lines + line)[:, None] * 16 + word[None, :]
-        packed = tl.load(codes_at, mask=there[:, None], other=0)
-        w0, w1, w2, w3 = decode_planes(packed, size[:, None], DTYPE, PTX)
         planes = tl.join(tl.join(w0, w1), tl.join(w2, w3))
         right = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), (BLOCK_K, 64))
         left = tl.load(x_at, mask=inside[:, None] & there[None, :], other=0.0)

@@ -13,6 +13,9 @@ are few enough to form once and look up 64 times:
 Two packings are read. bitsandbytes' order has elements 2j and 2j+1 in the high and low nibble of
 byte j. The planar order (`kernels.nf4_layout`) has elements j, 16+j, 32+j, 48+j of a block in the
 nibbles 0..3 of 16-bit word j, so that each nibble position is a contiguous run of 16 columns.
+A transposed result has neighbouring rows side by side: there two rows are decoded at once, each
+with its own table, and the last PRMTs join a value of one to that of the other, half an instruction
+more per value.
 
 The instructions are inline PTX. Each has a twin in plain Triton, chosen by the constexpr `PTX`,
 which the interpreter runs and which fp32 results use. Products and sums that must not be fused into
@@ -51,15 +54,24 @@ def _table(round_pair: str) -> str:
     return "\n".join(["{", *declared, *products, *rounded, *split, "}"])
 
 
-def _lookup(selectors: str, mask: str, low: str, high: str, copies: int) -> list[str]:
+def _lookup(
+    selectors: str,
+    mask: str,
+    low: str,
+    high: str,
+    copies: int,
+    codes: int = 4,
+    table: int = 5,
+) -> list[str]:
     """PTX that decodes the four codes in the low 16 bits of `selectors` to bytes `low`, `high`.
 
-    Operand $4 holds 8 codes; `mask` says where bit 3 of each of the four is found in it and in t,
-    which is $4 shifted left by a nibble. The table follows, `copies` of each of its registers.
+    Operand `codes` holds 8 codes; `mask` says where bit 3 of each of the four is found in it and in
+    t, the same shifted left by a nibble. The table begins at operand `table`, `copies` of each of
+    its registers one after the other.
     """
-    lines = [f"prmt.b32 m, $4, t, {mask};"]
+    lines = [f"prmt.b32 m, ${codes}, t, {mask};"]
     for plane, target in ((0, low), (4, high)):
-        t = [f"${5 + copies * (plane + i)}" for i in range(4)]
+        t = [f"${table + copies * (plane + i)}" for i in range(4)]
         lines += [
             f"prmt.b32 a, {t[0]}, {t[1]}, {selectors};",
             f"prmt.b32 b, {t[2]}, {t[3]}, {selectors};",
@@ -109,6 +121,24 @@ def _planes(copies: int) -> str:
     )
 
 
+def _columns() -> str:
+    """Two planar words of each of two rows to one word of two rows for each of the 8 columns."""
+    lines = ["{", ".reg .b32 t, m, a, b, s<2>, l<2>, h<2>, x, y;"]
+    for half, mask in enumerate(("0x9d8c", "0xbfae")):
+        for row in (0, 1):
+            lines += [f"and.b32 s{row}, ${8 + row}, 0x77777777;", f"shl.b32 t, ${8 + row}, 4;"]
+            lines += [f"shr.u32 s{row}, s{row}, 16;"] * half
+            lines += _lookup(f"s{row}", mask, f"l{row}", f"h{row}", 2, 8 + row, 10 + row)
+        for pair, bytes_of in enumerate(("0x5140", "0x7362")):
+            lines += [
+                f"prmt.b32 x, l0, h0, {bytes_of};",
+                f"prmt.b32 y, l1, h1, {bytes_of};",
+                f"prmt.b32 ${4 * half + 2 * pair}, x, y, 0x5410;",
+                f"prmt.b32 ${4 * half + 2 * pair + 1}, x, y, 0x7632;",
+            ]
+    return "\n".join([*lines, "}"])
+
+
 TABLE_BF16_PTX = _table("cvt.rn.bf16x2.f32 p{i}, {odd}, {even};")
 # One value at a time, because the paired conversion to fp16 begins with sm_80 and fp16 with sm_75.
 TABLE_FP16_PTX = _table(
@@ -124,6 +154,9 @@ PLANES_PTX = _planes(1)
 # pair must lie in one row. `bench.compile_report` checks that in each layout the compiler chooses.
 PACKED_PLANES_CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 17)
 PACKED_PLANES_PTX = _planes(2)
+# Rows come in pairs, codes and tables alike, so any two elements of a thread may be one.
+COLUMNS_CONSTRAINTS = ",".join(["=&r"] * 8 + ["r"] * 18)
+COLUMNS_PTX = _columns()
 SCALE_PTX = "{\n.reg .f32 t;\nmul.rn.f32 t, $1, $2;\nadd.rn.f32 $0, t, $3;\n}"
 SCALE_CONSTRAINTS = "=f,f,f,f"
 
@@ -135,6 +168,8 @@ _WORDS = tl.constexpr(WORDS_PTX)
 _PLANES = tl.constexpr(PLANES_PTX)
 _PACKED_PLANES = tl.constexpr(PACKED_PLANES_PTX)
 _PACKED_PLANES_CONSTRAINTS = tl.constexpr(PACKED_PLANES_CONSTRAINTS)
+_COLUMNS = tl.constexpr(COLUMNS_PTX)
+_COLUMNS_CONSTRAINTS = tl.constexpr(COLUMNS_CONSTRAINTS)
 _SCALE = tl.constexpr(SCALE_PTX)
 _SCALE_CONSTRAINTS = tl.constexpr(SCALE_CONSTRAINTS)
 
@@ -177,42 +212,13 @@ def code_value(code):
 @jit
 def _byte_planes(scale, DTYPE: tl.constexpr):
     """The 8 table registers (uint32) of each fp32 scale."""
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            _TABLE_BF16,
-            _TABLE_CONSTRAINTS,
-            [scale],
-            dtype=(
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-            ),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            _TABLE_FP16,
-            _TABLE_CONSTRAINTS,
-            [scale],
-            dtype=(
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-                tl.uint32,
-            ),
-            is_pure=True,
-            pack=1,
-        )
+    table: tl.constexpr = _TABLE_BF16 if tl.bfloat16 == DTYPE else _TABLE_FP16
+    return tl.inline_asm_elementwise(
+        table, _TABLE_CONSTRAINTS, [scale], is_pure=True, pack=1,
+        dtype=(
+            tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32, tl.uint32
+        ),
+    )  # fmt: skip
 
 
 @jit
@@ -302,3 +308,65 @@ def decode_planes(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
             _rounded(code_value((word >> 8) & 15) * scale, DTYPE),
             _rounded(code_value((word >> 12) & 15) * scale, DTYPE),
         )
+
+
+@jit
+def decode_columns(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
+    """int32 (R,) of two planar words j, j + 1, scale fp32 (R,) -> 8 columns (R,) in DTYPE.
+
+    They are j, 16 + j, 32 + j, 48 + j, and then their right neighbours.
+    """
+    if PTX:
+        t0, t1, t2, t3, t4, t5, t6, t7 = _byte_planes(scale, DTYPE)
+        c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
+            _COLUMNS, _COLUMNS_CONSTRAINTS, [words, t0, t1, t2, t3, t4, t5, t6, t7], is_pure=True,
+            dtype=(
+                tl.uint16, tl.uint16, tl.uint16, tl.uint16,
+                tl.uint16, tl.uint16, tl.uint16, tl.uint16,
+            ), pack=2,
+        )  # fmt: skip
+        return (
+            c0.to(DTYPE, bitcast=True),
+            c1.to(DTYPE, bitcast=True),
+            c2.to(DTYPE, bitcast=True),
+            c3.to(DTYPE, bitcast=True),
+            c4.to(DTYPE, bitcast=True),
+            c5.to(DTYPE, bitcast=True),
+            c6.to(DTYPE, bitcast=True),
+            c7.to(DTYPE, bitcast=True),
+        )
+    else:
+        return (
+            _rounded(code_value(words & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 4) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 8) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 12) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 16) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 20) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 24) & 15) * scale, DTYPE),
+            _rounded(code_value((words >> 28) & 15) * scale, DTYPE),
+        )
+
+
+@jit
+def code_scale(code, value_map, nested, index, offset, inside, PTX: tl.constexpr):
+    """fp32 scales from their codes, with double quantisation; `index` is that of nested scales."""
+    value = tl.load(value_map + code.to(tl.int32), mask=inside, other=0.0)
+    return nested_scale(value, tl.load(nested + index, mask=inside, other=0.0), offset, PTX)
+
+
+@jit
+def block_scale(
+    absmax, value_map, nested, offset, at, index, inside, NESTED: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """fp32 scales of blocks, at `at` of `absmax`; not to be used where not `inside`.
+
+    With double quantisation (NESTED) `index >> NESTED_SHIFT` is the place of a nested scale and
+    `offset` the number that all scales were reduced by.
+    """
+    if NESTED:
+        code = tl.load(absmax + at, mask=inside, other=0)
+        return code_scale(code, value_map, nested, index >> NESTED_SHIFT, offset, inside, PTX)
+    else:
+        return tl.load(absmax + at, mask=inside, other=0.0)

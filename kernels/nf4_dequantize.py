@@ -8,8 +8,10 @@ the codes are read: bitsandbytes' (any shape) and the planar one (`kernels.nf4_l
 looked up in a table of byte planes that is formed once per block (`kernels.nf4_decode`). Two
 neighbouring threads share a block, each storing every other 16 bytes of it, so that a warp's stores
 fill whole 32-byte sectors without an exchange through shared memory. The result may be written
-transposed, and for a planar weight a range of rows and of column blocks can be asked for, so that a
-large weight goes through a small buffer in slabs.
+transposed: of a planar weight a thread then decodes whole blocks of two or four neighbouring rows,
+joins the values of a column in its registers, and a warp stores 128 or 256 bytes of each column,
+again without an exchange. For a planar weight a range of rows and of column blocks can be asked
+for, so that a large weight goes through a small buffer in slabs.
 
 Offsets are 64 bits wide from the program id on: weights of more than 2^31 elements are addressed
 correctly.
@@ -25,14 +27,15 @@ from kernels.dynamic_map import dynamic_map
 from kernels.nf4 import NESTED_BLOCK, NF4Weight, dequantize
 from kernels.nf4_decode import (
     INTERPRETED,
+    block_scale,
+    decode_columns,
     decode_pair,
     decode_plane_words,
     decode_planes,
     decode_words,
-    nested_scale,
 )
 from kernels.nf4_layout import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
-from kernels.tiling import architecture, dequantize_tile, multiprocessors
+from kernels.tiling import architecture, dequantize_tile, multiprocessors, transposed_tile
 from kernels.triton_support import cdiv, jit, on_device, tl
 
 _TRITON_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
@@ -72,17 +75,12 @@ def dequantize_flat_kernel(
     `out` aligned to 4 bytes. Otherwise every element goes alone.
     """
     start = tl.program_id(0).to(tl.int64) * (ROWS * STEPS) + first_chunk
+    shift = tl.load(offset) if NESTED else 0.0
     for step in tl.static_range(STEPS):
         chunk = start + step * ROWS + tl.arange(0, ROWS)[:, None]
         inside = chunk < last_chunk
         block = chunk >> SCALE_SHIFT
-        if NESTED:
-            code = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-            value = tl.load(value_map + code, mask=inside, other=0.0)
-            outer = tl.load(nested + (block >> 8), mask=inside, other=0.0)
-            scale = nested_scale(value, outer, tl.load(offset), PTX)
-        else:
-            scale = tl.load(absmax + block, mask=inside, other=0.0)
+        scale = block_scale(absmax, value_map, nested, shift, block, block, inside, NESTED, 8, PTX)
         for part in tl.static_range(CHUNK // 16):
             if WORDS:
                 source = packed.to(tl.pointer_type(tl.int32)) + chunk * (CHUNK // 8) + 2 * part
@@ -122,65 +120,112 @@ def dequantize_planar_kernel(
     NESTED_SHIFT: tl.constexpr,
     NESTED: tl.constexpr,
     WORDS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
     DTYPE: tl.constexpr,
     PTX: tl.constexpr,
 ):
     """Planar order: a program decodes ROWS rows of STEPS neighbouring blocks of 64 columns.
 
-    WORDS decodes, and if not TRANSPOSED stores, two 16-bit values at once; the latter takes an
-    `out` aligned to 4 bytes and an even `ldo`.
+    WORDS decodes and stores two 16-bit values at once, and takes an `out` aligned to 4 bytes and an
+    even `ldo`.
     """
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row = local_row + first_row
     start = tl.program_id(1).to(tl.int64) * STEPS
     word = tl.arange(0, 8)[None, :]
     single = tl.arange(0, 16)[None, :]
+    shift = tl.load(offset) if NESTED else 0.0
     for step in tl.static_range(STEPS):
         block = first_block + start + step
         inside = (row < last_row) & (block < last_block)
         at = block * rows + row
-        if NESTED:
-            code = tl.load(absmax + at, mask=inside, other=0).to(tl.int32)
-            value = tl.load(value_map + code, mask=inside, other=0.0)
-            outer = tl.load(
-                nested + ((row * blocks + block) >> NESTED_SHIFT), mask=inside, other=0.0
-            )
-            scale = nested_scale(value, outer, tl.load(offset), PTX)
-        else:
-            scale = tl.load(absmax + at, mask=inside, other=0.0)
+        index = row * blocks + block
+        scale = block_scale(
+            absmax, value_map, nested, shift, at, index, inside, NESTED, NESTED_SHIFT, PTX
+        )
         if WORDS:
             source = codes.to(tl.pointer_type(tl.int32)) + at * 8 + word
             part = tl.load(source, mask=inside, other=0)
             w0, w1, w2, w3 = decode_plane_words(part, scale, DTYPE)
-            if TRANSPOSED:
-                planes = tl.join(tl.join(w0, w1), tl.join(w2, w3))
-                tile = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), (ROWS, 32))
-                low = (tile & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True)
-                high = (tile >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
-                column = (start + step) * 64 + 2 * tl.arange(0, 32)[None, :]
-                tl.store(out + column * ldo + local_row, low, mask=inside)
-                tl.store(out + (column + 1) * ldo + local_row, high, mask=inside)
-            else:
-                target = out.to(tl.pointer_type(tl.uint32)) + local_row * (ldo // 2)
-                target += (start + step) * 32 + word
-                tl.store(target, w0, mask=inside)
-                tl.store(target + 8, w1, mask=inside)
-                tl.store(target + 16, w2, mask=inside)
-                tl.store(target + 24, w3, mask=inside)
+            target = out.to(tl.pointer_type(tl.uint32)) + local_row * (ldo // 2)
+            target += (start + step) * 32 + word
+            tl.store(target, w0, mask=inside)
+            tl.store(target + 8, w1, mask=inside)
+            tl.store(target + 16, w2, mask=inside)
+            tl.store(target + 24, w3, mask=inside)
         else:
             part = tl.load(codes + at * 16 + single, mask=inside, other=0)
             w0, w1, w2, w3 = decode_planes(part, scale, DTYPE, False)
-            column = (start + step) * 64 + single
-            target = out + local_row * ldo + column
-            plane = 16
-            if TRANSPOSED:
-                target = out + column * ldo + local_row
-                plane = 16 * ldo
+            target = out + local_row * ldo + (start + step) * 64 + single
             tl.store(target, w0, mask=inside)
-            tl.store(target + plane, w1, mask=inside)
-            tl.store(target + 2 * plane, w2, mask=inside)
-            tl.store(target + 3 * plane, w3, mask=inside)
+            tl.store(target + 16, w1, mask=inside)
+            tl.store(target + 32, w2, mask=inside)
+            tl.store(target + 48, w3, mask=inside)
+
+
+@jit
+def dequantize_transposed_kernel(
+    codes,
+    absmax,
+    value_map,
+    nested,
+    offset,
+    out,
+    rows,
+    blocks,
+    first_row,
+    last_row,
+    first_block,
+    ldo,
+    ROWS: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr,
+    NESTED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Planar order, out (columns, rows): a program decodes ROWS rows of one block of 64 columns.
+
+    PTX decodes two rows at once, to 16 bits. `codes` is aligned to 8 bytes.
+    """
+    local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    local_block = tl.program_id(1).to(tl.int64)
+    row = local_row + first_row
+    block = local_block + first_block
+    inside = row < last_row
+    at = block * rows + row
+    index = row * blocks + block
+    shift = tl.load(offset) if NESTED else 0.0
+    scale = block_scale(
+        absmax, value_map, nested, shift, at, index, inside, NESTED, NESTED_SHIFT, PTX
+    )
+    # A pointer for each nibble position, which goes from column to column: one addition apiece.
+    # A launch turns an argument of 1 into a number of Python, which has no `.to`.
+    line = tl.cast(ldo, tl.int64)
+    at0 = out + local_block * 64 * line + local_row
+    at1 = at0 + 16 * line
+    at2 = at0 + 32 * line
+    at3 = at0 + 48 * line
+    source = codes.to(tl.pointer_type(tl.int64)) + at * 4
+    for four in tl.static_range(4):
+        words = tl.load(source + four, mask=inside, other=0)
+        for half in tl.static_range(2):
+            two = (words >> (32 * half)).to(tl.int32)
+            c0, c1, c2, c3, d0, d1, d2, d3 = decode_columns(two, scale, DTYPE, PTX)
+            tl.store(at0, c0, mask=inside)
+            tl.store(at1, c1, mask=inside)
+            tl.store(at2, c2, mask=inside)
+            tl.store(at3, c3, mask=inside)
+            at0 += ldo
+            at1 += ldo
+            at2 += ldo
+            at3 += ldo
+            tl.store(at0, d0, mask=inside)
+            tl.store(at1, d1, mask=inside)
+            tl.store(at2, d2, mask=inside)
+            tl.store(at3, d3, mask=inside)
+            at0 += ldo
+            at1 += ldo
+            at2 += ldo
+            at3 += ldo
 
 
 def nf4_dequantize(
@@ -239,30 +284,42 @@ def dequantize_planar(
     total_rows, columns = weight.shape
     rows = range(total_rows) if rows is None else rows
     blocks = range(columns // BLOCK) if blocks is None else blocks
+    given = (weight.codes, weight.absmax, *nested_arguments(weight), out, total_rows)
+    place = (columns // BLOCK, rows.start, rows.stop, blocks.start)
+    options = {
+        "NESTED_SHIFT": nested_shift(weight),
+        "NESTED": weight.nested_absmax is not None,
+        "DTYPE": triton_dtype(out.dtype),
+    }
+    if transposed:
+        if weight.codes.data_ptr() % 8 != 0:
+            raise ValueError("the codes of a transposed NF4 weight must be aligned to 8 bytes")
+        tile = transposed_tile(multiprocessors(out.device), len(rows) * len(blocks))
+        with on_device(out):
+            dequantize_transposed_kernel[(cdiv(len(rows), tile.rows), len(blocks))](
+                *given,
+                *place,
+                out.stride(0),
+                ROWS=tile.rows,
+                PTX=_by_hardware(out),
+                num_warps=tile.warps,
+                **options,
+            )
+        return
     tile = dequantize_tile(multiprocessors(out.device), len(rows) * len(blocks))
     grid = (cdiv(len(rows), tile.rows), cdiv(len(blocks), tile.steps))
     with on_device(out):
         dequantize_planar_kernel[grid](
-            weight.codes,
-            weight.absmax,
-            *nested_arguments(weight),
-            out,
-            total_rows,
-            columns // BLOCK,
-            rows.start,
-            rows.stop,
-            blocks.start,
+            *given,
+            *place,
             blocks.stop,
             out.stride(0),
             ROWS=tile.rows,
             STEPS=tile.steps,
-            NESTED_SHIFT=nested_shift(weight),
-            NESTED=weight.nested_absmax is not None,
-            WORDS=_in_words(out) and (transposed or out.stride(0) % 2 == 0),
-            TRANSPOSED=transposed,
-            DTYPE=triton_dtype(out.dtype),
+            WORDS=_in_words(out) and out.stride(0) % 2 == 0,
             PTX=not INTERPRETED,
             num_warps=tile.warps,
+            **options,
         )
 
 
@@ -312,11 +369,15 @@ def _launch_flat(
 
 
 def _in_words(out: Tensor) -> bool:
-    """Whether values can be decoded two at a time: 16-bit, aligned, and rounded by the hardware."""
-    if INTERPRETED or out.data_ptr() % 4 != 0:
+    """Whether values can be decoded two at a time and stored as one: by hardware, and aligned."""
+    return out.data_ptr() % 4 == 0 and _by_hardware(out)
+
+
+def _by_hardware(out: Tensor) -> bool:
+    """Whether the inline PTX decodes to the dtype of `out`: 16-bit, and rounded in hardware."""
+    if INTERPRETED or out.dtype == torch.float32:
         return False
-    by_hardware = out.dtype == torch.float16 or architecture(out.device) >= 80
-    return out.dtype != torch.float32 and by_hardware
+    return out.dtype == torch.float16 or architecture(out.device) >= 80
 
 
 def nested_arguments(weight: AnyNF4) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.dispatch import use_triton
-from kernels.nf4_decode import INTERPRETED, decode_planes, nested_scale
+from kernels.nf4_decode import INTERPRETED, code_scale, decode_planes
 from kernels.nf4_dequantize import (
     dequantize_planar,
     dequantize_reference,
@@ -55,12 +55,6 @@ _COUNTERS = 1 << 16
 def nf4_linear_reference(x: Tensor, weight: AnyNF4, bias: Tensor | None = None) -> Tensor:
     """The plain torch reference: x (..., K), weight (N, K) -> (..., N) in the dtype of x."""
     return functional.linear(x, dequantize_reference(weight, x.dtype), bias)
-
-
-@jit
-def _block_scale(code, value_map, nested, index, offset, inside, PTX: tl.constexpr):
-    value = tl.load(value_map + code.to(tl.int32), mask=inside, other=0.0)
-    return nested_scale(value, tl.load(nested + index, mask=inside, other=0.0), offset, PTX)
 
 
 @jit
@@ -117,9 +111,7 @@ def nf4_matmul_kernel(
         scale_index = row * blocks + first
         inside = row_inside & (first < last)
         code = tl.load(absmax_at, mask=inside, other=0)
-        scale = _block_scale(
-            code, value_map, nested, scale_index >> NESTED_SHIFT, shift, inside, PTX
-        )
+        scale = code_scale(code, value_map, nested, scale_index >> NESTED_SHIFT, shift, inside, PTX)
         absmax_at += rows
         code = tl.load(absmax_at, mask=row_inside & (first + 1 < last), other=0)
         absmax_at += rows
@@ -129,7 +121,7 @@ def nf4_matmul_kernel(
         if NESTED:
             scale_index += 1
             later = tl.load(absmax_at, mask=row_inside & (block + 2 < last), other=0)
-            next_scale = _block_scale(
+            next_scale = code_scale(
                 code,
                 value_map,
                 nested,

@@ -194,6 +194,21 @@ def dequantize_tiles() -> tuple[DequantizeTile, ...]:
     return tuple(DequantizeTile(64, steps, 4) for steps in (2, 4))
 
 
+def transposed_tile(multiprocessors: int, blocks: int) -> DequantizeTile:
+    """The tile that decodes `blocks` blocks of 64 elements to a transposed result.
+
+    Four neighbouring rows per thread, stored as 8 bytes; two where that would leave too few
+    programs for every multiprocessor.
+    """
+    four = blocks >= multiprocessors * _DEQUANTIZE_WAVES * 512
+    return DequantizeTile(512 if four else 256, 1, 4)
+
+
+def transposed_tiles() -> tuple[DequantizeTile, ...]:
+    """Every tile that `transposed_tile` can return."""
+    return tuple(DequantizeTile(rows, 1, 4) for rows in (256, 512))
+
+
 def matmul_tiles(arch: int) -> tuple[MatmulTile, ...]:
     """Every fused tile that `matmul_plan` can return for `arch`."""
     tiles = (tile for key, tile in DISPATCH.items() if key[0] == _listed(arch))

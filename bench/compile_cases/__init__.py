@@ -19,7 +19,7 @@ Triton kernel, the types of its arguments and its constexprs, as a launch would 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -53,3 +53,15 @@ class CompileCase:
     is_matmul: bool = False
     left_in_registers: bool = False
     checked: bool = False
+
+
+def where_one(case: CompileCase, argument: str) -> CompileCase:
+    """`case` for the calls in which an integer argument is 1, which a launch makes a constexpr."""
+    return replace(
+        case,
+        config=f"{case.config} {argument} 1",
+        signature={name: kind for name, kind in case.signature.items() if name != argument},
+        constexprs={**case.constexprs, argument: 1},
+        limits={},
+        unaligned=case.unaligned - {argument},
+    )

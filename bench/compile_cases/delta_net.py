@@ -34,66 +34,62 @@ def _signature(kernel: Any, dtype: str) -> dict[str, str]:
     }
 
 
+def _case(
+    kernel: Any,
+    dtype: str,
+    config: str,
+    constexprs: dict[str, object],
+    elements: int,
+    warps: int,
+    unaligned: tuple[str, ...] = (),
+    *,
+    checked: bool,
+) -> CompileCase:
+    """A case named after its kernel; only in bf16 may it be a checked one."""
+    return CompileCase(
+        kernel=kernel,
+        name=kernel.__name__.removesuffix("_kernel"),
+        config=f"{dtype}{config}",
+        signature=_signature(kernel, dtype),
+        constexprs=constexprs,
+        num_warps=warps,
+        elements=elements,
+        unaligned=frozenset(unaligned),
+        architectures=_architectures(dtype),
+        checked=checked and dtype == "bf16",
+    )
+
+
 def _convolution() -> Iterator[CompileCase]:
-    block, warps = causal_conv1d_triton.tile(CHANNELS)
-    for dtype, state in product(DTYPES, (False, True)):
-        kernel = causal_conv1d_triton.causal_conv1d_forward_kernel
-        yield CompileCase(
-            kernel=kernel,
-            name="causal_conv1d_forward",
-            config=f"{dtype}{' state' if state else ''}",
-            signature=_signature(kernel, dtype),
-            constexprs={"TAPS": 4, "STATE": state, "BLOCK": block},
-            num_warps=warps,
-            elements=block,
-            unaligned=frozenset(("tokens", "depth")),
-            architectures=_architectures(dtype),
-            checked=dtype == "bf16" and not state,
-        )
-    for dtype, dweight in product(DTYPES, (False, True)):
-        block, warps = causal_conv1d_triton.tile(CHANNELS, dweight)
-        kernel = causal_conv1d_triton.causal_conv1d_backward_kernel
-        yield CompileCase(
-            kernel=kernel,
-            name="causal_conv1d_backward",
-            config=f"{dtype}{' dweight' if dweight else ''}",
-            signature=_signature(kernel, dtype),
-            constexprs={"TAPS": 4, "DWEIGHT": dweight, "BLOCK": block},
-            num_warps=warps,
-            elements=block,
-            unaligned=frozenset(("tokens", "run")),
-            architectures=_architectures(dtype),
-            checked=dtype == "bf16" and not dweight,
-        )
+    forward = causal_conv1d_triton.causal_conv1d_forward_kernel
+    backward = causal_conv1d_triton.causal_conv1d_backward_kernel
+    for dtype, flag in product(DTYPES, (False, True)):
+        block, warps = causal_conv1d_triton.tile(CHANNELS)
+        values: dict[str, object] = {"TAPS": 4, "STATE": flag, "BLOCK": block}
+        config, sizes = " state" * flag, ("tokens", "depth")
+        yield _case(forward, dtype, config, values, block, warps, sizes, checked=not flag)
+        block, warps = causal_conv1d_triton.tile(CHANNELS, flag)
+        values = {"TAPS": 4, "DWEIGHT": flag, "BLOCK": block}
+        config, sizes = " dweight" * flag, ("tokens", "run")
+        yield _case(backward, dtype, config, values, block, warps, sizes, checked=not flag)
 
 
 def _norm() -> Iterator[CompileCase]:
+    forward = gated_rms_norm_triton.gated_rms_norm_forward_kernel
+    backward = gated_rms_norm_triton.gated_rms_norm_backward_kernel
     for width, dtype in product(WIDTHS, DTYPES):
         rows, block, warps = gated_rms_norm_triton.tile(width, HEADS)
-        kernel = gated_rms_norm_triton.gated_rms_norm_forward_kernel
-        yield CompileCase(
-            kernel=kernel,
-            name="gated_rms_norm_forward",
-            config=f"{dtype} width {width}",
-            signature=_signature(kernel, dtype),
-            constexprs={"ROWS": rows, "BLOCK": block},
-            num_warps=warps,
-            elements=rows * block,
-            architectures=_architectures(dtype),
-            checked=dtype == "bf16" and width == 128,
-        )
-    for width, dtype, dweight in product(WIDTHS, DTYPES, (False, True)):
-        rows, block, warps = gated_rms_norm_triton.tile(width, HEADS)
-        kernel = gated_rms_norm_triton.gated_rms_norm_backward_kernel
-        yield CompileCase(
-            kernel=kernel,
-            name="gated_rms_norm_backward",
-            config=f"{dtype} width {width}{' dweight' if dweight else ''}",
-            signature=_signature(kernel, dtype),
-            constexprs={"DWEIGHT": dweight, "ROWS": rows, "BLOCK": block},
-            num_warps=warps,
-            elements=rows * block,
-            unaligned=frozenset(("tiles",)),
-            architectures=_architectures(dtype),
-            checked=dtype == "bf16" and width == 128 and not dweight,
-        )
+        values: dict[str, object] = {"ROWS": rows, "BLOCK": block}
+        config, checked = f" width {width}", width == WIDTHS[0]
+        yield _case(forward, dtype, config, values, rows * block, warps, checked=checked)
+        for dweight in (False, True):
+            yield _case(
+                backward,
+                dtype,
+                config + " dweight" * dweight,
+                {"DWEIGHT": dweight, **values},
+                rows * block,
+                warps,
+                ("tiles",),
+                checked=checked and not dweight,
+            )

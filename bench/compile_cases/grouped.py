@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.compile_cases import BF16_ARCHITECTURES, CompileCase
+from bench.compile_cases import BF16_ARCHITECTURES, CompileCase, where_one
+from bench.compile_cases.nf4 import MATMUL_LIMITS
 from kernels import grouped_matmul_triton as grouped
 from kernels.triton_support import tl
 
@@ -17,7 +18,9 @@ _SIZES = ("experts", "width", "depth", "ldx", "ldo")
 
 
 def compile_cases() -> list[CompileCase]:
-    return [*_dense(), *_nf4(), *_outer()]
+    quantized = list(_nf4())
+    one_expert = [where_one(case, "experts") for case in quantized if case.checked]
+    return [*_dense(), *quantized, *one_expert, *_outer()]
 
 
 def _config(dtype: str, *flags: tuple[bool, str]) -> str:
@@ -89,6 +92,8 @@ def _nf4() -> Iterator[CompileCase]:
             },
             unaligned=frozenset(("experts",)),
             architectures=BF16_ARCHITECTURES,
+            elements=64 * (grouped.BLOCK_K if transposed else grouped.BLOCK_N),
+            limits=MATMUL_LIMITS,
             is_matmul=True,
             left_in_registers=not transposed,
             checked=dtype == "bf16" and nested and gather,

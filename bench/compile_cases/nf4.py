@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.compile_cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
-from kernels.nf4_dequantize import dequantize_flat_kernel, dequantize_planar_kernel
+from bench.compile_cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase, where_one
+from kernels.nf4_dequantize import (
+    dequantize_flat_kernel,
+    dequantize_planar_kernel,
+    dequantize_transposed_kernel,
+)
 from kernels.nf4_matmul import nf4_matmul_kernel
-from kernels.tiling import MatmulTile, dequantize_tiles, matmul_tiles
+from kernels.tiling import MatmulTile, dequantize_tiles, matmul_tiles, transposed_tiles
 from kernels.triton_support import tl
 
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 DEQUANTIZE_LIMIT = 6.5
-TRANSPOSED_LIMIT = 10.0
-"""A transposition exchanges 16-bit values between threads: one byte permute and more for each."""
 MATMUL_LIMITS = {80: 14.0, 86: 14.0, 89: 14.0, 90: 9.0, 100: 14.0, 120: 14.0}
 
 
 def compile_cases() -> list[CompileCase]:
-    return [*_flat(), *_planar(), *_matmul()]
+    transposed = list(_transposed())
+    one_row = [where_one(case, "ldo") for case in transposed if case.checked]
+    return [*_flat(), *_planar(), *transposed, *one_row, *_matmul()]
 
 
 def _scale_arguments(nested: bool) -> dict[str, str]:
@@ -74,43 +78,61 @@ def _flat() -> Iterator[CompileCase]:
 
 
 def _planar() -> Iterator[CompileCase]:
-    choices = product(dequantize_tiles(), DTYPES, (True, False), (False, True))
-    for tile, dtype, nested, transposed in choices:
-        limit = TRANSPOSED_LIMIT if transposed else DEQUANTIZE_LIMIT
+    for tile, dtype, nested in product(dequantize_tiles(), DTYPES, (True, False)):
         yield CompileCase(
             kernel=dequantize_planar_kernel,
             name="nf4_dequantize_planar",
-            config=f"{dtype} {'nested' if nested else 'plain'}"
-            f"{' transposed' if transposed else ''} steps {tile.steps}",
-            signature={
-                "codes": "*i16",
-                **_scale_arguments(nested),
-                "out": f"*{dtype}",
-                "rows": "i32",
-                "blocks": "i32",
-                "first_row": "i32",
-                "last_row": "i32",
-                "first_block": "i32",
-                "last_block": "i32",
-                "ldo": "i32",
-            },
+            config=f"{dtype} {'nested' if nested else 'plain'} steps {tile.steps}",
+            signature=_planar_signature(dtype, nested, "last_block"),
             constexprs={
                 "ROWS": tile.rows,
                 "STEPS": tile.steps,
                 "NESTED_SHIFT": 8,
                 "NESTED": nested,
                 "WORDS": dtype != "fp32",
-                "TRANSPOSED": transposed,
                 "DTYPE": DTYPES[dtype],
                 "PTX": True,
             },
             num_warps=tile.warps,
             elements=tile.rows * tile.steps * 64,
-            limits=dict.fromkeys(ARCHITECTURES, limit) if dtype != "fp32" else {},
+            limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if dtype != "fp32" else {},
             unaligned=frozenset(("blocks", "last_block")),
             architectures=_architectures(dtype),
             checked=dtype == "bf16" and nested and tile.steps == 4,
         )
+
+
+def _transposed() -> Iterator[CompileCase]:
+    for tile, dtype, nested in product(transposed_tiles(), DTYPES, (True, False)):
+        yield CompileCase(
+            kernel=dequantize_transposed_kernel,
+            name="nf4_dequantize_transposed",
+            config=f"{dtype} {'nested' if nested else 'plain'} rows {tile.rows}",
+            signature=_planar_signature(dtype, nested),
+            constexprs={
+                "ROWS": tile.rows,
+                "NESTED_SHIFT": 8,
+                "NESTED": nested,
+                "DTYPE": DTYPES[dtype],
+                "PTX": dtype != "fp32",
+            },
+            num_warps=tile.warps,
+            elements=tile.rows * 64,
+            limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if dtype != "fp32" else {},
+            unaligned=frozenset(("blocks",)),
+            architectures=_architectures(dtype),
+            checked=dtype == "bf16" and nested and tile.rows == 512,
+        )
+
+
+def _planar_signature(dtype: str, nested: bool, *more: str) -> dict[str, str]:
+    sizes = ("rows", "blocks", "first_row", "last_row", "first_block", *more, "ldo")
+    return {
+        "codes": "*i16",
+        **_scale_arguments(nested),
+        "out": f"*{dtype}",
+        **dict.fromkeys(sizes, "i32"),
+    }
 
 
 def _tiles() -> dict[MatmulTile, tuple[int, ...]]:

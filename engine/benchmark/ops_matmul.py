@@ -15,7 +15,8 @@ from engine.benchmark.random_weights import random_nf4, random_projection
 from kernels.attention import AttentionPlan, attention_backward, attention_forward
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lora import lora_mlp, lora_qkv
-from kernels.nf4 import NF4Weight
+from kernels.nf4 import NF4Weight, quantize
+from kernels.nf4_dequantize import nf4_dequantize
 from kernels.nf4_layout import PlanarNF4Weight, from_planar
 from kernels.nf4_matmul import nf4_linear, nf4_linear_backward_input
 from kernels.projection import Projection, decode_weight
@@ -34,7 +35,9 @@ def flat(weight: object) -> NF4Weight:
 
 def cases(model: str, config: ModelConfig, settings: Settings) -> Iterator[Case]:
     """All cases of this module at the shapes of `config`."""
-    yield _dequantize(model, config, settings)
+    yield _quantize(model, config, settings)
+    yield _dequantize(model, config, settings, transposed=False)
+    yield _dequantize(model, config, settings, transposed=True)
     for rows in NF4_ROWS:
         if rows <= max(settings.tokens, 16):
             yield _linear(model, config, settings, rows, backward=False)
@@ -46,21 +49,45 @@ def cases(model: str, config: ModelConfig, settings: Settings) -> Iterator[Case]
     yield _attention(model, config, settings, backward=True)
 
 
-def _dequantize(model: str, config: ModelConfig, settings: Settings) -> Case:
+def _quantize(model: str, config: ModelConfig, settings: Settings) -> Case:
+    n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
+
+    def ours(t: Tensors) -> Tensors:
+        found = quantize(t["w"], double_quant=False)
+        return {"packed": found.packed, "absmax": found.absmax}
+
+    def other(t: Tensors) -> Tensors:
+        return dict(zip(("packed", "absmax"), plain.nf4_codes(t["w"]), strict=True))
+
+    def make(device: torch.device) -> Work:
+        return Work({"w": normal(device, dtype, n, k)}, ours, other)
+
+    nbytes = n * k * (dtype.itemsize + 0.5 + 4 / 64)
+    return Case("nf4_quantize", model, f"{n}x{k}", dtype, 2.0 * n * k, nbytes, make)
+
+
+def _dequantize(model: str, config: ModelConfig, settings: Settings, *, transposed: bool) -> Case:
     n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
 
     def make(device: torch.device) -> Work:
         weight = random_nf4(n, k, device, dtype)
-        out, stored = torch.empty(n, k, dtype=dtype, device=device), flat(weight)
-        return Work(
-            {},
-            lambda _: {"weight": decode_weight(weight, dtype, out=out)},
-            lambda _: {"weight": plain.nf4_weight(stored, dtype)},
-            quantized={"weight": stored},
-        )
+        shape = (k, n) if transposed else (n, k)
+        out, stored = torch.empty(shape, dtype=dtype, device=device), flat(weight)
+
+        def ours(_: Tensors) -> Tensors:
+            if transposed:
+                return {"weight": nf4_dequantize(weight, dtype, out=out, transposed=True)}
+            return {"weight": decode_weight(weight, dtype, out=out)}
+
+        def other(_: Tensors) -> Tensors:
+            dense = plain.nf4_weight(stored, dtype)
+            return {"weight": dense.T.contiguous() if transposed else dense}
+
+        return Work({}, ours, other, quantized={"weight": stored})
 
     nbytes = n * k * (dtype.itemsize + 0.5 + 1 / 64 + 4 / 64 / 256)
-    return Case("nf4_dequantize", model, f"{n}x{k}", dtype, 2.0 * n * k, nbytes, make)
+    op = "nf4_dequantize_transposed" if transposed else "nf4_dequantize"
+    return Case(op, model, f"{n}x{k}", dtype, 2.0 * n * k, nbytes, make)
 
 
 def _linear(model: str, config: ModelConfig, settings: Settings, m: int, *, backward: bool) -> Case:

@@ -32,6 +32,16 @@ def nf4_weight(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return (values * scales[:, None]).to(dtype).view(weight.shape)
 
 
+def nf4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed codes and scales of a weight in blocks of 64, by a search among the thresholds."""
+    blocks = w.float().view(-1, 64)
+    absmax = blocks.abs().amax(1)
+    thresholds = ((NF4_CODE[1:] + NF4_CODE[:-1]) / 2).to(w.device)
+    codes = torch.bucketize(blocks * absmax.reciprocal()[:, None], thresholds).to(torch.uint8)
+    pairs = codes.view(-1, 2)
+    return (pairs[:, 0] << 4) | pairs[:, 1], absmax
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) times weight."""
     wide = _wide(x)

@@ -23,7 +23,9 @@ Contenders = Callable[[str, Work], Mapping[str, Call]]
 """Op and its inputs -> other implementations of it by name."""
 
 OPS = (
+    "nf4_quantize",
     "nf4_dequantize",
+    "nf4_dequantize_transposed",
     "nf4_linear",
     "nf4_linear_dx",
     "lora_qkv",

@@ -229,32 +229,19 @@ def test_a_trial_accepts_what_is_right(
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient"])
-def test_a_trial_of_an_open_plan_sees_documents_that_leak(name: str, emulated: Emulation) -> None:
-    emulated.leak = True
-    assert "wrong by" in trial(name, kind(open_=True))
-
-
-def test_only_the_device_knows_the_documents_of_an_open_plan() -> None:
-    plan = AttentionPlan.within(torch.tensor([0, 5, 9, 9], dtype=torch.int32), longest=8)
-    assert (plan.count, plan.longest, plan.equal_length) == (3, 8, None)
-    with pytest.raises(RuntimeError, match="flash or efficient"):
-        plan.documents()
-    q = torch.empty(9, 4, 32, dtype=torch.bfloat16)
-    assert not BACKENDS["documents"].suits(q, q[:, :2], plan, None)
-    assert not BACKENDS["cudnn"].suits(q, q[:, :2], plan, None)
-    assert BACKENDS["flash"].suits(q, q[:, :2], plan, None)
-
-
-@pytest.mark.parametrize("name", ["flash", "efficient"])
 def test_a_trial_rejects_a_window_off_by_one(name: str, emulated: Emulation) -> None:
     emulated.skew = 1
     assert "wrong by" in trial(name, kind(windowed=True))
 
 
-@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
-def test_a_trial_rejects_documents_that_see_each_other(name: str, emulated: Emulation) -> None:
+@pytest.mark.parametrize(
+    ("name", "open_"), [("flash", False), ("flash", True), ("efficient", True), ("cudnn", False)]
+)
+def test_a_trial_rejects_documents_that_see_each_other(
+    name: str, open_: bool, emulated: Emulation
+) -> None:
     emulated.leak = True
-    assert "wrong by" in trial(name, kind())
+    assert "wrong by" in trial(name, kind(open_=open_))
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])

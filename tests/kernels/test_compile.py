@@ -120,6 +120,13 @@ def test_more_instructions_than_committed_are_a_regression() -> None:
     assert "not in the committed table" in fault
 
 
+def test_a_kernel_that_leaves_the_tensor_cores_is_a_regression() -> None:
+    before = replace(GOOD, tensor_core="HMMA")
+    assert regressions([replace(GOOD, tensor_core="HGMMA")], {GOOD.key: before}) == []
+    (fault,) = regressions([GOOD], {GOOD.key: before})
+    assert "lost its tensor-core instructions (HMMA)" in fault
+
+
 def test_inline_sequences_that_mix_rows_are_found() -> None:
     inline = (
         '%1 = tt.elementwise_inline_asm "x" {constraints = "=r,r", packed_element = 2 : i32, '

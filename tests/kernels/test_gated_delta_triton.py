@@ -1,9 +1,18 @@
 """The Triton kernels of the gated delta rule against the plain torch reference."""
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import (
+    gated_delta,
+    gated_delta_triton,
+    gated_delta_triton_backward,
+    gated_delta_triton_intra,
+)
 from kernels.gated_delta import (
     GatedDeltaGradients,
     GatedDeltaSaved,
@@ -89,9 +98,13 @@ def test_fp32_with_states_loses_a_few_roundings(
 
 
 @pytest.mark.usefixtures("triton_on")
-def test_columns_of_one_wide_fp16_matrix_lose_a_few_roundings(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_columns_of_one_wide_fp16_matrix_obey_the_rule_or_lose_a_few_roundings(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    accurate: Callable[[Tensor, Tensor, Tensor], None],
 ) -> None:
+    """The rule holds for what is fp16; sums in fp32, which plain torch feeds with fp32, are off
+    by roundings of the fp16 matrices between the kernels."""
     q, k, v, g, beta = inputs(device, torch.float16)
     joined = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
     parts = torch.split(joined, [KEY, KEY, HEADS * VALUE], 1)
@@ -99,7 +112,85 @@ def test_columns_of_one_wide_fp16_matrix_lose_a_few_roundings(
     x = (q, k, v, g, beta)
     do = torch.randn(TOKENS, HEADS, VALUE, device=device).half()
     truth = reference(x, do, None, None, monkeypatch)
-    assert_within(run(x, do, None, None), truth, 4, torch.float16)
+    found = run(x, do, None, None)
+    assert_within(found, truth, 4, torch.float16)
+    with monkeypatch.context() as patch:
+        patch.setenv("ENGINE_REFERENCE", "1")
+        plain = run(x, do, None, None)
+    for ours, theirs, exact in zip(flat(found), flat(plain), flat(truth), strict=True):
+        if ours.dtype == torch.float16:
+            accurate(ours, theirs, exact)
+
+
+FAULTS = {
+    gated_delta_triton: [
+        ("a1 = _panel(a1, 16,", "a1 = _panel(a1, 0,"),
+        ("_take(t2, 3)", "_take(t1, 3)"),
+        ("(values.to(tl.float32) - read)", "values.to(tl.float32)"),
+        ("state = state * tl.exp(total) +", "state = state +"),
+        ("k_scale[None, :] * decay_matrix(log, 64)", "decay_matrix(log, 64)"),
+        ("result *= (q_scale * tl.exp(log))[:, None]", "result *= q_scale[:, None]"),
+    ],
+    gated_delta_triton_backward: [
+        ("decay = tl.trans(decay_matrix(", "decay = (decay_matrix("),
+        ("(k_scale * tl.exp(total - log))", "(k_scale * tl.exp(log))"),
+        ("d_state -= product(", "d_state += product("),
+        ("matrix -= heads", "matrix -= 0"),
+    ],
+    gated_delta_triton_intra: [
+        ("i[:, None] > i[None, :]", "i[:, None] >= i[None, :]"),
+        ("tl.sum(both, 1) - tl.sum(both, 0)", "tl.sum(both, 1)"),
+        ("wide *= strength[:, None]", "wide *= 1.0"),
+        ("d_query += product(m,", "d_query += 0.0 * product(m,"),
+        ("tl.exp(total) * tl.sum(overlap, 0)", "tl.sum(overlap, 0)"),
+        ("to_state -= strength[:, None] * read", "to_state -= read"),
+        ("(total - unit * along[:, None])", "(total - along[:, None])"),
+    ],
+}
+
+
+def small(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> tuple[tuple[Inputs, Tensor, Tensor, Tensor], Results]:
+    """Arguments of `run` for 70 tokens of 24 elements a head, and the truth about them."""
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    q, k, v, g, beta = (t[:70, ..., :24].contiguous() for t in inputs(device, dtype))
+    states = [torch.randn(2, HEADS, 24, 24, device=device) for _ in range(2)]
+    monkeypatch.setitem(globals(), "BOUNDS", (0, 65, 70))
+    given = ((q, k, v, g, beta), torch.randn_like(v), states[0], states[1])
+    return given, reference(*given, monkeypatch)
+
+
+@pytest.mark.usefixtures("triton_on")
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [(module, *fault) for module, faults in FAULTS.items() for fault in faults],
+)
+def test_a_planted_fault_is_found(
+    module: ModuleType,
+    old: str,
+    new: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+) -> None:
+    given, truth = small(device, monkeypatch)
+    changed = mutant(module, old, new)
+    if module is gated_delta_triton_intra:
+        for name in ("inside_chunks", "before_norm"):
+            monkeypatch.setattr(gated_delta_triton_backward, name, getattr(changed, name))
+    else:
+        monkeypatch.setattr(gated_delta, module.__name__.rpartition(".")[2], changed)
+    with pytest.raises(AssertionError):
+        assert_within(run(*given), truth, 8, given[1].dtype)
+
+
+@pytest.mark.usefixtures("triton_on")
+def test_the_inputs_of_planted_faults_are_right_without_one(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, truth = small(device, monkeypatch)
+    assert_within(run(*given), truth, 8, given[1].dtype)
 
 
 @pytest.mark.usefixtures("triton_on")

@@ -163,7 +163,7 @@ def test_a_result_without_adjacent_columns_is_refused(device: torch.device) -> N
     [
         ("row < tl.load(offsets + expert + 1)", "row < tl.load(offsets + expert)"),
         ("line = expert * width + column", "line = column"),
-        ("index >> NESTED_SHIFT", "index >> 20"),
+        ("at, line * blocks + block, there", "at, line, there"),
         ("x_at + 48", "x_at + 47"),
         ("acc *= scale\n    if ACCUMULATE", "if ACCUMULATE"),
     ],

@@ -88,6 +88,28 @@ def test_planar_lookup_is_right_for_every_pair_of_words_in_one_place(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", TABLES)
+def test_column_lookup_joins_the_values_of_two_rows(dtype: torch.dtype) -> None:
+    """Each row has every 16-bit word in either half once, beside random ones, and its own scale."""
+    scale = scales(65_536 - 13)
+    rows = np.arange(65_536)
+    generator = np.random.default_rng(6)
+    values, planes = expected(scale, dtype), table(scale, dtype)
+    order = generator.permutation(65_536)
+    other = [plane[order] for plane in planes]
+    pairs = [plane for both in zip(planes, other, strict=True) for plane in both]
+    every = np.arange(65_536, dtype=np.uint32)
+    for shift in (0, 16):
+        random = generator.integers(0, 65_536, (2, 65_536)).astype(np.uint32)
+        first = ((every << shift) | (random[0] << (16 - shift))).astype(np.uint32)
+        second = ((every[::-1] << shift) | (random[1] << (16 - shift))).astype(np.uint32)
+        results = run(nf4_decode.COLUMNS_PTX, 8, [first, second, *pairs])
+        for column, result in enumerate(results):
+            low = values[rows, (first >> (4 * column)) & 15]
+            high = values[order, (second >> (4 * column)) & 15]
+            assert np.array_equal(result, low | (high << 16))
+
+
+@pytest.mark.parametrize("dtype", TABLES)
 def test_byte_lookup_is_right_for_every_byte_in_every_place(dtype: torch.dtype) -> None:
     scale = scales(65_536 - 13)
     rows = np.arange(65_536)
@@ -113,6 +135,7 @@ def test_byte_lookup_is_right_for_every_byte_in_every_place(dtype: torch.dtype) 
         (nf4_decode.WORDS_PTX, nf4_decode.LOOKUP_CONSTRAINTS),
         (nf4_decode.PLANES_PTX, nf4_decode.LOOKUP_CONSTRAINTS),
         (nf4_decode.PACKED_PLANES_PTX, nf4_decode.PACKED_PLANES_CONSTRAINTS),
+        (nf4_decode.COLUMNS_PTX, nf4_decode.COLUMNS_CONSTRAINTS),
         (nf4_decode.SCALE_PTX, nf4_decode.SCALE_CONSTRAINTS),
     ],
 )
@@ -145,6 +168,30 @@ def test_a_planted_fault_in_the_lookup_shows(right: str, wrong: str) -> None:
     broken = nf4_decode.PLANES_PTX.replace(right, wrong, 1)
     assert broken != nf4_decode.PLANES_PTX
     bad = run(broken, 4, operands)
+    assert any(not np.array_equal(a, b) for a, b in zip(good, bad, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("0x9d8c", "0xbfae"),
+        ("0x5140", "0x7362"),
+        ("x, y, 0x5410", "y, x, 0x5410"),
+        ("$9, 0x77777777", "$8, 0x77777777"),
+        ("shl.b32 t, $9", "shl.b32 t, $8"),
+        ("$11, $13", "$10, $12"),
+        ("s1, s1, 16", "s1, s1, 12"),
+    ],
+)
+def test_a_planted_fault_in_the_column_lookup_shows(right: str, wrong: str) -> None:
+    generator = np.random.default_rng(7)
+    words = generator.integers(0, 2**32, (2, 4096), dtype=np.uint64).astype(np.uint32)
+    tables = [table(torch.full((4096,), scale), torch.bfloat16) for scale in (1.7, -0.3)]
+    pairs = [plane for both in zip(*tables, strict=True) for plane in both]
+    good = run(nf4_decode.COLUMNS_PTX, 8, [*words, *pairs])
+    broken = nf4_decode.COLUMNS_PTX.replace(right, wrong, 1)
+    assert broken != nf4_decode.COLUMNS_PTX
+    bad = run(broken, 8, [*words, *pairs])
     assert any(not np.array_equal(a, b) for a, b in zip(good, bad, strict=True))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from kernels import nf4_decode, nf4_dequantize
 from kernels.nf4 import NF4_CODE, NF4Weight, dequantize, quantize
 from kernels.nf4_dequantize import dequantize_planar
 from kernels.nf4_layout import AnyNF4, has_planar_order, to_planar
+from kernels.tiling import multiprocessors, transposed_tile
 from kernels.triton_support import tl
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -92,6 +96,15 @@ def test_rows_and_column_blocks_of_a_planar_weight(device: torch.device) -> None
     assert same_bits(turned, expected.T)
 
 
+def test_the_larger_transposed_tile_is_bit_equal_to_the_reference(device: torch.device) -> None:
+    """As many blocks as make four rows per thread worth while, the last tile half empty."""
+    rows = 600 * multiprocessors(device)
+    assert transposed_tile(multiprocessors(device), rows * 4).rows == 512
+    weight = quantize(torch.randn(rows, 256, device=device))
+    turned = nf4_dequantize.nf4_dequantize(to_planar(weight), torch.bfloat16, transposed=True)
+    assert same_bits(turned, dequantize(weight, torch.bfloat16).T)
+
+
 def test_nothing_beside_the_result_is_written(device: torch.device) -> None:
     weight = quantize(torch.randn(5, 192, device=device))
     for order in orders(weight):
@@ -165,7 +178,10 @@ def test_flat_offsets_beyond_32_bits_reach_the_right_elements() -> None:
 @pytest.mark.skipif(not nf4_decode.INTERPRETED, reason="needs sparse memory, which a GPU lacks")
 @pytest.mark.parametrize("transposed", [False, True])
 def test_planar_offsets_beyond_32_bits_reach_the_right_elements(transposed: bool) -> None:
-    """Both the codes and the result lie more than 2^31 elements behind their pointers."""
+    """Both the codes and the result lie more than 2^31 elements behind their pointers.
+
+    So does the first column of the last nibble position from the first one.
+    """
     rows, block = 64, (1 << 31) // (64 * 16) + 5
     weight = quantize(torch.randn(rows, 64), double_quant=False)
     planar = to_planar(weight)
@@ -173,23 +189,96 @@ def test_planar_offsets_beyond_32_bits_reach_the_right_elements(transposed: bool
     absmax = sparse((block + 1) * rows, torch.float32)
     codes[block * rows * 16 :] = planar.codes.view(-1)
     absmax[block * rows :] = planar.absmax.view(-1)
-    ldo = (1 << 31) // 60
+    ldo = (1 << 31) // 40
     out = sparse(64 * ldo, torch.float16)
-    nf4_dequantize.dequantize_planar_kernel[(1, 1)](
-        *(codes, absmax, absmax, absmax, absmax, out),
-        *(rows, block + 1, 0, rows, block, block + 1, ldo),
-        ROWS=64,
-        STEPS=2,
-        NESTED_SHIFT=8,
-        NESTED=False,
-        WORDS=False,
-        TRANSPOSED=transposed,
-        DTYPE=tl.float16,
-        PTX=False,
-    )
+    given = (codes, absmax, absmax, absmax, absmax, out, rows, block + 1, 0, rows, block)
+    shared = {"ROWS": 64, "NESTED_SHIFT": 8, "NESTED": False, "DTYPE": tl.float16, "PTX": False}
+    if transposed:
+        nf4_dequantize.dequantize_transposed_kernel[(1, 1)](*given, ldo, **shared)
+    else:
+        nf4_dequantize.dequantize_planar_kernel[(1, 1)](
+            *given, block + 1, ldo, STEPS=2, WORDS=False, **shared
+        )
     result = out.view(64, ldo)[:, :64]
     expected = dequantize(weight, torch.float16)
     assert same_bits(result, expected.T if transposed else expected)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("at2 = at0 + 32 * line", "at2 = at0 + 31 * line"),
+        ("words >> (32 * half)", "words >> (16 * half)"),
+        ("inside = row < last_row\n    at =", "inside = row <= last_row\n    at ="),
+        ("+ at * 4", "+ at * 3"),
+        ("local_block * 64 * line", "local_block * 32 * line"),
+        ("block * rows + row\n    index = row", "block * rows + local_row\n    index = row"),
+    ],
+)
+def test_a_planted_fault_in_the_transposed_kernel_shows(
+    right: str,
+    wrong: str,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+    device: torch.device,
+) -> None:
+    broken = mutant(nf4_dequantize, right, wrong)
+    weight = quantize(torch.randn(40, 192, device=device))
+    expected = dequantize(weight, torch.float16)[3:23, 64:].T
+    # Poisoned, and wider than the result, so that a write beside it shows.
+    for module, right_one in ((nf4_dequantize, True), (broken, False)):
+        out = torch.full((129, 24), torch.nan, dtype=torch.float16, device=device)
+        module.dequantize_planar(
+            to_planar(weight), out[:128, :20], range(3, 23), range(1, 3), transposed=True
+        )
+        inside, outside = out[:128, :20], torch.cat([out[:128, 20:].flatten(), out[128]])
+        good = same_bits(inside, expected) and bool(outside.isnan().all())
+        assert good == right_one
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("block = chunk >> SCALE_SHIFT", "block = (chunk >> SCALE_SHIFT) // 2"),
+        ("inside = chunk < last_chunk", "inside = chunk < last_chunk - 1"),
+        ("mask=inside & (index < numel)", "mask=inside & (index < numel - 1)"),
+        ("index % columns) * ldo", "index % columns) * (ldo - 1)"),
+        ("+ 16 * part + tl", "+ 8 * part + tl"),
+        ("target + 48, w3", "target + 48, w2"),
+        ("first_block + start + step", "first_block + start"),
+        ("rows + row\n        index", "rows + local_row\n        index"),
+        ("block, block, inside, NESTED, 8", "block, block, inside, NESTED, 20"),
+        ("at, index, inside, NESTED, NESTED_SHIFT", "at, index, inside, NESTED, 20"),
+    ],
+)
+def test_a_planted_fault_in_the_other_kernels_shows(
+    right: str,
+    wrong: str,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+    device: torch.device,
+) -> None:
+    broken = mutant(nf4_dequantize, right, wrong)
+    flat = quantize(torch.randn(135, 257, device=device), 128)
+    planar = quantize(torch.randn(200, 192, device=device))
+    for module, right_one in ((nf4_dequantize, True), (broken, False)):
+        outs = [
+            module.nf4_dequantize(flat, torch.float16),
+            module.nf4_dequantize(flat, torch.float16, transposed=True).T,
+            torch.full((150, 128), torch.nan, dtype=torch.float16, device=device),
+        ]
+        module.dequantize_planar(to_planar(planar), outs[2], range(50, 200), range(1, 3))
+        expected = [dequantize(flat, torch.float16)] * 2
+        expected.append(dequantize(planar, torch.float16)[50:, 64:])
+        good = all(same_bits(a, b) for a, b in zip(outs, expected, strict=True))
+        assert good == right_one
+
+
+def test_transposed_codes_that_are_not_aligned_are_refused(device: torch.device) -> None:
+    planar = to_planar(quantize(torch.randn(4, 64, device=device)))
+    moved = torch.empty(planar.codes.numel() + 1, dtype=torch.int16, device=device)[1:]
+    moved = moved.view_as(planar.codes).copy_(planar.codes)
+    out = torch.empty(64, 4, dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match="aligned to 8 bytes"):
+        dequantize_planar(replace(planar, codes=moved), out, transposed=True)
 
 
 def test_the_tree_of_selections_holds_the_codebook(device: torch.device) -> None:

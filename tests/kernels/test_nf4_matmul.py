@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -41,6 +43,15 @@ def check(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
     ulp = torch.finfo(ours.dtype).eps * truth.abs().max()
     allowed = 2 * (plain.double() - truth).abs().max() + ulp
     assert (ours.double() - truth).abs().max() <= allowed
+
+
+def within(ours: Tensor, plain: Tensor, truth: Tensor) -> bool:
+    """Whether the rule holds."""
+    try:
+        check(ours, plain, truth)
+    except AssertionError:
+        return False
+    return True
 
 
 def linear_pair(x: Tensor, weight: AnyNF4, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -165,6 +176,42 @@ def test_a_planted_fault_breaks_the_accuracy_rule(fault: str, device: torch.devi
         x = x.roll(1, 1)
     with pytest.raises(AssertionError):
         check(nf4_linear(x, weight), plain, truth)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("x_at + 32", "x_at + 31"),
+        ("scale = next_scale", "scale = scale"),
+        ("scale_index = row * blocks + first", "scale_index = row * 0 + first"),
+        ("codes_at += rows * 16", "codes_at += rows * 8"),
+        ("last = tl.minimum(first + share, blocks)", "last = first + share - 1"),
+        ("for _ in range(parts)", "for _ in range(parts - 1)"),
+        ("acc += tl.load(bias + row", "acc += 2 * tl.load(bias + row"),
+        ("total += tl.load(bias + row", "total += 2 * tl.load(bias + row"),
+        ("row_inside = row < rows", "row_inside = row < rows - 1"),
+        ("token_inside = token < m", "token_inside = token < m - 1"),
+        ("tl.store(counters + tile, 0)", "tl.store(counters + tile, 1)"),
+    ],
+)
+def test_a_planted_fault_in_the_kernel_breaks_the_accuracy_rule(
+    old: str,
+    new: str,
+    device: torch.device,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+) -> None:
+    changed = mutant(nf4_matmul, old, new)
+    weight = weight_of(70, 256, device)
+    bias = torch.randn(70, dtype=DTYPE, device=device)
+    for module, right in ((nf4_matmul, True), (changed, False)):
+        found = []
+        # Split twice, for what a launch leaves to the next.
+        for parts in (1, 4, 4):
+            x = torch.randn(5, 256, dtype=DTYPE, device=device)
+            out = torch.full((5, 70), torch.nan, dtype=DTYPE, device=device)
+            module.nf4_matmul(x, weight, bias, out, MatmulPlan(TILE, parts))
+            found.append(within(out, *linear_pair(x, weight, bias)))
+        assert all(found) == right
 
 
 def test_arguments_that_do_not_go_together_are_refused(device: torch.device) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
+
 import pytest
 import torch
 
-from kernels import nf4
+from kernels import nf4, nf4_quantize
 from kernels.nf4 import BLOCK_SIZES, NF4_CODE, quantize
 
 pytestmark = pytest.mark.usefixtures("triton_on")
@@ -86,3 +89,38 @@ def test_a_wrong_threshold_is_noticed(
     nf4._cells(torch.device("cpu"))
     with pytest.raises(AssertionError):
         assert_same_bits(w, 64, False, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("even * 16 + odd", "odd * 16 + even"),
+        ("scaled > tl.load(thresholds + i)", "scaled >= tl.load(thresholds + i)"),
+        ("tl.static_range(15)", "tl.static_range(14)"),
+        ("tl.div_rn(1.0, tl.maximum(largest, floor))", "1.0009765625 / tl.maximum(largest, floor)"),
+        ("size = tl.abs(value)", "size = value"),
+        ("tl.store(absmax + block, scale", "tl.store(absmax + block, largest + floor * 0 + 1.0"),
+    ],
+)
+def test_a_planted_fault_in_the_kernel_is_noticed(
+    old: str,
+    new: str,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    mutant: Callable[[ModuleType, str, str], ModuleType],
+) -> None:
+    """On values that are thresholds among others, in blocks of scale 1."""
+    thresholds = (NF4_CODE[1:] + NF4_CODE[:-1]) / 2
+    w = torch.cat([torch.randn(49) / 4, thresholds]).repeat(5, 1)
+    w[:, 0] = 1.0
+    w[4, 0] = -1.0
+    assert_same_bits(w.to(device), 64, False, monkeypatch)
+    monkeypatch.setattr(nf4, "quantize_whole_blocks", changed_launch(mutant, old, new))
+    with pytest.raises(AssertionError):
+        assert_same_bits(w.to(device), 64, False, monkeypatch)
+
+
+def changed_launch(
+    mutant: Callable[[ModuleType, str, str], ModuleType], old: str, new: str
+) -> object:
+    return mutant(nf4_quantize, old, new).quantize_whole_blocks

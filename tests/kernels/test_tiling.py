@@ -82,3 +82,5 @@ def test_every_tile_a_plan_can_return_is_listed_for_the_compile_report() -> None
     sizes = [2**i for i in range(32)]
     used = {tiling.dequantize_tile(sms, size) for sms in (1, 24, 132) for size in sizes}
     assert used == set(tiling.dequantize_tiles())
+    used = {tiling.transposed_tile(sms, size) for sms in (1, 24, 132) for size in sizes}
+    assert used == set(tiling.transposed_tiles())
