@@ -10,7 +10,7 @@ whatever the base is. Every expert of a mixture has pairs of its own, named by t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def add_lora(
             linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
     for adapter in experts.values():
         adapter.attach(rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator)
-    return list(adapter_tensors(model))
+    return [path for path, _, _ in _adapters(model)]
 
 
 @torch.no_grad()
@@ -144,19 +144,25 @@ def adapter_tensors(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     of a larger model, and with the expert's number for a mixture's.
     """
     found: dict[str, tuple[Tensor, ...]] = {}
+    for path, parts, expert in _adapters(model):
+        tensors = (part.data for part in parts)
+        found[path] = tuple(t if expert is None else t[expert] for t in tensors)
+    return found
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int | None]]:
+    """(path, parameters, expert) of every adapter; an expert's are one row of the parameters."""
     layout = Layout(nested=isinstance(model, Decoder) and model.config.nested)
     for path, module in model.named_modules():
         path = layout.path(path)
         if isinstance(module, Experts):
             for name, adapter in module.adapters().items():
-                a, b = adapter.lora_A, adapter.lora_B
-                if a is not None and b is not None:
-                    for expert in range(module.count):
-                        found[f"{path}.{expert}.{name}"] = (a.data[expert], b.data[expert])
-        if isinstance(module, Linear) and module.lora_A is not None and module.lora_B is not None:
+                pair = [part for part in (adapter.lora_A, adapter.lora_B) if part is not None]
+                for expert in range(module.count if pair else 0):
+                    yield f"{path}.{expert}.{name}", pair, expert
+        if isinstance(module, Linear) and module.lora_A is not None:
             parts = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
-            found[path] = tuple(part.data for part in parts if part is not None)
-    return found
+            yield path, [part for part in parts if part is not None], None
 
 
 @torch.no_grad()

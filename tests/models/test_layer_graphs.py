@@ -24,8 +24,7 @@ from models import layer_graphs
 from models.batch import Batch
 from models.config import ModelConfig
 from models.decoder import Decoder
-from models.gradient_buffer import GradientBuffer
-from models.layer_graphs import LayerGraphs, Sizes
+from models.layer_graphs import LayerGraphs
 from models.linear import Linear
 from models.recorder import CudaRecorder
 from optim import AdamW8bit
@@ -339,39 +338,6 @@ def test_sizes_beyond_the_limit_run_launch_by_launch(
         gradients(model, lengths)
     assert model.graphs is not None
     assert (model.graphs.repeated, model.graphs.launched) == (2, 2)
-
-
-@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 1000, 2048, 2049, 16384])
-@pytest.mark.parametrize("documents", [1, 2, 9])
-def test_sizes_hold_the_batch_and_are_few(tokens: int, documents: int) -> None:
-    if tokens < documents:
-        documents = 1
-    bounds = torch.linspace(0, tokens, documents + 1).to(torch.int32)
-    plan = AttentionPlan.from_cu_seqlens(bounds, tokens)
-    sizes = Sizes.of(plan, tokens)
-    assert 0 <= sizes.tokens - tokens <= max(63, tokens / 8)
-    assert sizes.longest >= max(plan.longest, sizes.tokens - tokens)
-    assert sizes.documents >= documents + (sizes.tokens > tokens)
-
-
-def test_equal_documents_of_whole_blocks_are_not_padded() -> None:
-    bounds = torch.arange(0, 5) * 4096
-    sizes = Sizes.of(AttentionPlan.from_cu_seqlens(bounds.to(torch.int32), 16384), 16384)
-    assert sizes == Sizes(16384, 4, 4096, equal=True)
-
-
-def test_gradients_of_other_memory_are_taken_over() -> None:
-    first, second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
-    buffer = GradientBuffer([first, second])
-    first.grad = torch.ones(3)
-    buffer.attach()
-    buffer.add({id(first): torch.ones(3), id(second): torch.ones(3)})
-    assert first.grad is buffer.views[id(first)]
-    assert first.grad.tolist() == [2.0] * 3
-    first.grad = second.grad = None
-    buffer.attach()
-    assert second.grad is not None
-    assert second.grad.tolist() == [0.0] * 3
 
 
 def test_models_without_a_layer_to_record_are_refused() -> None:
