@@ -17,11 +17,11 @@ from bench import accuracy, accuracy_more, peers, profile_step, step, step_peers
 from bench.step import StepSpec, configuration
 from engine.benchmark.case import Case, Settings
 from engine.benchmark.roofline import Roofline, measure_roofline
-from engine.benchmark.runner import all_cases, default_settings, run_case
+from engine.benchmark.runner import all_cases, default_models, default_settings, run_case
 
 Options = Mapping[str, Any]
 LLAMA, QWEN = "llama-3.1-8b", "qwen3-8b"
-OP_MODELS = (LLAMA, QWEN, "qwen3-4b", "llama-3.3-70b")
+OP_MODELS = default_models(torch.device("cuda"))
 
 
 @dataclass(frozen=True)

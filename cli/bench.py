@@ -23,8 +23,12 @@ app = typer.Typer(add_completion=False)
 def bench(
     ops: Annotated[list[str] | None, typer.Argument(help="Ops to measure; all by default.")] = None,
     model: Annotated[
-        str, typer.Option(help="Whose shapes: llama-3.1-8b, qwen3-8b, qwen3-4b, smollm2-135m, ...")
-    ] = "",
+        list[str] | None,
+        typer.Option(
+            help="Whose shapes, repeatable; by default llama-3.1-8b, qwen3-8b, qwen3-4b and "
+            "llama-3.3-70b, on a CPU smollm2-135m."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=0, help="Tokens at once; 0 chooses.")] = 0,
     device: Device = "auto",
     budget: Annotated[float, typer.Option(min=0.0, help="Seconds to spend on one timing.")] = 0.2,
@@ -47,15 +51,22 @@ def bench(
     from engine.benchmark.machine import describe
     from engine.benchmark.report import limits, write
     from engine.benchmark.roofline import measure_roofline
-    from engine.benchmark.runner import all_cases, chosen_ops, default_settings, run_case
+    from engine.benchmark.runner import (
+        all_cases,
+        chosen_ops,
+        default_models,
+        default_settings,
+        run_case,
+    )
     from engine.device import resolve_device
 
     wanted, where = chosen_ops(ops or []), resolve_device(device)
-    model = model or ("llama-3.1-8b" if where.type == "cuda" else "smollm2-135m")
+    models = list(dict.fromkeys(model or default_models(where)))
     offers = [_contenders(name) for name in against or []]
     cases = [
         case
-        for case in all_cases(model, default_settings(where, tokens or None))
+        for name in models
+        for case in all_cases(name, default_settings(where, tokens or None))
         if case.op in wanted
     ]
     roofline, rows = measure_roofline(where, budget=min(budget, 0.3)), list["Row"]()
@@ -73,7 +84,8 @@ def bench(
     if as_json:
         print(json.dumps([{**row.plain(), **machine} for row in rows]))
     else:
-        _show(rows, f"{machine['device']}: {model}")
+        for name in models:
+            _show([row for row in rows if row.model == name], f"{machine['device']}: {name}")
         print(limits(roofline))
     for path in write(output, rows, roofline, machine) if output is not None else []:
         if not as_json:

@@ -76,6 +76,13 @@ class Row:
         return asdict(self)
 
 
+def default_models(device: torch.device) -> tuple[str, ...]:
+    """Whose shapes are measured where nothing is said: large ones, or one for a processor."""
+    if device.type == "cuda":
+        return "llama-3.1-8b", "qwen3-8b", "qwen3-4b", "llama-3.3-70b"
+    return ("smollm2-135m",)
+
+
 def default_settings(device: torch.device, tokens: int | None = None) -> Settings:
     """Sizes that fill a GPU, or that one processor core finishes soon."""
     if device.type == "cuda":

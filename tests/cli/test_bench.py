@@ -38,6 +38,15 @@ def test_the_table_and_the_files_show_the_same_ops(
     assert content["roofline"]["bandwidth"] > 0
 
 
+def test_several_models_have_a_table_each(capsys: pytest.CaptureFixture[str]) -> None:
+    models = ("smollm2-135m", "qwen3-0.6b")
+    options = [word for name in models for word in ("--model", name)]
+    run("rms_norm", "--device", "cpu", "--tokens", "8", "--budget", "0", *options)
+    shown = capsys.readouterr().out
+    assert all(f": {name}" in shown for name in models)
+    assert shown.count("rms_norm") == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
