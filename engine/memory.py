@@ -331,6 +331,8 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
 
     earlier = kernels.scratch._buffers
     buffers = _WatchedScratch(meter, {} if fresh_scratch else earlier)
+    if not fresh_scratch:
+        earlier.clear()  # or it would hold on to what is replaced by larger ones
     try:
         with replaced(
             (DecoderLayer, "run", watched_run),
@@ -343,5 +345,4 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
             yield
     finally:
         if not fresh_scratch:
-            earlier.clear()
             earlier.update(buffers)

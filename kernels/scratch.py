@@ -29,9 +29,9 @@ def scratch(
     key = (purpose, device, dtype)
     buffer = _buffers.get(key)
     if buffer is None or buffer.numel() < numel:
+        del buffer  # with the next line the old one is gone before the new one comes
         _buffers.pop(key, None)
-        buffer = torch.empty(numel, dtype=dtype, device=device)
-        _buffers[key] = buffer
+        buffer = _buffers[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(shape)
 
 

@@ -26,6 +26,7 @@ from engine.model_presets import preset_config
 from engine.plan import make_batch, plan
 from engine.trainable import make_in_backward, make_optimizer, make_trainable
 from engine.trainer import train_step
+from kernels.scratch import buffers, scratch
 from models.block import DecoderLayer
 from models.config import ModelConfig
 from models.decoder import Decoder
@@ -373,3 +374,14 @@ def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
     assert quick.host == pytest.approx(whole.host, rel=0.002)
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
     assert quick.trainable == whole.trainable
+
+
+def test_a_scratch_buffer_that_grows_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.scratch._buffers", {})
+    cpu = torch.device("cpu")
+    scratch("logits", (1000,), torch.float32, cpu)
+    meter = MemoryMeter()
+    with observed(meter), meter:
+        scratch("logits", (2000,), torch.float32, cpu)
+    assert meter.peak.owners["loss chunk"] == 8000
+    assert [buffer.numel() for buffer in buffers()] == [2000]
