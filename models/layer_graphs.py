@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.scratch import buffers
+from kernels.triton_support import cdiv, next_power_of_2
 from models.batch import Batch
 from models.block import DecoderLayer, Kept
 from models.gradient_buffer import GradientBuffer
@@ -61,16 +62,11 @@ class Sizes:
         whole = plan.equal_length
         if whole is not None and whole % _WHOLE == 0:
             return cls(tokens, plan.count, whole, True)
-        step = max(_LEAST_TOKENS, _power_of_2(tokens) // 16)
-        padded = -(-tokens // step) * step
-        documents = max(_LEAST_DOCUMENTS, _power_of_2(plan.count + (padded > tokens)))
-        longest = max(_LEAST_LONGEST, _power_of_2(max(plan.longest, padded - tokens)))
+        step = max(_LEAST_TOKENS, next_power_of_2(tokens) // 16)
+        padded = cdiv(tokens, step) * step
+        documents = max(_LEAST_DOCUMENTS, next_power_of_2(plan.count + (padded > tokens)))
+        longest = max(_LEAST_LONGEST, next_power_of_2(max(plan.longest, padded - tokens)))
         return cls(padded, documents, min(padded, longest), False)
-
-
-def _power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n, for n >= 1."""
-    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -203,15 +199,18 @@ class LayerGraphs:
         self.segments = [part for part in self.parts if isinstance(part, Segment)]
         # What makes autograd ask for the gradients of layers whose input wants none.
         self.anchor = torch.zeros((), requires_grad=True)
-        self.turn = 0
         self.repeated = self.launched = 0
         self._passes: dict[tuple[Any, ...], _Pass] = {}
+
+    @property
+    def turn(self) -> int:
+        """The number of the newest forward pass."""
+        return self.repeated + self.launched
 
     def run(self, x: Tensor, batch: Batch, levels: Sequence[str]) -> Tensor:
         """x (N, H) -> the last layer's output (N, H), with gradients as `run_layer` gives them."""
         current = self._pass(x, batch, tuple(levels))
         current.load(batch)
-        self.turn += 1
         if current.recorded:
             self.repeated += 1
         else:
