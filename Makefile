@@ -21,7 +21,7 @@ help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/.demo  ## Fine-tune a real 135M model on this machine and show what it learnt
-	$(VENV)/bin/python -m bench.demo
+	$(VENV)/bin/python -m examples.demo
 
 test: $(VENV)/.test  ## Run the tests (all but the comparisons with other programs)
 	$(VENV)/bin/python -m pytest -m "not interop" $(PYTEST_ARGS)
@@ -35,10 +35,10 @@ interop: $(VENV_INTEROP)/.interop  ## Compare with transformers, PEFT, bitsandby
 	$(VENV_INTEROP)/bin/python -m pytest -m interop tests/interop $(PYTEST_ARGS)
 
 bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + PEFT + bitsandbytes
-	$(VENV_INTEROP)/bin/python -m bench.train_step_cpu
+	$(VENV_INTEROP)/bin/python -m bench.cpu.train_step
 
 compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
-	$(VENV)/bin/python -m bench.compile_report
+	$(VENV)/bin/python -m bench.compile.report
 
 # torch and triton keep the versions they have: a CPU build of torch does not say which triton it needs,
 # and the CUDA build of the same version needs that very one. Change the two lines by hand, together.

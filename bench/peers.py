@@ -15,8 +15,8 @@ import torch
 
 from engine.benchmark.case import Work, leaf
 from engine.benchmark.timing import Call
-from kernels.dynamic_map import dynamic_map
-from kernels.nf4 import NESTED_BLOCK, NF4_CODE, NF4Weight
+from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 
 
 def contenders(op: str, work: Work) -> dict[str, Call]:

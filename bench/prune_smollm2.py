@@ -18,14 +18,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bench.smollm2 import gguf_path
-from engine.config import TrainConfig
-from engine.forge.assess import Judge
-from engine.forge.recipe import ForgeSettings, forge
-from engine.forge.stages import Stages
-from engine.formats import durable
-from engine.prune.recipe import PruneSettings, prune
-from engine.prune.scores import METRICS, Metric
+from engine.config.train_config import TrainConfig
+from engine.forge import ForgeSettings, forge
+from engine.forging.assess import Judge
+from engine.forging.stages import Stages
+from engine.prune import PruneSettings, prune
+from engine.pruning.scores import METRICS, Metric
+from engine.storage import durable
+from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"
 FRACTIONS = (0.1, 0.2, 0.3)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engine.data.dataset import ReadReport
     from engine.data.examples import Example, Report
     from engine.data.rows import Row
-    from engine.data.tokenizer import Tokenizer
+    from engine.tokenization.tokenizer import Tokenizer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -175,8 +175,8 @@ def _read(
 
 
 def _tokenizer(model: str) -> tuple["Tokenizer", int]:
-    from engine.data.tokenizer import load_tokenizer
-    from engine.formats.checkpoint import open_checkpoint
+    from engine.model_sources.base import open_checkpoint
+    from engine.tokenization.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(model)
     return load_tokenizer(checkpoint), checkpoint.config.vocab_size

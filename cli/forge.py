@@ -99,12 +99,12 @@ def forge_model(
     Held-out perplexity is that of models read back from the disk. A cycle that makes the model
     worse by more than 10 % and 1.0 is the last. A job that was stopped goes on with --resume.
     """
-    from engine.config_sources import load_config
+    from engine.config.sources import load_config
     from engine.errors import ConfigError
-    from engine.forge.recipe import ForgeSettings, forge
-    from engine.forge.report import PLOT, draw, table
-    from engine.forge.report import samples as sample_text
-    from engine.prune.recipe import PruneSettings
+    from engine.forge import ForgeSettings, forge
+    from engine.forging.report import PLOT, draw, table
+    from engine.forging.report import samples as sample_text
+    from engine.prune import PruneSettings
 
     if (domain is None) == (not data):
         raise ConfigError("Give rows with --data, or a data set with --domain: one of them.")

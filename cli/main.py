@@ -142,8 +142,8 @@ def _usage_message(error: Any) -> str:
         return message if message.endswith("?") else f"{message}."
     near = difflib.get_close_matches(option, error.possibilities or [], n=1)
     if str(error.ctx.info_name).endswith(" train"):
-        from engine.config import TrainConfig
-        from engine.config_errors import nearest
+        from engine.config.explain import nearest
+        from engine.config.train_config import TrainConfig
 
         field = nearest(option.lstrip("-").replace("-", "_"), TrainConfig.model_fields)
         near = [f"--{field.replace('_', '-')}"] if field else near
@@ -190,7 +190,7 @@ def _complain(message: str) -> None:
 @contextmanager
 def _console_log() -> Iterator[None]:
     """Show INFO lines of this program; a run that keeps a log of its own does so itself."""
-    from engine.logs import OWN_LOGGERS, ConsoleHandler
+    from engine.runs.logs import OWN_LOGGERS, ConsoleHandler
 
     handler = ConsoleHandler()
     logging.getLogger().addHandler(handler)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from engine.config_spelling import json_object
+from engine.config.spelling import json_object
 from engine.errors import ConfigError
 
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.train import _sort_words, _with_settings
-from engine.config_sources import load_config
+from engine.config.sources import load_config
 from engine.errors import ConfigError
 from engine.startup import importing
 
 if TYPE_CHECKING:
-    from engine.config import TrainConfig
-    from engine.plan import MemoryPlan
-    from engine.plan_search import Choice
+    from engine.config.train_config import TrainConfig
+    from engine.memory.estimate import MemoryPlan
+    from engine.memory.search import Choice
 
 app = typer.Typer(add_completion=False)
 
@@ -57,7 +57,7 @@ def plan(
     given.setdefault("data", ["-"])
     settings = load_config(file, preset=preset, flags=given, overrides=overrides)
     with importing():
-        from engine.plan_report import Target, find_target, report
+        from engine.plan import Target, find_target, report
 
     target: Target = find_target(settings)
     rate = _rate(card) if card else target.rate()
@@ -66,7 +66,7 @@ def plan(
     started = time.perf_counter()
     choice: Choice | None = None
     if settings.memory_budget is not None:
-        from engine.plan_search import choose
+        from engine.memory.search import choose
 
         choice = choose(settings, settings.memory_budget, target.plan)
     planned: MemoryPlan = target.plan(settings) if choice is None else choice.plan
@@ -77,8 +77,8 @@ def plan(
 
 
 def _show_sizes(as_json: bool) -> int:
-    from engine.model_presets import NAMES, preset_config
-    from models.registry import parameter_count
+    from engine.memory.model_shapes import NAMES, preset_config
+    from models.tensor_names import parameter_count
 
     known = {name: model for name in NAMES if (model := preset_config(name)) is not None}
     counts = {name: parameter_count(model) for name, model in known.items()}
@@ -109,7 +109,7 @@ def _rate(card: str) -> float:
 
 
 def _show_contexts(settings: "TrainConfig", target: Any, as_json: bool) -> int:
-    from engine.plan_search import context_table
+    from engine.memory.search import context_table
 
     table = context_table(settings, target.plan, target.longest_row)
     if as_json:

@@ -130,8 +130,8 @@ def prune_heads(
     Writes a complete model directory with pruning.json and a heat map of head importance.
     """
     from engine.errors import ConfigError
-    from engine.prune.recipe import PruneSettings, prune
-    from engine.prune.report import table
+    from engine.prune import PruneSettings, prune
+    from engine.pruning.report import table
 
     if (output is None) != report_only:
         raise ConfigError(

@@ -13,10 +13,10 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from engine.config import TrainConfig, group_of
-from engine.config_sources import load_config
+from engine.config.presets import SUMMARIES
+from engine.config.sources import load_config
+from engine.config.train_config import TrainConfig, group_of
 from engine.errors import ConfigError
-from engine.presets import SUMMARIES
 from engine.startup import importing
 
 # The run directory's own log shows its lines on the console.

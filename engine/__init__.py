@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import TrainConfig
+    from engine.config.train_config import TrainConfig
     from engine.errors import (
         CheckpointError,
         ConfigError,
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     )
     from engine.finetune import TrainResult, train
     from engine.generate import generate_text
-    from engine.load import load_model
+    from engine.model_sources.load_model import load_model
 
 _HOME = {
-    "TrainConfig": "engine.config",
+    "TrainConfig": "engine.config.train_config",
     "EngineError": "engine.errors",
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",
@@ -40,7 +40,7 @@ _HOME = {
     "train": "engine.finetune",
     "TrainResult": "engine.finetune",
     "generate_text": "engine.generate",
-    "load_model": "engine.load",
+    "load_model": "engine.model_sources.load_model",
 }
 
 __all__ = [

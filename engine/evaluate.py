@@ -15,7 +15,7 @@ from models.decoder import Decoder
 
 if TYPE_CHECKING:
     from engine.data.examples import Example
-    from engine.load import Quantization
+    from engine.model_sources.load_model import Quantization
 
 _TOKENS_PER_BATCH = 2048
 
@@ -93,10 +93,10 @@ def evaluate(
     """
     from engine.data.dataset import load_rows
     from engine.data.examples import build_examples, check_ids
-    from engine.data.tokenizer import load_tokenizer
     from engine.device import resolve_device, resolve_dtype
-    from engine.formats.checkpoint import open_checkpoint
-    from engine.load import attach_adapter, build_model
+    from engine.model_sources.base import open_checkpoint
+    from engine.model_sources.load_model import attach_adapter, build_model
+    from engine.tokenization.tokenizer import load_tokenizer
 
     where = resolve_device(device)
     checkpoint = open_checkpoint(model)

@@ -1,7 +1,7 @@
 """The recipe: from a `TrainConfig` to a trained adapter (or model) on the disk.
 
 Everything is opened, checked and counted before the weights are read: data, tokenizer, adapter,
-device, trackers, the run's directory. The loop itself is `engine.trainer`.
+device, trackers, the run's directory. The loop itself is `engine.training.loop`.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.config import TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.data.examples import Example
 from engine.data.loader import Batch
-from engine.data.tokenizer import Tokenizer
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError
 from engine.evaluate import EvalResult, evaluate_examples
-from engine.formats import durable
-from engine.formats.adapter import save_adapter
-from engine.formats.checkpoint import open_checkpoint
-from engine.formats.trained import TrainedCheckpoint
-from engine.load import build_for
-from engine.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
-from engine.prepare import Prepared, prepare
-from engine.progress import ProgressReporter
-from engine.prune.hold import hold_pruned
-from engine.run_directory import RunDirectory
-from engine.signals import StopSignals
-from engine.trackers import Trackers, require_trackers
-from engine.trainable import (
+from engine.model_sources.adapter.peft import save_adapter
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.from_model import TrainedCheckpoint
+from engine.model_sources.load_model import build_for
+from engine.pruning.keep_pruned import hold_pruned
+from engine.runs.directory import RunDirectory
+from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
+from engine.runs.progress import ProgressReporter
+from engine.runs.signals import StopSignals
+from engine.runs.trackers import Trackers, require_trackers
+from engine.storage import durable
+from engine.tokenization.tokenizer import Tokenizer
+from engine.training.loop import Progress, Trainer, TrainerSettings, new_progress
+from engine.training.prepare import Prepared, prepare
+from engine.training.trainable import (
     BASE_FILE,
     adapter_config,
     check_graphs,
@@ -48,17 +49,16 @@ from engine.trainable import (
     make_optimizer,
     make_trainable,
 )
-from engine.trainer import Progress, Trainer, TrainerSettings, new_progress
-from models.config import ModelConfig
-from models.decoder import Decoder
-from models.lora import (
+from models.adapters import (
     PARTS,
     adapter_tensors,
 )
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
 
 if TYPE_CHECKING:
-    from engine.budget import MemoryBudget
-    from engine.plan import MemoryPlan
+    from engine.memory.budget import MemoryBudget
+    from engine.memory.estimate import MemoryPlan
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def _with_recompute(
     if config.gradient_checkpointing != "auto":
         check_levels(config, prepared.checkpoint.config.num_hidden_layers)
         return config, None
-    from engine.budget import largest_step
-    from engine.recompute import planned_level
+    from engine.memory.auto_policy import planned_level
+    from engine.memory.budget import largest_step
 
     level, planned = planned_level(
         prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
@@ -114,7 +114,7 @@ def _with_recompute(
 def _require_room(config: TrainConfig, model: ModelConfig) -> None:
     """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
     if config.memory_budget is not None:
-        from engine.budget import require_room
+        from engine.memory.budget import require_room
 
         device = resolve_device(config.device)
         require_room(config, model, device, resolve_dtype(config.dtype, device))
@@ -130,7 +130,7 @@ def _budget(
     """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
     if config.memory_budget is None:
         return None
-    from engine.budget import MemoryBudget
+    from engine.memory.budget import MemoryBudget
 
     return MemoryBudget(prepared, config, device, dtype, planned)
 
@@ -278,7 +278,7 @@ class _Run:
     def write_output(self) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""
         if self.config.method == "full":
-            from engine.formats.export import export_hf_directory
+            from engine.model_sources.export import export_hf_directory
 
             target = self.directory.path / "model"
             if target.exists():  # of a run that had ended and was resumed
@@ -362,7 +362,7 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
 
     Reads no weights and writes nothing. Raises as `train` would.
     """
-    from engine.config_sources import dump_yaml
+    from engine.config.sources import dump_yaml
 
     require_trackers(config.report_to)
     device = resolve_device(config.device)

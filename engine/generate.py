@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from models.config import ModelConfig
+from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.kv_cache import KVCache
+from models.layers.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from engine.data.tokenizer import Tokenizer
-    from engine.formats.checkpoint import Checkpoint
-    from engine.load import Quantization
+    from engine.model_sources.base import Checkpoint
+    from engine.model_sources.load_model import Quantization
+    from engine.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -203,10 +203,10 @@ def generate_text(
     Raises `ConfigError` for options out of range, `CheckpointError` for a model that cannot be
     read.
     """
-    from engine.data.tokenizer import load_tokenizer
     from engine.device import resolve_device, resolve_dtype
-    from engine.formats.checkpoint import open_checkpoint
-    from engine.load import attach_adapter, build_model
+    from engine.model_sources.base import open_checkpoint
+    from engine.model_sources.load_model import attach_adapter, build_model
+    from engine.tokenization.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if max_new_tokens < 1:

@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base model: W + scale * B @ A, in fp32, tensor by tensor.
 
-A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.dora`).
+A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.linear.dora`).
 
 By default the sum goes onto the original weights, in the type they have. Merging onto the values
 that 4-bit training saw (`onto="dequantised"`) reproduces the trained model exactly, with the error
@@ -18,15 +18,15 @@ from typing import Literal
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.formats.adapter import AdapterConfig, Pairs, load_adapter
-from engine.formats.checkpoint import Checkpoint, listing, open_checkpoint
-from engine.formats.experts import StoredExperts
-from engine.formats.export import MAX_SHARD_SIZE, WrittenModel, write_directory
-from kernels.dora import scale_rows_
-from kernels.nf4 import dequantize, quantize
-from models.config import ModelConfig
-from models.layout import path_in_file
-from models.registry import PROJECTIONS, expected_tensors
+from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
+from engine.model_sources.base import Checkpoint, listing, open_checkpoint
+from engine.model_sources.expert_tensors import StoredExperts
+from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from kernels.linear.dora import scale_rows_
+from kernels.nf4.weight import dequantize, quantize
+from models.config.model_config import ModelConfig
+from models.tensor_layout import path_in_file
+from models.tensor_names import PROJECTIONS, expected_tensors
 
 Onto = Literal["original", "dequantised"]
 
@@ -124,7 +124,6 @@ class _Merger:
         merged = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scale)
         return scale_rows_(merged, magnitude[0]) if magnitude else merged
 
-
     def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of all experts' weights (E, out, in); every expert has pairs of its own."""
         merged = tensor
@@ -164,8 +163,7 @@ def _check_fit(checkpoint: Checkpoint, pairs: Pairs, adapter: Path) -> None:
             "would change both. Keep this adapter separate."
         )
     wrong = [
-        f"{module} has {list(shapes[module])}, the adapter "
-        f"[{b.shape[0]}, {a.shape[1]}]"
+        f"{module} has {list(shapes[module])}, the adapter [{b.shape[0]}, {a.shape[1]}]"
         for module, (a, b, *_) in pairs.items()
         if module in shapes and shapes[module] != (b.shape[0], a.shape[1])
     ]

@@ -1,239 +1,243 @@
-"""What a run will need, before anything is allocated.
-
-`plan` runs the dry pass (`engine.dry_pass`) of the run's own code. A model of many equal layers is
-passed with a few: the bytes of every stretch of a step are linear in the number of layers, so two
-small passes give the deep one (a test compares them with the full pass). What lies outside torch's
-allocator on a card cannot be counted without one; it is added as the constants below, and said so.
-"""
+"""A plan as text and as JSON, for the machine and model that the settings name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from engine.config import TrainConfig
-from engine.data.loader import IGNORED, Batch
-from engine.dry_pass import DryResult, dry_pass
-from engine.memory import Peak, Segment
-from models.batch import layer_levels
-from models.config import ModelConfig
+from engine.config.train_config import TrainConfig
+from engine.device import resolve_device, resolve_dtype
+from engine.memory.auto_policy import resolve_recompute
+from engine.memory.estimate import MemoryPlan, plan
+from engine.memory.find_model import find_model
+from engine.memory.meter import OWNERS, gib
+from engine.memory.model_shapes import preset_config
+from engine.memory.search import Choice, Planner, changed
+from engine.training.trainable import check_levels, targets_of
+from models.config.model_config import ModelConfig
+from models.tensor_names import parameter_count
 
-CUDA_CONTEXT = 480 * 2**20
-"""Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve
-that is assumed; it is between 300 and 600 MiB on the cards and drivers in use."""
+CARD_RATE = 165e12
+"""Operations per second where no card is named: what dense bf16 products reach on an RTX 4090."""
 
-CUBLAS_WORKSPACE = 32 * 2**20
-"""cuBLAS's workspace of one stream on Hopper, the largest default; 8 MiB on earlier cards."""
-
-FRAGMENTATION = 0.05
-"""Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
-
-_FEW_LAYERS = (4, 5)
-_PASSING = ("checkpoints", "block working set", "loss", "gradients")
+_LONGEST_ROW = 1 << 20
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The documents of the micro-batches of one step, by their lengths; all tokens are trained."""
+class Target:
+    """What is planned for: a model's shape and a kind of machine."""
 
-    micro_batches: tuple[tuple[int, ...], ...]
-
-    @property
-    def tokens(self) -> int:
-        return sum(sum(lengths) for lengths in self.micro_batches)
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
-
-    `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU. `host` is
-    what a card lends to the host's memory, and `tied` says that the head is the embedding.
-    """
-
-    config: TrainConfig
+    title: str
+    model: ModelConfig
     card: bool
-    dtype: torch.dtype
-    load: Peak
-    step: Peak
-    save: Peak
-    save_host: int
-    trainable: int
-    tokens: int
-    flops: float
-    reserve: dict[str, int] = field(default_factory=dict)
-    host: int = 0
-    layers: int = 0
-    tied: bool = False
+    stored: torch.dtype
+    plan: Planner
 
     @property
-    def allocated(self) -> int:
-        """The most bytes that tensors hold at once."""
-        return max(self.load.bytes, self.step.bytes, self.save.bytes)
+    def longest_row(self) -> int:
+        """Where the search for the longest row ends."""
+        return _LONGEST_ROW
 
-    @property
-    def total(self) -> int:
-        """What a budget must hold."""
-        return self.allocated + sum(self.reserve.values())
-
-    def seconds(self, flops_per_second: float) -> float:
-        """Time of one step at a card's real rate of matrix products."""
-        return self.flops / flops_per_second
+    def rate(self) -> float:
+        """Operations per second: a typical card's, or this CPU's, measured in a moment."""
+        return CARD_RATE if self.card else _cpu_rate()
 
 
-def workload(config: TrainConfig) -> Workload:
-    """The largest step that the settings allow: every row as long as `max_length`.
+def find_target(config: TrainConfig) -> Target:
+    """The model and machine of these settings.
 
-    More than two micro-batches need what two need.
+    `--device auto` means this machine, and a CUDA card where the model is named by a preset.
+    Raises `ConfigError`.
     """
-    lengths = (config.max_length,) * config.batch_size
-    return Workload((lengths,) * min(config.accumulate, 2))
-
-
-def make_batch(lengths: Sequence[int]) -> Batch:
-    """A batch of documents of these lengths, every token of which is trained."""
-    tokens = sum(lengths)
-    bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    ids = torch.zeros(tokens, dtype=torch.int64)
-    labels = ids.clone()
-    labels[bounds[:-1]] = IGNORED
-    return Batch(
-        input_ids=ids,
-        labels=labels,
-        cu_seqlens=bounds.to(torch.int32),
-        position_ids=torch.zeros(0, dtype=torch.int64),
-        max_seqlen=max(lengths),
-        trained_tokens=tokens - len(lengths),
-    )
-
-
-def plan(
-    model: ModelConfig,
-    config: TrainConfig,
-    *,
-    card: bool,
-    dtype: torch.dtype,
-    stored: torch.dtype = torch.bfloat16,
-    work: Workload | None = None,
-    batches: Sequence[Batch] = (),
-    whole: bool = False,
-) -> MemoryPlan:
-    """Plan a run of `config` on a model of this shape.
-
-    `card` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
-    (by default the largest that the settings allow), or `batches` the step itself. `whole` passes
-    every layer. Raises `ValueError` where the recompute levels are not those of the layers.
-    """
-    if batches:
-        work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
+    model, stored = find_model(config.model, config.revision)
+    if config.device == "auto":
+        card = torch.cuda.is_available() or preset_config(config.model) is not None
     else:
-        work = work or workload(config)
-        batches = [make_batch(lengths) for lengths in work.micro_batches]
-
-    layers, period = model.num_hidden_layers, model.period
-    levels = set(layer_levels(config.gradient_checkpointing, layers))
-    mixed = len(levels) > 1
-    settings = (
-        config if mixed else config.model_copy(update={"gradient_checkpointing": levels.pop()})
-    )
-
-    def run(layers: int) -> DryResult:
-        few = model.with_layers(layers)
-        return dry_pass(few, settings, batches, card=card, dtype=dtype, stored=stored)
-
-    few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
-    if whole or mixed or layers % period or layers <= few[1] + 1:
-        result = run(layers)
-    else:
-        result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
-    made = _plan_of(result, config, card, dtype, work, layers)
-    return replace(made, tied=model.tie_word_embeddings)
+        card = config.device.startswith("cuda")
+    place = "a CUDA card" if card else "the CPU"
+    planner = partial(_plan, model, card, stored)
+    return Target(f"{config.model} on {place}", model, card, stored, planner)
 
 
-def _plan_of(
-    result: DryResult,
-    config: TrainConfig,
-    card: bool,
-    dtype: torch.dtype,
-    work: Workload,
-    layers: int,
-) -> MemoryPlan:
-    step, resident = result.step, result.resident
-    saved: tuple[str, ...] = ("adapters", "optimiser")
-    if config.method == "full":
-        saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
-    reserve = {}
-    if card:
-        passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
-        reserve = {
-            "CUDA context": CUDA_CONTEXT,
-            "cuBLAS workspace": CUBLAS_WORKSPACE,
-            "allocator's holes": int(FRAGMENTATION * passing),
+def _plan(model: ModelConfig, card: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
+    dtype = compute_dtype(config, card)
+    if config.gradient_checkpointing == "auto":
+        config = changed(config, gradient_checkpointing=_level(model, card, dtype, config))
+    check_levels(config, model.num_hidden_layers)
+    return plan(model, config, card=card, dtype=dtype, stored=stored)
+
+
+def _level(model: ModelConfig, card: bool, dtype: torch.dtype, config: TrainConfig) -> str:
+    """What auto comes to; "selective" for a card that is not here, whose memory nobody knows."""
+    if card and config.memory_budget is None and not torch.cuda.is_available():
+        return "selective"
+    return resolve_recompute(model, config, torch.device("cuda" if card else "cpu"), dtype)
+
+
+def compute_dtype(config: TrainConfig, card: bool) -> torch.dtype:
+    """The type a run computes in; a card that is not here is taken to know bf16."""
+    if not card:
+        return resolve_dtype(config.dtype, torch.device("cpu"))
+    if config.dtype == "auto":
+        return (
+            resolve_dtype("auto", resolve_device("cuda"))
+            if torch.cuda.is_available()
+            else (torch.bfloat16)
+        )
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype
+
+
+def _cpu_rate(size: int = 384) -> float:
+    left = torch.ones(size, size)
+    best = 1e9
+    for _ in range(5):
+        started = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Report:
+    """A plan with what was chosen for it."""
+
+    target: Target
+    plan: MemoryPlan
+    choice: Choice | None
+    rate: float
+    planning_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for programs; bytes are integers."""
+        planned, config = self.plan, self.plan.config
+        changes = self.choice.changes if self.choice else {}
+        return {
+            "model": config.model,
+            "device": "cuda" if planned.card else "cpu",
+            "dtype": str(planned.dtype).removeprefix("torch."),
+            "parameters": parameter_count(self.target.model),
+            "settings": {name: getattr(config, name) for name in _SHOWN},
+            "peaks": {
+                name: {"bytes": peak.bytes, "owners": _held(peak.owners)}
+                for name, peak in self._peaks()
+            },
+            "save_host_bytes": planned.save_host,
+            "merge_host_bytes": self._merging(),
+            "reserve": planned.reserve,
+            "host_bytes": planned.host,
+            "allocated_bytes": planned.allocated,
+            "total_bytes": planned.total,
+            "budget_bytes": config.memory_budget,
+            "trainable_parameters": planned.trainable,
+            "tokens_per_step": planned.tokens,
+            "flops_per_step": planned.flops,
+            "seconds_per_step": planned.seconds(self.rate),
+            "flops_per_second": self.rate,
+            "changes": {name: list(pair) for name, pair in changes.items()},
+            "why": self.choice.why if self.choice else None,
+            "planning_seconds": self.planning_seconds,
         }
-    micro = config.accumulate / len(work.micro_batches)
-    return MemoryPlan(
-        config=config,
-        card=card,
-        dtype=dtype,
-        load=result.load,
-        step=step,
-        save=Peak(sum(resident.values()), resident),
-        save_host=sum(resident.get(owner, 0) for owner in saved) if card else 0,
-        trainable=result.trainable,
-        tokens=int(work.tokens * micro),
-        flops=result.flops * micro,
-        reserve=reserve,
-        host=result.host,
-        layers=layers,
-    )
+
+    def _merging(self) -> int | None:
+        """Host memory for merging what the run trains; None after full fine-tuning."""
+        config = self.plan.config
+        if config.method == "full":
+            return None
+        from engine.merge import host_peak
+
+        targets = targets_of(config, self.target.model)
+        adapter = 4 * self.plan.trainable
+        return host_peak(self.target.model, self.target.stored, targets, adapter)
+
+    def _peaks(self) -> list[tuple[str, Any]]:
+        return [("load", self.plan.load), ("step", self.plan.step), ("save", self.plan.save)]
+
+    def text(self) -> str:
+        """The table that `engine plan` prints."""
+        planned, config = self.plan, self.plan.config
+        settings = ", ".join(
+            f"{name} {_text(getattr(config, name))}"
+            for name in _SHOWN
+            if name in _ALWAYS_SHOWN or getattr(config, name) != _default(name)
+        )
+        count, dtype = parameter_count(self.target.model), str(planned.dtype).removeprefix("torch.")
+        lines = [f"{self.target.title}, {dtype}, {count:,} parameters", settings, ""]
+        lines.append(f"{'':<22}{'step':>12}{'between steps':>15}")
+        for owner in OWNERS:
+            step, rest = planned.step.owners.get(owner, 0), planned.save.owners.get(owner, 0)
+            if max(step, rest) >= 1024:
+                lines.append(f"{owner:<22}{gib(step):>12}{gib(rest):>15}")
+        lines.append(f"{'tensors':<22}{gib(planned.step.bytes):>12}{gib(planned.save.bytes):>15}")
+        lines += [f"{name:<22}{gib(size):>12}  assumed" for name, size in planned.reserve.items()]
+        lines += ["", f"peak of loading  {gib(planned.load.bytes)}"]
+        lines.append(f"peak of a step   {gib(planned.step.bytes)}")
+        host = f", and {gib(planned.save_host)} of host memory" if planned.save_host else ""
+        lines.append(f"peak of saving   {gib(planned.save.bytes)}{host}")
+        merging = self._merging()
+        if merging is not None:
+            lines.append(f"peak of merging  {gib(merging)} of host memory")
+        lines.append(f"needed           {gib(planned.total)}")
+        if planned.host:
+            lines.append(f"lent to the host {gib(planned.host)}")
+        seconds = planned.seconds(self.rate)
+        lines += [
+            "",
+            f"{planned.trainable:,} trainable parameters; {planned.flops / 1e12:.1f} TFLOP and "
+            f"{planned.tokens:,} tokens a step; at {self.rate / 1e12:.3g} TFLOP/s at best "
+            f"{seconds:.2f} s, {planned.tokens / seconds:,.0f} tokens/s",
+        ]
+        return "\n".join(lines + self._chosen())
+
+    def _chosen(self) -> list[str]:
+        budget = self.plan.config.memory_budget
+        if self.choice is None or budget is None:
+            return []
+        lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
+        for name, (before, after) in self.choice.changes.items():
+            option = f"--{name.replace('_', '-')}"
+            off = f"--no-{option[2:]}" if after is False else f"{option} {_text(after)}"
+            given = option if after is True else off
+            lines.append(f"  {given}  (asked for {_text(before)})")
+        return lines
 
 
-def _extrapolated(
-    fewer: DryResult, more: DryResult, few: tuple[int, int], layers: int, ends: int
-) -> DryResult:
-    """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
-
-    In both directions the bytes held grow or shrink by the same amount from layer to layer, or from
-    period to period where layers differ, so the ends decide: the first and last `ends` layers of
-    each direction are looked at.
-    """
-    low, high = few
-    distance = (layers - low) / (high - low)
-    ahead, beyond = _by_end(fewer.segments, low, ends), _by_end(more.segments, high, ends)
-    segments = {
-        name: _further(ahead[name], beyond[name], distance) for name in ahead if name in beyond
-    }
-    resident = {
-        owner: max(0, round(size + (more.resident[owner] - size) * distance))
-        for owner, size in fewer.resident.items()
-    }
-    return DryResult(
-        load=_further(fewer.load, more.load, distance),
-        segments=segments,
-        resident=resident,
-        trainable=round(fewer.trainable + (more.trainable - fewer.trainable) * distance),
-        flops=fewer.flops + (more.flops - fewer.flops) * distance,
-        host=round(fewer.host + (more.host - fewer.host) * distance),
-    )
+_SHOWN = (
+    "method",
+    "lora_rank",
+    "batch_size",
+    "accumulate",
+    "max_length",
+    "gradient_checkpointing",
+    "loss_chunk_rows",
+    "optimizer_in_backward",
+    "mlp_tile_rows",
+    "decode_singly",
+    "head_precision",
+    "embedding_on",
+    "offload",
+)
 
 
-def _by_end(segments: dict[Segment, Peak], layers: int, ends: int) -> dict[Segment, Peak]:
-    """Segments named by their distance from the first layer, or, negative, from the last."""
-    named = {}
-    for (kind, index), peak in segments.items():
-        if kind in ("forward", "backward", "between layers"):
-            if ends <= index < layers - ends:
-                continue
-            index = index if index < ends else index - layers
-        named[kind, index] = peak
-    return named
+_ALWAYS_SHOWN = _SHOWN[:7]
 
 
-def _further(near: Peak, far: Peak, distance: float) -> Peak:
-    owners = {
-        owner: round(size + (far.owners[owner] - size) * distance)
-        for owner, size in near.owners.items()
-    }
-    return Peak(sum(owners.values()), owners)
+def _default(name: str) -> object:
+    return TrainConfig.model_fields[name].default
+
+
+def _text(value: object) -> str:
+    """A setting as the command line takes it."""
+    return (",".join(value) or "none") if isinstance(value, tuple) else str(value)
+
+
+def _held(owners: dict[str, int]) -> dict[str, int]:
+    return {owner: size for owner, size in owners.items() if size}
+
+
+report = Report
+"""Makes a report of (target, plan, choice, rate, planning seconds)."""

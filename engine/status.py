@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.lock import is_locked, read_holder
-from engine.metrics import describe_seconds, read_metrics
+from engine.runs.metrics import describe_seconds, read_metrics
+from engine.storage.lock import is_locked, read_holder
 
 _RUN_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "pipeline.log")
 

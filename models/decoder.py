@@ -1,4 +1,4 @@
-"""The decoder: every family is settings of this one graph, whose blocks `models.block` chooses.
+"""The decoder: every family is settings of this one graph, whose blocks `layers.block` chooses.
 
 Inside, every batch is packed: rows of a (B, T) input become documents laid one after another, and
 attention, positions and the loss know their boundaries. Parameters have Hugging Face's names.
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import AttentionPlan
-from kernels.int8 import Int8Weight
-from kernels.linear_cross_entropy import Head, head_logits, linear_cross_entropy
-from kernels.linear_distillation import linear_distillation
-from kernels.moe_router import load_balancing_loss
-from models.batch import Batch, Levers, dropout_seeds, layer_levels
-from models.block import DecoderLayer
-from models.config import ModelConfig
-from models.experts import ExpertAdapter
-from models.gradient_checkpointing import run_layer
-from models.host_memory import SideCopies
-from models.kv_cache import KVCache
-from models.layer_graphs import LayerGraphs, recordable
-from models.linear import Embedding, Linear, RMSNorm
-from models.offload import CheckpointStore, WeightStream
-from models.recorder import CudaRecorder, Recorder
-from models.rotary import Rotary
+from kernels.linear.int8 import Int8Weight
+from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_entropy
+from kernels.loss.linear_distillation import linear_distillation
+from kernels.moe.router import load_balancing_loss
+from kernels.runtime.host_memory import SideCopies
+from models.config.model_config import ModelConfig
+from models.layers.block import DecoderLayer
+from models.layers.experts import ExpertAdapter
+from models.layers.kv_cache import KVCache
+from models.layers.linear import Embedding, Linear, RMSNorm
+from models.layers.packed_batch import Batch, Levers, dropout_seeds, layer_levels
+from models.layers.rotary import Rotary
+from models.memory.checkpointing import run_layer
+from models.memory.cuda_graphs import LayerGraphs, recordable
+from models.memory.offload import CheckpointStore, WeightStream
+from models.memory.recorder import CudaRecorder, Recorder
 
 DISTILLATION_ROWS = 256
 """Rows of both models' logits that exist at once while one learns from the other."""
@@ -51,8 +51,8 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    `recompute` is one of "none", "selective", "full" (see `models.block`). `dropout_seed` turns
-    LoRA dropout on in training mode; the trainer sets it anew for every micro-batch.
+    `recompute` is one of "none", "selective", "full" (see `models.layers.block`). `dropout_seed`
+    turns LoRA dropout on in training mode; the trainer sets it anew for every micro-batch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def set_recompute(self, level: str) -> None:
         """Choose what backward recomputes, in all layers or in each.
 
-        Raises `ValueError` as `models.batch.layer_levels` does.
+        Raises `ValueError` as `models.layers.packed_batch.layer_levels` does.
         """
         self.levels = layer_levels(level, len(self.layers))
         self.recompute = level
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
         return any(holder.dropout > 0.0 for holder in holders)
 
     def record_layers(self, recorder: Recorder | None = None) -> None:
-        """Run the layers of a training step from recorded launches (`models.layer_graphs`).
+        """Run the layers of a training step from recorded launches (`models.memory.cuda_graphs`).
 
         Without a `recorder` they are CUDA graphs. Adapters must be in place. Raises `ValueError`
         where layers or their inputs are lent to the host, because they then have no fixed address,
@@ -170,7 +170,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """input_ids (N,) packed -> the last layer's output (N, H), before the final norm.
 
-        What `models.batch.Batch` says of `routed` is added to the list, if there is one.
+        What `models.layers.packed_batch.Batch` says of `routed` is added to the list, if there is
+        one.
         """
         batch = replace(self._batch(input_ids.shape[0], cu_seqlens), routed=routed)
         x = self._embed(input_ids)
@@ -206,7 +207,7 @@ class Decoder(nn.Module):
         give that of the whole accumulated batch when this is one of several micro-batches. Where
         `router_loss` is not 0, that many times the router's load balancing loss is added. With a
         `teacher` of the same vocabulary its distribution is learnt in place of the tokens
-        (`kernels.linear_distillation`); labels then say where.
+        (`kernels.loss.linear_distillation`); labels then say where.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(

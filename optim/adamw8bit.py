@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
-from kernels.adamw8bit_launch import SegmentTable, adamw_flat_, upload
-from kernels.dispatch import use_triton
-from kernels.dynamic_map import Rounding
+from kernels.adamw8bit.dynamic_map import Rounding
+from kernels.adamw8bit.launch import SegmentTable, adamw_flat_, upload
+from kernels.runtime.dispatch import use_triton
 from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
 

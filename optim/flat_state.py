@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit import ROW, ZERO_CODE, Moments, Piece
-from kernels.adamw8bit_launch import FlatMoments, SegmentTable
+from kernels.adamw8bit.launch import FlatMoments, SegmentTable
 
 SLAB_ROWS = 1024
 """Rows that the torch reference works on at once: its four fp32 slabs then fit a core's cache."""

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import accuracy, suite_sections
-from bench.gpu_suite import main
-from bench.isolation import run_apart, run_here
+from bench.gpu import accuracy, suite_sections
+from bench.gpu.isolation import run_apart, run_here
+from bench.gpu.suite import main
 from engine.benchmark import ops_elementwise
-from kernels.swiglu import swiglu_forward
+from kernels.elementwise.swiglu import swiglu_forward
 
 SECTIONS = ["roofline", "accuracy", "steps", "graphs", "profile", "ops"]
 

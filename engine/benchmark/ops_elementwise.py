@@ -9,13 +9,13 @@ from torch import Tensor
 
 from engine.benchmark import plain
 from engine.benchmark.case import Case, Settings, Tensors, Work, gradients, leaf
-from kernels.cross_entropy import cross_entropy_
-from kernels.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
-from kernels.rope import rope_qk_
-from kernels.swiglu import swiglu_backward_, swiglu_forward
-from models.config import ModelConfig
-from models.registry import PROJECTIONS, layer_tensors
-from models.rotary import Rotary
+from kernels.elementwise.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
+from kernels.elementwise.rope import rope_qk_
+from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
+from kernels.loss.cross_entropy import cross_entropy_
+from models.config.model_config import ModelConfig
+from models.layers.rotary import Rotary
+from models.tensor_names import PROJECTIONS, layer_tensors
 from optim import AdamW8bit
 
 

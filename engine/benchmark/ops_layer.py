@@ -14,12 +14,12 @@ from engine.benchmark.ops_elementwise import adapter_shapes, normal
 from engine.benchmark.ops_matmul import attention_flops, flat
 from engine.benchmark.random_weights import random_decoder
 from kernels.attention import AttentionPlan
-from kernels.nf4 import NF4Weight
-from models.block import Batch, DecoderLayer
-from models.config import ModelConfig
-from models.gradient_checkpointing import run_layer
-from models.linear import Linear, RMSNorm
-from models.registry import PROJECTIONS, layer_tensors
+from kernels.nf4.weight import NF4Weight
+from models.config.model_config import ModelConfig
+from models.layers.block import Batch, DecoderLayer
+from models.layers.linear import Linear, RMSNorm
+from models.memory.checkpointing import run_layer
+from models.tensor_names import PROJECTIONS, layer_tensors
 
 
 def cases(model: str, config: ModelConfig, settings: Settings) -> Iterator[Case]:

@@ -13,14 +13,14 @@ from engine.benchmark.case import Case, Settings, Tensors, Work, gradients, leaf
 from engine.benchmark.ops_elementwise import normal
 from engine.benchmark.random_weights import random_nf4, random_projection
 from kernels.attention import AttentionPlan, attention_backward, attention_forward
-from kernels.linear_cross_entropy import linear_cross_entropy
-from kernels.lora import lora_mlp, lora_qkv
-from kernels.nf4 import NF4Weight, quantize
-from kernels.nf4_dequantize import nf4_dequantize
-from kernels.nf4_layout import PlanarNF4Weight, from_planar
-from kernels.nf4_matmul import nf4_linear, nf4_linear_backward_input
-from kernels.projection import Projection, decode_weight
-from models.config import ModelConfig
+from kernels.linear.lora import lora_mlp, lora_qkv
+from kernels.linear.projection import Projection, decode_weight
+from kernels.loss.linear_cross_entropy import linear_cross_entropy
+from kernels.nf4.dequantize_triton import nf4_dequantize
+from kernels.nf4.matmul import nf4_linear, nf4_linear_backward_input
+from kernels.nf4.planar import PlanarNF4Weight, from_planar
+from kernels.nf4.weight import NF4Weight, quantize
+from models.config.model_config import ModelConfig
 
 NF4_ROWS = (1, 16, 64, 512, 2048, 8192)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kernels.dynamic_map import dynamic_map
-from kernels.nf4 import NESTED_BLOCK, NF4_CODE, NF4Weight
+from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kernels.nf4 import NESTED_BLOCK, NF4Weight
-from kernels.nf4_layout import BLOCK, PlanarNF4Weight
-from kernels.projection import Projection
-from models.config import ModelConfig
+from kernels.linear.projection import Projection
+from kernels.nf4.planar import BLOCK, PlanarNF4Weight
+from kernels.nf4.weight import NESTED_BLOCK, NF4Weight
+from models.adapters import add_lora
+from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.experts import EXPERT_PROJECTIONS, ExpertAdapter, Experts, QuantizedExperts
-from models.linear import Linear
-from models.lora import add_lora
-from models.registry import PROJECTIONS, graph_tensors
+from models.layers.experts import EXPERT_PROJECTIONS, ExpertAdapter, Experts, QuantizedExperts
+from models.layers.linear import Linear
+from models.tensor_names import PROJECTIONS, graph_tensors
 
 _NF4_DEVIATION = 0.55
 """Standard deviation of a uniformly drawn NF4 value, to two digits."""
@@ -34,7 +34,7 @@ def random_nf4(
     dtype: torch.dtype,
     planar: bool | None = None,
 ) -> NF4Weight | PlanarNF4Weight:
-    """A doubly quantised weight (rows, columns), in the order that `engine.load` keeps there.
+    """A doubly quantised weight (rows, columns), in the order that `load_model` keeps there.
 
     `planar` asks for one order; columns must then be a multiple of 64.
     """
@@ -103,7 +103,7 @@ def random_decoder(
 def _random_experts(
     leaf: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> dict[str, QuantizedExperts]:
-    """One parameter of a mixture, as `engine.load` keeps it there."""
+    """One parameter of a mixture, as `engine.model_sources.load_model` keeps it there."""
     names = EXPERT_PROJECTIONS[:2] if leaf == "gate_up_proj" else (leaf,)
     count, rows, columns = shape[0], shape[1] // len(names), shape[2]
     planar = device.type == "cuda" and dtype.itemsize == 2 and columns % BLOCK == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.runner import Row
-from engine.formats import durable
+from engine.storage import durable
 
 HEADINGS = ("op", "shape", "time", "spread", "rate", "of limit")
 

@@ -15,9 +15,9 @@ from engine.benchmark.case import Case, Settings, Work
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.timing import Call, Timing, measure
 from engine.errors import ConfigError
-from engine.model_presets import preset_config, unknown_model
-from kernels.scratch import release
-from models.config import ModelConfig
+from engine.memory.model_shapes import preset_config, unknown_model
+from kernels.runtime.scratch import release
+from models.config.model_config import ModelConfig
 
 Contenders = Callable[[str, Work], Mapping[str, Call]]
 """Op and its inputs -> other implementations of it by name."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.json_files import BadLine, Located, read_values
+from engine.data.json_lines import BadLine, Located, read_values
 from engine.data.rows import Row, RowFault, parse_row
 from engine.errors import ConfigError, DataError
 

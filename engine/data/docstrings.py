@@ -24,7 +24,7 @@ from typing import Any
 
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.formats.durable import write_text
+from engine.storage.durable import write_text
 
 SHORTEST, LONGEST = 60, 1200
 """Characters of a docstring that becomes a row."""

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.rows import Row
-from engine.data.tokenizer import Offsets, Tokenizer
-from engine.data.trained_spans import ConversationError, Span
 from engine.errors import DataError
+from engine.tokenization.loss_spans import ConversationError, Span
+from engine.tokenization.tokenizer import Offsets, Tokenizer
 
 log = logging.getLogger(__name__)
 

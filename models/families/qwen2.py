@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import integer
 from models.families.family import Family
+from models.json_values import integer
 
 
 def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:

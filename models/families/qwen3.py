@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import boolean
 from models.families.family import Family
 from models.families.qwen2 import late_layers_slide
+from models.json_values import boolean
 
 
 def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:

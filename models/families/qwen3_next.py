@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import boolean, integer
 from models.families.family import Family
 from models.families.qwen_moe import SHARED_KEYS, SPARSE_KEYS, router_fields, sparse_layers
+from models.json_values import boolean, integer
 
 HYBRID_KEYS = frozenset(
     {

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import boolean, integer, layer_indices, positive
 from models.families.family import Family
+from models.json_values import boolean, integer, layer_indices, positive
 
 ROUTER_KEYS = frozenset(
     {

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from models.config_values import boolean, integer
 from models.families.family import Family
+from models.json_values import boolean, integer
 
 
 def _rotating(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:

@@ -15,7 +15,7 @@ import typer
 
 from cli import main as cli
 from engine.errors import DataError
-from engine.signals import Interrupted
+from engine.runs.signals import Interrupted
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -77,7 +77,7 @@ def test_help_and_mistakes_need_no_torch(words: list[str]) -> None:
 
 
 def test_the_help_of_train_lists_every_setting_with_its_default() -> None:
-    from engine.config import TrainConfig
+    from engine.config.train_config import TrainConfig
 
     done = engine("train", "--help")
     assert done.returncode == 0
@@ -228,7 +228,7 @@ def test_output_that_nobody_reads_is_no_failure(
 def test_train_hands_over_what_it_was_given(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from engine.config import TrainConfig
+    from engine.config.train_config import TrainConfig
 
     seen: list[TrainConfig] = []
 

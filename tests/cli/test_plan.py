@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cli import main as cli
-from engine.model_presets import NAMES
+from engine.memory.model_shapes import NAMES
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -1,21 +1,44 @@
-"""A complete tiny model: a golden checkpoint with a character tokenizer and a ChatML template."""
+"""A complete tiny model, and small tokenizers with the chat templates of the common families."""
 
 import json
 import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders
+from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
+
+from engine.tokenization.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+
+TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "[INST]", "[/INST]",
+    "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+)  # fmt: skip
+TEXT = [
+    "The quick brown fox jumps over the lazy dog and asks what the function does.",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n",
+    "system user assistant tool What is the answer? It is four. Thank you very much!",
+]
+NAMED = {
+    "chatml": {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    "qwen2_5": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "mistral": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
+}
 
 
 def write_tiny_model(target: Path, family: str = "qwen3") -> Path:
@@ -38,7 +61,7 @@ def write_tokenizer(target: Path) -> None:
     characters = [*string.ascii_letters, *string.digits, *" \n.,:;!?'()_-+*/=<>"]
     vocab = {text: index for index, text in enumerate(["<pad>", "<|im_start|>", "<|im_end|>"])}
     vocab |= {text: index + 3 for index, text in enumerate(characters)}
-    tokenizer = Tokenizer(BPE(vocab, []))
+    tokenizer = Backend(BPE(vocab, []))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["<pad>", "<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(target / "tokenizer.json"))
@@ -71,3 +94,38 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def backend_json() -> str:
+    """A byte-level BPE tokenizer with 400 entries and the families' special tokens."""
+    backend = Backend(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL],
+    )
+    backend.train_from_iterator(TEXT, trainer)
+    return str(backend.to_str())
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer(backend_json: str) -> Callable[..., Tokenizer]:
+    """Make a tokenizer with a family's template (or any) and its named special tokens."""
+
+    def make(family: str = "chatml", template: str | None = None, **options: Any) -> Tokenizer:
+        source = (TEMPLATES / f"{family}.jinja").read_text() if template is None else template
+        named = options.pop("special_tokens", NAMED[family])
+        return Tokenizer(Backend.from_str(backend_json), named, source, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizers_by_family(make_tokenizer: Callable[..., Tokenizer]) -> dict[str, Tokenizer]:
+    """One tokenizer for each family, shared because each keeps a template process."""
+    return {family: make_tokenizer(family) for family in NAMED}

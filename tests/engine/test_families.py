@@ -9,24 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.finetune import train
-from engine.formats.adapter import AdapterConfig, load_adapter, save_adapter
-from engine.formats.checkpoint import open_checkpoint
-from engine.formats.export import export_hf_directory
-from engine.formats.trained import TrainedCheckpoint
-from engine.load import Quantization, load_model
 from engine.merge import merge
-from models.config import ModelConfig
+from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.export import export_hf_directory
+from engine.model_sources.from_model import TrainedCheckpoint
+from engine.model_sources.load_model import Quantization, load_model
+from models.adapters import adapter_tensors, add_lora, load_adapter_tensors
+from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.experts import Experts
 from models.families import FAMILIES
-from models.kv_cache import KVCache
-from models.layout import carried_prefixes
-from models.linear import Linear
-from models.lora import adapter_tensors, add_lora, load_adapter_tensors
-from models.registry import PROJECTIONS, expected_tensors, projections_of
+from models.layers.experts import Experts
+from models.layers.kv_cache import KVCache
+from models.layers.linear import Linear
+from models.tensor_layout import carried_prefixes
+from models.tensor_names import PROJECTIONS, expected_tensors, projections_of
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 NAMES = (

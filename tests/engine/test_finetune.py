@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import engine.finetune
-from engine.config import TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.evaluate import evaluate
 from engine.finetune import dry_run, train
-from engine.formats.adapter import load_adapter
-from engine.load import load_model
 from engine.merge import merge
-from engine.metrics import read_metrics
-from engine.prepare import prepare
-from engine.signals import Interrupted, StopSignals
+from engine.model_sources.adapter.peft import load_adapter
+from engine.model_sources.load_model import load_model
+from engine.runs.metrics import read_metrics
+from engine.runs.signals import Interrupted, StopSignals
+from engine.training.prepare import prepare
 
 Rows = Callable[..., Path]
 

@@ -8,7 +8,7 @@ import torch
 
 from engine.errors import ConfigError
 from engine.generate import generate_ids
-from engine.load import load_model
+from engine.model_sources.load_model import load_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.formats.adapter import AdapterConfig, save_adapter
-from engine.formats.hf_directory import HFDirectory
 from engine.merge import merge
-from kernels.nf4 import dequantize, quantize
+from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.hf_directory import HFDirectory
+from kernels.nf4.weight import dequantize, quantize
 
 Golden = Callable[[str], Path]
 Q0 = "model.layers.0.self_attn.q_proj"

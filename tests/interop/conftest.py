@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.formats.checkpoint import open_checkpoint
-from engine.formats.export import export_hf_directory
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.export import export_hf_directory
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from bench import peers, step_peers
-from bench.step import StepSpec, configuration
+from bench import peers
+from bench.gpu import step_peers
+from bench.gpu.step import StepSpec, configuration
 from engine.benchmark.case import Settings, Work
 from engine.benchmark.runner import all_cases
 

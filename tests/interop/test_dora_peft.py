@@ -9,11 +9,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from engine.config import TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.finetune import train
-from engine.load import load_model
 from engine.merge import merge
-from models.lora import adapter_tensors
+from engine.model_sources.load_model import load_model
+from models.adapters import adapter_tensors
 
 pytestmark = pytest.mark.interop
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

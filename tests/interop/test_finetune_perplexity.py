@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from engine.config import TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import docstring_pairs
 from engine.data.examples import Example, build_examples
-from engine.data.tokenizer import load_tokenizer
 from engine.evaluate import evaluate
 from engine.finetune import train
-from engine.formats.checkpoint import open_checkpoint
+from engine.model_sources.base import open_checkpoint
+from engine.tokenization.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop
 LONGEST = 128

@@ -9,7 +9,7 @@ import pytest
 import torch
 import xllamacpp
 
-from engine.load import load_model
+from engine.model_sources.load_model import load_model
 
 pytestmark = pytest.mark.interop
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf"

@@ -23,8 +23,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.integrations.gguf import convert_gguf_tokenizer
 
-from engine.formats.checkpoint import Checkpoint, open_checkpoint
-from engine.formats.gguf_tokenizer import build_tokenizer
+from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.gguf.tokenizer import build_tokenizer
 
 pytestmark = pytest.mark.interop
 

@@ -10,14 +10,14 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine.data.tokenizer import load_tokenizer
-from engine.formats.adapter import AdapterConfig, save_adapter
-from engine.formats.checkpoint import open_checkpoint
 from engine.generate import Sampling, generate_ids, prompt_ids
-from engine.load import load_model
 from engine.merge import merge
+from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.load_model import load_model
+from engine.tokenization.tokenizer import load_tokenizer
+from models.adapters import adapter_tensors, add_lora
 from models.families import FAMILIES as FUSED
-from models.lora import adapter_tensors, add_lora
 
 pytestmark = pytest.mark.interop
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -7,9 +7,9 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from kernels import nf4
-from kernels.dynamic_map import Rounding, dynamic_map, quantize_blocks
-from kernels.nf4 import BLOCK_SIZES, NF4_CODE, NF4Weight, dequantize, quantize
+from kernels.adamw8bit.dynamic_map import Rounding, dynamic_map, quantize_blocks
+from kernels.nf4 import weight as nf4
+from kernels.nf4.weight import BLOCK_SIZES, NF4_CODE, NF4Weight, dequantize, quantize
 
 pytestmark = pytest.mark.interop
 

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.data.examples import Example
-from engine.load import load_model
-from engine.prune.calibration import activations, gradients
-from engine.prune.recipe import Mode, PruneSettings, prune
-from engine.prune.selection import Granularity
+from engine.model_sources.load_model import load_model
+from engine.prune import Mode, PruneSettings, prune
+from engine.pruning.calibration import activations, gradients
+from engine.pruning.selection import Granularity
 
 pytestmark = pytest.mark.interop
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from engine.load import load_model
+from engine.model_sources.load_model import load_model
 
 pytestmark = pytest.mark.interop
 

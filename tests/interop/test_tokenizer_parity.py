@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from engine.data.tokenizer import Tokenizer, load_tokenizer
-from engine.formats.checkpoint import Checkpoint, open_checkpoint
+from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.interop
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from bench.compile_cases import ARCHITECTURES, CompileCase
-from bench.compile_report import Row, collect, committed_rows, faults_of, regressions
-from bench.compile_table import markdown
-from bench.sass import Disassembly, Instruction, issued, left_in_registers
-from bench.triton_ir import narrow_products, packs_across_rows
+from bench.compile.cases import ARCHITECTURES, CompileCase
+from bench.compile.report import Row, collect, committed_rows, faults_of, regressions
+from bench.compile.sass import Disassembly, Instruction, issued, left_in_registers
+from bench.compile.table import markdown
+from bench.compile.triton_ir import narrow_products, packs_across_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,7 +46,7 @@ def test_checked_configurations_hold_the_limits_and_the_committed_table() -> Non
     """In a process of its own: in this one Triton's interpreter has taken the compiler's place."""
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.compile_report", "--check"]
+    command = [sys.executable, "-m", "bench.compile.report", "--check"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 

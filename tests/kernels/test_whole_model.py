@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.config import ModelConfig
+from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 
 

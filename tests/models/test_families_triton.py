@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.load import load_model
-from models.batch import Levers
+from engine.model_sources.load_model import load_model
+from models.adapters import adapter_tensors, add_lora
 from models.decoder import Decoder
-from models.lora import adapter_tensors, add_lora
+from models.layers.packed_batch import Levers
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.config import ModelConfig
+from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.layout import Layout, carried_prefixes
-from models.registry import SUPPORTED, expected_tensors, graph_tensors
+from models.tensor_layout import Layout, carried_prefixes
+from models.tensor_names import SUPPORTED, expected_tensors, graph_tensors
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())

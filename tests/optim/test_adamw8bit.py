@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kernels import dynamic_map
+from kernels.adamw8bit import dynamic_map
 from optim import AdamW8bit
 from optim.flat_state import slabs
 

@@ -10,9 +10,9 @@ from tokenizers.processors import ByteLevel
 
 from engine.data.examples import Example, build_examples, check_ids, trained_mask
 from engine.data.rows import Row
-from engine.data.tokenizer import Tokenizer
-from engine.data.trained_spans import ConversationError
 from engine.errors import DataError
+from engine.tokenization.loss_spans import ConversationError
+from engine.tokenization.tokenizer import Tokenizer
 
 FAMILIES = ("chatml", "llama3", "qwen2_5", "qwen3", "mistral")
 

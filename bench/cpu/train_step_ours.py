@@ -1,0 +1,77 @@
+"""One side of bench/cpu/train_step.py: QLoRA with this engine.
+
+The same work as bench/cpu/train_step_peers.py: NF4 with double quantisation, fp32 compute, 8-bit
+AdamW, LoRA on all seven projections. Rows lie end to end instead of being padded, and what backward
+computes again is chosen as `engine train` chooses it.
+
+Run as ``python -m bench.cpu.train_step_ours WORK.json RESULT.json``.
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from bench.cpu.side import Row, Work, measure
+from engine.config.train_config import TrainConfig
+from engine.data.examples import Example
+from engine.data.loader import collate
+from engine.memory.auto_policy import resolve_recompute
+from engine.memory.estimate import Workload
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.load_model import load_model
+from models.adapters import add_lora
+from optim import AdamW8bit
+from optim.clip import clip_grad_norm
+
+
+def recompute_level(config: TrainConfig, work: Work) -> str:
+    """What `--gradient-checkpointing` comes to for the largest batch."""
+    largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
+    lengths = tuple(len(row.input_ids) for row in largest)
+    return resolve_recompute(
+        open_checkpoint(work.gguf).config,
+        config,
+        torch.device("cpu"),
+        torch.float32,
+        Workload((lengths,)),
+    )
+
+
+def main(work_file: Path, result_file: Path) -> None:
+    work = Work.read(work_file)
+    model = load_model(work.gguf, quantize="nf4", dtype=torch.float32)
+    add_lora(model, rank=work.rank, alpha=work.alpha, targets="all")
+    config = TrainConfig(
+        model=work.gguf,
+        data=["-"],
+        lora_rank=work.rank,
+        gradient_checkpointing=work.recompute,
+    )
+    model.set_recompute(recompute_level(config, work))
+    model.loss_chunk_rows = config.loss_chunk_rows
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW8bit(trained, lr=work.learning_rate, weight_decay=0.01)
+
+    def step(rows: list[Row]) -> float:
+        batch = collate(
+            [
+                Example(row.input_ids, [label != -100 for label in row.labels], "bench")
+                for row in rows
+            ]
+        )
+        loss = model.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+        loss.backward()
+        clip_grad_norm(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    versions = {"torch": version("torch"), "gradient_checkpointing": model.recompute}
+    measure(work, step, versions, len(trained), result_file)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

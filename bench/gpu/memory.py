@@ -1,0 +1,140 @@
+"""Planned bytes of well-known models, and on a GPU what the same step really allocates.
+
+    python -m bench.gpu.memory                        # plans: 2,048 tokens and the slope per token
+    python -m bench.gpu.memory --measure qwen3-0.6b   # needs CUDA: random weights, plan beside
+    reality
+
+Without a card every figure is a plan and says so. With one, `--card-gib` lets the allocator play a
+smaller card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any, cast
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.memory.estimate import make_batch, plan
+from engine.memory.model_shapes import preset_config
+from engine.model_sources.base import Checkpoint
+from engine.model_sources.load_model import build_model
+from engine.training.loop import train_step
+from engine.training.trainable import make_optimizer, make_trainable
+from models.config.model_config import ModelConfig
+from models.tensor_names import expected_tensors
+
+MODELS = ("llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "llama-3.3-70b")
+LEVELS = ("none", "selective", "full")
+
+
+class RandomCheckpoint:
+    """Random bf16 weights, made on the card one at a time."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._shapes = expected_tensors(config)
+
+    def names(self) -> list[str]:
+        """Names of the file's tensors."""
+        return list(self._shapes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor of standard deviation 0.02."""
+        shape = self._shapes[name]
+        return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
+
+    def release(self, name: str) -> None:
+        """Nothing is mapped."""
+
+
+def shape_of(name: str) -> ModelConfig:
+    """The preset's configuration. Raises `SystemExit` where there is none."""
+    config = preset_config(name)
+    if config is None:
+        raise SystemExit(f"no preset {name!r}")
+    return config
+
+
+def settings(tokens: int, level: str) -> TrainConfig:
+    """QLoRA of rank 16 on one row."""
+    return TrainConfig(
+        model="-", data="-", batch_size=1, max_length=tokens, gradient_checkpointing=level
+    )
+
+
+def planned(name: str, level: str) -> dict[str, Any]:
+    """One line: planned bytes at 2,048 tokens, and bytes per token from there to 16,384."""
+    model = shape_of(name)
+    short, long = (
+        plan(model, settings(tokens, level), card=True, dtype=torch.bfloat16)
+        for tokens in (2048, 16384)
+    )
+    return {
+        "kind": "plan, not measured",
+        "model": name,
+        "recompute": level,
+        "tokens": 2048,
+        "allocated_bytes": short.step.bytes,
+        "bytes_per_token": (long.step.bytes - short.step.bytes) / (16384 - 2048),
+        "owners": {owner: size for owner, size in short.step.owners.items() if size},
+        "torch": torch.__version__,
+    }
+
+
+def measured(name: str, level: str, tokens: int) -> dict[str, Any]:
+    """One line: planned and allocated bytes of the third of three real steps."""
+    shape, config = shape_of(name), settings(tokens, level)
+    model = build_model(
+        cast(Checkpoint, RandomCheckpoint(shape)),
+        quantization="nf4",
+        device="cuda",
+        dtype=torch.bfloat16,
+    )
+    make_trainable(model, config, None)
+    optimizer = make_optimizer(model, config)
+    for step in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        train_step(model, optimizer, [make_batch([tokens])], max_grad_norm=1.0, step=step)
+    made = plan(shape, config, card=True, dtype=torch.bfloat16)
+    real = torch.cuda.max_memory_allocated()
+    return {
+        "kind": "measured",
+        "model": name,
+        "recompute": level,
+        "tokens": tokens,
+        "planned_bytes": made.step.bytes,
+        "allocated_bytes": real,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "error": made.step.bytes / real - 1,
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
+
+
+def main() -> None:
+    """Print one JSON line per model and recompute level."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", metavar="PRESET")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--card-gib", type=float)
+    options = parser.parse_args()
+    if options.measure is None:
+        for name in MODELS:
+            for level in LEVELS:
+                print(json.dumps(planned(name, level)), flush=True)
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("--measure needs a CUDA card")
+    if options.card_gib:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.card_gib * 2**30 / whole)
+    for level in LEVELS:
+        print(json.dumps(measured(options.measure, level, options.tokens)), flush=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

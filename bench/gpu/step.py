@@ -1,0 +1,222 @@
+"""Whole QLoRA steps of this engine on a model with random weights: speed, memory, utilisation.
+
+Every token is trained, the documents are equally long, and LoRA of rank 16 is on all projections.
+Model FLOPs count what the mathematics needs and no recomputation: per token 4 per weight of the
+seven projections (forward and the gradient of the input), 4 per weight of the head, 6 per adapter
+weight, and 3.5 times causal attention's forward pass.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from engine.benchmark.ops_elementwise import adapter_shapes
+from engine.benchmark.ops_layer import linear_parameters
+from engine.benchmark.ops_matmul import attention_flops
+from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.timing import synchronize
+from engine.memory.model_shapes import preset_config, unknown_model
+from engine.training.loop import train_step
+from kernels.runtime.scratch import release
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.memory.cuda_graphs import LayerGraphs
+from models.memory.recorder import CudaRecorder
+from optim import AdamW8bit
+
+RANK = 16
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """A step: `documents` of `length` tokens each, at one recompute level.
+
+    With `graphs` the layers' launches are recorded once and repeated (`models.memory.cuda_graphs`).
+    """
+
+    model: str
+    documents: int
+    length: int
+    recompute: str
+    graphs: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> StepSpec:
+        """From `model documents x length recompute [graphs]`, the form that `str` gives."""
+        model, size, recompute, *graphs = text.split()
+        documents, length = size.split("x")
+        return cls(model, int(documents), int(length), recompute, graphs == ["graphs"])
+
+    def __str__(self) -> str:
+        plain = f"{self.model} {self.documents}x{self.length} {self.recompute}"
+        return f"{plain} graphs" if self.graphs else plain
+
+    @property
+    def tokens(self) -> int:
+        return self.documents * self.length
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The fields of `engine.data.loader.Batch` that a step reads."""
+
+    input_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    trained_tokens: int
+
+
+def configuration(model: str, small: bool) -> ModelConfig:
+    """A preset's shape, or one of the same family that a processor core can run."""
+    config = preset_config(model)
+    if config is None:
+        raise unknown_model(model)
+    if not small:
+        return config
+    return replace(
+        config,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        layer_types=config.layer_types[:2],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+
+
+def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """The same model with another number of layers."""
+    kinds = (config.layer_types * layers)[:layers]
+    return replace(config, num_hidden_layers=layers, layer_types=kinds)
+
+
+def random_batch(config: ModelConfig, spec: StepSpec, device: torch.device) -> PackedBatch:
+    """Random tokens, all of them trained but the first of each document."""
+    ids = torch.randint(0, config.vocab_size, (spec.tokens,), device=device)
+    bounds = torch.arange(0, spec.tokens + 1, spec.length, dtype=torch.int32)
+    return PackedBatch(ids, ids.clone(), bounds, spec.documents * (spec.length - 1))
+
+
+def model_flops(config: ModelConfig, spec: StepSpec) -> float:
+    """Operations of one step without recomputation; see the module's docstring."""
+    layers = config.num_hidden_layers
+    adapter = sum(a * b for a, b in adapter_shapes(config, RANK, layers))
+    head = config.vocab_size * config.hidden_size
+    bounds = range(0, spec.tokens + 1, spec.length)
+    attention = layers * attention_flops(config, bounds)
+    dense = 4.0 * (layers * linear_parameters(config) + head) + 6.0 * adapter
+    return spec.tokens * dense + 3.5 * attention
+
+
+def build(
+    config: ModelConfig, spec: StepSpec, device: torch.device, dtype: torch.dtype
+) -> tuple[Decoder, AdamW8bit]:
+    """A random model that trains, at the step's recompute level, and its optimiser."""
+    model = random_decoder(config, device, dtype, rank=RANK)
+    model.set_recompute(spec.recompute)
+    if spec.graphs:
+        # Without a GPU the same passes run launch by launch.
+        recorder = CudaRecorder(device) if device.type == "cuda" else None
+        model.graphs = LayerGraphs(model.layers, recorder)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model, AdamW8bit(trained, lr=1e-4)
+
+
+def clear(device: torch.device) -> None:
+    """Forget what an earlier measurement left, so that its memory is not counted here."""
+    gc.collect()
+    release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def one_step(model: Decoder, optimizer: AdamW8bit, batch: PackedBatch, step: int) -> float:
+    """The trainer's own step; its loss."""
+    return train_step(model, optimizer, [cast(Any, batch)], max_grad_norm=1.0, step=step).loss
+
+
+def measure_step(
+    spec: StepSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    small: bool = False,
+    steps: int = 5,
+    peak_flops: float | None = None,
+) -> dict[str, Any]:
+    """Median step time, tokens per second, share of `peak_flops`, peak memory."""
+    clear(device)
+    config = configuration(spec.model, small)
+    model, optimizer = build(config, spec, device, dtype)
+    batch = random_batch(config, spec, device)
+    warmup = 2
+    times, losses = [], []
+    for step in range(warmup + steps):
+        if step == warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        synchronize(device)
+        started = time.perf_counter()
+        losses.append(one_step(model, optimizer, batch, step))
+        synchronize(device)
+        times.append(time.perf_counter() - started)
+    timed = times[warmup:]
+    if not all(math.isfinite(loss) for loss in losses):
+        raise RuntimeError(f"losses are not finite: {losses}")
+    return {
+        **asdict(spec),
+        **summary(timed, spec.tokens, model_flops(config, spec), peak_flops, device),
+        "first_step_seconds": times[0],
+        "losses": losses,
+    }
+
+
+def compare_graphs(
+    spec: StepSpec, device: torch.device, dtype: torch.dtype, *, small: bool, steps: int
+) -> dict[str, Any]:
+    """The step launch by launch, and from recorded launches: times, memory, losses apart."""
+    rows = {}
+    for name, graphs in (("launched", False), ("recorded", True)):
+        torch.manual_seed(0)
+        given = replace(spec, graphs=graphs)
+        rows[name] = measure_step(given, device, dtype, small=small, steps=steps)
+    launched, recorded = rows["launched"], rows["recorded"]
+    pairs = zip(launched["losses"], recorded["losses"], strict=True)
+    apart = max(abs(a - b) / abs(a) for a, b in pairs)
+    speedup = launched["seconds"] / recorded["seconds"]
+    return {**rows, "speedup": speedup, "losses_apart": apart, "passed": apart <= _LOSSES_APART}
+
+
+_LOSSES_APART = 1e-2
+"""Relative: attention's gradient adds up in no fixed order on a GPU, in 16 bit."""
+
+
+def summary(
+    timed: list[float],
+    tokens: int,
+    flops: float,
+    peak_flops: float | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What both sides report of their timed steps."""
+    seconds = statistics.median(timed)
+    cuda = device.type == "cuda"
+    return {
+        "seconds": seconds,
+        "all_seconds": timed,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "model_flops": flops,
+        "utilisation": None if peak_flops is None else flops / seconds / peak_flops,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if cuda else None,
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device) if cuda else None,
+    }

@@ -1,0 +1,201 @@
+"""The sections of `bench.gpu.suite`: what each measures, item by item.
+
+A section lists its items for given options and runs one of them. Options are plain JSON, because
+items run in processes of their own: `smoke` (tiny sizes), `device`, `seconds` per timing, and
+`roofline`, which the first section found, and `peers`, whether to time other libraries' ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from bench import peers
+from bench.gpu import accuracy, accuracy_more, profile_step, step, step_peers
+from bench.gpu.step import StepSpec, configuration
+from engine.benchmark.case import Case, Settings
+from engine.benchmark.roofline import Roofline, measure_roofline
+from engine.benchmark.runner import all_cases, default_models, default_settings, run_case
+
+Options = Mapping[str, Any]
+LLAMA, QWEN = "llama-3.1-8b", "qwen3-8b"
+OP_MODELS = default_models(torch.device("cuda"))
+
+
+@dataclass(frozen=True)
+class Section:
+    """`weight` is its share of the time; `run` measures one of `items`."""
+
+    weight: float
+    items: Callable[[Options], list[str]]
+    run: Callable[[str, Options], dict[str, Any]]
+
+
+def device_of(options: Options) -> torch.device:
+    return torch.device(options["device"])
+
+
+def dtype_of(options: Options) -> torch.dtype:
+    return default_settings(device_of(options)).dtype
+
+
+def _peak(options: Options) -> float | None:
+    found = options.get("roofline")
+    name = str(dtype_of(options)).removeprefix("torch.")
+    return None if found is None else found["flops"].get(name)
+
+
+def _settings(options: Options, tokens: int, document: int, dtype: torch.dtype) -> Settings:
+    whole = Settings(tokens, dtype, document=document, head_rows=min(tokens, 2048))
+    return replace(whole, optimizer_layers=1) if options["smoke"] else whole
+
+
+def _cases(model: str, options: Options, settings: Settings) -> list[Case]:
+    return list(all_cases(model, settings, configuration(model, options["smoke"])))
+
+
+def _run_roofline(_: str, options: Options) -> dict[str, Any]:
+    seconds = options["seconds"]
+    found = measure_roofline(device_of(options), budget=seconds, small=options["smoke"])
+    return {"bandwidth": found.bandwidth, "flops": dict(found.flops)}
+
+
+def _accuracy_dtypes(options: Options) -> tuple[torch.dtype, ...]:
+    if device_of(options).type == "cuda":
+        return torch.bfloat16, torch.float16, torch.float32
+    return (torch.float32,)
+
+
+def _accuracy_items(options: Options) -> list[str]:
+    names = [str(dtype).removeprefix("torch.") for dtype in _accuracy_dtypes(options)]
+    more = [f"more: {op} {name}" for name in names for op in accuracy_more.OPS]
+    return [*_accuracy_cases(options), *more]
+
+
+def _accuracy_cases(options: Options) -> dict[str, Case]:
+    tokens = 24 if options["smoke"] else 4000
+    return {
+        case.name: case
+        for dtype in _accuracy_dtypes(options)
+        for model in (LLAMA, QWEN)
+        for case in _cases(model, options, _settings(options, tokens, tokens // 2 + 1, dtype))
+        if model == LLAMA or case.op == "decoder_layer"
+    }
+
+
+def _run_accuracy(item: str, options: Options) -> dict[str, Any]:
+    torch.manual_seed(0)
+    if item.startswith("more: "):
+        _, op, name = item.split()
+        dtype = getattr(torch, name)
+        found = accuracy_more.check(op, device_of(options), dtype, small=options["smoke"])
+        return {"op": op, **found}
+    case = _accuracy_cases(options)[item]
+    return {"op": case.op, **accuracy.check_case(case, device_of(options))}
+
+
+def _op_cases(options: Options) -> dict[str, Case]:
+    tokens = 16 if options["smoke"] else 8192
+    models = (LLAMA,) if options["smoke"] else OP_MODELS
+    settings = _settings(options, tokens, tokens // 2, dtype_of(options))
+    return {case.name: case for model in models for case in _cases(model, options, settings)}
+
+
+def _run_op(item: str, options: Options) -> dict[str, Any]:
+    found = options.get("roofline") or _run_roofline("", options)
+    row = run_case(
+        _op_cases(options)[item],
+        device_of(options),
+        Roofline(found["bandwidth"], found["flops"]),
+        budget=options["seconds"],
+        contenders=[peers.contenders] if options["peers"] else [],
+    )
+    return row.plain()
+
+
+def _step_items(options: Options) -> list[str]:
+    if options["smoke"]:
+        return [f"{LLAMA} 2x8 {level}" for level in ("none", "full")]
+    sizes = ((LLAMA, "4x4096"), (QWEN, "4x4096"))
+    large = [f"{m} {size} {level}" for m, size in sizes for level in ("none", "selective", "full")]
+    return [*large, *(f"{model} 1x2048 none" for model in (LLAMA, QWEN))]
+
+
+def _run_step(item: str, options: Options) -> dict[str, Any]:
+    return step.measure_step(
+        StepSpec.parse(item),
+        device_of(options),
+        dtype_of(options),
+        small=options["smoke"],
+        steps=2 if options["smoke"] else 5,
+        peak_flops=_peak(options),
+    )
+
+
+def _peer_items(options: Options) -> list[str]:
+    if options["smoke"]:
+        return [f"{LLAMA} 2x8 full"]
+    shapes = [f"{LLAMA} 4x4096 full", f"{LLAMA} 4x4096 none", f"{LLAMA} 1x2048 none"]
+    return [*shapes, f"{QWEN} 4x4096 full", f"{QWEN} 4x4096 none", f"{QWEN} 1x2048 none"]
+
+
+def _run_peer(item: str, options: Options) -> dict[str, Any]:
+    absent = step_peers.missing()
+    if absent:
+        return {"skipped": f"not installed: {', '.join(absent)}"}
+    return step_peers.measure_step(
+        StepSpec.parse(item),
+        device_of(options),
+        dtype_of(options),
+        small=options["smoke"],
+        steps=1 if options["smoke"] else 3,
+        peak_flops=_peak(options),
+    )
+
+
+def _run_profile(item: str, options: Options) -> dict[str, Any]:
+    what, _, spec = item.partition(": ")
+    measure = profile_step.host_waits if what == "host waits" else profile_step.profile_step
+    return measure(
+        StepSpec.parse(spec), device_of(options), dtype_of(options), small=options["smoke"]
+    )
+
+
+def _profile_items(options: Options) -> list[str]:
+    sizes = ("2x8",) if options["smoke"] else ("4x4096", "1x2048")
+    profiles = [f"profile: {LLAMA} {size} none" for size in sizes]
+    if not options["smoke"]:
+        profiles.append(f"profile: {LLAMA} {sizes[-1]} none graphs")
+    return [*profiles, f"host waits: {LLAMA} {sizes[-1]} none"]
+
+
+def _graph_items(options: Options) -> list[str]:
+    if options["smoke"]:
+        return [f"{LLAMA} 1x128 none"]
+    return [f"{model} 1x2048 none" for model in ("qwen3-0.6b", "qwen3-4b", LLAMA)]
+
+
+def _run_graphs(item: str, options: Options) -> dict[str, Any]:
+    small = options["smoke"]
+    return step.compare_graphs(
+        StepSpec.parse(item),
+        device_of(options),
+        dtype_of(options),
+        small=small,
+        steps=1 if small else 5,
+    )
+
+
+SECTIONS: dict[str, Section] = {
+    "roofline": Section(0.5, lambda _: ["limits"], _run_roofline),
+    "accuracy": Section(2.0, _accuracy_items, _run_accuracy),
+    "steps": Section(2.5, _step_items, _run_step),
+    "graphs": Section(0.5, _graph_items, _run_graphs),
+    "profile": Section(1.0, _profile_items, _run_profile),
+    "peers": Section(1.5, _peer_items, _run_peer),
+    "ops": Section(2.5, lambda options: list(_op_cases(options)), _run_op),
+}
+"""In the order in which they run: what matters most comes before what may be cut short."""

@@ -1,0 +1,50 @@
+"""How a configuration that cannot be used is explained: setting, source, what was expected."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.config.aliases import ALIASES
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value as it was given, and where: `run.yaml:12`, `--learning-rate`, `preset full`."""
+
+    value: Any
+    source: str
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str | None:
+    """The known name (or the field of the known alias) that looks most like `name`."""
+    names = [*known, *(alias for alias, field in ALIASES.items() if field in known)]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return ALIASES.get(close[0], close[0]) if close else None
+
+
+def describe(
+    error: ValidationError, fields: Mapping[str, Any], settings: Mapping[str, Setting]
+) -> str:
+    """pydantic's findings as one paragraph: setting, value, source, what was expected."""
+    findings = [_finding(found, fields, settings) for found in error.errors(include_url=False)]
+    return "The configuration cannot be used: " + "; ".join(dict.fromkeys(findings)) + "."
+
+
+def _finding(found: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
+    message = str(found["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not found["loc"]:
+        return message
+    field = str(found["loc"][0])
+    if found["type"] == "missing":
+        return f"`{field}` is missing (--{field.replace('_', '-')})"
+    if found["type"] == "extra_forbidden":
+        near = nearest(field, fields)
+        return f"there is no setting `{field}`" + (f"; did you mean `{near}`" if near else "")
+    given = settings.get(field)
+    value = repr(given.value if given is not None else found["input"])
+    source = f" ({given.source})" if given is not None else ""
+    return f"`{field}` = {value if len(value) <= 80 else value[:77] + '...'}{source}: {message}"

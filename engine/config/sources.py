@@ -1,0 +1,195 @@
+"""Where a configuration comes from: preset, file, flags, then `key=value` overrides, the last wins.
+
+Every value remembers its source (`run.yaml:12`, `--learning-rate`, `preset cpu-demo`), so that an
+error can say where to look. Two habits of YAML 1.1 are undone: `1e-4` is a number here and not a
+string, and `no`, `on` and `yes` are words and not booleans (a field that is a boolean still takes
+them). A key that appears twice, in one mapping or under two of its names, is an error.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from engine.config.aliases import ALIASES, GROUPS, HINTS
+from engine.config.explain import Setting, describe, nearest
+from engine.config.presets import PRESETS
+from engine.config.train_config import TrainConfig
+from engine.errors import ConfigError
+
+_LONGEST_FILE = 1 << 20
+_PLAIN_MAPPING = "tag:yaml.org,2002:map"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of numbers and booleans, on PyYAML's safe loader."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.?(?:[eE][-+]?\d+)"
+        r"|\d[\d_]*\.|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_config(
+    file: Path | str | None = None,
+    *,
+    preset: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> TrainConfig:
+    """The configuration made of all sources, the later ones winning.
+
+    `flags` holds field names with what the user typed; `overrides` holds `key=value` or
+    `group.key=value` texts whose values are read as YAML. Raises `ConfigError` for an unreadable
+    file, an unknown key (with a suggestion) and a value that cannot be used, naming its source.
+    """
+    written = read_file(Path(file)) if file is not None else {}
+    named = written.pop("preset", None)
+    if preset is None and named is not None:
+        preset = str(named.value)
+    settings: dict[str, Setting] = {}
+    if preset is not None:
+        source = f"preset {preset}"
+        settings |= {key: Setting(value, source) for key, value in find_preset(preset).items()}
+    settings |= written
+    for key, value in (flags or {}).items():
+        settings[key] = Setting(value, "--" + key.replace("_", "-"))
+    for text in overrides:
+        settings |= _read_override(text)
+    limit = settings.get("max_steps")
+    if limit and limit.source.startswith("preset ") and "epochs" in settings:
+        # Someone who asks for three epochs does not want the preset's end after 60 steps.
+        del settings["max_steps"]
+    try:
+        return TrainConfig(**{key: given.value for key, given in settings.items()})
+    except ConfigError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        message = describe(error.__cause__, TrainConfig.model_fields, settings)
+        raise ConfigError(message) from None
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """The settings of a preset. Raises `ConfigError` for a name that there is none of."""
+    if name not in PRESETS:
+        near = nearest(name, PRESETS)
+        meant = f" Did you mean {near}?" if near else ""
+        raise ConfigError(f"There is no preset {name!r}.{meant} Presets: {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def read_file(path: Path) -> dict[str, Setting]:
+    """The settings in a YAML (or JSON) file, by field name. Raises `ConfigError`."""
+    try:
+        if path.stat().st_size > _LONGEST_FILE:
+            raise ConfigError(f"{path} is over 1 MiB, too long for a configuration file.")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"The configuration file {path} cannot be read: {reason}.") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}:1 should hold `key: value` lines and holds something else.")
+        return _collect(_walk(loader, node, ()), path)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not YAML that can be read: {error}.") from None
+    finally:
+        loader.dispose()
+
+
+def _walk(
+    loader: _Loader, node: yaml.MappingNode, above: tuple[str, ...]
+) -> Iterator[tuple[str, Any, int]]:
+    """Dotted key, value and line of every leaf under `node`."""
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        path = (*above, str(key_node.value))
+        if isinstance(value_node, yaml.MappingNode) and value_node.tag == _PLAIN_MAPPING:
+            yield from _walk(loader, value_node, path)
+        else:
+            value = loader.construct_object(value_node, deep=True)
+            yield ".".join(path), value, line
+
+
+def _collect(leaves: Iterator[tuple[str, Any, int]], path: Path) -> dict[str, Setting]:
+    settings: dict[str, Setting] = {}
+    for key, value, line in leaves:
+        source = f"{path}:{line}"
+        field = "preset" if key == "preset" else field_for(key, source)
+        if field in settings:
+            first = settings[field].source
+            raise ConfigError(
+                f"{source}: `{key}` sets {field}, which {first} has set already; remove one."
+            )
+        settings[field] = Setting(value, source)
+    return settings
+
+
+def _yaml_problem(path: Path, error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
+    what = getattr(error, "problem", None) or str(error)
+    return f"{where}: this is not YAML: {what}. Expected `key: value` lines."
+
+
+def _read_override(text: str) -> dict[str, Setting]:
+    key, equals, raw = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"The override {text!r} is not of the form key=value; an example is lora_rank=8."
+        )
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except (yaml.YAMLError, ValueError):
+        value = raw
+    if isinstance(value, dict):
+        value = raw
+    return {field_for(key.strip(), text): Setting(value, text)}
+
+
+def field_for(key: str, source: str) -> str:
+    """The field that `key` names: itself, an alias, or the end of a dotted path under a group.
+
+    Raises `ConfigError` with the nearest name for a key that names nothing.
+    """
+    fields = TrainConfig.model_fields
+    plain = key.replace("-", "_").lower()
+    candidates = [plain, plain.replace(".", "_")]
+    group, _, leaf = plain.rpartition(".")
+    if group.split(".")[-1] in GROUPS:
+        candidates.append(leaf)
+    for candidate in candidates:
+        name = ALIASES.get(candidate, candidate)
+        if name in fields:
+            return name
+    hint = HINTS.get(leaf)
+    if hint is None:
+        near = nearest(plain, fields) or nearest(leaf, fields)
+        hint = f"did you mean `{near}`" if near else "`engine train --help` lists the settings"
+    raise ConfigError(f"{source}: there is no setting `{key}`; {hint}.")
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,107 @@
+"""Readers of settings as people spell them, which run before the checks of `TrainConfig`."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BeforeValidator
+
+DTYPES = {
+    "fp32": "float32",
+    "float": "float32",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+}
+OPTIMIZERS = dict.fromkeys(
+    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8"), "adamw8bit"
+)
+CHECKPOINTING = dict.fromkeys(("true", "yes", "on", "unsloth"), "selective") | dict.fromkeys(
+    ("false", "no", "off"), "none"
+)
+
+PRECISIONS = dict.fromkeys(("16", "16-bit", "bf16", "bfloat16", "dense"), "16bit") | dict.fromkeys(
+    ("8", "8-bit", "int8"), "8bit"
+)
+
+
+def spelled(table: Mapping[str, str]) -> BeforeValidator:
+    """A validator that replaces the other spellings in `table`, whatever their case."""
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str | bool):
+            text = str(value).strip().lower()
+            return table.get(text, text)
+        return value
+
+    return BeforeValidator(replace)
+
+
+LEVEL = "(none|selective|full)"
+
+
+def recompute_levels(value: Any) -> Any:
+    """Other spellings of a recompute level; a list of levels as one text."""
+    if isinstance(value, list | tuple):
+        value = ",".join(str(item) for item in value)
+    text = str(value).strip().lower().replace(" ", "")
+    return CHECKPOINTING.get(text, text)
+
+
+def comma_list(value: Any) -> Any:
+    """`"a, b"` as `["a", "b"]`; "none" and "" as the empty list; anything else as it is."""
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        parts = [part.strip() for part in value.split(",")]
+        return [part for part in parts if part and part.lower() != "none"]
+    return value
+
+
+def one_or_many(value: Any) -> Any:
+    """One path or a list of paths, as a tuple of strings."""
+    if value is None:
+        return ()
+    if isinstance(value, str | Path):
+        return (str(value),)
+    if isinstance(value, list | tuple):
+        return tuple(str(item) if isinstance(item, Path) else item for item in value)
+    return value
+
+
+def minus_one_is_none(value: Any) -> Any:
+    """-1 as other trainers write it: no limit."""
+    return None if value in (-1, "-1") else value
+
+
+def json_object(value: Any) -> Any:
+    """`'{"enable_thinking": false}'` as a mapping."""
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        found = json.loads(value)
+    except ValueError as error:
+        raise ValueError(
+            f'should be a JSON object such as {{"enable_thinking": false}}: {error}'
+        ) from error
+    return found
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def size_in_bytes(value: Any) -> Any:
+    """`"8GiB"` and `"8GB"` as numbers of bytes; 1 GiB is 2^30 and 1 GB 10^9."""
+    if not isinstance(value, str):
+        return value
+    found = _SIZE.fullmatch(value.strip())
+    if found is None:
+        raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
+    number, unit, binary = found.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1 << 20:
+        raise ValueError("is less than 1 MiB; write a unit, such as 8GiB")
+    return size

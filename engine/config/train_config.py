@@ -1,0 +1,339 @@
+"""`TrainConfig`: every setting of a training run, its default, its range and its help text.
+
+One flat table serves the Python API, the YAML file, the command line's flags and its help. The
+fields carry the group they are shown under; `engine.config.sources` reads files, flags, presets and
+`key=value` overrides into it.
+
+Nothing here imports torch, so the command line can show help and report a bad option at once.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from engine.config.explain import describe
+from engine.config.rules import check_together
+from engine.config.spelling import (
+    DTYPES,
+    LEVEL,
+    OPTIMIZERS,
+    PRECISIONS,
+    comma_list,
+    json_object,
+    minus_one_is_none,
+    one_or_many,
+    recompute_levels,
+    size_in_bytes,
+    spelled,
+)
+from engine.errors import ConfigError
+
+ALL_PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_qkvz",
+    "out_proj",
+)
+TARGET_PRESETS: dict[str, tuple[str, ...]] = {
+    "all": ALL_PROJECTIONS,
+    "attn": ALL_PROJECTIONS[:4] + ALL_PROJECTIONS[7:],
+    "qv": ("q_proj", "v_proj"),
+}
+
+# Settings that change where a run writes or what it shows, and never what it learns.
+_NOT_TRAJECTORY = frozenset(
+    {
+        "output_dir",
+        "run_id",
+        "resume",
+        "overwrite",
+        "keep_checkpoints",
+        "checkpoint_every",
+        "eval_every",
+        "report_to",
+        "log_level",
+        "log_every",
+        "memory_budget",
+        "embedding_on",
+        "offload",
+        "optimizer_in_backward",
+        "plot",
+    }
+)
+
+
+def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
+    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
+
+
+class TrainConfig(BaseModel):
+    """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+
+    model: str = _setting(
+        ..., "Model and data", "Hugging Face directory, hub id or .gguf file", min_length=1
+    )
+    revision: str | None = _setting(None, "Model and data", "branch, tag or commit of a hub id")
+    teacher: str | None = _setting(
+        None, "Model and data", "learn this model's next-token probabilities, not the rows' tokens"
+    )
+    data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
+        ..., "Model and data", "JSONL or JSON file(s) of rows to train on", min_length=1
+    )
+    eval_data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
+        (), "Model and data", "file(s) of held-out rows, never trained on"
+    )
+    heldout: float = _setting(
+        0.0, "Model and data", "fraction of the rows to hold out instead", ge=0, lt=1
+    )
+    min_rating: int | None = _setting(
+        None, "Model and data", "leave out rows rated lower", ge=1, le=5
+    )
+    category: str | None = _setting(None, "Model and data", "only rows of this category")
+    bad_lines: str = _setting(
+        "fail",
+        "Model and data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=r"^(fail|skip|skip:\d+(\.\d+)?%)$",
+    )
+    limit_rows: int | None = _setting(None, "Model and data", "only the first N rows", ge=1)
+    system_prompt: str | None = _setting(
+        None, "Model and data", "system message put before rows that have none"
+    )
+
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = _setting(
+        {}, "Model and data", 'further variables of the chat template: {"enable_thinking": false}'
+    )
+
+    output_dir: Path | None = _setting(None, "Run", "run directory; by default runs/<run-id>")
+    run_id: str | None = _setting(
+        None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
+    )
+    resume: str | None = _setting(
+        None, "Run", "auto, or a checkpoint directory: go on from there", min_length=1
+    )
+    overwrite: bool = _setting(False, "Run", "replace an earlier run in the same directory")
+    checkpoint_every: int = _setting(
+        100, "Run", "steps between checkpoints; 0 for one at the end", ge=0
+    )
+    keep_checkpoints: int = _setting(2, "Run", "how many of the newest checkpoints to keep", ge=2)
+    eval_every: int = _setting(
+        0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
+    )
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(comma_list)
+    ] = _setting((), "Run", "trackers to report to: tensorboard, wandb")
+    plot: bool = _setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+        "INFO", "Run", "what the console shows; the log file always holds DEBUG"
+    )
+    log_every: int = _setting(
+        10, "Run", "steps between lines when the console is not a terminal", ge=1
+    )
+
+    method: Annotated[Literal["qlora", "lora", "full"], spelled({})] = _setting(
+        "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
+    )
+    lora_rank: int = _setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
+    lora_alpha: float = _setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
+    lora_dropout: float = _setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
+    use_rslora: bool = _setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
+    use_dora: bool = _setting(
+        False, "Adapter", "learn the length of each weight row apart from its direction (DoRA)"
+    )
+    target_modules: str | tuple[str, ...] = _setting(
+        "all", "Adapter", "all, attn, qv, or projections with commas between them"
+    )
+    init_adapter: Path | None = _setting(None, "Adapter", "an earlier adapter to train on from")
+    double_quant: bool = _setting(True, "Adapter", "quantise the NF4 scales again")
+
+    learning_rate: float = _setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
+    lr_schedule: Annotated[Literal["cosine", "linear", "constant"], spelled({})] = _setting(
+        "cosine", "Optimisation", "shape after the warm-up"
+    )
+    warmup_ratio: float | None = _setting(
+        None, "Optimisation", "share of the steps that warm up (0.03 if neither is set)", ge=0, lt=1
+    )
+    warmup_steps: int | None = _setting(None, "Optimisation", "steps that warm up", ge=0)
+    weight_decay: float = _setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
+    betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = _setting(
+        (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
+    )
+    eps: float = _setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
+    max_grad_norm: float = _setting(
+        1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
+    )
+    optimizer: Annotated[
+        Literal["adamw8bit", "adamw"], spelled({**OPTIMIZERS, "adamw_torch": "adamw"})
+    ] = _setting("adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments")
+    optimizer_in_backward: bool = _setting(
+        False,
+        "Length and memory",
+        "method full: update each layer as its gradients come, so that they never exist all at "
+        "once; needs --max-grad-norm 0 and --accumulate 1",
+    )
+    nonfinite: str = _setting(
+        "stop",
+        "Optimisation",
+        "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
+        pattern=r"^(stop|skip:[1-9]\d{0,5})$",
+    )
+
+    epochs: int = _setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
+    max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = _setting(
+        None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
+    )
+    batch_size: int = _setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
+    accumulate: int = _setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
+    max_length: int = _setting(
+        2048, "Length and memory", "longest row in tokens; longer ones are cut", ge=8, le=1 << 20
+    )
+    packing: bool = _setting(
+        False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
+    )
+    gradient_checkpointing: Annotated[str, BeforeValidator(recompute_levels)] = _setting(
+        "auto",
+        "Length and memory",
+        "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
+        "little as memory allows",
+        pattern=rf"^(auto|({LEVEL}:[1-9]\d*,)*{LEVEL}(:[1-9]\d*)?)$",
+    )
+    mlp_tile_rows: int | None = _setting(
+        None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
+    )
+    decode_singly: bool = _setting(
+        False, "Length and memory", "hold one decoded weight at a time, not a group of them"
+    )
+    loss_chunk_rows: int = _setting(
+        256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
+    )
+    head_precision: Annotated[Literal["16bit", "8bit"], spelled(PRECISIONS)] = _setting(
+        "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
+    )
+    embedding_on: Annotated[Literal["device", "host"], spelled({"cpu": "host"})] = _setting(
+        "device", "Length and memory", "where a frozen embedding lies; host: a batch's rows travel"
+    )
+    offload: Annotated[
+        tuple[Literal["checkpoints", "weights"], ...], BeforeValidator(comma_list)
+    ] = _setting(
+        (), "Length and memory", "what a card lends to the host: checkpoints (inputs), weights"
+    )
+    cuda_graphs: bool = _setting(
+        False,
+        "Length and memory",
+        "repeat recorded launches of the layers, for small models that wait for the host",
+    )
+    memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = _setting(
+        None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
+    )
+
+    device: str = _setting(
+        "auto", "Machine", "auto, cpu or cuda", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
+    )
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], spelled(DTYPES)] = _setting(
+        "auto", "Machine", "compute type"
+    )
+    seed: int = _setting(
+        42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
+    )
+    threads: int | None = _setting(None, "Machine", "CPU threads", ge=1, le=4096)
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(describe(error, type(self).model_fields, {})) from error
+
+    def __hash__(self) -> int:
+        """Of the values as JSON: one of them is a mapping, which has no hash of its own."""
+        return hash(self.model_dump_json())
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _resume_flag(cls, value: Any) -> Any:
+        """`true` means auto and `false` means none, as other trainers spell it."""
+        if isinstance(value, bool):
+            return "auto" if value else None
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _targets(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            if value in TARGET_PRESETS:
+                return value
+            value = "all" if value in ("all-linear", "all_linear") else comma_list(value)
+        if value == "all":
+            return value
+        names = tuple(value) if isinstance(value, list | tuple) else value
+        if not isinstance(names, tuple) or not names:
+            raise ValueError("should be all, attn, qv, or at least one projection's name")
+        wrong = [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.]*", str(name))]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is no projection's name")
+        return tuple(dict.fromkeys(str(name) for name in names))
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("both should be at least 0 and less than 1")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_together(self)
+        return self
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections that get an adapter, by the last part of their names."""
+        if isinstance(self.target_modules, str):
+            return TARGET_PRESETS[self.target_modules]
+        return self.target_modules
+
+    @property
+    def nonfinite_limit(self) -> int:
+        """How many steps in a row may be skipped for a value that is not finite; 0 is to stop."""
+        return 0 if self.nonfinite == "stop" else int(self.nonfinite.removeprefix("skip:"))
+
+    def warmup(self, total_steps: int) -> int:
+        """The number of warm-up steps of a run of `total_steps`."""
+        if self.warmup_steps is not None:
+            return min(self.warmup_steps, total_steps)
+        return round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
+
+    def trajectory(self) -> dict[str, Any]:
+        """The settings that decide the weights: a resumed run must have the same ones."""
+        return self.model_dump(mode="json", exclude=set(_NOT_TRAJECTORY))
+
+
+def group_of(field: str) -> str:
+    """The heading that a setting stands under in the help."""
+    extra = TrainConfig.model_fields[field].json_schema_extra
+    return str(extra["group"]) if isinstance(extra, dict) else "Options"

@@ -1,0 +1,283 @@
+"""`forge`: cycles of pruning and recovery, each judged by the model that was saved.
+
+    baseline            the model as it is
+    cycle k   prune     heads of the model so far, by their importance
+              pruned    the pruned model, read back and evaluated
+              train     LoRA or QLoRA on the pruned model, after the heads are gone
+              merge     onto the 16-bit weights, tensor by tensor
+              trained   the merged model, read back and evaluated
+    control k           the same training from the same start without pruning, if asked for
+
+A cycle that leaves the model worse than the one before it by more than 10 % and more than 1.0 of
+perplexity is the last. Every step is a stage (`engine.forging.stages`): a job that was killed goes
+on where it was. The control tells what the training alone is worth.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config.train_config import TrainConfig
+from engine.data.dataset import load_rows
+from engine.data.docstrings import write_docstrings
+from engine.data.loader import split_heldout
+from engine.data.rows import Row
+from engine.errors import ConfigError
+from engine.finetune import train
+from engine.forging.assess import Judge
+from engine.forging.stages import Stages
+from engine.merge import merge
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.pruning_record import PRUNING
+from engine.prune import PruneSettings, prune
+from engine.pruning.scores import NEED_DATA
+from engine.storage import durable
+from engine.storage.lock import DirectoryLock
+
+log = logging.getLogger(__name__)
+
+RESULTS = "results.json"
+DOMAINS = ("docstrings",)
+"""Data sets by name: docstrings are those of the installed Python's standard library."""
+
+WORSE_SHARE, WORSE_PERPLEXITY = 0.10, 1.0
+
+
+@dataclass(frozen=True)
+class ForgeSettings:
+    """One job.
+
+    `training` holds model, rows and everything else that a fine-tuning of one cycle needs; its
+    output directory is not used. `pruning.fraction` is of the heads that are left, in every cycle.
+    With `distill` training learns the probabilities of the model that was not pruned instead of the
+    rows' tokens. `keep_pruned` keeps the pruned models that were trained on.
+    """
+
+    output_dir: Path
+    training: TrainConfig
+    pruning: PruneSettings
+    cycles: int = 1
+    control: bool = False
+    heldout: float = 0.1
+    heldout_rows: int | None = None
+    samples: int = 3
+    domain: str | None = None
+    distill: bool = False
+    keep_pruned: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the results, as JSON has it."""
+        training = self.training.model_dump(mode="json", exclude={"output_dir", "run_id", "resume"})
+        pruning = {
+            key: [str(item) for item in value] if isinstance(value, list | tuple) else value
+            for key, value in asdict(self.pruning).items()
+        }
+        names = ("cycles", "control", "heldout", "heldout_rows", "samples", "domain", "distill")
+        rest = {name: getattr(self, name) for name in names}
+        model = open_checkpoint(self.training.model, self.training.revision)
+        return {"training": training, "pruning": pruning, **rest, "model_digest": model.digest()}
+
+
+def forge(settings: ForgeSettings, *, resume: bool = False) -> dict[str, Any]:
+    """Run the job and return what `results.json` holds.
+
+    Raises `ConfigError` for settings that cannot be met or that differ from those of the job in the
+    directory, and what pruning, training and evaluation raise.
+    """
+    if settings.cycles < 1:
+        raise ConfigError(f"--cycles is {settings.cycles}; it should be at least 1.")
+    job = Stages(settings.output_dir, settings.identity(), resume=resume)
+    lock = DirectoryLock(settings.output_dir)
+    try:
+        return _Forge(settings, job).run()
+    finally:
+        lock.release()
+
+
+class _Forge:
+    def __init__(self, settings: ForgeSettings, job: Stages) -> None:
+        self.settings, self.job, self.root = settings, job, settings.output_dir
+        rows = self.job.run("data", self._data)
+        self.train_file, heldout = Path(rows["train"]), Path(rows["heldout"])
+        config = settings.training
+        self.judge = Judge(
+            heldout,
+            rows["prompts"],
+            max_length=config.max_length,
+            device=config.device,
+            dtype=config.dtype,
+            seed=config.seed,
+        )
+
+    def run(self) -> dict[str, Any]:
+        source = self.settings.training.model
+        baseline = self.job.run("baseline", lambda: self.judge.assess(source))
+        log.info("baseline: perplexity %.3f", baseline["perplexity"])
+        cycles: list[dict[str, Any]] = []
+        stopped, current, before = None, source, baseline
+        for number in range(1, self.settings.cycles + 1):
+            cycle = self._cycle(number, current)
+            cycles.append(cycle)
+            stopped = _worse(number, before, cycle["trained"])
+            if stopped is not None:
+                log.warning("%s", stopped)
+                break
+            current, before = cycle["trained"]["model"], cycle["trained"]
+        control = self._control(len(cycles)) if self.settings.control else []
+        results = {
+            "baseline": baseline,
+            "cycles": cycles,
+            "control": control,
+            "stopped": stopped,
+            "model": current,
+        }
+        durable.write_json(self.root / RESULTS, results)
+        return results
+
+    def _data(self) -> dict[str, Any]:
+        """Write the rows to train on and those held out, once for every cycle."""
+        config, folder = self.settings.training, self.root / "data"
+        folder.mkdir(exist_ok=True)
+        files = _domain(self.settings.domain, folder)
+        if len(files) == 2:
+            rows, held = load_rows(files[0]), load_rows(files[1])
+        else:
+            rows = load_rows(files or list(config.data), config.min_rating, config.category)
+            if config.eval_data:
+                held = load_rows(list(config.eval_data))
+            else:
+                rows, held = split_heldout(rows, self.settings.heldout, config.seed)
+        rows, held = rows[: config.limit_rows], held[: self.settings.heldout_rows]
+        if not held:
+            raise ConfigError("No rows are held out; give --eval-data, or more rows to split.")
+        train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
+        _write_rows(train, rows)
+        _write_rows(heldout, held)
+        prompts = [prompt for row in held if (prompt := _prompt(row)) is not None]
+        return {
+            "train": str(train),
+            "rows": len(rows),
+            "heldout": str(heldout),
+            "heldout_rows": len(held),
+            "prompts": prompts[: self.settings.samples],
+        }
+
+    def _cycle(self, number: int, source: str) -> dict[str, Any]:
+        name, folder = f"cycle-{number}", self.root / f"cycle-{number}"
+        pruned = folder / "pruned"
+        done = self.job.run(f"{name}-prune", lambda: self._prune(source, pruned))
+        after = self.job.run(f"{name}-pruned", lambda: self.judge.assess(pruned))
+        log.info("%s: perplexity %.3f after pruning", name, after["perplexity"])
+        trained = self._train(name, str(pruned), folder, self.settings.distill)
+        log.info("%s: perplexity %.3f after training", name, trained["trained"]["perplexity"])
+        if not self.settings.keep_pruned:
+            shutil.rmtree(pruned, ignore_errors=True)
+        return {"prune": done, "pruned": after, **trained}
+
+    def _prune(self, source: str, target: Path) -> dict[str, Any]:
+        target.parent.mkdir(exist_ok=True)
+        settings = self.settings.pruning
+        if settings.metric in NEED_DATA and not settings.data:
+            settings = replace(settings, data=(self.train_file,))
+        if not target.exists():  # it appears when it is complete
+            prune(source, target, settings)
+        record = json.loads((target / PRUNING).read_text())
+        picked = ("metric", "mode", "fraction", "units", "heads", "chosen", "digest")
+        return {key: record[key] for key in picked}
+
+    def _train(self, name: str, source: str, folder: Path, distill: bool = False) -> dict[str, Any]:
+        """Fine-tune the model in `source`, merge, and judge what was saved."""
+        run, merged = folder / "run", folder / "model"
+        folder.mkdir(exist_ok=True)
+        config = self.settings.training.model_copy(
+            update={
+                "model": source,
+                "teacher": self.settings.training.model if distill else None,
+                "data": (str(self.train_file),),
+                "eval_data": (),
+                "heldout": 0.0,
+                "output_dir": run,
+                "run_id": name,
+                "resume": "auto",
+            }
+        )
+
+        def fit() -> dict[str, Any]:
+            return dict(train(config, console=False).metrics)
+
+        def join() -> dict[str, Any]:
+            if not merged.exists():
+                merge(source, run / "adapter", merged)
+            return {"model": str(merged)}
+
+        metrics = self.job.run(f"{name}-train", fit)
+        self.job.run(f"{name}-merge", join)
+        return {"train": metrics, "trained": self.job.run(name, lambda: self.judge.assess(merged))}
+
+    def _control(self, cycles: int) -> list[dict[str, Any]]:
+        """The same training, cycle by cycle, of the model that was never pruned."""
+        source, found = self.settings.training.model, []
+        for number in range(1, cycles + 1):
+            name = f"control-{number}"
+            entry = self._train(name, source, self.root / name)
+            log.info("%s: perplexity %.3f", name, entry["trained"]["perplexity"])
+            found.append(entry)
+            source = entry["trained"]["model"]
+        return found
+
+
+def _domain(domain: str | None, folder: Path) -> list[Path]:
+    """The files of a data set: one to split, or one to train on and one to hold out.
+
+    `domain` is a name, a file, or a folder that has both; None has no files of its own.
+    """
+    if domain is None:
+        return []
+    if domain == "docstrings":
+        train, _, heldout, _ = write_docstrings(folder / "docstrings")
+        return [train, heldout]
+    place = Path(domain)
+    if place.is_file():
+        return [place]
+    files = [place / "train.jsonl", place / "heldout.jsonl"]
+    if not all(file.is_file() for file in files):
+        raise ConfigError(
+            f"--domain is {domain!r}; expected {', '.join(DOMAINS)}, a file of rows, or a folder "
+            "with a train.jsonl and a heldout.jsonl."
+        )
+    return files
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    lines = []
+    for row in rows:
+        tools = {} if row.tools is None else {"tools": row.tools}
+        lines.append(json.dumps({"messages": row.messages, **tools}, ensure_ascii=False) + "\n")
+    durable.write_text(path, "".join(lines))
+
+
+def _prompt(row: Row) -> str | None:
+    """A row's question, where it is a plain one: one user message with a text."""
+    asked = [message["content"] for message in row.messages if message["role"] == "user"]
+    return asked[0] if len(asked) == 1 and isinstance(asked[0], str) else None
+
+
+def _worse(number: int, before: dict[str, Any], after: dict[str, Any]) -> str | None:
+    """Why the job ends after this cycle, if it does; a perplexity that overflowed is None."""
+    old, new = before["perplexity"], after["perplexity"]
+    if old is None or (
+        new is not None and (new <= old * (1 + WORSE_SHARE) or new - old <= WORSE_PERPLEXITY)
+    ):
+        return None
+    told = "is not finite" if new is None else f"is {new:.3f}, {100 * (new / old - 1):.1f} % more"
+    return (
+        f"Cycle {number} is the last: the perplexity {told} than the {old:.3f} before it, beyond "
+        f"{100 * WORSE_SHARE:.0f} % and {WORSE_PERPLEXITY}. Prune a smaller fraction, or train "
+        "longer."
+    )

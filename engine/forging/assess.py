@@ -1,0 +1,92 @@
+"""What a saved model is worth: it is read back from the disk, evaluated and asked for samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.data.dataset import load_rows
+from engine.data.examples import build_examples, check_ids
+from engine.device import resolve_device, resolve_dtype
+from engine.evaluate import evaluate_examples
+from engine.generate import Sampling, complete, prompt_ids, stop_ids_of
+from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.load_model import build_model
+from engine.model_sources.pruning_record import read_pruning
+from engine.tokenization.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The same questions to every model: held-out rows and prompts.
+
+    `prompts` are answered with `max_new_tokens` at `temperature`, from `seed`.
+    """
+
+    heldout: Path
+    prompts: Sequence[str]
+    max_length: int
+    device: str
+    dtype: str
+    max_new_tokens: int = 48
+    temperature: float = 0.7
+    seed: int = 0
+
+    def assess(self, model: str | Path) -> dict[str, Any]:
+        """Perplexity over trained tokens, samples, speed, and size of the model in a directory."""
+        where = resolve_device(self.device)
+        checkpoint = open_checkpoint(model)
+        tokenizer = load_tokenizer(checkpoint)
+        examples, _ = build_examples(load_rows(self.heldout), tokenizer, self.max_length)
+        check_ids(examples, checkpoint.config.vocab_size)
+        decoder = build_model(checkpoint, device=where, dtype=resolve_dtype(self.dtype, where))
+        result = evaluate_examples(decoder, examples)
+        answers = [
+            complete(
+                decoder,
+                tokenizer,
+                prompt_ids(tokenizer, prompt),
+                max_new_tokens=self.max_new_tokens,
+                stop_ids=stop_ids_of(checkpoint, tokenizer),
+                sampling=Sampling(temperature=self.temperature, seed=self.seed),
+            )
+            for prompt in self.prompts
+        ]
+        speeds = sorted(answer.tokens_per_second for answer in answers)
+        return {
+            "model": str(model),
+            "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "parameters": parameters(checkpoint),
+            "heads_off": heads_off(checkpoint),
+            "bytes": size_on_disk(Path(model)),
+            "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "samples": [
+                {"prompt": prompt, "text": answer.text}
+                for prompt, answer in zip(self.prompts, answers, strict=True)
+            ],
+        }
+
+
+def parameters(checkpoint: Checkpoint) -> int:
+    """Elements of all tensors, zeros included."""
+    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+
+
+def heads_off(checkpoint: Checkpoint) -> int:
+    """Heads that are there and contribute nothing."""
+    pruning = read_pruning(checkpoint.path)
+    return 0 if pruning is None else sum(len(heads) for heads in pruning.heads.values())
+
+
+def size_on_disk(model: Path) -> int | None:
+    """Bytes of the files of a model; None for a hub id."""
+    if model.is_file():
+        return model.stat().st_size
+    if not model.is_dir():
+        return None
+    return sum(path.stat().st_size for path in model.rglob("*") if path.is_file())

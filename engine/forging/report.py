@@ -1,0 +1,93 @@
+"""The results of a forge as one table, and a picture of the perplexities."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.memory.meter import gib
+
+log = logging.getLogger(__name__)
+PLOT = "forge.png"
+
+
+def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Name, heads pruned so far and assessment of every model, in order."""
+    yield "baseline", "", results["baseline"]
+    removed = 0
+    for number, cycle in enumerate(results["cycles"], 1):
+        removed += cycle["prune"]["heads"]["removed"]
+        yield f"cycle {number}, pruned", str(removed), cycle["pruned"]
+        yield f"cycle {number}, trained", str(removed), cycle["trained"]
+    for number, entry in enumerate(results["control"], 1):
+        yield f"control {number}", "0", entry["trained"]
+
+
+def table(results: dict[str, Any]) -> str:
+    """One line a model: perplexity against the baseline, heads, parameters, size, speed."""
+    base = results["baseline"]["perplexity"]
+    lines = [
+        f"{'model':<18} {'perplexity':>10} {'change':>8} {'heads gone':>10} {'parameters':>12} "
+        f"{'on disk':>11} {'tokens/s':>8}"
+    ]
+    for name, removed, found in _rows(results):
+        value = found["perplexity"]
+        told = "infinite" if value is None else f"{value:.3f}"
+        change = "" if value is None or base is None else f"{100 * (value / base - 1):+.1f} %"
+        size = "" if found["bytes"] is None else gib(found["bytes"])
+        speed = "" if found["tokens_per_second"] is None else f"{found['tokens_per_second']:.1f}"
+        lines.append(
+            f"{name:<18} {told:>10} {change:>8} {removed:>10} {found['parameters']:>12,} "
+            f"{size:>11} {speed:>8}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def samples(results: dict[str, Any]) -> str:
+    """The answers of the baseline and of the last trained model, one under the other."""
+    last = results["cycles"][-1]["trained"]["samples"]
+    parts = []
+    for before, after in zip(results["baseline"]["samples"], last, strict=True):
+        parts.append(
+            f"{before['prompt']}\n  before: {_indented(before['text'])}\n"
+            f"  after:  {_indented(after['text'])}"
+        )
+    return "\n\n".join(parts)
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n          ")
+
+
+def draw(results: dict[str, Any], target: Path) -> bool:
+    """Write the picture. False, and a line in the log, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("No plot: matplotlib is not installed (pip install 'engine-trainer[plot]').")
+        return False
+    found = [
+        (name, entry["perplexity"])
+        for name, _, entry in _rows(results)
+        if not name.startswith("control")
+    ]
+    figure = Figure(figsize=(2.5 + 1.1 * len(found), 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(range(len(found)), [value for _, value in found], "o-", label="pruned and trained")
+    for index, (_, value) in enumerate(found):
+        if value is not None:
+            axes.annotate(f"{value:.2f}", (index, value), (0, 7), textcoords="offset points")
+    control = [entry["trained"]["perplexity"] for entry in results["control"]]
+    if control:
+        places = [0, *(2 * number for number in range(1, len(control) + 1))]
+        values = [results["baseline"]["perplexity"], *control]
+        axes.plot(places, values, "s--", label="trained without pruning")
+    axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name, _ in found])
+    axes.set(ylabel="held-out perplexity", yscale="log")
+    axes.margins(x=0.12, y=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(target, dpi=120)
+    return True

@@ -1,0 +1,89 @@
+"""A long job as a list of stages, each of which is done once.
+
+A stage's result is a JSON object in `stages/<name>.json`, written when the stage is complete. A job
+that starts again reads it there instead of doing the stage over; the stage in which it was stopped
+runs anew and must be able to.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError, ConfigError
+from engine.storage import durable
+
+log = logging.getLogger(__name__)
+JOB = "job.json"
+
+
+class Stages:
+    """The stages of the job in `directory`, which belong to one set of settings."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        """Start a job, or go on with one.
+
+        Raises `ConfigError` where a job is there and `resume` was not asked for, where it has other
+        settings, and where the directory cannot be made.
+        """
+        self.directory = directory
+        try:
+            (directory / "stages").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"The directory {directory} cannot be made ({error.strerror}). Choose another with "
+                "--output-dir."
+            ) from None
+        job = directory / JOB
+        if not job.exists():
+            durable.write_json(job, settings)
+        elif not resume:
+            raise ConfigError(
+                f"{directory} holds a job already. Go on with it with --resume, or choose another "
+                "--output-dir."
+            )
+        else:
+            _refuse_other(job, settings)
+
+    def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What the stage `name` found, from its file if it is done."""
+        path = self.directory / "stages" / f"{name}.json"
+        if path.exists():
+            log.info("%s: done before", name)
+            return _read(path)
+        log.info("%s: begins", name)
+        found = work()
+        durable.write_json(path, found)
+        return _read(path)
+
+
+def _refuse_other(job: Path, settings: dict[str, Any]) -> None:
+    before = _read(job)
+    asked = json.loads(json.dumps(settings))
+    other = [key for key in sorted({*before, *asked}) if before.get(key) != asked.get(key)]
+    if other:
+        told = "; ".join(
+            f"{key} was {before.get(key)!r} and is {asked.get(key)!r}" for key in other[:4]
+        )
+        raise ConfigError(
+            f"{job.parent} was begun with other settings: {told}. Give the same ones to go on, or "
+            "choose another --output-dir."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}). Delete it to do that stage again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path} holds {type(value).__name__}, expected an object. Delete it to do that stage "
+            "again."
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Memory: measured, planned and held to a budget."""

@@ -1,0 +1,106 @@
+"""What `--gradient-checkpointing auto` means on this machine: the fastest level that fits.
+
+Levels differ in time and memory only; the gradients are the same (`models.layers.block`). They are
+planned for the largest step of the run (`engine.memory.estimate`), the fastest first, against a
+share of the memory that is free, or against the run's budget; with a budget the slowest comes
+before them all, for if it does not fit the run is refused. Where a generous estimate needs no half
+of that, nothing is planned: a plan takes a part of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.memory.estimate import MemoryPlan, Workload, plan, workload
+from engine.memory.meter import gib
+from engine.memory.search import LEVELS, changed
+from models.config.model_config import ModelConfig
+from models.tensor_names import expected_tensors
+
+log = logging.getLogger(__name__)
+
+FREE_SHARE = {"cuda": 0.9, "cpu": 0.6}
+"""Share of the free memory that a run may count on: a CPU's is other programs' as well."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that nobody uses: a card's, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _estimate(model: ModelConfig, config: TrainConfig, work: Workload, dtype: torch.dtype) -> int:
+    """More bytes than a run without recompute needs: dense weights, states, all activations."""
+    heads = model.num_attention_heads + 2 * model.num_key_value_heads
+    inner, hidden = model.intermediate_size, model.hidden_size
+    layer = 4 * hidden + 2 * heads * model.head_dim + 4 * inner
+    tokens = max(sum(lengths) for lengths in work.micro_batches)
+    weights = sum(math.prod(shape) for shape in expected_tensors(model).values())
+    trained = weights if config.method == "full" else config.lora_rank * model.num_hidden_layers * (
+        2 * hidden + heads * model.head_dim + inner
+    ) * 8  # fmt: skip
+    logits = config.loss_chunk_rows * model.vocab_size
+    kept = tokens * layer * (model.num_hidden_layers + 2)
+    return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * kept
+
+
+def resolve_recompute(
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Workload | None = None,
+    free: int | None = None,
+) -> str:
+    """The level of `config.gradient_checkpointing`, chosen where it says auto.
+
+    `work` is the largest step (by default the largest that the settings allow) and `free` the bytes
+    that are free, looked up where it is None. Where no level is sure to fit it is "full".
+    """
+    return planned_level(model, config, device, dtype, work, free)[0]
+
+
+def planned_level(
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    work: Workload | None = None,
+    free: int | None = None,
+) -> tuple[str, MemoryPlan | None]:
+    """As `resolve_recompute`, with the plan of the largest step at that level if it was made."""
+    if config.gradient_checkpointing != "auto":
+        return config.gradient_checkpointing, None
+    limit = config.memory_budget
+    if limit is None:
+        free = free_memory(device) if free is None else free
+        limit = int(free * FREE_SHARE[device.type])
+    work = work or workload(config)
+    if 2 * _estimate(model, config, work, dtype) < limit:
+        return "none", None
+
+    def made(level: str) -> MemoryPlan:
+        settings = changed(config, gradient_checkpointing=level)
+        return plan(model, settings, card=device.type == "cuda", dtype=dtype, work=work)
+
+    *faster, level = LEVELS
+    found = made(level) if config.memory_budget is not None else None
+    if found is None or found.total <= limit:
+        for other in faster:
+            tried = made(other)
+            if tried.total <= limit:
+                level, found = other, tried
+                break
+    found = found or made(level)
+    log.info(
+        "gradient checkpointing %s: a step needs %s, and %s may be used",
+        level, gib(found.total), gib(limit),
+    )  # fmt: skip
+    return level, found

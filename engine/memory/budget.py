@@ -1,0 +1,176 @@
+"""A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
+
+Before rows are read, one row of 8 tokens is planned, and a budget that cannot hold it is refused.
+Before weights are read, so is the largest step that the run's rows can make. On a CUDA card the
+allocator gets the budget as its limit. On a CPU every step that is larger than those before it, and
+the first two, run under a `MemoryMeter` that stops the run at the budget. At the end the measured
+peak stands beside the plan of the largest step seen.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.data.loader import Batch
+from engine.errors import MemoryPlanError
+from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
+from engine.memory.meter import MemoryMeter, gib, observed, track_model
+from engine.memory.search import least_step, require_any
+
+if TYPE_CHECKING:
+    from engine.training.prepare import Prepared
+    from models.config.model_config import ModelConfig
+    from models.decoder import Decoder
+    from optim import AdamW8bit
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = 0.05
+_ALWAYS = 2
+
+
+def require_room(
+    config: TrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raise `MemoryPlanError` where the budget cannot hold one row of 8 tokens.
+
+    `config.memory_budget` must be set. A budget that holds costs one plan, another a few more.
+    """
+    budget = config.memory_budget
+    assert budget is not None
+    make = partial(plan, model, card=device.type == "cuda", dtype=dtype)
+    least = least_step(config)
+    made = make(least)
+    if made.total <= budget:
+        return
+    require_any(config, budget, lambda other: made if other == least else make(other))
+    raise MemoryPlanError(
+        f"This run needs {gib(made.total)} for one row of {least.max_length} tokens with full "
+        f"recomputation, {gib(made.total - budget)} more than the memory budget of {gib(budget)}. "
+        "`engine plan` with the same settings finds some that fit."
+    )
+
+
+class MemoryBudget:
+    """Holds one run to `config.memory_budget` bytes."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        config: TrainConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        planned: MemoryPlan | None = None,
+    ) -> None:
+        """Plan the run and limit the card. Raises `MemoryPlanError` where the budget is too small.
+
+        `config` is the run's with its recompute level chosen; its `memory_budget` must be set.
+        `planned` is the plan of its largest step, where that is made already.
+        """
+        self._prepared, self._config = prepared, config
+        self._device, self._dtype = device, dtype
+        budget = config.memory_budget
+        assert budget is not None
+        self._budget = budget
+        self.planned = planned or self._plan(config, largest_step(prepared))
+        if self.planned.total > budget:
+            raise MemoryPlanError(self._refusal())
+        log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
+        if device.type == "cuda":
+            capacity = torch.cuda.get_device_properties(device).total_memory
+            share = min(1.0, (budget - CUDA_CONTEXT) / capacity)
+            torch.cuda.set_per_process_memory_fraction(share, device)
+        self._most = 0
+        self._watched = 0
+        self._measured = 0
+        self._largest: Sequence[Batch] = ()
+
+    def _plan(
+        self, config: TrainConfig, work: Workload | None, batches: Sequence[Batch] = ()
+    ) -> MemoryPlan:
+        return plan(
+            self._prepared.checkpoint.config,
+            config,
+            card=self._device.type == "cuda",
+            dtype=self._dtype,
+            work=work,
+            batches=batches,
+        )
+
+    def _refusal(self) -> str:
+        step, config = self.planned, self._config
+        gradients = ""
+        if config.method == "full" and not config.optimizer_in_backward:
+            gradients = (
+                ", or let gradients be freed as they come with --optimizer-in-backward "
+                "--max-grad-norm 0 --accumulate 1"
+            )
+        return (
+            f"This run needs {gib(step.total)} for its largest step of {step.tokens} tokens, "
+            f"{gib(step.total - self._budget)} more than the memory budget of "
+            f"{gib(self._budget)}. `engine plan` with the same settings finds some that fit. Lower "
+            f"--batch-size or --max-length, or take --gradient-checkpointing full{gradients}."
+        )
+
+    @contextmanager
+    def watch(
+        self, model: Decoder, optimizer: AdamW8bit, batches: Sequence[Batch]
+    ) -> Iterator[None]:
+        """Around one step. Raises `MemoryPlanError` from the op that goes over the budget."""
+        tokens = sum(int(batch.input_ids.numel()) for batch in batches)
+        larger = tokens > self._most
+        if larger:
+            self._most, self._largest = tokens, batches
+        self._watched += 1
+        if self._device.type == "cuda" or not (larger or self._watched <= _ALWAYS):
+            yield
+            return
+        meter = MemoryMeter(limit=self._budget)
+        track_model(meter, model)
+        meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+        # Made now if this is the first step, so that it holds what every later one does.
+        meter.track("optimiser", optimizer.state_tensors().values())
+        with observed(meter), meter:
+            yield
+        self._measured = max(self._measured, meter.peak.bytes)
+
+    def figures(self) -> dict[str, Any]:
+        """Planned and measured peaks for the summary; warns where they are far apart."""
+        config = self._config
+        seen = self._plan(config, None, self._largest) if self._largest else self.planned
+        expected = seen.step.bytes
+        measured = self._measured
+        if self._device.type == "cuda":
+            expected = max(expected, seen.load.bytes)
+            measured = int(torch.cuda.max_memory_allocated(self._device))
+        if measured and abs(expected - measured) > TOLERANCE * measured:
+            log.warning(
+                "The plan was wrong by %.1f %%: %s planned for the largest step, %s measured. "
+                "Please report it with this run's config.yaml.",
+                100 * (expected - measured) / measured, gib(expected), gib(measured),
+            )  # fmt: skip
+        return {
+            "memory_budget_bytes": self._budget,
+            "planned_limit_bytes": self.planned.total,
+            "planned_peak_bytes": expected,
+            "measured_peak_bytes": measured,
+        }
+
+
+def largest_step(prepared: Prepared) -> Workload:
+    """The most tokens that a step of this run can have, from the lengths of its rows."""
+    config = prepared.config
+    lengths = sorted((len(example) for example in prepared.examples), reverse=True)
+    count = min(config.accumulate, 2)
+    if config.packing:
+        return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)
+    size = config.batch_size
+    steps = [tuple(lengths[i * size : (i + 1) * size]) for i in range(count)]
+    return Workload(tuple(step for step in steps if step))

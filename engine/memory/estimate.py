@@ -1,0 +1,240 @@
+"""What a run will need, before anything is allocated.
+
+`plan` runs the dry pass (`engine.memory.simulate.step`) of the run's own code. A model of many
+equal layers is passed with a few: the bytes of every stretch of a step are linear in the number of
+layers, so two small passes give the deep one (a test compares them with the full pass). What lies
+outside torch's allocator on a card cannot be counted without one; it is added as the constants
+below, and said so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.data.loader import IGNORED, Batch
+from engine.memory.meter import Peak, Segment
+from engine.memory.simulate.step import DryResult, dry_pass
+from models.config.model_config import ModelConfig
+from models.layers.packed_batch import layer_levels
+
+CUDA_CONTEXT = 480 * 2**20
+"""Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve
+that is assumed; it is between 300 and 600 MiB on the cards and drivers in use."""
+
+CUBLAS_WORKSPACE = 32 * 2**20
+"""cuBLAS's workspace of one stream on Hopper, the largest default; 8 MiB on earlier cards."""
+
+FRAGMENTATION = 0.05
+"""Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
+
+_FEW_LAYERS = (4, 5)
+_PASSING = ("checkpoints", "block working set", "loss", "gradients")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The documents of the micro-batches of one step, by their lengths; all tokens are trained."""
+
+    micro_batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(sum(lengths) for lengths in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
+
+    `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU. `host` is
+    what a card lends to the host's memory, and `tied` says that the head is the embedding.
+    """
+
+    config: TrainConfig
+    card: bool
+    dtype: torch.dtype
+    load: Peak
+    step: Peak
+    save: Peak
+    save_host: int
+    trainable: int
+    tokens: int
+    flops: float
+    reserve: dict[str, int] = field(default_factory=dict)
+    host: int = 0
+    layers: int = 0
+    tied: bool = False
+
+    @property
+    def allocated(self) -> int:
+        """The most bytes that tensors hold at once."""
+        return max(self.load.bytes, self.step.bytes, self.save.bytes)
+
+    @property
+    def total(self) -> int:
+        """What a budget must hold."""
+        return self.allocated + sum(self.reserve.values())
+
+    def seconds(self, flops_per_second: float) -> float:
+        """Time of one step at a card's real rate of matrix products."""
+        return self.flops / flops_per_second
+
+
+def workload(config: TrainConfig) -> Workload:
+    """The largest step that the settings allow: every row as long as `max_length`.
+
+    More than two micro-batches need what two need.
+    """
+    lengths = (config.max_length,) * config.batch_size
+    return Workload((lengths,) * min(config.accumulate, 2))
+
+
+def make_batch(lengths: Sequence[int]) -> Batch:
+    """A batch of documents of these lengths, every token of which is trained."""
+    tokens = sum(lengths)
+    bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    labels = ids.clone()
+    labels[bounds[:-1]] = IGNORED
+    return Batch(
+        input_ids=ids,
+        labels=labels,
+        cu_seqlens=bounds.to(torch.int32),
+        position_ids=torch.zeros(0, dtype=torch.int64),
+        max_seqlen=max(lengths),
+        trained_tokens=tokens - len(lengths),
+    )
+
+
+def plan(
+    model: ModelConfig,
+    config: TrainConfig,
+    *,
+    card: bool,
+    dtype: torch.dtype,
+    stored: torch.dtype = torch.bfloat16,
+    work: Workload | None = None,
+    batches: Sequence[Batch] = (),
+    whole: bool = False,
+) -> MemoryPlan:
+    """Plan a run of `config` on a model of this shape.
+
+    `card` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
+    (by default the largest that the settings allow), or `batches` the step itself. `whole` passes
+    every layer. Raises `ValueError` where the recompute levels are not those of the layers.
+    """
+    if batches:
+        work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
+    else:
+        work = work or workload(config)
+        batches = [make_batch(lengths) for lengths in work.micro_batches]
+
+    layers, period = model.num_hidden_layers, model.period
+    levels = set(layer_levels(config.gradient_checkpointing, layers))
+    mixed = len(levels) > 1
+    settings = (
+        config if mixed else config.model_copy(update={"gradient_checkpointing": levels.pop()})
+    )
+
+    def run(layers: int) -> DryResult:
+        few = model.with_layers(layers)
+        return dry_pass(few, settings, batches, card=card, dtype=dtype, stored=stored)
+
+    few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
+    if whole or mixed or layers % period or layers <= few[1] + 1:
+        result = run(layers)
+    else:
+        result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
+    made = _plan_of(result, config, card, dtype, work, layers)
+    return replace(made, tied=model.tie_word_embeddings)
+
+
+def _plan_of(
+    result: DryResult,
+    config: TrainConfig,
+    card: bool,
+    dtype: torch.dtype,
+    work: Workload,
+    layers: int,
+) -> MemoryPlan:
+    step, resident = result.step, result.resident
+    saved: tuple[str, ...] = ("adapters", "optimiser")
+    if config.method == "full":
+        saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
+    reserve = {}
+    if card:
+        passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
+        reserve = {
+            "CUDA context": CUDA_CONTEXT,
+            "cuBLAS workspace": CUBLAS_WORKSPACE,
+            "allocator's holes": int(FRAGMENTATION * passing),
+        }
+    micro = config.accumulate / len(work.micro_batches)
+    return MemoryPlan(
+        config=config,
+        card=card,
+        dtype=dtype,
+        load=result.load,
+        step=step,
+        save=Peak(sum(resident.values()), resident),
+        save_host=sum(resident.get(owner, 0) for owner in saved) if card else 0,
+        trainable=result.trainable,
+        tokens=int(work.tokens * micro),
+        flops=result.flops * micro,
+        reserve=reserve,
+        host=result.host,
+        layers=layers,
+    )
+
+
+def _extrapolated(
+    fewer: DryResult, more: DryResult, few: tuple[int, int], layers: int, ends: int
+) -> DryResult:
+    """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
+
+    In both directions the bytes held grow or shrink by the same amount from layer to layer, or from
+    period to period where layers differ, so the ends decide: the first and last `ends` layers of
+    each direction are looked at.
+    """
+    low, high = few
+    distance = (layers - low) / (high - low)
+    ahead, beyond = _by_end(fewer.segments, low, ends), _by_end(more.segments, high, ends)
+    segments = {
+        name: _further(ahead[name], beyond[name], distance) for name in ahead if name in beyond
+    }
+    resident = {
+        owner: max(0, round(size + (more.resident[owner] - size) * distance))
+        for owner, size in fewer.resident.items()
+    }
+    return DryResult(
+        load=_further(fewer.load, more.load, distance),
+        segments=segments,
+        resident=resident,
+        trainable=round(fewer.trainable + (more.trainable - fewer.trainable) * distance),
+        flops=fewer.flops + (more.flops - fewer.flops) * distance,
+        host=round(fewer.host + (more.host - fewer.host) * distance),
+    )
+
+
+def _by_end(segments: dict[Segment, Peak], layers: int, ends: int) -> dict[Segment, Peak]:
+    """Segments named by their distance from the first layer, or, negative, from the last."""
+    named = {}
+    for (kind, index), peak in segments.items():
+        if kind in ("forward", "backward", "between layers"):
+            if ends <= index < layers - ends:
+                continue
+            index = index if index < ends else index - layers
+        named[kind, index] = peak
+    return named
+
+
+def _further(near: Peak, far: Peak, distance: float) -> Peak:
+    owners = {
+        owner: round(size + (far.owners[owner] - size) * distance)
+        for owner, size in near.owners.items()
+    }
+    return Peak(sum(owners.values()), owners)

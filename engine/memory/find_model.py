@@ -1,0 +1,43 @@
+"""The model a plan is for: a preset's name, a folder, a file or a hub id; never its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from engine.errors import ConfigError
+from engine.memory.model_shapes import preset_config, unknown_model
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.hf_directory import read_config
+from engine.model_sources.hub import fetch_config
+from models.config.model_config import ModelConfig
+
+_STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, torch.dtype]:
+    """Shape of a model and the type its files hold. Raises `ConfigError` where there is none.
+
+    A path wins over a preset of the same name, and a preset over a hub id.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        preset = preset_config(model)
+        if preset is not None:
+            return preset, torch.bfloat16
+        if model.count("/") != 1 or path.suffix == ".gguf":
+            raise unknown_model(model)
+        path = fetch_config(model, revision)
+    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
+        return open_checkpoint(path).config, torch.float32
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as JSON: {error}.") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} holds {type(raw).__name__}; expected an object.")
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+    return read_config(raw, str(file)), _STORED.get(str(stored), torch.bfloat16)

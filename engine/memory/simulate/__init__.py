@@ -1,0 +1,1 @@
+"""One training step simulated on tensors without memory."""

@@ -1,0 +1,201 @@
+"""One training step without memory: the very code that trains, on tensors that hold nothing.
+
+The model is loaded, adapted and trained for a step with torch's meta tensors in the place of its
+weights and activations, under a `MemoryMeter`. Token ids, labels and document boundaries are real,
+so everything that depends on them (chunks of the loss, documents, positions) goes its real way.
+
+For a CPU the pass takes the CPU's way through the kernels, and its bytes are those of a real step.
+For a CUDA card meta tensors say that they lie on one, so the card's way is taken: Triton kernels
+are not launched, but what their callers allocate is counted; storages are rounded up to the caching
+allocator's 512 bytes; attention is torch's flash attention, whose backward holds an fp32 dQ.
+
+An op whose memory depends only on shapes and which works in many small parts (decoding NF4, the
+optimiser's slabs, rows of the loss) runs once for each shape; afterwards its peak is counted again.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+import kernels.attention
+import kernels.attention.backends
+import kernels.elementwise.dropout
+import kernels.loss.cross_entropy
+import kernels.loss.linear_cross_entropy
+import kernels.nf4.matmul
+import kernels.nf4.planar
+import kernels.nf4.tiles
+import kernels.nf4.weight
+from engine.config.train_config import TrainConfig
+from engine.data.loader import Batch
+from engine.memory.meter import SCRATCH, Peak, Segment, observed, replaced, track_model
+from engine.memory.simulate.gpu import CARD, OnCard, OnHost, also_backward, card_ways, host_ways
+from engine.memory.simulate.meter import META, DryMeter
+from engine.memory.simulate.shortcuts import shortcuts
+from engine.model_sources.base import Checkpoint
+from engine.model_sources.load_model import build_for
+from engine.startup import importing
+from engine.training.loop import train_step
+from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
+from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.tensor_names import expected_tensors
+from optim import AdamW8bit
+
+CUDA_GRANULE = 512
+"""torch's CUDA caching allocator rounds a request up to this."""
+
+
+class _EmptyCheckpoint:
+    """A checkpoint of which only names, shapes and the stored type are known."""
+
+    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: DryMeter, card: bool):
+        self.config, self._stored, self._meter, self._card = config, stored, meter, card
+        self._shapes = expected_tensors(config)
+
+    def names(self) -> list[str]:
+        """Names of the file's tensors."""
+        return list(self._shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the file; on a CPU it is mapped and takes no memory."""
+        with _disable_current_modes():
+            empty = torch.empty(self._shapes[name], dtype=self._stored, device="meta")
+        if not self._card:
+            self._meter.ignore([empty])
+        return empty
+
+    def release(self, name: str) -> None:
+        """Nothing is mapped."""
+
+
+@dataclass(frozen=True)
+class DryResult:
+    """Peaks of one dry pass. `resident` is what stays between steps, by owner.
+
+    `host` is the most bytes that were put into the host's memory to spare a card's.
+    """
+
+    load: Peak
+    segments: dict[Segment, Peak]
+    resident: dict[str, int]
+    trainable: int
+    flops: float
+    host: int = 0
+
+    @property
+    def step(self) -> Peak:
+        """The highest peak of the step."""
+        return max(self.segments.values(), key=lambda peak: peak.bytes)
+
+
+def dry_pass(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    batches: Sequence[Batch],
+    *,
+    card: bool,
+    dtype: torch.dtype,
+    stored: torch.dtype = torch.bfloat16,
+) -> DryResult:
+    """Load, adapt and train one step of `batches` without memory.
+
+    `card` chooses the code for CUDA. Raises what the run itself would raise for these settings.
+    """
+    kernels.attention._cpu_flash_reads_groups()
+    # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
+    with importing():
+        importlib.import_module("torch._dynamo")
+    meter = DryMeter(CUDA_GRANULE if card else 1)
+    place = OnCard() if card else OnHost()
+    ways = [*also_backward(place), *(card_ways(meter) if card else host_ways())]
+    with replaced(*ways, *shortcuts(meter)), observed(meter, fresh_scratch=True), place:
+        _make_tables(CARD if card else META)
+        with meter:
+            return _passed(meter, model_config, config, batches, card, dtype, stored)
+
+
+def _make_tables(device: torch.device) -> None:
+    """The small tables that are made once per process and device belong to no pass."""
+    for signed in (True, False):
+        dynamic_map(signed, device)
+        midpoints(signed, device)
+        grid_table(signed, device)
+        magnitude_tables(signed, device)
+    kernels.nf4.weight._thresholds(device)
+    kernels.nf4.weight._cells(device)
+    kernels.nf4.matmul._counters(device)
+    kernels.nf4.weight._pair_table(device)
+
+
+def _passed(
+    meter: DryMeter,
+    model_config: ModelConfig,
+    config: TrainConfig,
+    batches: Sequence[Batch],
+    card: bool,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+) -> DryResult:
+    model = _loaded(model_config, config, meter, card, dtype, stored)
+    load = meter.peak
+    meter.begin("adapters and states")  # which every step has too
+    meter.hand_over(meter.owner, "norms and biases")
+    with torch.device("meta"):
+        trainable = make_trainable(model, config, None)
+    optimizer = make_optimizer(model, config)
+    track_model(meter, model)
+    _step(meter, model, optimizer, batches, config)
+    resident = dict(meter.live)
+    steady = _steady(meter.segments, resident)
+    return DryResult(load, steady, resident, trainable, meter.flops, meter.host_high)
+
+
+def _loaded(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    meter: DryMeter,
+    card: bool,
+    dtype: torch.dtype,
+    stored: torch.dtype,
+) -> Decoder:
+    meter.begin("load")
+    checkpoint = cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, card))
+    return build_for(config, checkpoint, CARD if card else META, dtype)
+
+
+def _step(
+    meter: DryMeter,
+    model: Decoder,
+    optimizer: AdamW8bit,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+) -> None:
+    """One step, with the optimizer's state there from the start as in every later step."""
+    meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+    optimizer.state_tensors()
+    meter.segments.clear()
+    train_step(
+        model,
+        optimizer,
+        batches,
+        max_grad_norm=config.max_grad_norm,
+        in_backward=make_in_backward(model, optimizer, config),
+    )
+
+
+def _steady(segments: dict[Segment, Peak], resident: dict[str, int]) -> dict[Segment, Peak]:
+    """The peaks of a later step: scratch that a step leaves is there from the next one's start."""
+    steady = {}
+    for name, peak in segments.items():
+        owners = peak.owners | {owner: resident[owner] for owner in SCRATCH}
+        steady[name] = Peak(sum(owners.values()), owners)
+    return steady

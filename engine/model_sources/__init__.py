@@ -1,0 +1,1 @@
+"""Pretrained models and adapters: formats that are read and written."""

@@ -1,0 +1,80 @@
+"""The experts of a mixture as a file holds them: their modules, and what training saw of them.
+
+Adapters name every expert by itself (`mlp.experts.3.up_proj`), whatever the file's layout.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from engine.model_sources.base import Checkpoint
+from kernels.nf4.weight import dequantize, quantize
+from models.tensor_layout import Layout
+from models.tensor_names import graph_tensors
+
+_EXPERTS = ".mlp.experts."
+
+
+class StoredExperts:
+    """Looks at the experts' tensors of `checkpoint`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._decoded: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the file names and divides the graph's parameters."""
+        return Layout.of_names(self._checkpoint.config, self._checkpoint.names())
+
+    @cached_property
+    def _graph(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Stored name of an expert's tensor -> the graph's parameter and its shape."""
+        return {
+            part: (name, shape)
+            for name, shape in graph_tensors(self._checkpoint.config).items()
+            if _EXPERTS in name
+            for part in self.layout.parts(name, shape)
+        }
+
+    def holds(self, name: str) -> bool:
+        """Whether `name` is a tensor of experts."""
+        return name in self._graph
+
+    def fuses(self, name: str) -> bool:
+        """Whether `name` is one tensor for all experts."""
+        return self.holds(name) and self.layout.fused
+
+    def modules(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Module path of every expert -> its rows of the fused tensor, views."""
+        graph_name, _ = self._graph[name]
+        divided = Layout(self.layout.nested, fused=False).divide(graph_name, tensor)
+        return {part.removesuffix(".weight"): rows for part, rows in divided.items()}
+
+    def adaptable(self) -> dict[str, tuple[int, ...]]:
+        """Module path -> (out, in) of every matrix that an adapter may name."""
+        checkpoint = self._checkpoint
+        found: dict[str, tuple[int, ...]] = {}
+        for name in checkpoint.names():
+            if self.fuses(name):
+                graph_name, shape = self._graph[name]
+                parts = Layout(self.layout.nested, fused=False).parts(graph_name, shape)
+                found |= {part.removesuffix(".weight"): size for part, size in parts.items()}
+            elif name.endswith(".weight"):
+                found[name.removesuffix(".weight")] = checkpoint.shape(name)
+        return found
+
+    def through_nf4(self, name: str) -> torch.Tensor:
+        """Tensor `name` as 4-bit training saw it: all experts of a projection share its scales.
+
+        Keeps the layer's decoded experts, since a divided file's next tensors are among them.
+        """
+        graph_name, shape = self._graph[name]
+        if name not in self._decoded:
+            whole = self.layout.assemble(graph_name, shape, self._checkpoint.tensor)
+            halves = whole.chunk(2, 1) if graph_name.endswith("gate_up_proj") else (whole,)
+            decoded = [dequantize(quantize(half), dtype=torch.float32) for half in halves]
+            self._decoded = self.layout.divide(graph_name, torch.cat(decoded, 1))
+        return self._decoded[name]

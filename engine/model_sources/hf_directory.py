@@ -1,0 +1,250 @@
+"""A Hugging Face model directory: config.json, safetensors, tokenizer and template files.
+
+Weights are one `model.safetensors`, or shards that `model.safetensors.index.json` names in its
+`weight_map`. The index is only believed as far as it can be checked: every value must be the plain
+name of a file in this directory, and every tensor must really stand in the shard it names, with the
+shape that the configuration asks for. Pickles are never read.
+
+Of chat templates, `chat_template.jinja` wins over the key in `tokenizer_config.json`, which wins
+over `chat_template.json`, as in transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.base import listing, match_tensors, quick_digest
+from engine.model_sources.safetensors.file import SafetensorsFile
+from engine.storage.safe_files import (
+    MIB,
+    is_pickle,
+    read_json_object,
+    read_regular,
+    read_text,
+    refuse_pickle,
+)
+from models.config.model_config import ModelConfig
+from models.tensor_layout import Layout, carried_prefixes
+from models.tensor_names import expected_tensors
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SHARD = re.compile(r"[\w.\-]+\.safetensors")
+# A buffer that old files carry and that follows from the configuration.
+_DERIVED = ".rotary_emb.inv_freq"
+_TEMPLATE_LIMIT = MIB
+
+
+class HFDirectory:
+    """The model in folder `path`; see `engine.model_sources.base.Checkpoint` for its methods.
+
+    Raises `ConfigError` for a missing or unusable config.json, and `CheckpointError` for weights
+    that are missing, damaged or of another model.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        config_path = self.path / "config.json"
+        if not self.path.is_dir() or not config_path.exists():
+            raise ConfigError(
+                f"{self.path} holds no config.json, so it is not a Hugging Face model directory."
+                f"{_hint(self.path)}"
+            )
+        self.raw_config = read_json_object(config_path, ConfigError)
+        self.config = read_config(self.raw_config, str(config_path))
+        self.generation_config = self._optional_json("generation_config.json")
+        self._files = self._open_weights()
+        if _has_own_head(self.raw_config, self.config, self._files):
+            self.config = replace(self.config, tie_word_embeddings=False)
+        self._home = _select(self._files, self.config, str(self.path))
+
+    def names(self) -> list[str]:
+        return list(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._file(name).dtype(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._file(name).tensor(name)
+
+    def release(self, name: str) -> None:
+        self._file(name).release(name)
+
+    def tokenizer_json(self) -> str | None:
+        path = self.path / "tokenizer.json"
+        return read_text(path, limit=256 * MIB) if path.exists() else None
+
+    def tokenizer_model(self) -> Path | None:
+        path = self.path / "tokenizer.model"
+        return path if path.exists() else None
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self._optional_json("tokenizer_config.json")
+
+    def chat_template(self) -> str | None:
+        jinja = self.path / "chat_template.jinja"
+        if jinja.exists():
+            return read_text(jinja, _TEMPLATE_LIMIT)
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            value = self._optional_json(name).get("chat_template")
+            if value is not None:
+                return _default_template(value, self.path / name)
+        return None
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        extra = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        names += [str(path.relative_to(self.path)) for path in extra]
+        return {name: read_regular(self.path / name, 256 * MIB) for name in names}
+
+    def digest(self) -> str:
+        return quick_digest(self.raw_config, [file.path for file in self._files])
+
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._home:
+            raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
+        return self._home[name]
+
+    def _optional_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return read_json_object(path, ConfigError) if path.exists() else {}
+
+    def _open_weights(self) -> list[SafetensorsFile]:
+        if (self.path / WEIGHTS).exists():
+            return [SafetensorsFile(self.path / WEIGHTS)]
+        if (self.path / INDEX).exists():
+            return _open_shards(self.path)
+        others = sorted(path for path in self.path.iterdir() if path.is_file())
+        pickles = [path for path in others if path.suffix != ".safetensors" and is_pickle(path)]
+        if pickles:
+            refuse_pickle(pickles[0])
+        raise CheckpointError(
+            f"{self.path} holds a config.json and no weights: neither {WEIGHTS} nor {INDEX} is "
+            f"there.{_hint(self.path)} Download the model's safetensors files."
+        )
+
+
+def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
+    """`ModelConfig.from_dict`, whose complaint becomes a `ConfigError` that names `source`."""
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
+        raise ConfigError(
+            f"{source}: the weights are stored quantised ({method}), which is not read. Take the "
+            "model's original 16-bit files; quantisation happens here, while they are loaded."
+        )
+    try:
+        return ModelConfig.from_dict(raw)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}.") from error
+
+
+def _open_shards(folder: Path) -> list[SafetensorsFile]:
+    """Open every shard the index names, and check that each tensor stands where the index says."""
+    index_path = folder / INDEX
+    weight_map = read_json_object(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map, which says what stands where.")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or _SHARD.fullmatch(shard) is None:
+            raise CheckpointError(
+                f"{index_path}: tensor {name[:80]!r} is said to be in {str(shard)[:120]!r}; "
+                "expected the plain name of a .safetensors file in the same folder."
+            )
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (folder / shard).exists()]
+    if absent:
+        raise CheckpointError(
+            f"{folder} lacks {len(absent)} of {len(shards)} weight files that its index names: "
+            f"{listing(absent)}. Download them again."
+        )
+    files = [SafetensorsFile(folder / shard) for shard in shards]
+    home = {name: file.path.name for file in files for name in file.keys()}  # noqa: SIM118
+    total = sum(len(file.keys()) for file in files)
+    strays = [name for name, shard in weight_map.items() if home.get(name) != shard]
+    if strays or len(home) != total or len(home) != len(weight_map):
+        odd = strays or sorted(set(home) - set(weight_map)) or ["a tensor that two shards hold"]
+        raise CheckpointError(
+            f"{index_path} does not agree with the files beside it about {len(odd)} tensors: "
+            f"{listing(odd)}. Download the index and the files again, from one revision."
+        )
+    return files
+
+
+def _has_own_head(raw: dict[str, Any], config: ModelConfig, files: list[SafetensorsFile]) -> bool:
+    """Whether a head that only `text_config` calls tied stands in the files all the same.
+
+    transformers takes the flag from the outer part of such a configuration, and reads its absence
+    there as untied.
+    """
+    if not config.nested or not config.tie_word_embeddings or "tie_word_embeddings" in raw:
+        return False
+    return any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+
+
+def _select(
+    files: list[SafetensorsFile], config: ModelConfig, source: str
+) -> dict[str, SafetensorsFile]:
+    """Tensor name -> file, for exactly the tensors of a model of `config`, in its order.
+
+    After them come those of the model's other parts (vision, multi-token prediction), if any.
+    """
+    home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    ignored = [name for name in home if name.endswith(_DERIVED)]
+    if config.tie_word_embeddings and "lm_head.weight" in home:
+        ignored.append("lm_head.weight")
+    for name in ignored:
+        del home[name]
+    carried = {n: home.pop(n) for n in list(home) if n.startswith(carried_prefixes(config))}
+    expected = expected_tensors(config, Layout.of_names(config, home))
+    match_tensors({name: file.shape(name) for name, file in home.items()}, expected, source)
+    odd = [name for name, file in home.items() if not file.dtype(name).is_floating_point]
+    if odd:
+        raise CheckpointError(
+            f"{source}: {len(odd)} weights are not floating point numbers: {listing(odd)}. "
+            "Take the model's original 16-bit files."
+        )
+    return {name: home[name] for name in expected} | carried
+
+
+def _default_template(value: Any, source: Path) -> str:
+    """The template of a `chat_template` value: a text, or a list of {name, template}."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if not isinstance(value, str) or len(value) > _TEMPLATE_LIMIT:
+        raise ConfigError(
+            f"{source}: chat_template is neither a text nor a list with one named 'default'."
+        )
+    return value
+
+
+def _hint(folder: Path) -> str:
+    """A sentence about what `folder` holds instead of a model, empty if nothing telling."""
+    if not folder.is_dir():
+        return f" There is no folder {folder}." if not folder.exists() else ""
+    if (folder / "adapter_config.json").exists():
+        return " It holds a LoRA adapter: name its base model here, and the adapter as adapter."
+    if len(list(folder.glob("*.gguf"))) > 1:
+        return " It holds several GGUF files: name one of them."
+    return ""

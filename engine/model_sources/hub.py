@@ -1,0 +1,120 @@
+"""Turn what a user names as the model into a path, without asking the network unless it must.
+
+A folder or file on this machine is used as it is, and the hub is never asked about it. A hub id is
+looked up in the cache first, so that a model that was downloaded once loads without a network; only
+what is not there is downloaded. Of a repository come configuration, tokenizer, templates and
+safetensors files; pickles, other formats and original checkpoints stay where they are.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from engine.errors import ConfigError
+from engine.storage.safe_files import read_json_object
+
+_ALLOWED = (
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+)
+_IGNORED = (
+    "original/*",
+    "onnx/*",
+    "consolidated*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
+_GGUF_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)")
+
+
+def resolve(model: str, revision: str | None = None) -> Path:
+    """The folder or `.gguf` file that `model` names, downloading it if it has to be.
+
+    `model` is a path, a hub id such as `org/name`, or a file of one, `org/name/file.gguf`;
+    `revision` is a branch, tag or commit of the hub. Raises `ConfigError` where there is no such
+    thing, or it cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if model and path.exists():
+        return path
+    file = _GGUF_IN_REPOSITORY.fullmatch(model)
+    if file:
+        return _fetch(file[1], revision, file[2])
+    if _REPOSITORY.fullmatch(model) is None or path.suffix == ".gguf":
+        raise ConfigError(
+            f"There is no file or folder {model!r}, and it is not a hub id, which looks like "
+            "organisation/name. Check the path."
+        )
+    return _fetch(model, revision, None)
+
+
+def fetch_config(repository: str, revision: str | None = None) -> Path:
+    """The `config.json` of a hub id and nothing else of it. Raises `ConfigError`."""
+    return _fetch(repository, revision, "config.json")
+
+
+def _fetch(repository: str, revision: str | None, file: str | None) -> Path:
+    """From the cache if it is complete there, else from the network."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = repository if revision is None else f"{repository} at {revision}"
+    try:
+        cached = _call(repository, revision, file, local_files_only=True)
+        if file is not None or _complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        cached = None
+    except HFValidationError as error:
+        raise ConfigError(f"{repository!r} is neither a path nor a hub id: {error}.") from error
+    try:
+        return _call(repository, revision, file, local_files_only=False)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        state = "is not in the cache" if cached is None else "is only partly in the cache"
+        raise ConfigError(
+            f"The model {wanted!r} is no path on this machine, {state}, and could not be "
+            f"downloaded ({reason[:200]}). Check the name and the network, or download it "
+            "elsewhere and name its folder."
+        ) from error
+
+
+def _call(
+    repository: str, revision: str | None, file: str | None, *, local_files_only: bool
+) -> Path:
+    import huggingface_hub
+
+    if file is not None:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, file, revision=revision, local_files_only=local_files_only
+            )
+        )
+    return Path(
+        huggingface_hub.snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=list(_ALLOWED),
+            ignore_patterns=list(_IGNORED),
+            local_files_only=local_files_only,
+        )
+    )
+
+
+def _complete(folder: Path) -> bool:
+    """Whether a snapshot in the cache holds a configuration and every weight file it names."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return (folder / "model.safetensors").exists()
+    shards = read_json_object(index).get("weight_map")
+    return isinstance(shards, dict) and all(
+        (folder / str(shard)).exists() for shard in set(map(str, shards.values()))
+    )

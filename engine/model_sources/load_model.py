@@ -1,0 +1,260 @@
+"""From a checkpoint to a `Decoder`, one tensor at a time.
+
+The graph is built without memory (torch's meta device). Each tensor is then read from the mapped
+file, quantised or cast, put where it belongs and forgotten, so peak host memory is the finished
+model plus less than 1.5 times the largest single tensor of the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.base import Checkpoint, open_checkpoint
+from kernels.linear.int8 import quantize_int8
+from kernels.linear.projection import QuantizedWeight
+from kernels.moe.grouped_matmul import planar_experts
+from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
+from kernels.nf4.weight import quantize
+from kernels.runtime.host_memory import host_copy
+from models.adapters import add_lora, load_adapter_tensors
+from models.decoder import Decoder
+from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
+from models.layers.linear import Linear
+from models.memory.offload import Kind, on_host
+from models.tensor_layout import Layout
+from models.tensor_names import PROJECTIONS, graph_tensors
+
+if TYPE_CHECKING:
+    from engine.config.train_config import TrainConfig
+    from engine.model_sources.adapter.peft import AdapterConfig
+
+Quantization = Literal["nf4", "int8"]
+
+_PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What becomes of a layer's weights; those that are quantised may be `lent` to the host."""
+
+    quantization: Quantization | None
+    double_quant: bool
+    device: torch.device
+    dtype: torch.dtype
+    lent: bool
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """`weight` (out, in) in the order in which the device reads it."""
+        on_device = weight.to(self.device)
+        if self.quantization == "int8":
+            return self.kept(quantize_int8(on_device))
+        packed = quantize(on_device, double_quant=self.double_quant)
+        # The GPU kernels read their own order of the codes; the reference reads either.
+        planar = self.device.type == "cuda" and has_planar_order(packed)
+        return self.kept(to_planar(packed) if planar else packed)
+
+    def quantized_experts(self, leaf: str, tensor: Tensor) -> dict[str, QuantizedExperts]:
+        """All experts' weights (E, out, in) of one parameter, projection by projection."""
+        both = leaf == "gate_up_proj"
+        names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
+        # In 16 bits on a card all experts are one launch, which reads the planar order.
+        planar = self.device.type == "cuda" and self.dtype.itemsize == 2
+        whole = planar and tensor.shape[-1] % BLOCK == 0
+        found: dict[str, QuantizedExperts] = {}
+        for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
+            on_device = part.to(self.device)
+            if self.quantization == "int8":
+                found[name] = self.kept(tuple(quantize_int8(expert) for expert in on_device))
+                continue
+            packed = quantize(on_device, double_quant=self.double_quant)
+            del on_device
+            found[name] = self.kept(planar_experts(packed) if whole else packed)
+        return found
+
+    def kept(self, weight: Kind) -> Kind:
+        """`weight` where it is to lie."""
+        return on_host(weight) if self.lent else weight
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    *,
+    quantization: Quantization | None = None,
+    double_quant: bool = True,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    head_8bit: bool = False,
+    embedding_on_host: bool = False,
+    weights_on_host: bool = False,
+) -> Decoder:
+    """A decoder with the checkpoint's weights, every parameter frozen.
+
+    The large projections of each layer (`models.tensor_names.PROJECTIONS`), experts among them, are
+    quantised if asked for; embeddings, norms, biases, routers and the head are kept in `dtype`, or
+    the head, with the embedding where they are tied, in 8-bit rows. An embedding on the host sends
+    only a batch's rows to the device; with `weights_on_host` the layers' quantised weights lie
+    there and are streamed. Raises `CheckpointError` for a tensor that is not finite, `ConfigError`
+    for a tied embedding on the host.
+    """
+    device = torch.device(device)
+    if embedding_on_host and checkpoint.config.tie_word_embeddings:
+        raise ConfigError(
+            "This model's embedding is its output head too, which every token reads, so it cannot "
+            "stay on the host: leave out --embedding-on host; --head-precision 8bit halves it."
+        )
+    with torch.device("meta"):
+        model = Decoder(checkpoint.config)
+    layout = Layout.of_names(checkpoint.config, checkpoint.names())
+    lent = weights_on_host and device.type == "cuda"
+    form = _Form(quantization, double_quant, device, dtype, lent)
+    for name, shape in graph_tensors(checkpoint.config).items():
+        tensor = layout.assemble(name, shape, checkpoint.tensor)
+        if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
+            _place(model, name, tensor, form)
+        del tensor
+        for part in layout.parts(name, shape):
+            checkpoint.release(part)
+    for layer in model.layers:
+        layer.join_weights()
+    if weights_on_host:
+        model.stream_weights()
+    _return_freed_memory()
+    return model.eval()
+
+
+def build_for(
+    config: TrainConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+) -> Decoder:
+    """The model that a run of `config` trains on, every parameter frozen. Raises as above."""
+    return build_model(
+        checkpoint,
+        quantization="nf4" if config.method == "qlora" else None,
+        double_quant=config.double_quant,
+        device=device,
+        dtype=dtype,
+        head_8bit=config.head_precision == "8bit",
+        embedding_on_host=config.embedding_on == "host",
+        weights_on_host="weights" in config.offload,
+    )
+
+
+def _place_outer(
+    model: Decoder,
+    name: str,
+    tensor: Tensor,
+    head_8bit: bool,
+    embedding_on_host: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> bool:
+    """Place a head or an embedding that is to be no dense tensor on the device, if this is one."""
+    head, embedding = model.lm_head, model.model.embed_tokens
+    if name == "model.embed_tokens.weight" and (embedding_on_host or (head_8bit and head is None)):
+        _require_finite(name, tensor)
+        if embedding_on_host:
+            embedding.set_weight(host_copy(tensor, dtype), device)
+        else:
+            embedding.set_weight(replace(quantize_int8(tensor, device), dtype=dtype))
+        return True
+    if name == "lm_head.weight" and head_8bit and head is not None:
+        _require_finite(name, tensor)
+        head.set_weight(replace(quantize_int8(tensor, device), dtype=dtype))
+        return True
+    return False
+
+
+def _return_freed_memory() -> None:
+    """Give the pages that quantising freed back to the system, where the C library knows how."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+
+
+def _place(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    _require_finite(name, tensor)
+    if isinstance(module, Experts) and form.quantization:
+        module.set_quantized(leaf, form.quantized_experts(leaf, tensor))
+    elif isinstance(module, Linear) and leaf == "weight":
+        small = form.quantization is None or path.rsplit(".", 1)[-1] not in PROJECTIONS
+        weight = _owned(tensor, form.device, form.dtype) if small else form.quantized(tensor)
+        module.set_weight(weight)
+    else:
+        owned = _owned(tensor, form.device, form.dtype)
+        setattr(module, leaf, nn.Parameter(owned, requires_grad=False))
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.is_cuda and not _all_finite(tensor):
+        raise CheckpointError(
+            f"tensor {name} holds values that are not finite; the checkpoint is damaged or was "
+            "saved from a diverged run. Download it again or use an earlier one."
+        )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite, in parts: fp32 copies of all would be the load's peak."""
+    parts = tensor.reshape(-1).split(_PART)
+    return all(bool(torch.isfinite(part.float().sum())) for part in parts)
+
+
+def _owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A copy that no longer reads the mapped file."""
+    return tensor.to(device=device, dtype=dtype, copy=True)
+
+
+def attach_adapter(model: Decoder, directory: Path | str) -> AdapterConfig:
+    """Put a saved PEFT adapter on `model` and return its configuration.
+
+    Raises `CheckpointError` where its targets or shapes do not fit the model.
+    """
+    from engine.model_sources.adapter.peft import load_adapter
+
+    config, tensors = load_adapter(Path(directory))
+    try:
+        add_lora(
+            model,
+            rank=config.r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=config.target_modules,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+        )
+        load_adapter_tensors(model, tensors)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The adapter {directory} does not fit this model: {error}. Give the model that it "
+            "was trained on."
+        ) from error
+    return config
+
+
+def load_model(
+    model: str | Path,
+    quantize: Quantization | None = None,
+    adapter: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """Load a model for use: a Hugging Face directory, a hub id or a `.gguf` file.
+
+    Needs `config.json` and weights, no tokenizer. With an `adapter` its pairs stay separate and
+    trainable. Raises `ConfigError` or `CheckpointError` naming what cannot be used.
+    """
+    if quantize not in (None, "nf4", "int8"):
+        raise ConfigError(f"quantize is {quantize!r}; expected None, 'nf4' or 'int8'")
+    decoder = build_model(open_checkpoint(model), quantization=quantize, device=device, dtype=dtype)
+    if adapter is not None:
+        attach_adapter(decoder, adapter)
+    return decoder

@@ -1,0 +1,217 @@
+"""`pruning.json`: which attention heads of the model beside it were pruned, and how.
+
+`pruned_heads` maps a layer's number to the query heads (value heads of a linear attention), counted
+as in the weights beside the file, that must add nothing to the model's output. In mode `zero` their
+slices are zeros, in mode `mask` the weights are whole and the columns of the output projection are
+put to zero as they are read, so that deleting the file brings the heads back. In mode `structural`
+they are gone, and not in the map.
+
+`digest` is the SHA-256 of everything else in the file, as JSON with sorted keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.model_sources.base import Checkpoint
+from engine.storage.safe_files import read_json_object
+from models.config.model_config import ModelConfig
+
+PRUNING = "pruning.json"
+FORMAT = "engine-pruning-1"
+MODES = ("zero", "mask", "structural")
+HeadMap = dict[int, tuple[int, ...]]
+"""Layer -> heads, both in ascending order."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """A `pruning.json` that was read: its mode, the heads that are off, and all it says."""
+
+    mode: str
+    heads: HeadMap
+    record: Mapping[str, Any]
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` with the format's name and the digest of everything else."""
+    whole = {**record, "format": FORMAT}
+    return whole | {"digest": _digest(whole)}
+
+
+def head_map(layers: Mapping[int, Sequence[int]]) -> dict[str, list[int]]:
+    """Layer -> heads as JSON has it, without layers that have none."""
+    return {str(layer): sorted(heads) for layer, heads in sorted(layers.items()) if heads}
+
+
+def read_pruning(folder: Path) -> Pruning | None:
+    """The pruning of the model in `folder`; None where there is none.
+
+    A file of that name that another program wrote is no concern of this one. Raises
+    `CheckpointError` for a damaged or edited file.
+    """
+    path = folder / PRUNING
+    if not folder.is_dir() or not path.exists():
+        return None
+    record = read_json_object(path)
+    if record.get("format") != FORMAT:
+        return None
+    heads = _heads(record.get("pruned_heads"))
+    if record.get("digest") != _digest(record) or record.get("mode") not in MODES or heads is None:
+        raise CheckpointError(
+            f"{path} is not as it was written: its digest does not fit. Copy it again from where "
+            "the model was pruned; in mode mask, deleting it brings the pruned heads back."
+        )
+    return Pruning(str(record["mode"]), heads, record)
+
+
+def carried(pruning: Pruning) -> dict[str, Any]:
+    """The record for a copy of the model, in which what was masked has become zeros."""
+    return sealed({**pruning.record, "mode": "zero" if pruning.mode == "mask" else pruning.mode})
+
+
+class MaskedCheckpoint:
+    """A checkpoint whose masked heads read as zeros; see `engine.model_sources.base.Checkpoint`.
+
+    Raises `CheckpointError` where the mask names a head that the model does not have.
+    """
+
+    def __init__(self, whole: Checkpoint, pruning: Pruning) -> None:
+        self.whole = whole
+        self._columns: dict[str, list[int]] = {}
+        check_heads(pruning, whole.config, whole.path)
+        names = set(whole.names())
+        for layer, heads in pruning.heads.items():
+            name = next((n for n in _outputs(whole.config, layer) if n in names), None)
+            if name is None:
+                raise CheckpointError(
+                    f"{whole.path / PRUNING} masks heads of layer {layer}, which has none. The "
+                    "file belongs to another model."
+                )
+            self._columns[name] = columns_of(heads, head_shape(whole.config, layer)[1])
+        self._mask = json.dumps(head_map(pruning.heads))
+
+    @property
+    def path(self) -> Path:
+        return self.whole.path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.whole.config
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        return self.whole.raw_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self.whole.generation_config
+
+    def names(self) -> list[str]:
+        return self.whole.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.whole.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.whole.dtype(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Tensor `name`; the columns of masked heads are zeros."""
+        tensor = self.whole.tensor(name)
+        columns = self._columns.get(name)
+        return tensor if columns is None else tensor.index_fill(1, torch.tensor(columns), 0)
+
+    def release(self, name: str) -> None:
+        self.whole.release(name)
+
+    def tokenizer_json(self) -> str | None:
+        return self.whole.tokenizer_json()
+
+    def tokenizer_model(self) -> Path | None:
+        return self.whole.tokenizer_model()
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self.whole.tokenizer_config()
+
+    def chat_template(self) -> str | None:
+        return self.whole.chat_template()
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        return self.whole.tokenizer_files()
+
+    def digest(self) -> str:
+        """That of the whole model and the mask: a masked model is another model."""
+        return hashlib.sha256(f"{self.whole.digest()}{self._mask}".encode()).hexdigest()
+
+
+def masked(checkpoint: Checkpoint) -> Checkpoint:
+    """`checkpoint` with the mask that lies beside it, if one does."""
+    pruning = read_pruning(checkpoint.path)
+    if pruning is None or pruning.mode != "mask":
+        return checkpoint
+    return MaskedCheckpoint(checkpoint, pruning)
+
+
+TRUNKS = ("model.", "model.language_model.")
+"""What a decoder's tensors begin with: the latter where the model has other parts too."""
+
+
+def _outputs(config: ModelConfig, layer: int) -> list[str]:
+    """Possible names of the projection whose columns read the heads of `layer`."""
+    linear = config.layer_types[layer] == "linear_attention"
+    leaf = "linear_attn.out_proj" if linear else "self_attn.o_proj"
+    return [f"{trunk}layers.{layer}.{leaf}.weight" for trunk in TRUNKS]
+
+
+def head_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """The number of heads that the output of `layer` is made of, and the size of each.
+
+    Query heads of attention; value heads of a linear attention.
+    """
+    if config.layer_types[layer] == "linear_attention":
+        return config.linear_num_value_heads, config.linear_value_head_dim
+    return config.heads(layer), config.head_dim
+
+
+def columns_of(heads: Sequence[int], head_dim: int) -> list[int]:
+    """Columns of `o_proj` that read these heads."""
+    return [column for head in heads for column in range(head * head_dim, (head + 1) * head_dim)]
+
+
+def check_heads(pruning: Pruning, config: ModelConfig, source: Path) -> None:
+    """Raise `CheckpointError` unless the model has every head that `pruning` names."""
+    for layer, heads in pruning.heads.items():
+        inside = layer < config.num_hidden_layers
+        if not inside or heads[-1] >= head_shape(config, layer)[0]:
+            count = f"{head_shape(config, layer)[0]} heads there" if inside else "fewer layers"
+            raise CheckpointError(
+                f"{source / PRUNING} names heads {list(heads)} of layer {layer}, and the model has "
+                f"{count}. The file belongs to another model."
+            )
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _heads(value: Any) -> HeadMap | None:
+    """The map of layers to heads that JSON holds; None if it is not one."""
+    if not isinstance(value, dict):
+        return None
+    found: HeadMap = {}
+    for layer, heads in value.items():
+        listed = isinstance(heads, list) and heads and all(type(head) is int for head in heads)
+        if not str(layer).isdecimal() or not listed or min(heads) < 0:
+            return None
+        found[int(layer)] = tuple(sorted(set(heads)))
+    return dict(sorted(found.items()))

@@ -1,0 +1,259 @@
+"""`prune`: score the heads of a model, choose, and write the pruned model.
+
+The checkpoint's tensors are read one at a time for the scores and once more for the output, which
+appears under its name when it is complete: a model directory with `pruning.json` and a heat map.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from engine.errors import ConfigError
+from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from engine.model_sources.pruning_record import (
+    PRUNING,
+    HeadMap,
+    MaskedCheckpoint,
+    head_map,
+    read_pruning,
+    sealed,
+)
+from engine.pruning.apply import (
+    Slices,
+    SmallerCheckpoint,
+    counts_per_layer,
+    refuse_indivisible,
+    still_off,
+)
+from engine.pruning.delta_heads import delta_heads
+from engine.pruning.head_slices import Heads, attention_heads, refuse_uncut
+from engine.pruning.heat_map import HEAT_MAP, draw
+from engine.pruning.report import LOADS_IN, describe, off_heads
+from engine.pruning.scores import METRICS, NEED_DATA, LayerScores, Metric, weight_scores
+from engine.pruning.selection import Granularity, Rules, Scope, Selection, select
+from engine.storage import durable
+
+if TYPE_CHECKING:
+    from engine.model_sources.load_model import Quantization
+
+log = logging.getLogger(__name__)
+Mode = Literal["zero", "mask", "structural"]
+Kind = Literal["attention", "delta"]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "metric": METRICS,
+    "mode": get_args(Mode),
+    "heads": get_args(Kind),
+    "scope": get_args(Scope),
+    "granularity": get_args(Granularity),
+    "quantize": (None, "nf4", "int8"),
+}
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """Everything that decides which heads go and how. `protect` counts from the end below 0.
+
+    With `per_layer` a structural cut may take another number out of each layer; no other program
+    loads what is written then.
+
+    `data`, `calibration_rows`, `max_length`, `device` and `dtype` are of the metrics that run the
+    model; with `quantize` the values are scored that a model quantised so computes with.
+    """
+
+    fraction: float
+    metric: Metric = "l2"
+    mode: Mode = "zero"
+    heads: Kind = "attention"
+    scope: Scope = "global"
+    granularity: Granularity = "head"
+    min_heads: int = 1
+    min_kv_heads: int = 1
+    protect: Sequence[int] = ()
+    per_layer: bool = False
+    allow_shortfall: bool = False
+    seed: int = 0
+    data: Sequence[str | Path] = ()
+    calibration_rows: int = 64
+    max_length: int = 512
+    quantize: Quantization | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_shard_size: int = field(default=MAX_SHARD_SIZE)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """`record` is what `pruning.json` holds; `written` is None after a mere report."""
+
+    record: dict[str, Any]
+    written: WrittenModel | None
+
+
+def prune(model: str | Path, output: str | Path | None, settings: PruneSettings) -> PruneResult:
+    """Prune `model` into the new folder `output`; without one only score and choose.
+
+    Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
+    `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
+    """
+    for name, known in _CHOICES.items():
+        if getattr(settings, name) not in known:
+            found, listed = getattr(settings, name), ", ".join(map(str, known))
+            raise ConfigError(f"{name} is {found!r}; expected one of {listed}.")
+    if settings.metric in NEED_DATA and not settings.data:
+        raise ConfigError(
+            f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "
+            "with --data, or use --metric l2 or ov, which need none."
+        )
+    if settings.per_layer and (settings.mode, settings.heads) != ("structural", "attention"):
+        raise ConfigError(
+            "--per-layer lets a structural cut take another number of attention heads out of each "
+            "layer: it goes with --mode structural, and not with --heads delta."
+        )
+    if output is not None:
+        durable.refuse_occupied(Path(output))
+    checkpoint = open_checkpoint(model)
+    layers = _layers(checkpoint, settings)
+    if settings.mode == "structural":
+        refuse_uncut(checkpoint, layers)
+    rules = _rules(settings, checkpoint.config.num_hidden_layers)
+    scored = _scores(checkpoint, layers, settings)
+    choice = select(scored, rules)
+    record = describe(scored, rules, choice, settings.metric, settings.mode)
+    record |= {
+        "kind": settings.heads,
+        "seed": settings.seed,
+        "model": str(model),
+        "base_digest": checkpoint.digest(),
+    }
+    if settings.per_layer:
+        record["per_layer"] = True
+    kept = checkpoint.config.num_attention_heads_per_layer  # lists that an earlier cut has written
+    if settings.per_layer or (kept and not (rules.uniform and settings.heads == "attention")):
+        record["loads_in"] = LOADS_IN
+    if settings.metric in NEED_DATA:
+        record["calibration_rows"] = settings.calibration_rows
+        record["data"] = [str(path) for path in settings.data]
+    if output is None:
+        return PruneResult(record, None)
+    return _write(checkpoint, Path(output), settings, scored, choice, record)
+
+
+def _rules(settings: PruneSettings, layers: int) -> Rules:
+    protected = {index + layers if index < 0 else index for index in settings.protect}
+    outside = sorted(index for index in protected if not 0 <= index < layers)
+    if outside:
+        raise ConfigError(
+            f"--protect names layers that are not there ({', '.join(map(str, outside))}); the "
+            f"model has layers 0 to {layers - 1}, or -1 for the last."
+        )
+    return Rules(
+        fraction=settings.fraction,
+        scope=settings.scope,
+        granularity=settings.granularity,
+        min_heads=settings.min_heads,
+        min_kv_heads=settings.min_kv_heads,
+        protected=frozenset(protected),
+        uniform=settings.mode == "structural" and not settings.per_layer,
+        regular=settings.per_layer,
+        allow_shortfall=settings.allow_shortfall,
+    )
+
+
+def _layers(checkpoint: Checkpoint, settings: PruneSettings) -> Sequence[Heads]:
+    if settings.heads == "delta":
+        return delta_heads(checkpoint)
+    return attention_heads(checkpoint)
+
+
+def _scores(
+    checkpoint: Checkpoint, layers: Sequence[Heads], settings: PruneSettings
+) -> list[LayerScores]:
+    if settings.metric in NEED_DATA:
+        from engine.pruning.calibration import Calibration, measured_scores
+
+        calibration = Calibration(
+            tuple(map(str, settings.data)),
+            rows=settings.calibration_rows,
+            max_length=settings.max_length,
+            quantize=settings.quantize,
+            device=settings.device,
+            dtype=settings.dtype,
+        )
+        return measured_scores(checkpoint, layers, settings.metric, calibration)
+    return weight_scores(
+        checkpoint,
+        layers,
+        settings.metric,
+        seed=settings.seed,
+        through=settings.quantize,
+    )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    output: Path,
+    settings: PruneSettings,
+    scored: list[LayerScores],
+    choice: Selection,
+    record: dict[str, Any],
+) -> PruneResult:
+    layers = [s.heads for s in scored]
+    off = _others(checkpoint, layers) | off_heads(scored, choice.heads)
+    source, mode = checkpoint, settings.mode
+    if mode == "mask" and isinstance(checkpoint, MaskedCheckpoint):
+        source = checkpoint.whole  # an earlier mask stays one that can be taken off
+    if mode == "structural":
+        source, left = _smaller(checkpoint, scored, choice, settings.per_layer)
+        off = _others(checkpoint, layers) | left
+    slices = Slices(layers, {layer: set(heads) for layer, heads in off.items()})
+    record = sealed(record | {"pruned_heads": head_map(off)})
+
+    def beside(folder: Path) -> None:
+        durable.write_json(folder / PRUNING, record)
+        title = f"{settings.metric}: {choice.removed_heads} heads pruned"
+        draw(scored, choice.heads, title, folder / HEAT_MAP)
+
+    written = write_directory(
+        source,
+        output,
+        slices.zero if mode == "zero" else lambda _, tensor: tensor,
+        None,
+        settings.max_shard_size,
+        beside,
+    )
+    log.info("Pruned %d heads: %s", choice.removed_heads, output)
+    return PruneResult(record, written)
+
+
+def _smaller(
+    checkpoint: Checkpoint, scored: list[LayerScores], choice: Selection, per_layer: bool
+) -> tuple[Any, HeadMap]:
+    """The checkpoint without the chosen heads, and what in it is off all the same."""
+    layers = [s.heads for s in scored]
+    if per_layer:
+        counts = counts_per_layer(checkpoint.config, layers, choice.heads)
+    else:
+        first = layers[0]
+        gone = set(choice.heads[first.layer])
+        heads = first.heads - len(gone)
+        counts = first.counts(heads, first.kv_heads - len(first.dead_groups(gone)))
+        if "num_attention_heads" in counts:
+            refuse_indivisible(checkpoint.config, heads, checkpoint.path)
+    off = {layer: set(found) for layer, found in choice.heads.items()}
+    dead = {s.heads.layer: tuple(sorted(s.dead)) for s in scored}
+    smaller = SmallerCheckpoint(checkpoint, Slices(layers, off, cut=True), counts)
+    return smaller, still_off(layers, dead, choice.heads)
+
+
+def _others(checkpoint: Checkpoint, layers: Sequence[Heads]) -> HeadMap:
+    """Heads of layers of the other kind that an earlier pruning left off."""
+    earlier = read_pruning(checkpoint.path)
+    mine = {heads.layer for heads in layers}
+    found = {} if earlier is None else earlier.heads
+    return {layer: heads for layer, heads in found.items() if layer not in mine}

@@ -1,0 +1,192 @@
+"""How much each attention head matters, measured on calibration rows.
+
+With out_t,h what head h gives o_proj at token t, and o_h its columns:
+
+    activation  mean over tokens of |o_h out_t,h|, the length of what the head adds to the residual
+                stream, divided by the layer's mean: lengths grow with depth, and without that the
+                first layers would lose most of their heads.
+    gradient    sum over rows of |sum over the row's tokens of <out_t,h, dL/d out_t,h>| / tokens,
+                the first-order change of the loss if the head were taken out (Michel et al. 2019,
+                arXiv 1905.10650). It equals |<o_h, dL/d o_h>|, so only o_proj needs a gradient.
+
+|o_h out|^2 = out^T (o_h^T o_h) out, which needs the (D, D) matrices o_h^T o_h alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engine.data.dataset import load_rows
+from engine.data.examples import Example, build_examples, check_ids
+from engine.data.loader import collate
+from engine.device import resolve_device, resolve_dtype
+from engine.evaluate import by_tokens
+from engine.model_sources.base import Checkpoint
+from engine.model_sources.load_model import build_model
+from engine.pruning.head_slices import Heads
+from engine.pruning.scores import LayerScores, Metric, checked, output_grams, weight_scores
+from engine.tokenization.tokenizer import load_tokenizer
+from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
+from kernels.linear.projection import decode_weight
+from models.decoder import Decoder
+from models.layers.attention import Attention
+from models.layers.delta_net import DeltaNet
+from models.layers.linear import Linear
+
+if TYPE_CHECKING:
+    from engine.model_sources.load_model import Quantization
+
+_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The rows to run, and how the model is held: the first `rows` of the files `data`."""
+
+    data: tuple[str, ...]
+    rows: int = 64
+    max_length: int = 512
+    quantize: Quantization | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+
+def measured_scores(
+    checkpoint: Checkpoint, layers: Sequence[Heads], metric: Metric, how: Calibration
+) -> list[LayerScores]:
+    """Scores of every head of `layers` by `metric` (activation or gradient).
+
+    Raises `DataError` for rows that cannot be used.
+    """
+    rows = load_rows(list(how.data))[: how.rows]
+    examples, _ = build_examples(rows, load_tokenizer(checkpoint), how.max_length)
+    check_ids(examples, checkpoint.config.vocab_size)
+    blank = weight_scores(checkpoint, layers, "random")
+    device = resolve_device(how.device)
+    model = build_model(
+        checkpoint,
+        quantization=how.quantize,
+        device=device,
+        dtype=resolve_dtype(how.dtype, device),
+    )
+    numbers = [heads.layer for heads in layers]
+    if metric == "activation":
+        found = [_relative(values) for values in activations(model, numbers, examples)]
+    else:
+        found = gradients(model, numbers, examples)
+    return [
+        replace(scores, values=checked(values, scores.heads.layer))
+        for scores, values in zip(blank, found, strict=True)
+    ]
+
+
+def _relative(values: Tensor) -> Tensor:
+    """`values` (heads,) over the mean of those that are not 0."""
+    mean = values.sum() / (values > 0).sum().clamp(min=1)
+    return values / mean.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+@torch.no_grad()
+def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) -> list[Tensor]:
+    """Mean length (heads,) in float64 of what each head of `layers` adds, over all tokens."""
+    sums: dict[int, Tensor] = {}
+    with ExitStack() as stack:
+        for layer in layers:
+            mixer, linear, dim = _mixer(model, layer)
+            dense = _dense(linear, torch.float32)
+            grams = output_grams(dense.unflatten(1, (-1, dim))).float()
+            sums[layer] = torch.zeros(grams.shape[0], dtype=torch.float64, device=grams.device)
+            stack.enter_context(_listening(mixer, grams, sums[layer]))
+        tokens = 0
+        for group in by_tokens(examples, _TOKENS_PER_BATCH):
+            batch = collate(group)
+            model.hidden_states(batch.input_ids.to(model.device), batch.cu_seqlens.to(model.device))
+            tokens += int(batch.input_ids.numel())
+    return [sums[layer].cpu() / max(tokens, 1) for layer in layers]
+
+
+@contextmanager
+def _listening(mixer: Any, grams: Tensor, total: Tensor) -> Iterator[None]:
+    """Add the lengths of every token's contributions to `total` as `mixer` runs."""
+    run = mixer.run
+
+    def listen(*arguments: Any) -> Any:
+        x1, kept = run(*arguments)
+        out = _heads_output(mixer, kept).float()
+        squares = (torch.einsum("nhd,hde->nhe", out, grams) * out).sum(2)
+        total.add_(squares.clamp_(min=0).sqrt_().double().sum(0))
+        return x1, kept
+
+    mixer.run = listen
+    try:
+        yield
+    finally:
+        del mixer.run
+
+
+def _heads_output(mixer: Attention | DeltaNet, kept: Any) -> Tensor:
+    """What the output projection reads (N, heads, D)."""
+    out: Tensor = kept.out
+    if isinstance(mixer, DeltaNet):
+        return gated_rms_norm_forward(out, kept.z, mixer.norm.weight, mixer.norm.eps)[0]
+    return out if kept.gate is None else out * torch.sigmoid(kept.gate)
+
+
+def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) -> list[Tensor]:
+    """|<o_h, dL/d o_h>| (heads,) in float64, summed over rows, per trained token.
+
+    o_proj is held dense while this runs; a quantised one with the values it stands for.
+    """
+    outputs = {layer: _mixer(model, layer)[1:] for layer in layers}
+    sums = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
+    for linear, _ in outputs.values():
+        if not isinstance(linear.weight, Tensor):
+            linear.set_weight(_dense(linear, model.dtype))
+        assert isinstance(linear.weight, Tensor)
+        linear.weight.requires_grad_(True)
+    tokens = 0
+    for example in examples:
+        batch = collate([example])
+        model.loss(
+            batch.input_ids.to(model.device),
+            batch.labels.to(model.device),
+            batch.cu_seqlens.to(model.device),
+            num_items=1,
+        ).backward()
+        tokens += batch.trained_tokens
+        for layer, (linear, dim) in outputs.items():
+            sums[layer] = sums[layer] + _inner(linear, dim).abs().cpu()
+    return [sums[layer] / max(tokens, 1) for layer in layers]
+
+
+def _mixer(model: Decoder, layer: int) -> tuple[Attention | DeltaNet, Linear, int]:
+    """The layer's mixer, the projection that reads its heads, and their size."""
+    block = model.layers[layer]
+    if block.linear_attn is not None:
+        return block.linear_attn, block.linear_attn.out_proj, block.linear_attn.value_dim
+    assert block.self_attn is not None
+    return block.self_attn, block.self_attn.o_proj, block.self_attn.head_dim
+
+
+def _inner(linear: Linear, dim: int) -> Tensor:
+    """<o_h, dL/d o_h> (heads,) of the gradient that is there, which is taken away."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor) and weight.grad is not None
+    product = weight.detach().double() * weight.grad.double()
+    weight.grad = None
+    inner: Tensor = product.unflatten(1, (-1, dim)).sum((0, 2))
+    return inner
+
+
+def _dense(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """The weight as a dense matrix of its own."""
+    weight = linear.weight
+    if isinstance(weight, Tensor):
+        return weight.detach().to(dtype)
+    return decode_weight(weight, dtype).clone()

@@ -1,0 +1,47 @@
+"""A picture of head importance: one row a layer, one column a head, crosses on what was pruned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.pruning.scores import LayerScores
+
+log = logging.getLogger(__name__)
+HEAT_MAP = "head_importance.png"
+
+
+def draw(
+    layers: list[LayerScores], pruned: Mapping[int, Sequence[int]], title: str, target: Path
+) -> bool:
+    """Write the picture to `target`. False, and a line in the log, without matplotlib.
+
+    Heads that were gone before the choice are left white.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("No heat map: matplotlib is not installed (pip install 'engine-trainer[plot]').")
+        return False
+    width = max(s.heads.heads for s in layers)
+    rows = [
+        [
+            float(s.values[h]) if h < s.heads.heads and h not in s.dead else float("nan")
+            for h in range(width)
+        ]
+        for s in layers
+    ]
+    figure = Figure(figsize=(2.5 + 0.3 * width, 1.5 + 0.25 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    crosses = [(h, row) for row, s in enumerate(layers) for h in pruned.get(s.heads.layer, ())]
+    if crosses:
+        axes.plot(*zip(*crosses, strict=True), "x", color="red", markersize=6, markeredgewidth=1.5)
+    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set_yticks(range(len(rows)), [str(s.heads.layer) for s in layers])
+    axes.set_xticks(range(width))
+    axes.tick_params(labelsize=7)
+    figure.colorbar(image, label="importance")
+    figure.savefig(target, dpi=120, format="png")
+    return True

@@ -1,0 +1,100 @@
+"""What was asked and what was done: the record of `pruning.json`, and the table that is printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.model_sources.pruning_record import HeadMap, head_map
+from engine.pruning.scores import LayerScores, Metric
+from engine.pruning.selection import Rules, Selection
+
+LOADS_IN = (
+    "this engine alone: config.json gives the number of heads layer by layer, in lists that no "
+    "other program reads"
+)
+
+
+def describe(
+    layers: list[LayerScores], rules: Rules, choice: Selection, metric: Metric, mode: str
+) -> dict[str, Any]:
+    """The record without what only a written model has: source and heads that are off."""
+    return {
+        "mode": mode,
+        "metric": metric,
+        "fraction": rules.fraction,
+        "scope": rules.scope,
+        "granularity": rules.granularity,
+        "min_heads": rules.min_heads,
+        "min_kv_heads": rules.min_kv_heads,
+        "protected": sorted(rules.protected),
+        "units": {"before": choice.before, "asked": choice.asked, "removed": choice.removed},
+        "heads": {
+            "before": sum(len(s.alive) for s in layers),
+            "removed": choice.removed_heads,
+        },
+        "chosen": head_map(choice.heads),
+        "layers": [_layer(s, choice) for s in layers],
+    }
+
+
+def _layer(scores: LayerScores, choice: Selection) -> dict[str, Any]:
+    heads = scores.heads
+    chosen = set(choice.heads.get(heads.layer, ()))
+    left = scores.alive - chosen
+    return {
+        "layer": heads.layer,
+        "heads": heads.heads,
+        "kv_heads": heads.kv_heads,
+        "head_dim": heads.head_dim,
+        "scores": [float(value) for value in scores.values],
+        "gone_before": sorted(scores.dead),
+        "asked": choice.quotas.get(heads.layer),
+        "pruned": sorted(chosen),
+        "left": len(left),
+        "kv_heads_left": len(heads.groups(left)),
+    }
+
+
+def off_heads(layers: list[LayerScores], chosen: HeadMap) -> HeadMap:
+    """The heads that are off once `chosen` are pruned: these and those that were gone before."""
+    found = {
+        s.heads.layer: tuple(sorted(s.dead | set(chosen.get(s.heads.layer, ())))) for s in layers
+    }
+    return {layer: heads for layer, heads in found.items() if heads}
+
+
+def _loses_most(layer: dict[str, Any]) -> bool:
+    return bool(2 * len(layer["pruned"]) > layer["heads"] - len(layer["gone_before"]))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as text: a line a layer, and the totals."""
+    head = f"{'layer':>5} {'heads':>5} {'asked':>5} {'pruned':>6} {'left':>4} {'kv left':>7}  which"
+    lines = [head]
+    for layer in record["layers"]:
+        before = layer["heads"] - len(layer["gone_before"])
+        asked = "" if layer["asked"] is None else str(layer["asked"])
+        which = " ".join(map(str, layer["pruned"]))
+        lines.append(
+            f"{layer['layer']:>5} {before:>5} {asked:>5} {len(layer['pruned']):>6} "
+            f"{layer['left']:>4} {layer['kv_heads_left']:>7}  {which}".rstrip()
+        )
+    units = record["units"]
+    kind = "heads" if record["granularity"] == "head" else "key/value groups"
+    total = f"Asked for {units['asked']} of {units['before']} {kind}, pruned {units['removed']}"
+    if record["granularity"] != "head":
+        total += f" with {record['heads']['removed']} heads"
+    done = units["removed"] / units["before"]
+    lines.append(f"{total}: {100 * done:.2f} % ({record['metric']}, {record['mode']}).")
+    if units["removed"] < units["asked"]:
+        lines.append(f"Fewer than asked by {units['asked'] - units['removed']}.")
+    emptied = [str(layer["layer"]) for layer in record["layers"] if _loses_most(layer)]
+    free = record["mode"] != "structural" or record.get("per_layer", False)
+    if emptied and record["scope"] == "global" and free:
+        lines.append(
+            f"More than half of the heads of layer {', '.join(emptied)} go; --scope layer or a "
+            "larger --min-heads spreads them over all layers."
+        )
+    if "loads_in" in record:
+        lines.append(f"Loads in {record['loads_in']}.")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""Opening the files of a model folder without being led out of it.
+
+A model folder may come from anywhere. Only regular files are opened (a pipe or a device would hang
+or never end), never through a symbolic link, with one exception: the hub's cache keeps
+`models--org--name/snapshots/<commit>/file` as links into `models--org--name/blobs`, so a link is
+followed where its target stays inside that one `models--...` folder, or inside the folder that the
+link itself stands in. JSON is read strictly: UTF-8, no duplicate keys, no NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+from engine.errors import CheckpointError, EngineError
+from engine.storage.durable import describe
+
+# O_NONBLOCK: opening a pipe returns at once, so that it can be refused by what fstat says it is.
+_READ_ONLY = (
+    os.O_RDONLY
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# A zip archive, which is what torch.save writes, or a bare pickle of protocol 2 to 5.
+_PICKLE_HEADS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+MIB = 2**20
+
+
+def open_regular(path: Path) -> int:
+    """A read-only descriptor of the regular file `path`, which the caller closes.
+
+    Raises `CheckpointError` if it is missing, no regular file, or a link that leads out of the
+    model's folder.
+    """
+    try:
+        descriptor = os.open(_within_model(path), _READ_ONLY)
+    except OSError as error:
+        raise CheckpointError(f"Cannot open {path}: {describe(error)}.") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is not a regular file; a model holds regular files only.")
+    return descriptor
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The whole content of `path`, at most `limit` bytes. Raises `CheckpointError`."""
+    descriptor = open_regular(path)
+    with os.fdopen(descriptor, "rb") as handle:
+        try:
+            data = handle.read(limit + 1)
+        except OSError as error:
+            raise CheckpointError(f"Cannot read {path}: {describe(error)}.") from error
+    if len(data) > limit:
+        raise CheckpointError(
+            f"{path} holds more than {limit / MIB:.0f} MiB, more than any file of its kind."
+        )
+    return data
+
+
+def read_text(path: Path, limit: int = 4 * MIB) -> str:
+    """The content of `path`, which must be UTF-8. Raises `CheckpointError`."""
+    try:
+        return read_regular(path, limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(
+            f"{path} is not UTF-8 text (byte {error.start}: {error.reason}); copy it again."
+        ) from error
+
+
+def read_json_object(
+    path: Path, error: type[EngineError] = CheckpointError, limit: int = 64 * MIB
+) -> dict[str, Any]:
+    """Parse the JSON object in `path`; whatever is wrong with the file raises `error`."""
+    try:
+        text = read_text(path, limit)
+    except CheckpointError as problem:
+        raise error(str(problem)) from problem
+    return parse_json_object(text, str(path), error)
+
+
+def parse_json_object(
+    text: str, source: str, error: type[EngineError] = CheckpointError
+) -> dict[str, Any]:
+    """Parse `text`, which must be one JSON object without duplicate keys, NaN or infinity.
+
+    `source` names where the text came from in the `error` that is raised.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as problem:
+        raise error(
+            f"{source}:{problem.lineno}:{problem.colno}: {problem.msg}; expected one JSON object. "
+            "The file is damaged or cut short; copy it again."
+        ) from problem
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{source} is not acceptable JSON: {problem}.") from problem
+    if not isinstance(value, dict):
+        raise error(f"{source} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether `path` is a pickle by its name, or by its first bytes (a pickle or a zip file)."""
+    if path.suffix in _PICKLE_SUFFIXES:
+        return True
+    head = read_head(path, 4)
+    return head.startswith(_PICKLE_HEADS)
+
+
+def read_head(path: Path, size: int) -> bytes:
+    """The first `size` bytes of `path`, or fewer. Raises `CheckpointError`."""
+    with os.fdopen(open_regular(path), "rb") as handle:
+        return handle.read(size)
+
+
+def refuse_pickle(path: Path) -> NoReturn:
+    """Raise the `CheckpointError` for a model file that is a pickle."""
+    raise CheckpointError(
+        f"{path} is a pickle, which can run code when it is opened, so it is never read. Take the "
+        "model's safetensors files, or convert this one with a program and in a place you trust."
+    )
+
+
+def _within_model(path: Path) -> Path:
+    if not path.is_symlink():
+        return path
+    # Path.resolve raises RuntimeError for links in a circle before Python 3.13; this OSError.
+    target = Path(os.path.realpath(path, strict=True))
+    roots = [path.parent.resolve()]
+    cache = hub_cache_folder(path.parent)
+    if cache is not None:
+        roots.append(cache)
+    if not any(target.is_relative_to(root) for root in roots):
+        raise CheckpointError(
+            f"{path} is a symbolic link to {target}, outside the model's folder. Put the file "
+            "itself there, or name the folder that holds it."
+        )
+    return target
+
+
+def hub_cache_folder(folder: Path) -> Path | None:
+    """The `models--org--name` folder if `folder` lies in one of its snapshots, else None."""
+    absolute = folder.resolve()
+    for snapshots in (absolute, *absolute.parents):
+        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+            return snapshots.parent
+    return None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"the key {name[:80]!r} stands in one object twice")
+        result[name] = value
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,183 @@
+"""Chat templates: messages to text, with the spans that are trained.
+
+The text equals what Hugging Face's `apply_chat_template(tokenize=False)` gives. Rendering happens
+in a process of its own (see `sandbox_worker`), because a template is a program that came with
+somebody else's model.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from engine.errors import DataError
+from engine.tokenization.loss_spans import ConversationError, Span, SpanFinder
+from engine.tokenization.sandbox import MAX_SOURCE_BYTES, Job, Limits, TemplateProcess
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + '<|im_end|>' }}{%- endgeneration %}
+{%- else %}
+{{- message['content'] + '<|im_end|>' }}
+{%- endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""Used for a tokenizer that has `<|im_start|>` and `<|im_end|>` but no template."""
+
+PLAIN = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{- message['content'] + eos_token }}{%- endgeneration %}
+{%- if not loop.last %}{{- '\\n' }}{%- endif %}
+{%- else %}
+{{- message['content'] + '\\n' }}
+{%- endif %}
+{%- endfor %}
+"""
+"""Used for any other tokenizer without a template: prompt, line break, response, end token."""
+
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_OLDEST_JINJA = (3, 1, 6)
+
+
+class ChatTemplate:
+    """One chat template, ready to render.
+
+    Args:
+        source: the template in Jinja's language.
+        special_tokens: named special tokens (`bos_token`, `eos_token`, ...); variables of the
+            template.
+        end_tokens: texts of the tokens that may end a turn; by default all `special_tokens` but
+            the BOS token.
+        name: what errors call the template.
+        limits: what one rendering may use.
+
+    Raises:
+        DataError: the template is too large, or jinja2 is too old to run it safely. A template
+            that is not valid is noticed when it first renders.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        end_tokens: Sequence[str] = (),
+        name: str = "The chat template",
+        limits: Limits | None = None,
+    ) -> None:
+        if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
+            raise DataError(
+                f"{name} is larger than {MAX_SOURCE_BYTES >> 10} KiB, and no real template is; "
+                "check that the right file was given."
+            )
+        if _jinja_version() < _OLDEST_JINJA:
+            raise DataError(
+                f"jinja2 {jinja2.__version__} has known ways out of its sandbox, and chat "
+                "templates are other people's programs. Install jinja2>=3.1.6."
+            )
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        ends = end_tokens or _default_ends(self.special_tokens)
+        self._finder = SpanFinder(source, ends)
+        self._process = TemplateProcess(source, self.special_tokens, limits or Limits(), name)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = False,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> str:
+        """The conversation as the model reads it.
+
+        Args:
+            messages: mappings with `role` and `content`.
+            add_generation_prompt: end with the beginning of an assistant turn.
+            tools: JSON schemas of callable tools.
+            kwargs: further variables of the template, such as `enable_thinking`.
+
+        Raises:
+            ConversationError: the template refuses this conversation.
+            DataError: the template is not valid or was stopped.
+        """
+        plain = plain_messages(messages)
+        job = Job(len(plain), add_generation_prompt)
+        rendered = self._process.render(plain, tools, kwargs, [job])[0]
+        if rendered.error is not None:
+            raise ConversationError(
+                f"The chat template refuses the conversation: {rendered.error}. Change the "
+                "messages to the order and roles that the model's template knows."
+            )
+        return rendered.text
+
+    def render_with_spans(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[Span]]:
+        """The conversation with the character spans [start, end) of what is trained.
+
+        Every span ends with its end-of-turn token. See `trained_spans`.
+
+        Raises:
+            ConversationError: the template refuses this conversation, or does not show where a
+                trained message stands and ends.
+            DataError: the template is not valid or was stopped.
+        """
+        plain = plain_messages(messages)
+        return self._finder.find(
+            plain, lambda jobs: self._process.render(plain, tools, kwargs, jobs)
+        )
+
+    def close(self) -> None:
+        """End the helper process; rendering again starts a new one."""
+        self._process.close()
+
+
+def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as templates expect them, as Hugging Face prepares them.
+
+    Keys without a value are dropped, and a reasoning text stands under each of the names that
+    templates look for.
+    """
+    result = []
+    for message in messages:
+        plain = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        result.append(plain)
+    return result
+
+
+def default_template(tokens: Mapping[str, int], has_bos: bool) -> str:
+    """The template for a tokenizer that brings none.
+
+    Args:
+        tokens: token texts of the vocabulary.
+        has_bos: whether the tokenizer itself puts a BOS token before a text.
+    """
+    if "<|im_start|>" in tokens and "<|im_end|>" in tokens:
+        return CHATML
+    return PLAIN if has_bos else PLAIN.replace("{{- bos_token }}\n", "")
+
+
+def _default_ends(special_tokens: Mapping[str, str]) -> list[str]:
+    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
+    return [token for token in special_tokens.values() if token != bos or token == eos]
+
+
+def _jinja_version() -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", jinja2.__version__)[:3])

@@ -1,0 +1,294 @@
+"""One tokenizer for every model: `tokenizer.json`, or a SentencePiece `tokenizer.model`.
+
+Ids equal those of transformers: tokens that tokenizer_config.json adds are added; what stands
+around a text is decided by the post-processor of a tokenizer.json, and by `add_bos_token` and
+`add_eos_token` of tokenizer_config.json for a tokenizer.model (which has none). What the tokenizer
+puts before and after a text is kept apart from the encoding itself, so that a rendered
+chat, which brings its own BOS token, never gets a second one.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from engine.errors import CheckpointError
+from engine.tokenization.chat_template import ChatTemplate, default_template
+
+if TYPE_CHECKING:
+    from engine.model_sources.base import Checkpoint
+
+Offsets = list[tuple[int, int]]
+_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class Tokenizer:
+    """Text to ids and back, with the model's chat template.
+
+    Attributes:
+        special_tokens: named special tokens, such as `bos_token`, with their texts.
+        chat_template: renders conversations; a documented default where the model has none.
+        has_own_template: whether the model brought the template.
+        prefix_ids, suffix_ids: what `encode` puts before and after a text.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str],
+        template: str | None = None,
+        *,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+        name: str = "the model",
+    ) -> None:
+        """Wrap a `tokenizers` object, which this tokenizer then owns.
+
+        Args:
+            backend: the tokenizer; its truncation, padding and post-processor are removed.
+            special_tokens: named special tokens.
+            template: the chat template's source, or None.
+            add_bos, add_eos: put these tokens around a text; None leaves it to the backend's
+                post-processor.
+            name: what errors call the model.
+
+        Raises:
+            CheckpointError: the backend cannot encode at all.
+        """
+        self.special_tokens = dict(special_tokens)
+        self._backend = backend
+        self._add_missing()
+        backend.no_truncation()
+        backend.no_padding()
+        self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.prefix_ids, self.suffix_ids = self._surroundings(add_bos, add_eos)
+        backend.post_processor = None
+        self.has_own_template = template is not None
+        bos = self.bos_token_id
+        has_bos = bos is not None and self.prefix_ids[:1] == [bos]
+        self.chat_template = ChatTemplate(
+            template if template is not None else default_template(self._vocabulary, has_bos),
+            self.special_tokens,
+            end_tokens=self._end_tokens(),
+            name=f"The chat template of {name}",
+        )
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; with the tokens that the model expects around it unless told otherwise."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids and the characters [start, end) that each came from; nothing is added."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
+        """`encode_with_offsets` of many texts, on all cores."""
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Ids of a conversation as the chat template renders it, ready for generation.
+
+        Raises:
+            DataError: the template refuses the conversation or cannot be rendered.
+        """
+        text = self.chat_template.render(messages, add_generation_prompt, tools=tools, **kwargs)
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids."""
+        plain = [int(index) for index in ids]
+        return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token's text, or None."""
+        return self._vocabulary.get(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        """Text of one id, or None."""
+        token = self._backend.id_to_token(index)
+        return None if token is None else str(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id; a model needs at least as many embedding rows."""
+        return max(self._vocabulary.values(), default=-1) + 1
+
+    @property
+    def bos_token(self) -> str | None:
+        return self.special_tokens.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        return self.special_tokens.get("pad_token")
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self._id("bos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id("eos_token")
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return self._id("pad_token")
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are never plain text."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(index for index, token in added.items() if token.special)
+
+    def _id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self._vocabulary.get(token)
+
+    def _add_missing(self) -> None:
+        """Named special tokens are cut out of every text, even where the file forgot to say so."""
+        named = [
+            AddedToken(text, special=True, normalized=False)
+            for text in dict.fromkeys(self.special_tokens.values())
+        ]
+        self._backend.add_special_tokens(named)
+
+    def _surroundings(
+        self, add_bos: bool | None, add_eos: bool | None
+    ) -> tuple[list[int], list[int]]:
+        if add_bos is not None or add_eos is not None:
+            bos, eos = self.bos_token_id, self.eos_token_id
+            return (
+                [bos] if add_bos and bos is not None else [],
+                [eos] if add_eos and eos is not None else [],
+            )
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        text = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
+        if not text:
+            return list(encoding.ids), []
+        return list(encoding.ids[: text[0]]), list(encoding.ids[text[-1] + 1 :])
+
+    def _end_tokens(self) -> list[str]:
+        added = self._backend.get_added_tokens_decoder().values()
+        texts = {token.content for token in added if token.special}
+        texts |= set(self.special_tokens.values())
+        if self.bos_token is not None and self.bos_token != self.eos_token:
+            texts.discard(self.bos_token)
+        return sorted(texts)
+
+
+def load_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
+    """The tokenizer of a model.
+
+    Raises:
+        CheckpointError: the model has no tokenizer, or its files are damaged.
+    """
+    config = checkpoint.tokenizer_config()
+    files = checkpoint.tokenizer_files()
+    serialised = checkpoint.tokenizer_json()
+    model_file = None if serialised is not None else checkpoint.tokenizer_model()
+    where = str(checkpoint.path)
+    add_bos: bool | None = None
+    add_eos: bool | None = None
+    if serialised is not None:
+        backend = _from_json(serialised, where)
+    elif model_file is not None:
+        from engine.tokenization.sentencepiece import load_sentencepiece
+
+        backend = load_sentencepiece(model_file, config)
+        add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
+    else:
+        raise CheckpointError(
+            f"{where}: the model has no tokenizer; expected a tokenizer.json or a SentencePiece "
+            "tokenizer.model beside the weights. Copy it from the model it was made from."
+        )
+    _add_declared(backend, config, files, where)
+    named = _named_tokens(config, files)
+    return Tokenizer(
+        backend, named, checkpoint.chat_template(), add_bos=add_bos, add_eos=add_eos, name=where
+    )
+
+
+def _from_json(serialised: str, where: str) -> Backend:
+    try:
+        return Backend.from_str(serialised)
+    except Exception as error:  # The library raises bare Exceptions.
+        raise CheckpointError(
+            f"{where}: the tokenizer.json cannot be used ({str(error)[:300]}). Fetch it again, or "
+            "install the `tokenizers` release that wrote it."
+        ) from error
+
+
+def _add_declared(
+    backend: Backend, config: Mapping[str, Any], files: Mapping[str, Any], where: str
+) -> None:
+    """Tokens that tokenizer_config.json (or added_tokens.json) declares and the file lacks."""
+    declared: dict[int, AddedToken] = {}
+    extra = _read_json(files, "added_tokens.json")
+    for text, index in extra.items():
+        declared[int(index)] = AddedToken(text, special=False)
+    for key, entry in (config.get("added_tokens_decoder") or {}).items():
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
+        declared[int(key)] = AddedToken(entry["content"], **given)
+    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for index in sorted(declared):
+        token = declared[index]
+        if token.content in present:
+            continue
+        backend.add_tokens([token])
+        got = backend.token_to_id(token.content)
+        if got != index:
+            raise CheckpointError(
+                f"{where}: the token {token.content!r} is declared with the id {index}, but the "
+                f"vocabulary gives it {got}; the tokenizer's files do not belong together. Fetch "
+                "all of them again."
+            )
+
+
+def _named_tokens(config: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens of tokenizer_config.json, else of special_tokens_map.json."""
+    merged = {**_read_json(files, "special_tokens_map.json"), **config}
+    extra = merged.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        merged = {**extra, **merged}
+    keys = [*_NAMES, *sorted(key for key in merged if key.endswith("_token") and key not in _NAMES)]
+    named = {}
+    for key in keys:
+        value = merged.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            named[key] = text
+    return named
+
+
+def _read_json(files: Mapping[str, Any], name: str) -> dict[str, Any]:
+    source = files.get(name)
+    if source is None:
+        return {}
+    data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    value = json.loads(data)
+    return value if isinstance(value, dict) else {}

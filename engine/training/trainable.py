@@ -1,0 +1,211 @@
+"""What a run trains: the adapter on the model or every weight, and the optimizer over it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
+from engine.model_sources.base import Checkpoint
+from models.adapters import add_lora, load_adapter_tensors, scale_of, target_modules
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.families import FAMILIES
+from models.layers.packed_batch import Levers, layer_levels
+from models.memory.cuda_graphs import recordable
+from models.tensor_names import MLP_PROJECTIONS, projections_of
+from optim import AdamW8bit, StepInBackward, param_groups
+
+BASE_FILE = "base.json"
+"""Beside an adapter: the digest of the base that it was trained on."""
+
+
+def check_init_adapter(config: TrainConfig, model: ModelConfig, digest: str) -> Pairs | None:
+    """The tensors of `init_adapter`, if there is one and it is of this base, rank and targets.
+
+    Raises `CheckpointError` naming every mismatch.
+    """
+    if config.init_adapter is None:
+        return None
+    found, tensors = load_adapter(config.init_adapter)
+    wrong = []
+    base = _base_digest(config.init_adapter)
+    if base is not None and base != digest:
+        wrong.append(f"it was trained on another base ({found.base_model_name_or_path})")
+    elif base is None and not _same_model(found.base_model_name_or_path, config.model):
+        wrong.append(f"its base is {found.base_model_name_or_path}, this run's {config.model}")
+    if found.r != config.lora_rank:
+        wrong.append(f"its rank is {found.r}, --lora-rank is {config.lora_rank}")
+    # An adapter of experts has the root of rsLoRA in its alpha, so the scales are compared.
+    scale = scale_of(config.lora_rank, config.lora_alpha, config.use_rslora)
+    if not math.isclose(found.scale, scale):
+        wrong.append(
+            f"its alpha is {found.lora_alpha:g} (rslora {found.use_rslora}), this run's "
+            f"{config.lora_alpha:g} (rslora {config.use_rslora})"
+        )
+    if found.use_dora != config.use_dora:
+        wrong.append(f"its use_dora is {found.use_dora}, this run's {config.use_dora}")
+    targets = {path.rsplit(".", 1)[-1] for path in tensors}
+    wanted = set(targets_of(config, model))
+    if targets != wanted:
+        wrong.append(f"it adapts {_listed(targets)}, --target-modules is {_listed(wanted)}")
+    if wrong:
+        raise CheckpointError(
+            f"The adapter {config.init_adapter} cannot be trained on from here: "
+            f"{'; '.join(wrong)}. Give the settings it was trained with, or leave out "
+            "--init-adapter to start a new one."
+        )
+    return tensors
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _base_digest(adapter: Path) -> str | None:
+    path = adapter / BASE_FILE
+    if not path.is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text())["digest"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}); delete it to go on by the base's name alone."
+        ) from error
+
+
+def _same_model(left: str, right: str) -> bool:
+    """Whether two names of a model mean the same: equal paths, or the same last part."""
+    if not left:
+        return True
+    return Path(left).resolve() == Path(right).resolve() or Path(left).name == Path(right).name
+
+
+def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
+    """The projections to adapt; a preset means those of its names that the model has."""
+    try:
+        names = target_modules(config.target_modules)
+    except ValueError as error:
+        raise ConfigError(f"--target-modules: {error}.") from error
+    there = projections_of(model)
+    missing = [name for name in names if name not in there]
+    if missing and not isinstance(config.target_modules, str):
+        raise ConfigError(
+            f"--target-modules: a {model.model_type} model has no {', '.join(missing)}; it has "
+            f"{', '.join(there)}."
+        )
+    if config.use_dora and any(model.sparse_layers) and set(names) & set(MLP_PROJECTIONS):
+        raise ConfigError(
+            f"use_dora is not defined for the experts of a {model.model_type} model: they are "
+            "parameters of many matrices, for which PEFT refuses DoRA, so that no program could "
+            "load the adapter. Adapt the attention alone with --target-modules attn, or leave "
+            "--use-dora out."
+        )
+    return tuple(name for name in names if name in there)
+
+
+def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> int:
+    """Turn on what `config.method` trains and return the number of trainable parameters.
+
+    `config.gradient_checkpointing` must be a level, not auto.
+    """
+    if config.method == "full":
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+    else:
+        add_lora(
+            model,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            targets=targets_of(config, model.config),
+            use_rslora=config.use_rslora,
+            seed=config.seed,
+            use_dora=config.use_dora,
+        )
+        if init is not None:
+            load_adapter_tensors(model, init)
+    model.set_recompute(config.gradient_checkpointing)
+    model.levers = Levers(config.mlp_tile_rows, config.decode_singly)
+    model.checkpoints_on_host = "checkpoints" in config.offload
+    model.loss_chunk_rows = config.loss_chunk_rows
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
+    """AdamW over the trainable parameters; norms and biases do not decay."""
+    return AdamW8bit(
+        param_groups(model.named_parameters(), config.weight_decay),
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        min_8bit_size=4096 if config.optimizer == "adamw8bit" else 1 << 62,
+    )
+
+
+def check_in_backward(config: TrainConfig, dtype: torch.dtype) -> None:
+    """Raises `ConfigError` where the optimizer is to step in backward and `dtype` is float16."""
+    if config.optimizer_in_backward and dtype == torch.float16:
+        raise ConfigError(
+            "--optimizer-in-backward was given on a device that computes in float16, whose "
+            "gradients need a loss scale: a step that overflows is done again at a lower one, and "
+            "part of the weights would have moved by then. Give --dtype float32, or leave it out."
+        )
+
+
+def check_graphs(config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
+    """Raises `ConfigError` where `config` asks for CUDA graphs that cannot be had."""
+    if not config.cuda_graphs:
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            f"--cuda-graphs was given for a run on the {device.type}, which has none. Leave it "
+            "out, or train on a GPU with --device cuda."
+        )
+    with torch.device("meta"):
+        if not any(map(recordable, Decoder(model).layers)):
+            raise ConfigError(
+                f"--cuda-graphs was given for a {model.model_type} model, none of whose layers has "
+                "sizes that stay: those within mixtures of experts, and the documents of Gated "
+                "DeltaNet, change with every batch. Leave it out."
+            )
+
+
+def make_in_backward(
+    model: Decoder, optimizer: AdamW8bit, config: TrainConfig
+) -> StepInBackward | None:
+    """What steps the optimizer in backward, a layer at a time, where `config` asks for it."""
+    if not config.optimizer_in_backward:
+        return None
+    layers = [layer.trainable() for layer in model.layers]
+    inside = {id(parameter) for unit in layers for parameter in unit}
+    rest = [[p] for p in model.parameters() if p.requires_grad and id(p) not in inside]
+    return StepInBackward(optimizer, [*(unit for unit in layers if unit), *rest])
+
+
+def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig:
+    """What `adapter_config.json` says of this run's adapter."""
+    local = Path(config.model).exists()
+    return AdapterConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(targets_of(config, checkpoint.config)),
+        base_model_name_or_path=str(checkpoint.path.resolve()) if local else config.model,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        fused_experts=FAMILIES[checkpoint.config.model_type].fused_adapters,
+    )
+
+
+def check_levels(config: TrainConfig, layers: int) -> None:
+    """Raises `ConfigError` where the recompute levels are not those of this many layers."""
+    try:
+        layer_levels(config.gradient_checkpointing, layers)
+    except ValueError as error:
+        raise ConfigError(f"--gradient-checkpointing: {error}.") from error

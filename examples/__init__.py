@@ -1,0 +1,1 @@
+"""Programs and settings to copy."""

@@ -1,0 +1,1 @@
+"""Linear layers with adapters: plain, LoRA, DoRA and 8-bit."""

@@ -1,0 +1,224 @@
+"""Output head and cross-entropy in one op, in chunks: the logits never exist whole.
+
+For trained rows h (n, H) and a head W (V, H), with y the target of each row:
+
+    z = h W^T,   loss = sum_i (logsumexp(z_i) - z_i[y_i]) / num_items
+    dz = softmax(z) - onehot(y),   dh = dz W / num_items,   dW = dz^T h / num_items
+
+The gradient is formed in the forward pass, in the memory of the logits, one chunk of rows at a
+time, so a frozen head costs two matrix products a chunk and nothing is recomputed. The factor
+1 / num_items enters in the products, where it cannot underflow in fp16. Rows without a target are
+dropped before the first product; finding them is the one wait for the device in a step.
+
+A frozen head may be 8-bit rows (`kernels.linear.int8`): it is decoded in slabs of its rows, for the
+logits and again for dh, whose parts are added up in fp32. Source: the chunked form follows Hsu et
+al. 2024 (Liger-Kernel, arXiv 2410.10989); the maths is the softmax's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from kernels.linear.int8 import Int8Weight, dequantize_int8
+from kernels.loss.cross_entropy import cross_entropy_
+from kernels.runtime.scratch import scratch
+
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+_GPU_CHUNK_BYTES = 256 * 2**20
+_GPU_CHUNK_ROWS = 1024
+_SLAB_BYTES = 16 * 2**20
+_SCALED_ROWS = 1 << 14
+
+Head = Tensor | Int8Weight
+
+
+def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
+    """Rows per chunk such that one chunk of logits stays within `budget` bytes."""
+    return max(64, budget // (vocab_size * itemsize))
+
+
+def _default_rows(vocab_size: int, hidden: Tensor) -> int:
+    """A GPU needs tall chunks: each one reads the whole head twice."""
+    if hidden.is_cuda:
+        return max(_GPU_CHUNK_ROWS, chunk_rows(vocab_size, hidden.itemsize, _GPU_CHUNK_BYTES))
+    return chunk_rows(vocab_size, 4)
+
+
+def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
+    """Room for one chunk. Fresh memory costs page faults on a CPU; a GPU's is pooled."""
+    if hidden.is_cuda:
+        return torch.empty((rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
+    return scratch("logits", (rows, vocab_size), hidden.dtype, hidden.device)
+
+
+def _chunks(count: int, rows: int) -> Iterator[slice]:
+    """The rows of every chunk."""
+    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+
+
+def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, these rows of the head as a dense matrix in scratch), in the dtype of `like`.
+
+    The scratch is that of the layers' weights, none of which is decoded while the loss is formed.
+    """
+    vocab_size, width = head.shape
+    step = min(vocab_size, max(64, _SLAB_BYTES // (width * like.itemsize)))
+    for start in range(0, vocab_size, step):
+        rows = slice(start, min(start + step, vocab_size))
+        part = Int8Weight(head.codes[rows], head.absmax[rows], head.dtype)
+        room = scratch("decoded.wide", (step, width), like.dtype, like.device)
+        yield rows, dequantize_int8(part, like.dtype, out=room[: rows.stop - start])
+
+
+def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """hidden (n, H) times the head (V, H), transposed: logits (n, V), in `out` if given."""
+    if isinstance(head, Tensor):
+        return torch.mm(hidden, head.T, out=out)
+    if out is None:
+        out = hidden.new_empty(hidden.shape[0], head.shape[0])
+    for rows, part in _slabs(head, hidden):
+        torch.mm(hidden, part.T, out=out[:, rows])
+    return out
+
+
+def head_gradient(dlogits: Tensor, head: Head, scale: float, target: Tensor) -> None:
+    """target (n, H) = scale * dlogits (n, V) times the head."""
+    if isinstance(head, Tensor):
+        torch.addmm(target, dlogits, head, beta=0, alpha=scale, out=target)
+        return
+    wide = torch.promote_types(target.dtype, torch.float32)
+    total = torch.zeros(target.shape, dtype=wide, device=target.device)
+    for rows, part in _slabs(head, target):
+        total.add_(dlogits[:, rows] @ part, alpha=scale)
+    target.copy_(total)
+
+
+@cache
+def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of 16-bit matrices to an fp32 one without converting them."""
+    if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
+        return False
+    left = torch.eye(16, dtype=dtype, device=device)
+    got = torch.ones(16, 16, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(got, left, left, torch.float32, beta=1, alpha=0.5, out=got)
+    except RuntimeError:
+        return False
+    return torch.equal(got, 1.0 + 0.5 * left.float())
+
+
+def _add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -> None:
+    """dweight (V, H), fp32 or wider, += scale * dlogits^T hidden."""
+    if dlogits.dtype == dweight.dtype:
+        dweight.addmm_(dlogits.T, hidden, alpha=scale)
+    elif _multiplies_into_fp32(dweight.device, dlogits.dtype):
+        torch.ops.aten.addmm.dtype_out(
+            dweight, dlogits.T, hidden, torch.float32, beta=1, alpha=scale, out=dweight
+        )
+    else:
+        dweight.addmm_(dlogits.T.to(dweight.dtype), hidden.to(dweight.dtype), alpha=scale)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Head,
+    targets: Tensor,
+    scale: float,
+    rows: int,
+    need_dhidden: bool,
+    need_dweight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """loss (fp32 or wider scalar), d loss / d hidden (n, H), d loss / d weight (V, H)."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    count, vocab_size = hidden.shape[0], weight.shape[0]
+    losses = torch.empty(count, dtype=wide, device=hidden.device)
+    dhidden = torch.empty_like(hidden) if need_dhidden else None
+    dweight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if need_dweight else None
+    head = weight
+    if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
+        head = weight.to(hidden.dtype)
+    buffer = _logits_buffer(min(rows, count), vocab_size, hidden)
+    for part in _chunks(count, rows):
+        logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
+        losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
+        if dhidden is not None:
+            head_gradient(logits, head, scale, dhidden[part])
+        if dweight is not None:
+            _add_outer_(dweight, logits, hidden[part], scale)
+    total = losses.sum(dtype=torch.float64) * scale
+    return total.to(wide), dhidden, dweight
+
+
+def _scaled(dweight: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
+    """dweight (V, H) times dloss () in `dtype`.
+
+    For 16-bit weights without a second matrix in fp32, which a CPU's product would make inside.
+    """
+    scaled = torch.empty_like(dweight, dtype=dtype)
+    for source, target in zip(dweight.split(_SCALED_ROWS), scaled.split(_SCALED_ROWS), strict=True):
+        torch.mul(source, dloss, out=target)
+    return scaled
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, weight: Head, labels: Tensor, num_items: float | None, rows: int
+    ) -> Tensor:
+        trained = torch.nonzero(labels >= 0).squeeze(1)
+        loss, dchosen, dweight = _forward(
+            hidden.index_select(0, trained),
+            weight,
+            labels.index_select(0, trained),
+            1.0 / (max(1, trained.numel()) if num_items is None else num_items),
+            rows,
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[1],
+        )
+        ctx.save_for_backward(trained, dchosen, dweight)
+        ctx.shape, ctx.dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):  # type: ignore[no-untyped-def]
+        trained, dchosen, dweight = ctx.saved_tensors
+        dhidden = None
+        if dchosen is not None:
+            dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
+            dhidden.index_copy_(0, trained, dchosen * dloss.to(ctx.dtype))
+        if dweight is not None:
+            dweight = _scaled(dweight, dloss, ctx.weight_dtype)
+        return dhidden, dweight, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Head,
+    labels: Tensor,
+    num_items: float | None = None,
+    rows_per_chunk: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `hidden @ weight.T` against `labels`, summed and divided by `num_items`.
+
+    hidden (N, H); weight (V, H), dense, or frozen in 8-bit rows; labels (N,) int64, already
+    shifted, negative where the row is not trained. `num_items` is the number of trained tokens of
+    the whole accumulated batch; by default that of these rows. Returns a scalar in fp32 or wider; 0
+    where no row is trained.
+
+    Raises `ValueError` for mismatching shapes and, on a CPU, for a label outside the vocabulary; on
+    a GPU, where the check would wait for the device, such a label makes the loss NaN.
+    """
+    if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels "
+            f"{tuple(labels.shape)} do not fit; expected (N, H), (V, H), (N,)"
+        )
+    if not labels.is_cuda and labels.numel() and int(labels.max()) >= weight.shape[0]:
+        raise ValueError(f"label {int(labels.max())} is outside a vocabulary of {weight.shape[0]}")
+    rows = rows_per_chunk or _default_rows(weight.shape[0], hidden)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, num_items, rows)
+    return loss

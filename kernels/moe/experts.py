@@ -1,0 +1,314 @@
+"""A mixture of SwiGLU experts over sorted rows, with an optional shared expert.
+
+For each token x, with the k experts i and weights w_i that its router chose (`kernels.moe.router`):
+
+    y = sum_i w_i down_i(silu(gate_i x) * up_i x)  [+ sigmoid(s . x) shared(x)]
+
+The weight w scales the inner activation h, not the output of down: the two are equal as down is
+linear, and then backward has dw = <down^T dy, h> without down's output. With a = down^T dy:
+
+    dw = a . h,   dh = w a,   and from h to x as in SwiGLU and the grouped product
+
+The shared expert's gate sigmoid(s . x) is treated alike. Source: Shazeer et al. 2017 (arXiv
+1701.06538); the shared expert as in Qwen2-MoE (arXiv 2407.10671).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.elementwise.dropout import Seed
+from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
+from kernels.linear.lora import Gradients, project, project_backward
+from kernels.linear.projection import Projection
+from kernels.moe.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
+from kernels.moe.router import Routing, route, route_backward
+
+SEEDS = 4
+"""Consecutive dropout seeds one mixture uses: experts' and shared expert's two sites each."""
+
+_Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """A SwiGLU expert that sees every token; `weight` (1, H), if any, gates its output."""
+
+    gate: Projection
+    up: Projection
+    down: Projection
+    weight: Projection | None = None
+
+    def projections(self) -> list[Projection]:
+        return [p for p in (self.gate, self.up, self.down, self.weight) if p is not None]
+
+
+@dataclass(frozen=True)
+class MixtureOfExperts:
+    """The weights of one layer's mixture.
+
+    `inner` is one projection (E, 2 I, H), rows of gate then of up, or a pair (E, I, H) of them;
+    `down` is (E, H, I); `router` (E, H). `renormalise` divides the k weights by their sum.
+    """
+
+    router: Projection
+    inner: tuple[ExpertProjection, ...]
+    down: ExpertProjection
+    top_k: int
+    renormalise: bool
+    shared: SharedExpert | None = None
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors that want a gradient, in a fixed order."""
+        shared = [] if self.shared is None else self.shared.projections()
+        parts: list[Projection | ExpertProjection]
+        parts = [self.router, *self.inner, self.down, *shared]
+        return [tensor for part in parts for tensor in part.trainable()]
+
+
+@dataclass(frozen=True)
+class MoESaved:
+    """What backward reads beside x; once trimmed, the inner activations are computed again.
+
+    `counts` (E,) are rows per expert and `prob_sum` (E,) the sum of p over tokens, both fp32 or
+    wider, for `load_balancing_loss`. Backward overwrites `inner` and `shared`.
+    """
+
+    routing: Routing
+    counts: Tensor
+    prob_sum: Tensor
+    inner: Tensor | None = None
+    shared: _Pair | None = None
+
+    @classmethod
+    def of(
+        cls, routing: Routing, inner: Tensor | None = None, shared: _Pair | None = None
+    ) -> MoESaved:
+        """With what is counted over all tokens of an untrimmed choice."""
+        assert routing.probabilities is not None
+        counts = routing.groups.offsets.diff().to(routing.weights.dtype)
+        return cls(routing, counts, routing.probabilities.sum(0), inner, shared)
+
+    def part(self, tokens: slice) -> MoESaved:
+        """What backward reads of some consecutive tokens, trimmed."""
+        return MoESaved(self.routing.part(tokens), self.counts, self.prob_sum)
+
+    def trim(self) -> MoESaved:
+        """Only the choice of experts, so that what backward computes again cannot choose anew."""
+        return replace(self, routing=self.routing.trim(), inner=None, shared=None)
+
+
+def _seed(seed: Seed | None, site: int) -> Seed | None:
+    return None if seed is None else seed + site
+
+
+def moe_forward(
+    x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
+) -> tuple[Tensor, MoESaved]:
+    """y (N, H) for x (N, H). `seed` None means no dropout; seed to seed + SEEDS - 1 are used."""
+    routing = choose(x, moe)
+    y, inner, shared = moe_output(x, moe, routing, seed)
+    return y, MoESaved.of(routing, inner, shared)
+
+
+def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
+    """The router's choice for x (N, H)."""
+    (logits,), _ = project(x, (moe.router,))
+    return route(logits, moe.top_k, moe.renormalise)
+
+
+def moe_output(
+    x: Tensor, moe: MixtureOfExperts, routing: Routing, seed: Seed | None = None
+) -> tuple[Tensor, Tensor, _Pair | None]:
+    """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
+    groups = routing.groups
+    inner, _ = grouped_project(x, moe.inner, groups, rows=routing.tokens, seed=_seed(seed, 0))
+    h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
+    out, _ = grouped_project(h, (moe.down,), groups, seed=_seed(seed, 1))
+    y, kept = routing.combine(out), None
+    if moe.shared is not None:
+        addend, kept = _shared_forward(x, moe.shared, seed)
+        y += addend
+    return y, inner, kept
+
+
+def _halves(inner: Tensor) -> tuple[Tensor, Tensor]:
+    half = inner.shape[1] // 2
+    return inner[:, :half], inner[:, half:]
+
+
+def _halves_swiglu(inner: Tensor) -> Tensor:
+    gate, up = _halves(inner)
+    return swiglu_forward(gate, up)
+
+
+def _shared_inner(x: Tensor, shared: SharedExpert, seed: Seed | None) -> tuple[Tensor, Tensor]:
+    (gate, up), _ = project(x, (shared.gate, shared.up), _seed(seed, 2))
+    return gate, up
+
+
+def _shared_gate(x: Tensor, shared: SharedExpert) -> Tensor | None:
+    """sigmoid(s . x) (N, 1), fp32 or wider, or None."""
+    if shared.weight is None:
+        return None
+    (logit,), _ = project(x, (shared.weight,))
+    return torch.sigmoid(logit.to(torch.promote_types(logit.dtype, torch.float32)))
+
+
+def _shared_forward(
+    x: Tensor, shared: SharedExpert, seed: Seed | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    gate, up = _shared_inner(x, shared, seed)
+    h, strength = swiglu_forward(gate, up), _shared_gate(x, shared)
+    if strength is not None:
+        h.mul_(strength.to(h.dtype))
+    (out,), _ = project(h, (shared.down,), _seed(seed, 3))
+    return out, (gate, up)
+
+
+def moe_backward(
+    dy: Tensor,
+    x: Tensor,
+    moe: MixtureOfExperts,
+    saved: MoESaved,
+    grads: Gradients,
+    *,
+    seed: Seed | None = None,
+    d_prob_sum: Tensor | None = None,
+    need_dx: bool = True,
+) -> Tensor | None:
+    """Adds every wanted parameter gradient to `grads` and returns dx (N, H), or None.
+
+    `d_prob_sum` (E,) is the gradient of `saved.prob_sum`. Without `need_dx` the products that only
+    dx reads are left out.
+    """
+    routing = saved.routing
+    if routing.probabilities is None:
+        (logits,), _ = project(x, (moe.router,))
+        routing = routing.with_logits(logits)
+    d_weights, dx = _experts_backward(dy, x, moe, routing, saved.inner, grads, seed, need_dx)
+    d_logits = route_backward(d_weights, routing, moe.renormalise, d_prob_sum).to(x.dtype)
+    d_router = project_backward((d_logits,), x, (moe.router,), grads, need_dx=need_dx)
+    addends = [d_router]
+    if moe.shared is not None:
+        addends += _shared_backward(dy, x, moe.shared, saved.shared, grads, seed, need_dx)
+    if dx is None:
+        return None
+    for addend in addends:
+        if addend is not None:
+            dx += addend
+    return dx
+
+
+def _experts_backward(
+    dy: Tensor,
+    x: Tensor,
+    moe: MixtureOfExperts,
+    routing: Routing,
+    inner: Tensor | None,
+    grads: Gradients,
+    seed: Seed | None,
+    need_dx: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """d_weights (N, k), fp32 or wider, and dx (N, H) of the experts."""
+    groups, tokens, weights = routing.groups, routing.tokens, routing.sorted_weights()
+    if inner is None:
+        inner, _ = grouped_project(x, moe.inner, groups, rows=tokens, seed=_seed(seed, 0))
+    h = _halves_swiglu(inner)
+    adjoint = grouped_project_backward(
+        dy,
+        h * weights.to(h.dtype),
+        (moe.down,),
+        groups,
+        grads,
+        dy_rows=tokens,
+        seed=_seed(seed, 1),
+    )
+    assert adjoint is not None
+    sorted_d_weights = (adjoint.to(weights.dtype) * h).sum(1)
+    d_weights = torch.empty_like(sorted_d_weights)
+    d_weights[routing.order] = sorted_d_weights
+    swiglu_backward_(adjoint.mul_(weights.to(adjoint.dtype)), *_halves(inner))
+    dx = grouped_project_backward(
+        inner,
+        x,
+        moe.inner,
+        groups,
+        grads,
+        rows=tokens,
+        seed=_seed(seed, 0),
+        need_dx=need_dx,
+    )
+    combined = None if dx is None else routing.combine(dx)
+    return d_weights.view_as(routing.weights), combined
+
+
+def _shared_backward(
+    dy: Tensor,
+    x: Tensor,
+    shared: SharedExpert,
+    kept: tuple[Tensor, Tensor] | None,
+    grads: Gradients,
+    seed: Seed | None,
+    need_dx: bool,
+) -> list[Tensor | None]:
+    """The two addends of dx (N, H): through the shared expert and through its gate."""
+    gate, up = _shared_inner(x, shared, seed) if kept is None else kept
+    h, strength = swiglu_forward(gate, up), _shared_gate(x, shared)
+    scaled = h if strength is None else h * strength.to(h.dtype)
+    adjoint = project_backward((dy,), scaled, (shared.down,), grads, seed=_seed(seed, 3))
+    assert adjoint is not None
+    through_gate = None
+    if strength is not None and shared.weight is not None:
+        d_strength = (adjoint.to(strength.dtype) * h).sum(1, keepdim=True)
+        d_logit = (d_strength * strength * (1 - strength)).to(x.dtype)
+        through_gate = project_backward((d_logit,), x, (shared.weight,), grads, need_dx=need_dx)
+        adjoint.mul_(strength.to(adjoint.dtype))
+    swiglu_backward_(adjoint, gate, up)
+    inner = (shared.gate, shared.up)
+    dx = project_backward((gate, up), x, inner, grads, seed=_seed(seed, 2), need_dx=need_dx)
+    return [dx, through_gate]
+
+
+class _MixtureOfExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, moe: MixtureOfExperts, seed: Seed | None, *params: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, saved = moe_forward(x, moe, seed)
+        ctx.save_for_backward(x, saved.inner)
+        ctx.moe, ctx.seed, ctx.params, ctx.routing = moe, seed, params, saved.routing
+        ctx.mark_non_differentiable(saved.counts)
+        return y, saved.counts, saved.prob_sum
+
+    @staticmethod
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, dy: Tensor, d_counts: Tensor, d_prob_sum: Tensor
+    ):
+        x, inner = ctx.saved_tensors
+        grads: Gradients = {}
+        dx = moe_backward(
+            dy,
+            x,
+            ctx.moe,
+            MoESaved(ctx.routing, d_counts, d_prob_sum, inner.clone()),
+            grads,
+            seed=ctx.seed,
+            d_prob_sum=d_prob_sum,
+            need_dx=ctx.needs_input_grad[0],
+        )
+        return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
+
+
+def mixture_of_experts(
+    x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, H), counts (E,) and prob_sum (E,) of x (N, H), with all gradients.
+
+    The last two are what `load_balancing_loss` takes.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(x, moe, seed, *moe.trainable())
+    return found

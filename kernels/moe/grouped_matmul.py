@@ -1,0 +1,333 @@
+"""Linear maps in E versions, one per expert, over rows sorted by expert.
+
+Row m belongs to expert e where offsets[e] <= m < offsets[e + 1]. With weight W_e (out, in) and
+adapter A_e (r, in), B_e (out, r) of every expert:
+
+    y_m = W_e x_m + s B_e (A_e x~_m),     x~ = dropout(x)
+    dx_m = W_e^T dy_m + dropout(A_e^T P_m),   P_m = s B_e^T dy_m
+    dW_e = sum_m dy_m x_m^T,   dA_e = sum_m P_m x~_m^T,   dB_e = s sum_m dy_m (A_e x~_m)^T
+
+The product B_e A_e is never formed. Two primitives carry all of it: `grouped_matmul` (either way
+round) and `grouped_outer`. The reference decodes a quantised weight one expert at a time; the
+Triton product decodes it between memory and tensor core, if it is in the planar order
+(`planar_experts`). Neither keeps a decoded weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from kernels.elementwise.dropout import Seed, dropout
+from kernels.linear.lora import Gradients
+from kernels.linear.projection import Weight, decode_weight
+from kernels.moe import grouped_matmul_triton
+from kernels.nf4.dequantize_triton import dequantize_reference
+from kernels.nf4.planar import PlanarNF4Weight, to_planar
+from kernels.nf4.tiles import architecture
+from kernels.nf4.weight import NF4Weight, dequantize_rows
+from kernels.runtime.dispatch import use_triton
+from kernels.runtime.scratch import scratch
+
+ExpertWeights = Tensor | NF4Weight | PlanarNF4Weight | tuple[Weight, ...]
+"""(E, out, in) dense or NF4, or one (out, in) dense or quantised weight per expert."""
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Rows sorted by expert: expert e has rows offsets[e] to offsets[e + 1] of `rows`.
+
+    `offsets` (E + 1,) int32 stays on the device; `bounds` reads it to the host.
+    """
+
+    offsets: Tensor
+    rows: int
+
+    @classmethod
+    def from_sorted(cls, experts: Tensor, count: int) -> Groups:
+        """From the expert (M,) of every row, ascending; no host read."""
+        edges = torch.arange(count + 1, device=experts.device, dtype=experts.dtype)
+        offsets = torch.searchsorted(experts, edges, out_int32=True)
+        return cls(offsets, experts.shape[0])
+
+    @property
+    def count(self) -> int:
+        """Number of experts."""
+        return self.offsets.shape[0] - 1
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Expert and first row of every tile of a Triton product."""
+        return grouped_matmul_triton.tile_table(self.offsets, self.rows)
+
+    @cached_property
+    def bounds(self) -> tuple[int, ...]:
+        return tuple(int(offset) for offset in self.offsets.tolist())
+
+    def filled(self) -> list[tuple[int, slice]]:
+        """(expert, its rows) of every expert that has rows."""
+        parts = enumerate(pairwise(self.bounds))
+        return [(expert, slice(first, last)) for expert, (first, last) in parts if first < last]
+
+
+@dataclass(frozen=True)
+class ExpertProjection:
+    """One linear map in E versions, with a LoRA pair (E, r, in), (E, out, r) or without."""
+
+    weight: ExpertWeights
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scale: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def out_features(self) -> int:
+        return weight_shape(self.weight)[1]
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors of this projection that want a gradient, in a fixed order."""
+        weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
+        found = (*weights, self.lora_a, self.lora_b)
+        return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+
+
+def weight_shape(weight: ExpertWeights) -> tuple[int, int, int]:
+    """(E, out, in)."""
+    if isinstance(weight, tuple):
+        out, size = weight[0].shape
+        return len(weight), int(out), int(size)
+    count, out, size = weight.shape
+    return int(count), int(out), int(size)
+
+
+def planar_experts(weight: NF4Weight) -> PlanarNF4Weight:
+    """An NF4 weight (E, out, in) in the planar order, as the Triton product reads it.
+
+    Raises ValueError unless rows hold whole blocks of 64.
+    """
+    count, out, size = weight_shape(weight)
+    planar = to_planar(replace(weight, shape=(count * out, size)))
+    return replace(planar, shape=(count, out, size))
+
+
+def expert_weight(weight: ExpertWeights, expert: int, dtype: torch.dtype) -> Tensor:
+    """W_e (out, in) in `dtype`; a decoded one is valid until the next call."""
+    count, out, size = weight_shape(weight)
+    if isinstance(weight, Tensor):
+        return weight[expert].to(dtype)
+    if isinstance(weight, PlanarNF4Weight):
+        flat = replace(weight, shape=(count * out, size))
+        return dequantize_reference(flat, dtype)[expert * out : (expert + 1) * out]
+    if isinstance(weight, tuple):
+        one = weight[expert]
+        if isinstance(one, Tensor):
+            return one.to(dtype)
+        decoded = scratch("dequantized.expert", (out, size), dtype, one.device)
+        return decode_weight(one, dtype, out=decoded)
+    if dtype == torch.float64:  # NF4 values are fp32 by definition; fp64 is for gradient checks
+        return dequantize_rows(weight, expert, expert + 1, torch.float32).squeeze(0).double()
+    decoded = scratch("dequantized.expert", (out, size), dtype, weight.device)
+    return dequantize_rows(weight, expert, expert + 1, dtype, out=decoded).squeeze(0)
+
+
+def _in_one_launch(x: Tensor, weight: ExpertWeights) -> bool:
+    """Whether the Triton product takes these.
+
+    fp32 on a GPU is what libraries multiply best, and before sm_80 Triton uses no tensor core.
+    """
+    if not use_triton(x) or not isinstance(weight, Tensor | PlanarNF4Weight):
+        return False
+    return not x.is_cuda or (x.dtype != torch.float32 and architecture(x.device) >= 80)
+
+
+def _rows(x: Tensor, part: slice, rows: Tensor | None) -> Tensor:
+    return x[part] if rows is None else x.index_select(0, rows[part])
+
+
+def grouped_matmul(
+    x: Tensor,
+    weight: ExpertWeights,
+    groups: Groups,
+    *,
+    rows: Tensor | None = None,
+    transpose: bool = False,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale * W_e x_m for every row m, (M, out); W_e^T x_m, (M, in), with `transpose`.
+
+    x (M, in), or any (N, in) of which sorted row m reads row rows[m]. `out` (M, out), rows of any
+    stride, is written, or added to with `accumulate`. On a GPU 16-bit rows times a dense (E, out,
+    in) or a planar NF4 weight are one launch; other weights, and fp32, go expert by expert.
+    """
+    if out is None:
+        out_features = weight_shape(weight)[2 if transpose else 1]
+        out, accumulate = x.new_empty(groups.rows, out_features), False
+    if _in_one_launch(x, weight):
+        assert isinstance(weight, Tensor | PlanarNF4Weight)
+        grouped_matmul_triton.matmul(
+            x, weight, groups.offsets, groups.tiles, rows, transpose, out, accumulate, scale
+        )
+        return out
+    for expert, part in groups.filled():
+        dense = expert_weight(weight, expert, x.dtype)
+        right, target = dense if transpose else dense.T, out[part]
+        target.addmm_(_rows(x, part, rows), right, beta=float(accumulate), alpha=scale)
+    return out
+
+
+def grouped_outer(
+    a: Tensor,
+    b: Tensor,
+    groups: Groups,
+    *,
+    a_rows: Tensor | None = None,
+    b_rows: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """scale * sum over the rows m of expert e of a_m b_m^T: (E, P, Q); zero without rows.
+
+    a (M, P), b (M, Q), or gathered by their rows (M,) as in `grouped_matmul`.
+    """
+    if _in_one_launch(a, a):
+        return grouped_matmul_triton.outer(a, b, groups.offsets, a_rows, b_rows, scale)
+    out = a.new_zeros(groups.count, a.shape[1], b.shape[1])
+    for expert, part in groups.filled():
+        torch.mm(_rows(a, part, a_rows).T, _rows(b, part, b_rows), out=out[expert])
+    return out if scale == 1.0 else out.mul_(scale)
+
+
+def _dropped(
+    x: Tensor, rows: Tensor | None, projections: Sequence[ExpertProjection], seed: Seed | None
+) -> tuple[Tensor, Tensor | None]:
+    """x~ and the rows to read it by; gathered first where dropout is on."""
+    p = max(projection.dropout for projection in projections)
+    if seed is None or p <= 0.0:
+        return x, rows
+    return dropout(x if rows is None else x.index_select(0, rows), p, seed), None
+
+
+def grouped_project(
+    x: Tensor,
+    projections: Sequence[ExpertProjection],
+    groups: Groups,
+    *,
+    rows: Tensor | None = None,
+    seed: Seed | None = None,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """y (M, sum out_i), column blocks of one matrix, and A x~ (M, r_i) of every projection.
+
+    x and `rows` as in `grouped_matmul`; `seed` None means no dropout.
+    """
+    widths = [projection.out_features for projection in projections]
+    y = x.new_empty(groups.rows, sum(widths))
+    lows = adapter_inputs(x, projections, groups, rows=rows, seed=seed)
+    for part, projection, low in zip(torch.split(y, widths, 1), projections, lows, strict=True):
+        grouped_matmul(x, projection.weight, groups, rows=rows, out=part)
+        if low is not None and projection.lora_b is not None:
+            b, scale = projection.lora_b, projection.scale
+            grouped_matmul(low, b, groups, out=part, accumulate=True, scale=scale)
+    return y, lows
+
+
+def adapter_inputs(
+    x: Tensor,
+    projections: Sequence[ExpertProjection],
+    groups: Groups,
+    *,
+    rows: Tensor | None = None,
+    seed: Seed | None = None,
+) -> list[Tensor | None]:
+    """A_e x~ (M, r) of every projection, None where it has no adapter."""
+    dropped, dropped_rows = _dropped(x, rows, projections, seed)
+    return [
+        None
+        if projection.lora_a is None
+        else grouped_matmul(dropped, projection.lora_a, groups, rows=dropped_rows)
+        for projection in projections
+    ]
+
+
+def grouped_project_backward(
+    dy: Tensor,
+    x: Tensor,
+    projections: Sequence[ExpertProjection],
+    groups: Groups,
+    grads: Gradients,
+    *,
+    rows: Tensor | None = None,
+    dy_rows: Tensor | None = None,
+    seed: Seed | None = None,
+    lows: list[Tensor | None] | None = None,
+    need_dx: bool = True,
+) -> Tensor | None:
+    """Adds every wanted parameter gradient to `grads` and returns dx (M, in), in sorted order.
+
+    dy (M, sum out_i), or gathered by `dy_rows`. `lows` is the second value of `grouped_project`,
+    computed again when None.
+    """
+    if lows is None:
+        lows = adapter_inputs(x, projections, groups, rows=rows, seed=seed)
+    dropped, dropped_rows = _dropped(x, rows, projections, seed)
+    dx, low_dx = None, None
+    dys = torch.split(dy, [projection.out_features for projection in projections], 1)
+    for part, projection, low in zip(dys, projections, lows, strict=True):
+        _weight_gradient(part, x, projection.weight, groups, grads, rows, dy_rows)
+        if need_dx:
+            dx = _add_transposed(dx, part, projection.weight, groups, dy_rows)
+        a, b, scale = projection.lora_a, projection.lora_b, projection.scale
+        if a is None or b is None or low is None:
+            continue
+        if b.requires_grad:
+            db = grouped_outer(part, low, groups, a_rows=dy_rows, scale=scale)
+            grads[id(b)] = db.to(b.dtype)
+        low_dy = grouped_matmul(part, b, groups, rows=dy_rows, transpose=True, scale=scale)
+        if a.requires_grad:
+            grads[id(a)] = grouped_outer(low_dy, dropped, groups, b_rows=dropped_rows).to(a.dtype)
+        if need_dx and dropped is x:
+            dx = _add_transposed(dx, low_dy, a, groups)
+        elif need_dx:
+            low_dx = _add_transposed(low_dx, low_dy, a, groups)
+    if dx is not None and low_dx is not None:
+        dx += _dropped(low_dx, None, projections, seed)[0]
+    return dx
+
+
+def _add_transposed(
+    out: Tensor | None,
+    dy: Tensor,
+    weight: ExpertWeights,
+    groups: Groups,
+    rows: Tensor | None = None,
+) -> Tensor:
+    return grouped_matmul(
+        dy, weight, groups, rows=rows, transpose=True, out=out, accumulate=out is not None
+    )
+
+
+def _weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: ExpertWeights,
+    groups: Groups,
+    grads: Gradients,
+    rows: Tensor | None,
+    dy_rows: Tensor | None,
+) -> None:
+    """dW: one (E, out, in), or one (out, in) for every expert of a tuple that has rows."""
+    if isinstance(weight, Tensor):
+        if weight.requires_grad:
+            dw = grouped_outer(dy, x, groups, a_rows=dy_rows, b_rows=rows)
+            grads[id(weight)] = dw.to(weight.dtype)
+    elif isinstance(weight, tuple):
+        for expert, part in groups.filled():
+            one = weight[expert]
+            if isinstance(one, Tensor) and one.requires_grad:
+                product = _rows(dy, part, dy_rows).T @ _rows(x, part, rows)
+                grads[id(one)] = product.to(one.dtype)

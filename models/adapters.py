@@ -1,0 +1,192 @@
+"""Putting LoRA pairs on a decoder, and taking them off again as tensors.
+
+A (r, in) starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B (out, r) at
+zero, so a new adapter changes nothing until it has been trained. The scale is alpha / r, or
+alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732). DoRA adds a magnitude (out,) to
+each pair, which starts at the lengths of the weight's rows (`kernels.linear.dora`). Adapters are
+fp32 whatever the base is. Every expert of a mixture has pairs of its own, named by the expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear.dora import adapted_row_norms
+from kernels.linear.projection import decode_weight
+from models.decoder import Decoder
+from models.layers.experts import ExpertAdapter, Experts
+from models.layers.linear import Linear
+from models.tensor_layout import Layout, path_in_file
+from models.tensor_names import ATTENTION_PROJECTIONS, DELTA_PROJECTIONS, PROJECTIONS
+
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
+"""The tensors of one adapter, in the order of its tuple; the last one only under DoRA."""
+TARGETS: dict[str, tuple[str, ...]] = {
+    "all": PROJECTIONS,
+    "attn": (*ATTENTION_PROJECTIONS, *DELTA_PROJECTIONS),
+    "qv": ("q_proj", "v_proj"),
+}
+
+
+def target_modules(targets: str | Sequence[str]) -> tuple[str, ...]:
+    """Projection names for a preset ("all", "attn", "qv"), a comma list, or a list.
+
+    Raises `ValueError` naming what is not a projection.
+    """
+    if isinstance(targets, str):
+        named = TARGETS.get(targets) or tuple(t.strip() for t in targets.split(",") if t.strip())
+    else:
+        named = tuple(targets)
+    unknown = [name for name in named if name not in PROJECTIONS]
+    if unknown or not named:
+        raise ValueError(
+            f"target modules {', '.join(unknown) or '(none)'} are unknown; expected one of the "
+            f"presets {', '.join(TARGETS)} or names out of {', '.join(PROJECTIONS)}"
+        )
+    return tuple(name for name in PROJECTIONS if name in named)
+
+
+def linears(model: nn.Module, names: Sequence[str]) -> dict[str, Linear]:
+    """Module path -> `Linear`, for every projection whose last name is in `names`."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, Linear) and path.rsplit(".", 1)[-1] in names
+    }
+
+
+def expert_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, ExpertAdapter]:
+    """Path of a mixture's experts and a projection of `names` -> the place for their pairs."""
+    return {
+        f"{path}.{name}": adapter
+        for path, module in model.named_modules()
+        if isinstance(module, Experts)
+        for name, adapter in module.adapters().items()
+        if name in names
+    }
+
+
+def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
+    """The factor of B A x."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def freeze(model: nn.Module) -> None:
+    """Turn every gradient off."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def add_lora(
+    model: Decoder,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all",
+    use_rslora: bool = False,
+    seed: int = 0,
+    use_dora: bool = False,
+) -> list[str]:
+    """Freeze the base, give every target projection a trainable pair; returns their paths.
+
+    With `use_dora` each pair gets a magnitude beside it. The initial values are a function of
+    (seed, order of the modules). Raises `ValueError` on a rank below 1, a dropout outside [0, 1),
+    an unknown target, targets that the model does not have, or DoRA on experts.
+    """
+    if rank < 1 or not 0.0 <= dropout < 1.0:
+        raise ValueError(f"rank {rank} must be at least 1 and dropout {dropout} in [0, 1)")
+    names = target_modules(targets)
+    found, experts = linears(model, names), expert_adapters(model, names)
+    if not found and not experts:
+        raise ValueError(f"the model has none of the target modules {', '.join(names)}")
+    if use_dora and experts:
+        raise ValueError(
+            "DoRA is not defined for experts, whose adapters PEFT keeps as parameters without a "
+            "magnitude; leave it out or target attn"
+        )
+    freeze(model)
+    generator = torch.Generator().manual_seed(seed)
+    for linear in found.values():
+        bound = 1.0 / math.sqrt(linear.in_features)
+        a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+        b = torch.zeros(linear.out_features, rank)
+        device = model.device  # the weight may lie on the host
+        linear.lora_A = nn.Parameter(a.to(device))
+        linear.lora_B = nn.Parameter(b.to(device))
+        linear.scale, linear.dropout = scale_of(rank, alpha, use_rslora), dropout
+        if use_dora:
+            linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
+    for adapter in experts.values():
+        adapter.attach(rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator)
+    return [path for path, _, _ in _adapters(model)]
+
+
+@torch.no_grad()
+def _magnitude(linear: Linear, dtype: torch.dtype) -> Tensor:
+    """|| W_i + s B_i A || (out,) in fp32, of W as a step in `dtype` sees it.
+
+    Computed as every step computes it, so that a new adapter scales each row by exactly 1.
+    """
+    weight, a, b = linear.weight, linear.lora_A, linear.lora_B
+    assert a is not None and b is not None
+    dense = weight if isinstance(weight, Tensor) else decode_weight(weight, dtype)
+    return adapted_row_norms(dense, a, b, linear.scale).float()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Module path -> (A, B), under DoRA (A, B, magnitude), sharing memory with the model.
+
+    Paths are those of the model's file: below `model.language_model.` where the decoder is a part
+    of a larger model, and with the expert's number for a mixture's.
+    """
+    found: dict[str, tuple[Tensor, ...]] = {}
+    for path, parts, expert in _adapters(model):
+        tensors = (part.data for part in parts)
+        found[path] = tuple(t if expert is None else t[expert] for t in tensors)
+    return found
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int | None]]:
+    """(path, parameters, expert) of every adapter; an expert's are one row of the parameters."""
+    layout = Layout(nested=isinstance(model, Decoder) and model.config.nested)
+    for path, module in model.named_modules():
+        path = layout.path(path)
+        if isinstance(module, Experts):
+            for name, adapter in module.adapters().items():
+                pair = [part for part in (adapter.lora_A, adapter.lora_B) if part is not None]
+                for expert in range(module.count if pair else 0):
+                    yield f"{path}.{expert}.{name}", pair, expert
+        if isinstance(module, Linear) and module.lora_A is not None:
+            parts = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
+            yield path, [part for part in parts if part is not None], None
+
+
+@torch.no_grad()
+def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, ...]]) -> None:
+    """Copy tensors, as `adapter_tensors` gives them, into the adapted projections.
+
+    Raises `ValueError` unless paths and shapes match one to one, listing what does not.
+    """
+    own = adapter_tensors(model)
+    if isinstance(model, Decoder):
+        tensors = {path_in_file(model.config, path): parts for path, parts in tensors.items()}
+    wrong = [f"{path} is missing" for path in own if path not in tensors]
+    wrong += [f"{path} is not adapted here" for path in tensors if path not in own]
+    for path in own.keys() & tensors.keys():
+        if len(own[path]) != len(tensors[path]):
+            wrong.append(f"only one of model and adapter has a magnitude (DoRA) on {path}")
+        for part, mine, given in zip(PARTS, own[path], tensors[path], strict=False):
+            if mine.shape != given.shape:
+                wrong.append(
+                    f"{part} of {path} is {tuple(given.shape)}, expected {tuple(mine.shape)}"
+                )
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"adapter does not match: {'; '.join(sorted(wrong)[:5])}{more}")
+    for path, pair in tensors.items():
+        for mine, given in zip(own[path], pair, strict=True):
+            mine.copy_(given)

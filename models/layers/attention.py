@@ -1,0 +1,198 @@
+"""The attention of a decoder block, forward and backward by hand.
+
+    x1 = x + o_proj(attention(rope(qk_norm(q, k)), v) [* sigmoid(gate)]),  q, k, v = qkv(norm(x))
+
+A family may norm every head's q and k, rotate a part of each head or none of it, and gate the
+heads' outputs: q_proj then has rows [q | gate] for every head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import attention_backward, attention_forward, cached_attention
+from kernels.elementwise.rope import rope_
+from kernels.linear.lora import Gradients, project, project_backward
+from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from models.config.model_config import ModelConfig
+from models.layers.linear import Linear, RMSNorm
+from models.layers.packed_batch import Batch
+
+
+@dataclass
+class AttentionKept:
+    """What backward reads of attention; None where it is computed again."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    gate: Tensor | None = None
+    out: Tensor | None = None
+    lse: list[Tensor] = field(default_factory=list)
+
+    def trim(self, level: str) -> AttentionKept:
+        """Only what `level` keeps."""
+        return self if level == "none" else AttentionKept(out=self.out, lse=self.lse)
+
+    def forget(self) -> None:
+        """Let go of everything: the scores' gradients are formed."""
+        self.q = self.k = self.v = self.gate = self.out = None
+        self.lse = []
+
+
+class Attention(nn.Module):
+    """Holds q, k, v, o projections and, where the family has them, per-head norms of q and k."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        hidden, dim = config.hidden_size, config.head_dim
+        heads, kv_heads = config.heads(index), config.kv_heads(index)
+        self.index, self.head_dim = index, dim
+        self.window, self.scale = config.window(index), dim**-0.5
+        self.rotates, self.gated = config.rope_layers[index], config.attention_gate
+        q_width = heads * dim * (2 if self.gated else 1)
+        self.q_proj = Linear(hidden, q_width, config.attention_bias)
+        self.k_proj = Linear(hidden, kv_heads * dim, config.attention_bias)
+        self.v_proj = Linear(hidden, kv_heads * dim, config.attention_bias)
+        self.o_proj = Linear(heads * dim, hidden, config.attention_output_bias)
+        centred = config.zero_centered_norm
+        normed = config.qk_norm
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps, centred) if normed else None
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps, centred) if normed else None
+
+    def qkv(self) -> tuple[Projection, ...]:
+        return (self.q_proj.projection(), self.k_proj.projection(), self.v_proj.projection())
+
+    def joined(self) -> tuple[tuple[Linear, ...], ...]:
+        """The projections that read the same input and want their weights side by side."""
+        return ((self.q_proj, self.k_proj, self.v_proj),)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(N, heads * D) -> (N, heads, D), a view."""
+        split: Tensor = x.unflatten(1, (-1, self.head_dim))
+        return split
+
+    def _split(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Outputs of the three projections as heads of q, k, v and gate, views."""
+        q, k, v = (self.heads(part) for part in parts)
+        if not self.gated:
+            return q, k, v, None
+        pairs = q.unflatten(1, (-1, 2))
+        return pairs[:, :, 0], k, v, pairs[:, :, 1]
+
+    def run(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, AttentionKept]:
+        """x (N, H) -> x1 (N, H) and every activation that backward could use."""
+        kept = AttentionKept()
+        h, _ = norm.run(x)
+        self._qkv(h, batch, kept, None)
+        q, k = self._rotated(kept, batch)
+        assert kept.v is not None
+        if batch.cache is not None:
+            keys, values = batch.cache.append(self.index, k, kept.v)
+            kept.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
+        else:
+            kept.out, kept.lse = attention_forward(
+                q, k, kept.v, batch.plan, self.window, self.scale
+            )
+        o_proj, seed = (self.o_proj.projection(),), batch.seed(self.index, 1)
+        del h
+        y = project(self._gated(kept), o_proj, seed, slot=batch.levers.narrow)[0][0]
+        return y.add_(x), kept
+
+    def _qkv(self, h: Tensor, batch: Batch, kept: AttentionKept, decoded: Decoded | None) -> None:
+        """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
+        ys, _ = project(h, self.qkv(), batch.seed(self.index, 0), decoded)
+        kept.q, kept.k, kept.v, kept.gate = self._split(tuple(ys))
+        if self.q_norm is None:
+            self._rotate(kept.q, batch)
+            self._rotate(kept.k, batch)
+
+    def _rotate(self, x: Tensor, batch: Batch, inverse: bool = False) -> Tensor:
+        """Rotate the leading elements of every head in place, if this layer does."""
+        if self.rotates:
+            rope_(x[..., : 2 * batch.cos.shape[1]], batch.cos, batch.sin, inverse=inverse)
+        return x
+
+    def _rotated(self, kept: AttentionKept, batch: Batch) -> tuple[Tensor, Tensor]:
+        """q and k as attention reads them."""
+        assert kept.q is not None and kept.k is not None
+        if self.q_norm is None or self.k_norm is None:
+            return kept.q, kept.k
+        q, k = self.q_norm.run(kept.q)[0], self.k_norm.run(kept.k)[0]
+        return self._rotate(q, batch), self._rotate(k, batch)
+
+    def _gated(self, kept: AttentionKept) -> Tensor:
+        """What o_proj reads: the heads' outputs (N, heads * D), gated where there is a gate."""
+        assert kept.out is not None
+        if kept.gate is None:
+            return kept.out.flatten(1)
+        return (kept.out * torch.sigmoid(kept.gate)).flatten(1)
+
+    def differentiate(
+        self,
+        dx1: Tensor,
+        x: Tensor,
+        norm: RMSNorm,
+        batch: Batch,
+        kept: AttentionKept,
+        grads: Gradients,
+        need_dx: bool,
+    ) -> Tensor | None:
+        """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
+        qkv, seed = self.qkv(), batch.seed(self.index, 0)
+        h, rstd = norm.run(x)
+        need_dh = need_dx or norm.weight.requires_grad
+        decoded = None
+        if not batch.levers.singly and (need_dh or kept.q is None):
+            decoded = decode(qkv, x.dtype)
+        if kept.q is None:
+            self._qkv(h, batch, kept, decoded)
+        o_proj = (self.o_proj.projection(),)
+        d_out = project_backward(
+            (dx1,),
+            self._gated(kept),
+            o_proj,
+            grads,
+            seed=batch.seed(self.index, 1),
+            decoded=decode(o_proj, x.dtype, batch.levers.narrow),
+        )
+        assert d_out is not None
+        if batch.levers.singly:
+            del h  # is cheap to make again
+        d_qkv = self._scores_backward(self.heads(d_out), batch, kept, grads)
+        del d_out
+        kept.forget()
+        if batch.levers.singly:
+            h, _ = norm.run(x)
+        dh = project_backward(d_qkv, h, qkv, grads, seed=seed, decoded=decoded, need_dx=need_dh)
+        del d_qkv, h
+        if dh is None:
+            return None
+        return norm.differentiate(dh, x, rstd, grads).add_(dx1)
+
+    def _scores_backward(
+        self, d_out: Tensor, batch: Batch, kept: AttentionKept, grads: Gradients
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the three projections' outputs, column blocks of one matrix."""
+        q, k = self._rotated(kept, batch)
+        raw_q, raw_k, v, out = kept.q, kept.k, kept.v, kept.out
+        assert raw_q is not None and raw_k is not None and v is not None and out is not None
+        parts = output_columns(d_out.shape[0], self.qkv(), d_out)
+        dq, dk, dv, d_gate = self._split(parts)
+        if d_gate is not None and kept.gate is not None:
+            open_ = torch.sigmoid(kept.gate)
+            torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
+            d_out = d_out * open_
+        attention_backward(
+            d_out, q, k, v, out, kept.lse, batch.plan, self.window, self.scale, (dq, dk, dv)
+        )
+        self._rotate(dq, batch, inverse=True)
+        self._rotate(dk, batch, inverse=True)
+        if self.q_norm is not None and self.k_norm is not None:
+            for grad, raw, norm in ((dq, raw_q, self.q_norm), (dk, raw_k, self.k_norm)):
+                _, rstd = norm.run(raw)
+                grad.copy_(norm.differentiate(grad, raw, rstd, grads))
+        return parts

@@ -1,0 +1,121 @@
+"""One pre-norm decoder block, forward and backward by hand.
+
+    x1 = x  + mixer(norm1(x)),     the mixer attention or Gated DeltaNet
+    y  = x1 + mlp(norm2(x1)),      the feed-forward part dense or a mixture of experts
+
+No autograd runs inside: the backward pass is written out, so that it can recompute exactly what
+was not kept and nothing else. Which tensors are kept is the recompute level:
+
+    level      kept beside x                          recomputed in backward
+    none       q, k, v, o, lse, x1, g, u              norms, silu
+    selective  o, lse, x1                             norms, silu, qkv, gate and up
+    full       nothing                                all of the above, attention and o_proj
+
+for attention and a dense feed-forward part; the other two say what they keep in their own files.
+The outputs of down_proj are never recomputed: no gradient reads them. A weight that is decoded
+from NF4 for recompute is used for the gradient in the same breath.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear.lora import Gradients
+from models.config.model_config import ModelConfig
+from models.layers.attention import Attention, AttentionKept
+from models.layers.delta_net import DeltaKept, DeltaNet
+from models.layers.linear import RMSNorm
+from models.layers.mlp import MLP, MLPKept
+from models.layers.moe import MoE, MoEKept
+from models.layers.packed_batch import LEVELS, Batch
+from models.layers.protocol import FeedForward, Mixer
+
+__all__ = ["LEVELS", "Batch", "DecoderLayer", "Kept"]
+
+
+@dataclass
+class Kept:
+    """Activations of one block that backward reads; None where they are recomputed."""
+
+    mixer: AttentionKept | DeltaKept | None = None
+    x1: Tensor | None = None
+    mlp: MLPKept | MoEKept | None = None
+
+    def trim(self, level: str) -> Kept:
+        """Only what `level` keeps."""
+        if level == "none":
+            return self
+        mlp = None if self.mlp is None else self.mlp.trim(level)
+        if level == "full" or self.mixer is None:
+            return Kept(mlp=mlp)
+        return Kept(self.mixer.trim(level), self.x1, mlp)
+
+
+class DecoderLayer(nn.Module):
+    """One block. `run` is the forward pass, `differentiate` the backward pass."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index, self.head_dim = index, config.head_dim
+        centred = config.zero_centered_norm
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, centred)
+        linear = config.layer_types[index] == "linear_attention"
+        self.self_attn = None if linear else Attention(config, index)
+        self.linear_attn = DeltaNet(config, index) if linear else None
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, centred)
+        self.mlp: FeedForward = (
+            MoE(config, index)
+            if config.sparse_layers[index]
+            else MLP(config.hidden_size, config.intermediate_size, index, config.mlp_bias)
+        )
+
+    @property
+    def mixer(self) -> Mixer:
+        """What mixes tokens: attention or Gated DeltaNet."""
+        mixer = self.linear_attn if self.self_attn is None else self.self_attn
+        assert mixer is not None
+        return mixer
+
+    def trainable(self) -> list[Tensor]:
+        """Parameters that want a gradient, in a fixed order."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def join_weights(self) -> None:
+        """Lay dense weights that read the same input one below the other in memory.
+
+        They stay separate parameters and become one product in either direction.
+        """
+        for group in (*self.mixer.joined(), *self.mlp.joined()):
+            weights = [linear.weight for linear in group]
+            dense = [weight for weight in weights if isinstance(weight, Tensor)]
+            if len(dense) < len(group):
+                continue
+            joined = torch.cat([weight.detach() for weight in dense])
+            for weight, part in zip(dense, joined.split([len(w) for w in dense]), strict=True):
+                weight.data = part
+
+    def run(self, x: Tensor, batch: Batch, level: str = "none") -> tuple[Tensor, Kept]:
+        """x (N, H) -> y (N, H) and the activations that `level` keeps."""
+        x1, done = self.mixer.run(x, self.input_layernorm, batch)
+        # What is not kept is not to wait for the feed-forward part.
+        mixer = None if level == "full" else done.trim(level)
+        del done
+        y, mlp = self.mlp.run(x1, self.post_attention_layernorm, batch)
+        return y, Kept(mixer, x1, mlp).trim(level)
+
+    def differentiate(
+        self, dy: Tensor, x: Tensor, batch: Batch, kept: Kept, need_dx: bool
+    ) -> tuple[Tensor | None, Gradients]:
+        """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter."""
+        grads: Gradients = {}
+        norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
+        if kept.x1 is None:
+            kept.x1, kept.mixer = self.mixer.run(x, norm1, batch)
+        assert kept.mixer is not None and kept.mlp is not None
+        dx1 = self.mlp.differentiate(dy, kept.x1, norm2, batch, kept.mlp, grads)
+        kept.x1 = kept.mlp = None
+        dx = self.mixer.differentiate(dx1, x, norm1, batch, kept.mixer, grads, need_dx)
+        return dx, grads

@@ -1,0 +1,274 @@
+"""The Gated DeltaNet mixer of a decoder block, forward and backward by hand.
+
+    m, z = in_proj(h),  b, a = in_proj(h),  h = norm(x)
+    q, k, v = split(silu(conv(m))),   g, beta = gates(a, b)
+    x1 = x + out_proj(w rms(delta(q, k, v, g, beta)) * silu(z))
+
+Qwen3.5 has separate projections, of [q | k | v], z, b and a. Qwen3-Next has two, whose rows are
+grouped by key head: [q | k | v | z] and [b | a] with the r value heads of that key head together.
+The arithmetic is in `kernels.delta_net`, `causal_conv1d` and `gated_rms_norm`. Level "none" keeps
+the projections' outputs, the rule's output and its states; "selective" the output and T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels.delta_net import (
+    GatedDeltaSaved,
+    gated_delta_backward,
+    gated_delta_forward,
+    gated_delta_step,
+    gates_backward,
+    gates_forward,
+)
+from kernels.delta_net.causal_conv1d import (
+    causal_conv1d_backward,
+    causal_conv1d_forward,
+    causal_conv1d_step,
+    final_conv_state,
+)
+from kernels.delta_net.gated_rms_norm import gated_rms_norm_backward, gated_rms_norm_forward
+from kernels.linear.lora import Gradients, project, project_backward
+from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from models.config.model_config import ModelConfig
+from models.layers.kv_cache import DeltaState
+from models.layers.linear import Linear, RMSNorm
+from models.layers.packed_batch import Batch
+
+
+@dataclass
+class DeltaKept:
+    """What backward reads; None where it is computed again.
+
+    mixed (N, C) and z (N, Hv, V), b, a (N, Hv) are the projections' outputs, `out` (N, Hv, V) the
+    rule's.
+    """
+
+    mixed: Tensor | None = None
+    z: Tensor | None = None
+    b: Tensor | None = None
+    a: Tensor | None = None
+    out: Tensor | None = None
+    saved: GatedDeltaSaved | None = None
+
+    def trim(self, level: str) -> DeltaKept:
+        """Only what `level` keeps."""
+        if level == "none" or self.saved is None:
+            return self
+        return DeltaKept(out=self.out, saved=self.saved.trim())
+
+
+class Conv1d(nn.Module):
+    """Holds the taps (C, 1, J) of a depthwise convolution."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, taps))
+
+
+class DeltaNet(nn.Module):
+    """Holds the projections, convolution, gates and norm of one Gated DeltaNet mixer."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        hidden, joint = config.hidden_size, config.linear_joint_projections
+        self.index, self.joint = index, joint
+        self.key_heads, self.value_heads = (
+            config.linear_num_key_heads,
+            config.linear_num_value_heads,
+        )
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        self.widths = (keys, keys, values)
+        if joint:
+            self.in_proj_qkvz = Linear(hidden, 2 * keys + 2 * values)
+            self.in_proj_ba = Linear(hidden, 2 * self.value_heads)
+        else:
+            self.in_proj_qkv = Linear(hidden, 2 * keys + values)
+            self.in_proj_z = Linear(hidden, values)
+            self.in_proj_b = Linear(hidden, self.value_heads)
+            self.in_proj_a = Linear(hidden, self.value_heads)
+        self.conv1d = Conv1d(2 * keys + values, config.linear_conv_kernel_dim)
+        self.dt_bias = nn.Parameter(torch.empty(self.value_heads))
+        self.A_log = nn.Parameter(torch.empty(self.value_heads))
+        self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
+        self.out_proj = Linear(values, hidden)
+
+    def joined(self) -> tuple[tuple[Linear, ...], ...]:
+        """The projections that read the same input and want their weights side by side."""
+        if self.joint:
+            return ()
+        return ((self.in_proj_qkv, self.in_proj_z), (self.in_proj_b, self.in_proj_a))
+
+    def _wide(self) -> tuple[Projection, ...]:
+        """The projections of m and z."""
+        wide = (self.in_proj_qkvz,) if self.joint else (self.in_proj_qkv, self.in_proj_z)
+        return tuple(linear.projection() for linear in wide)
+
+    def _narrow(self) -> tuple[Projection, ...]:
+        """The projections of b and a."""
+        narrow = (self.in_proj_ba,) if self.joint else (self.in_proj_b, self.in_proj_a)
+        return tuple(linear.projection() for linear in narrow)
+
+    def _by_key_head(self) -> tuple[int, int, int, int]:
+        """Columns of q, k, v and z of one key head in the joint projection."""
+        values = self.value_dim * (self.value_heads // self.key_heads)
+        return self.key_dim, self.key_dim, values, values
+
+    def run(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, DeltaKept]:
+        """x (N, H) -> x1 (N, H) and every activation that backward could use."""
+        kept = DeltaKept()
+        h, _ = norm.run(x)
+        self._project(h, batch, kept, None)
+        assert kept.mixed is not None and kept.a is not None and kept.b is not None
+        g, beta = gates_forward(kept.a, kept.b, self.A_log, self.dt_bias)
+        if batch.cache is None:
+            q, k, v = self._convolved(kept.mixed, batch)
+            kept.out, _, kept.saved = gated_delta_forward(q, k, v, g, beta, batch.plan.bounds)
+        else:
+            kept.out = self._cached(kept.mixed, g, beta, batch, batch.cache.states[self.index])
+        out_proj, seed = (self.out_proj.projection(),), batch.seed(self.index, 1)
+        y = project(self._normed(kept)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
+        return y.add_(x), kept
+
+    def _project(self, h: Tensor, batch: Batch, kept: DeltaKept, decoded: Decoded | None) -> None:
+        wide, _ = project(h, self._wide(), batch.seed(self.index, 0), decoded)
+        narrow, _ = project(h, self._narrow())
+        heads = (self.value_heads, self.value_dim)
+        if not self.joint:
+            (kept.mixed, z), (kept.b, kept.a) = wide, narrow
+            kept.z = z.unflatten(1, heads)
+            return
+        q, k, v, z = wide[0].unflatten(1, (self.key_heads, -1)).split(self._by_key_head(), 2)
+        kept.mixed = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
+        kept.z = z.reshape(-1, *heads)
+        b, a = narrow[0].unflatten(1, (self.key_heads, 2, -1)).unbind(2)
+        kept.b, kept.a = b.flatten(1), a.flatten(1)
+
+    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, C) -> q, k (N, Hk, K) and v (N, Hv, V), views."""
+        q, k, v = mixed.split(self.widths, 1)
+        keys, values = (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
+        return q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values)
+
+    def _convolved(self, mixed: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heads(causal_conv1d_forward(mixed, self.conv1d.weight, batch.plan.bounds))
+
+    def _cached(
+        self, mixed: Tensor, g: Tensor, beta: Tensor, batch: Batch, state: DeltaState
+    ) -> Tensor:
+        """The rule's output for the next tokens of a cached sequence; its state moves on."""
+        weight, bounds = self.conv1d.weight, batch.plan.bounds
+        if mixed.shape[0] == 1:
+            q, k, v = self._heads(causal_conv1d_step(mixed, weight, state.inputs))
+            return gated_delta_step(q, k, v, g, beta, state.memory)
+        y = causal_conv1d_forward(mixed, weight, bounds, state.inputs)
+        out, memory, _ = gated_delta_forward(*self._heads(y), g, beta, bounds, state.memory)
+        state.inputs.copy_(final_conv_state(mixed, weight.shape[-1], bounds, state.inputs))
+        state.memory.copy_(memory)
+        return out
+
+    def _normed(self, kept: DeltaKept) -> tuple[Tensor, Tensor]:
+        """The gated norm (N, Hv, V) of the rule's output, and its rstd."""
+        assert kept.out is not None and kept.z is not None
+        return gated_rms_norm_forward(kept.out, kept.z, self.norm.weight, self.norm.eps)
+
+    def differentiate(
+        self,
+        dx1: Tensor,
+        x: Tensor,
+        norm: RMSNorm,
+        batch: Batch,
+        kept: DeltaKept,
+        grads: Gradients,
+        need_dx: bool,
+    ) -> Tensor | None:
+        """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
+        wide, seed = self._wide(), batch.seed(self.index, 0)
+        h, rstd = norm.run(x)
+        need_dh = need_dx or norm.weight.requires_grad
+        decoded = decode(wide, x.dtype) if need_dh or kept.mixed is None else None
+        if kept.mixed is None:
+            self._project(h, batch, kept, decoded)
+        do, dz = self._output_backward(dx1, batch, kept, grads)
+        d_mixed, db, da = self._rule_backward(do, batch, kept, grads)
+        dys = self._joined_gradients(d_mixed, dz, x)
+        dh = project_backward(dys, h, wide, grads, seed=seed, decoded=decoded, need_dx=need_dh)
+        narrow = self._narrow()
+        d_narrow: tuple[Tensor, ...] = (db, da)
+        if self.joint:
+            pair = (part.unflatten(1, (self.key_heads, -1)) for part in (db, da))
+            d_narrow = (torch.cat(tuple(pair), 2).flatten(1),)
+        d_gates = project_backward(d_narrow, h, narrow, grads, need_dx=need_dh)
+        if dh is None or d_gates is None:
+            return None
+        return norm.differentiate(dh.add_(d_gates), x, rstd, grads).add_(dx1)
+
+    def _output_backward(
+        self, dx1: Tensor, batch: Batch, kept: DeltaKept, grads: Gradients
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the rule's output and of z, both (N, Hv, V)."""
+        normed, rstd = self._normed(kept)
+        out_proj = (self.out_proj.projection(),)
+        d_normed = project_backward(
+            (dx1,),
+            normed.flatten(1),
+            out_proj,
+            grads,
+            seed=batch.seed(self.index, 1),
+            decoded=decode(out_proj, dx1.dtype, "narrow"),
+        )
+        assert d_normed is not None and kept.out is not None and kept.z is not None
+        weight = self.norm.weight
+        do, dz, d_weight = gated_rms_norm_backward(
+            d_normed.view_as(kept.out),
+            kept.out,
+            kept.z,
+            weight,
+            rstd,
+            need_dweight=weight.requires_grad,
+        )
+        if d_weight is not None:
+            grads[id(weight)] = d_weight
+        return do, dz
+
+    def _rule_backward(
+        self, do: Tensor, batch: Batch, kept: DeltaKept, grads: Gradients
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of m (N, C), b and a (N, Hv)."""
+        mixed, a, b, saved = kept.mixed, kept.a, kept.b, kept.saved
+        assert mixed is not None and a is not None and b is not None and saved is not None
+        g, beta = gates_forward(a, b, self.A_log, self.dt_bias)
+        q, k, v = self._convolved(mixed, batch)
+        found = gated_delta_backward(do, q, k, v, g, beta, batch.plan.bounds, saved)
+        da, db, da_log, d_dt_bias = gates_backward(
+            found.dg, found.dbeta, a, b, self.A_log, self.dt_bias
+        )
+        for parameter, gradient in ((self.A_log, da_log), (self.dt_bias, d_dt_bias)):
+            if parameter.requires_grad:
+                grads[id(parameter)] = gradient
+        d_convolved = torch.cat((found.dq.flatten(1), found.dk.flatten(1), found.dv.flatten(1)), 1)
+        weight = self.conv1d.weight
+        d_mixed, d_weight = causal_conv1d_backward(
+            d_convolved, mixed, weight, batch.plan.bounds, need_dweight=weight.requires_grad
+        )
+        if d_weight is not None:
+            grads[id(weight)] = d_weight
+        return d_mixed, db, da
+
+    def _joined_gradients(self, d_mixed: Tensor, dz: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of the wide projections' outputs, column blocks of one matrix."""
+        parts = output_columns(d_mixed.shape[0], self._wide(), like)
+        if not self.joint:
+            parts[0].copy_(d_mixed)
+            parts[1].copy_(dz.flatten(1))
+            return parts
+        by_head = parts[0].unflatten(1, (self.key_heads, -1)).split(self._by_key_head(), 2)
+        sources = (*d_mixed.split(self.widths, 1), dz.flatten(1))
+        for target, source in zip(by_head, sources, strict=True):
+            target.copy_(source.unflatten(1, (self.key_heads, -1)))
+        return parts

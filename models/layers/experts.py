@@ -1,0 +1,120 @@
+"""Modules that hold the experts of a mixture; the arithmetic is in `kernels.moe.experts`.
+
+Dense weights are two parameters for all experts, named and shaped as transformers 5 holds them:
+`gate_up_proj` (E, 2 I, H), rows of gate then of up, and `down_proj` (E, H, I). Quantised they are
+three weights, one for each projection. LoRA pairs are per expert and projection; the product of a
+pair is never formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.linear.projection import QuantizedWeight
+from kernels.moe.grouped_matmul import ExpertProjection, ExpertWeights
+from kernels.nf4.planar import PlanarNF4Weight
+from kernels.nf4.weight import NF4Weight
+
+EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+QuantizedExperts = NF4Weight | PlanarNF4Weight | tuple[QuantizedWeight, ...]
+"""One projection of all experts: one weight (E, out, in), or one (out, in) for each."""
+
+
+class ExpertAdapter(nn.Module):
+    """The LoRA pairs of one projection: lora_A (E, r, in), lora_B (E, out, r), or None."""
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(self, count: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.count, self.in_features, self.out_features = count, in_features, out_features
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.scale = 1.0
+        self.dropout = 0.0
+
+    def attach(
+        self, rank: int, scale: float, dropout: float, device: torch.device, seed: torch.Generator
+    ) -> None:
+        """Give every expert a trainable pair that changes nothing yet."""
+        bound = 1.0 / math.sqrt(self.in_features)
+        a = torch.empty(self.count, rank, self.in_features)
+        b = torch.zeros(self.count, self.out_features, rank)
+        self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=seed).to(device))
+        self.lora_B = nn.Parameter(b.to(device))
+        self.scale, self.dropout = scale, dropout
+
+    def projection(self, weight: ExpertWeights) -> ExpertProjection:
+        """`weight` with these pairs."""
+        return ExpertProjection(weight, self.lora_A, self.lora_B, self.scale, self.dropout)
+
+
+class Experts(nn.Module):
+    """Holds the weights of E experts of inner width I, and their LoRA pairs."""
+
+    gate_up_proj: nn.Parameter | None
+    down_proj: nn.Parameter | None
+
+    def __init__(self, count: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.count, self.hidden, self.width = count, hidden, inner
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(count, hidden, inner))
+        self.gate_lora = ExpertAdapter(count, hidden, inner)
+        self.up_lora = ExpertAdapter(count, hidden, inner)
+        self.down_lora = ExpertAdapter(count, inner, hidden)
+        self.stored: dict[str, QuantizedExperts] = {}
+
+    def set_quantized(self, leaf: str, weights: dict[str, QuantizedExperts]) -> None:
+        """Replace the parameter `leaf` by quantised weights, named as `EXPERT_PROJECTIONS`."""
+        self._parameters[leaf] = None
+        self.stored |= weights
+
+    def adapters(self) -> dict[str, ExpertAdapter]:
+        """Projection's name -> its pairs."""
+        return {"gate_proj": self.gate_lora, "up_proj": self.up_lora, "down_proj": self.down_lora}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        if self.down_proj is not None:
+            return self.down_proj.device
+        weight = self.stored["down_proj"]
+        return (weight[0] if isinstance(weight, tuple) else weight).device
+
+    def inner(self) -> tuple[ExpertProjection, ...]:
+        """Gate and up: one projection, or a pair where they are quantised or adapted."""
+        joint = self.gate_up_proj
+        gate: ExpertWeights
+        up: ExpertWeights
+        if joint is None:
+            gate, up = self.stored["gate_proj"], self.stored["up_proj"]
+        elif self.gate_lora.lora_A is None and self.up_lora.lora_A is None:
+            return (ExpertProjection(joint),)
+        else:
+            gate, up = joint.detach().chunk(2, 1)
+        return (self.gate_lora.projection(gate), self.up_lora.projection(up))
+
+    def down(self) -> ExpertProjection:
+        """The projection back to the hidden size."""
+        dense = self.down_proj
+        return self.down_lora.projection(self.stored["down_proj"] if dense is None else dense)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
+        super()._apply(fn, recurse)
+        if self.stored:
+            device = fn(torch.empty(0, device=self.device)).device
+            self.stored = {name: _moved(weight, device) for name, weight in self.stored.items()}
+        return self
+
+
+def _moved(weight: QuantizedExperts, device: torch.device) -> QuantizedExperts:
+    if isinstance(weight, tuple):
+        return tuple(one.to(device) for one in weight)
+    return weight.to(device)

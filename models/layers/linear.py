@@ -1,0 +1,162 @@
+"""Modules that hold weights. They hold; the arithmetic is in `kernels`.
+
+`Linear` has Hugging Face's parameter names. Its weight is a dense `Parameter` or quantised,
+and it may carry a LoRA pair; `projection()` is the view of all that which the kernels take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.elementwise.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from kernels.linear.int8 import Int8Weight, rows_int8
+from kernels.linear.lora import Gradients
+from kernels.linear.projection import Projection, Weight
+from kernels.runtime.host_memory import gather_rows
+
+
+class Linear(nn.Module):
+    """y = x W^T + b + scale * dropout(x) A^T B^T; `kernels.linear.dora` where it has a magnitude.
+
+    weight (out, in); bias (out,) or None; lora_A (r, in) and lora_B (out, r) or None;
+    lora_magnitude_vector (out,) or None.
+    """
+
+    weight: Weight
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.register_parameter("lora_A", None)
+        self.register_parameter("lora_B", None)
+        self.register_parameter("lora_magnitude_vector", None)
+        self.scale = 1.0
+        self.dropout = 0.0
+
+    def set_weight(self, weight: Weight) -> None:
+        """Replace the weight; a quantised one is frozen and no `Parameter`.
+
+        Raises `ValueError` on a shape other than (out_features, in_features).
+        """
+        if tuple(weight.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"weight has shape {tuple(weight.shape)}; "
+                f"expected {(self.out_features, self.in_features)}"
+            )
+        self._parameters.pop("weight", None)
+        self.__dict__.pop("weight", None)
+        if isinstance(weight, Tensor):
+            self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        else:
+            self.__dict__["weight"] = weight
+
+    def projection(self) -> Projection:
+        """What `kernels.linear.lora` computes with; shares memory with this module."""
+        return Projection(
+            self.weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scale,
+            self.dropout,
+            self.lora_magnitude_vector,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        super()._apply(fn, recurse)
+        weight = self.__dict__.get("weight")
+        if weight is not None:
+            self.__dict__["weight"] = weight.to(fn(torch.empty(0, device=weight.device)).device)
+        return self
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        kind = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
+        return f"{self.in_features} -> {self.out_features}, {kind}, rank={rank}"
+
+
+class RMSNorm(nn.Module):
+    """Holds the weight (H,) and eps of one norm; the factor is 1 + w where it is zero-centred."""
+
+    def __init__(self, size: int, eps: float, zero_centered: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps, self.zero_centered = eps, zero_centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
+
+    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., H) -> y (..., H) and rstd (..., 1), which `differentiate` takes."""
+        return rms_norm_forward(x, self.weight, self.eps, zero_centered=self.zero_centered)
+
+    def differentiate(self, dy: Tensor, x: Tensor, rstd: Tensor, grads: Gradients) -> Tensor:
+        """dy (..., H) -> dx (..., H); adds the weight's gradient to `grads` if it is wanted."""
+        dx, dweight = rms_norm_backward(
+            dy,
+            x,
+            self.weight,
+            rstd,
+            need_dweight=self.weight.requires_grad,
+            zero_centered=self.zero_centered,
+        )
+        if dweight is not None:
+            grads[id(self.weight)] = dweight
+        return dx
+
+
+class Embedding(nn.Module):
+    """Holds the embedding matrix (V, H): a `Parameter`, or frozen as 8-bit rows or on the host."""
+
+    weight: Tensor | Int8Weight
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.shape = (vocab_size, hidden_size)
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.device: torch.device | None = None
+
+    def set_weight(self, weight: Tensor | Int8Weight, device: torch.device | None = None) -> None:
+        """Replace the matrix by a frozen one.
+
+        With a `device`, `weight` is a dense matrix that stays in the host's memory, and the rows
+        that a batch asks for are sent to `device`. Raises `ValueError` on another shape.
+        """
+        if tuple(weight.shape) != self.shape:
+            raise ValueError(
+                f"embedding has shape {tuple(weight.shape)}; expected {tuple(self.shape)}"
+            )
+        self._parameters.pop("weight", None)
+        self.__dict__.pop("weight", None)
+        self.device = device
+        if isinstance(weight, Tensor) and device is None:
+            self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        else:
+            self.__dict__["weight"] = weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Ids (N,) -> rows (N, H)."""
+        if isinstance(self.weight, Int8Weight):
+            return rows_int8(self.weight, input_ids)
+        if self.device is not None:
+            return gather_rows(self.weight, input_ids, self.device)
+        return nn.functional.embedding(input_ids, self.weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding:
+        super()._apply(fn, recurse)
+        weight = self.__dict__.get("weight")
+        if isinstance(weight, Int8Weight):
+            self.__dict__["weight"] = weight.to(fn(torch.empty(0, device=weight.device)).device)
+        elif weight is not None:
+            self.device = fn(torch.empty(0, device=self.device)).device
+        return self

@@ -1,0 +1,120 @@
+"""The mixture of experts of a decoder block, forward and backward by hand.
+
+    y = x1 + sum_i w_i expert_i(h) [+ sigmoid(s . h) shared(h)],   h = norm(x1)
+
+`kernels.moe.experts` has the arithmetic. Every level of recompute keeps the router's choice, so
+that what backward computes again cannot choose anew; level "none" keeps the experts' inner
+activations too. In tiles of tokens (`models.layers.token_tiles`) nothing else is kept at any level,
+and the choice is made over all tokens: tiles divide it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kernels.linear.lora import Gradients
+from kernels.moe.experts import (
+    MixtureOfExperts,
+    MoESaved,
+    SharedExpert,
+    choose,
+    moe_backward,
+    moe_forward,
+    moe_output,
+)
+from models.config.model_config import ModelConfig
+from models.layers.experts import Experts
+from models.layers.linear import Linear, RMSNorm
+from models.layers.mlp import MLP
+from models.layers.packed_batch import Batch
+from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
+
+
+@dataclass
+class MoEKept:
+    """What backward reads of a mixture, and the gradient of its sum of probabilities, if any."""
+
+    saved: MoESaved
+    d_prob_sum: Tensor | None = None
+
+    def trim(self, level: str) -> MoEKept:
+        """Only what `level` keeps."""
+        return self if level == "none" else MoEKept(self.saved.trim())
+
+
+class MoE(nn.Module):
+    """Holds a router, its experts and, where the family has one, a gated shared expert."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        hidden, shared = config.hidden_size, config.shared_expert_intermediate_size
+        self.index = index
+        self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        self.gate = Linear(hidden, config.num_experts)
+        self.experts = Experts(config.num_experts, hidden, config.moe_intermediate_size)
+        self.shared_expert = MLP(hidden, shared, index) if shared else None
+        self.shared_expert_gate = Linear(hidden, 1) if shared else None
+
+    def joined(self) -> tuple[tuple[Linear, ...], ...]:
+        """The projections that read the same input and want their weights side by side."""
+        return () if self.shared_expert is None else self.shared_expert.joined()
+
+    def mixture(self) -> MixtureOfExperts:
+        """What `kernels.moe.experts` computes with; shares memory with this module."""
+        shared = None
+        if self.shared_expert is not None and self.shared_expert_gate is not None:
+            gate, up = self.shared_expert.gate_up()
+            down = self.shared_expert.down_proj.projection()
+            shared = SharedExpert(gate, up, down, self.shared_expert_gate.projection())
+        return MixtureOfExperts(
+            self.gate.projection(),
+            self.experts.inner(),
+            self.experts.down(),
+            self.top_k,
+            self.renormalise,
+            shared,
+        )
+
+    def run(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MoEKept]:
+        """x1 (N, H) -> y (N, H) and every activation that backward could use."""
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
+        h, _ = norm.run(x1)
+        if rows is None:
+            y, saved = moe_forward(h, moe, seed)
+            return y.add_(x1), MoEKept(saved)
+        saved = MoESaved.of(choose(h, moe)).trim()
+        del h
+
+        def forward(h: Tensor, tile: Tile) -> Tensor:
+            routing = saved.routing.part(tile.tokens)
+            return moe_output(h, moe, routing, tile.seed(seed))[0]
+
+        return forward_in_tiles(x1, norm, rows, forward), MoEKept(saved)
+
+    def differentiate(
+        self,
+        dy: Tensor,
+        x1: Tensor,
+        norm: RMSNorm,
+        batch: Batch,
+        kept: MoEKept,
+        grads: Gradients,
+    ) -> Tensor:
+        """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
+        saved, d_prob_sum = kept.saved, kept.d_prob_sum
+        if rows is None:
+            h, rstd = norm.run(x1)
+            dh = moe_backward(dy, h, moe, saved, grads, seed=seed, d_prob_sum=d_prob_sum)
+            assert dh is not None
+            return norm.differentiate(dh, x1, rstd, grads).add_(dy)
+
+        def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
+            part, own = saved.part(tile.tokens), tile.seed(seed)
+            dh = moe_backward(dy, h, moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
+            assert dh is not None
+            return dh
+
+        return backward_in_tiles(dy, x1, norm, rows, backward, grads)

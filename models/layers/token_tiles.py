@@ -1,0 +1,84 @@
+"""The feed-forward part of a block over tiles of tokens: its inner activations never exist whole.
+
+    y = x1 + f(norm(x1))   for `rows` tokens at a time
+
+What f holds of a token inside is several times as wide as what stands between blocks, and is the
+largest part of a block's working set. f sees every token by itself, so any number of them can go
+at once. The backward pass computes each tile's inner activations again once, forms its gradients
+and forgets it; what is added up over tiles is the gradients of parameters.
+
+f is a dense SwiGLU (`models.layers.tiled_mlp`) or the experts of a mixture (`models.layers.moe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.elementwise.dropout import Seed
+from kernels.linear.lora import Gradients
+from models.layers.linear import RMSNorm
+
+_SEED_STEP = 0x5851F42D4C957F2D
+_SEED_BITS = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Consecutive tokens, and their place among the tiles."""
+
+    index: int
+    tokens: slice
+
+    def seed(self, seed: Seed | None) -> Seed | None:
+        """The tile's own of a dropout site's seed; the first tile's is that itself."""
+        if seed is None:
+            return None
+        return (seed + (self.index * _SEED_STEP & _SEED_BITS)) & _SEED_BITS
+
+
+class _Sums(dict[int, Tensor]):
+    """Gradients by parameter, as `Gradients`; what is set again is added to what is there."""
+
+    def __setitem__(self, key: int, gradient: Tensor) -> None:
+        before = self.get(key)
+        super().__setitem__(key, gradient if before is None else before.add_(gradient))
+
+
+Forward = Callable[[Tensor, Tile], Tensor]
+"""f: h (n, H) of a tile -> f(h) (n, H)."""
+
+Backward = Callable[[Tensor, Tensor, Tile, Gradients], Tensor]
+"""dy (n, H), h (n, H) of a tile -> dh (n, H); sets the gradient of every trainable parameter."""
+
+
+def token_tiles(count: int, rows: int) -> Iterator[Tile]:
+    """The tiles of `count` tokens; the last may be short."""
+    for index, start in enumerate(range(0, count, rows)):
+        yield Tile(index, slice(start, min(start + rows, count)))
+
+
+def forward_in_tiles(x1: Tensor, norm: RMSNorm, rows: int, forward: Forward) -> Tensor:
+    """x1 (N, H) -> y (N, H)."""
+    y = torch.empty_like(x1)
+    for tile in token_tiles(x1.shape[0], rows):
+        part = x1[tile.tokens]
+        torch.add(forward(norm.run(part)[0], tile), part, out=y[tile.tokens])
+    return y
+
+
+def backward_in_tiles(
+    dy: Tensor, x1: Tensor, norm: RMSNorm, rows: int, backward: Backward, grads: Gradients
+) -> Tensor:
+    """dy (N, H) -> dx1 (N, H) in the memory of x1; parameters' gradients go into `grads`."""
+    sums = _Sums()
+    for tile in token_tiles(x1.shape[0], rows):
+        part, d_part = x1[tile.tokens], dy[tile.tokens]
+        h, rstd = norm.run(part)
+        dh = backward(d_part, h, tile, sums)
+        torch.add(norm.differentiate(dh, part, rstd, sums), d_part, out=part)
+    grads.update(sums)
+    return x1

@@ -1,0 +1,1 @@
+"""Ways to run the same step in less memory or with fewer launches."""

@@ -1,0 +1,293 @@
+"""Layers as CUDA graphs: the host launches a run of layers with one call instead of a thousand.
+
+A small model on a large GPU waits for the host, which needs some microseconds for every launch. A
+CUDA graph records the launches of a pass once and repeats them at once, with the same addresses and
+the same sizes. Because blocks differentiate themselves (`models.layers.block`), recording needs
+nothing of autograd: the forward and the backward pass of consecutive layers are recorded one after
+the other on buffers at fixed addresses, and one node of autograd's graph stands for all of these
+layers.
+
+What changes from batch to batch lies in those buffers: the layers' input, cos and sin, document
+boundaries, dropout seeds. A recording serves one size, so a batch is padded to one of few
+(`Sizes`): with a document of zeros at the end, whose gradients are zero, and with empty documents.
+Every batch is padded alike, whether its launches are recorded or not, so that a run that was
+stopped and goes on computes the same bits.
+
+Layers whose sizes the data decides (mixtures of experts) or whose documents the host must know
+(Gated DeltaNet) run as ever between the recorded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention import AttentionPlan
+from kernels.runtime.scratch import buffers
+from kernels.runtime.triton_support import cdiv, next_power_of_2
+from models.layers.block import DecoderLayer, Kept
+from models.layers.mlp import MLP
+from models.layers.packed_batch import Batch
+from models.memory.checkpointing import run_layer
+from models.memory.gradient_buffer import GradientBuffer
+from models.memory.recorder import Recorder
+
+SIZES = 8
+"""How many sizes of batch are recorded; others run launch by launch."""
+
+_WHOLE = 128
+_LEAST_TOKENS, _LEAST_DOCUMENTS, _LEAST_LONGEST = 64, 8, 1024
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What recorded launches are made for: tokens, documents, and tokens of the longest one.
+
+    Where the host knows that all documents are equally long (`equal`), nothing is padded.
+    """
+
+    tokens: int
+    documents: int
+    longest: int
+    equal: bool
+
+    @classmethod
+    def of(cls, plan: AttentionPlan, tokens: int) -> Sizes:
+        """The smallest sizes that hold a batch: at most an eighth more tokens."""
+        whole = plan.equal_length
+        if whole is not None and whole % _WHOLE == 0:
+            return cls(tokens, plan.count, whole, True)
+        step = max(_LEAST_TOKENS, next_power_of_2(tokens) // 16)
+        padded = cdiv(tokens, step) * step
+        documents = max(_LEAST_DOCUMENTS, next_power_of_2(plan.count + (padded > tokens)))
+        longest = max(_LEAST_LONGEST, next_power_of_2(max(plan.longest, padded - tokens)))
+        return cls(padded, documents, min(padded, longest), False)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive layers that are recorded together."""
+
+    layers: tuple[DecoderLayer, ...]
+    gradients: GradientBuffer
+
+    @property
+    def first(self) -> int:
+        return self.layers[0].index
+
+
+def recordable(layer: DecoderLayer) -> bool:
+    """Whether sizes of tensors within the layer follow from the batch's sizes alone."""
+    return layer.self_attn is not None and isinstance(layer.mlp, MLP)
+
+
+class _Pass:
+    """Forward and backward pass of all segments for batches of one size."""
+
+    def __init__(self, segments: Sequence[Segment], sizes: Sizes, x: Tensor, batch: Batch) -> None:
+        rows, width = sizes.tokens, x.shape[1]
+        self.segments, self.sizes = segments, sizes
+        self.inputs = [x.new_zeros(rows, width) for _ in segments]
+        self.outputs = [x.new_zeros(rows, width) for _ in segments]
+        self.gradient = x.new_zeros(rows, width)
+        self.needs_input = [x.requires_grad or segment.first > 0 for segment in segments]
+        self.cu_seqlens = torch.empty(sizes.documents + 1, dtype=torch.int32, device=x.device)
+        frugal = batch.plan.frugal
+        self.batch = replace(
+            batch,
+            cos=batch.cos.new_zeros(rows, batch.cos.shape[1]),
+            sin=batch.sin.new_zeros(rows, batch.sin.shape[1]),
+            plan=batch.plan
+            if sizes.equal
+            else AttentionPlan.within(self.cu_seqlens, sizes.longest, frugal),
+            dropout_seeds=None if batch.dropout_seeds is None else batch.dropout_seeds.clone(),
+        )
+        self._kept: dict[int, list[tuple[Tensor, Kept]]] = {}
+        self._scratch: list[Tensor] = []
+        self._forward: list[Callable[[], None]] = []
+        self._backward: list[Callable[[], None]] = []
+
+    def load(self, batch: Batch) -> None:
+        """Write what the layers read of `batch` to the fixed addresses."""
+        rows = batch.cos.shape[0]
+        for to, values in ((self.batch.cos, batch.cos), (self.batch.sin, batch.sin)):
+            to[:rows].copy_(values)
+        if not self.sizes.equal:
+            known = batch.plan.count + 1
+            self.cu_seqlens[:known].copy_(batch.plan.cu_seqlens)
+            self.cu_seqlens[known:].fill_(self.sizes.tokens)
+        if self.batch.dropout_seeds is not None and batch.dropout_seeds is not None:
+            self.batch.dropout_seeds.copy_(batch.dropout_seeds)
+
+    def record(self, recorder: Recorder, levels: Sequence[str]) -> None:
+        """Record every segment, in the order in which they are repeated."""
+        numbers = range(len(self.segments))
+        forward = [partial(self.forward_launches, s, levels) for s in numbers]
+        backward = [partial(self.backward_launches, s) for s in numbers]
+
+        def everything() -> None:
+            for body in (*forward, *reversed(backward)):
+                body()
+
+        with ExitStack() as taken_back:
+            for segment in self.segments:
+                taken_back.enter_context(segment.gradients.unchanged())
+            recorder.warm_up(everything)
+        # A larger request elsewhere may replace a buffer, between the passes of a batch even.
+        self._scratch = buffers()
+        self._forward = [recorder.record(body) for body in forward]
+        self._backward = [recorder.record(body) for body in reversed(backward)][::-1]
+
+    @property
+    def recorded(self) -> bool:
+        return bool(self._forward)
+
+    def forward(self, s: int, levels: Sequence[str]) -> None:
+        """Inputs of segment `s` to its outputs."""
+        if self.recorded:
+            self._forward[s]()
+        else:
+            self.forward_launches(s, levels)
+
+    def backward(self, s: int) -> None:
+        """`gradient` from that of the segment's outputs to that of its inputs."""
+        if self.recorded:
+            self._backward[s]()
+        else:
+            self.backward_launches(s)
+
+    def forward_launches(self, s: int, levels: Sequence[str]) -> None:
+        """The forward pass, launch by launch."""
+        x, kept = self.inputs[s], []
+        for layer in self.segments[s].layers:
+            y, more = layer.run(x, self.batch, levels[layer.index])
+            kept.append((x, more))
+            x = y
+        self._kept[s] = kept
+        self.outputs[s].copy_(x)
+
+    def backward_launches(self, s: int) -> None:
+        """The backward pass, launch by launch, of what the forward pass kept."""
+        segment, kept = self.segments[s], self._kept.pop(s)
+        dy = self.gradient
+        for layer in reversed(segment.layers):
+            x, more = kept.pop()
+            need_dx = self.needs_input[s] or layer is not segment.layers[0]
+            dx, gradients = layer.differentiate(dy, x, self.batch, more, need_dx)
+            segment.gradients.add(gradients)
+            if dx is not None:
+                dy = dx
+        if dy is not self.gradient:
+            self.gradient.copy_(dy)
+
+
+class LayerGraphs:
+    """Runs the layers of a model, those that can be recorded from recordings.
+
+    Gradients of recorded layers are accumulated in buffers that become the parameters' `grad`. A
+    forward pass must have had its backward pass before the next one.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], recorder: Recorder | None) -> None:
+        self.recorder = recorder
+        self.parts = _parts(layers)
+        self.segments = [part for part in self.parts if isinstance(part, Segment)]
+        # What makes autograd ask for the gradients of layers whose input wants none.
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.repeated = self.launched = 0
+        self._passes: dict[tuple[Any, ...], _Pass] = {}
+
+    @property
+    def turn(self) -> int:
+        """The number of the newest forward pass."""
+        return self.repeated + self.launched
+
+    def run(self, x: Tensor, batch: Batch, levels: Sequence[str]) -> Tensor:
+        """x (N, H) -> the last layer's output (N, H), with gradients as `run_layer` gives them."""
+        current = self._pass(x, batch, tuple(levels))
+        current.load(batch)
+        if current.recorded:
+            self.repeated += 1
+        else:
+            self.launched += 1
+        numbers = iter(range(len(self.segments)))
+        for part in self.parts:
+            if isinstance(part, Segment):
+                x = _Run.apply(x, self.anchor, self, current, next(numbers), levels)
+            else:
+                x = run_layer(x, part, batch, levels[part.index])
+        return x
+
+    def _pass(self, x: Tensor, batch: Batch, levels: tuple[str, ...]) -> _Pass:
+        """The pass for this batch, recorded where there is room for one more size."""
+        sizes = Sizes.of(batch.plan, x.shape[0])
+        key = (sizes, levels, batch.levers, x.requires_grad, batch.dropout_seeds is None)
+        known = self._passes.get(key)
+        if known is not None:
+            return known
+        fresh = _Pass(self.segments, sizes, x, batch)
+        if self.recorder is not None and len(self._passes) < SIZES:
+            fresh.load(batch)
+            with torch.no_grad():
+                fresh.record(self.recorder, levels)
+            self._passes[key] = fresh
+        return fresh
+
+
+def _parts(layers: Sequence[DecoderLayer]) -> list[Segment | DecoderLayer]:
+    parts: list[Segment | DecoderLayer] = []
+    run: list[DecoderLayer] = []
+    for layer in (*layers, None):
+        if layer is not None and recordable(layer):
+            run.append(layer)
+            continue
+        if run:
+            params = [p for member in run for p in member.trainable()]
+            parts.append(Segment(tuple(run), GradientBuffer(params)))
+            run = []
+        if layer is not None:
+            parts.append(layer)
+    return parts
+
+
+class _Run(torch.autograd.Function):
+    """One segment. Its parameters' gradients do not pass through autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        graphs: LayerGraphs,
+        current: _Pass,
+        s: int,
+        levels: Sequence[str],
+    ) -> Tensor:
+        rows, place = x.shape[0], current.inputs[s]
+        place[:rows].copy_(x)
+        place[rows:].zero_()
+        current.forward(s, levels)
+        ctx.graphs, ctx.current, ctx.s, ctx.turn = graphs, current, s, graphs.turn
+        return current.outputs[s][:rows]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        graphs, current, s = ctx.graphs, ctx.current, ctx.s
+        if ctx.turn != graphs.turn:
+            raise RuntimeError(
+                "another forward pass has written over the activations of this one: recorded "
+                "layers want each backward pass before the next forward pass"
+            )
+        rows = dy.shape[0]
+        current.gradient[:rows].copy_(dy)
+        current.gradient[rows:].zero_()
+        current.segments[s].gradients.attach()
+        current.backward(s)
+        dx = current.gradient[:rows] if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, None

@@ -1,0 +1,250 @@
+"""Cycles of pruning and training: judged by what was saved, stopped when worse, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import forge as recipe
+from engine.config.train_config import TrainConfig
+from engine.errors import ConfigError
+from engine.evaluate import evaluate
+from engine.forge import ForgeSettings, _worse, forge
+from engine.forging.report import draw, samples, table
+from engine.forging.stages import Stages
+from engine.model_sources.pruning_record import read_pruning
+from engine.prune import PruneSettings
+from engine.pruning.selection import wanted_units
+
+ROOT = Path(__file__).parents[3]
+Make = Callable[..., ForgeSettings]
+
+
+@pytest.fixture
+def make(tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path) -> Make:
+    """``make(name, **changes)`` gives the settings of a small job in the folder ``name``."""
+    data = write_rows(24)
+
+    def settings(name: str = "job", steps: int = 4, **changes: Any) -> ForgeSettings:
+        training = TrainConfig(
+            model=str(tiny_model),
+            data=[str(data)],
+            method="lora",
+            max_steps=steps,
+            checkpoint_every=2,
+            learning_rate=5e-3,
+            max_length=64,
+            device="cpu",
+            plot=False,
+        )
+        pruning = PruneSettings(fraction=0.25, metric="activation", device="cpu", max_length=64)
+        given: dict[str, Any] = {"cycles": 2, "heldout_rows": 2, "samples": 1} | changes
+        return ForgeSettings(tmp_path / name, training, pruning, **given)
+
+    return settings
+
+
+def lasting(results: dict[str, Any]) -> Any:
+    """The results without places (which a digest covers), times and memory."""
+    volatile = {"model", "digest", "bytes"}
+    volatile |= {"tokens_per_second", "train_seconds", "peak_memory_bytes"}
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: kept(item) for key, item in value.items() if key not in volatile}
+        return [kept(item) for item in value] if isinstance(value, list) else value
+
+    return kept(results)
+
+
+def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
+    settings = make(control=True)
+    results = forge(settings)
+    gone = [cycle["prune"]["heads"]["removed"] for cycle in results["cycles"]]
+    before = results["cycles"][0]["prune"]["heads"]["before"]
+    first = wanted_units(0.25, before)
+    assert gone == [first, wanted_units(0.25, before - first)]
+    last = results["cycles"][-1]["trained"]
+    assert last["perplexity"] < results["cycles"][-1]["pruned"]["perplexity"]
+    assert last["heads_off"] == sum(gone)
+    assert results["model"] == last["model"]
+    pruning = read_pruning(Path(results["model"]))
+    assert pruning is not None
+    assert sum(len(heads) for heads in pruning.heads.values()) == sum(gone)
+    again = evaluate(
+        results["model"],
+        settings.output_dir / "data" / "heldout.jsonl",
+        max_length=64,
+        device="cpu",
+    )
+    assert again.perplexity == pytest.approx(last["perplexity"], rel=1e-9)
+    assert len(results["control"]) == 2
+    assert results["control"][0]["trained"]["heads_off"] == 0
+    assert not (settings.output_dir / "cycle-1" / "pruned").exists()
+    assert json.loads((settings.output_dir / "results.json").read_text()) == results
+    text = table(results)
+    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
+        "baseline",
+        "cycle 1, pruned",
+        "cycle 1, trained",
+        "cycle 2, pruned",
+        "cycle 2, trained",
+        "control 1",
+        "control 2",
+    ]
+    assert results["baseline"]["samples"][0]["prompt"] in samples(results)
+    assert draw(results, settings.output_dir / "forge.png")
+    assert (settings.output_dir / "forge.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_never_sees_a_held_out_row(make: Make) -> None:
+    settings = make(cycles=1)
+    forge(settings)
+    files = (settings.output_dir / "data" / name for name in ("train.jsonl", "heldout.jsonl"))
+    train, heldout = (set(file.read_text().splitlines()) for file in files)
+    assert len(heldout) == 2
+    assert not train & heldout
+
+
+def test_a_domain_is_a_file_to_split_or_a_folder_with_both_files(
+    make: Make, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = make("file", cycles=1, domain=str(write_rows(24)), samples=0)
+    forge(settings)
+    folder = settings.output_dir / "data"
+    whole = make("folder", cycles=1, domain=str(folder), samples=0)
+    forge(whole)
+    for name in ("train.jsonl", "heldout.jsonl"):
+        assert (folder / name).read_bytes() == (whole.output_dir / "data" / name).read_bytes()
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_structural_cycles_make_the_model_smaller(make: Make, per_layer: bool) -> None:
+    settings = make(cycles=1)
+    pruning = PruneSettings(
+        0.5, metric="l2", mode="structural", per_layer=per_layer, device="cpu", max_length=64
+    )
+    results = forge(ForgeSettings(settings.output_dir, settings.training, pruning, cycles=1))
+    cycle = results["cycles"][0]
+    assert cycle["trained"]["parameters"] < results["baseline"]["parameters"]
+    assert cycle["trained"]["parameters"] == cycle["pruned"]["parameters"]
+
+
+def test_a_job_that_fails_at_any_stage_goes_on_to_the_same_results(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = forge(make("whole"))
+    names = sorted((make("whole").output_dir / "stages").iterdir())
+    run = Stages.run
+    for stage in ("baseline", "cycle-1-prune", "cycle-1-train", "cycle-1", "cycle-2-merge"):
+        assert f"{stage}.json" in [path.name for path in names]
+
+        def fail(job: Stages, name: str, work: Any, *, stage: str = stage) -> Any:
+            """The stage is done but not written down, as when the power fails."""
+            if name == stage:
+                work()
+                raise RuntimeError("the power fails")
+            return run(job, name, work)
+
+        monkeypatch.setattr(Stages, "run", fail)
+        with pytest.raises(RuntimeError, match="power"):
+            forge(make("parts"), resume=True)
+    monkeypatch.setattr(Stages, "run", run)
+    assert lasting(forge(make("parts"), resume=True)) == lasting(whole)
+
+
+def test_a_killed_job_goes_on_to_the_same_results(make: Make, tmp_path: Path) -> None:
+    whole = forge(make("whole", steps=12))
+    settings = make("killed", steps=12)
+    words = [
+        *("forge", "--model", settings.training.model, "--data", settings.training.data[0]),
+        *("--output-dir", str(settings.output_dir), "--fraction", "0.25", "--cycles", "2"),
+        *("--heldout-rows", "2", "--samples", "1", "--resume", "--json"),
+        *("method=lora", "max_steps=12", "checkpoint_every=2", "learning_rate=5e-3"),
+        *("max_length=64", "device=cpu", "plot=false"),
+    ]
+    command = [sys.executable, "-m", "cli.main", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for cycle in (1, 2):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        mark = settings.output_dir / f"cycle-{cycle}" / "run" / "checkpoint-2"
+        deadline = time.monotonic() + 120
+        while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        _, error = process.communicate()
+        assert mark.exists(), error.decode()
+        assert not (settings.output_dir / "stages" / f"cycle-{cycle}-train.json").exists()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert lasting(json.loads(done.stdout)) == lasting(whole)
+
+
+def test_a_cycle_that_makes_the_model_much_worse_is_the_last(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "_worse", lambda number, before, after: "Cycle 1 is the last")
+    settings = make(control=True)
+    results = forge(settings)
+    assert len(results["cycles"]) == len(results["control"]) == 1
+    assert results["stopped"] == "Cycle 1 is the last"
+    assert results["model"] == settings.training.model
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stops"),
+    [
+        (20.0, 22.5, True),
+        (20.0, 21.9, False),
+        (5.0, 5.9, False),
+        (5.0, 6.1, True),
+        (5.0, 4.0, False),
+        (5.0, None, True),
+        (None, 7.0, False),
+    ],
+)
+def test_worse_means_by_a_tenth_and_by_one(
+    before: float | None, after: float | None, stops: bool
+) -> None:
+    told = _worse(3, {"perplexity": before}, {"perplexity": after})
+    assert (told is not None) == stops
+    assert told is None or told.startswith("Cycle 3 is the last")
+
+
+def test_a_job_is_not_begun_twice_nor_continued_with_other_settings(make: Make) -> None:
+    forge(make(cycles=1))
+    with pytest.raises(ConfigError, match="--resume"):
+        forge(make(cycles=1))
+    with pytest.raises(ConfigError, match="cycles was 1 and is 2"):
+        forge(make(cycles=2), resume=True)
+    forge(make(cycles=1), resume=True)
+
+
+def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--cycles is 0"):
+        forge(make(cycles=0))
+    with pytest.raises(ConfigError, match="--domain is 'nowhere'"):
+        forge(make(domain="nowhere"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        forge(make("file/job"))
+
+
+def test_a_pruned_model_learns_from_the_one_it_was(make: Make) -> None:
+    results = forge(make(cycles=1, distill=True, steps=6))
+    cycle = results["cycles"][0]
+    assert cycle["train"]["steps"] == 6
+    plain = forge(make("plain", cycles=1, steps=6))
+    assert cycle["pruned"]["perplexity"] == plain["cycles"][0]["pruned"]["perplexity"]
+    assert cycle["trained"]["perplexity"] != plain["cycles"][0]["trained"]["perplexity"]

@@ -1,0 +1,174 @@
+"""`--gradient-checkpointing auto` takes the fastest level that fits, and a resumed run keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.errors import MemoryPlanError
+from engine.finetune import train
+from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_recompute
+from engine.memory.estimate import MemoryPlan, Workload, plan
+from engine.memory.model_shapes import preset_config
+from engine.memory.search import LEVELS, changed, least_step
+from engine.model_sources.base import open_checkpoint
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+
+CPU = torch.device("cpu")
+WORK = Workload(((300, 212),))
+
+
+def settings(**values: object) -> TrainConfig:
+    return TrainConfig(model="-", data=["-"], **values)
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelConfig:
+    found = preset_config("smollm2-135m")
+    assert found is not None
+    return found
+
+
+def needed(shape: ModelConfig, level: str) -> int:
+    config = settings(gradient_checkpointing=level)
+    return plan(shape, config, card=False, dtype=torch.float32, work=WORK).total
+
+
+def test_a_level_that_is_named_is_taken(shape: ModelConfig) -> None:
+    for level in LEVELS:
+        config = settings(gradient_checkpointing=level)
+        assert resolve_recompute(shape, config, CPU, torch.float32, WORK, free=1) == level
+
+
+def test_auto_takes_the_fastest_level_that_fits(shape: ModelConfig) -> None:
+    totals = [needed(shape, level) for level in LEVELS]
+    assert totals == sorted(totals, reverse=True)
+    for level, total in zip(LEVELS, totals, strict=True):
+        free = int((total + 1) / FREE_SHARE["cpu"]) + 1
+        assert resolve_recompute(shape, settings(), CPU, torch.float32, WORK, free) == level
+        config = changed(settings(), memory_budget=total)
+        assert resolve_recompute(shape, config, CPU, torch.float32, WORK) == level
+    assert resolve_recompute(shape, settings(), CPU, torch.float32, WORK, free=1) == "full"
+
+
+def test_the_estimate_that_saves_a_plan_is_no_less_than_the_plan(shape: ModelConfig) -> None:
+    for method in ("qlora", "lora", "full"):
+        config = settings(gradient_checkpointing="none", method=method)
+        exact = plan(shape, config, card=True, dtype=torch.bfloat16, work=WORK)
+        assert _estimate(shape, config, WORK, torch.bfloat16) >= exact.allocated
+
+
+def test_a_resumed_run_keeps_its_level(
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    levels: list[str] = []
+    loss = Decoder.loss
+
+    def noted(model: Decoder, *args: Any, **options: Any) -> Any:
+        if model.device.type == "cpu":  # a plan's dry pass calls this too
+            levels.append(model.recompute)
+        if levels == ["full", "full"]:
+            raise RuntimeError("the power fails in the second step")
+        return loss(model, *args, **options)
+
+    monkeypatch.setattr(Decoder, "loss", noted)
+    monkeypatch.setattr("engine.memory.auto_policy.free_memory", lambda device: 1)
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(write_rows(8))],
+        output_dir=tmp_path / "run",
+        max_steps=3,
+        checkpoint_every=1,
+        device="cpu",
+    )
+    with pytest.raises(RuntimeError, match="power"):
+        train(config, console=False)
+    monkeypatch.setattr("engine.memory.auto_policy.free_memory", lambda device: 1 << 50)
+    train(changed(config, resume="auto"), console=False)
+    assert levels == ["full"] * 4
+    train(changed(config, output_dir=tmp_path / "another"), console=False)
+    assert levels[4:] == ["none"] * 3
+    first, second = (
+        (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes()
+        for run in ("run", "another")
+    )
+    assert first == second
+
+
+@pytest.fixture
+def levels_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Fills with (who asked, level) of every plan that a run makes."""
+    made: list[tuple[str, str]] = []
+
+    def counting(where: str) -> Callable[..., MemoryPlan]:
+        def counted(model: ModelConfig, config: TrainConfig, **options: Any) -> MemoryPlan:
+            made.append((where, config.gradient_checkpointing))
+            return plan(model, config, **options)
+
+        return counted
+
+    monkeypatch.setattr("engine.memory.auto_policy.plan", counting("level"))
+    monkeypatch.setattr("engine.memory.budget.plan", counting("budget"))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [("qlora", "checkpointing full.$"), ("full", "--optimizer-in-backward --max-grad-norm 0")],
+)
+def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
+    method: str,
+    advice: str,
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    levels_planned: list[tuple[str, str]],
+) -> None:
+    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(write_rows(8))],
+        output_dir=tmp_path / "run",
+        device="cpu",
+        method=method,
+    )
+    checkpoint = open_checkpoint(str(tiny_model))
+    least = plan(checkpoint.config, least_step(config), card=False, dtype=torch.float32).total
+    with pytest.raises(MemoryPlanError, match=f"for its largest step.*{advice}"):
+        train(changed(config, memory_budget=least), console=False)
+    # One row of 8 tokens before rows are read, and the largest step of those read.
+    assert levels_planned == [("budget", "full"), ("level", "full")]
+
+
+def test_the_choice_of_a_level_and_the_budget_share_their_plan(
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    levels_planned: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("engine.memory.auto_policy._estimate", lambda *shape: 1 << 60)
+    config = TrainConfig(
+        model=str(tiny_model),
+        data=[str(write_rows(8))],
+        output_dir=tmp_path / "run",
+        max_steps=1,
+        device="cpu",
+        memory_budget="200MiB",
+        plot=False,
+    )
+    train(config, console=False)
+    # The last compares what was measured with the largest step that was seen.
+    assert levels_planned == [
+        ("budget", "full"), ("level", "full"), ("level", "none"), ("budget", "none"),
+    ]  # fmt: skip

@@ -1,0 +1,75 @@
+"""What each lever saves on a card, in the bytes of a dry pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.memory.estimate import make_batch
+from engine.memory.simulate.step import DryResult, dry_pass
+from models.config.model_config import ModelConfig
+
+SHAPE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1000,
+    "hidden_size": 256,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def lent(**changes: Any) -> DryResult:
+    """The dry pass of a step on a card."""
+    return dry_pass(
+        ModelConfig.from_dict(SHAPE),
+        TrainConfig(model="m", data="d", gradient_checkpointing="full", **changes),
+        [make_batch([100, 60])],
+        card=True,
+        dtype=torch.bfloat16,
+    )
+
+
+def test_every_lever_saves_the_bytes_that_it_should() -> None:
+    plain = lent()
+    table = 1000 * 256 * 2
+    head = lent(head_precision="8bit").resident["head"]
+    assert plain.resident["head"] == table
+    assert table // 2 + 1000 * 4 <= head < table // 2 + 1000 * 4 + 512
+    gathered = lent(embedding_on="host")
+    assert (plain.resident["embeddings"], plain.host) == (table, 0)
+    assert (gathered.resident["embeddings"], gathered.host) == (0, table)
+    inputs = lent(offload=("checkpoints",))
+    rows = 160 * 256 * 2
+    assert inputs.host == 6 * rows
+    before, after = (r.segments["backward", 5].bytes for r in (plain, inputs))
+    # Of six layers' inputs the last is still there and the one below on its way back. What a block
+    # writes has room for its adapters' 16 columns beside it, which what was sent away has not.
+    assert before - after == pytest.approx(4 * rows + 5 * 160 * 16 * 2, abs=2048)
+    streamed = lent(offload=("weights",))
+    layer = streamed.resident["NF4 base"]  # the first, which stays for the next step
+    assert plain.resident["NF4 base"] == 6 * layer
+    assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a card rounds up to 512 bytes
+    assert streamed.segments["backward", 2].owners["NF4 base"] == 2 * layer
+    assert streamed.step.bytes < plain.step.bytes
+    assert streamed.load.bytes < plain.load.bytes
+
+
+def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
+    plain, tiled, singly = lent(), lent(mlp_tile_rows=32), lent(decode_singly=True)
+    work = [r.segments["backward", 2].owners["block working set"] for r in (plain, tiled)]
+    # gate, up, silu(gate) * up and its gradient: four times 128 tokens fewer, 2048 wide, 2 bytes;
+    # attention, which was the lesser part, is the greater now.
+    assert work[0] - work[1] >= 4 * 128 * 2048 * 2 * 0.6
+    scratch = [r.resident["scratch"] for r in (plain, singly)]
+    rank, inner, hidden = 16, 2048, 256
+    group = (2 * inner + 2 * rank) * (hidden + 2 * rank)
+    alone = (inner + rank) * (hidden + rank)
+    assert scratch == [2 * (group + alone), 2 * alone]

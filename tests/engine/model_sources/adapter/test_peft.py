@@ -1,0 +1,323 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine.errors import CheckpointError
+from engine.model_sources.adapter.peft import (
+    CONFIG,
+    WEIGHTS,
+    AdapterConfig,
+    load_adapter,
+    save_adapter,
+)
+from engine.model_sources.safetensors.file import SafetensorsFile
+
+Q = "model.layers.0.self_attn.q_proj"
+V = "model.layers.0.self_attn.v_proj"
+PREFIX = "base_model.model."
+
+
+def config(**changes: Any) -> AdapterConfig:
+    base = AdapterConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    return replace(base, **changes)
+
+
+def pairs(rank: int = 4) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        Q: (torch.randn(rank, 6), torch.randn(8, rank)),
+        V: (torch.randn(rank, 6), torch.randn(2, rank)),
+    }
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_adapter(tmp_path / "adapter", config(base_model_name_or_path="org/base"), pairs())
+    return tmp_path / "adapter"
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    value = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps(value))
+
+
+def put_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Add or replace a tensor of the adapter's file, or remove it."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop(name, None)
+    save_file(tensors | ({} if tensor is None else {name: tensor}), folder / WEIGHTS)
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    before = config(
+        base_model_name_or_path="a/b", lora_dropout=0.1, use_rslora=True, lora_alpha=0.5
+    )
+    tensors = pairs()
+    save_adapter(tmp_path, before, tensors)
+    after, found = load_adapter(tmp_path)
+    assert after == before
+    assert found.keys() == tensors.keys()
+    for module, (a, b) in tensors.items():
+        assert torch.equal(found[module][0], a)
+        assert torch.equal(found[module][1], b)
+
+
+def dora() -> dict[str, tuple[torch.Tensor, ...]]:
+    return {module: (a, b, torch.rand(b.shape[0])) for module, (a, b) in pairs().items()}
+
+
+def test_a_magnitude_is_saved_beside_its_pair_and_loaded(tmp_path: Path) -> None:
+    tensors = dora()
+    save_adapter(tmp_path, config(use_dora=True), tensors)
+    names = load_file(tmp_path / WEIGHTS).keys()
+    assert f"{PREFIX}{Q}.lora_magnitude_vector" in names
+    assert len(names) == 6
+    after, found = load_adapter(tmp_path)
+    assert after.use_dora
+    for module, parts in tensors.items():
+        assert all(torch.equal(a, b) for a, b in zip(found[module], parts, strict=True))
+
+
+def test_a_magnitude_that_does_not_fit_is_never_saved(tmp_path: Path) -> None:
+    tensors = dora()
+    with pytest.raises(CheckpointError, match=r"has a lora_magnitude_vector, and .* false"):
+        save_adapter(tmp_path / "a", config(), tensors)
+    with pytest.raises(CheckpointError, match=r"has no lora_magnitude_vector, and .* true"):
+        save_adapter(tmp_path / "a", config(use_dora=True), pairs())
+    a, b, _ = tensors[V]
+    for wrong, words in (
+        (torch.ones(3), r"expected \[2\]"),
+        (torch.tensor([1.0, float("nan")]), "not finite"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            save_adapter(tmp_path / "a", config(use_dora=True), tensors | {V: (a, b, wrong)})
+    assert not (tmp_path / "a").exists()
+
+
+def test_names_metadata_and_types_are_those_of_peft(saved: Path) -> None:
+    file = SafetensorsFile(saved / WEIGHTS)
+    assert file.metadata == {"format": "pt"}
+    assert sorted(file.keys()) == [
+        f"{PREFIX}{module}.lora_{letter}.weight" for module in (Q, V) for letter in "AB"
+    ]
+    assert {file.dtype(name) for name in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_the_configuration_has_only_keys_that_old_versions_know(saved: Path) -> None:
+    raw = json.loads((saved / CONFIG).read_text())
+    assert sorted(raw) == [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_dora",
+        "use_rslora",
+    ]
+    assert raw["lora_alpha"] == 8
+    assert isinstance(raw["lora_alpha"], int)
+    assert raw["target_modules"] == ["q_proj", "v_proj"]
+    assert raw["task_type"] == "CAUSAL_LM"
+    assert raw["inference_mode"] is True
+
+
+def test_the_model_card_names_base_and_library(saved: Path) -> None:
+    text = (saved / "README.md").read_text()
+    head = text.split("---")[1]
+    assert 'base_model: "org/base"' in head
+    assert "library_name: peft" in head
+    assert '- "base_model:adapter:org/base"' in head
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 2.0), (True, 8 / math.sqrt(4))])
+def test_scale(rslora: bool, scale: float) -> None:
+    assert config(use_rslora=rslora).scale == scale
+
+
+def test_an_adapter_may_be_saved_again(saved: Path) -> None:
+    tensors = pairs(2)
+    save_adapter(saved, config(r=2), tensors)
+    after, found = load_adapter(saved)
+    assert after.r == 2
+    assert torch.equal(found[Q][0], tensors[Q][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_are_loaded_as_float32(saved: Path, dtype: torch.dtype) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(saved / WEIGHTS).items()}
+    save_file(tensors, saved / WEIGHTS)
+    _, found = load_adapter(saved)
+    assert found[Q][0].dtype == torch.float32
+    assert torch.equal(found[Q][0], tensors[f"{PREFIX}{Q}.lora_A.weight"].float())
+
+
+def test_a_pattern_of_targets_becomes_the_modules_it_meant(saved: Path) -> None:
+    edit_config(saved, target_modules=r".*\.(q|v)_proj")
+    assert load_adapter(saved)[0].target_modules == ["q_proj", "v_proj"]
+
+
+def test_keys_of_newer_versions_that_are_switched_off_are_no_obstacle(saved: Path) -> None:
+    edit_config(saved, use_qalora=False, corda_config=None, qalora_group_size=16, peft_version="9")
+    assert load_adapter(saved)[0].r == 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("half", [0, 1])
+def test_values_that_are_not_finite_are_never_saved(
+    tmp_path: Path, value: float, half: int
+) -> None:
+    tensors = pairs()
+    tensors[V][half][1, 1] = value
+    with pytest.raises(CheckpointError, match=f"lora_{'AB'[half]} of {V} holds values"):
+        save_adapter(tmp_path / "adapter", config(), tensors)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_values_that_are_not_finite_are_never_loaded(saved: Path) -> None:
+    name = f"{PREFIX}{Q}.lora_A.weight"
+    put_tensor(saved, name, torch.full((4, 6), float("nan")))
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((3, 6), (8, 4)), ((4, 6), (8, 3)), ((4,), (8, 4)), ((4, 6), (8, 4, 1))],
+)
+def test_a_pair_of_another_rank_is_not_saved(
+    tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...]
+) -> None:
+    with pytest.raises(CheckpointError, match="rank 4"):
+        save_adapter(tmp_path, config(), {Q: (torch.ones(a), torch.ones(b))})
+
+
+def test_nothing_to_save_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no adapter tensor"):
+        save_adapter(tmp_path, config(), {})
+
+
+def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="Cannot write"):
+        save_adapter(tmp_path / "file" / "adapter", config(), pairs())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_dora": True}, "no lora_magnitude_vector"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern"),
+        ({"alpha_pattern": {"q_proj": 8}}, "uses alpha_pattern"),
+        ({"bias": "lora_only"}, "uses bias"),
+        ({"lora_bias": True}, "uses lora_bias"),
+        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
+        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
+        ({"target_parameters": ["gate_up_proj"]}, "uses target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights=pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "uses init_lora_weights=olora"),
+        ({"use_qalora": True, "bias": "all"}, "uses use_qalora, bias"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"r": 0}, "r is 0"),
+        ({"r": "4"}, "r is '4'"),
+        ({"r": True}, "r is True"),
+        ({"r": 8}, "gives the rank 8"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"target_modules": ["q_proj"]}, f"without a target {V}"),
+        ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, "without a tensor up_proj"),
+        ({"target_modules": ["q_proj", "proj"]}, "without a tensor proj"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(
+    saved: Path, changes: dict[str, Any], words: str
+) -> None:
+    edit_config(saved, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(saved)
+    assert words in str(caught.value)
+    assert str(saved) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (f"{PREFIX}{Q}.lora_magnitude_vector", "use_dora false"),
+        (f"{PREFIX}lm_head.lora_magnitude_vector", "lm_head has lora_magnitude_vector only"),
+        (f"{PREFIX}model.embed_tokens.lora_embedding_A", "LoRA on the embedding"),
+        (f"{PREFIX}{Q}.lora_B.bias", "a bias on LoRA"),
+        (f"{PREFIX}model.embed_tokens.base_layer.weight", "a copy of a base weight"),
+        (f"{PREFIX}lm_head.weight", "lm_head.weight [4, 6]"),
+        (f"{Q}.lora_A.weight", "does not hold pairs"),
+        (f"{PREFIX}{Q}.lora_A.default.weight", "does not hold pairs"),
+    ],
+)
+def test_tensors_of_other_features_are_refused_by_name(saved: Path, name: str, words: str) -> None:
+    put_tensor(saved, name, torch.ones(4, 6))
+    with pytest.raises(CheckpointError) as caught:
+        load_adapter(saved)
+    assert words in str(caught.value)
+
+
+def test_half_a_pair_is_refused(saved: Path) -> None:
+    put_tensor(saved, f"{PREFIX}{Q}.lora_B.weight", None)
+    with pytest.raises(CheckpointError, match=f"{Q} has lora_A only"):
+        load_adapter(saved)
+
+
+def test_integer_tensors_are_refused(saved: Path) -> None:
+    name = f"{PREFIX}{Q}.lora_A.weight"
+    put_tensor(saved, name, torch.ones(4, 6, dtype=torch.int64))
+    with pytest.raises(CheckpointError, match="does not hold pairs"):
+        load_adapter(saved)
+
+
+def test_a_folder_without_an_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
+        load_adapter(tmp_path)
+
+
+def test_missing_weights_and_pickles_are_named(saved: Path) -> None:
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        load_adapter(saved)
+    (saved / "adapter_model.bin").write_bytes(b"\x80\x02")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, a pickle, which is never read"):
+        load_adapter(saved)
+
+
+def test_a_truncated_file_is_refused(saved: Path) -> None:
+    data = (saved / WEIGHTS).read_bytes()
+    (saved / WEIGHTS).write_bytes(data[:-3])
+    with pytest.raises(CheckpointError, match="is cut short"):
+        load_adapter(saved)
+
+
+def test_a_broken_configuration_is_named_with_its_place(saved: Path) -> None:
+    (saved / CONFIG).write_text('{"r": 4,}')
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json:1:9"):
+        load_adapter(saved)

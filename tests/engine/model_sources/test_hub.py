@@ -1,0 +1,163 @@
+import shutil
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
+from engine.errors import ConfigError
+from engine.model_sources.base import open_checkpoint
+from engine.model_sources.hub import resolve
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, on a machine that may not use the network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def fill(cache: Path, source: Path, names: tuple[str, ...]) -> Path:
+    """Put files of `source` into the cache as the hub does, as links to blobs."""
+    repository = cache / "models--org--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    for name in names:
+        shutil.copy(source / name, repository / "blobs" / f"blob-{name}")
+        (snapshot / name).symlink_to(f"../../blobs/blob-{name}")
+    return snapshot
+
+
+def test_a_local_path_never_asks_the_hub(
+    golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    assert resolve(str(golden("llama"))) == golden("llama")
+    assert open_checkpoint(golden("llama")).config.model_type == "llama"
+
+
+def test_a_cached_model_opens_without_a_network(cache: Path, golden: Callable[[str], Path]) -> None:
+    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
+    assert resolve("org/tiny") == snapshot
+    checkpoint = open_checkpoint("org/tiny")
+    assert checkpoint.tensor("model.norm.weight").shape == (64,)
+
+
+def test_a_revision_is_looked_up_in_the_cache(cache: Path, golden: Callable[[str], Path]) -> None:
+    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
+    assert resolve("org/tiny", COMMIT) == snapshot
+    with pytest.raises(ConfigError, match="'org/tiny at other' is no path"):
+        resolve("org/tiny", "other")
+
+
+def test_a_model_that_cannot_be_reached_is_named(cache: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'org/tiny' is no path .* is not in the cache"
+    ) as caught:
+        resolve("org/tiny")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [("config.json",), ("model.safetensors",)])
+def test_half_a_model_in_the_cache_is_fetched_again(
+    cache: Path,
+    golden: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+) -> None:
+    fill(cache, golden("llama"), names)
+    calls = []
+    original = huggingface_hub.snapshot_download
+
+    def record(repository: str, *, local_files_only: bool, **kwargs: Any) -> object:
+        calls.append(local_files_only)
+        if local_files_only:
+            return original(repository, local_files_only=True, **kwargs)
+        raise OSError("no route to host\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    with pytest.raises(ConfigError, match=r"only partly in the cache.*\(no route to host\)"):
+        resolve("org/tiny")
+    assert calls == [True, False]
+
+
+def test_a_download_takes_no_pickles_or_duplicates(
+    cache: Path, golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(
+        repository: str,
+        *,
+        local_files_only: bool,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+        **kwargs: object,
+    ) -> str:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        names = [
+            "config.json",
+            "model.safetensors",
+            "chat_template.jinja",
+            "tokenizer.model",
+            "pytorch_model.bin",
+            "original/consolidated.00.pth",
+            "original/params.json",
+            "consolidated.safetensors",
+            "model.gguf",
+        ]
+        kept = [
+            name
+            for name in names
+            if any(fnmatch(name, pattern) for pattern in allow_patterns)
+            and not any(fnmatch(name, pattern) for pattern in ignore_patterns)
+        ]
+        assert kept == names[:4]
+        return str(golden("llama"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("org/tiny") == golden("llama")
+
+
+def test_one_gguf_file_of_a_repository_can_be_named(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, file: str, **kwargs: object) -> str:
+        assert (repository, file) == ("org/tiny-GGUF", "sub/tiny.Q8_0.gguf")
+        return str(tmp_path / "tiny.gguf")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert resolve("org/tiny-GGUF/sub/tiny.Q8_0.gguf") == tmp_path / "tiny.gguf"
+
+
+@pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "missing.gguf", "", "a b/c"])
+def test_what_is_neither_a_path_nor_an_id_is_refused_without_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    with pytest.raises(ConfigError, match="no file or folder"):
+        resolve(name)
+
+
+def test_a_network_error_is_a_config_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def fail(*args: object, **kwargs: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot connect")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConfigError, match="cannot connect"):
+        resolve("org/tiny")

@@ -1,0 +1,102 @@
+"""Loading and merging hold one tensor at a time: measured as resident memory of a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.memory.meter import MemoryMeter
+from engine.memory.model_shapes import preset_config
+from engine.merge import host_peak
+from engine.model_sources.load_model import _PART, _all_finite
+from models.config.model_config import ModelConfig
+from models.tensor_names import PROJECTIONS, expected_tensors
+
+CHILD = Path(__file__).parents[3] / "tests" / "support" / "streaming_child.py"
+RAW = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+}
+SHALLOW, DEEP = 1, 4
+HEAD = 8192 * 1024 * 2
+"""Bytes of the largest tensor in the files."""
+
+OTHER = 6 << 20
+"""What a process takes besides: modules that are imported on the way, small buffers."""
+
+
+@pytest.fixture(scope="module")
+def rises(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc")
+    folder = tmp_path_factory.mktemp("streaming")
+    # Every buffer of 64 KiB and more goes back to the system when it is freed.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    words = [sys.executable, str(CHILD), str(folder), json.dumps(RAW), json.dumps([SHALLOW, DEEP])]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, int]] = json.loads(done.stdout)
+    return found
+
+
+def test_a_merge_holds_one_tensor_however_deep_the_model(rises: list[dict[str, int]]) -> None:
+    shallow, deep = (rise["merge"] for rise in rises)
+    assert deep - shallow < OTHER  # three layers more are 60 MB in the files
+    for layers, rise in zip((SHALLOW, DEEP), rises, strict=True):
+        config = ModelConfig.from_dict(RAW | {"num_hidden_layers": layers})
+        adapter = 4 * layers * 4 * (4 * 1024 + 1024 + 1024 + 256 + 256 + 3 * (1024 + 4096))
+        planned = host_peak(config, torch.bfloat16, PROJECTIONS, adapter)
+        assert planned == pytest.approx(4096 * 1024 * (2 + 4 + 2) + adapter)
+        assert abs(rise["merge"] - planned) < OTHER
+
+
+def test_a_merge_of_70_billion_parameters_needs_less_than_8_gb() -> None:
+    model = preset_config("llama-3.3-70b")
+    assert model is not None
+    adapter = 4 * 207_093_760  # rank 16 on every projection
+    peak = host_peak(model, torch.bfloat16, PROJECTIONS, adapter)
+    assert peak == 128_256 * 8192 * 2 + adapter  # the embedding, copied
+    assert peak < 3e9
+    # Adapting the head too would make its sum the peak.
+    head = host_peak(model, torch.bfloat16, {*PROJECTIONS, "lm_head"}, adapter)
+    assert head == 128_256 * 8192 * 8 + adapter
+
+
+def test_loading_takes_less_than_one_and_a_half_of_the_largest_tensor(
+    rises: list[dict[str, int]],
+) -> None:
+    for layers, rise in zip((SHALLOW, DEEP), rises, strict=True):
+        config = ModelConfig.from_dict(RAW | {"num_hidden_layers": layers})
+        shapes = expected_tensors(config)
+        assert max(2 * torch.Size(shape).numel() for shape in shapes.values()) == HEAD
+        assert rise["load"] - rise["left"] < 1.5 * HEAD
+
+
+def test_what_is_not_finite_is_found_in_every_part_without_a_copy_of_the_whole() -> None:
+    values = torch.zeros(3 * _PART + 5, dtype=torch.bfloat16)
+    with MemoryMeter() as meter:
+        assert _all_finite(values)
+    own = values.untyped_storage().nbytes()
+    assert meter.peak.bytes - own <= 2 * 4 * _PART
+    for place in (0, _PART, 2 * _PART - 1, 3 * _PART + 4):
+        for bad in (torch.inf, -torch.inf, torch.nan):
+            values[place] = bad
+            assert not _all_finite(values)
+        values[place] = 0

@@ -1,0 +1,44 @@
+"""The picture of head importance: it is there, and it shows what was pruned."""
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.pruning.head_slices import AttentionHeads
+from engine.pruning.heat_map import draw
+from engine.pruning.scores import LayerScores
+
+
+def scores(layers: int, *dead: int) -> list[LayerScores]:
+    return [
+        LayerScores(AttentionHeads(n, 9, 3, 8, 8), torch.rand(9).double(), frozenset(dead))
+        for n in range(layers)
+    ]
+
+
+def test_a_picture_grows_with_the_model_and_shows_the_choice(tmp_path: Path) -> None:
+    sizes = {}
+    for name, layers, pruned in (("few", 4, {}), ("crossed", 4, {1: (2, 3)}), ("many", 30, {})):
+        torch.manual_seed(1)
+        assert draw(scores(layers), pruned, "l2", tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        sizes[name] = struct.unpack(">II", data[16:24])
+    assert sizes["many"][1] > sizes["few"][1] == sizes["crossed"][1]
+    assert (tmp_path / "few").read_bytes() != (tmp_path / "crossed").read_bytes()
+
+
+def test_a_picture_leaves_out_what_was_gone(tmp_path: Path) -> None:
+    for name, dead in (("whole", ()), ("gone", (4,))):
+        torch.manual_seed(1)
+        draw(scores(3, *dead), {}, "l2", tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() != (tmp_path / "gone").read_bytes()
+
+
+def test_no_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not draw(scores(2), {}, "l2", tmp_path / "none")
+    assert not list(tmp_path.iterdir())

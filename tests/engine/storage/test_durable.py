@@ -1,0 +1,206 @@
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from engine.errors import CheckpointError, ConfigError
+from engine.storage import durable
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".tmp-"))
+
+
+def test_written_bytes_replace_the_old_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    durable.write_text(path, "old")
+    durable.write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert left_over(tmp_path) == []
+
+
+def test_json_is_sorted_and_ends_with_a_newline(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "a.json", {"b": 1, "a": ["ü"]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    assert text.index('"a"') < text.index('"b"')
+    assert json.loads(text) == {"a": ["ü"], "b": 1}
+
+
+def test_json_refuses_nan_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    durable.write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        durable.write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_mode_is_what_the_umask_allows(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        durable.write_text(tmp_path / "a", "x")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o644
+
+
+def test_an_exception_inside_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with durable.replacing(path) as handle:
+            handle.write(b"half")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert path.read_text() == "old"
+    assert left_over(tmp_path) == []
+
+
+def test_file_and_folder_are_synced_around_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        mode = os.fstat(descriptor).st_mode
+        events.append("sync folder" if stat.S_ISDIR(mode) else "sync file")
+        fsync(descriptor)
+
+    def record_replace(self: Path, target: Path) -> Path:
+        events.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    durable.write_text(tmp_path / "a", "x")
+    assert events == ["sync file", "rename", "sync folder"]
+    events.clear()
+    with durable.publish_directory(tmp_path / "d") as folder:
+        (folder / "one").write_text("1")
+    assert events == ["sync file", "sync folder", "rename", "sync folder"]
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        (errno.ENOSPC, "MiB are free there. Make room"),
+        (errno.EDQUOT, "Make room"),
+        (errno.EROFS, "that you may write to"),
+        (errno.EACCES, "that you may write to"),
+        (errno.EIO, "was not written"),
+    ],
+)
+def test_a_refusing_disk_is_named_with_the_systems_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, hint: str
+) -> None:
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError) as caught:
+        durable.write_text(path, "new")
+    message = str(caught.value)
+    assert str(path) in message
+    assert os.strerror(code) in message
+    assert errno.errorcode[code] in message
+    assert hint in message
+    assert path.read_text() == "old"
+    assert left_over(tmp_path) == []
+
+
+def test_a_file_size_limit_stops_a_write_cleanly(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="file size limits exist on POSIX only")
+    signal = pytest.importorskip("signal")
+    path = tmp_path / "a"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, limits[1]))
+        with pytest.raises(CheckpointError, match="EFBIG"):
+            durable.write_bytes(path, bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == "old"
+    assert left_over(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["missing/a", "file/a"])
+def test_a_folder_that_is_none_is_named(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="has to exist"):
+        durable.write_text(tmp_path / where, "x")
+
+
+def test_a_folder_under_a_file_cannot_be_published(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="Cannot write"),
+        durable.publish_directory(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("the body must not run")
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with durable.publish_directory(target) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("x")
+        assert not target.exists()
+    assert (target / "sub" / "a").read_text() == "x"
+
+
+def test_a_directory_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def write_half() -> None:
+        with durable.publish_directory(tmp_path / "out") as folder:
+            (folder / "a").write_text("x")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_occupied_output_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("out", "file", "link"):
+        with (
+            pytest.raises(ConfigError, match="exists already"),
+            durable.publish_directory(tmp_path / name),
+        ):
+            pytest.fail("the body must not run")
+    assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_an_empty_folder_may_be_the_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with durable.publish_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert (tmp_path / "out" / "a").exists()
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert durable.sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
+    with pytest.raises(CheckpointError, match="ENOENT"):
+        durable.sha256_file(tmp_path / "b")
+
+
+def test_too_little_space_is_found_before_writing(tmp_path: Path) -> None:
+    durable.require_space(tmp_path / "new" / "out", 1)
+    with pytest.raises(CheckpointError, match="are free there"):
+        durable.require_space(tmp_path / "new" / "out", 2**60)

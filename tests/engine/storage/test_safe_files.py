@@ -1,0 +1,139 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from engine.errors import CheckpointError, ConfigError
+from engine.storage.safe_files import (
+    is_pickle,
+    open_regular,
+    parse_json_object,
+    read_json_object,
+    read_regular,
+    read_text,
+)
+
+
+def hub_snapshot(root: Path) -> tuple[Path, Path]:
+    """A snapshot folder and the blobs folder of a repository in a hub cache."""
+    repository = root / "models--org--name"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    return snapshot, repository / "blobs"
+
+
+def test_a_link_into_the_same_hub_repository_is_followed(tmp_path: Path) -> None:
+    snapshot, blobs = hub_snapshot(tmp_path)
+    (blobs / "1234").write_text("content")
+    (snapshot / "config.json").symlink_to("../../blobs/1234")
+    assert read_text(snapshot / "config.json") == "content"
+
+
+def test_a_link_out_of_the_hub_repository_is_refused(tmp_path: Path) -> None:
+    snapshot, _ = hub_snapshot(tmp_path)
+    (tmp_path / "secret").write_text("secret")
+    (snapshot / "config.json").symlink_to("../../../secret")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        read_text(snapshot / "config.json")
+
+
+def test_a_link_out_of_a_plain_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model" / "a").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        open_regular(tmp_path / "model" / "a")
+
+
+def test_a_link_within_the_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("content")
+    (tmp_path / "link").symlink_to("real")
+    assert read_text(tmp_path / "link") == "content"
+
+
+def test_a_chain_of_links_is_judged_by_its_end(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "model" / "b").symlink_to("../secret")
+    (tmp_path / "model" / "a").symlink_to("b")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        read_text(tmp_path / "model" / "a")
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "dangling", "loop"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "dangling":
+        path.symlink_to("nowhere")
+    elif kind == "loop":
+        path.symlink_to("a")
+    with pytest.raises(CheckpointError, match=str(path)):
+        read_regular(path, 100)
+
+
+def test_a_file_beyond_its_limit_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(11))
+    assert read_regular(tmp_path / "a", 11) == bytes(11)
+    with pytest.raises(CheckpointError, match="more than"):
+        read_regular(tmp_path / "a", 10)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"ab\xff")
+    with pytest.raises(CheckpointError, match="byte 2"):
+        read_text(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 1, "a": 2}', "'a' stands in one object twice"),
+        ('{"b": {"a": 1, "\\u0061": 2}}', "'a' stands in one object twice"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+        ('{"a": 1', "here:1:8"),
+        ('{\n"a": }', "here:2:6"),
+        ("[1]", "expected an object"),
+        ("", "here:1:1"),
+        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "not acceptable JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not acceptable JSON"),
+    ],
+)
+def test_json_is_read_strictly(text: str, words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse_json_object(text, "here")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_whatever_is_wrong_with_a_configuration_is_a_config_error(tmp_path: Path) -> None:
+    for name, content in (("cut", b'{"a"'), ("bytes", b"\xff"), ("list", b"[]")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name):
+            read_json_object(tmp_path / name, ConfigError)
+    with pytest.raises(ConfigError, match="ENOENT"):
+        read_json_object(tmp_path / "none", ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.bin", b"harmless", True),
+        ("a.pth", b"", True),
+        ("a.dat", b"PK\x03\x04....", True),
+        ("a.dat", b"\x80\x02}q\x00.", True),
+        ("a.dat", b"\x80\x05\x95", True),
+        ("a.dat", b"\x80\x00\x00\x00\x00\x00\x00\x00{", False),
+        ("a.dat", b"", False),
+    ],
+)
+def test_a_pickle_is_known_by_name_and_by_its_first_bytes(
+    tmp_path: Path, name: str, content: bytes, expected: bool
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert is_pickle(tmp_path / name) is expected

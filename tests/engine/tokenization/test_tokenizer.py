@@ -1,0 +1,170 @@
+"""Loading tokenizers: what is added around a text, declared tokens, offsets, bad files."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
+
+from engine.errors import CheckpointError
+from engine.tokenization.chat_template import CHATML
+from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+
+class Source:
+    """The part of a checkpoint that tokenizers are loaded from."""
+
+    def __init__(
+        self,
+        serialised: str | None,
+        config: Mapping[str, Any],
+        files: Mapping[str, bytes | Path] | None = None,
+        model: Path | None = None,
+        template: str | None = None,
+    ) -> None:
+        self.path = Path("some-model")
+        self.serialised, self.config, self.files = serialised, config, files or {}
+        self.model, self.template = model, template
+
+    def tokenizer_json(self) -> str | None:
+        return self.serialised
+
+    def tokenizer_model(self) -> Path | None:
+        return self.model
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return dict(self.config)
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        return dict(self.files)
+
+    def chat_template(self) -> str | None:
+        return self.template
+
+
+def load(*args: Any, **kwargs: Any) -> Tokenizer:
+    return load_tokenizer(Source(*args, **kwargs))  # type: ignore[arg-type]
+
+
+BASE = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+
+
+def with_post_processor(serialised: str) -> str:
+    backend = Backend.from_str(serialised)
+    ids = {token: backend.token_to_id(token) for token in ("<s>", "</s>")}
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=list(ids.items())
+    )
+    backend.enable_truncation(4)
+    backend.enable_padding(length=9)
+    return str(backend.to_str())
+
+
+def test_what_stands_around_a_text_is_decided_by_the_file(
+    backend_json: str,
+) -> None:
+    serialised = with_post_processor(backend_json)
+    plain = load(backend_json, BASE)
+    bare = plain.encode("Hello there")
+    assert bare == plain.encode("Hello there", add_special_tokens=False)
+    bos, eos = plain.bos_token_id, plain.eos_token_id
+    assert load(serialised, BASE).encode("Hello there") == [bos, *bare, eos]
+    assert load(serialised, BASE).encode("") == [bos, eos]
+    # transformers ignores these beside a tokenizer.json, so that the file has the last word.
+    flags = {"add_bos_token": True, "add_eos_token": False}
+    assert load(serialised, {**BASE, **flags}).encode("Hello there") == [bos, *bare, eos]
+    assert load(backend_json, {**BASE, **flags}).encode("Hello there") == bare
+
+
+def test_truncation_and_padding_stored_in_the_file_are_not_applied(backend_json: str) -> None:
+    tokenizer = load(with_post_processor(backend_json), BASE)
+    text = "The quick brown fox jumps over the lazy dog."
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert tokenizer.decode(ids) == text
+    assert offsets[-1][1] == len(text)
+    assert tokenizer.encode_batch_with_offsets([text, ""]) == [(ids, offsets), ([], [])]
+
+
+def test_named_special_tokens_come_from_either_file(backend_json: str) -> None:
+    special_map = json.dumps({"bos_token": "<|endoftext|>", "pad_token": {"content": "</s>"}})
+    tokenizer = load(backend_json, BASE, {"special_tokens_map.json": special_map.encode()})
+    assert tokenizer.special_tokens == {
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+    }  # fmt: skip
+    assert tokenizer.pad_token_id == tokenizer.token_to_id("</s>") == tokenizer.eos_token_id
+    assert tokenizer.id_to_token(tokenizer.bos_token_id or 0) == "<s>"
+    assert tokenizer.bos_token_id in tokenizer.special_ids
+
+
+def test_declared_tokens_are_added_and_must_get_their_ids(
+    backend_json: str, tmp_path: Path
+) -> None:
+    size = load(backend_json, {}).vocab_size
+    added = tmp_path / "added_tokens.json"
+    added.write_text(json.dumps({"<tool>": size}))
+    token = {"content": "<new>", "special": True, "normalized": False}
+    config = {**BASE, "added_tokens_decoder": {str(size + 1): token}}
+    tokenizer = load(backend_json, config, {"added_tokens.json": added})
+    assert tokenizer.encode("<tool><new>") == [size, size + 1]
+    assert tokenizer.vocab_size == size + 2
+    assert tokenizer.decode([size, size + 1]) == "<tool>"
+    with pytest.raises(CheckpointError, match=rf"declared with the id {size + 1}"):
+        load(backend_json, config)
+
+
+def test_a_model_without_a_template_gets_the_documented_one(backend_json: str) -> None:
+    tokenizer = load(backend_json, BASE)
+    assert not tokenizer.has_own_template
+    assert tokenizer.chat_template.source == CHATML
+    stripped = json.loads(backend_json)
+    stripped["added_tokens"] = []
+    stripped["model"]["vocab"].pop("<|im_start|>")
+    with_bos = with_post_processor(json.dumps(stripped))
+    tokenizer = load(with_bos, BASE)
+    messages = [{"role": "user", "content": "Q"}]
+    ids = tokenizer.encode_chat(messages)
+    assert ids == [tokenizer.bos_token_id, *tokenizer.encode("Q\n", add_special_tokens=False)]
+
+
+def test_a_rendered_chat_is_encoded_without_a_second_bos(
+    make_tokenizer: Callable[..., Tokenizer],
+) -> None:
+    tokenizer = make_tokenizer("llama3", add_bos=True)
+    assert tokenizer.encode("x")[0] == tokenizer.bos_token_id
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Q"}])
+    assert ids.count(tokenizer.bos_token_id or 0) == 1
+    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("<|end_header_id|>\n\n")
+
+
+def test_a_token_of_several_characters_keeps_its_place_in_the_text(
+    make_tokenizer: Callable[..., Tokenizer],
+) -> None:
+    tokenizer = make_tokenizer()
+    text = "a 🙂é  \n<|im_end|> 東京"
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    place = ids.index(tokenizer.eos_token_id or 0)
+    assert text[slice(*offsets[place])] == "<|im_end|>"
+    covered = {index for start, end in offsets for index in range(start, end)}
+    assert covered == set(range(len(text)))
+
+
+def test_offsets_keep_white_space_that_the_file_would_trim(backend_json: str) -> None:
+    serialised = json.loads(backend_json)
+    serialised["post_processor"]["trim_offsets"] = True
+    text = "a   b"
+    _, offsets = load(json.dumps(serialised), BASE).encode_with_offsets(text)
+    assert {index for start, end in offsets for index in range(start, end)} == set(range(5))
+
+
+@pytest.mark.parametrize("serialised", ["", "{}", '{"model": {"type": "Nothing"}}', "\x00"])
+def test_a_damaged_tokenizer_file_is_refused(serialised: str) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be used"):
+        load(serialised, {})
+
+
+def test_a_model_without_any_tokenizer_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        load(None, {})

@@ -1,0 +1,402 @@
+"""The GPU's attention back ends, as far as a machine without one can tell.
+
+torch's CUDA functions are given CPU implementations here, written from their documented meaning and
+called through torch's dispatcher, which checks every argument against the installed schema. So the
+order of arguments, layouts, masks, groups of heads and what is kept for backward are proven; speed,
+and that CUDA's functions mean what is written here, are not. That last is tried at run time.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.attention import (
+    AttentionPlan,
+    attention,
+    attention_backward,
+    attention_forward,
+)
+from kernels.attention import backends as attention_backends
+from kernels.attention.backends import BACKENDS, Kind, explain, select, trial
+
+CPU = torch.device("cpu")
+WHOLE_BATCH = (128, 128)
+PACKED = (5, 130, 61)
+
+
+def plan_of(lengths: tuple[int, ...]) -> AttentionPlan:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return AttentionPlan.from_cu_seqlens(bounds, int(bounds[-1]))
+
+
+class Emulation:
+    """torch's CUDA functions by a dense masked softmax; `skew` shifts every window by so much."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.skew = 0
+        self.leak = False
+
+    def dense(
+        self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, window: int | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """P (H, N, N) in float64, out (N, H, D), log-sum-exp (H, N); q, k, v (N, H or Hkv, D)."""
+        position = torch.arange(q.shape[0])
+        document = torch.bucketize(position, cu.long(), right=True)
+        distance = position.unsqueeze(1) - position.unsqueeze(0)
+        sees = distance >= 0
+        if not self.leak:
+            sees = sees & (document.unsqueeze(1) == document.unsqueeze(0))
+        if window is not None:
+            sees = sees & (distance < window + self.skew)
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1).double() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+        scores = scores.masked_fill(~sees, float("-inf"))
+        p = scores.softmax(-1)
+        out = torch.einsum("hqk,khd->qhd", p, v)
+        return p, out.to(q.dtype), scores.logsumexp(-1).float()
+
+    def forward(self, *given: Any) -> tuple[Tensor, Tensor]:
+        return self.dense(*given)[1:]
+
+    def gradients(
+        self, do: Tensor, out: Tensor, lse: Tensor, given: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv by the formulas of `kernels.attention`: autograd is off down here."""
+        q, k, v, scale = *given[:3], given[5]
+        p, again, again_lse = self.dense(*given)
+        assert torch.equal(out, again), "backward got another output than forward gave"
+        assert torch.equal(lse, again_lse), "backward got another log-sum-exp than forward gave"
+        groups = q.shape[1] // k.shape[1]
+        wide_k, wide_v = (x.repeat_interleave(groups, 1).double() for x in (k, v))
+        wide_do = do.double()
+        dp = torch.einsum("qhd,khd->hqk", wide_do, wide_v)
+        rows = torch.einsum("qhd,hqk,khd->hq", wide_do, p, wide_v)
+        ds = p * (dp - rows.unsqueeze(-1)) * scale
+        dq = torch.einsum("hqk,khd->qhd", ds, wide_k)
+        dk = torch.einsum("hqk,qhd->khd", ds, q.double()).unflatten(1, (-1, groups)).sum(2)
+        dv = torch.einsum("hqk,qhd->khd", p, wide_do).unflatten(1, (-1, groups)).sum(2)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    @staticmethod
+    def window(is_causal: bool, left: int, right: int) -> int | None:
+        assert right == 0
+        assert is_causal == (left < 0)
+        return None if left < 0 else left + 1
+
+    @staticmethod
+    def check_boundaries(cu: Tensor, longest: int) -> None:
+        assert cu.dtype == torch.int32
+        lengths = cu.diff()
+        known = bool((lengths > 0).all())
+        assert longest == int(lengths.max()) if known else longest > int(lengths.max())
+
+    def flash_forward(self, q, k, v, cu_q, cu_k, max_q, max_k, p, causal, debug, **options):  # type: ignore[no-untyped-def]
+        self.calls.append("flash_forward")
+        self.check_boundaries(cu_q, max_q)
+        assert p == 0.0
+        window = self.window(causal, options["window_size_left"], options["window_size_right"])
+        out, lse = self.forward(q, k, v, cu_q, window, options["scale"])
+        return out, lse, torch.tensor([7, 8]), torch.tensor(9), torch.ones(0)
+
+    def flash_backward(  # type: ignore[no-untyped-def]
+        self, do, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, p, causal, state, unused, **options
+    ):
+        self.calls.append("flash_backward")
+        assert state.tolist() == [7, 8]
+        assert int(unused) == 9
+        window = self.window(causal, options["window_size_left"], options["window_size_right"])
+        return self.gradients(do, out, lse, (q, k, v, cu_q, window, options["scale"]))
+
+    def efficient_forward(  # type: ignore[no-untyped-def]
+        self, q, k, v, bias, cu_q, cu_k, max_q, max_k, p, mask, with_lse, **options
+    ):
+        self.calls.append("efficient_forward")
+        self.check_boundaries(cu_q, max_q)
+        assert q.shape[0] == k.shape[0] == 1
+        assert q.shape[2] == k.shape[2]
+        assert (bias, p, mask, with_lse) == (None, 0.0, 1, True)
+        window, scale = options.get("window_size"), options["scale"]
+        out, lse = self.forward(q[0], k[0], v[0], cu_q, window, scale)
+        return out.unsqueeze(0), lse, torch.tensor(7), torch.tensor(8), max_q, max_k
+
+    def efficient_backward(  # type: ignore[no-untyped-def]
+        self, do, q, k, v, bias, out, cu_q, cu_k, max_q, max_k, lse, p, seed, offset, mask,
+        bias_grad, **options,
+    ):  # fmt: skip
+        self.calls.append("efficient_backward")
+        assert (int(seed), int(offset), mask, bias_grad) == (7, 8, 1, False)
+        given = (q[0], k[0], v[0], cu_q, options.get("window_size"), options["scale"])
+        grads = self.gradients(do[0], out[0], lse, given)
+        return *(g.unsqueeze(0) for g in grads), torch.ones(0)
+
+    def cudnn_forward(self, q, k, v, bias, with_lse, p=0.0, causal=False, debug=False, *, scale):  # type: ignore[no-untyped-def]
+        self.calls.append("cudnn_forward")
+        assert (bias, with_lse, p, causal) == (None, True, 0.0, True)
+        documents, _, tokens, _ = q.shape
+        cu = torch.arange(documents + 1) * tokens
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+        out, lse = self.forward(*flat, cu, None, scale)
+        out = out.unflatten(0, (documents, tokens)).transpose(1, 2).contiguous()
+        return out, lse, None, None, tokens, tokens, torch.tensor(7), torch.tensor(8), None
+
+    def cudnn_backward(  # type: ignore[no-untyped-def]
+        self, do, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, p, causal, *,
+        scale,
+    ):  # fmt: skip
+        self.calls.append("cudnn_backward")
+        assert (int(seed), int(offset), p, causal) == (7, 8, 0.0, True)
+        assert max_q == max_k == q.shape[2]
+        documents, _, tokens, _ = q.shape
+        cu = torch.arange(documents + 1) * tokens
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (do, q, k, v, out)]
+        grads = self.gradients(flat[0], flat[4], lse, (*flat[1:4], cu, None, scale))
+        return tuple(g.unflatten(0, (documents, tokens)).transpose(1, 2) for g in grads)
+
+
+@pytest.fixture
+def emulated() -> Iterator[Emulation]:
+    emulation = Emulation()
+    functions = {
+        "_flash_attention_forward": emulation.flash_forward,
+        "_flash_attention_backward": emulation.flash_backward,
+        "_efficient_attention_forward": emulation.efficient_forward,
+        "_efficient_attention_backward": emulation.efficient_backward,
+        "_scaled_dot_product_cudnn_attention": emulation.cudnn_forward,
+        "_scaled_dot_product_cudnn_attention_backward": emulation.cudnn_backward,
+    }
+    trial.cache_clear()
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name, function in functions.items():
+            library.impl(name, function, "CPU")
+        yield emulation
+    trial.cache_clear()
+
+
+def kind(dtype: torch.dtype = torch.bfloat16, windowed: bool = False, open_: bool = False) -> Kind:
+    return Kind(CPU, dtype, 4, 2, 32, windowed, open_)
+
+
+@pytest.mark.parametrize(
+    ("backend", "lengths", "window"),
+    [
+        ("flash", PACKED, None),
+        ("flash", PACKED, 17),
+        ("flash", PACKED, 130),
+        ("efficient", PACKED, None),
+        ("efficient", PACKED, 17),
+        ("cudnn", WHOLE_BATCH, None),
+        ("cudnn", WHOLE_BATCH, 128),
+    ],
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_back_end_is_called_as_its_schema_says(
+    backend: str,
+    lengths: tuple[int, ...],
+    window: int | None,
+    strided: bool,
+    emulated: Emulation,
+) -> None:
+    plan, tokens = plan_of(lengths), sum(lengths)
+    joined = torch.randn(tokens, 8 * 32)
+    q, k, v = (x.unflatten(1, (-1, 32)) for x in joined.split((128, 64, 64), 1))
+    if not strided:
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    do = torch.randn(tokens, 4, 32)
+    results = []
+    for name in (backend, "documents"):
+        leaves = [x.detach().requires_grad_(True) for x in (q, k, v)]
+        out = attention(leaves[0], leaves[1], leaves[2], plan, window=window, backend=name)
+        assert out.is_contiguous()
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, do)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+    assert emulated.calls == [f"{backend}_forward", f"{backend}_backward"]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_a_trial_accepts_what_is_right(name: str, windowed: bool, emulated: Emulation) -> None:
+    for open_ in (False, True):
+        assert trial(name, kind(windowed=windowed, open_=open_)) == "ok"
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_a_trial_rejects_a_window_off_by_one(name: str, emulated: Emulation) -> None:
+    emulated.skew = 1
+    assert "wrong by" in trial(name, kind(windowed=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "open_"), [("flash", False), ("flash", True), ("efficient", True), ("cudnn", False)]
+)
+def test_a_trial_rejects_documents_that_see_each_other(
+    name: str, open_: bool, emulated: Emulation
+) -> None:
+    emulated.leak = True
+    assert "wrong by" in trial(name, kind(open_=open_))
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient", "cudnn"])
+def test_a_trial_reports_a_function_that_does_not_run_here(name: str) -> None:
+    trial.cache_clear()
+    assert "NotImplementedError" in trial(name, kind())
+    trial.cache_clear()
+
+
+def test_out_of_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    backend = BACKENDS["flash"]
+    monkeypatch.setitem(
+        BACKENDS,
+        "flash",
+        attention_backends.Backend("flash", full, full, backend.suits),  # type: ignore[arg-type]
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        trial(name="flash", kind=kind(torch.float16))
+
+
+def chosen(
+    dtype: torch.dtype, lengths: tuple[int, ...], window: int | None = None, dim: int = 64
+) -> str:
+    q = torch.empty(sum(lengths), 4, dim, dtype=dtype)
+    return select(q, q[:, :2], plan_of(lengths), window).name
+
+
+def answers(*working: str) -> Callable[[str, Kind], str]:
+    return lambda name, kind: "ok" if name in working else "broken"
+
+
+def test_the_fastest_back_end_that_suits_and_works_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half, whole = torch.float16, torch.float32
+    monkeypatch.setattr(attention_backends, "_torch_prefers_cudnn", lambda kind: True)
+    monkeypatch.setattr(attention_backends, "trial", answers("cudnn", "flash", "efficient"))
+    assert chosen(half, WHOLE_BATCH) == "cudnn"
+    assert chosen(half, WHOLE_BATCH, 40) == "flash"
+    assert chosen(half, (100, 100)) == "flash"
+    assert chosen(half, PACKED) == "flash"
+    assert chosen(half, PACKED, dim=264) == "efficient"
+    assert chosen(whole, WHOLE_BATCH) == "efficient"
+    assert chosen(torch.float64, WHOLE_BATCH) == "documents"
+    monkeypatch.setattr(attention_backends, "_torch_prefers_cudnn", lambda kind: False)
+    assert chosen(half, WHOLE_BATCH) == "flash"
+    monkeypatch.setattr(attention_backends, "trial", answers("efficient"))
+    assert chosen(half, PACKED) == "efficient"
+    monkeypatch.setattr(attention_backends, "trial", answers())
+    assert chosen(half, PACKED) == "documents"
+
+
+def test_the_environment_chooses_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_ATTENTION", "efficient")
+    assert chosen(torch.float16, PACKED) == "efficient"
+    monkeypatch.setenv("ENGINE_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="ENGINE_ATTENTION is 'fast'"):
+        chosen(torch.float16, PACKED)
+
+
+def test_every_answer_can_be_explained(emulated: Emulation) -> None:
+    q = torch.empty(4, 2, 32)
+    answer = explain(q, q)
+    assert answer.keys() == BACKENDS.keys()
+    assert answer["efficient"] == answer["documents"] == "ok"
+
+
+def test_flash_takes_fewer_heads_at_a_time_before_32_bits_run_out(emulated: Emulation) -> None:
+    plan = plan_of((300_000, 300_000))
+    q, k = (torch.empty(600_000, h, 128, device="meta") for h in (32, 8))
+    slices = attention_backends._head_slices(q, k, plan)
+    assert [s[1] for s in slices] == [slice(0, 6), slice(6, 12)]
+    for heads, kv in slices:
+        taken = q[:, heads].shape[1]
+        assert taken == 4 * k[:, kv].shape[1]
+        assert (600_000 + 256) * taken * 128 < 2**31
+    assert sum(q[:, heads].shape[1] for heads, _ in slices) == 32
+    many = torch.empty(5_000_000, 8, 128, device="meta")
+    with pytest.raises(ValueError, match="split the batch"):
+        attention_backends._head_slices(many, k[:, :1], plan)
+
+
+def test_heads_in_several_calls_give_what_one_call_gives(
+    emulated: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(PACKED)
+    values = [torch.randn(196, h, 32) for h in (6, 3, 3)]
+    results = []
+    for limit in (2**31, 600 * 2 * 2 * 32):
+        monkeypatch.setattr(attention_backends, "_INT32_ELEMENTS", limit)
+        q, k, v = (x.clone().requires_grad_(True) for x in values)
+        out = attention(q, k, v, plan, backend="flash")
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+        results.append([out.detach(), *grads])
+    assert emulated.calls.count("flash_forward") == 1 + 2
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_frugal_batch_takes_its_heads_in_equal_parts() -> None:
+    plan = dataclasses.replace(plan_of((4096,)), frugal=True)
+    q, k = (torch.empty(4096, h, 128, device="meta") for h in (32, 8))
+    slices = attention_backends._head_slices(q, k, plan)
+    assert [s[1] for s in slices] == [slice(0, 3), slice(3, 6), slice(6, 9)]
+    assert sum(q[:, heads].shape[1] for heads, _ in slices) == 32
+    for heads, _ in slices:
+        assert (4096 + 128) * q[:, heads].shape[1] * 128 <= attention_backends._FRUGAL_ELEMENTS
+    assert len(attention_backends._head_slices(q, k, plan_of((4096,)))) == 1
+    long = dataclasses.replace(plan_of((500_000,)), frugal=True)
+    many, few = (torch.empty(500_000, h, 128, device="meta") for h in (32, 8))
+    # One group is more than the limit: a call for each, and no refusal.
+    assert len(attention_backends._head_slices(many, few, long)) == 8
+
+
+def test_a_frugal_batch_gives_what_any_other_gives(
+    emulated: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_backends, "_FRUGAL_ELEMENTS", 600 * 2 * 32)
+    values = [torch.randn(196, h, 32) for h in (6, 3, 3, 6)]
+    results = []
+    for frugal in (False, True):
+        plan = dataclasses.replace(plan_of(PACKED), frugal=frugal)
+        q, k, v, do = (x.clone() for x in values)
+        out, saved = attention_forward(q, k, v, plan, None, 32**-0.5, "flash")
+        wide = torch.full((196, 12, 32), float("nan"))
+        into = (wide[:, :6], wide[:, 6:9], wide[:, 9:])
+        grads = attention_backward(
+            do, q, k, v, out, saved, plan, None, 32**-0.5, into, backend="flash"
+        )
+        assert all(mine is given for mine, given in zip(grads, into, strict=True))
+        results.append([out, *into])
+    assert emulated.calls.count("flash_forward") == 1 + 3
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
+
+
+def test_torchs_own_shape_functions_accept_the_flash_calls() -> None:
+    """torch knows the shapes of its CUDA functions without a GPU, for the schema installed here."""
+    plan = plan_of(PACKED)
+    with FakeTensorMode():
+        q, k = (torch.empty(196, h, 64, dtype=torch.bfloat16, device="cuda") for h in (4, 2))
+        boundaries = torch.empty(4, dtype=torch.int32, device="cuda")
+        plan = AttentionPlan(boundaries, plan.bounds)
+        flash = BACKENDS["flash"]
+        out, saved = flash.forward(q, k, k, plan, 20, 0.1)
+        assert out.shape == q.shape
+        assert saved[0].shape == (4, 196)
+        grads = flash.backward(out, q, k, k, out, saved, plan, 20, 0.1)
+        assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+
+
+def test_meta_tensors_pass_without_a_trial() -> None:
+    q = torch.empty(196, 4, 64, dtype=torch.bfloat16, device="meta")
+    plan = plan_of(PACKED)
+    assert select(q, q, plan, None).name == "flash"
+    assert select(q.float(), q, plan, None).name == "documents"
+    out, saved = attention_forward(q, q, q, plan, None, 0.1, backend="flash")
+    assert out.shape == q.shape
+    assert len(saved) == 3

@@ -1,0 +1,374 @@
+"""Layers from recorded launches: the same bits as launch by launch, the same numbers as ever."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any, cast
+from weakref import ref
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.benchmark.random_weights import random_decoder
+from engine.training.loop import train_step
+from kernels import attention
+from kernels.attention.backends import Backend
+from kernels.attention.documents import AttentionPlan
+from kernels.runtime import scratch
+from kernels.runtime.triton_support import HAS_TRITON
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.layers.linear import Linear
+from models.layers.packed_batch import Batch
+from models.memory import cuda_graphs as layer_graphs
+from models.memory.cuda_graphs import LayerGraphs
+from models.memory.recorder import CudaRecorder
+from optim import AdamW8bit
+from tests.support.launch_tape import LaunchTape
+
+CPU = torch.device("cpu")
+VOCABULARY = 96
+LEVELS = ("none", "selective", "full", "full:1,none")
+
+
+def visible(plan: AttentionPlan, tokens: int, window: int | None) -> Tensor:
+    """(N, N): which keys each query sees, from the boundaries in the device's memory alone."""
+    place = torch.arange(tokens)
+    document = torch.bucketize(place, plan.cu_seqlens[1:].long(), right=True)
+    distance = place.unsqueeze(1) - place
+    seen = (document.unsqueeze(1) == document) & (distance >= 0)
+    return seen if window is None else seen & (distance < window)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
+) -> tuple[Tensor, list[Tensor]]:
+    groups = q.shape[1] // k.shape[1]
+    wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = torch.einsum("ihd,jhd->hij", q, wide_k) * scale
+    scores = scores.masked_fill(~visible(plan, q.shape[0], plan.window(window)), -torch.inf)
+    shares = scores.softmax(-1)
+    return torch.einsum("hij,jhd->ihd", shares, wide_v).contiguous(), [shares]
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    saved: list[Tensor],
+    plan: AttentionPlan,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups, shares = q.shape[1] // k.shape[1], saved[0]
+    wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    d_shares = torch.einsum("ihd,jhd->hij", do, wide_v)
+    d_scores = shares * (d_shares - (do * out).sum(-1).T.unsqueeze(2)) * scale
+    dq = torch.einsum("hij,jhd->ihd", d_scores, wide_k)
+    dk, dv = torch.einsum("hij,ihd->jhd", d_scores, q), torch.einsum("hij,ihd->jhd", shares, do)
+    return dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
+
+
+@pytest.fixture
+def open_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that learns of documents as the back ends of a GPU do."""
+    backend = Backend("open", forward, backward, lambda *problem: True)
+    monkeypatch.setattr(attention, "_backend", lambda *problem: backend)
+
+
+def config(**changes: Any) -> ModelConfig:
+    return ModelConfig.from_dict(
+        {
+            "model_type": "qwen3",
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 512,
+            **changes,
+        }
+    )
+
+
+HYBRID = {
+    "model_type": "qwen3_5_text",
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
+
+
+def model_of(
+    dtype: torch.dtype, dropout: float = 0.0, device: torch.device = CPU, **changes: Any
+) -> Decoder:
+    """The same model at every call."""
+    torch.manual_seed(7)
+    model = random_decoder(config(**changes), device, dtype, rank=4)
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.dropout = dropout
+    return model.train()
+
+
+def batch_of(lengths: tuple[int, ...]) -> Any:
+    tokens = sum(lengths)
+    ids = torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    trained = tokens - len(lengths)
+    return SimpleNamespace(input_ids=ids, labels=ids, cu_seqlens=bounds, trained_tokens=trained)
+
+
+BATCHES = ((40, 20), (9, 30, 18), (64,), (5, 5, 5, 5, 33), (60, 1), (31, 31))
+"""All of them are padded to 64 tokens in eight documents."""
+
+
+def gradients(model: Decoder, lengths: tuple[int, ...]) -> dict[str, Tensor]:
+    batch = batch_of(lengths)
+    device = model.device
+    loss = model.loss(*(x.to(device) for x in (batch.input_ids, batch.labels, batch.cu_seqlens)))
+    loss.backward()
+    found = {"loss": loss.detach().clone()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.clone()
+            parameter.grad = None
+    return found
+
+
+def losses(model: Decoder, recorder: LaunchTape | None) -> tuple[list[float], Sequence[Tensor]]:
+    """Of training steps of two micro-batches each, and the adapters after them."""
+    model.graphs = LayerGraphs(model.layers, recorder)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW8bit(trained, lr=1e-2)
+    micro = [[batch_of(one), batch_of(two)] for one, two in pairwise(BATCHES)]
+    found = [
+        train_step(model, optimizer, cast(Any, pair), max_grad_norm=1.0, seed=3, step=step).loss
+        for step, pair in enumerate(micro)
+    ]
+    return found, trained
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("changes", [{}, HYBRID], ids=["dense", "hybrid"])
+def test_every_batch_has_the_gradients_it_has_without_recording(
+    level: str, changes: dict[str, Any], open_attention: None
+) -> None:
+    plain, recorded = (model_of(torch.float64, **changes) for _ in range(2))
+    for model in (plain, recorded):
+        model.set_recompute(level)
+    recorded.record_layers(LaunchTape())
+    for lengths in BATCHES:
+        want, got = gradients(plain, lengths), gradients(recorded, lengths)
+        assert want.keys() == got.keys()
+        assert len(want) > 1
+        for name, value in want.items():
+            assert float((got[name] - value).norm()) <= 1e-10 * float(value.norm()), name
+    assert recorded.graphs is not None
+    assert recorded.graphs.repeated == len(BATCHES)
+    assert recorded.graphs.launched == 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("changes", [{}, HYBRID], ids=["dense", "hybrid"])
+def test_training_computes_the_bits_of_launch_by_launch(
+    dropout: float, changes: dict[str, Any], open_attention: None
+) -> None:
+    launched, recorded = (model_of(torch.float32, dropout, **changes) for _ in range(2))
+    (want, want_adapters), (got, got_adapters) = (
+        losses(launched, None),
+        losses(recorded, LaunchTape()),
+    )
+    assert got == want
+    assert len(set(want)) == len(want)
+    for one, other in zip(got_adapters, want_adapters, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_kernels_are_repeated_too(open_attention: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not HAS_TRITON:
+        pytest.skip("Triton is not installed on this platform")
+    monkeypatch.setenv("ENGINE_INTERPRET", "1")
+    monkeypatch.setattr(layer_graphs, "_LEAST_TOKENS", 16)
+    tape, found = LaunchTape(), []
+    for recorder in (None, tape):
+        model = model_of(torch.float32, 0.2, num_hidden_layers=1, hidden_size=32)
+        model.dropout_seed = 5
+        model.graphs = LayerGraphs(model.layers, recorder)
+        with tape.kernels():
+            found.append([gradients(model, lengths) for lengths in ((9, 5), (3, 8, 2))])
+    assert len(tape.recordings) == 2
+    for want, got in zip(*found, strict=True):
+        for name, value in want.items():
+            assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("forgotten", ["cos", "boundaries", "seeds"])
+def test_what_is_not_written_anew_is_seen(
+    forgotten: str, open_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = layer_graphs._Pass.load
+
+    def load(self: Any, batch: Batch) -> None:
+        kept = {
+            "cos": self.batch.cos,
+            "boundaries": self.cu_seqlens,
+            "seeds": self.batch.dropout_seeds,
+        }[forgotten]
+        before = kept.clone()
+        right(self, batch)
+        if self.recorded:
+            kept.copy_(before)
+
+    want, _ = losses(model_of(torch.float32, 0.2), None)
+    monkeypatch.setattr(layer_graphs._Pass, "load", load)
+    got, _ = losses(model_of(torch.float32, 0.2), LaunchTape())
+    assert got != want
+
+
+def test_a_layer_that_makes_the_host_wait_is_not_recorded(
+    open_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Batch.seed
+    monkeypatch.setattr(Batch, "seed", lambda *site: int(cast(Tensor, right(*site))))
+    with pytest.raises(RuntimeError, match="host wait"):
+        losses(model_of(torch.float32, 0.2), LaunchTape())
+
+
+def test_the_host_cannot_read_the_documents_of_recorded_launches() -> None:
+    model = model_of(torch.float32)
+    model.record_layers(LaunchTape())
+    with pytest.raises(RuntimeError, match="flash or efficient"):
+        gradients(model, (40, 20))
+
+
+def test_a_forward_pass_without_a_backward_pass_loses_its_activations(
+    open_attention: None,
+) -> None:
+    model = model_of(torch.float32)
+    model.record_layers(LaunchTape())
+    first, second = (batch_of(lengths) for lengths in BATCHES[:2])
+    lost = model.loss(first.input_ids, first.labels, first.cu_seqlens)
+    model.loss(second.input_ids, second.labels, second.cu_seqlens).backward()
+    with pytest.raises(RuntimeError, match="another forward pass"):
+        lost.backward()
+
+
+def test_hooks_of_parameters_see_their_gradients(open_attention: None) -> None:
+    found = []
+    for recorder in (None, LaunchTape()):
+        model = model_of(torch.float64)
+        for layer in model.layers:
+            assert layer.self_attn is not None
+            held = layer.self_attn.o_proj.lora_A
+            assert held is not None
+            held.register_hook(lambda gradient: gradient.index_fill(1, torch.arange(3), 0))
+        if recorder is not None:
+            model.record_layers(recorder)
+        found.append(gradients(model, (40, 20)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-14)
+    held_gradient = found[1]["model.layers.0.self_attn.o_proj.lora_A"]
+    assert held_gradient[:, :3].abs().sum() == 0
+    assert held_gradient[:, 3:].abs().sum() > 0
+
+
+def test_evaluation_between_the_passes_does_no_harm(open_attention: None) -> None:
+    plain, recorded = (model_of(torch.float64) for _ in range(2))
+    recorded.record_layers(LaunchTape())
+    batch, other = batch_of((40, 20)), batch_of((64,))
+    loss = recorded.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+    with torch.no_grad():
+        recorded.loss(other.input_ids, other.labels, other.cu_seqlens)
+    loss.backward()
+    for name, value in gradients(plain, (40, 20)).items():
+        if name != "loss":
+            gradient = recorded.get_parameter(name).grad
+            assert gradient is not None
+            torch.testing.assert_close(gradient, value, rtol=1e-10, atol=1e-14)
+
+
+class Forgetful:
+    """Records nothing, and keeps nothing alive."""
+
+    def warm_up(self, body: Callable[[], None]) -> None:
+        body()
+
+    def record(self, body: Callable[[], None]) -> Callable[[], None]:
+        body()
+        return lambda: None
+
+
+def test_scratch_stays_as_long_as_what_was_recorded_with_it(open_attention: None) -> None:
+    model = model_of(torch.float32)
+    model.record_layers(Forgetful())
+    scratch.release()
+    batch = batch_of((40, 20))
+    model.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+    used = [ref(buffer) for buffer in scratch.buffers() if buffer.numel() > 64]
+    assert used
+    scratch.release()
+    decoded = [buffer() for buffer in used if buffer() is not None]
+    assert decoded
+    model.graphs = None
+    del decoded
+    gc.collect()
+    assert all(buffer() is None for buffer in used)
+
+
+def test_sizes_beyond_the_limit_run_launch_by_launch(
+    open_attention: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_graphs, "SIZES", 1)
+    model = model_of(torch.float32)
+    model.record_layers(LaunchTape())
+    for lengths in ((40, 20), (100,), (30, 30), (90,)):
+        gradients(model, lengths)
+    assert model.graphs is not None
+    assert (model.graphs.repeated, model.graphs.launched) == (2, 2)
+
+
+def test_models_without_a_layer_to_record_are_refused() -> None:
+    mixture = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2,
+               "moe_intermediate_size": 32, "decoder_sparse_step": 1}  # fmt: skip
+    with torch.device("meta"):
+        model = Decoder(config(**mixture))
+    with pytest.raises(ValueError, match="mixtures of experts"):
+        model.record_layers(LaunchTape())
+
+
+def test_layers_lent_to_the_host_are_refused() -> None:
+    model = model_of(torch.float32)
+    model.checkpoints_on_host = True
+    with pytest.raises(ValueError, match="on the host"):
+        model.record_layers(LaunchTape())
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    return torch.device("cuda")
+
+
+def test_cuda_graphs_compute_the_bits_of_launch_by_launch(cuda: torch.device) -> None:
+    found = []
+    for recorder in (None, CudaRecorder(cuda)):
+        model = model_of(torch.bfloat16, 0.1, cuda)
+        model.graphs = LayerGraphs(model.layers, recorder)
+        model.dropout_seed = 5
+        found.append([gradients(model, lengths)["loss"] for lengths in BATCHES])
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
