@@ -1,6 +1,6 @@
 """bitsandbytes' and Liger's forms of the ops, where they are installed.
 
-`contenders(op, work)` is what ``engine bench --against bench.peers`` and the suite call.
+`baselines(op, work)` is what ``engine bench --against bench.peers`` and the suite call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.adamw8bit.dynamic_map import dynamic_map
 from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 
 
-def contenders(op: str, work: Work) -> dict[str, Call]:
+def baselines(op: str, work: Work) -> dict[str, Call]:
     """Other implementations of `op` on the same inputs, by name."""
     found: dict[str, Call] = {}
     for name, package, table in (

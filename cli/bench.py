@@ -14,7 +14,7 @@ from cli.options import Device, Json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from engine.benchmark.runner import Contenders, Row
+    from engine.benchmark.runner import Baselines, Row
 
 app = typer.Typer(add_completion=False)
 
@@ -37,7 +37,7 @@ def bench(
     ] = False,
     against: Annotated[
         list[str] | None,
-        typer.Option(help="Module with `contenders(op, work)`, such as bench.peers; repeatable."),
+        typer.Option(help="Module with `baselines(op, work)`, such as bench.peers; repeatable."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for ops.json and roofline.png.")
@@ -62,7 +62,7 @@ def bench(
 
     wanted, where = chosen_ops(ops or []), resolve_device(device)
     models = list(dict.fromkeys(model or default_models(where)))
-    offers = [_contenders(name) for name in against or []]
+    offers = [_baselines(name) for name in against or []]
     cases = [
         case
         for name in models
@@ -76,7 +76,7 @@ def bench(
                 f"\r{number}/{len(cases)} {case.name:<70.70}", end="", file=sys.stderr, flush=True
             )
         rows.append(
-            run_case(case, where, roofline, budget=budget, compiled=compiled, contenders=offers)
+            run_case(case, where, roofline, budget=budget, compiled=compiled, baselines=offers)
         )
     if sys.stderr.isatty():
         print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
@@ -92,17 +92,17 @@ def bench(
             print(f"Written: {path}")
 
 
-def _contenders(name: str) -> Contenders:
-    """`contenders` of a module that the user named."""
+def _baselines(name: str) -> Baselines:
+    """`baselines` of a module that the user named."""
     import importlib
 
     from engine.errors import ConfigError
 
     try:
-        found: Contenders = importlib.import_module(name).contenders
+        found: Baselines = importlib.import_module(name).baselines
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"--against {name} is no module with a function contenders(op, work): {error}."
+            f"--against {name} is no module with a function baselines(op, work): {error}."
         ) from None
     return found
 

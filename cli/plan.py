@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False)
 
 RATES = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.0}
-"""Tera-operations per second that dense bf16 products reach on a card."""
+"""Tera-operations per second that dense bf16 products reach on a GPU."""
 
 
 def plan(
@@ -33,9 +33,9 @@ def plan(
     config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
     preset: Annotated[str | None, typer.Option(help="Starting point, as for train.")] = None,
     max_context: Annotated[
-        bool, typer.Option("--max-context", help="The longest row for cards of 6 to 141 GB.")
+        bool, typer.Option("--max-context", help="The longest row for GPUs of 6 to 141 GB.")
     ] = False,
-    card: Annotated[
+    gpu: Annotated[
         str | None,
         typer.Option(help="For the time: " + ", ".join(RATES) + ", or its TFLOP/s as a number."),
     ] = None,
@@ -60,7 +60,7 @@ def plan(
         from engine.plan import Target, find_target, report
 
     target: Target = find_target(settings)
-    rate = _rate(card) if card else target.rate()
+    rate = _rate(gpu) if gpu else target.rate()
     if max_context:
         return _show_contexts(settings, target, as_json)
     started = time.perf_counter()
@@ -93,17 +93,17 @@ def _show_sizes(as_json: bool) -> int:
     return 0
 
 
-def _rate(card: str) -> float:
-    """Operations per second of a card by its name or number."""
-    if card.lower() in RATES:
-        return RATES[card.lower()] * 1e12
+def _rate(gpu: str) -> float:
+    """Operations per second of a GPU by its name or number."""
+    if gpu.lower() in RATES:
+        return RATES[gpu.lower()] * 1e12
     try:
-        rate = float(card)
+        rate = float(gpu)
     except ValueError:
         rate = 0.0
     if not 0 < rate < 1e6:
         raise ConfigError(
-            f"--card is {card!r}; it should be one of {', '.join(RATES)}, or a number of TFLOP/s."
+            f"--gpu is {gpu!r}; it should be one of {', '.join(RATES)}, or a number of TFLOP/s."
         )
     return rate * 1e12
 

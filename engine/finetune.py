@@ -44,7 +44,7 @@ from engine.training.trainable import (
     check_graphs,
     check_in_backward,
     check_init_adapter,
-    check_levels,
+    check_policies,
     make_in_backward,
     make_optimizer,
     make_trainable,
@@ -92,23 +92,23 @@ def load_teacher(config: TrainConfig, prepared: Prepared, device: torch.device) 
     return build_for(config, checkpoint, device, resolve_dtype(config.dtype, device))
 
 
-def _with_recompute(
+def _with_policy(
     config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype
 ) -> tuple[TrainConfig, MemoryPlan | None]:
-    """The settings with the recompute level chosen, where they leave it to the machine.
+    """The settings with the checkpointing policy chosen, where they leave it to the machine.
 
     With them the plan of the largest step, if the choice needed one.
     """
     if config.gradient_checkpointing != "auto":
-        check_levels(config, prepared.checkpoint.config.num_hidden_layers)
+        check_policies(config, prepared.checkpoint.config.num_hidden_layers)
         return config, None
-    from engine.memory.auto_policy import planned_level
+    from engine.memory.auto_policy import planned_policy
     from engine.memory.budget import largest_step
 
-    level, planned = planned_level(
+    policy, planned = planned_policy(
         prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
     )
-    return config.model_copy(update={"gradient_checkpointing": level}), planned
+    return config.model_copy(update={"gradient_checkpointing": policy}), planned
 
 
 def _require_room(config: TrainConfig, model: ModelConfig) -> None:
@@ -144,7 +144,7 @@ class _Run:
         self.device = resolve_device(self.config.device)
         self.digest = prepared.checkpoint.digest()
         dtype = resolve_dtype(self.config.dtype, self.device)
-        settings, planned = _with_recompute(self.config, prepared, self.device, dtype)
+        settings, planned = _with_policy(self.config, prepared, self.device, dtype)
         self.budget = _budget(prepared, settings, self.device, dtype, planned)
         check_graphs(self.config, prepared.checkpoint.config, self.device)
         init = check_init_adapter(self.config, self.prepared.checkpoint.config, self.digest)
@@ -187,7 +187,7 @@ class _Run:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
-        self.model.set_recompute(state["recompute"])
+        self.model.set_checkpointing(state["recompute"])
         log.info("Going on from %s", loaded.path)
         return Progress(**state["progress"])
 
@@ -202,7 +202,7 @@ class _Run:
             {
                 "progress": progress.state(),
                 "trajectory": self.config.trajectory(),
-                "recompute": self.model.recompute,
+                "recompute": self.model.checkpointing,
                 "base": self.digest,
             },
         )

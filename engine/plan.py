@@ -11,18 +11,18 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
-from engine.memory.auto_policy import resolve_recompute
+from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
 from engine.memory.meter import OWNERS, gib
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import Choice, Planner, changed
-from engine.training.trainable import check_levels, targets_of
+from engine.training.trainable import check_policies, targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count
 
-CARD_RATE = 165e12
-"""Operations per second where no card is named: what dense bf16 products reach on an RTX 4090."""
+GPU_RATE = 165e12
+"""Operations per second where no GPU is named: what dense bf16 products reach on an RTX 4090."""
 
 _LONGEST_ROW = 1 << 20
 
@@ -33,7 +33,7 @@ class Target:
 
     title: str
     model: ModelConfig
-    card: bool
+    gpu: bool
     stored: torch.dtype
     plan: Planner
 
@@ -43,44 +43,44 @@ class Target:
         return _LONGEST_ROW
 
     def rate(self) -> float:
-        """Operations per second: a typical card's, or this CPU's, measured in a moment."""
-        return CARD_RATE if self.card else _cpu_rate()
+        """Operations per second: a typical GPU's, or this CPU's, measured in a moment."""
+        return GPU_RATE if self.gpu else _cpu_rate()
 
 
 def find_target(config: TrainConfig) -> Target:
     """The model and machine of these settings.
 
-    `--device auto` means this machine, and a CUDA card where the model is named by a preset.
+    `--device auto` means this machine, and a CUDA GPU where the model is named by a preset.
     Raises `ConfigError`.
     """
     model, stored = find_model(config.model, config.revision)
     if config.device == "auto":
-        card = torch.cuda.is_available() or preset_config(config.model) is not None
+        gpu = torch.cuda.is_available() or preset_config(config.model) is not None
     else:
-        card = config.device.startswith("cuda")
-    place = "a CUDA card" if card else "the CPU"
-    planner = partial(_plan, model, card, stored)
-    return Target(f"{config.model} on {place}", model, card, stored, planner)
+        gpu = config.device.startswith("cuda")
+    place = "a CUDA GPU" if gpu else "the CPU"
+    planner = partial(_plan, model, gpu, stored)
+    return Target(f"{config.model} on {place}", model, gpu, stored, planner)
 
 
-def _plan(model: ModelConfig, card: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
-    dtype = compute_dtype(config, card)
+def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
+    dtype = compute_dtype(config, gpu)
     if config.gradient_checkpointing == "auto":
-        config = changed(config, gradient_checkpointing=_level(model, card, dtype, config))
-    check_levels(config, model.num_hidden_layers)
-    return plan(model, config, card=card, dtype=dtype, stored=stored)
+        config = changed(config, gradient_checkpointing=_level(model, gpu, dtype, config))
+    check_policies(config, model.num_hidden_layers)
+    return plan(model, config, gpu=gpu, dtype=dtype, stored=stored)
 
 
-def _level(model: ModelConfig, card: bool, dtype: torch.dtype, config: TrainConfig) -> str:
-    """What auto comes to; "selective" for a card that is not here, whose memory nobody knows."""
-    if card and config.memory_budget is None and not torch.cuda.is_available():
+def _level(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
+    """What auto comes to; "selective" for a GPU that is not here, whose memory nobody knows."""
+    if gpu and config.memory_budget is None and not torch.cuda.is_available():
         return "selective"
-    return resolve_recompute(model, config, torch.device("cuda" if card else "cpu"), dtype)
+    return resolve_policy(model, config, torch.device("cuda" if gpu else "cpu"), dtype)
 
 
-def compute_dtype(config: TrainConfig, card: bool) -> torch.dtype:
-    """The type a run computes in; a card that is not here is taken to know bf16."""
-    if not card:
+def compute_dtype(config: TrainConfig, gpu: bool) -> torch.dtype:
+    """The type a run computes in; a GPU that is not here is taken to know bf16."""
+    if not gpu:
         return resolve_dtype(config.dtype, torch.device("cpu"))
     if config.dtype == "auto":
         return (
@@ -118,7 +118,7 @@ class Report:
         changes = self.choice.changes if self.choice else {}
         return {
             "model": config.model,
-            "device": "cuda" if planned.card else "cpu",
+            "device": "cuda" if planned.gpu else "cpu",
             "dtype": str(planned.dtype).removeprefix("torch."),
             "parameters": parameter_count(self.target.model),
             "settings": {name: getattr(config, name) for name in _SHOWN},
@@ -183,7 +183,7 @@ class Report:
             lines.append(f"peak of merging  {gib(merging)} of host memory")
         lines.append(f"needed           {gib(planned.total)}")
         if planned.host:
-            lines.append(f"lent to the host {gib(planned.host)}")
+            lines.append(f"offloaded to the host {gib(planned.host)}")
         seconds = planned.seconds(self.rate)
         lines += [
             "",
@@ -213,10 +213,10 @@ _SHOWN = (
     "accumulate",
     "max_length",
     "gradient_checkpointing",
-    "loss_chunk_rows",
+    "loss_chunk_tokens",
     "optimizer_in_backward",
-    "mlp_tile_rows",
-    "decode_singly",
+    "mlp_tile_tokens",
+    "low_memory_decode",
     "head_precision",
     "embedding_on",
     "offload",

@@ -22,14 +22,14 @@ from models.layers.block import DecoderLayer
 from models.layers.experts import ExpertAdapter
 from models.layers.kv_cache import KVCache
 from models.layers.linear import Embedding, Linear, RMSNorm
-from models.layers.packed_batch import Batch, Levers, dropout_seeds, layer_levels
+from models.layers.packed_batch import Batch, StepSettings, dropout_seeds, layer_policies
 from models.layers.rotary import Rotary
 from models.memory.checkpointing import run_layer
 from models.memory.cuda_graphs import LayerGraphs, recordable
 from models.memory.offload import CheckpointStore, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
 
-DISTILLATION_ROWS = 256
+DISTILLATION_TOKENS = 256
 """Rows of both models' logits that exist at once while one learns from the other."""
 
 Routed = list[tuple[Tensor, Tensor]]
@@ -51,8 +51,9 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    `recompute` is one of "none", "selective", "full" (see `models.layers.block`). `dropout_seed`
-    turns LoRA dropout on in training mode; the trainer sets it anew for every micro-batch.
+    `checkpointing` is one of "none", "selective", "full" (see `models.layers.block`).
+    `dropout_seed` turns LoRA dropout on in training mode; the trainer sets it anew for every
+    micro-batch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,14 +64,14 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.rotary = Rotary(config)
-        self.set_recompute("selective")
-        self.levers = Levers()
+        self.set_checkpointing("selective")
+        self.settings = StepSettings()
         self.checkpoints_on_host = False
         self.weight_stream: WeightStream | None = None
         self.graphs: LayerGraphs | None = None
         self._copies: SideCopies | None = None
         self.dropout_seed: int | None = None
-        self.loss_chunk_rows: int | None = None
+        self.loss_chunk_tokens: int | None = None
         self.router_loss = config.router_aux_loss_coef if config.output_router_logits else 0.0
 
     @property
@@ -91,13 +92,13 @@ class Decoder(nn.Module):
         """Where token ids are wanted: where the embedding lies."""
         return self.model.embed_tokens.weight.device
 
-    def set_recompute(self, level: str) -> None:
+    def set_checkpointing(self, policy: str) -> None:
         """Choose what backward recomputes, in all layers or in each.
 
-        Raises `ValueError` as `models.layers.packed_batch.layer_levels` does.
+        Raises `ValueError` as `models.layers.packed_batch.layer_policies` does.
         """
-        self.levels = layer_levels(level, len(self.layers))
-        self.recompute = level
+        self.policies = layer_policies(policy, len(self.layers))
+        self.checkpointing = policy
 
     def head_weight(self) -> Head:
         """The output head (V, H): the embedding where they are tied."""
@@ -112,7 +113,9 @@ class Decoder(nn.Module):
 
     def _batch(self, tokens: int, cu_seqlens: Tensor) -> Batch:
         cu_seqlens = cu_seqlens.to(self.device)
-        plan = AttentionPlan.from_cu_seqlens(cu_seqlens, tokens, frugal=self.levers.singly)
+        plan = AttentionPlan.from_cu_seqlens(
+            cu_seqlens, tokens, frugal=self.settings.low_memory_decode
+        )
         starts = torch.repeat_interleave(
             plan.cu_seqlens[:-1].long(), plan.cu_seqlens.diff().long(), output_size=tokens
         )
@@ -126,7 +129,13 @@ class Decoder(nn.Module):
             self._copies = self._copies or SideCopies(self.device)
             store = CheckpointStore(self.device, self._copies)
         return Batch(
-            cos, sin, plan, seeds, levers=self.levers, checkpoints=store, weights=self.weight_stream
+            cos,
+            sin,
+            plan,
+            seeds,
+            settings=self.settings,
+            checkpoints=store,
+            weights=self.weight_stream,
         )
 
     def _drops(self) -> bool:
@@ -138,8 +147,8 @@ class Decoder(nn.Module):
         """Run the layers of a training step from recorded launches (`models.memory.cuda_graphs`).
 
         Without a `recorder` they are CUDA graphs. Adapters must be in place. Raises `ValueError`
-        where layers or their inputs are lent to the host, because they then have no fixed address,
-        and where no layer has sizes that follow from the batch's.
+        where layers or their inputs are offloaded to the host, because they then have no fixed
+        address, and where no layer has sizes that follow from the batch's.
         """
         if self.weight_stream is not None or self.checkpoints_on_host:
             raise ValueError("layers whose weights or inputs lie on the host cannot be recorded")
@@ -176,9 +185,9 @@ class Decoder(nn.Module):
         batch = replace(self._batch(input_ids.shape[0], cu_seqlens), routed=routed)
         x = self._embed(input_ids)
         if self.graphs is not None and torch.is_grad_enabled():
-            return self.graphs.run(x, batch, self.levels)
-        for layer, level in zip(self.layers, self.levels, strict=True):
-            x = run_layer(x, layer, batch, level)
+            return self.graphs.run(x, batch, self.policies)
+        for layer, policy in zip(self.layers, self.policies, strict=True):
+            x = run_layer(x, layer, batch, policy)
         return x
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -228,7 +237,7 @@ class Decoder(nn.Module):
                 self.head_weight(),
                 targets.index_select(0, trained),
                 num_items,
-                self.loss_chunk_rows,
+                self.loss_chunk_tokens,
             )
         if not routed:
             return loss
@@ -256,7 +265,7 @@ class Decoder(nn.Module):
             known,
             teacher.head_weight(),
             num_items,
-            self.loss_chunk_rows or DISTILLATION_ROWS,
+            self.loss_chunk_tokens or DISTILLATION_TOKENS,
         )
 
     @torch.no_grad()
@@ -273,7 +282,7 @@ class Decoder(nn.Module):
             x = run_layer(x, layer, batch, "full")
         cache.advance(tokens)
         norm = self.model.norm
-        last, _ = norm.run(x[-1:])
+        last, _ = norm.forward_with_rstd(x[-1:])
         return self._logits(last).squeeze(0)
 
 

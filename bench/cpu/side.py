@@ -22,7 +22,7 @@ class Row:
 class Work:
     """What a side has to do: the first ``warmup`` batches are trained on but not timed.
 
-    ``flattened`` asks the peers for rows end to end instead of padded rows, ``recompute`` names our
+    ``flattened`` asks the peers for rows end to end instead of padded rows, ``policy`` names our
     level of gradient checkpointing.
     """
 
@@ -33,7 +33,7 @@ class Work:
     learning_rate: float
     warmup: int
     flattened: bool
-    recompute: str
+    policy: str
     batches: list[list[Row]]
 
     @classmethod

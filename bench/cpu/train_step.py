@@ -161,7 +161,7 @@ def run_rounds(options: argparse.Namespace, rows: list[Row]) -> dict[str, list[R
             learning_rate=2e-4,
             warmup=options.warmup,
             flattened=False,
-            recompute="auto",
+            policy="auto",
             batches=[rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)],
         )
         for turn in range(options.rounds):
@@ -169,7 +169,7 @@ def run_rounds(options: argparse.Namespace, rows: list[Row]) -> dict[str, list[R
                 own = replace(
                     work,
                     flattened=side == "peers-flattened",
-                    recompute="selective" if side == "ours-selective" else "auto",
+                    policy="selective" if side == "ours-selective" else "auto",
                 )
                 # The first process of the peers only writes the Hugging Face directory.
                 result = run_side(side, own, folder) or run_side(side, own, folder)

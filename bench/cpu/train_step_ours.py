@@ -17,7 +17,7 @@ from bench.cpu.side import Row, Work, measure
 from engine.config.train_config import TrainConfig
 from engine.data.examples import Example
 from engine.data.loader import collate
-from engine.memory.auto_policy import resolve_recompute
+from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import Workload
 from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import load_model
@@ -26,11 +26,11 @@ from optim import AdamW8bit
 from optim.clip import clip_grad_norm
 
 
-def recompute_level(config: TrainConfig, work: Work) -> str:
+def checkpointing_policy(config: TrainConfig, work: Work) -> str:
     """What `--gradient-checkpointing` comes to for the largest batch."""
     largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
     lengths = tuple(len(row.input_ids) for row in largest)
-    return resolve_recompute(
+    return resolve_policy(
         open_checkpoint(work.gguf).config,
         config,
         torch.device("cpu"),
@@ -47,10 +47,10 @@ def main(work_file: Path, result_file: Path) -> None:
         model=work.gguf,
         data=["-"],
         lora_rank=work.rank,
-        gradient_checkpointing=work.recompute,
+        gradient_checkpointing=work.policy,
     )
-    model.set_recompute(recompute_level(config, work))
-    model.loss_chunk_rows = config.loss_chunk_rows
+    model.set_checkpointing(checkpointing_policy(config, work))
+    model.loss_chunk_tokens = config.loss_chunk_tokens
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW8bit(trained, lr=work.learning_rate, weight_decay=0.01)
@@ -69,7 +69,7 @@ def main(work_file: Path, result_file: Path) -> None:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    versions = {"torch": version("torch"), "gradient_checkpointing": model.recompute}
+    versions = {"torch": version("torch"), "gradient_checkpointing": model.checkpointing}
     measure(work, step, versions, len(trained), result_file)
 
 

@@ -4,8 +4,8 @@
     python -m bench.gpu.memory --measure qwen3-0.6b   # needs CUDA: random weights, plan beside
     reality
 
-Without a card every figure is a plan and says so. With one, `--card-gib` lets the allocator play a
-smaller card.
+Without a GPU every figure is a plan and says so. With one, `--gpu-gib` lets the allocator play a
+smaller GPU.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
 MODELS = ("llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "llama-3.3-70b")
-LEVELS = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full")
 
 
 class RandomCheckpoint:
-    """Random bf16 weights, made on the card one at a time."""
+    """Random bf16 weights, made on the GPU one at a time."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.config = config
@@ -58,24 +58,24 @@ def shape_of(name: str) -> ModelConfig:
     return config
 
 
-def settings(tokens: int, level: str) -> TrainConfig:
+def settings(tokens: int, policy: str) -> TrainConfig:
     """QLoRA of rank 16 on one row."""
     return TrainConfig(
-        model="-", data="-", batch_size=1, max_length=tokens, gradient_checkpointing=level
+        model="-", data="-", batch_size=1, max_length=tokens, gradient_checkpointing=policy
     )
 
 
-def planned(name: str, level: str) -> dict[str, Any]:
+def planned(name: str, policy: str) -> dict[str, Any]:
     """One line: planned bytes at 2,048 tokens, and bytes per token from there to 16,384."""
     model = shape_of(name)
     short, long = (
-        plan(model, settings(tokens, level), card=True, dtype=torch.bfloat16)
+        plan(model, settings(tokens, policy), gpu=True, dtype=torch.bfloat16)
         for tokens in (2048, 16384)
     )
     return {
         "kind": "plan, not measured",
         "model": name,
-        "recompute": level,
+        "recompute": policy,
         "tokens": 2048,
         "allocated_bytes": short.step.bytes,
         "bytes_per_token": (long.step.bytes - short.step.bytes) / (16384 - 2048),
@@ -84,9 +84,9 @@ def planned(name: str, level: str) -> dict[str, Any]:
     }
 
 
-def measured(name: str, level: str, tokens: int) -> dict[str, Any]:
+def measured(name: str, policy: str, tokens: int) -> dict[str, Any]:
     """One line: planned and allocated bytes of the third of three real steps."""
-    shape, config = shape_of(name), settings(tokens, level)
+    shape, config = shape_of(name), settings(tokens, policy)
     model = build_model(
         cast(Checkpoint, RandomCheckpoint(shape)),
         quantization="nf4",
@@ -98,12 +98,12 @@ def measured(name: str, level: str, tokens: int) -> dict[str, Any]:
     for step in range(3):
         torch.cuda.reset_peak_memory_stats()
         train_step(model, optimizer, [make_batch([tokens])], max_grad_norm=1.0, step=step)
-    made = plan(shape, config, card=True, dtype=torch.bfloat16)
+    made = plan(shape, config, gpu=True, dtype=torch.bfloat16)
     real = torch.cuda.max_memory_allocated()
     return {
         "kind": "measured",
         "model": name,
-        "recompute": level,
+        "recompute": policy,
         "tokens": tokens,
         "planned_bytes": made.step.bytes,
         "allocated_bytes": real,
@@ -115,24 +115,24 @@ def measured(name: str, level: str, tokens: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one JSON line per model and recompute level."""
+    """Print one JSON line per model and checkpointing policy."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", metavar="PRESET")
     parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--card-gib", type=float)
+    parser.add_argument("--gpu-gib", type=float)
     options = parser.parse_args()
     if options.measure is None:
         for name in MODELS:
-            for level in LEVELS:
-                print(json.dumps(planned(name, level)), flush=True)
+            for policy in POLICIES:
+                print(json.dumps(planned(name, policy)), flush=True)
         return
     if not torch.cuda.is_available():
-        raise SystemExit("--measure needs a CUDA card")
-    if options.card_gib:
+        raise SystemExit("--measure needs a CUDA GPU")
+    if options.gpu_gib:
         whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(options.card_gib * 2**30 / whole)
-    for level in LEVELS:
-        print(json.dumps(measured(options.measure, level, options.tokens)), flush=True)
+        torch.cuda.set_per_process_memory_fraction(options.gpu_gib * 2**30 / whole)
+    for policy in POLICIES:
+        print(json.dumps(measured(options.measure, policy, options.tokens)), flush=True)
         torch.cuda.empty_cache()
 
 

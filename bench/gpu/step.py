@@ -37,7 +37,7 @@ RANK = 16
 
 @dataclass(frozen=True)
 class StepSpec:
-    """A step: `documents` of `length` tokens each, at one recompute level.
+    """A step: `documents` of `length` tokens each, at one checkpointing policy.
 
     With `graphs` the layers' launches are recorded once and repeated (`models.memory.cuda_graphs`).
     """
@@ -45,18 +45,18 @@ class StepSpec:
     model: str
     documents: int
     length: int
-    recompute: str
+    policy: str
     graphs: bool = False
 
     @classmethod
     def parse(cls, text: str) -> StepSpec:
-        """From `model documents x length recompute [graphs]`, the form that `str` gives."""
-        model, size, recompute, *graphs = text.split()
+        """From `model documents x length policy [graphs]`, the form that `str` gives."""
+        model, size, policy, *graphs = text.split()
         documents, length = size.split("x")
-        return cls(model, int(documents), int(length), recompute, graphs == ["graphs"])
+        return cls(model, int(documents), int(length), policy, graphs == ["graphs"])
 
     def __str__(self) -> str:
-        plain = f"{self.model} {self.documents}x{self.length} {self.recompute}"
+        plain = f"{self.model} {self.documents}x{self.length} {self.policy}"
         return f"{plain} graphs" if self.graphs else plain
 
     @property
@@ -121,9 +121,9 @@ def model_flops(config: ModelConfig, spec: StepSpec) -> float:
 def build(
     config: ModelConfig, spec: StepSpec, device: torch.device, dtype: torch.dtype
 ) -> tuple[Decoder, AdamW8bit]:
-    """A random model that trains, at the step's recompute level, and its optimiser."""
+    """A random model that trains, at the step's checkpointing policy, and its optimiser."""
     model = random_decoder(config, device, dtype, rank=RANK)
-    model.set_recompute(spec.recompute)
+    model.set_checkpointing(spec.policy)
     if spec.graphs:
         # Without a GPU the same passes run launch by launch.
         recorder = CudaRecorder(device) if device.type == "cuda" else None

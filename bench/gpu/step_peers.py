@@ -51,7 +51,7 @@ def hf_config(config: ModelConfig) -> Any:
     )
 
 
-def build(config: ModelConfig, recompute: str, device: torch.device, dtype: torch.dtype) -> Any:
+def build(config: ModelConfig, policy: str, device: torch.device, dtype: torch.dtype) -> Any:
     """A model of `config` with random NF4 projections and LoRA pairs, in training mode."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM
@@ -69,7 +69,7 @@ def build(config: ModelConfig, recompute: str, device: torch.device, dtype: torc
     model.is_loaded_in_4bit = model.is_quantized = True
     model = prepare_model_for_kbit_training(
         model,
-        use_gradient_checkpointing=recompute == "full",
+        use_gradient_checkpointing=policy == "full",
         gradient_checkpointing_kwargs={"use_reentrant": False},
     )
     lora = LoraConfig(
@@ -128,7 +128,7 @@ def measure_step(
 
     clear(device)
     config = configuration(spec.model, small)
-    model = build(config, spec.recompute, device, dtype)
+    model = build(config, spec.policy, device, dtype)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
     ids = torch.randint(0, config.vocab_size, (spec.documents, spec.length), device=device)

@@ -111,7 +111,7 @@ def _run_op(item: str, options: Options) -> dict[str, Any]:
         device_of(options),
         Roofline(found["bandwidth"], found["flops"]),
         budget=options["seconds"],
-        contenders=[peers.contenders] if options["peers"] else [],
+        baselines=[peers.baselines] if options["peers"] else [],
     )
     return row.plain()
 

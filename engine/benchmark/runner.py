@@ -19,7 +19,7 @@ from engine.memory.model_shapes import preset_config, unknown_model
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 
-Contenders = Callable[[str, Work], Mapping[str, Call]]
+Baselines = Callable[[str, Work], Mapping[str, Call]]
 """Op and its inputs -> other implementations of it by name."""
 
 OPS = (
@@ -130,7 +130,7 @@ def run_case(
     *,
     budget: float,
     compiled: bool = False,
-    contenders: Sequence[Contenders] = (),
+    baselines: Sequence[Baselines] = (),
 ) -> Row:
     """Measure one case and, beside it, plain torch and the other implementations."""
     release()
@@ -140,7 +140,7 @@ def run_case(
     mine = work.copies()
     taken = measure(lambda: work.ours(mine), device, budget=budget, before=_restore(work, mine))
     row = _row(case, taken, roofline)
-    for name, call in _others(case, work, compiled, contenders, row):
+    for name, call in _others(case, work, compiled, baselines, row):
         try:
             row.others[name] = measure(call, device, budget=budget).median
         except Exception as error:
@@ -163,12 +163,12 @@ def _restore(work: Work, mine: Mapping[str, torch.Tensor]) -> Call | None:
 
 
 def _others(
-    case: Case, work: Work, compiled: bool, contenders: Sequence[Contenders], row: Row
+    case: Case, work: Work, compiled: bool, baselines: Sequence[Baselines], row: Row
 ) -> Iterator[tuple[str, Call]]:
     yield "torch", partial(work.plain, work.tensors)
     if compiled and work.tensors:
         yield "torch.compile", partial(torch.compile(work.plain), work.tensors)
-    for offer in contenders:
+    for offer in baselines:
         try:
             yield from offer(case.op, work).items()
         except Exception as error:

@@ -24,7 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "accumulate": 16,
         "max_length": 1024,
         "gradient_checkpointing": "full",
-        "loss_chunk_rows": 256,
+        "loss_chunk_tokens": 256,
     },
     "qlora-12gb": {
         "method": "qlora",

@@ -39,11 +39,11 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
     return BeforeValidator(replace)
 
 
-LEVEL = "(none|selective|full)"
+POLICY = "(none|selective|full)"
 
 
-def recompute_levels(value: Any) -> Any:
-    """Other spellings of a recompute level; a list of levels as one text."""
+def checkpointing_policies(value: Any) -> Any:
+    """Other spellings of a checkpointing policy; a list of levels as one text."""
     if isinstance(value, list | tuple):
         value = ",".join(str(item) for item in value)
     text = str(value).strip().lower().replace(" ", "")

@@ -25,14 +25,14 @@ from engine.config.explain import describe
 from engine.config.rules import check_together
 from engine.config.spelling import (
     DTYPES,
-    LEVEL,
     OPTIMIZERS,
+    POLICY,
     PRECISIONS,
+    checkpointing_policies,
     comma_list,
     json_object,
     minus_one_is_none,
     one_or_many,
-    recompute_levels,
     size_in_bytes,
     spelled,
 )
@@ -211,20 +211,20 @@ class TrainConfig(BaseModel):
     packing: bool = _setting(
         False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
     )
-    gradient_checkpointing: Annotated[str, BeforeValidator(recompute_levels)] = _setting(
+    gradient_checkpointing: Annotated[str, BeforeValidator(checkpointing_policies)] = _setting(
         "auto",
         "Length and memory",
         "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
         "little as memory allows",
-        pattern=rf"^(auto|({LEVEL}:[1-9]\d*,)*{LEVEL}(:[1-9]\d*)?)$",
+        pattern=rf"^(auto|({POLICY}:[1-9]\d*,)*{POLICY}(:[1-9]\d*)?)$",
     )
-    mlp_tile_rows: int | None = _setting(
+    mlp_tile_tokens: int | None = _setting(
         None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
-    decode_singly: bool = _setting(
+    low_memory_decode: bool = _setting(
         False, "Length and memory", "hold one decoded weight at a time, not a group of them"
     )
-    loss_chunk_rows: int = _setting(
+    loss_chunk_tokens: int = _setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )
     head_precision: Annotated[Literal["16bit", "8bit"], spelled(PRECISIONS)] = _setting(
@@ -236,7 +236,7 @@ class TrainConfig(BaseModel):
     offload: Annotated[
         tuple[Literal["checkpoints", "weights"], ...], BeforeValidator(comma_list)
     ] = _setting(
-        (), "Length and memory", "what a card lends to the host: checkpoints (inputs), weights"
+        (), "Length and memory", "what a GPU lends to the host: checkpoints (inputs), weights"
     )
     cuda_graphs: bool = _setting(
         False,

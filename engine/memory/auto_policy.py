@@ -17,7 +17,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.meter import gib
-from engine.memory.search import LEVELS, changed
+from engine.memory.search import POLICIES, changed
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
@@ -28,7 +28,7 @@ FREE_SHARE = {"cuda": 0.9, "cpu": 0.6}
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that nobody uses: a card's, or the machine's."""
+    """Bytes that nobody uses: a GPU's, or the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -46,12 +46,12 @@ def _estimate(model: ModelConfig, config: TrainConfig, work: Workload, dtype: to
     trained = weights if config.method == "full" else config.lora_rank * model.num_hidden_layers * (
         2 * hidden + heads * model.head_dim + inner
     ) * 8  # fmt: skip
-    logits = config.loss_chunk_rows * model.vocab_size
+    logits = config.loss_chunk_tokens * model.vocab_size
     kept = tokens * layer * (model.num_hidden_layers + 2)
     return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * kept
 
 
-def resolve_recompute(
+def resolve_policy(
     model: ModelConfig,
     config: TrainConfig,
     device: torch.device,
@@ -64,10 +64,10 @@ def resolve_recompute(
     `work` is the largest step (by default the largest that the settings allow) and `free` the bytes
     that are free, looked up where it is None. Where no level is sure to fit it is "full".
     """
-    return planned_level(model, config, device, dtype, work, free)[0]
+    return planned_policy(model, config, device, dtype, work, free)[0]
 
 
-def planned_level(
+def planned_policy(
     model: ModelConfig,
     config: TrainConfig,
     device: torch.device,
@@ -75,7 +75,7 @@ def planned_level(
     work: Workload | None = None,
     free: int | None = None,
 ) -> tuple[str, MemoryPlan | None]:
-    """As `resolve_recompute`, with the plan of the largest step at that level if it was made."""
+    """As `resolve_policy`, with the plan of the largest step at that level if it was made."""
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing, None
     limit = config.memory_budget
@@ -86,21 +86,21 @@ def planned_level(
     if 2 * _estimate(model, config, work, dtype) < limit:
         return "none", None
 
-    def made(level: str) -> MemoryPlan:
-        settings = changed(config, gradient_checkpointing=level)
-        return plan(model, settings, card=device.type == "cuda", dtype=dtype, work=work)
+    def made(policy: str) -> MemoryPlan:
+        settings = changed(config, gradient_checkpointing=policy)
+        return plan(model, settings, gpu=device.type == "cuda", dtype=dtype, work=work)
 
-    *faster, level = LEVELS
-    found = made(level) if config.memory_budget is not None else None
+    *faster, policy = POLICIES
+    found = made(policy) if config.memory_budget is not None else None
     if found is None or found.total <= limit:
         for other in faster:
             tried = made(other)
             if tried.total <= limit:
-                level, found = other, tried
+                policy, found = other, tried
                 break
-    found = found or made(level)
+    found = found or made(policy)
     log.info(
         "gradient checkpointing %s: a step needs %s, and %s may be used",
-        level, gib(found.total), gib(limit),
+        policy, gib(found.total), gib(limit),
     )  # fmt: skip
-    return level, found
+    return policy, found

@@ -1,7 +1,7 @@
 """A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
 
 Before rows are read, one row of 8 tokens is planned, and a budget that cannot hold it is refused.
-Before weights are read, so is the largest step that the run's rows can make. On a CUDA card the
+Before weights are read, so is the largest step that the run's rows can make. On a CUDA GPU the
 allocator gets the budget as its limit. On a CPU every step that is larger than those before it, and
 the first two, run under a `MemoryMeter` that stops the run at the budget. At the end the measured
 peak stands beside the plan of the largest step seen.
@@ -45,7 +45,7 @@ def require_room(
     """
     budget = config.memory_budget
     assert budget is not None
-    make = partial(plan, model, card=device.type == "cuda", dtype=dtype)
+    make = partial(plan, model, gpu=device.type == "cuda", dtype=dtype)
     least = least_step(config)
     made = make(least)
     if made.total <= budget:
@@ -69,9 +69,9 @@ class MemoryBudget:
         dtype: torch.dtype,
         planned: MemoryPlan | None = None,
     ) -> None:
-        """Plan the run and limit the card. Raises `MemoryPlanError` where the budget is too small.
+        """Plan the run and limit the GPU. Raises `MemoryPlanError` where the budget is too small.
 
-        `config` is the run's with its recompute level chosen; its `memory_budget` must be set.
+        `config` is the run's with its checkpointing policy chosen; its `memory_budget` must be set.
         `planned` is the plan of its largest step, where that is made already.
         """
         self._prepared, self._config = prepared, config
@@ -98,7 +98,7 @@ class MemoryBudget:
         return plan(
             self._prepared.checkpoint.config,
             config,
-            card=self._device.type == "cuda",
+            gpu=self._device.type == "cuda",
             dtype=self._dtype,
             work=work,
             batches=batches,

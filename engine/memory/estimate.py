@@ -1,10 +1,10 @@
 """What a run will need, before anything is allocated.
 
-`plan` runs the dry pass (`engine.memory.simulate.step`) of the run's own code. A model of many
-equal layers is passed with a few: the bytes of every stretch of a step are linear in the number of
-layers, so two small passes give the deep one (a test compares them with the full pass). What lies
-outside torch's allocator on a card cannot be counted without one; it is added as the constants
-below, and said so.
+`plan` runs the simulated step (`engine.memory.simulate.step`) of the run's own code. A model of
+many equal layers is passed with a few: the bytes of every stretch of a step are linear in the
+number of layers, so two small passes give the deep one (a test compares them with the full pass).
+What lies outside torch's allocator on a GPU cannot be counted without one; it is added as the
+constants below, and said so.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from engine.data.loader import IGNORED, Batch
 from engine.memory.meter import Peak, Segment
 from engine.memory.simulate.step import DryResult, dry_pass
 from models.config.model_config import ModelConfig
-from models.layers.packed_batch import layer_levels
+from models.layers.packed_batch import layer_policies
 
 CUDA_CONTEXT = 480 * 2**20
 """Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve
-that is assumed; it is between 300 and 600 MiB on the cards and drivers in use."""
+that is assumed; it is between 300 and 600 MiB on the GPUs and drivers in use."""
 
 CUBLAS_WORKSPACE = 32 * 2**20
-"""cuBLAS's workspace of one stream on Hopper, the largest default; 8 MiB on earlier cards."""
+"""cuBLAS's workspace of one stream on Hopper, the largest default; 8 MiB on earlier GPUs."""
 
 FRAGMENTATION = 0.05
 """Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
@@ -50,12 +50,12 @@ class Workload:
 class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
-    `reserve` names what is added to the tensors' bytes for a card; it is empty for a CPU. `host` is
-    what a card lends to the host's memory, and `tied` says that the head is the embedding.
+    `reserve` names what is added to the tensors' bytes for a GPU; it is empty for a CPU. `host` is
+    what a GPU lends to the host's memory, and `tied` says that the head is the embedding.
     """
 
     config: TrainConfig
-    card: bool
+    gpu: bool
     dtype: torch.dtype
     load: Peak
     step: Peak
@@ -80,7 +80,7 @@ class MemoryPlan:
         return self.allocated + sum(self.reserve.values())
 
     def seconds(self, flops_per_second: float) -> float:
-        """Time of one step at a card's real rate of matrix products."""
+        """Time of one step at a GPU's real rate of matrix products."""
         return self.flops / flops_per_second
 
 
@@ -114,7 +114,7 @@ def plan(
     model: ModelConfig,
     config: TrainConfig,
     *,
-    card: bool,
+    gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
     work: Workload | None = None,
@@ -123,9 +123,9 @@ def plan(
 ) -> MemoryPlan:
     """Plan a run of `config` on a model of this shape.
 
-    `card` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
+    `GPU` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
     (by default the largest that the settings allow), or `batches` the step itself. `whole` passes
-    every layer. Raises `ValueError` where the recompute levels are not those of the layers.
+    every layer. Raises `ValueError` where the checkpointing policies are not those of the layers.
     """
     if batches:
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
@@ -134,29 +134,29 @@ def plan(
         batches = [make_batch(lengths) for lengths in work.micro_batches]
 
     layers, period = model.num_hidden_layers, model.period
-    levels = set(layer_levels(config.gradient_checkpointing, layers))
-    mixed = len(levels) > 1
+    policies = set(layer_policies(config.gradient_checkpointing, layers))
+    mixed = len(policies) > 1
     settings = (
-        config if mixed else config.model_copy(update={"gradient_checkpointing": levels.pop()})
+        config if mixed else config.model_copy(update={"gradient_checkpointing": policies.pop()})
     )
 
     def run(layers: int) -> DryResult:
         few = model.with_layers(layers)
-        return dry_pass(few, settings, batches, card=card, dtype=dtype, stored=stored)
+        return dry_pass(few, settings, batches, gpu=gpu, dtype=dtype, stored=stored)
 
     few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
     if whole or mixed or layers % period or layers <= few[1] + 1:
         result = run(layers)
     else:
         result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
-    made = _plan_of(result, config, card, dtype, work, layers)
+    made = _plan_of(result, config, gpu, dtype, work, layers)
     return replace(made, tied=model.tie_word_embeddings)
 
 
 def _plan_of(
     result: DryResult,
     config: TrainConfig,
-    card: bool,
+    gpu: bool,
     dtype: torch.dtype,
     work: Workload,
     layers: int,
@@ -166,7 +166,7 @@ def _plan_of(
     if config.method == "full":
         saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
     reserve = {}
-    if card:
+    if gpu:
         passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
         reserve = {
             "CUDA context": CUDA_CONTEXT,
@@ -176,12 +176,12 @@ def _plan_of(
     micro = config.accumulate / len(work.micro_batches)
     return MemoryPlan(
         config=config,
-        card=card,
+        gpu=gpu,
         dtype=dtype,
         load=result.load,
         step=step,
         save=Peak(sum(resident.values()), resident),
-        save_host=sum(resident.get(owner, 0) for owner in saved) if card else 0,
+        save_host=sum(resident.get(owner, 0) for owner in saved) if gpu else 0,
         trainable=result.trainable,
         tokens=int(work.tokens * micro),
         flops=result.flops * micro,

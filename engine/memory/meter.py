@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels.runtime.scratch
 from engine.errors import MemoryPlanError
 from models.decoder import Decoder
-from models.layers.block import Batch, DecoderLayer, Kept
+from models.layers.block import Batch, BlockSaved, DecoderLayer
 from models.layers.linear import Embedding
 from models.memory.offload import WeightStream, quantized_weights, tensors_of
 from optim.adamw8bit import AdamW8bit
@@ -279,28 +279,28 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
 
     With `fresh_scratch` the scratch buffers of the process are set aside for the while.
     """
-    run, differentiate = DecoderLayer.run, DecoderLayer.differentiate
+    run, backward = DecoderLayer.forward, DecoderLayer.backward
     bring = WeightStream._bring
     build, step = FlatState.__init__, AdamW8bit.step
     work = meter.owner
 
-    def watched_run(
-        layer: DecoderLayer, x: Tensor, batch: Batch, level: str = "none"
-    ) -> tuple[Tensor, Kept]:
+    def watched_forward(
+        layer: DecoderLayer, x: Tensor, batch: Batch, policy: str = "none"
+    ) -> tuple[Tensor, BlockSaved]:
         meter.owner = work
         meter.begin("forward", layer.index)
-        y, kept = run(layer, x, batch, level)
+        y, kept = run(layer, x, batch, policy)
         meter.hand_over(work, "checkpoints")
         meter.owner = "loss"
         meter.begin("loss")
         return y, kept
 
-    def watched_differentiate(
-        layer: DecoderLayer, dy: Tensor, x: Tensor, batch: Batch, kept: Kept, need_dx: bool
+    def watched_backward(
+        layer: DecoderLayer, dy: Tensor, x: Tensor, batch: Batch, kept: BlockSaved, need_dx: bool
     ) -> Any:
         meter.owner = work
         meter.begin("backward", layer.index)
-        dx, grads = differentiate(layer, dy, x, batch, kept, need_dx)
+        dx, grads = backward(layer, dy, x, batch, kept, need_dx)
         meter.track("gradients", grads.values())
         meter.begin("between layers", layer.index)
         return dx, grads
@@ -335,8 +335,8 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
         earlier.clear()  # or it would hold on to what is replaced by larger ones
     try:
         with replaced(
-            (DecoderLayer, "run", watched_run),
-            (DecoderLayer, "differentiate", watched_differentiate),
+            (DecoderLayer, "forward", watched_forward),
+            (DecoderLayer, "backward", watched_backward),
             (WeightStream, "_bring", watched_bring),
             (FlatState, "__init__", watched_build),
             (AdamW8bit, "step", watched_step),

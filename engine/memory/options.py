@@ -1,7 +1,7 @@
 """The ladder of settings that buy memory with time, the cheapest step first.
 
 What a step costs is assumed, as a share of the step's time, from the ratio of what it moves or
-decodes to what a layer computes (bytes over a card's bus and operations over its rate for a few
+decodes to what a layer computes (bytes over a GPU's bus and operations over its rate for a few
 thousand tokens): it decides the order in which settings are tried and nothing else. None changes
 which function is differentiated but the 8-bit head, which rounds the head once.
 """
@@ -20,10 +20,10 @@ NAMES = (
     "optimizer_in_backward",
     "embedding_on",
     "offload",
-    "mlp_tile_rows",
-    "loss_chunk_rows",
+    "mlp_tile_tokens",
+    "loss_chunk_tokens",
     "head_precision",
-    "decode_singly",
+    "low_memory_decode",
     "max_length",
 )
 """The settings that a search may change, in the order in which they are shown."""
@@ -32,7 +32,7 @@ _WIDE_TILE, _NARROW_TILE, _FEW_ROWS = 2048, 512, 64
 
 
 @dataclass(frozen=True)
-class Lever:
+class MemoryOption:
     """One step of the ladder: what it sets, and the share of a step's time that it costs."""
 
     setting: str
@@ -40,32 +40,32 @@ class Lever:
     cost: float
 
 
-def ladder(config: TrainConfig, card: bool, tied: bool) -> list[Lever]:
-    """The levers that this run can pull and has not pulled, the cheapest first.
+def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOption]:
+    """The memory options that this run can pull and has not pulled, the cheapest first.
 
-    What lends memory to the host is for a card only, and a tied embedding stays with the head. The
+    What lends memory to the host is for a GPU only, and a tied embedding stays with the head. The
     optimizer steps in backward only where that learns the same: see `steps_in_backward`.
     """
     frozen = config.method != "full"
-    tile, rows = config.mlp_tile_rows, config.loss_chunk_rows
+    tile, rows = config.mlp_tile_tokens, config.loss_chunk_tokens
     streams = config.method == "qlora" and not config.use_dora
     choices = (
-        (card and frozen and not tied, Lever("embedding_on", "host", 0.001)),
-        (steps_in_backward(config), Lever("optimizer_in_backward", True, 0.005)),
-        (card, Lever("offload", "checkpoints", 0.01)),
-        (tile is None or tile > _WIDE_TILE, Lever("mlp_tile_rows", _WIDE_TILE, 0.01)),
-        (rows > _FEW_ROWS, Lever("loss_chunk_rows", _FEW_ROWS, 0.02)),
-        (frozen, Lever("head_precision", "8bit", 0.02)),
-        (tile is None or tile > _NARROW_TILE, Lever("mlp_tile_rows", _NARROW_TILE, 0.03)),
-        (True, Lever("decode_singly", True, 0.15)),
-        (card and streams, Lever("offload", "weights", 0.5)),
+        (gpu and frozen and not tied, MemoryOption("embedding_on", "host", 0.001)),
+        (steps_in_backward(config), MemoryOption("optimizer_in_backward", True, 0.005)),
+        (gpu, MemoryOption("offload", "checkpoints", 0.01)),
+        (tile is None or tile > _WIDE_TILE, MemoryOption("mlp_tile_tokens", _WIDE_TILE, 0.01)),
+        (rows > _FEW_ROWS, MemoryOption("loss_chunk_tokens", _FEW_ROWS, 0.02)),
+        (frozen, MemoryOption("head_precision", "8bit", 0.02)),
+        (tile is None or tile > _NARROW_TILE, MemoryOption("mlp_tile_tokens", _NARROW_TILE, 0.03)),
+        (True, MemoryOption("low_memory_decode", True, 0.15)),
+        (gpu and streams, MemoryOption("offload", "weights", 0.5)),
     )
-    return [lever for possible, lever in choices if possible and not _pulled(config, lever)]
+    return [option for possible, option in choices if possible and not _pulled(config, option)]
 
 
-def _pulled(config: TrainConfig, lever: Lever) -> bool:
-    present = getattr(config, lever.setting)
-    return lever.value in present if lever.setting == "offload" else bool(present == lever.value)
+def _pulled(config: TrainConfig, option: MemoryOption) -> bool:
+    present = getattr(config, option.setting)
+    return option.value in present if option.setting == "offload" else bool(present == option.value)
 
 
 def steps_in_backward(config: TrainConfig) -> bool:
@@ -74,24 +74,24 @@ def steps_in_backward(config: TrainConfig) -> bool:
     return config.method == "full" and alone and config.dtype != "float16"
 
 
-def pull(config: TrainConfig, levers: Sequence[Lever]) -> TrainConfig:
-    """The settings with these levers pulled; of two for one setting the later stands.
+def pull(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
+    """The settings with these memory options pulled; of two for one setting the later stands.
 
     Where the settings accumulate, the optimizer does not step in backward.
     """
     changes: dict[str, object] = {}
-    for lever in levers:
-        if lever.setting == "optimizer_in_backward" and config.accumulate > 1:
+    for option in options:
+        if option.setting == "optimizer_in_backward" and config.accumulate > 1:
             continue
-        if lever.setting == "offload":
+        if option.setting == "offload":
             before = changes.get("offload", config.offload)
             assert isinstance(before, tuple)
-            changes["offload"] = (*before, lever.value)
+            changes["offload"] = (*before, option.value)
         else:
-            changes[lever.setting] = lever.value
+            changes[option.setting] = option.value
     return config.model_copy(update=changes)
 
 
-def cost(levers: Sequence[Lever]) -> float:
-    """The share of a step's time that these levers cost together."""
-    return sum(lever.cost for lever in levers)
+def cost(options: Sequence[MemoryOption]) -> float:
+    """The share of a step's time that these memory options cost together."""
+    return sum(option.cost for option in options)

@@ -3,7 +3,7 @@
 Candidates are what costs time and nothing else: how much backward recomputes, how many rows a
 micro-batch holds (with more micro-batches in their place, so that a step learns from as many rows),
 and how far down the ladder of `engine.memory.options` the run goes. Their time is the operations of
-the dry pass with surcharges for the rest; of those that fit the fastest is taken. Where that
+the simulated step with surcharges for the rest; of those that fit the fastest is taken. Where that
 recomputes more than a faster level, as many of the last layers as fit take the faster one. If
 nothing fits, rows are cut to the length that does. The rank and what is trained are never changed.
 The settings that need the least are planned first: a budget below them is refused at once.
@@ -18,9 +18,9 @@ from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import MemoryPlan
 from engine.memory.meter import gib
-from engine.memory.options import NAMES, Lever, cost, ladder, pull, steps_in_backward
+from engine.memory.options import NAMES, MemoryOption, cost, memory_options, pull, steps_in_backward
 
-LEVELS = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full")
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64
 LEAST_LENGTH = 8
@@ -47,7 +47,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The tokens of one row that fit a card of `gigabytes`, and the settings that hold them."""
+    """The tokens of one row that fit a GPU of `gigabytes`, and the settings that hold them."""
 
     gigabytes: int
     tokens: int | None
@@ -86,7 +86,7 @@ class _Search:
     def __init__(self, config: TrainConfig, budget: int, planner: Planner) -> None:
         self.config, self.budget, self.planner = config, budget, planner
         self.planned: dict[str, MemoryPlan] = {}
-        self.rungs = levers_of(config, self.plan)
+        self.rungs = options_of(config, self.plan)
 
     def plan(self, candidate: TrainConfig) -> MemoryPlan:
         key = candidate.model_dump_json()
@@ -101,18 +101,18 @@ class _Search:
         """The settings that need the least, rows as long as asked for or as here."""
         return self._smallest("full", max_length)
 
-    def leasts(self, level: str = "full", max_length: int | None = None) -> list[TrainConfig]:
+    def leasts(self, policy: str = "full", max_length: int | None = None) -> list[TrainConfig]:
         """Of a level what may need the least: one row at a time, or one pass of all that steps."""
         batches = [1]
         steps = any(rung.setting == "optimizer_in_backward" for rung in self.rungs)
         if self.config.batch_size > 1 and (steps or self.config.optimizer_in_backward):
             batches.append(self.config.batch_size)
         length = max_length or self.config.max_length
-        shapes = [changed(self._shaped(level, batch), max_length=length) for batch in batches]
+        shapes = [changed(self._shaped(policy, batch), max_length=length) for batch in batches]
         return [pull(shape, self.rungs) for shape in shapes]
 
-    def _smallest(self, level: str, max_length: int | None = None) -> TrainConfig:
-        found = self.leasts(level, max_length)
+    def _smallest(self, policy: str, max_length: int | None = None) -> TrainConfig:
+        found = self.leasts(policy, max_length)
         return found[0] if len(found) == 1 else min(found, key=lambda c: self.plan(c).total)
 
     def require_any(self) -> None:
@@ -121,11 +121,11 @@ class _Search:
         if not self.fits(shortest):
             raise MemoryPlanError(_refusal(self.config, shortest, self.budget, self.plan))
 
-    def _shaped(self, level: str, batch: int) -> TrainConfig:
+    def _shaped(self, policy: str, batch: int) -> TrainConfig:
         accumulate = self.config.batch_size * self.config.accumulate // batch
         return changed(
             self.config,
-            gradient_checkpointing=level,
+            gradient_checkpointing=policy,
             batch_size=batch,
             accumulate=accumulate,
             optimizer_in_backward=self.config.optimizer_in_backward and accumulate == 1,
@@ -143,33 +143,33 @@ class _Search:
         return None
 
     def _fastest(self) -> TrainConfig:
-        best: tuple[float, TrainConfig, list[Lever]] | None = None
-        for least_time, level, batch in sorted(self._groups()):
+        best: tuple[float, TrainConfig, list[MemoryOption]] | None = None
+        for least_time, policy, batch in sorted(self._groups()):
             if best is not None and best[0] <= least_time:
                 break
-            shaped = self._shaped(level, batch)
+            shaped = self._shaped(policy, batch)
             count = self._rungs_needed(shaped)
             if count is None:
                 continue
-            levers = self._needed(shaped, self.rungs[:count])
-            time = least_time * (1.0 + cost(levers))
+            options = self._needed(shaped, self.rungs[:count])
+            time = least_time * (1.0 + cost(options))
             if best is None or time < best[0]:
-                best = (time, shaped, levers)
+                best = (time, shaped, options)
         assert best is not None, "the settings that need the least fit and are in a group"
         return self._faster_layers(pull(best[1], best[2]))
 
     def _groups(self) -> Iterator[tuple[float, str, int]]:
-        """(time without levers, level, rows of a micro-batch) of what may fit."""
+        """(time without memory options, level, rows of a micro-batch) of what may fit."""
         size = self.config.batch_size
         rows = size * self.config.accumulate
         batches = [b for b in range(1, size + 1) if rows % b == 0]
-        for level in LEVELS:
-            smallest = self._smallest(level)
+        for policy in POLICIES:
+            smallest = self._smallest(policy)
             if not self.fits(smallest):
                 continue
             for batch in batches:
                 halvings = max(0, (size // batch).bit_length() - 1)
-                yield self.plan(smallest).flops * (1 + _HALVED_BATCH * halvings), level, batch
+                yield self.plan(smallest).flops * (1 + _HALVED_BATCH * halvings), policy, batch
 
     def _rungs_needed(self, shaped: TrainConfig) -> int | None:
         """How far down the ladder the settings must go to fit; None if its end does not do."""
@@ -186,14 +186,14 @@ class _Search:
                 low = middle
         return high
 
-    def _needed(self, shaped: TrainConfig, levers: list[Lever]) -> list[Lever]:
-        """The levers without those that are not needed, the dearest tried first.
+    def _needed(self, shaped: TrainConfig, options: list[MemoryOption]) -> list[MemoryOption]:
+        """The memory options without those that are not needed, the dearest tried first.
 
         The last is needed: without it the settings did not fit.
         """
-        needed = list(levers)
-        for lever in sorted(levers[:-1], key=lambda lever: -lever.cost):
-            rest = [other for other in needed if other is not lever]
+        needed = list(options)
+        for option in sorted(options[:-1], key=lambda option: -option.cost):
+            rest = [other for other in needed if other is not option]
             if self.fits(pull(shaped, rest)):
                 needed = rest
         return needed
@@ -205,9 +205,9 @@ class _Search:
         """
         slow = found.gradient_checkpointing
         layers = self.plan(found).layers
-        if slow not in LEVELS[1:] or layers < 2:
+        if slow not in POLICIES[1:] or layers < 2:
             return found
-        fast = LEVELS[LEVELS.index(slow) - 1]
+        fast = POLICIES[POLICIES.index(slow) - 1]
         most = self.plan(changed(found, gradient_checkpointing=fast)).total
         room = self.budget - self.plan(found).total
         per_layer = max(1.0, (most - self.plan(found).total) / layers)
@@ -219,14 +219,14 @@ class _Search:
         return found
 
 
-def levers_of(config: TrainConfig, plan: Planner) -> list[Lever]:
+def options_of(config: TrainConfig, plan: Planner) -> list[MemoryOption]:
     """The ladder of this run; a plan of its least step knows the machine and the model."""
     made = plan(least_step(config))
-    return ladder(config, made.card, made.tied)
+    return memory_options(config, made.gpu, made.tied)
 
 
 def least_step(config: TrainConfig) -> TrainConfig:
-    """The run with the levers as they are, cut to one row as short as `max_length` may be."""
+    """The run with its memory options, cut to one row as short as `max_length` may be."""
     return changed(
         config,
         max_length=LEAST_LENGTH,
@@ -352,7 +352,7 @@ def _ways(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def context_table(config: TrainConfig, plan: Planner, limit: int) -> list[LongestRow]:
-    """The longest row with full recomputation for the usual cards' sizes, all levers pulled.
+    """The longest row with full recomputation for the usual GPUs' sizes, all memory options pulled.
 
     Weights are streamed only where nothing fits without. Lengths are within a percent of the most.
     """

@@ -65,7 +65,7 @@ class _Form:
         """All experts' weights (E, out, in) of one parameter, projection by projection."""
         both = leaf == "gate_up_proj"
         names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
-        # In 16 bits on a card all experts are one launch, which reads the planar order.
+        # In 16 bits on a GPU all experts are one launch, which reads the planar order.
         planar = self.device.type == "cuda" and self.dtype.itemsize == 2
         whole = planar and tensor.shape[-1] % BLOCK == 0
         found: dict[str, QuantizedExperts] = {}

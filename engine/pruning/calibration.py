@@ -114,7 +114,7 @@ def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) 
 @contextmanager
 def _listening(mixer: Any, grams: Tensor, total: Tensor) -> Iterator[None]:
     """Add the lengths of every token's contributions to `total` as `mixer` runs."""
-    run = mixer.run
+    run = mixer.forward
 
     def listen(*arguments: Any) -> Any:
         x1, kept = run(*arguments)
@@ -123,11 +123,11 @@ def _listening(mixer: Any, grams: Tensor, total: Tensor) -> Iterator[None]:
         total.add_(squares.clamp_(min=0).sqrt_().double().sum(0))
         return x1, kept
 
-    mixer.run = listen
+    mixer.forward = listen
     try:
         yield
     finally:
-        del mixer.run
+        del mixer.forward
 
 
 def _heads_output(mixer: Attention | DeltaNet, kept: Any) -> Tensor:

@@ -37,7 +37,7 @@ class ConversationError(DataError):
 
 
 class SpanFinder:
-    """Finds trained spans for one template.
+    """Finds loss spans for one template.
 
     Args:
         source: the template's text.
@@ -59,7 +59,7 @@ class SpanFinder:
             render: does jobs on the same conversation.
 
         Returns:
-            the whole text, and the trained spans in order, as [start, end) of characters.
+            the whole text, and the loss spans in order, as [start, end) of characters.
 
         Raises:
             ConversationError: the template refuses the conversation, or hides where a trained

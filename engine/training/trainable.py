@@ -16,7 +16,7 @@ from models.adapters import add_lora, load_adapter_tensors, scale_of, target_mod
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
-from models.layers.packed_batch import Levers, layer_levels
+from models.layers.packed_batch import StepSettings, layer_policies
 from models.memory.cuda_graphs import recordable
 from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups
@@ -130,10 +130,10 @@ def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> i
         )
         if init is not None:
             load_adapter_tensors(model, init)
-    model.set_recompute(config.gradient_checkpointing)
-    model.levers = Levers(config.mlp_tile_rows, config.decode_singly)
+    model.set_checkpointing(config.gradient_checkpointing)
+    model.settings = StepSettings(config.mlp_tile_tokens, config.low_memory_decode)
     model.checkpoints_on_host = "checkpoints" in config.offload
-    model.loss_chunk_rows = config.loss_chunk_rows
+    model.loss_chunk_tokens = config.loss_chunk_tokens
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -203,9 +203,9 @@ def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig
     )
 
 
-def check_levels(config: TrainConfig, layers: int) -> None:
-    """Raises `ConfigError` where the recompute levels are not those of this many layers."""
+def check_policies(config: TrainConfig, layers: int) -> None:
+    """Raises `ConfigError` where the checkpointing policies are not those of this many layers."""
     try:
-        layer_levels(config.gradient_checkpointing, layers)
+        layer_policies(config.gradient_checkpointing, layers)
     except ValueError as error:
         raise ConfigError(f"--gradient-checkpointing: {error}.") from error

@@ -33,7 +33,7 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 def upload(
     values: Sequence[Sequence[float]] | np.ndarray, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A table on the device. The host does not wait: a card fetches it from pinned memory."""
+    """A table on the device. The host does not wait: a GPU fetches it from pinned memory."""
     table = torch.as_tensor(values, dtype=dtype)
     if device.type != "cuda":
         return table.to(device)

@@ -15,7 +15,7 @@ raises. `explain` says what each back end answered.
 
 flash and efficient are the functions behind `torch.nn.attention.varlen.varlen_attn` and
 `scaled_dot_product_attention`; called directly, they hand out what backward needs, so that a
-recompute level can keep it. None of them waits for the device.
+checkpointing policy can keep it. None of them waits for the device.
 """
 
 from __future__ import annotations

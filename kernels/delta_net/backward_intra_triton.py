@@ -23,7 +23,7 @@ from kernels.delta_net.tiles import (
     CHUNK,
     Launch,
     at_end,
-    chunk_rows,
+    chunk_tokens,
     decay_matrix,
     load_head,
     load_rows,
@@ -74,7 +74,7 @@ def pairs_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
+    chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     i = tl.arange(0, 64)
     strength = load_scalars(beta, row, inside, head, heads)
     d_scores = tl.zeros((64, 64), tl.float32)
@@ -142,7 +142,7 @@ def query_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
+    chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
     at_state = states + (chunk * heads + head) * KEY * VALUE
@@ -198,7 +198,7 @@ def key_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
+    chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
     at_state = (chunk * heads + head) * KEY * VALUE

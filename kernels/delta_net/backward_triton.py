@@ -18,7 +18,7 @@ from kernels.delta_net.backward_intra_triton import before_norm, inside_chunks
 from kernels.delta_net.tiles import (
     Launch,
     at_end,
-    chunk_rows,
+    chunk_tokens,
     decay_matrix,
     document_state,
     load_head,
@@ -59,7 +59,7 @@ def writes_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    _, head, key_head, row, inside = chunk_rows(starts, ends, group)
+    _, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     queries, keys = q + key_head * q_head, k + key_head * k_head
     scores = row_products(keys, k_row, queries, q_row, row, inside, KEY, BLOCK_K)

@@ -7,7 +7,7 @@ it reads: nothing else is known of documents here.
 
 Backward forms a again and finishes dx three tokens late; a run reads three tokens beyond its end,
 of which it uses da alone. dw needs no atomics: every run writes its share, and the shares are
-summed afterwards, so the result does not depend on the card.
+summed afterwards, so the result does not depend on the GPU.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from kernels.delta_net.tiles import (
     CHUNK,
     Launch,
     at_end,
-    chunk_rows,
+    chunk_tokens,
     decay_matrix,
     document_state,
     load_head,
@@ -241,7 +241,7 @@ def output_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    chunk, head, key_head, row, inside = chunk_rows(starts, ends, group)
+    chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     scores = tl.zeros((64, 64), tl.float32)
     result = tl.zeros((64, BLOCK_V), tl.float32)

@@ -3,7 +3,7 @@
 A program handles a tile of whole rows: heads of one token, which may lie in a column block of a
 wider matrix. dweight needs no atomics: a fixed number of programs each add up a share in registers
 while they write the other gradients, and the shares are summed afterwards, so the result does not
-depend on the card.
+depend on the GPU.
 """
 
 from __future__ import annotations

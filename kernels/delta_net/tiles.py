@@ -190,7 +190,7 @@ def tile(kernel: str, arch: int, key: int, value: int) -> Tile:
 
 
 @jit
-def chunk_rows(starts, ends, group):
+def chunk_tokens(starts, ends, group):
     """Chunk, value head and its key head of a program, the chunk's tokens, which there are."""
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)

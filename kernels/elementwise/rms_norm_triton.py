@@ -3,7 +3,7 @@
 A program handles a tile of whole rows (many short ones, one long one), forward and dx. Rows may lie
 anywhere: as plain rows, or grouped, such as the heads of a column block of a wider matrix. dweight
 needs no atomics: a fixed number of programs each add up a share in registers while they write dx,
-and the shares are summed afterwards, so the result does not depend on the card. Rows too wide for
+and the shares are summed afterwards, so the result does not depend on the GPU. Rows too wide for
 that have a kernel that sums dweight alone.
 """
 

@@ -29,14 +29,14 @@ from kernels.runtime.scratch import scratch
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
-_GPU_CHUNK_ROWS = 1024
+_GPU_CHUNK_TOKENS = 1024
 _SLAB_BYTES = 16 * 2**20
 _SCALED_ROWS = 1 << 14
 
 Head = Tensor | Int8Weight
 
 
-def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
+def chunk_tokens(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
     """Rows per chunk such that one chunk of logits stays within `budget` bytes."""
     return max(64, budget // (vocab_size * itemsize))
 
@@ -44,8 +44,8 @@ def chunk_rows(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES
 def _default_rows(vocab_size: int, hidden: Tensor) -> int:
     """A GPU needs tall chunks: each one reads the whole head twice."""
     if hidden.is_cuda:
-        return max(_GPU_CHUNK_ROWS, chunk_rows(vocab_size, hidden.itemsize, _GPU_CHUNK_BYTES))
-    return chunk_rows(vocab_size, 4)
+        return max(_GPU_CHUNK_TOKENS, chunk_tokens(vocab_size, hidden.itemsize, _GPU_CHUNK_BYTES))
+    return chunk_tokens(vocab_size, 4)
 
 
 def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def linear_cross_entropy(
     weight: Head,
     labels: Tensor,
     num_items: float | None = None,
-    rows_per_chunk: int | None = None,
+    tokens_per_chunk: int | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `labels`, summed and divided by `num_items`.
 
@@ -219,6 +219,6 @@ def linear_cross_entropy(
         )
     if not labels.is_cuda and labels.numel() and int(labels.max()) >= weight.shape[0]:
         raise ValueError(f"label {int(labels.max())} is outside a vocabulary of {weight.shape[0]}")
-    rows = rows_per_chunk or _default_rows(weight.shape[0], hidden)
+    rows = tokens_per_chunk or _default_rows(weight.shape[0], hidden)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, num_items, rows)
     return loss

@@ -59,7 +59,7 @@ def linear_distillation(
     teacher_hidden: Tensor,
     teacher_weight: Head,
     num_items: float | None = None,
-    rows_per_chunk: int = 256,
+    tokens_per_chunk: int = 256,
 ) -> Tensor:
     """KL divergence of the student's next-token distribution from the teacher's, a scalar.
 
@@ -85,6 +85,6 @@ def linear_distillation(
         teacher_hidden,
         teacher_weight,
         float(max(1, hidden.shape[0]) if num_items is None else num_items),
-        rows_per_chunk,
+        tokens_per_chunk,
     )
     return loss

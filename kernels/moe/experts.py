@@ -70,7 +70,7 @@ class MixtureOfExperts:
 
 
 @dataclass(frozen=True)
-class MoESaved:
+class ExpertsSaved:
     """What backward reads beside x; once trimmed, the inner activations are computed again.
 
     `counts` (E,) are rows per expert and `prob_sum` (E,) the sum of p over tokens, both fp32 or
@@ -86,17 +86,17 @@ class MoESaved:
     @classmethod
     def of(
         cls, routing: Routing, inner: Tensor | None = None, shared: _Pair | None = None
-    ) -> MoESaved:
+    ) -> ExpertsSaved:
         """With what is counted over all tokens of an untrimmed choice."""
         assert routing.probabilities is not None
         counts = routing.groups.offsets.diff().to(routing.weights.dtype)
         return cls(routing, counts, routing.probabilities.sum(0), inner, shared)
 
-    def part(self, tokens: slice) -> MoESaved:
+    def part(self, tokens: slice) -> ExpertsSaved:
         """What backward reads of some consecutive tokens, trimmed."""
-        return MoESaved(self.routing.part(tokens), self.counts, self.prob_sum)
+        return ExpertsSaved(self.routing.part(tokens), self.counts, self.prob_sum)
 
-    def trim(self) -> MoESaved:
+    def trim(self) -> ExpertsSaved:
         """Only the choice of experts, so that what backward computes again cannot choose anew."""
         return replace(self, routing=self.routing.trim(), inner=None, shared=None)
 
@@ -107,11 +107,11 @@ def _seed(seed: Seed | None, site: int) -> Seed | None:
 
 def moe_forward(
     x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
-) -> tuple[Tensor, MoESaved]:
+) -> tuple[Tensor, ExpertsSaved]:
     """y (N, H) for x (N, H). `seed` None means no dropout; seed to seed + SEEDS - 1 are used."""
     routing = choose(x, moe)
     y, inner, shared = moe_output(x, moe, routing, seed)
-    return y, MoESaved.of(routing, inner, shared)
+    return y, ExpertsSaved.of(routing, inner, shared)
 
 
 def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
@@ -173,7 +173,7 @@ def moe_backward(
     dy: Tensor,
     x: Tensor,
     moe: MixtureOfExperts,
-    saved: MoESaved,
+    saved: ExpertsSaved,
     grads: Gradients,
     *,
     seed: Seed | None = None,
@@ -294,7 +294,7 @@ class _MixtureOfExperts(torch.autograd.Function):
             dy,
             x,
             ctx.moe,
-            MoESaved(ctx.routing, d_counts, d_prob_sum, inner.clone()),
+            ExpertsSaved(ctx.routing, d_counts, d_prob_sum, inner.clone()),
             grads,
             seed=ctx.seed,
             d_prob_sum=d_prob_sum,

@@ -1,6 +1,6 @@
-"""Tensors that stay in the host's memory while a card computes.
+"""Tensors that stay in the host's memory while a GPU computes.
 
-They are pinned, so that a copy engine reads and writes them while the card works on. Where the
+They are pinned, so that a copy engine reads and writes them while the GPU works on. Where the
 device is the CPU itself there is nothing to move.
 """
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def host_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x in the host's memory, pinned where there is a card; never the memory of x itself."""
+    """x in the host's memory, pinned where there is a GPU; never the memory of x itself."""
     return host_room(x, dtype).copy_(x)
 
 
 def host_room(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory of the host for a tensor like x, pinned where there is a card."""
+    """Uninitialised memory of the host for a tensor like x, pinned where there is a GPU."""
     pin = torch.cuda.is_available()
     return torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu", pin_memory=pin)
 
@@ -31,7 +31,7 @@ def gather_rows(table: Tensor, index: Tensor, device: torch.device) -> Tensor:
 
 
 class SideCopies:
-    """Copies between a card and the host beside the computation, on a stream of their own.
+    """Copies between a GPU and the host beside the computation, on a stream of their own.
 
     What is copied was allocated on the stream of the computation and is waited for there, so the
     allocator may reuse its memory in that stream's order and needs no further care. Every copy

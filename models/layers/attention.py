@@ -23,7 +23,7 @@ from models.layers.packed_batch import Batch
 
 
 @dataclass
-class AttentionKept:
+class AttentionSaved:
     """What backward reads of attention; None where it is computed again."""
 
     q: Tensor | None = None
@@ -33,9 +33,9 @@ class AttentionKept:
     out: Tensor | None = None
     lse: list[Tensor] = field(default_factory=list)
 
-    def trim(self, level: str) -> AttentionKept:
-        """Only what `level` keeps."""
-        return self if level == "none" else AttentionKept(out=self.out, lse=self.lse)
+    def trim(self, policy: str) -> AttentionSaved:
+        """Only what `policy` keeps."""
+        return self if policy == "none" else AttentionSaved(out=self.out, lse=self.lse)
 
     def forget(self) -> None:
         """Let go of everything: the scores' gradients are formed."""
@@ -83,32 +83,32 @@ class Attention(nn.Module):
         pairs = q.unflatten(1, (-1, 2))
         return pairs[:, :, 0], k, v, pairs[:, :, 1]
 
-    def run(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, AttentionKept]:
+    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, AttentionSaved]:
         """x (N, H) -> x1 (N, H) and every activation that backward could use."""
-        kept = AttentionKept()
-        h, _ = norm.run(x)
-        self._qkv(h, batch, kept, None)
-        q, k = self._rotated(kept, batch)
-        assert kept.v is not None
+        saved = AttentionSaved()
+        h, _ = norm.forward_with_rstd(x)
+        self._qkv(h, batch, saved, None)
+        q, k = self._rotated(saved, batch)
+        assert saved.v is not None
         if batch.cache is not None:
-            keys, values = batch.cache.append(self.index, k, kept.v)
-            kept.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
+            keys, values = batch.cache.append(self.index, k, saved.v)
+            saved.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
         else:
-            kept.out, kept.lse = attention_forward(
-                q, k, kept.v, batch.plan, self.window, self.scale
+            saved.out, saved.lse = attention_forward(
+                q, k, saved.v, batch.plan, self.window, self.scale
             )
         o_proj, seed = (self.o_proj.projection(),), batch.seed(self.index, 1)
         del h
-        y = project(self._gated(kept), o_proj, seed, slot=batch.levers.narrow)[0][0]
-        return y.add_(x), kept
+        y = project(self._gated(saved), o_proj, seed, slot=batch.settings.narrow)[0][0]
+        return y.add_(x), saved
 
-    def _qkv(self, h: Tensor, batch: Batch, kept: AttentionKept, decoded: Decoded | None) -> None:
+    def _qkv(self, h: Tensor, batch: Batch, saved: AttentionSaved, decoded: Decoded | None) -> None:
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
         ys, _ = project(h, self.qkv(), batch.seed(self.index, 0), decoded)
-        kept.q, kept.k, kept.v, kept.gate = self._split(tuple(ys))
+        saved.q, saved.k, saved.v, saved.gate = self._split(tuple(ys))
         if self.q_norm is None:
-            self._rotate(kept.q, batch)
-            self._rotate(kept.k, batch)
+            self._rotate(saved.q, batch)
+            self._rotate(saved.k, batch)
 
     def _rotate(self, x: Tensor, batch: Batch, inverse: bool = False) -> Tensor:
         """Rotate the leading elements of every head in place, if this layer does."""
@@ -116,83 +116,83 @@ class Attention(nn.Module):
             rope_(x[..., : 2 * batch.cos.shape[1]], batch.cos, batch.sin, inverse=inverse)
         return x
 
-    def _rotated(self, kept: AttentionKept, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _rotated(self, saved: AttentionSaved, batch: Batch) -> tuple[Tensor, Tensor]:
         """q and k as attention reads them."""
-        assert kept.q is not None and kept.k is not None
+        assert saved.q is not None and saved.k is not None
         if self.q_norm is None or self.k_norm is None:
-            return kept.q, kept.k
-        q, k = self.q_norm.run(kept.q)[0], self.k_norm.run(kept.k)[0]
+            return saved.q, saved.k
+        q, k = self.q_norm.forward_with_rstd(saved.q)[0], self.k_norm.forward_with_rstd(saved.k)[0]
         return self._rotate(q, batch), self._rotate(k, batch)
 
-    def _gated(self, kept: AttentionKept) -> Tensor:
+    def _gated(self, saved: AttentionSaved) -> Tensor:
         """What o_proj reads: the heads' outputs (N, heads * D), gated where there is a gate."""
-        assert kept.out is not None
-        if kept.gate is None:
-            return kept.out.flatten(1)
-        return (kept.out * torch.sigmoid(kept.gate)).flatten(1)
+        assert saved.out is not None
+        if saved.gate is None:
+            return saved.out.flatten(1)
+        return (saved.out * torch.sigmoid(saved.gate)).flatten(1)
 
-    def differentiate(
+    def backward(
         self,
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: AttentionKept,
+        saved: AttentionSaved,
         grads: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
         qkv, seed = self.qkv(), batch.seed(self.index, 0)
-        h, rstd = norm.run(x)
+        h, rstd = norm.forward_with_rstd(x)
         need_dh = need_dx or norm.weight.requires_grad
         decoded = None
-        if not batch.levers.singly and (need_dh or kept.q is None):
+        if not batch.settings.low_memory_decode and (need_dh or saved.q is None):
             decoded = decode(qkv, x.dtype)
-        if kept.q is None:
-            self._qkv(h, batch, kept, decoded)
+        if saved.q is None:
+            self._qkv(h, batch, saved, decoded)
         o_proj = (self.o_proj.projection(),)
         d_out = project_backward(
             (dx1,),
-            self._gated(kept),
+            self._gated(saved),
             o_proj,
             grads,
             seed=batch.seed(self.index, 1),
-            decoded=decode(o_proj, x.dtype, batch.levers.narrow),
+            decoded=decode(o_proj, x.dtype, batch.settings.narrow),
         )
         assert d_out is not None
-        if batch.levers.singly:
+        if batch.settings.low_memory_decode:
             del h  # is cheap to make again
-        d_qkv = self._scores_backward(self.heads(d_out), batch, kept, grads)
+        d_qkv = self._scores_backward(self.heads(d_out), batch, saved, grads)
         del d_out
-        kept.forget()
-        if batch.levers.singly:
-            h, _ = norm.run(x)
+        saved.forget()
+        if batch.settings.low_memory_decode:
+            h, _ = norm.forward_with_rstd(x)
         dh = project_backward(d_qkv, h, qkv, grads, seed=seed, decoded=decoded, need_dx=need_dh)
         del d_qkv, h
         if dh is None:
             return None
-        return norm.differentiate(dh, x, rstd, grads).add_(dx1)
+        return norm.backward(dh, x, rstd, grads).add_(dx1)
 
     def _scores_backward(
-        self, d_out: Tensor, batch: Batch, kept: AttentionKept, grads: Gradients
+        self, d_out: Tensor, batch: Batch, saved: AttentionSaved, grads: Gradients
     ) -> tuple[Tensor, ...]:
         """Gradients of the three projections' outputs, column blocks of one matrix."""
-        q, k = self._rotated(kept, batch)
-        raw_q, raw_k, v, out = kept.q, kept.k, kept.v, kept.out
+        q, k = self._rotated(saved, batch)
+        raw_q, raw_k, v, out = saved.q, saved.k, saved.v, saved.out
         assert raw_q is not None and raw_k is not None and v is not None and out is not None
         parts = output_columns(d_out.shape[0], self.qkv(), d_out)
         dq, dk, dv, d_gate = self._split(parts)
-        if d_gate is not None and kept.gate is not None:
-            open_ = torch.sigmoid(kept.gate)
+        if d_gate is not None and saved.gate is not None:
+            open_ = torch.sigmoid(saved.gate)
             torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
             d_out = d_out * open_
         attention_backward(
-            d_out, q, k, v, out, kept.lse, batch.plan, self.window, self.scale, (dq, dk, dv)
+            d_out, q, k, v, out, saved.lse, batch.plan, self.window, self.scale, (dq, dk, dv)
         )
         self._rotate(dq, batch, inverse=True)
         self._rotate(dk, batch, inverse=True)
         if self.q_norm is not None and self.k_norm is not None:
             for grad, raw, norm in ((dq, raw_q, self.q_norm), (dk, raw_k, self.k_norm)):
-                _, rstd = norm.run(raw)
-                grad.copy_(norm.differentiate(grad, raw, rstd, grads))
+                _, rstd = norm.forward_with_rstd(raw)
+                grad.copy_(norm.backward(grad, raw, rstd, grads))
         return parts

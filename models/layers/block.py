@@ -4,7 +4,7 @@
     y  = x1 + mlp(norm2(x1)),      the feed-forward part dense or a mixture of experts
 
 No autograd runs inside: the backward pass is written out, so that it can recompute exactly what
-was not kept and nothing else. Which tensors are kept is the recompute level:
+was not kept and nothing else. Which tensors are kept is the checkpointing policy:
 
     level      kept beside x                          recomputed in backward
     none       q, k, v, o, lse, x1, g, u              norms, silu
@@ -25,37 +25,37 @@ from torch import Tensor, nn
 
 from kernels.linear.lora import Gradients
 from models.config.model_config import ModelConfig
-from models.layers.attention import Attention, AttentionKept
-from models.layers.delta_net import DeltaKept, DeltaNet
+from models.layers.attention import Attention, AttentionSaved
+from models.layers.delta_net import DeltaNet, DeltaNetSaved
 from models.layers.linear import RMSNorm
-from models.layers.mlp import MLP, MLPKept
-from models.layers.moe import MoE, MoEKept
-from models.layers.packed_batch import LEVELS, Batch
+from models.layers.mlp import MLP, MLPSaved
+from models.layers.moe import MoE, MoESaved
+from models.layers.packed_batch import POLICIES, Batch
 from models.layers.protocol import FeedForward, Mixer
 
-__all__ = ["LEVELS", "Batch", "DecoderLayer", "Kept"]
+__all__ = ["POLICIES", "Batch", "BlockSaved", "DecoderLayer"]
 
 
 @dataclass
-class Kept:
+class BlockSaved:
     """Activations of one block that backward reads; None where they are recomputed."""
 
-    mixer: AttentionKept | DeltaKept | None = None
+    mixer: AttentionSaved | DeltaNetSaved | None = None
     x1: Tensor | None = None
-    mlp: MLPKept | MoEKept | None = None
+    mlp: MLPSaved | MoESaved | None = None
 
-    def trim(self, level: str) -> Kept:
-        """Only what `level` keeps."""
-        if level == "none":
+    def trim(self, policy: str) -> BlockSaved:
+        """Only what `policy` keeps."""
+        if policy == "none":
             return self
-        mlp = None if self.mlp is None else self.mlp.trim(level)
-        if level == "full" or self.mixer is None:
-            return Kept(mlp=mlp)
-        return Kept(self.mixer.trim(level), self.x1, mlp)
+        mlp = None if self.mlp is None else self.mlp.trim(policy)
+        if policy == "full" or self.mixer is None:
+            return BlockSaved(mlp=mlp)
+        return BlockSaved(self.mixer.trim(policy), self.x1, mlp)
 
 
 class DecoderLayer(nn.Module):
-    """One block. `run` is the forward pass, `differentiate` the backward pass."""
+    """One block. `forward` is the forward pass, `backward` the backward pass."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -97,25 +97,25 @@ class DecoderLayer(nn.Module):
             for weight, part in zip(dense, joined.split([len(w) for w in dense]), strict=True):
                 weight.data = part
 
-    def run(self, x: Tensor, batch: Batch, level: str = "none") -> tuple[Tensor, Kept]:
-        """x (N, H) -> y (N, H) and the activations that `level` keeps."""
-        x1, done = self.mixer.run(x, self.input_layernorm, batch)
+    def forward(self, x: Tensor, batch: Batch, policy: str = "none") -> tuple[Tensor, BlockSaved]:
+        """x (N, H) -> y (N, H) and the activations that `policy` keeps."""
+        x1, done = self.mixer.forward(x, self.input_layernorm, batch)
         # What is not kept is not to wait for the feed-forward part.
-        mixer = None if level == "full" else done.trim(level)
+        mixer = None if policy == "full" else done.trim(policy)
         del done
-        y, mlp = self.mlp.run(x1, self.post_attention_layernorm, batch)
-        return y, Kept(mixer, x1, mlp).trim(level)
+        y, mlp = self.mlp.forward(x1, self.post_attention_layernorm, batch)
+        return y, BlockSaved(mixer, x1, mlp).trim(policy)
 
-    def differentiate(
-        self, dy: Tensor, x: Tensor, batch: Batch, kept: Kept, need_dx: bool
+    def backward(
+        self, dy: Tensor, x: Tensor, batch: Batch, saved: BlockSaved, need_dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter."""
         grads: Gradients = {}
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
-        if kept.x1 is None:
-            kept.x1, kept.mixer = self.mixer.run(x, norm1, batch)
-        assert kept.mixer is not None and kept.mlp is not None
-        dx1 = self.mlp.differentiate(dy, kept.x1, norm2, batch, kept.mlp, grads)
-        kept.x1 = kept.mlp = None
-        dx = self.mixer.differentiate(dx1, x, norm1, batch, kept.mixer, grads, need_dx)
+        if saved.x1 is None:
+            saved.x1, saved.mixer = self.mixer.forward(x, norm1, batch)
+        assert saved.mixer is not None and saved.mlp is not None
+        dx1 = self.mlp.backward(dy, saved.x1, norm2, batch, saved.mlp, grads)
+        saved.x1 = saved.mlp = None
+        dx = self.mixer.backward(dx1, x, norm1, batch, saved.mixer, grads, need_dx)
         return dx, grads

@@ -41,7 +41,7 @@ from models.layers.packed_batch import Batch
 
 
 @dataclass
-class DeltaKept:
+class DeltaNetSaved:
     """What backward reads; None where it is computed again.
 
     mixed (N, C) and z (N, Hv, V), b, a (N, Hv) are the projections' outputs, `out` (N, Hv, V) the
@@ -55,11 +55,11 @@ class DeltaKept:
     out: Tensor | None = None
     saved: GatedDeltaSaved | None = None
 
-    def trim(self, level: str) -> DeltaKept:
-        """Only what `level` keeps."""
-        if level == "none" or self.saved is None:
+    def trim(self, policy: str) -> DeltaNetSaved:
+        """Only what `policy` keeps."""
+        if policy == "none" or self.saved is None:
             return self
-        return DeltaKept(out=self.out, saved=self.saved.trim())
+        return DeltaNetSaved(out=self.out, saved=self.saved.trim())
 
 
 class Conv1d(nn.Module):
@@ -119,10 +119,10 @@ class DeltaNet(nn.Module):
         values = self.value_dim * (self.value_heads // self.key_heads)
         return self.key_dim, self.key_dim, values, values
 
-    def run(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, DeltaKept]:
+    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, DeltaNetSaved]:
         """x (N, H) -> x1 (N, H) and every activation that backward could use."""
-        kept = DeltaKept()
-        h, _ = norm.run(x)
+        kept = DeltaNetSaved()
+        h, _ = norm.forward_with_rstd(x)
         self._project(h, batch, kept, None)
         assert kept.mixed is not None and kept.a is not None and kept.b is not None
         g, beta = gates_forward(kept.a, kept.b, self.A_log, self.dt_bias)
@@ -135,7 +135,9 @@ class DeltaNet(nn.Module):
         y = project(self._normed(kept)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
         return y.add_(x), kept
 
-    def _project(self, h: Tensor, batch: Batch, kept: DeltaKept, decoded: Decoded | None) -> None:
+    def _project(
+        self, h: Tensor, batch: Batch, kept: DeltaNetSaved, decoded: Decoded | None
+    ) -> None:
         wide, _ = project(h, self._wide(), batch.seed(self.index, 0), decoded)
         narrow, _ = project(h, self._narrow())
         heads = (self.value_heads, self.value_dim)
@@ -172,24 +174,24 @@ class DeltaNet(nn.Module):
         state.memory.copy_(memory)
         return out
 
-    def _normed(self, kept: DeltaKept) -> tuple[Tensor, Tensor]:
+    def _normed(self, kept: DeltaNetSaved) -> tuple[Tensor, Tensor]:
         """The gated norm (N, Hv, V) of the rule's output, and its rstd."""
         assert kept.out is not None and kept.z is not None
         return gated_rms_norm_forward(kept.out, kept.z, self.norm.weight, self.norm.eps)
 
-    def differentiate(
+    def backward(
         self,
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: DeltaKept,
+        kept: DeltaNetSaved,
         grads: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
         wide, seed = self._wide(), batch.seed(self.index, 0)
-        h, rstd = norm.run(x)
+        h, rstd = norm.forward_with_rstd(x)
         need_dh = need_dx or norm.weight.requires_grad
         decoded = decode(wide, x.dtype) if need_dh or kept.mixed is None else None
         if kept.mixed is None:
@@ -206,10 +208,10 @@ class DeltaNet(nn.Module):
         d_gates = project_backward(d_narrow, h, narrow, grads, need_dx=need_dh)
         if dh is None or d_gates is None:
             return None
-        return norm.differentiate(dh.add_(d_gates), x, rstd, grads).add_(dx1)
+        return norm.backward(dh.add_(d_gates), x, rstd, grads).add_(dx1)
 
     def _output_backward(
-        self, dx1: Tensor, batch: Batch, kept: DeltaKept, grads: Gradients
+        self, dx1: Tensor, batch: Batch, kept: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the rule's output and of z, both (N, Hv, V)."""
         normed, rstd = self._normed(kept)
@@ -237,7 +239,7 @@ class DeltaNet(nn.Module):
         return do, dz
 
     def _rule_backward(
-        self, do: Tensor, batch: Batch, kept: DeltaKept, grads: Gradients
+        self, do: Tensor, batch: Batch, kept: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of m (N, C), b and a (N, Hv)."""
         mixed, a, b, saved = kept.mixed, kept.a, kept.b, kept.saved

@@ -96,11 +96,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
-    def run(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (..., H) -> y (..., H) and rstd (..., 1), which `differentiate` takes."""
+    def forward_with_rstd(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., H) -> y (..., H) and rstd (..., 1), which `backward` takes."""
         return rms_norm_forward(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
-    def differentiate(self, dy: Tensor, x: Tensor, rstd: Tensor, grads: Gradients) -> Tensor:
+    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, grads: Gradients) -> Tensor:
         """dy (..., H) -> dx (..., H); adds the weight's gradient to `grads` if it is wanted."""
         dx, dweight = rms_norm_backward(
             dy,

@@ -18,15 +18,15 @@ from models.layers.tiled_mlp import TiledMLP
 
 
 @dataclass
-class MLPKept:
+class MLPSaved:
     """What backward reads of the feed-forward part; None where it is computed again."""
 
     gate: Tensor | None = None
     up: Tensor | None = None
 
-    def trim(self, level: str) -> MLPKept:
-        """Only what `level` keeps."""
-        return self if level == "none" else MLPKept()
+    def trim(self, policy: str) -> MLPSaved:
+        """Only what `policy` keeps."""
+        return self if policy == "none" else MLPSaved()
 
 
 class MLP(nn.Module):
@@ -48,37 +48,37 @@ class MLP(nn.Module):
 
     def _tiled(self, norm: RMSNorm, batch: Batch, tokens: int) -> TiledMLP | None:
         """This part over tiles of tokens, where the batch asks for that."""
-        levers = batch.levers
-        if levers.mlp_tile_rows is None and not levers.singly:
+        settings = batch.settings
+        if settings.mlp_tile_tokens is None and not settings.low_memory_decode:
             return None
         return TiledMLP(
             norm,
             self.gate_up(),
             self.down_proj.projection(),
             (batch.seed(self.index, 2), batch.seed(self.index, 3)),
-            levers.mlp_tile_rows or tokens,
-            levers.singly,
+            settings.mlp_tile_tokens or tokens,
+            settings.low_memory_decode,
         )
 
-    def run(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MLPKept]:
+    def forward(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MLPSaved]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
         tiled = self._tiled(norm, batch, x1.shape[0])
         if tiled is not None:
-            return tiled.forward(x1), MLPKept()
-        h, _ = norm.run(x1)
+            return tiled.forward(x1), MLPSaved()
+        h, _ = norm.forward_with_rstd(x1)
         (gate, up), _ = project(h, self.gate_up(), batch.seed(self.index, 2))
         inner = swiglu_forward(gate, up)
         down = (self.down_proj.projection(),)
         (y,), _ = project(inner, down, batch.seed(self.index, 3), slot="narrow")
-        return y.add_(x1), MLPKept(gate, up)
+        return y.add_(x1), MLPSaved(gate, up)
 
-    def differentiate(
+    def backward(
         self,
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: MLPKept,
+        saved: MLPSaved,
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
@@ -86,12 +86,12 @@ class MLP(nn.Module):
         if tiled is not None:
             return tiled.backward(dy, x1, grads)
         gate_up, seed = self.gate_up(), batch.seed(self.index, 2)
-        h, rstd = norm.run(x1)
+        h, rstd = norm.forward_with_rstd(x1)
         decoded = decode(gate_up, x1.dtype)
-        if kept.gate is None:
-            (kept.gate, kept.up), _ = project(h, gate_up, seed, decoded)
-        assert kept.up is not None
-        inner = swiglu_forward(kept.gate, kept.up)
+        if saved.gate is None:
+            (saved.gate, saved.up), _ = project(h, gate_up, seed, decoded)
+        assert saved.up is not None
+        inner = swiglu_forward(saved.gate, saved.up)
         down = (self.down_proj.projection(),)
         d_inner = project_backward(
             (dy,),
@@ -102,8 +102,8 @@ class MLP(nn.Module):
             decoded=decode(down, x1.dtype, "narrow"),
         )
         assert d_inner is not None
-        d_gate_up = swiglu_backward_(d_inner, kept.gate, kept.up)
+        d_gate_up = swiglu_backward_(d_inner, saved.gate, saved.up)
         del inner, d_inner
         dh = project_backward(d_gate_up, h, gate_up, grads, seed=seed, decoded=decoded)
         assert dh is not None
-        return norm.differentiate(dh, x1, rstd, grads).add_(dy)
+        return norm.backward(dh, x1, rstd, grads).add_(dy)

@@ -2,7 +2,7 @@
 
     y = x1 + sum_i w_i expert_i(h) [+ sigmoid(s . h) shared(h)],   h = norm(x1)
 
-`kernels.moe.experts` has the arithmetic. Every level of recompute keeps the router's choice, so
+`kernels.moe.experts` has the arithmetic. Every checkpointing policy keeps the router's choice, so
 that what backward computes again cannot choose anew; level "none" keeps the experts' inner
 activations too. In tiles of tokens (`models.layers.token_tiles`) nothing else is kept at any level,
 and the choice is made over all tokens: tiles divide it.
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kernels.linear.lora import Gradients
 from kernels.moe.experts import (
+    ExpertsSaved,
     MixtureOfExperts,
-    MoESaved,
     SharedExpert,
     choose,
     moe_backward,
@@ -33,15 +33,15 @@ from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
-class MoEKept:
+class MoESaved:
     """What backward reads of a mixture, and the gradient of its sum of probabilities, if any."""
 
-    saved: MoESaved
+    saved: ExpertsSaved
     d_prob_sum: Tensor | None = None
 
-    def trim(self, level: str) -> MoEKept:
-        """Only what `level` keeps."""
-        return self if level == "none" else MoEKept(self.saved.trim())
+    def trim(self, policy: str) -> MoESaved:
+        """Only what `policy` keeps."""
+        return self if policy == "none" else MoESaved(self.saved.trim())
 
 
 class MoE(nn.Module):
@@ -77,39 +77,39 @@ class MoE(nn.Module):
             shared,
         )
 
-    def run(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MoEKept]:
+    def forward(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MoESaved]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
-        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
-        h, _ = norm.run(x1)
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.settings.mlp_tile_tokens
+        h, _ = norm.forward_with_rstd(x1)
         if rows is None:
             y, saved = moe_forward(h, moe, seed)
-            return y.add_(x1), MoEKept(saved)
-        saved = MoESaved.of(choose(h, moe)).trim()
+            return y.add_(x1), MoESaved(saved)
+        saved = ExpertsSaved.of(choose(h, moe)).trim()
         del h
 
         def forward(h: Tensor, tile: Tile) -> Tensor:
             routing = saved.routing.part(tile.tokens)
             return moe_output(h, moe, routing, tile.seed(seed))[0]
 
-        return forward_in_tiles(x1, norm, rows, forward), MoEKept(saved)
+        return forward_in_tiles(x1, norm, rows, forward), MoESaved(saved)
 
-    def differentiate(
+    def backward(
         self,
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: MoEKept,
+        kept: MoESaved,
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
-        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.levers.mlp_tile_rows
+        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.settings.mlp_tile_tokens
         saved, d_prob_sum = kept.saved, kept.d_prob_sum
         if rows is None:
-            h, rstd = norm.run(x1)
+            h, rstd = norm.forward_with_rstd(x1)
             dh = moe_backward(dy, h, moe, saved, grads, seed=seed, d_prob_sum=d_prob_sum)
             assert dh is not None
-            return norm.differentiate(dh, x1, rstd, grads).add_(dy)
+            return norm.backward(dh, x1, rstd, grads).add_(dy)
 
         def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
             part, own = saved.part(tile.tokens), tile.seed(seed)

@@ -1,4 +1,4 @@
-"""What the layers of one step share: the packed batch, and the levels of recompute."""
+"""What the layers of one step share: the packed batch, and the checkpointing policies."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ from kernels.attention import AttentionPlan
 from models.layers.kv_cache import KVCache
 from models.memory.offload import CheckpointStore, WeightStream
 
-LEVELS = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full")
 _SITES = 6
 _SEED_BITS = (1 << 63) - 1
 
 
-def layer_levels(text: str, layers: int) -> tuple[str, ...]:
-    """The recompute level of every layer: "full", or "full:20,none" for the first 20 and the rest.
+def layer_policies(text: str, layers: int) -> tuple[str, ...]:
+    """The policy of every layer: "full", or "full:20,none" for the first 20 and the rest.
 
     The last part needs no count. Raises `ValueError` where a level is unknown or the counts are not
     those of the layers.
     """
-    levels: list[str] = []
+    policies: list[str] = []
     parts = text.split(",")
     for index, part in enumerate(parts):
-        level, _, count = part.strip().partition(":")
-        if level not in LEVELS or not (count.isdigit() if count else index == len(parts) - 1):
+        policy, _, count = part.strip().partition(":")
+        if policy not in POLICIES or not (count.isdigit() if count else index == len(parts) - 1):
             raise ValueError(
-                f"recompute level {text!r}; expected one of {', '.join(LEVELS)}, or levels with "
-                "numbers of layers such as full:20,none"
+                f"checkpointing policy {text!r}; expected one of {', '.join(POLICIES)}, or "
+                "policies with numbers of layers such as full:20,none"
             )
-        levels += [level] * (int(count) if count else max(0, layers - len(levels)))
-    if len(levels) != layers:
+        policies += [policy] * (int(count) if count else max(0, layers - len(policies)))
+    if len(policies) != layers:
         raise ValueError(
-            f"recompute level {text!r} is for {len(levels)} layers; there are {layers}"
+            f"checkpointing policy {text!r} is for {len(policies)} layers; there are {layers}"
         )
-    return tuple(levels)
+    return tuple(policies)
 
 
 @dataclass(frozen=True)
-class Levers:
+class StepSettings:
     """What a step does to hold less memory, at the price of time. Gradients stay what they were.
 
-    With `mlp_tile_rows` the feed-forward part takes that many tokens at a time and keeps no inner
-    activation at any recompute level (`models.layers.token_tiles`). With `singly` no more than one
-    decoded weight, or one group of those that attention reads together, exists at a time, and
-    attention goes over its heads in parts.
+    With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and keeps no inner
+    activation at any checkpointing policy (`models.layers.token_tiles`). With `low_memory_decode`
+    no more than one decoded weight, or one group of those that attention reads together, exists at
+    a time, and attention goes over its heads in parts.
     """
 
-    mlp_tile_rows: int | None = None
-    singly: bool = False
+    mlp_tile_tokens: int | None = None
+    low_memory_decode: bool = False
 
     @property
     def narrow(self) -> str:
         """The scratch that weights which write a block's output are decoded into."""
-        return "wide" if self.singly else "narrow"
+        return "wide" if self.low_memory_decode else "narrow"
 
 
 def dropout_seeds(seed: int, layers: int, device: torch.device) -> Tensor:
@@ -79,7 +79,7 @@ class Batch:
     dropout_seeds: Tensor | None = None
     cache: KVCache | None = None
     routed: list[tuple[Tensor, Tensor]] | None = None
-    levers: Levers = Levers()
+    settings: StepSettings = StepSettings()
     checkpoints: CheckpointStore | None = None
     weights: WeightStream | None = None
 

@@ -1,8 +1,8 @@
 """What a decoder block asks of its two parts; a new mixer or feed-forward part is one such file.
 
-Either part adds itself to its input, after a norm of it: x1 = x + mixer(norm(x)). `run` returns
-that and everything backward could use, in an object whose `trim` keeps what a recompute level
-keeps; `differentiate` computes again what is not there, and adds the gradients of the parameters
+Either part adds itself to its input, after a norm of it: x1 = x + mixer(norm(x)). `forward` returns
+that and everything backward could use, in an object whose `trim` keeps what a checkpointing policy
+keeps; `backward` computes again what is not there, and adds the gradients of the parameters
 to `grads`.
 """
 
@@ -23,20 +23,20 @@ class Part(Protocol):
     def joined(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input and want their weights side by side."""
 
-    def run(self, x: Tensor, norm: RMSNorm, batch: Batch, /) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch, /) -> tuple[Tensor, Any]:
         """x (N, H) -> its sum with the part's output (N, H), and what backward could use."""
 
 
 class Mixer(Part, Protocol):
     """Mixes tokens: attention or Gated DeltaNet."""
 
-    def differentiate(
+    def backward(
         self,
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: Any,
+        saved: Any,
         grads: Gradients,
         need_dx: bool,
         /,
@@ -47,13 +47,13 @@ class Mixer(Part, Protocol):
 class FeedForward(Part, Protocol):
     """Works on each token alone: a dense SwiGLU or a mixture of experts."""
 
-    def differentiate(
+    def backward(
         self,
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
         batch: Batch,
-        kept: Any,
+        saved: Any,
         grads: Gradients,
         /,
     ) -> Tensor:

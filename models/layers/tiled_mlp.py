@@ -2,8 +2,8 @@
 
     y = x1 + down(silu(g) * u),   g, u = gate_up(norm(x1)),   for `rows` tokens at a time
 
-With `singly` no more than one decoded weight exists at a time: gate and up become two products, and
-every weight is decoded once for each use of each tile instead of once for all.
+With `low_memory_decode` no more than one decoded weight exists at a time: gate and up become two
+products, and every weight is decoded once for each use of each tile instead of once for all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TiledMLP:
     down: Projection
     seeds: tuple[Seed | None, Seed | None]
     rows: int
-    singly: bool = False
+    low_memory_decode: bool = False
 
     def forward(self, x1: Tensor) -> Tensor:
         """x1 (N, H) -> y (N, H)."""
@@ -87,23 +87,23 @@ class TiledMLP:
     @property
     def _slot(self) -> str:
         """The scratch that down is decoded into: the other weights' own where it is one by one."""
-        return "wide" if self.singly else "narrow"
+        return "wide" if self.low_memory_decode else "narrow"
 
     def _decoded(self, x1: Tensor) -> tuple[Decoded | None, Decoded | None]:
         """The weights for all tiles, where they may all be there together."""
-        if self.singly:
+        if self.low_memory_decode:
             return None, None
         return decode(self.gate_up, x1.dtype), decode((self.down,), x1.dtype, self._slot)
 
     def _inner(self, h: Tensor, seed: Seed | None, wide: Decoded | None) -> list[Tensor]:
-        if not self.singly:
+        if not self.low_memory_decode:
             return project(h, self.gate_up, seed, wide)[0]
         return [project(h, (projection,), seed)[0][0] for projection in self.gate_up]
 
     def _groups(
         self, d_gate_up: tuple[Tensor, ...]
     ) -> list[tuple[tuple[Tensor, ...], tuple[Projection, ...]]]:
-        if not self.singly:
+        if not self.low_memory_decode:
             return [(d_gate_up, self.gate_up)]
         # The weight that was decoded last has been written over by down: the order is free.
         return [((d,), (p,)) for d, p in zip(d_gate_up, self.gate_up, strict=True)]

@@ -66,7 +66,7 @@ def forward_in_tiles(x1: Tensor, norm: RMSNorm, rows: int, forward: Forward) -> 
     y = torch.empty_like(x1)
     for tile in token_tiles(x1.shape[0], rows):
         part = x1[tile.tokens]
-        torch.add(forward(norm.run(part)[0], tile), part, out=y[tile.tokens])
+        torch.add(forward(norm.forward_with_rstd(part)[0], tile), part, out=y[tile.tokens])
     return y
 
 
@@ -77,8 +77,8 @@ def backward_in_tiles(
     sums = _Sums()
     for tile in token_tiles(x1.shape[0], rows):
         part, d_part = x1[tile.tokens], dy[tile.tokens]
-        h, rstd = norm.run(part)
+        h, rstd = norm.forward_with_rstd(part)
         dh = backward(d_part, h, tile, sums)
-        torch.add(norm.differentiate(dh, part, rstd, sums), d_part, out=part)
+        torch.add(norm.backward(dh, part, rstd, sums), d_part, out=part)
     grads.update(sums)
     return x1

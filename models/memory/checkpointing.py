@@ -1,6 +1,6 @@
 """The joint between autograd and the hand-written blocks: one node of the graph per layer.
 
-A layer's node keeps its input and what the recompute level keeps (see `models.layers.block`);
+A layer's node keeps its input and what the checkpointing policy keeps (see `models.layers.block`);
 everything else is recomputed when its backward pass is reached. Inputs and weights may be lent to
 the host (`models.memory.offload`). Source of the idea: Chen et al. 2016 (arXiv 1604.06174); of
 keeping attention's output: Korthikanti et al. 2022 (arXiv 2205.05198).
@@ -15,53 +15,51 @@ import torch
 from torch import Tensor
 
 from models.layers.block import Batch, DecoderLayer
-from models.layers.moe import MoEKept
+from models.layers.moe import MoESaved
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: DecoderLayer, batch: Batch, level: str, *params: Tensor
+        ctx: Any, x: Tensor, layer: DecoderLayer, batch: Batch, policy: str, *params: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         if batch.checkpoints is None:
             ctx.save_for_backward(x)
         else:
             batch.checkpoints.keep(layer.index, x)
         with _present(layer, batch, 1):
-            y, ctx.kept = layer.run(x, batch, level)
+            y, ctx.saved = layer.forward(x, batch, policy)
         ctx.layer, ctx.batch, ctx.params = layer, batch, params
-        if batch.routed is None or not isinstance(ctx.kept.mlp, MoEKept):
+        if batch.routed is None or not isinstance(ctx.saved.mlp, MoESaved):
             return y
-        batch.routed.append((ctx.kept.mlp.saved.counts, ctx.kept.mlp.saved.prob_sum))
-        return y, ctx.kept.mlp.saved.prob_sum.clone()
+        batch.routed.append((ctx.saved.mlp.saved.counts, ctx.saved.mlp.saved.prob_sum))
+        return y, ctx.saved.mlp.saved.prob_sum.clone()
 
     @staticmethod
     def backward(
         ctx: Any, dy: Tensor, d_prob_sum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        if ctx.kept is None:
+        if ctx.saved is None:
             raise RuntimeError("the activations of this graph are freed; run forward again")
-        kept, ctx.kept = ctx.kept, None
-        if isinstance(kept.mlp, MoEKept):
-            kept.mlp.d_prob_sum = d_prob_sum
+        saved, ctx.saved = ctx.saved, None
+        if isinstance(saved.mlp, MoESaved):
+            saved.mlp.d_prob_sum = d_prob_sum
         layer, batch = ctx.layer, ctx.batch
         with _present(layer, batch, -1):
             if batch.checkpoints is None:
                 (x,) = ctx.saved_tensors
             else:
                 x = batch.checkpoints.fetch(layer.index)
-            dx, grads = layer.differentiate(
-                dy.contiguous(), x, batch, kept, ctx.needs_input_grad[0]
-            )
+            dx, grads = layer.backward(dy.contiguous(), x, batch, saved, ctx.needs_input_grad[0])
         return dx, None, None, None, *(grads.get(id(p)) for p in ctx.params)
 
 
 def _present(layer: DecoderLayer, batch: Batch, ahead: int) -> AbstractContextManager[None]:
-    """The layer's weights on the device, where they are lent to the host."""
+    """The layer's weights on the device, where they are offloaded to the host."""
     return nullcontext() if batch.weights is None else batch.weights.present(layer.index, ahead)
 
 
-def run_layer(x: Tensor, layer: DecoderLayer, batch: Batch, level: str) -> Tensor:
+def run_layer(x: Tensor, layer: DecoderLayer, batch: Batch, policy: str) -> Tensor:
     """x (N, H) -> y (N, H) with gradients for x and the layer's trainable parameters.
 
     Where the batch asks for it, a mixture's counts and sum of probabilities are noted there, the
@@ -70,11 +68,11 @@ def run_layer(x: Tensor, layer: DecoderLayer, batch: Batch, level: str) -> Tenso
     params = layer.trainable()
     if not torch.is_grad_enabled() or not (params or x.requires_grad):
         with _present(layer, batch, 1):
-            y, kept = layer.run(x, batch, "full")
-        if batch.routed is not None and isinstance(kept.mlp, MoEKept):
-            batch.routed.append((kept.mlp.saved.counts, kept.mlp.saved.prob_sum))
+            y, saved = layer.forward(x, batch, "full")
+        if batch.routed is not None and isinstance(saved.mlp, MoESaved):
+            batch.routed.append((saved.mlp.saved.counts, saved.mlp.saved.prob_sum))
         return y
-    out: Tensor | tuple[Tensor, Tensor] = _Layer.apply(x, layer, batch, level, *params)
+    out: Tensor | tuple[Tensor, Tensor] = _Layer.apply(x, layer, batch, policy, *params)
     if isinstance(out, Tensor):
         return out
     y, prob_sum = out

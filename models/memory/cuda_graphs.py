@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.runtime.scratch import buffers
 from kernels.runtime.triton_support import cdiv, next_power_of_2
-from models.layers.block import DecoderLayer, Kept
+from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.mlp import MLP
 from models.layers.packed_batch import Batch
 from models.memory.checkpointing import run_layer
@@ -108,7 +108,7 @@ class _Pass:
             else AttentionPlan.within(self.cu_seqlens, sizes.longest, frugal),
             dropout_seeds=None if batch.dropout_seeds is None else batch.dropout_seeds.clone(),
         )
-        self._kept: dict[int, list[tuple[Tensor, Kept]]] = {}
+        self._kept: dict[int, list[tuple[Tensor, BlockSaved]]] = {}
         self._scratch: list[Tensor] = []
         self._forward: list[Callable[[], None]] = []
         self._backward: list[Callable[[], None]] = []
@@ -125,10 +125,10 @@ class _Pass:
         if self.batch.dropout_seeds is not None and batch.dropout_seeds is not None:
             self.batch.dropout_seeds.copy_(batch.dropout_seeds)
 
-    def record(self, recorder: Recorder, levels: Sequence[str]) -> None:
+    def record(self, recorder: Recorder, policies: Sequence[str]) -> None:
         """Record every segment, in the order in which they are repeated."""
         numbers = range(len(self.segments))
-        forward = [partial(self.forward_launches, s, levels) for s in numbers]
+        forward = [partial(self.forward_launches, s, policies) for s in numbers]
         backward = [partial(self.backward_launches, s) for s in numbers]
 
         def everything() -> None:
@@ -148,12 +148,12 @@ class _Pass:
     def recorded(self) -> bool:
         return bool(self._forward)
 
-    def forward(self, s: int, levels: Sequence[str]) -> None:
+    def forward(self, s: int, policies: Sequence[str]) -> None:
         """Inputs of segment `s` to its outputs."""
         if self.recorded:
             self._forward[s]()
         else:
-            self.forward_launches(s, levels)
+            self.forward_launches(s, policies)
 
     def backward(self, s: int) -> None:
         """`gradient` from that of the segment's outputs to that of its inputs."""
@@ -162,24 +162,24 @@ class _Pass:
         else:
             self.backward_launches(s)
 
-    def forward_launches(self, s: int, levels: Sequence[str]) -> None:
+    def forward_launches(self, s: int, policies: Sequence[str]) -> None:
         """The forward pass, launch by launch."""
-        x, kept = self.inputs[s], []
+        x, saved = self.inputs[s], []
         for layer in self.segments[s].layers:
-            y, more = layer.run(x, self.batch, levels[layer.index])
-            kept.append((x, more))
+            y, more = layer.forward(x, self.batch, policies[layer.index])
+            saved.append((x, more))
             x = y
-        self._kept[s] = kept
+        self._kept[s] = saved
         self.outputs[s].copy_(x)
 
     def backward_launches(self, s: int) -> None:
         """The backward pass, launch by launch, of what the forward pass kept."""
-        segment, kept = self.segments[s], self._kept.pop(s)
+        segment, saved = self.segments[s], self._kept.pop(s)
         dy = self.gradient
         for layer in reversed(segment.layers):
-            x, more = kept.pop()
+            x, more = saved.pop()
             need_dx = self.needs_input[s] or layer is not segment.layers[0]
-            dx, gradients = layer.differentiate(dy, x, self.batch, more, need_dx)
+            dx, gradients = layer.backward(dy, x, self.batch, more, need_dx)
             segment.gradients.add(gradients)
             if dx is not None:
                 dy = dx
@@ -208,9 +208,9 @@ class LayerGraphs:
         """The number of the newest forward pass."""
         return self.repeated + self.launched
 
-    def run(self, x: Tensor, batch: Batch, levels: Sequence[str]) -> Tensor:
+    def run(self, x: Tensor, batch: Batch, policies: Sequence[str]) -> Tensor:
         """x (N, H) -> the last layer's output (N, H), with gradients as `run_layer` gives them."""
-        current = self._pass(x, batch, tuple(levels))
+        current = self._pass(x, batch, tuple(policies))
         current.load(batch)
         if current.recorded:
             self.repeated += 1
@@ -219,15 +219,15 @@ class LayerGraphs:
         numbers = iter(range(len(self.segments)))
         for part in self.parts:
             if isinstance(part, Segment):
-                x = _Run.apply(x, self.anchor, self, current, next(numbers), levels)
+                x = _Run.apply(x, self.anchor, self, current, next(numbers), policies)
             else:
-                x = run_layer(x, part, batch, levels[part.index])
+                x = run_layer(x, part, batch, policies[part.index])
         return x
 
-    def _pass(self, x: Tensor, batch: Batch, levels: tuple[str, ...]) -> _Pass:
+    def _pass(self, x: Tensor, batch: Batch, policies: tuple[str, ...]) -> _Pass:
         """The pass for this batch, recorded where there is room for one more size."""
         sizes = Sizes.of(batch.plan, x.shape[0])
-        key = (sizes, levels, batch.levers, x.requires_grad, batch.dropout_seeds is None)
+        key = (sizes, policies, batch.settings, x.requires_grad, batch.dropout_seeds is None)
         known = self._passes.get(key)
         if known is not None:
             return known
@@ -235,7 +235,7 @@ class LayerGraphs:
         if self.recorder is not None and len(self._passes) < SIZES:
             fresh.load(batch)
             with torch.no_grad():
-                fresh.record(self.recorder, levels)
+                fresh.record(self.recorder, policies)
             self._passes[key] = fresh
         return fresh
 
@@ -267,12 +267,12 @@ class _Run(torch.autograd.Function):
         graphs: LayerGraphs,
         current: _Pass,
         s: int,
-        levels: Sequence[str],
+        policies: Sequence[str],
     ) -> Tensor:
         rows, place = x.shape[0], current.inputs[s]
         place[:rows].copy_(x)
         place[rows:].zero_()
-        current.forward(s, levels)
+        current.forward(s, policies)
         ctx.graphs, ctx.current, ctx.s, ctx.turn = graphs, current, s, graphs.turn
         return current.outputs[s][:rows]
 

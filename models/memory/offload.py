@@ -1,10 +1,10 @@
-"""What a card lends to the host's memory: the layers' inputs, and frozen quantised weights.
+"""What a GPU lends to the host's memory: the layers' inputs, and frozen quantised weights.
 
 Inputs (`CheckpointStore`). A layer's input goes to the host while the layer runs, and comes back
-one layer ahead of its use in backward. On the card there are the input in use and the next one.
+one layer ahead of its use in backward. On the GPU there are the input in use and the next one.
 
 Weights (`WeightStream`). All layers' quantised weights, experts among them, lie in the host's
-memory; on the card there are those of the layer in use and of the next: the one above in forward,
+memory; on the GPU there are those of the layer in use and of the next: the one above in forward,
 the one below in backward. The layer at which the direction turns stays, so it is not copied twice.
 
 Both orders are known beforehand, so no prediction is needed and every copy has one layer's time

@@ -52,7 +52,7 @@ def test_several_models_have_a_table_each(capsys: pytest.CaptureFixture[str]) ->
     [
         (["rmsnorm"], "rms_norm"),
         (["--model", "llama-3.1-9b"], "llama-3.1-8b"),
-        (["--against", "no.such.module"], "contenders"),
+        (["--against", "no.such.module"], "baselines"),
     ],
 )
 def test_mistakes_are_explained(arguments: list[str], said: str) -> None:

@@ -15,7 +15,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_the_table_names_owners_and_peaks(capsys: pytest.CaptureFixture[str]) -> None:
-    text = printed(capsys, "--model", "qwen3-0.6b", "--card", "4090")
+    text = printed(capsys, "--model", "qwen3-0.6b", "--gpu", "4090")
     for word in ("NF4 base", "embeddings", "adapters", "peak of loading", "CUDA context", "TFLOP"):
         assert word in text
 
@@ -61,7 +61,7 @@ def test_a_budget_that_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str]
     assert error.count("\n") == 1
 
 
-def test_the_context_table_has_a_line_per_card(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_context_table_has_a_line_per_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "--model", "smollm2-1.7b", "--max-context", "--json")
     table = json.loads(out)["max_context"]
     assert list(table) == ["6", "8", "12", "16", "24", "40", "48", "80", "141"]
@@ -70,6 +70,6 @@ def test_the_context_table_has_a_line_per_card(capsys: pytest.CaptureFixture[str
     assert lengths[1] > 4096
 
 
-def test_a_wrong_card_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--model", "smollm2-135m", "--card", "fast"]) == 2
+def test_a_wrong_gpu_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "smollm2-135m", "--gpu", "fast"]) == 2
     assert "TFLOP/s" in capsys.readouterr().err

@@ -111,14 +111,14 @@ def test_every_large_matrix_is_quantised_and_adapted_and_no_small_one(family: st
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("family", NAMES)
-def test_recompute_levels_give_the_same_adapter_gradients(
+def test_checkpointing_policys_give_the_same_adapter_gradients(
     family: str, quantize: Quantization
 ) -> None:
     model = adapted(family, quantize, dropout=0.2).train()
     model.dropout_seed = 5
     found = {}
     for level in ("none", "selective", "full"):
-        model.set_recompute(level)
+        model.set_checkpointing(level)
         model.zero_grad()
         model.loss(IDS, IDS, BOUNDS).backward()
         found[level] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}

@@ -23,7 +23,7 @@ def work_of(op: str) -> Work:
 @pytest.mark.parametrize("op", ["nf4_dequantize", "nf4_linear"])
 def test_bitsandbytes_gives_our_values(op: str) -> None:
     work = work_of(op)
-    theirs = peers.contenders(op, work)["bitsandbytes"]()
+    theirs = peers.baselines(op, work)["bitsandbytes"]()
     assert isinstance(theirs, torch.Tensor)
     (mine,) = work.ours(work.tensors).values()
     torch.testing.assert_close(theirs, mine, rtol=1e-5, atol=1e-5)
@@ -31,7 +31,7 @@ def test_bitsandbytes_gives_our_values(op: str) -> None:
 
 def test_bitsandbytes_steps_its_own_optimiser_over_the_same_shapes() -> None:
     work = work_of("adamw8bit")
-    peers.contenders("adamw8bit", work)["bitsandbytes"]()
+    peers.baselines("adamw8bit", work)["bitsandbytes"]()
     assert sum(parameter.numel() for parameter in work.parameters) > 0
 
 

@@ -1,4 +1,4 @@
-"""Adapters on a decoder: they train, all of them, and under every recompute level alike."""
+"""Adapters on a decoder: they train, all of them, and under every checkpointing policy alike."""
 
 from collections.abc import Callable
 
@@ -91,7 +91,7 @@ def test_adapters_on_any_set_of_projections_get_gradients(targets: str | list[st
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_recompute_levels_give_the_same_gradients_to_rounding(
+def test_checkpointing_policys_give_the_same_gradients_to_rounding(
     dropout: float, quantized: bool
 ) -> None:
     model = build(torch.float64)
@@ -104,13 +104,13 @@ def test_recompute_levels_give_the_same_gradients_to_rounding(
     randomize_adapters(model)
     model.dropout_seed = 5
     found = {}
-    for level in ("none", "selective", "full"):
-        model.set_recompute(level)
-        found[level] = gradients(model)
-    for level in ("selective", "full"):
+    for policy in ("none", "selective", "full"):
+        model.set_checkpointing(policy)
+        found[policy] = gradients(model)
+    for policy in ("selective", "full"):
         for name, want in found["none"].items():
-            error = (found[level][name] - want).norm() / want.norm()
-            assert float(error) <= 1e-10, (level, name)
+            error = (found[policy][name] - want).norm() / want.norm()
+            assert float(error) <= 1e-10, (policy, name)
 
 
 def test_dropout_masks_differ_by_seed_and_vanish_in_evaluation() -> None:

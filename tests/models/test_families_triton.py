@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from engine.model_sources.load_model import load_model
 from models.adapters import adapter_tensors, add_lora
 from models.decoder import Decoder
-from models.layers.packed_batch import Levers
+from models.layers.packed_batch import StepSettings
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
@@ -40,9 +40,9 @@ def test_every_gradient_is_that_of_the_reference(
             part.normal_(0, 0.1)
     ids = golden["packed.input_ids"][:40].to(device)
     bounds = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
-    model.levers = Levers(tile)
+    model.settings = StepSettings(tile)
     got = gradients(model, ids, bounds)
-    model.levers = Levers()
+    model.settings = StepSettings()
     monkeypatch.setenv("ENGINE_REFERENCE", "1")
     want = gradients(model, ids, bounds)
     assert got.keys() == want.keys()

@@ -14,7 +14,7 @@ from models.tensor_names import SUPPORTED, expected_tensors, graph_tensors
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
-LEVELS = ("none", "selective", "full")
+POLICIES = ("none", "selective", "full")
 
 
 def build(family: str, config_name: str = "config.json") -> Decoder:
@@ -55,13 +55,13 @@ def test_logits_and_loss_equal_the_golden_ones(family: str) -> None:
     assert abs(float(loss - golden["loss"])) <= 1e-6
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_gradient_equals_the_golden_one_at_every_recompute_level(
-    family: str, level: str
+def test_every_gradient_equals_the_golden_one_at_every_checkpointing_policy(
+    family: str, policy: str
 ) -> None:
     model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
-    model.set_recompute(level)
+    model.set_checkpointing(policy)
     model.loss(golden["input_ids"], golden["labels"]).backward()
     stored = {name[5:] for name in golden if name.startswith("grad.")}
     parameters = dict(model.named_parameters())
@@ -125,13 +125,13 @@ def test_one_document_cannot_see_another() -> None:
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "moe" in f or "next" in f])
-def test_the_router_loss_is_added_where_it_is_asked_for(family: str, level: str) -> None:
+def test_the_router_loss_is_added_where_it_is_asked_for(family: str, policy: str) -> None:
     model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
     notes = json.loads((GOLDEN / family / "golden.json").read_text())
     assert model.router_loss == 0.0
-    model.set_recompute(level)
+    model.set_checkpointing(policy)
     ids, labels = golden["input_ids"], golden["labels"]
     model.loss(ids, labels).backward()
     router = next(

@@ -225,7 +225,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_on_a_card_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_nothing_is_read_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed on this platform")
     monkeypatch.setenv("ENGINE_INTERPRET", "1")
     params, optimizer, in_backward = build(torch.float32, True)

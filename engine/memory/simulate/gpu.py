@@ -1,7 +1,7 @@
-"""A CUDA card's way through the kernels for a dry pass, taken on tensors without memory.
+"""A CUDA GPU's way through the kernels for a simulated step, taken on tensors without memory.
 
-Meta tensors say that they lie on `CARD`, Triton kernels are not launched, what asks the machine for
-a card is answered, and what is lent to the host's memory is counted there.
+Meta tensors say that they lie on `GPU`, Triton kernels are not launched, what asks the machine for
+a GPU is answered, and what is offloaded to the host's memory is counted there.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kernels.linear.int8 import Int8Weight
 from kernels.runtime.triton_support import HAS_TRITON, _AbsentKernel
 from optim import StepInBackward
 
-CARD = torch.device("cuda", 127)
+GPU = torch.device("cuda", 127)
 """The device that meta tensors claim. No machine has it, so nothing cached for it is ever used."""
 
 _ATTENTION = ("flash", "documents")
@@ -37,8 +37,8 @@ def _no_launch(kernel: Any, grid: Any) -> Callable[..., None]:
     return lambda *args, **options: None
 
 
-class OnCard(TorchFunctionMode):
-    """Meta tensors say that they lie on `CARD`, and what is to lie there becomes a meta tensor."""
+class OnGPU(TorchFunctionMode):
+    """Meta tensors say that they lie on `GPU`, and what is to lie there becomes a meta tensor."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -49,12 +49,12 @@ class OnCard(TorchFunctionMode):
         asked = getattr(func, "__self__", None)
         if asked is _DEVICE or asked is _IS_CUDA:
             if args[0].is_meta:
-                return CARD if asked is _DEVICE else True
+                return GPU if asked is _DEVICE else True
             return func(*args)
-        if options.get("device") == CARD:
+        if options.get("device") == GPU:
             options["device"] = META
         if any(isinstance(x, torch.device) for x in args):
-            args = tuple(META if isinstance(x, torch.device) and x == CARD else x for x in args)
+            args = tuple(META if isinstance(x, torch.device) and x == GPU else x for x in args)
         return func(*args, **options)
 
 
@@ -105,7 +105,7 @@ def host_ways() -> list[tuple[Any, str, Any]]:
 
 
 def _lending_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
-    """Replacements of what moves tensors between a card and the host, whose memory is apart."""
+    """Replacements of what moves tensors between a GPU and the host, whose memory is apart."""
 
     def kept_aside(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         with _disable_current_modes():
@@ -135,8 +135,8 @@ def _lending_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
     ]
 
 
-def card_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
-    """Replacements of what asks the machine for a card."""
+def gpu_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
+    """Replacements of what asks the machine for a GPU."""
     if HAS_TRITON:
         from triton.runtime.jit import KernelInterface as Kernel
     else:
@@ -147,7 +147,7 @@ def card_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
 
     return [
         *((module, name, upload) for module, name in users(kernels.adamw8bit.launch.upload)),
-        (torch.cuda, "current_device", lambda: CARD.index),
+        (torch.cuda, "current_device", lambda: GPU.index),
         (kernels.loss.linear_cross_entropy, "_multiplies_into_fp32", lambda device, dtype: True),
         (kernels.attention.backends, "_works", lambda backend, kind: backend.name in _ATTENTION),
         (kernels.nf4.tiles, "_device_numbers", lambda device: (80, 108)),

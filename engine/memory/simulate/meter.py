@@ -40,7 +40,7 @@ class DryMeter(MemoryMeter):
         self._put_aside: set[weakref.ref[Any]] = set()
 
     def put_aside(self, tensor: Tensor) -> None:
-        """Count a tensor as the host's: it takes nothing of a card."""
+        """Count a tensor as the host's: it takes nothing of a GPU."""
         self.ignore([tensor])
         size = tensor.untyped_storage().nbytes()
         self.host += size

@@ -1,4 +1,4 @@
-"""Short cuts of a dry pass through what works in many small parts.
+"""Short cuts of a simulated step through what works in many small parts.
 
 An op of many parts runs once for each shape; afterwards the peak that it had is counted again. Of
 many equal tiles and chunks, which end where they began, a few are enough.

@@ -5,7 +5,7 @@ weights and activations, under a `MemoryMeter`. Token ids, labels and document b
 so everything that depends on them (chunks of the loss, documents, positions) goes its real way.
 
 For a CPU the pass takes the CPU's way through the kernels, and its bytes are those of a real step.
-For a CUDA card meta tensors say that they lie on one, so the card's way is taken: Triton kernels
+For a CUDA GPU meta tensors say that they lie on one, so the GPU's way is taken: Triton kernels
 are not launched, but what their callers allocate is counted; storages are rounded up to the caching
 allocator's 512 bytes; attention is torch's flash attention, whose backward holds an fp32 dQ.
 
@@ -36,7 +36,7 @@ import kernels.nf4.weight
 from engine.config.train_config import TrainConfig
 from engine.data.loader import Batch
 from engine.memory.meter import SCRATCH, Peak, Segment, observed, replaced, track_model
-from engine.memory.simulate.gpu import CARD, OnCard, OnHost, also_backward, card_ways, host_ways
+from engine.memory.simulate.gpu import GPU, OnGPU, OnHost, also_backward, gpu_ways, host_ways
 from engine.memory.simulate.meter import META, DryMeter
 from engine.memory.simulate.shortcuts import shortcuts
 from engine.model_sources.base import Checkpoint
@@ -57,8 +57,8 @@ CUDA_GRANULE = 512
 class _EmptyCheckpoint:
     """A checkpoint of which only names, shapes and the stored type are known."""
 
-    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: DryMeter, card: bool):
-        self.config, self._stored, self._meter, self._card = config, stored, meter, card
+    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: DryMeter, gpu: bool):
+        self.config, self._stored, self._meter, self._gpu = config, stored, meter, gpu
         self._shapes = expected_tensors(config)
 
     def names(self) -> list[str]:
@@ -69,7 +69,7 @@ class _EmptyCheckpoint:
         """A tensor of the file; on a CPU it is mapped and takes no memory."""
         with _disable_current_modes():
             empty = torch.empty(self._shapes[name], dtype=self._stored, device="meta")
-        if not self._card:
+        if not self._gpu:
             self._meter.ignore([empty])
         return empty
 
@@ -79,9 +79,9 @@ class _EmptyCheckpoint:
 
 @dataclass(frozen=True)
 class DryResult:
-    """Peaks of one dry pass. `resident` is what stays between steps, by owner.
+    """Peaks of one simulated step. `resident` is what stays between steps, by owner.
 
-    `host` is the most bytes that were put into the host's memory to spare a card's.
+    `host` is the most bytes that were put into the host's memory to spare a GPU's.
     """
 
     load: Peak
@@ -102,25 +102,25 @@ def dry_pass(
     config: TrainConfig,
     batches: Sequence[Batch],
     *,
-    card: bool,
+    gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
 ) -> DryResult:
     """Load, adapt and train one step of `batches` without memory.
 
-    `card` chooses the code for CUDA. Raises what the run itself would raise for these settings.
+    `GPU` chooses the code for CUDA. Raises what the run itself would raise for these settings.
     """
     kernels.attention._cpu_flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = DryMeter(CUDA_GRANULE if card else 1)
-    place = OnCard() if card else OnHost()
-    ways = [*also_backward(place), *(card_ways(meter) if card else host_ways())]
+    meter = DryMeter(CUDA_GRANULE if gpu else 1)
+    place = OnGPU() if gpu else OnHost()
+    ways = [*also_backward(place), *(gpu_ways(meter) if gpu else host_ways())]
     with replaced(*ways, *shortcuts(meter)), observed(meter, fresh_scratch=True), place:
-        _make_tables(CARD if card else META)
+        _make_tables(GPU if gpu else META)
         with meter:
-            return _passed(meter, model_config, config, batches, card, dtype, stored)
+            return _passed(meter, model_config, config, batches, gpu, dtype, stored)
 
 
 def _make_tables(device: torch.device) -> None:
@@ -141,11 +141,11 @@ def _passed(
     model_config: ModelConfig,
     config: TrainConfig,
     batches: Sequence[Batch],
-    card: bool,
+    gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype,
 ) -> DryResult:
-    model = _loaded(model_config, config, meter, card, dtype, stored)
+    model = _loaded(model_config, config, meter, gpu, dtype, stored)
     load = meter.peak
     meter.begin("adapters and states")  # which every step has too
     meter.hand_over(meter.owner, "norms and biases")
@@ -163,13 +163,13 @@ def _loaded(
     model_config: ModelConfig,
     config: TrainConfig,
     meter: DryMeter,
-    card: bool,
+    gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype,
 ) -> Decoder:
     meter.begin("load")
-    checkpoint = cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, card))
-    return build_for(config, checkpoint, CARD if card else META, dtype)
+    checkpoint = cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, gpu))
+    return build_for(config, checkpoint, GPU if gpu else META, dtype)
 
 
 def _step(

@@ -112,7 +112,7 @@ def test_another_implementation_that_fails_is_reported_and_stops_nothing() -> No
         for case in all_cases("tiny", Settings(8, torch.float32, document=8), tiny())
         if case.op == "rms_norm"
     )
-    row = run_case(case, CPU, LIMITS, budget=0.0, contenders=[broken])  # type: ignore[list-item]
+    row = run_case(case, CPU, LIMITS, budget=0.0, baselines=[broken])  # type: ignore[list-item]
     assert "cannot do this" in row.failed["broken"]
     assert "torch" in row.ratios
 

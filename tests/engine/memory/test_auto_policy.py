@@ -12,10 +12,10 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.finetune import train
-from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_recompute
+from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_policy
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.search import LEVELS, changed, least_step
+from engine.memory.search import POLICIES, changed, least_step
 from engine.model_sources.base import open_checkpoint
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -35,48 +35,48 @@ def shape() -> ModelConfig:
     return found
 
 
-def needed(shape: ModelConfig, level: str) -> int:
-    config = settings(gradient_checkpointing=level)
-    return plan(shape, config, card=False, dtype=torch.float32, work=WORK).total
+def needed(shape: ModelConfig, policy: str) -> int:
+    config = settings(gradient_checkpointing=policy)
+    return plan(shape, config, gpu=False, dtype=torch.float32, work=WORK).total
 
 
-def test_a_level_that_is_named_is_taken(shape: ModelConfig) -> None:
-    for level in LEVELS:
-        config = settings(gradient_checkpointing=level)
-        assert resolve_recompute(shape, config, CPU, torch.float32, WORK, free=1) == level
+def test_a_policy_that_is_named_is_taken(shape: ModelConfig) -> None:
+    for policy in POLICIES:
+        config = settings(gradient_checkpointing=policy)
+        assert resolve_policy(shape, config, CPU, torch.float32, WORK, free=1) == policy
 
 
-def test_auto_takes_the_fastest_level_that_fits(shape: ModelConfig) -> None:
-    totals = [needed(shape, level) for level in LEVELS]
+def test_auto_takes_the_fastest_policy_that_fits(shape: ModelConfig) -> None:
+    totals = [needed(shape, policy) for policy in POLICIES]
     assert totals == sorted(totals, reverse=True)
-    for level, total in zip(LEVELS, totals, strict=True):
+    for policy, total in zip(POLICIES, totals, strict=True):
         free = int((total + 1) / FREE_SHARE["cpu"]) + 1
-        assert resolve_recompute(shape, settings(), CPU, torch.float32, WORK, free) == level
+        assert resolve_policy(shape, settings(), CPU, torch.float32, WORK, free) == policy
         config = changed(settings(), memory_budget=total)
-        assert resolve_recompute(shape, config, CPU, torch.float32, WORK) == level
-    assert resolve_recompute(shape, settings(), CPU, torch.float32, WORK, free=1) == "full"
+        assert resolve_policy(shape, config, CPU, torch.float32, WORK) == policy
+    assert resolve_policy(shape, settings(), CPU, torch.float32, WORK, free=1) == "full"
 
 
 def test_the_estimate_that_saves_a_plan_is_no_less_than_the_plan(shape: ModelConfig) -> None:
     for method in ("qlora", "lora", "full"):
         config = settings(gradient_checkpointing="none", method=method)
-        exact = plan(shape, config, card=True, dtype=torch.bfloat16, work=WORK)
+        exact = plan(shape, config, gpu=True, dtype=torch.bfloat16, work=WORK)
         assert _estimate(shape, config, WORK, torch.bfloat16) >= exact.allocated
 
 
-def test_a_resumed_run_keeps_its_level(
+def test_a_resumed_run_keeps_its_policy(
     tiny_model: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    levels: list[str] = []
+    policies: list[str] = []
     loss = Decoder.loss
 
     def noted(model: Decoder, *args: Any, **options: Any) -> Any:
-        if model.device.type == "cpu":  # a plan's dry pass calls this too
-            levels.append(model.recompute)
-        if levels == ["full", "full"]:
+        if model.device.type == "cpu":  # a plan's simulated step calls this too
+            policies.append(model.checkpointing)
+        if policies == ["full", "full"]:
             raise RuntimeError("the power fails in the second step")
         return loss(model, *args, **options)
 
@@ -94,9 +94,9 @@ def test_a_resumed_run_keeps_its_level(
         train(config, console=False)
     monkeypatch.setattr("engine.memory.auto_policy.free_memory", lambda device: 1 << 50)
     train(changed(config, resume="auto"), console=False)
-    assert levels == ["full"] * 4
+    assert policies == ["full"] * 4
     train(changed(config, output_dir=tmp_path / "another"), console=False)
-    assert levels[4:] == ["none"] * 3
+    assert policies[4:] == ["none"] * 3
     first, second = (
         (tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes()
         for run in ("run", "another")
@@ -105,7 +105,7 @@ def test_a_resumed_run_keeps_its_level(
 
 
 @pytest.fixture
-def levels_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def policies_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Fills with (who asked, level) of every plan that a run makes."""
     made: list[tuple[str, str]] = []
 
@@ -132,7 +132,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     write_rows: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    levels_planned: list[tuple[str, str]],
+    policies_planned: list[tuple[str, str]],
 ) -> None:
     monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
     config = TrainConfig(
@@ -143,18 +143,18 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
         method=method,
     )
     checkpoint = open_checkpoint(str(tiny_model))
-    least = plan(checkpoint.config, least_step(config), card=False, dtype=torch.float32).total
+    least = plan(checkpoint.config, least_step(config), gpu=False, dtype=torch.float32).total
     with pytest.raises(MemoryPlanError, match=f"for its largest step.*{advice}"):
         train(changed(config, memory_budget=least), console=False)
     # One row of 8 tokens before rows are read, and the largest step of those read.
-    assert levels_planned == [("budget", "full"), ("level", "full")]
+    assert policies_planned == [("budget", "full"), ("level", "full")]
 
 
-def test_the_choice_of_a_level_and_the_budget_share_their_plan(
+def test_the_choice_of_a_policy_and_the_budget_share_their_plan(
     tiny_model: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
-    levels_planned: list[tuple[str, str]],
+    policies_planned: list[tuple[str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("engine.memory.auto_policy._estimate", lambda *shape: 1 << 60)
@@ -169,6 +169,6 @@ def test_the_choice_of_a_level_and_the_budget_share_their_plan(
     )
     train(config, console=False)
     # The last compares what was measured with the largest step that was seen.
-    assert levels_planned == [
+    assert policies_planned == [
         ("budget", "full"), ("level", "full"), ("level", "none"), ("budget", "none"),
     ]  # fmt: skip

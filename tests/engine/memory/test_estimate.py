@@ -35,7 +35,7 @@ def settings(**changes: Any) -> TrainConfig:
 def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
     model = preset_config(name)
     assert model is not None
-    return lambda config: plan(model, config, card=True, dtype=torch.bfloat16)
+    return lambda config: plan(model, config, gpu=True, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
@@ -165,7 +165,8 @@ def test_a_refusal_plans_the_least_settings_and_the_ways_out_alone() -> None:
 
     with pytest.raises(MemoryPlanError, match="too much"):
         choose(settings(batch_size=8, max_length=4096), GIB // 2, counted)
-    # One tells what levers there are, one pulls them all, and two ways out are to be priced.
+    # One tells what memory options there are, one takes them all, and two ways out are to be
+    # priced.
     assert len(made) == 4
     assert max(config.max_length * config.batch_size for config in made) == 64
 
@@ -180,7 +181,7 @@ def test_the_first_plan_of_a_process_is_that_of_every_later_one() -> None:
         "config = TrainConfig(model='m', data='d', max_length=8, gradient_checkpointing='full')\n"
         "model = preset_config('qwen3-8b')\n"
         "for _ in range(2):\n"
-        "    print(plan(model, config, card=True, dtype=torch.bfloat16).step.owners)\n"
+        "    print(plan(model, config, GPU=True, dtype=torch.bfloat16).step.owners)\n"
     )
     words = [sys.executable, "-c", script]
     out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
@@ -298,14 +299,16 @@ def test_a_run_of_which_no_row_fits_is_refused_before_rows_are_read(
     assert len(plans_of_budget) == 4
 
 
-def test_a_run_that_levers_would_fit_is_sent_to_the_search(plans_of_budget: list[Any]) -> None:
+def test_a_run_that_memory_options_would_fit_is_sent_to_the_search(
+    plans_of_budget: list[Any],
+) -> None:
     model = preset_config("qwen3-8b")
     assert model is not None
-    card, config = torch.device("cuda"), settings(memory_budget="4GiB")
+    gpu, config = torch.device("cuda"), settings(memory_budget="4GiB")
     with pytest.raises(MemoryPlanError, match="`engine plan` with the same settings finds some"):
-        require_room(config, model, card, torch.bfloat16)
+        require_room(config, model, gpu, torch.bfloat16)
     assert len(plans_of_budget) == 2
-    require_room(changed(config, memory_budget=12 * GIB), model, card, torch.bfloat16)
+    require_room(changed(config, memory_budget=12 * GIB), model, gpu, torch.bfloat16)
     assert len(plans_of_budget) == 3
 
 

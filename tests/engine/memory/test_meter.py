@@ -80,7 +80,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "dora on dense weights": {"use_dora": True, "method": "lora"},
     "two targets": {"target_modules": "qv"},
-    "small chunks": {"loss_chunk_rows": 64},
+    "small chunks": {"loss_chunk_tokens": 64},
     "single quantisation": {"double_quant": False},
     "32-bit moments": {"optimizer": "adamw"},
     "accumulation": {"accumulate": 2},
@@ -89,18 +89,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "short rows": {"max_length": 24},
     "8-bit head": {"head_precision": "8bit"},
     "embedding on the host": {"embedding_on": "host"},
-    "tiles": {"mlp_tile_rows": 48},
-    "tiles with full recompute": {"mlp_tile_rows": 100, "gradient_checkpointing": "full"},
-    "single weights": {"decode_singly": True},
+    "tiles": {"mlp_tile_tokens": 48},
+    "tiles with full recompute": {"mlp_tile_tokens": 100, "gradient_checkpointing": "full"},
+    "single weights": {"low_memory_decode": True},
     "levels by layer": {"gradient_checkpointing": "full:1,none"},
     "streamed weights": {"offload": ("weights",)},
     "everything": {
-        "mlp_tile_rows": 48,
-        "decode_singly": True,
+        "mlp_tile_tokens": 48,
+        "low_memory_decode": True,
         "head_precision": "8bit",
         "gradient_checkpointing": "full",
         "offload": ("checkpoints", "weights"),
-        "loss_chunk_rows": 64,
+        "loss_chunk_tokens": 64,
     },
 }
 
@@ -182,7 +182,7 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
     batches = [make_batch(lengths)] * config.accumulate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     real = measured(model, config, batches, dtype).peak
-    dry = dry_pass(model, config, batches, card=False, dtype=dtype).step
+    dry = dry_pass(model, config, batches, gpu=False, dtype=dtype).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
     for owner, size in real.owners.items():
         assert abs(dry.owners[owner] - size) <= 0.01 * real.bytes, owner
@@ -214,11 +214,11 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     config = settings(**SETTINGS[name])
     batches = [make_batch([40, 24])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, card=False, dtype=torch.float32).step
+    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
-@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -229,18 +229,18 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
         {"gradient_checkpointing": "none"},
         {"accumulate": 2},
         {"max_length": 8},
-        {"mlp_tile_rows": 48, "decode_singly": True, "offload": ("checkpoints", "weights")},
+        {"mlp_tile_tokens": 48, "low_memory_decode": True, "offload": ("checkpoints", "weights")},
         {"head_precision": "8bit", "embedding_on": "host", "offload": ("checkpoints",)},
     ],
 )
-def test_a_deep_model_is_planned_from_shallow_ones(card: bool, changes: dict[str, Any]) -> None:
+def test_a_deep_model_is_planned_from_shallow_ones(gpu: bool, changes: dict[str, Any]) -> None:
     model = ModelConfig.from_dict(SMALL | {"num_hidden_layers": 11})
     config = settings(**({"batch_size": 2, "max_length": 150} | changes))
-    dtype = torch.bfloat16 if card else torch.float32
-    whole = plan(model, config, card=card, dtype=dtype, whole=True)
-    quick = plan(model, config, card=card, dtype=dtype)
-    # On a card every tensor is rounded up to 512 bytes, which is not linear in anything.
-    slack = 20_000 if card else 0
+    dtype = torch.bfloat16 if gpu else torch.float32
+    whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
+    quick = plan(model, config, gpu=gpu, dtype=dtype)
+    # On a GPU every tensor is rounded up to 512 bytes, which is not linear in anything.
+    slack = 20_000 if gpu else 0
     for mine, theirs in ((quick.step, whole.step), (quick.load, whole.load)):
         assert abs(mine.bytes - theirs.bytes) <= slack
     assert abs(quick.save.bytes - whole.save.bytes) <= slack
@@ -248,11 +248,11 @@ def test_a_deep_model_is_planned_from_shallow_ones(card: bool, changes: dict[str
     assert quick.trainable == whole.trainable
 
 
-def test_a_dry_pass_leaves_no_trace() -> None:
+def test_a_simulated_step_leaves_no_trace() -> None:
     model, config = ModelConfig.from_dict(SMALL), settings()
     device = torch.zeros(1).device
-    for card in (False, True):
-        dry_pass(model, config, [make_batch([30])], card=card, dtype=torch.float32)
+    for gpu in (False, True):
+        dry_pass(model, config, [make_batch([30])], gpu=gpu, dtype=torch.float32)
     assert torch.zeros(1).device == device
     assert not torch.empty(1, device="meta").is_cuda
     real = measured(model, config, [make_batch([30])], torch.float32)
@@ -293,14 +293,14 @@ def test_memory_does_not_grow_over_two_hundred_steps(
     batches = [make_batch([128])]
     activation = 128 * 64 * 4
     if leaks:  # one activation a step: both measures must see it
-        run, kept = DecoderLayer.run, []
+        run, kept = DecoderLayer.forward, []
 
         def leaking(layer: DecoderLayer, *args: Any) -> Any:
             result = run(layer, *args)
             kept.append(result[0].detach().clone())
             return result
 
-        monkeypatch.setattr(DecoderLayer, "run", leaking)
+        monkeypatch.setattr(DecoderLayer, "forward", leaking)
     meter = MemoryMeter()
     process, resident, counted = psutil.Process(), [], []
     with observed(meter, fresh_scratch=True), meter:
@@ -340,7 +340,7 @@ def test_the_plan_of_other_families_is_what_a_step_takes(
 
     monkeypatch.setattr(WeightStream, "__init__", moving)
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, card=False, dtype=torch.float32).step
+    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
     # How many rows an expert gets is known to a plan on average alone.
     assert dry.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
 
@@ -352,24 +352,24 @@ def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(level: str) 
     model = ModelConfig.from_dict(SMALL | {"head_dim": 16} | lists)
     config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, card=False, dtype=torch.float32).step
+    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
-@pytest.mark.parametrize("card", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
-    "changes", [{}, {"mlp_tile_rows": 48, "offload": ("checkpoints", "weights")}]
+    "changes", [{}, {"mlp_tile_tokens": 48, "offload": ("checkpoints", "weights")}]
 )
 def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
-    card: bool, changes: dict[str, Any], golden: Callable[[str], Path]
+    gpu: bool, changes: dict[str, Any], golden: Callable[[str], Path]
 ) -> None:
     raw = json.loads((golden("qwen3_next") / "config.json").read_text())
     model = ModelConfig.from_dict(raw).with_layers(10)
     assert model.period == 2
     config = settings(batch_size=2, max_length=150, **changes)
-    dtype = torch.bfloat16 if card else torch.float32
-    whole = plan(model, config, card=card, dtype=dtype, whole=True)
-    quick = plan(model, config, card=card, dtype=dtype)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
+    quick = plan(model, config, gpu=gpu, dtype=dtype)
     assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
     assert quick.host == pytest.approx(whole.host, rel=0.002)
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)

@@ -1,4 +1,4 @@
-"""What each lever saves on a card, in the bytes of a dry pass."""
+"""What each memory option saves on a GPU, in the bytes of a simulated step."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ SHAPE: dict[str, Any] = {
 
 
 def lent(**changes: Any) -> DryResult:
-    """The dry pass of a step on a card."""
+    """The simulated step of a step on a GPU."""
     return dry_pass(
         ModelConfig.from_dict(SHAPE),
         TrainConfig(model="m", data="d", gradient_checkpointing="full", **changes),
         [make_batch([100, 60])],
-        card=True,
+        gpu=True,
         dtype=torch.bfloat16,
     )
 
 
-def test_every_lever_saves_the_bytes_that_it_should() -> None:
+def test_every_memory_option_saves_the_bytes_that_it_should() -> None:
     plain = lent()
     table = 1000 * 256 * 2
     head = lent(head_precision="8bit").resident["head"]
@@ -56,14 +56,14 @@ def test_every_lever_saves_the_bytes_that_it_should() -> None:
     streamed = lent(offload=("weights",))
     layer = streamed.resident["NF4 base"]  # the first, which stays for the next step
     assert plain.resident["NF4 base"] == 6 * layer
-    assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a card rounds up to 512 bytes
+    assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a GPU rounds up to 512 bytes
     assert streamed.segments["backward", 2].owners["NF4 base"] == 2 * layer
     assert streamed.step.bytes < plain.step.bytes
     assert streamed.load.bytes < plain.load.bytes
 
 
 def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
-    plain, tiled, singly = lent(), lent(mlp_tile_rows=32), lent(decode_singly=True)
+    plain, tiled, singly = lent(), lent(mlp_tile_tokens=32), lent(low_memory_decode=True)
     work = [r.segments["backward", 2].owners["block working set"] for r in (plain, tiled)]
     # gate, up, silu(gate) * up and its gradient: four times 128 tokens fewer, 2048 wide, 2 bytes;
     # attention, which was the lesser part, is the greater now.

@@ -1,4 +1,4 @@
-"""The ladder of levers, what a search does with it, and a run that pulls them."""
+"""The list of memory options, what a search does with it, and a run that pulls them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from engine.errors import ConfigError
 from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.options import ladder, pull
+from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, context_table, smallest
-from models.layers.packed_batch import layer_levels
+from models.layers.packed_batch import layer_policies
 
 GB = 10**9
 
@@ -31,35 +31,35 @@ def _planned(name: str, text: str) -> MemoryPlan:
     model = preset_config(name)
     assert model is not None
     config = TrainConfig.model_validate_json(text)
-    return plan(model, config, card=True, dtype=torch.bfloat16)
+    return plan(model, config, gpu=True, dtype=torch.bfloat16)
 
 
 def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
     return lambda config: _planned(name, config.model_dump_json())
 
 
-def pulled(config: TrainConfig, card: bool = True, tied: bool = False) -> list[tuple[str, object]]:
-    return [(lever.setting, lever.value) for lever in ladder(config, card, tied)]
+def pulled(config: TrainConfig, gpu: bool = True, tied: bool = False) -> list[tuple[str, object]]:
+    return [(option.setting, option.value) for option in memory_options(config, gpu, tied)]
 
 
-def test_the_ladder_is_as_long_as_the_run_allows() -> None:
+def test_the_list_of_options_is_as_long_as_the_run_allows() -> None:
     every = pulled(settings())
     assert every[0] == ("embedding_on", "host") and every[-1] == ("offload", "weights")
     assert ("embedding_on", "host") not in pulled(settings(), tied=True)
-    names = {name for name, _ in pulled(settings(), card=False)}
-    assert names == {"mlp_tile_rows", "loss_chunk_rows", "head_precision", "decode_singly"}
+    names = {name for name, _ in pulled(settings(), gpu=False)}
+    assert names == {"mlp_tile_tokens", "loss_chunk_tokens", "head_precision", "low_memory_decode"}
     full = pulled(settings(method="full"))
     assert ("head_precision", "8bit") not in full and ("offload", "weights") not in full
     assert ("offload", "weights") not in pulled(settings(method="lora"))
-    given = settings(mlp_tile_rows=256, offload=("checkpoints",), decode_singly=True)
+    given = settings(mlp_tile_tokens=256, offload=("checkpoints",), low_memory_decode=True)
     names = {name for name, _ in pulled(given)}
-    assert names == {"embedding_on", "offload", "loss_chunk_rows", "head_precision"}
+    assert names == {"embedding_on", "offload", "loss_chunk_tokens", "head_precision"}
 
 
-def test_levers_add_up() -> None:
-    config = pull(settings(), ladder(settings(), True, False))
+def test_memory_options_add_up() -> None:
+    config = pull(settings(), memory_options(settings(), True, False))
     assert config.offload == ("checkpoints", "weights")
-    assert (config.mlp_tile_rows, config.head_precision) == (512, "8bit")
+    assert (config.mlp_tile_tokens, config.head_precision) == (512, "8bit")
     assert pull(settings(), []) == settings()
 
 
@@ -72,7 +72,7 @@ def test_a_search_pulls_what_is_cheap_before_it_recomputes() -> None:
     choice = choose(asked, lent, make)
     config = choice.plan.config
     assert (config.gradient_checkpointing, config.offload) == ("none", ("checkpoints",))
-    assert not config.decode_singly and config.head_precision == "16bit"
+    assert not config.low_memory_decode and config.head_precision == "16bit"
 
 
 def test_layers_share_what_is_left_of_a_budget() -> None:
@@ -83,7 +83,7 @@ def test_layers_share_what_is_left_of_a_budget() -> None:
     selective = make(changed(resident, gradient_checkpointing="selective")).total
     budget = (full + selective) // 2
     choice = choose(resident, budget, make)
-    levels = layer_levels(choice.plan.config.gradient_checkpointing, choice.plan.layers)
+    levels = layer_policies(choice.plan.config.gradient_checkpointing, choice.plan.layers)
     assert choice.plan.total <= budget
     assert {"full", "selective"} == set(levels)
     assert list(levels) == sorted(levels)  # full first: their memory is held the longest
@@ -100,8 +100,8 @@ def test_eight_billion_parameters_train_in_what_their_layout_allows() -> None:
         gradient_checkpointing="full",
         embedding_on="host",
         offload=("checkpoints",),
-        mlp_tile_rows=512,
-        decode_singly=True,
+        mlp_tile_tokens=512,
+        low_memory_decode=True,
     )
     small = changed(short, head_precision="8bit")
     assert make(short).allocated <= 5.4 * GB
@@ -113,7 +113,7 @@ def test_eight_billion_parameters_train_in_what_their_layout_allows() -> None:
     assert make(changed(small, max_length=600_000)).total <= 80 * GB
 
 
-def test_seventy_billion_parameters_train_on_a_card_of_24_gb() -> None:
+def test_seventy_billion_parameters_train_on_a_gpu_of_24_gb() -> None:
     make = planner("llama-3.3-70b")
     streamed = settings(
         batch_size=1, max_length=2048, offload=("checkpoints", "weights"), embedding_on="host"
@@ -132,7 +132,7 @@ def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None
     def make(config: TrainConfig) -> MemoryPlan:
         text = config.model_dump_json()
         if text not in made:
-            made[text] = plan(model, config, card=True, dtype=torch.bfloat16)
+            made[text] = plan(model, config, gpu=True, dtype=torch.bfloat16)
         return made[text]
 
     resident = settings(
@@ -143,11 +143,11 @@ def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None
         embedding_on="host",
         offload=("checkpoints",),
         head_precision="8bit",
-        decode_singly=True,
-        loss_chunk_rows=64,
+        low_memory_decode=True,
+        loss_chunk_tokens=64,
     )
     streamed = changed(resident, offload=("checkpoints", "weights"))
-    tiled = changed(streamed, mlp_tile_rows=2048)
+    tiled = changed(streamed, mlp_tile_tokens=2048)
     held = [make(config) for config in (resident, streamed, tiled)]
     base = [planned.step.owners["NF4 base"] for planned in held]
     assert base[1] == base[0] // 2  # two layers of four
@@ -156,7 +156,7 @@ def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None
     work = [planned.step.owners["block working set"] for planned in held]
     assert work[2] < 0.7 * work[1]
     choice = choose(streamed, held[2].total, make)
-    assert choice.plan.config.mlp_tile_rows == 2048
+    assert choice.plan.config.mlp_tile_tokens == 2048
     assert choice.plan.total <= held[2].total < held[1].total
 
 
@@ -179,17 +179,17 @@ def test_the_context_table_streams_weights_only_where_it_must(
         ({"use_dora": True, "offload": "checkpoints,weights"}, "NF4 weights"),
         ({"offload": "everything"}, "offload"),
         ({"gradient_checkpointing": "full,none"}, "gradient_checkpointing"),
-        ({"mlp_tile_rows": 0}, "mlp_tile_rows"),
+        ({"mlp_tile_tokens": 0}, "mlp_tile_tokens"),
     ],
 )
-def test_levers_that_do_not_go_with_the_run_are_refused(
+def test_memory_options_that_do_not_go_with_the_run_are_refused(
     changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**changes)
 
 
-def test_levers_are_read_as_people_write_them() -> None:
+def test_memory_options_are_read_as_people_write_them() -> None:
     config = settings(
         offload="checkpoints, weights",
         head_precision="int8",
@@ -210,7 +210,7 @@ def run(model: Path, data: Path, output: Path, **changes: Any) -> bytes:
     return (output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_run_with_levers_learns_what_one_without_does(
+def test_a_run_with_memory_options_learns_what_one_without_does(
     tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows = write_rows(6)
@@ -229,13 +229,13 @@ def test_a_run_with_levers_learns_what_one_without_does(
         tmp_path / "c",
         gradient_checkpointing="none",
         head_precision="8bit",
-        mlp_tile_rows=16,
-        decode_singly=True,
+        mlp_tile_tokens=16,
+        low_memory_decode=True,
     )
     assert rounded != plain and len(rounded) == len(plain)
 
 
-def test_levels_for_another_number_of_layers_are_refused_before_weights_are_read(
+def test_policies_for_another_number_of_layers_are_refused_before_weights_are_read(
     tiny_model: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,

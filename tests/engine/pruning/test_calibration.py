@@ -80,7 +80,7 @@ def test_activation_is_the_mean_length_of_what_a_head_adds(golden: Golden, famil
     attention, dim = model.layers[layer].self_attn, model.config.head_dim
     assert attention is not None and isinstance(attention.o_proj.weight, torch.Tensor)
     caught: list[torch.Tensor] = []
-    run = attention.run
+    run = attention.forward
 
     def listen(*arguments: Any) -> Any:
         result = run(*arguments)
@@ -94,7 +94,7 @@ def test_activation_is_the_mean_length_of_what_a_head_adds(golden: Golden, famil
             model.hidden_states(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
         return torch.cat(caught)
 
-    attention.run = listen  # type: ignore[method-assign,assignment]
+    attention.forward = listen  # type: ignore[method-assign,assignment]
     with torch.no_grad():
         whole = outcome()
         for head in range(4):
@@ -119,7 +119,7 @@ def test_activation_does_not_depend_on_how_rows_are_grouped(
 def test_listening_leaves_no_trace(golden: Golden) -> None:
     model = load_model(golden("llama"))
     activations(model, [0, 1], examples())
-    assert all("run" not in vars(layer.self_attn) for layer in model.layers)
+    assert all("forward" not in vars(layer.self_attn) for layer in model.layers)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

@@ -104,14 +104,14 @@ def test_measured_scores_are_those_of_taking_a_head_out(golden: Golden, family: 
     assert mixer is not None and isinstance(mixer.out_proj.weight, torch.Tensor)
     columns = mixer.out_proj.weight.data.unflatten(1, (mixer.value_heads, -1))
     caught: list[torch.Tensor] = []
-    inner = mixer.run
+    inner = mixer.forward
 
     def listen(*arguments: Any) -> Any:
         result = inner(*arguments)
         caught.append(result[0])
         return result
 
-    mixer.run = listen  # type: ignore[method-assign,assignment]
+    mixer.forward = listen  # type: ignore[method-assign,assignment]
 
     @torch.no_grad()
     def outcome() -> tuple[torch.Tensor, torch.Tensor]:

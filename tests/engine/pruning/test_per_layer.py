@@ -215,7 +215,7 @@ def test_a_cut_model_is_trained_planned_and_merged(
     ]
     assert losses[-1] < losses[0]
     small, large = (
-        plan(open_checkpoint(folder).config, config, card=False, dtype=torch.float32)
+        plan(open_checkpoint(folder).config, config, gpu=False, dtype=torch.float32)
         for folder in (tmp_path / "cut", tiny_model)
     )
     assert small.step.bytes < large.step.bytes and small.flops < large.flops
@@ -233,20 +233,20 @@ def test_a_cut_model_is_trained_planned_and_merged(
     assert torch.allclose(merged, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("card", [False, True])
-def test_the_plan_knows_the_heads_of_every_layer(tmp_path: Path, card: bool) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_plan_knows_the_heads_of_every_layer(tmp_path: Path, gpu: bool) -> None:
     """Few layers are passed where heads repeat, all where they do not."""
     raw = json.loads((GOLDEN / "llama" / "config.json").read_text())
     config = TrainConfig(
         model="m", data="d", batch_size=2, max_length=60, gradient_checkpointing="selective"
     )
-    dtype = torch.bfloat16 if card else torch.float32
+    dtype = torch.bfloat16 if gpu else torch.float32
     found = []
     for heads in ([4, 2] * 5, [4] + [2] * 9, [4] * 10):
         lists = dict(zip(PER_LAYER, (heads, [n // 2 for n in heads]), strict=True))
         model = ModelConfig.from_dict(raw | {"num_hidden_layers": 10} | lists)
-        whole = plan(model, config, card=card, dtype=dtype, whole=True)
-        quick = plan(model, config, card=card, dtype=dtype)
+        whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
+        quick = plan(model, config, gpu=gpu, dtype=dtype)
         assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
         assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
         assert quick.trainable == whole.trainable

@@ -19,7 +19,7 @@ from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
 from models.adapters import adapter_tensors, add_lora
 from models.layers.linear import Linear
-from models.layers.packed_batch import Levers
+from models.layers.packed_batch import StepSettings
 
 Rows = Callable[..., Path]
 Golden = Callable[[str], Path]
@@ -64,7 +64,7 @@ def test_a_new_magnitude_is_the_length_of_each_row_and_changes_nothing(
 
 
 def gradients(
-    folder: Path, quantize: Quantization | None, level: str, levers: Levers
+    folder: Path, quantize: Quantization | None, level: str, settings: StepSettings
 ) -> dict[str, torch.Tensor]:
     model = load_model(folder, quantize=quantize, dtype=torch.float64)
     add_lora(model, rank=4, use_dora=True)
@@ -74,8 +74,8 @@ def gradients(
         a.normal_(0, 0.3, generator=generator)
         b.normal_(0, 0.3, generator=generator)
         magnitude.uniform_(0.5, 2, generator=generator)
-    model.set_recompute(level)
-    model.levers = levers
+    model.set_checkpointing(level)
+    model.settings = settings
     model.loss(IDS, IDS).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == 2 * 7 * 3
@@ -84,20 +84,20 @@ def gradients(
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize(
-    ("level", "levers"),
+    ("level", "settings"),
     [
-        ("selective", Levers()),
-        ("full", Levers()),
-        ("full", Levers(mlp_tile_rows=16)),
-        ("full", Levers(singly=True)),
-        ("none", Levers(mlp_tile_rows=7, singly=True)),
+        ("selective", StepSettings()),
+        ("full", StepSettings()),
+        ("full", StepSettings(mlp_tile_tokens=16)),
+        ("full", StepSettings(low_memory_decode=True)),
+        ("none", StepSettings(mlp_tile_tokens=7, low_memory_decode=True)),
     ],
 )
 def test_recomputing_and_saving_memory_change_no_gradient(
-    golden: Golden, quantize: Quantization | None, level: str, levers: Levers
+    golden: Golden, quantize: Quantization | None, level: str, settings: StepSettings
 ) -> None:
-    want = gradients(golden("qwen3"), quantize, "none", Levers())
-    got = gradients(golden("qwen3"), quantize, level, levers)
+    want = gradients(golden("qwen3"), quantize, "none", StepSettings())
+    got = gradients(golden("qwen3"), quantize, level, settings)
     for name, gradient in want.items():
         assert float((got[name] - gradient).norm() / gradient.norm()) <= 1e-9, name
 

@@ -28,7 +28,7 @@ from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
 from models.layers import mlp
 from models.layers.experts import Experts
-from models.layers.packed_batch import Levers
+from models.layers.packed_batch import StepSettings
 from optim import AdamW8bit
 
 WARMING, DOCUMENTS = (9, 3, 12), (7, 12, 5)
@@ -114,8 +114,8 @@ def step_of(
 ) -> Callable[[tuple[int, ...]], object]:
     """A step on documents of these lengths, in two equal micro-batches."""
     model = random_decoder(config(layers, name), torch.device("cpu"), torch.float32, rank=4)
-    model.set_recompute(recompute)
-    model.levers = Levers(tile)
+    model.set_checkpointing(recompute)
+    model.settings = StepSettings(tile)
     for module in model.modules():
         if isinstance(module, Experts):  # in the order that the kernels read
             module.stored = {

@@ -19,7 +19,7 @@ from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, make_batch, plan
 from engine.memory.meter import MemoryMeter, observed, track_model
 from engine.memory.model_shapes import preset_config
-from engine.memory.options import ladder, pull
+from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, smallest
 from engine.runs.metrics import read_metrics
 from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerSettings, train_step
@@ -54,7 +54,7 @@ def build(raw: dict[str, Any], dtype: torch.dtype = torch.float32, level: str = 
         value = torch.randn(parameter.shape, generator=draw) * 0.1
         parameter.data.copy_(value + 1.0 if "norm" in name else value)
         parameter.requires_grad_(True)
-    model.set_recompute(level)
+    model.set_checkpointing(level)
     return model
 
 
@@ -167,20 +167,20 @@ def test_gradients_take_the_bytes_of_one_layer() -> None:
     assert fused.peak.bytes <= plain.peak.bytes - 10 * layer
 
 
-@pytest.mark.parametrize("card", [False, True])
-def test_the_plan_has_the_gradients_of_one_layer(card: bool) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_plan_has_the_gradients_of_one_layer(gpu: bool) -> None:
     shape = preset_config("smollm2-135m")
     assert shape is not None
     config = settings(batch_size=1, max_length=64, gradient_checkpointing="full")
-    dtype = torch.bfloat16 if card else torch.float32
-    fused = plan(shape, config, card=card, dtype=dtype)
-    plain = plan(shape, changed(config, optimizer_in_backward=False), card=card, dtype=dtype)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    fused = plan(shape, config, gpu=gpu, dtype=dtype)
+    plain = plan(shape, changed(config, optimizer_in_backward=False), gpu=gpu, dtype=dtype)
     layers = plain.step.owners["dense base"]
     assert plain.step.owners["gradients"] >= layers
     assert fused.step.owners["gradients"] <= layers / shape.num_hidden_layers * 1.01
     assert fused.step.bytes < plain.step.bytes
-    # A card has a small table for each layer.
-    assert plain.save.bytes <= fused.save.bytes <= plain.save.bytes + 2**20 * card
+    # A GPU has a small table for each layer.
+    assert plain.save.bytes <= fused.save.bytes <= plain.save.bytes + 2**20 * gpu
 
 
 def test_a_loss_that_is_not_finite_changes_nothing() -> None:
@@ -338,7 +338,7 @@ def planned(text: str) -> MemoryPlan:
     shape = preset_config("smollm2-135m")
     assert shape is not None
     config = TrainConfig.model_validate_json(text)
-    return plan(shape, config, card=True, dtype=torch.bfloat16)
+    return plan(shape, config, gpu=True, dtype=torch.bfloat16)
 
 
 def planner(config: TrainConfig) -> MemoryPlan:
@@ -346,9 +346,10 @@ def planner(config: TrainConfig) -> MemoryPlan:
     return planned(config.model_dump_json())
 
 
-def test_it_is_a_lever_where_it_learns_the_same() -> None:
+def test_it_is_a_memory_option_where_it_learns_the_same() -> None:
     def offered(config: TrainConfig) -> bool:
-        return any(lever.setting == "optimizer_in_backward" for lever in ladder(config, True, True))
+        options = memory_options(config, True, True)
+        return any(option.setting == "optimizer_in_backward" for option in options)
 
     asked = settings(optimizer_in_backward=False)
     assert offered(asked)
@@ -357,9 +358,9 @@ def test_it_is_a_lever_where_it_learns_the_same() -> None:
     assert not offered(changed(asked, accumulate=4))
     assert not offered(changed(asked, dtype="float16"))
     assert not offered(changed(asked, method="lora"))
-    assert pull(asked, ladder(asked, True, True)).optimizer_in_backward
+    assert pull(asked, memory_options(asked, True, True)).optimizer_in_backward
     halved = changed(asked, batch_size=2, accumulate=2)
-    assert not pull(halved, ladder(asked, True, True)).optimizer_in_backward
+    assert not pull(halved, memory_options(asked, True, True)).optimizer_in_backward
 
 
 def test_a_search_pulls_it_before_it_recomputes() -> None:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.loss import linear_cross_entropy as module
-from kernels.loss.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from kernels.loss.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_accurate(
 ) -> None:
     hidden, weight, labels = problem(rows, width, vocabulary, dtype, device)
     h, w = (x.clone().requires_grad_(True) for x in (hidden, weight))
-    loss = linear_cross_entropy(h, w, labels, rows_per_chunk=per_chunk)
+    loss = linear_cross_entropy(h, w, labels, tokens_per_chunk=per_chunk)
     mine = [loss.detach(), *torch.autograd.grad(loss, (h, w))]
     assert loss.dtype == torch.float32
     assert mine[1].dtype == mine[2].dtype == dtype
@@ -75,7 +75,7 @@ def test_a_frozen_head_gets_no_gradient_and_costs_two_products_a_chunk() -> None
     hidden, weight, labels = problem(60, 8, 50, torch.float32, torch.device("cpu"))
     h = hidden.requires_grad_(True)
     with Counted() as counted:
-        linear_cross_entropy(h, weight, labels, 40.0, rows_per_chunk=20).backward()
+        linear_cross_entropy(h, weight, labels, 40.0, tokens_per_chunk=20).backward()
     assert counted.number("mm", "addmm") == 2 * 2
     assert weight.grad is None
 
@@ -132,14 +132,14 @@ def test_reference_passes_gradcheck() -> None:
     hidden, weight, labels = problem(7, 3, 5, torch.float64, torch.device("cpu"))
     h, w = hidden.requires_grad_(True), weight.requires_grad_(True)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_cross_entropy(h, w, labels, rows_per_chunk=2), (h, w)
+        lambda h, w: linear_cross_entropy(h, w, labels, tokens_per_chunk=2), (h, w)
     )
 
 
 def test_chunks_keep_to_their_budget() -> None:
-    assert chunk_rows(49152, 4) == 64 * 2**20 // (49152 * 4)
-    assert chunk_rows(10**9, 4) == 64
-    assert chunk_rows(1000, 2, budget=2_000_000) == 1000
+    assert chunk_tokens(49152, 4) == 64 * 2**20 // (49152 * 4)
+    assert chunk_tokens(10**9, 4) == 64
+    assert chunk_tokens(1000, 2, budget=2_000_000) == 1000
 
 
 class Counted(TorchDispatchMode):

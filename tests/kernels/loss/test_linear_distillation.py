@@ -30,7 +30,7 @@ def test_loss_and_gradient_equal_the_formula(chunk: int) -> None:
     hidden.requires_grad_(True)
     want = truth(hidden, weight, teacher, teacher_weight) / 7
     (want_grad,) = torch.autograd.grad(want * 3, hidden)
-    got = linear_distillation(hidden, weight, teacher, teacher_weight, 7, rows_per_chunk=chunk)
+    got = linear_distillation(hidden, weight, teacher, teacher_weight, 7, tokens_per_chunk=chunk)
     (got_grad,) = torch.autograd.grad(got * 3, hidden)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-10, atol=1e-13)

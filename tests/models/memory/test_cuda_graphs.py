@@ -32,7 +32,7 @@ from tests.support.launch_tape import LaunchTape
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
-LEVELS = ("none", "selective", "full", "full:1,none")
+POLICIES = ("none", "selective", "full", "full:1,none")
 
 
 def visible(plan: AttentionPlan, tokens: int, window: int | None) -> Tensor:
@@ -162,14 +162,14 @@ def losses(model: Decoder, recorder: LaunchTape | None) -> tuple[list[float], Se
     return found, trained
 
 
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("changes", [{}, HYBRID], ids=["dense", "hybrid"])
 def test_every_batch_has_the_gradients_it_has_without_recording(
-    level: str, changes: dict[str, Any], open_attention: None
+    policy: str, changes: dict[str, Any], open_attention: None
 ) -> None:
     plain, recorded = (model_of(torch.float64, **changes) for _ in range(2))
     for model in (plain, recorded):
-        model.set_recompute(level)
+        model.set_checkpointing(policy)
     recorded.record_layers(LaunchTape())
     for lengths in BATCHES:
         want, got = gradients(plain, lengths), gradients(recorded, lengths)
@@ -223,15 +223,15 @@ def test_what_is_not_written_anew_is_seen(
     right = layer_graphs._Pass.load
 
     def load(self: Any, batch: Batch) -> None:
-        kept = {
+        saved = {
             "cos": self.batch.cos,
             "boundaries": self.cu_seqlens,
             "seeds": self.batch.dropout_seeds,
         }[forgotten]
-        before = kept.clone()
+        before = saved.clone()
         right(self, batch)
         if self.recorded:
-            kept.copy_(before)
+            saved.copy_(before)
 
     want, _ = losses(model_of(torch.float32, 0.2), None)
     monkeypatch.setattr(layer_graphs._Pass, "load", load)
@@ -350,7 +350,7 @@ def test_models_without_a_layer_to_record_are_refused() -> None:
         model.record_layers(LaunchTape())
 
 
-def test_layers_lent_to_the_host_are_refused() -> None:
+def test_layers_offloaded_to_the_host_are_refused() -> None:
     model = model_of(torch.float32)
     model.checkpoints_on_host = True
     with pytest.raises(ValueError, match="on the host"):

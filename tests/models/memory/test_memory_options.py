@@ -13,7 +13,7 @@ from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.kv_cache import KVCache
-from models.layers.packed_batch import Levers, layer_levels
+from models.layers.packed_batch import StepSettings, layer_policies
 from models.tensor_names import expected_tensors
 
 SHAPE: dict[str, Any] = {
@@ -75,7 +75,7 @@ def batch(shape: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 def gradients(model: Decoder, shape: dict[str, Any]) -> dict[str, Tensor]:
     ids, labels = batch(shape)
-    model.loss_chunk_rows = 16
+    model.loss_chunk_tokens = 16
     model.zero_grad()
     loss = model.loss(ids, labels, BOUNDS)
     loss.backward()
@@ -147,26 +147,28 @@ def test_a_damaged_head_or_embedding_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [SHAPE, TIED], ids=["llama", "qwen3"])
-@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize(
-    "levers", [Levers(16), Levers(64), Levers(None, True), Levers(7, True)], ids=str
+    "settings",
+    [StepSettings(16), StepSettings(64), StepSettings(None, True), StepSettings(7, True)],
+    ids=str,
 )
 def test_tiles_and_single_weights_change_no_gradient(
-    shape: dict[str, Any], level: str, levers: Levers
+    shape: dict[str, Any], policy: str, settings: StepSettings
 ) -> None:
     model, plain = build(shape), build(shape)
-    model.set_recompute(level)
-    model.levers = levers
+    model.set_checkpointing(policy)
+    model.settings = settings
     assert_equal(gradients(model, shape), gradients(plain, shape))
 
 
 def test_norms_and_weights_get_their_gradients_from_tiles() -> None:
     found = []
-    for levers in (Levers(16), Levers()):
+    for settings in (StepSettings(16), StepSettings()):
         checkpoint: Any = Random(ModelConfig.from_dict(SHAPE))
         model = build_model(checkpoint, dtype=torch.float64)
         model.requires_grad_(True)
-        model.levers = levers
+        model.settings = settings
         ids, labels = batch(SHAPE)
         model.loss(ids, labels, BOUNDS).backward()
         assert all(p.grad is not None for p in model.parameters())
@@ -178,7 +180,7 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
     """Against finite differences along the adapters' gradient: other masks would be far off."""
     model = build(SHAPE, dropout=0.3)
     model.train()
-    model.dropout_seed, model.levers = 11, Levers(16)
+    model.dropout_seed, model.settings = 11, StepSettings(16)
     found = gradients(model, SHAPE)
     down = model.model.get_parameter("layers.0.mlp.down_proj.lora_B")
     gate = model.model.get_parameter("layers.1.mlp.gate_proj.lora_A")
@@ -196,21 +198,21 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
         assert slope == pytest.approx(float(found[name].norm()), rel=1e-5)
 
 
-@pytest.mark.parametrize("level", ["full:1,none", "none:2,full", "full:1,selective:1,none:1"])
-def test_levels_by_layer_change_no_bit(level: str) -> None:
+@pytest.mark.parametrize("policy", ["full:1,none", "none:2,full", "full:1,selective:1,none:1"])
+def test_policies_by_layer_change_no_bit(policy: str) -> None:
     model, plain = build(TIED), build(TIED)
-    model.set_recompute(level)
-    plain.set_recompute("none")
+    model.set_checkpointing(policy)
+    plain.set_checkpointing("none")
     mine, theirs = gradients(model, TIED), gradients(plain, TIED)
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_levels_are_counted_from_the_first_layer() -> None:
-    assert layer_levels("full:2,none", 5) == ("full", "full", "none", "none", "none")
-    assert layer_levels("selective", 2) == ("selective", "selective")
+def test_policies_are_counted_from_the_first_layer() -> None:
+    assert layer_policies("full:2,none", 5) == ("full", "full", "none", "none", "none")
+    assert layer_policies("selective", 2) == ("selective", "selective")
 
 
 @pytest.mark.parametrize("text", ["ful", "full,none", "full:4,none", "full:1,none:1", "full:x"])
-def test_levels_that_do_not_fit_the_layers_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="recompute level"):
-        layer_levels(text, 3)
+def test_policies_that_do_not_fit_the_layers_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="checkpointing policy"):
+        layer_policies(text, 3)

@@ -23,7 +23,7 @@ from models.decoder import Decoder
 from models.layers.block import DecoderLayer
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear
-from models.layers.packed_batch import Levers
+from models.layers.packed_batch import StepSettings
 from models.memory.offload import WeightStream, on_host
 
 LAYERS = 4
@@ -133,7 +133,7 @@ def test_streamed_layers_have_copies_of_all_their_weights_and_give_the_same_bits
     model.stream_weights()
     home = [addresses(layer) for layer in model.layers]
     seen: list[int] = []
-    for name in ("run", "differentiate"):
+    for name in ("forward", "backward"):
         plain = getattr(DecoderLayer, name)
 
         def checked(layer: DecoderLayer, *args: Any, plain: Any = plain) -> Any:
@@ -200,7 +200,7 @@ def test_experts_go_back_to_the_host_when_a_layer_fails(
     def failing(*args: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("models.layers.block.MoE.run", failing)
+    monkeypatch.setattr("models.layers.block.MoE.forward", failing)
     with pytest.raises(ZeroDivisionError):
         step(model)
     assert [addresses(layer) for layer in model.layers] == home
@@ -217,12 +217,12 @@ def test_experts_of_one_weight_each_go_to_the_host_too(golden: Callable[[str], P
         assert one.codes.data_ptr() != other.codes.data_ptr()
 
 
-@pytest.mark.parametrize(("level", "rows"), [("none", 16), ("selective", 64), ("full", 13)])
+@pytest.mark.parametrize(("policy", "rows"), [("none", 16), ("selective", 64), ("full", 13)])
 @pytest.mark.parametrize("family", MIXTURES)
-def test_tiles_change_no_gradient(family: str, level: str, rows: int, build: Build) -> None:
+def test_tiles_change_no_gradient(family: str, policy: str, rows: int, build: Build) -> None:
     plain, model = build(family), build(family)
-    model.set_recompute(level)
-    model.levers = Levers(rows)
+    model.set_checkpointing(policy)
+    model.settings = StepSettings(rows)
     assert_equal(step(model), step(plain))
 
 
@@ -231,7 +231,7 @@ def test_routers_norms_and_experts_get_their_gradients_from_tiles(
     family: str, build: Build
 ) -> None:
     plain, model = build(family, full=True), build(family, full=True)
-    model.levers = Levers(16)
+    model.settings = StepSettings(16)
     found = step(model)
     assert len(found) == 1 + len(list(model.parameters()))
     assert_equal(found, step(plain))
@@ -241,9 +241,9 @@ def test_routers_norms_and_experts_get_their_gradients_from_tiles(
 def test_tiles_are_routed_as_the_whole(family: str, build: Build) -> None:
     """Also where only the last tile has few tokens, and none of some experts."""
     found = []
-    for levers in (Levers(), Levers(16), Levers(59)):
+    for settings in (StepSettings(), StepSettings(16), StepSettings(59)):
         model = build(family)
-        model.levers = levers
+        model.settings = settings
         routed: list[tuple[Tensor, Tensor]] = []
         model.hidden_states(IDS.flatten(), BOUNDS, routed)
         found.append(routed)
@@ -258,7 +258,7 @@ def test_tiles_are_routed_as_the_whole(family: str, build: Build) -> None:
 def test_a_tile_of_a_mixture_draws_its_dropout_again_in_backward(build: Build) -> None:
     """Against finite differences along the adapters' gradient: other masks would be far off."""
     model = build("qwen2_moe", dropout=0.3).train()
-    model.dropout_seed, model.levers = 11, Levers(16)
+    model.dropout_seed, model.settings = 11, StepSettings(16)
     found = step(model)
     masks = []
     for path in ("experts.down_lora.lora_B", "experts.gate_lora.lora_A"):
@@ -273,15 +273,15 @@ def test_a_tile_of_a_mixture_draws_its_dropout_again_in_backward(build: Build) -
         parameter.data += move
         masks.append((values[0] - values[1]) / 2e-4 / float(found[name].norm()))
     assert masks == pytest.approx([1.0, 1.0], rel=1e-5)
-    model.levers = Levers(30)
+    model.settings = StepSettings(30)
     other = float(model.loss(IDS, IDS, BOUNDS).detach())
     assert other != float(found["loss"])  # its second tile begins elsewhere
 
 
 def test_a_tile_is_computed_again_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("qwen3_moe")
-    model.set_recompute("full")
-    model.levers = Levers(16)
+    model.set_checkpointing("full")
+    model.settings = StepSettings(16)
     sizes: list[int] = []
 
     def counted(x: Tensor, projections: Any, groups: Any, **options: Any) -> Any:
@@ -297,25 +297,25 @@ def test_a_tile_is_computed_again_once(build: Build, monkeypatch: pytest.MonkeyP
     assert sizes == tiles * LAYERS
 
 
-@pytest.mark.parametrize("level", ["none", "selective", "full"])
-def test_tiles_hold_the_inner_activations_of_one_tile(level: str, build: Build) -> None:
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_tiles_hold_the_inner_activations_of_one_tile(policy: str, build: Build) -> None:
     """Real bytes of a step whose experts are wide."""
     inner, rows, chosen = 256, 6, 2
-    work, kept = [], []
-    for levers in (Levers(), Levers(rows)):
+    work, saved = [], []
+    for settings in (StepSettings(), StepSettings(rows)):
         model = build("qwen3_moe", moe_intermediate_size=inner)
-        model.set_recompute(level)
-        model.levers = levers
+        model.set_checkpointing(policy)
+        model.settings = settings
         meter = MemoryMeter()
         step(model)
         with observed(meter), meter:
             step(model)
         owners = meter.segments["backward", 2].owners
         work.append(owners["block working set"])
-        kept.append(owners["checkpoints"])
+        saved.append(owners["checkpoints"])
     one = inner * chosen * 8  # of a token, as wide as its experts
     # gate, up, their product and its gradient; at level "none" gate and up are kept, of the layers
     # below too.
-    wide = 2 if level == "none" else 4
+    wide = 2 if policy == "none" else 4
     assert work[0] - work[1] >= (60 - rows) * wide * one * 0.8
-    assert kept[0] - kept[1] == pytest.approx(3 * 60 * 2 * one * (level == "none"), rel=0.02)
+    assert saved[0] - saved[1] == pytest.approx(3 * 60 * 2 * one * (policy == "none"), rel=0.02)

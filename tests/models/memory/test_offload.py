@@ -109,13 +109,13 @@ def test_lending_on_a_cpu_moves_nothing_and_changes_nothing() -> None:
     assert_same_bits(step(model), plain)
 
 
-@pytest.mark.parametrize("level", ["none", "full", "full:2,selective"])
+@pytest.mark.parametrize("policy", ["none", "full", "full:2,selective"])
 @pytest.mark.usefixtures("moving")
-def test_inputs_that_went_away_come_back_the_same(level: str) -> None:
+def test_inputs_that_went_away_come_back_the_same(policy: str) -> None:
     plain = build()
-    plain.set_recompute(level)
+    plain.set_checkpointing(policy)
     model = build()
-    model.set_recompute(level)
+    model.set_checkpointing(policy)
     model.checkpoints_on_host = True
     expected = step(plain)
     assert_same_bits(step(model), expected)
@@ -194,7 +194,7 @@ def test_weights_go_back_to_the_host_when_a_layer_fails(monkeypatch: pytest.Monk
     model = build()
     model.stream_weights()
     before = {id(linear): linear.weight for linear in _linears(model)}
-    monkeypatch.setattr("models.layers.block.MLP.run", _fail)
+    monkeypatch.setattr("models.layers.block.MLP.forward", _fail)
     with pytest.raises(ZeroDivisionError):
         step(model)
     assert all(linear.weight is before[id(linear)] for linear in _linears(model))
