@@ -1,19 +1,30 @@
-"""The order of the packages, the libraries each may use, and what none of them may do.
+"""The order of packages and rooms, the libraries each may use, and what none may do.
 
     cli  ->  engine  ->  models, optim  ->  kernels  ->  torch, triton
 
-A package may import those below it; models and optim do not know each other; nothing imports tests
-or bench. The rules are read off the syntax trees, so an import inside a function counts too.
+A package may import those below it; models and optim do not know each other; nothing imports tests,
+bench or examples. Inside a package, a folder is a room: no two rooms import each other, no rooms
+and no modules form a circle, and what lies directly in `engine` (a file per verb), `models` or
+`cli` stands above the rooms, but for the few ground files that everybody may import. The rules are
+read off the syntax trees, so an import inside a function or under `TYPE_CHECKING` counts too.
 """
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.source_tree import (
+    ROOT,
+    circles,
+    import_graph,
+    imports,
+    module_name,
+    product_sources,
+)
+
 BELOW = {
     "kernels": set[str](),
     "models": {"kernels"},
@@ -38,23 +49,6 @@ PEERS = {
 # Reading any of these formats can run code that the file brings with it.
 EXECUTING_FORMATS = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 EXECUTING_CALLS = {("torch", "load"), ("torch", "save")}
-
-
-def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Yield (line, absolute dotted name) of every import, relative and by-name ones included."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            parents = package[: len(package) - node.level + 1] if node.level else ()
-            base = ".".join([*parents, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and node.args:
-            called = ast.unparse(node.func)
-            first = node.args[0]
-            by_name = called in {"__import__", "import_module", "importlib.import_module"}
-            if by_name and isinstance(first, ast.Constant) and isinstance(first.value, str):
-                yield node.lineno, first.value
 
 
 def import_fault(package: str, name: str) -> str | None:
@@ -147,3 +141,102 @@ def test_planted_fault_is_found(path: str, source: str, expected: str) -> None:
 )
 def test_allowed_import_is_no_fault(path: str, source: str) -> None:
     assert faults(source, Path(path)) == []
+
+
+GROUND = {
+    "cli": set[str](),
+    "engine": {"errors", "device", "provenance", "plots"},
+    "kernels": set[str](),
+    "models": {"json_values"},
+    "optim": set[str](),
+}
+"""Files directly in a package that its rooms may import; they import no room themselves."""
+
+
+def room_of(module: str, folders: set[str]) -> str:
+    """The folder that a module lies in; a package's `__init__` lies in the package."""
+    return module if module in folders else module.rpartition(".")[0]
+
+
+def room_faults(sources: Mapping[Path, str]) -> list[str]:
+    """Circles of modules or rooms, and rooms that import what stands above them."""
+    graph = import_graph(sources)
+    folders = {".".join(path.parts[:-1]) for path in sources}
+    faults = [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
+    rooms: dict[str, set[str]] = {folder: set() for folder in folders}
+    for module, targets in graph.items():
+        room = room_of(module, folders)
+        package, _, name = module.partition(".")
+        on_ground = name in GROUND[package]
+        for target in sorted(targets):
+            other = room_of(target, folders)
+            reaches_ground = target.removeprefix(f"{package}.") in GROUND[package]
+            if other != room and not reaches_ground:
+                rooms[room].add(other)
+            if room != package == other and not reaches_ground:
+                faults.append(f"{module} imports {target}, which stands above its room")
+            if on_ground and other not in GROUND and other.startswith(f"{package}."):
+                faults.append(f"{module} is a ground file and imports the room {other}")
+    inner = {room: targets - set(GROUND) for room, targets in rooms.items() if room not in GROUND}
+    return faults + [f"rooms in a circle: {' -> '.join(circle)}" for circle in circles(inner)]
+
+
+def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
+    sources = product_sources()
+    assert len(sources) > 200
+    assert not room_faults(sources), "\n".join(room_faults(sources))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (
+            {"engine/a/x.py": "from engine.a import y", "engine/a/y.py": "import engine.a.x"},
+            "circle",
+        ),
+        (
+            {
+                "engine/a/x.py": "from engine.a.y import f",
+                "engine/a/y.py": "if TYPE_CHECKING:\n    from engine.a.x import g",
+            },
+            "circle",
+        ),
+        (
+            {
+                "engine/a/x.py": "def f():\n    import engine.b.x",
+                "engine/a/y.py": "",
+                "engine/b/x.py": "",
+                "engine/b/y.py": "import engine.a.y",
+            },
+            "rooms in a circle",
+        ),
+        (
+            {
+                "engine/a/x.py": "from engine.a.b.x import f",
+                "engine/a/y.py": "",
+                "engine/a/b/x.py": "",
+                "engine/a/b/y.py": "from engine.a.y import g",
+            },
+            "rooms in a circle",
+        ),
+        ({"engine/a/x.py": "from engine.train import f", "engine/train.py": ""}, "stands above"),
+        ({"engine/errors.py": "import engine.a.x", "engine/a/x.py": ""}, "ground file"),
+    ],
+)
+def test_planted_fault_between_rooms_is_found(files: dict[str, str], expected: str) -> None:
+    packages = {f"{path.partition('/')[0]}/__init__.py": "" for path in files}
+    found = room_faults({Path(path): source for path, source in (packages | files).items()})
+    assert len(found) == 1, found
+    assert expected in found[0]
+
+
+def test_ground_files_and_rooms_below_are_no_fault() -> None:
+    files = {
+        "engine/__init__.py": "",
+        "engine/train.py": "import engine.a.x",
+        "engine/errors.py": "",
+        "engine/a/x.py": "import engine.errors\nimport engine.b.x",
+        "engine/b/x.py": "",
+    }
+    assert room_faults({Path(path): source for path, source in files.items()}) == []
+    assert module_name(Path("engine/a/__init__.py")) == "engine.a"
