@@ -1,0 +1,1 @@
+"""The directory of a run: checkpoints, logs, metrics and signals."""
