@@ -33,8 +33,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.storage import durable
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
+from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.manifest import read_manifest, verify_files, write_manifest
 

@@ -27,14 +27,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import engine
-from engine.config.train_config import TrainConfig
 from engine.config.sources import dump_yaml
+from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, EngineError
+from engine.runs.checkpoints import CheckpointStore, sweep
+from engine.runs.logs import RunLog
+from engine.runs.signals import Interrupted, RaiseOnTerminate
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
-from engine.runs.logs import RunLog
-from engine.runs.checkpoints import CheckpointStore, sweep
-from engine.runs.signals import Interrupted, RaiseOnTerminate
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.storage.manifest import MANIFEST_NAME, read_manifest
 from engine.runs.checkpoints import CheckpointStore
+from engine.storage.manifest import MANIFEST_NAME, read_manifest
 
 Tensors = dict[str, dict[str, torch.Tensor]]
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine.config.train_config import TrainConfig
 from engine.config.sources import load_config
+from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError, DataError
-from engine.storage.lock import DirectoryLock, is_locked
-from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.directory import RunDirectory, git_commit, name_run
+from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.signals import Interrupted
 from engine.status import describe_status, find_run, read_status
+from engine.storage.lock import DirectoryLock, is_locked
 
 
 def config(folder: Path, **values: Any) -> TrainConfig:

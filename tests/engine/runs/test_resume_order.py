@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from engine.runs import checkpoints as resume
+from engine.runs.checkpoints import CheckpointStore
 from engine.storage import durable
 from engine.storage.manifest import MANIFEST_NAME, write_manifest
-from engine.runs.checkpoints import CheckpointStore
 
 
 def save(store: CheckpointStore, step: int) -> None:
