@@ -146,7 +146,7 @@ def method_names(files: dict[Path, str]) -> frozenset[str]:
             for target in assigned(node):
                 if isinstance(target, ast.Attribute) and root_name(target) == "self":
                     data.add(target.attr)
-    return frozenset(methods - data) | {"forward", "backward", "step", "__call__"}
+    return frozenset(methods - data) | {"forward", "backward", "__call__"}
 
 
 def is_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
