@@ -175,11 +175,11 @@ def _read(
 
 
 def _tokenizer(model: str) -> tuple["Tokenizer", int]:
-    from engine.model_sources.base import open_checkpoint
+    from engine.model_sources.open import open_model_source
     from engine.tokenization.tokenizer import load_tokenizer
 
-    checkpoint = open_checkpoint(model)
-    return load_tokenizer(checkpoint), checkpoint.config.vocab_size
+    source = open_model_source(model)
+    return load_tokenizer(source), source.config.vocab_size
 
 
 def _build(

@@ -5,6 +5,8 @@ are any), what was expected and what to do. The command line prints that paragra
 status 2; the traceback goes to the run's log only.
 """
 
+from collections.abc import Iterable
+
 
 class EngineError(Exception):
     """Base of every error that `engine` raises on purpose."""
@@ -28,3 +30,13 @@ class MemoryPlanError(EngineError):
 
 class ExportError(EngineError):
     """A model or adapter cannot be written in the format that was asked for."""
+
+
+_LISTED = 16
+
+
+def listing(items: Iterable[str]) -> str:
+    """`items` in one line for a message, cut after 16 with the number of those left out."""
+    names = list(items)
+    rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest

@@ -94,19 +94,19 @@ def evaluate(
     from engine.data.dataset import load_rows
     from engine.data.examples import build_examples, check_ids
     from engine.device import resolve_device, resolve_dtype
-    from engine.model_sources.base import open_checkpoint
     from engine.model_sources.load_model import attach_adapter, build_model
+    from engine.model_sources.open import open_model_source
     from engine.tokenization.tokenizer import load_tokenizer
 
     where = resolve_device(device)
-    checkpoint = open_checkpoint(model)
+    source = open_model_source(model)
     rows = load_rows(data, min_rating=min_rating, category=category)[:limit_rows]
     examples, _ = build_examples(
-        rows, load_tokenizer(checkpoint), max_length, template_kwargs=template_kwargs
+        rows, load_tokenizer(source), max_length, template_kwargs=template_kwargs
     )
-    check_ids(examples, checkpoint.config.vocab_size)
+    check_ids(examples, source.config.vocab_size)
     decoder = build_model(
-        checkpoint, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)
+        source, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)
     )
     if adapter is not None:
         attach_adapter(decoder, adapter)

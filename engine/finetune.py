@@ -25,9 +25,9 @@ from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError
 from engine.evaluate import EvalResult, evaluate_examples
 from engine.model_sources.adapter.peft import save_adapter
-from engine.model_sources.base import open_checkpoint
-from engine.model_sources.from_model import TrainedCheckpoint
+from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import build_for
+from engine.model_sources.open import open_model_source
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
@@ -81,15 +81,15 @@ def load_teacher(config: TrainConfig, prepared: Prepared, device: torch.device) 
     """
     if config.teacher is None:
         return None
-    checkpoint = open_checkpoint(config.teacher)
-    theirs, ours = checkpoint.config.vocab_size, prepared.checkpoint.config.vocab_size
+    source = open_model_source(config.teacher)
+    theirs, ours = source.config.vocab_size, prepared.model_source.config.vocab_size
     if theirs != ours:
         raise CheckpointError(
             f"The teacher {config.teacher} has a vocabulary of {theirs}, the model one of {ours}; "
             "probabilities can only be compared over the same tokens."
         )
     log.info("learning from %s", config.teacher)
-    return build_for(config, checkpoint, device, resolve_dtype(config.dtype, device))
+    return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
 
 def _with_policy(
@@ -100,13 +100,13 @@ def _with_policy(
     With them the plan of the largest step, if the choice needed one.
     """
     if config.gradient_checkpointing != "auto":
-        check_policies(config, prepared.checkpoint.config.num_hidden_layers)
+        check_policies(config, prepared.model_source.config.num_hidden_layers)
         return config, None
     from engine.memory.auto_policy import planned_policy
     from engine.memory.budget import largest_step
 
     policy, planned = planned_policy(
-        prepared.checkpoint.config, config, device, dtype, largest_step(prepared)
+        prepared.model_source.config, config, device, dtype, largest_step(prepared)
     )
     return config.model_copy(update={"gradient_checkpointing": policy}), planned
 
@@ -142,17 +142,17 @@ class _Run:
         self.directory, self.prepared, self.stack = directory, prepared, stack
         self.config = directory.config
         self.device = resolve_device(self.config.device)
-        self.digest = prepared.checkpoint.digest()
+        self.digest = prepared.model_source.digest()
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = _with_policy(self.config, prepared, self.device, dtype)
         self.budget = _budget(prepared, settings, self.device, dtype, planned)
-        check_graphs(self.config, prepared.checkpoint.config, self.device)
-        init = check_init_adapter(self.config, self.prepared.checkpoint.config, self.digest)
-        self.model = build_for(self.config, prepared.checkpoint, self.device, dtype)
+        check_graphs(self.config, prepared.model_source.config, self.device)
+        init = check_init_adapter(self.config, self.prepared.model_source.config, self.digest)
+        self.model = build_for(self.config, prepared.model_source, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, init)
         self.optimizer = make_optimizer(self.model, self.config)
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
-        hold_pruned(self.model, self.optimizer, prepared.checkpoint.path)
+        hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
         self.progress = self._resume()
@@ -283,10 +283,10 @@ class _Run:
             target = self.directory.path / "model"
             if target.exists():  # of a run that had ended and was resumed
                 shutil.rmtree(target)
-            export_hf_directory(TrainedCheckpoint(self.prepared.checkpoint, self.model), target)
+            export_hf_directory(TrainedSource(self.prepared.model_source, self.model), target)
             return target
         target = self.directory.adapter_path
-        config = adapter_config(self.config, self.prepared.checkpoint)
+        config = adapter_config(self.config, self.prepared.model_source)
         save_adapter(target, config, adapter_tensors(self.model))
         durable.write_json(target / BASE_FILE, {"digest": self.digest})
         return target
@@ -369,8 +369,8 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     dtype = resolve_dtype(config.dtype, device)
     check_in_backward(config, dtype)
     prepared = prepare(config)
-    check_init_adapter(config, prepared.checkpoint.config, prepared.checkpoint.digest())
-    check_graphs(config, prepared.checkpoint.config, device)
+    check_init_adapter(config, prepared.model_source.config, prepared.model_source.digest())
+    check_graphs(config, prepared.model_source.config, device)
     lines = [dump_yaml(config).rstrip(), "", prepared.report.describe()]
     lines.append(
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "

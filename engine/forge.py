@@ -33,7 +33,7 @@ from engine.finetune import train
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
 from engine.merge import merge
-from engine.model_sources.base import open_checkpoint
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.prune import PruneSettings, prune
 from engine.pruning.scores import NEED_DATA
@@ -80,7 +80,7 @@ class ForgeSettings:
         }
         names = ("cycles", "control", "heldout", "heldout_rows", "samples", "domain", "distill")
         rest = {name: getattr(self, name) for name in names}
-        model = open_checkpoint(self.training.model, self.training.revision)
+        model = open_model_source(self.training.model, self.training.revision)
         return {"training": training, "pruning": pruning, **rest, "model_digest": model.digest()}
 
 

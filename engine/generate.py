@@ -17,7 +17,7 @@ from models.decoder import Decoder
 from models.layers.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from engine.model_sources.base import Checkpoint
+    from engine.model_sources.interface.model_source import ModelSource
     from engine.model_sources.load_model import Quantization
     from engine.tokenization.tokenizer import Tokenizer
 
@@ -134,11 +134,11 @@ def _refuse_stretching(config: ModelConfig, tokens: int) -> None:
         )
 
 
-def stop_ids_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> frozenset[int]:
+def stop_ids_of(source: ModelSource, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
-    listed = checkpoint.generation_config.get("eos_token_id")
+    listed = source.generation_config.get("eos_token_id")
     ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    ids |= set(checkpoint.config.eos_token_id)
+    ids |= set(source.config.eos_token_id)
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)
@@ -204,18 +204,18 @@ def generate_text(
     read.
     """
     from engine.device import resolve_device, resolve_dtype
-    from engine.model_sources.base import open_checkpoint
     from engine.model_sources.load_model import attach_adapter, build_model
+    from engine.model_sources.open import open_model_source
     from engine.tokenization.tokenizer import load_tokenizer
 
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if max_new_tokens < 1:
         raise ConfigError(f"max-new-tokens is {max_new_tokens}; it should be at least 1")
     where = resolve_device(device)
-    checkpoint = open_checkpoint(model)
-    tokenizer = load_tokenizer(checkpoint)
+    source = open_model_source(model)
+    tokenizer = load_tokenizer(source)
     decoder = build_model(
-        checkpoint, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)
+        source, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)
     )
     if adapter is not None:
         attach_adapter(decoder, adapter)
@@ -224,7 +224,7 @@ def generate_text(
         tokenizer,
         prompt_ids(tokenizer, prompt, system, raw, template_kwargs),
         max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids_of(checkpoint, tokenizer),
+        stop_ids=stop_ids_of(source, tokenizer),
         stop=stop,
         sampling=sampling,
     )

@@ -17,11 +17,12 @@ from typing import Literal
 
 import torch
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, listing
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
-from engine.model_sources.base import Checkpoint, listing, open_checkpoint
 from engine.model_sources.expert_tensors import StoredExperts
 from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 from kernels.linear.dora import scale_rows_
 from kernels.nf4.weight import dequantize, quantize
 from models.config.model_config import ModelConfig
@@ -65,12 +66,12 @@ def merge(
     """
     if onto not in ("original", "dequantised"):
         raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
-    checkpoint = open_checkpoint(model)
+    source = open_model_source(model)
     config, pairs = load_adapter(Path(adapter))
-    pairs = {path_in_file(checkpoint.config, path): pair for path, pair in pairs.items()}
-    _check_fit(checkpoint, pairs, Path(adapter))
-    merger = _Merger(checkpoint, config, pairs, onto)
-    written = write_directory(checkpoint, output, merger, dtype, max_shard_size)
+    pairs = {path_in_file(source.config, path): pair for path, pair in pairs.items()}
+    _check_fit(source, pairs, Path(adapter))
+    merger = _Merger(source, config, pairs, onto)
+    written = write_directory(source, output, merger, dtype, max_shard_size)
     return MergeResult(written, merger.merged, merger.requantised)
 
 
@@ -97,12 +98,12 @@ class _Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once."""
 
     def __init__(
-        self, checkpoint: Checkpoint, config: AdapterConfig, pairs: Pairs, onto: Onto
+        self, source: ModelSource, config: AdapterConfig, pairs: Pairs, onto: Onto
     ) -> None:
         self._scale = config.scale
         self._pairs = {f"{module}.weight": pair for module, pair in pairs.items()}
         self._onto = onto
-        self._experts = StoredExperts(checkpoint)
+        self._experts = StoredExperts(source)
         self.merged = 0
         self.requantised = 0
 
@@ -153,13 +154,13 @@ def _through_nf4(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise CheckpointError(f"tensor {name} cannot be quantised: {error}.") from error
 
 
-def _check_fit(checkpoint: Checkpoint, pairs: Pairs, adapter: Path) -> None:
+def _check_fit(source: ModelSource, pairs: Pairs, adapter: Path) -> None:
     """Every pair of the adapter must have a weight of its shape in the model."""
-    shapes = StoredExperts(checkpoint).adaptable()
+    shapes = StoredExperts(source).adaptable()
     strays = [module for module in pairs if module not in shapes]
-    if "lm_head" in strays and checkpoint.config.tie_word_embeddings:
+    if "lm_head" in strays and source.config.tie_word_embeddings:
         raise CheckpointError(
-            f"{adapter} adapts lm_head, which {checkpoint.path} shares with its embedding; merging "
+            f"{adapter} adapts lm_head, which {source.path} shares with its embedding; merging "
             "would change both. Keep this adapter separate."
         )
     wrong = [
@@ -169,7 +170,7 @@ def _check_fit(checkpoint: Checkpoint, pairs: Pairs, adapter: Path) -> None:
     ]
     if strays or wrong:
         raise CheckpointError(
-            f"The adapter {adapter} does not fit the model {checkpoint.path}. Modules that the "
+            f"The adapter {adapter} does not fit the model {source.path}. Modules that the "
             f"model does not have: {listing(strays) or 'none'}. Of another shape: "
             f"{listing(wrong) or 'none'}. Name the model that the adapter was trained on."
         )

@@ -1,6 +1,6 @@
 """`prune`: score the heads of a model, choose, and write the pruned model.
 
-The checkpoint's tensors are read one at a time for the scores and once more for the output, which
+The model's tensors are read one at a time for the scores and once more for the output, which
 appears under its name when it is complete: a model directory with `pruning.json` and a heat map.
 """
 
@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from engine.errors import ConfigError
-from engine.model_sources.base import Checkpoint, open_checkpoint
 from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import (
     PRUNING,
     HeadMap,
-    MaskedCheckpoint,
+    MaskedSource,
     head_map,
     read_pruning,
     sealed,
 )
 from engine.pruning.apply import (
+    PrunedSource,
     Slices,
-    SmallerCheckpoint,
     counts_per_layer,
     refuse_indivisible,
     still_off,
@@ -117,23 +118,23 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
         )
     if output is not None:
         durable.refuse_occupied(Path(output))
-    checkpoint = open_checkpoint(model)
-    layers = _layers(checkpoint, settings)
+    source = open_model_source(model)
+    layers = _layers(source, settings)
     if settings.mode == "structural":
-        refuse_uncut(checkpoint, layers)
-    rules = _rules(settings, checkpoint.config.num_hidden_layers)
-    scored = _scores(checkpoint, layers, settings)
+        refuse_uncut(source, layers)
+    rules = _rules(settings, source.config.num_hidden_layers)
+    scored = _scores(source, layers, settings)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.metric, settings.mode)
     record |= {
         "kind": settings.heads,
         "seed": settings.seed,
         "model": str(model),
-        "base_digest": checkpoint.digest(),
+        "base_digest": source.digest(),
     }
     if settings.per_layer:
         record["per_layer"] = True
-    kept = checkpoint.config.num_attention_heads_per_layer  # lists that an earlier cut has written
+    kept = source.config.num_attention_heads_per_layer  # lists that an earlier cut has written
     if settings.per_layer or (kept and not (rules.uniform and settings.heads == "attention")):
         record["loads_in"] = LOADS_IN
     if settings.metric in NEED_DATA:
@@ -141,7 +142,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
         record["data"] = [str(path) for path in settings.data]
     if output is None:
         return PruneResult(record, None)
-    return _write(checkpoint, Path(output), settings, scored, choice, record)
+    return _write(source, Path(output), settings, scored, choice, record)
 
 
 def _rules(settings: PruneSettings, layers: int) -> Rules:
@@ -165,14 +166,14 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
     )
 
 
-def _layers(checkpoint: Checkpoint, settings: PruneSettings) -> Sequence[Heads]:
+def _layers(source: ModelSource, settings: PruneSettings) -> Sequence[Heads]:
     if settings.heads == "delta":
-        return delta_heads(checkpoint)
-    return attention_heads(checkpoint)
+        return delta_heads(source)
+    return attention_heads(source)
 
 
 def _scores(
-    checkpoint: Checkpoint, layers: Sequence[Heads], settings: PruneSettings
+    source: ModelSource, layers: Sequence[Heads], settings: PruneSettings
 ) -> list[LayerScores]:
     if settings.metric in NEED_DATA:
         from engine.pruning.calibration import Calibration, measured_scores
@@ -185,9 +186,9 @@ def _scores(
             device=settings.device,
             dtype=settings.dtype,
         )
-        return measured_scores(checkpoint, layers, settings.metric, calibration)
+        return measured_scores(source, layers, settings.metric, calibration)
     return weight_scores(
-        checkpoint,
+        source,
         layers,
         settings.metric,
         seed=settings.seed,
@@ -196,7 +197,7 @@ def _scores(
 
 
 def _write(
-    checkpoint: Checkpoint,
+    source: ModelSource,
     output: Path,
     settings: PruneSettings,
     scored: list[LayerScores],
@@ -204,13 +205,13 @@ def _write(
     record: dict[str, Any],
 ) -> PruneResult:
     layers = [s.heads for s in scored]
-    off = _others(checkpoint, layers) | off_heads(scored, choice.heads)
-    source, mode = checkpoint, settings.mode
-    if mode == "mask" and isinstance(checkpoint, MaskedCheckpoint):
-        source = checkpoint.whole  # an earlier mask stays one that can be taken off
+    off = _others(source, layers) | off_heads(scored, choice.heads)
+    mode = settings.mode
+    if mode == "mask" and isinstance(source, MaskedSource):
+        source = source.base  # an earlier mask stays one that can be taken off
     if mode == "structural":
-        source, left = _smaller(checkpoint, scored, choice, settings.per_layer)
-        off = _others(checkpoint, layers) | left
+        source, left = _smaller(source, scored, choice, settings.per_layer)
+        off = _others(source, layers) | left
     slices = Slices(layers, {layer: set(heads) for layer, heads in off.items()})
     record = sealed(record | {"pruned_heads": head_map(off)})
 
@@ -232,28 +233,28 @@ def _write(
 
 
 def _smaller(
-    checkpoint: Checkpoint, scored: list[LayerScores], choice: Selection, per_layer: bool
-) -> tuple[Any, HeadMap]:
-    """The checkpoint without the chosen heads, and what in it is off all the same."""
+    source: ModelSource, scored: list[LayerScores], choice: Selection, per_layer: bool
+) -> tuple[PrunedSource, HeadMap]:
+    """The model without the chosen heads, and what in it is off all the same."""
     layers = [s.heads for s in scored]
     if per_layer:
-        counts = counts_per_layer(checkpoint.config, layers, choice.heads)
+        counts = counts_per_layer(source.config, layers, choice.heads)
     else:
         first = layers[0]
         gone = set(choice.heads[first.layer])
         heads = first.heads - len(gone)
         counts = first.counts(heads, first.kv_heads - len(first.dead_groups(gone)))
         if "num_attention_heads" in counts:
-            refuse_indivisible(checkpoint.config, heads, checkpoint.path)
+            refuse_indivisible(source.config, heads, source.path)
     off = {layer: set(found) for layer, found in choice.heads.items()}
     dead = {s.heads.layer: tuple(sorted(s.dead)) for s in scored}
-    smaller = SmallerCheckpoint(checkpoint, Slices(layers, off, cut=True), counts)
+    smaller = PrunedSource(source, Slices(layers, off, cut=True), counts)
     return smaller, still_off(layers, dead, choice.heads)
 
 
-def _others(checkpoint: Checkpoint, layers: Sequence[Heads]) -> HeadMap:
+def _others(source: ModelSource, layers: Sequence[Heads]) -> HeadMap:
     """Heads of layers of the other kind that an earlier pruning left off."""
-    earlier = read_pruning(checkpoint.path)
+    earlier = read_pruning(source.path)
     mine = {heads.layer for heads in layers}
     found = {} if earlier is None else earlier.heads
     return {layer: heads for layer, heads in found.items() if layer not in mine}

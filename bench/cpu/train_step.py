@@ -57,12 +57,12 @@ def docstring_rows(gguf: Path, count: int, seed: int) -> list[Row]:
     """Tokenise ``count`` prompt/response pairs made of the standard library's docstrings."""
     from engine.data.docstrings import docstring_pairs
     from engine.data.examples import build_examples
-    from engine.model_sources.base import open_checkpoint
+    from engine.model_sources.open import open_model_source
     from engine.tokenization.tokenizer import load_tokenizer
 
     pairs = docstring_pairs()
     random.Random(seed).shuffle(pairs)
-    tokenizer = load_tokenizer(open_checkpoint(gguf))
+    tokenizer = load_tokenizer(open_model_source(gguf))
     examples, _ = build_examples(pairs[:count], tokenizer, MAX_LENGTH)
     return [
         Row(

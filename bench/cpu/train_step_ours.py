@@ -19,8 +19,8 @@ from engine.data.examples import Example
 from engine.data.loader import collate
 from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import Workload
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from models.adapters import add_lora
 from optim import AdamW8bit
 from optim.clip import clip_grad_norm
@@ -31,7 +31,7 @@ def checkpointing_policy(config: TrainConfig, work: Work) -> str:
     largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
     lengths = tuple(len(row.input_ids) for row in largest)
     return resolve_policy(
-        open_checkpoint(work.gguf).config,
+        open_model_source(work.gguf).config,
         config,
         torch.device("cpu"),
         torch.float32,

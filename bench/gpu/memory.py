@@ -19,7 +19,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import make_batch, plan
 from engine.memory.model_shapes import preset_config
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.training.loop import train_step
 from engine.training.trainable import make_optimizer, make_trainable
@@ -88,7 +88,7 @@ def measured(name: str, policy: str, tokens: int) -> dict[str, Any]:
     """One line: planned and allocated bytes of the third of three real steps."""
     shape, config = shape_of(name), settings(tokens, policy)
     model = build_model(
-        cast(Checkpoint, RandomCheckpoint(shape)),
+        cast(ModelSource, RandomCheckpoint(shape)),
         quantization="nf4",
         device="cuda",
         dtype=torch.bfloat16,

@@ -13,8 +13,9 @@ from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
 from engine.evaluate import evaluate_examples
 from engine.generate import Sampling, complete, prompt_ids, stop_ids_of
-from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import read_pruning
 from engine.tokenization.tokenizer import load_tokenizer
 
@@ -38,11 +39,11 @@ class Judge:
     def assess(self, model: str | Path) -> dict[str, Any]:
         """Perplexity over trained tokens, samples, speed, and size of the model in a directory."""
         where = resolve_device(self.device)
-        checkpoint = open_checkpoint(model)
-        tokenizer = load_tokenizer(checkpoint)
+        source = open_model_source(model)
+        tokenizer = load_tokenizer(source)
         examples, _ = build_examples(load_rows(self.heldout), tokenizer, self.max_length)
-        check_ids(examples, checkpoint.config.vocab_size)
-        decoder = build_model(checkpoint, device=where, dtype=resolve_dtype(self.dtype, where))
+        check_ids(examples, source.config.vocab_size)
+        decoder = build_model(source, device=where, dtype=resolve_dtype(self.dtype, where))
         result = evaluate_examples(decoder, examples)
         answers = [
             complete(
@@ -50,7 +51,7 @@ class Judge:
                 tokenizer,
                 prompt_ids(tokenizer, prompt),
                 max_new_tokens=self.max_new_tokens,
-                stop_ids=stop_ids_of(checkpoint, tokenizer),
+                stop_ids=stop_ids_of(source, tokenizer),
                 sampling=Sampling(temperature=self.temperature, seed=self.seed),
             )
             for prompt in self.prompts
@@ -61,8 +62,8 @@ class Judge:
             "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
             "loss": result.loss,
             "tokens": result.tokens,
-            "parameters": parameters(checkpoint),
-            "heads_off": heads_off(checkpoint),
+            "parameters": parameters(source),
+            "heads_off": heads_off(source),
             "bytes": size_on_disk(Path(model)),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "samples": [
@@ -72,14 +73,14 @@ class Judge:
         }
 
 
-def parameters(checkpoint: Checkpoint) -> int:
+def parameters(source: ModelSource) -> int:
     """Elements of all tensors, zeros included."""
-    return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    return sum(math.prod(source.shape(name)) for name in source.names())
 
 
-def heads_off(checkpoint: Checkpoint) -> int:
+def heads_off(source: ModelSource) -> int:
     """Heads that are there and contribute nothing."""
-    pruning = read_pruning(checkpoint.path)
+    pruning = read_pruning(source.path)
     return 0 if pruning is None else sum(len(heads) for heads in pruning.heads.values())
 
 

@@ -96,7 +96,7 @@ class MemoryBudget:
         self, config: TrainConfig, work: Workload | None, batches: Sequence[Batch] = ()
     ) -> MemoryPlan:
         return plan(
-            self._prepared.checkpoint.config,
+            self._prepared.model_source.config,
             config,
             gpu=self._device.type == "cuda",
             dtype=self._dtype,

@@ -9,9 +9,9 @@ import torch
 
 from engine.errors import ConfigError
 from engine.memory.model_shapes import preset_config, unknown_model
-from engine.model_sources.base import open_checkpoint
-from engine.model_sources.hf_directory import read_config
 from engine.model_sources.hub import fetch_config
+from engine.model_sources.interface.checks import read_config
+from engine.model_sources.open import open_model_source
 from models.config.model_config import ModelConfig
 
 _STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -31,7 +31,7 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
             raise unknown_model(model)
         path = fetch_config(model, revision)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
-        return open_checkpoint(path).config, torch.float32
+        return open_model_source(path).config, torch.float32
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))

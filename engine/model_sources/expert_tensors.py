@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from kernels.nf4.weight import dequantize, quantize
 from models.tensor_layout import Layout
 from models.tensor_names import graph_tensors
@@ -18,10 +18,10 @@ _EXPERTS = ".mlp.experts."
 
 
 class StoredExperts:
-    """Looks at the experts' tensors of `checkpoint`."""
+    """Looks at the experts' tensors of `source`."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, source: ModelSource) -> None:
+        self._checkpoint = source
         self._decoded: dict[str, torch.Tensor] = {}
 
     @cached_property
@@ -55,15 +55,15 @@ class StoredExperts:
 
     def adaptable(self) -> dict[str, tuple[int, ...]]:
         """Module path -> (out, in) of every matrix that an adapter may name."""
-        checkpoint = self._checkpoint
+        source = self._checkpoint
         found: dict[str, tuple[int, ...]] = {}
-        for name in checkpoint.names():
+        for name in source.names():
             if self.fuses(name):
                 graph_name, shape = self._graph[name]
                 parts = Layout(self.layout.nested, fused=False).parts(graph_name, shape)
                 found |= {part.removesuffix(".weight"): size for part, size in parts.items()}
             elif name.endswith(".weight"):
-                found[name.removesuffix(".weight")] = checkpoint.shape(name)
+                found[name.removesuffix(".weight")] = source.shape(name)
         return found
 
     def through_nf4(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Write a checkpoint out as a Hugging Face directory that other programs load.
+"""Write a model source out as a Hugging Face directory that other programs load.
 
 The tensors stream: each is read, changed, cast, checked and written before the next is read, so
 memory holds the largest tensor and no more. The folder appears under its name when it is complete.
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import Checkpoint
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsWriter
 from engine.storage import durable
@@ -39,22 +39,22 @@ class WrittenModel:
 
 
 def export_hf_directory(
-    checkpoint: Checkpoint,
+    source: ModelSource,
     output: Path | str,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> WrittenModel:
-    """Write `checkpoint` to the new folder `output`, in `dtype` or each tensor in its own.
+    """Write `source` to the new folder `output`, in `dtype` or each tensor in its own.
 
     A tensor that a GGUF file stores quantised is float32 unless `dtype` says otherwise. Raises
     `ConfigError` if `output` is occupied, and `CheckpointError` for a tensor that is not finite in
     `dtype`, or if the disk refuses.
     """
-    return write_directory(checkpoint, output, lambda _, tensor: tensor, dtype, max_shard_size)
+    return write_directory(source, output, lambda _, tensor: tensor, dtype, max_shard_size)
 
 
 def write_directory(
-    checkpoint: Checkpoint,
+    source: ModelSource,
     output: Path | str,
     transform: Transform,
     dtype: torch.dtype | str | None,
@@ -70,7 +70,7 @@ def write_directory(
     wanted = parse_dtype(dtype)
     output = Path(output)
     durable.refuse_occupied(output)
-    shards = _plan(checkpoint, wanted, max_shard_size)
+    shards = _plan(source, wanted, max_shard_size)
     sizes = {
         name: kind.itemsize * torch.Size(shape).numel()
         for shard in shards
@@ -82,7 +82,7 @@ def write_directory(
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS if len(shards) == 1 else _shard_name(number, len(shards))
-            _write_shard(checkpoint, folder / name, shard, transform)
+            _write_shard(source, folder / name, shard, transform)
             weight_map |= dict.fromkeys(shard, name)
         parameters = sum(
             torch.Size(shape).numel() for shard in shards for _, shape in shard.values()
@@ -90,7 +90,7 @@ def write_directory(
         if len(shards) > 1:
             metadata = {"total_parameters": parameters, "total_size": total}
             durable.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-        _write_small_files(checkpoint, folder, wanted)
+        _write_small_files(source, folder, wanted)
         if beside is not None:
             beside(folder)
     return WrittenModel(output, len(sizes), parameters, len(shards), total)
@@ -105,17 +105,17 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
-def _plan(checkpoint: Checkpoint, dtype: torch.dtype | None, max_shard_size: int) -> list[_Shard]:
+def _plan(source: ModelSource, dtype: torch.dtype | None, max_shard_size: int) -> list[_Shard]:
     """The tensors of each file, in the order of the model; a file holds at least one."""
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size is {max_shard_size}; expected a number of bytes.")
     shards: list[_Shard] = [{}]
-    filled, others = 0, carried_prefixes(checkpoint.config)
-    for name in checkpoint.names():
+    filled, others = 0, carried_prefixes(source.config)
+    for name in source.names():
         kept = dtype is None or name.startswith(others)
-        kind = checkpoint.dtype(name) if kept else dtype
+        kind = source.dtype(name) if kept else dtype
         assert kind is not None
-        shape = checkpoint.shape(name)
+        shape = source.shape(name)
         size = kind.itemsize * torch.Size(shape).numel()
         if shards[-1] and filled + size > max_shard_size:
             shards.append({})
@@ -129,24 +129,24 @@ def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _write_shard(checkpoint: Checkpoint, path: Path, shard: _Shard, transform: Transform) -> None:
-    others = carried_prefixes(checkpoint.config)
+def _write_shard(source: ModelSource, path: Path, shard: _Shard, transform: Transform) -> None:
+    others = carried_prefixes(source.config)
     with SafetensorsWriter(path, shard, {"format": "pt"}) as writer:
         for name, (kind, _) in shard.items():
             if name.startswith(others):
-                writer.write(name, checkpoint.tensor(name))
-                checkpoint.release(name)
+                writer.write(name, source.tensor(name))
+                source.release(name)
                 continue
-            tensor = transform(name, checkpoint.tensor(name)).to(kind)
+            tensor = transform(name, source.tensor(name)).to(kind)
             if not _finite(tensor):
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name} holds values that are not finite as {kind}. "
+                    f"{source.path}: tensor {name} holds values that are not finite as {kind}. "
                     "Nothing was written; the weights or the adapter are damaged, or need a type "
                     "with a wider range (bfloat16 or float32)."
                 )
             writer.write(name, tensor)
             del tensor
-            checkpoint.release(name)
+            source.release(name)
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -154,8 +154,8 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(2**20))
 
 
-def _write_small_files(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype | None) -> None:
-    config = dict(checkpoint.raw_config)
+def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype | None) -> None:
+    config = dict(source.raw_config)
     if dtype is not None:
         key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
         config[key] = str(dtype).removeprefix("torch.")
@@ -163,12 +163,12 @@ def _write_small_files(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype 
         if isinstance(text, dict) and key in text:
             config["text_config"] = text | {key: config[key]}
     durable.write_json(folder / "config.json", config)
-    if checkpoint.generation_config:
-        durable.write_json(folder / "generation_config.json", checkpoint.generation_config)
-    pruning = read_pruning(checkpoint.path)
+    if source.generation_config:
+        durable.write_json(folder / "generation_config.json", source.generation_config)
+    pruning = read_pruning(source.path)
     if pruning is not None:  # fine-tuning what is written here must know which heads stay off
         durable.write_json(folder / PRUNING, carried(pruning))
-    for name, content in checkpoint.tokenizer_files().items():
+    for name, content in source.tokenizer_files().items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
         data = content if isinstance(content, bytes) else read_regular(content, 2**30)

@@ -1,36 +1,32 @@
-"""A fully fine-tuned model as a checkpoint, for the writer of directories."""
+"""A fully fine-tuned model as a model source, to be written as a directory."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.view import ModelSourceView
 from models.decoder import Decoder
 from models.tensor_layout import Layout, carried_prefixes
 
 
-class TrainedCheckpoint:
-    """A checkpoint whose tensors are a model's parameters, for the writer of directories.
+class TrainedSource(ModelSourceView):
+    """A model source whose tensors are those of a trained model, named and divided as in `base`.
 
-    They are named and divided as in the source, whose other parts it has too.
+    The other parts of the model (`models.tensor_layout.carried_prefixes`) are those of `base`.
     """
 
-    def __init__(self, source: Checkpoint, model: Decoder) -> None:
-        self._source = source
-        layout = Layout.of_names(source.config, source.names())
+    def __init__(self, base: ModelSource, model: Decoder) -> None:
+        super().__init__(base)
+        layout = Layout.of_names(base.config, base.names())
         self._tensors = {
             part: tensor
             for name, parameter in model.named_parameters()
             for part, tensor in layout.divide(name, parameter.detach().cpu()).items()
         }
-        others = carried_prefixes(source.config)
-        self._tensors |= {n: source.tensor(n) for n in source.names() if n.startswith(others)}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
+        others = carried_prefixes(base.config)
+        self._tensors |= {n: base.tensor(n) for n in base.names() if n.startswith(others)}
 
     def names(self) -> list[str]:
         return list(self._tensors)

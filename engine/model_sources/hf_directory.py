@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import listing, match_tensors, quick_digest
+from engine.errors import CheckpointError, ConfigError, listing
+from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
 from engine.model_sources.safetensors.file import SafetensorsFile
 from engine.storage.safe_files import (
     MIB,
@@ -53,7 +53,7 @@ _TEMPLATE_LIMIT = MIB
 
 
 class HFDirectory:
-    """The model in folder `path`; see `engine.model_sources.base.Checkpoint` for its methods.
+    """The model in folder `path`; see `ModelSource` for its methods.
 
     Raises `ConfigError` for a missing or unusable config.json, and `CheckpointError` for weights
     that are missing, damaged or of another model.
@@ -142,21 +142,6 @@ class HFDirectory:
             f"{self.path} holds a config.json and no weights: neither {WEIGHTS} nor {INDEX} is "
             f"there.{_hint(self.path)} Download the model's safetensors files."
         )
-
-
-def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
-    """`ModelConfig.from_dict`, whose complaint becomes a `ConfigError` that names `source`."""
-    quantised = raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise ConfigError(
-            f"{source}: the weights are stored quantised ({method}), which is not read. Take the "
-            "model's original 16-bit files; quantisation happens here, while they are loaded."
-        )
-    try:
-        return ModelConfig.from_dict(raw)
-    except ValueError as error:
-        raise ConfigError(f"{source}: {error}.") from error
 
 
 def _open_shards(folder: Path) -> list[SafetensorsFile]:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a `Decoder`, one tensor at a time.
+"""From a model source to a `Decoder`, one tensor at a time.
 
 The graph is built without memory (torch's meta device). Each tensor is then read from the mapped
 file, quantised or cast, put where it belongs and forgotten, so peak host memory is the finished
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import QuantizedWeight
 from kernels.moe.grouped_matmul import planar_experts
@@ -85,7 +86,7 @@ class _Form:
 
 
 def build_model(
-    checkpoint: Checkpoint,
+    source: ModelSource,
     *,
     quantization: Quantization | None = None,
     double_quant: bool = True,
@@ -95,7 +96,7 @@ def build_model(
     embedding_on_host: bool = False,
     weights_on_host: bool = False,
 ) -> Decoder:
-    """A decoder with the checkpoint's weights, every parameter frozen.
+    """A decoder with the source's weights, every parameter frozen.
 
     The large projections of each layer (`models.tensor_names.PROJECTIONS`), experts among them, are
     quantised if asked for; embeddings, norms, biases, routers and the head are kept in `dtype`, or
@@ -105,23 +106,23 @@ def build_model(
     for a tied embedding on the host.
     """
     device = torch.device(device)
-    if embedding_on_host and checkpoint.config.tie_word_embeddings:
+    if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(
             "This model's embedding is its output head too, which every token reads, so it cannot "
             "stay on the host: leave out --embedding-on host; --head-precision 8bit halves it."
         )
     with torch.device("meta"):
-        model = Decoder(checkpoint.config)
-    layout = Layout.of_names(checkpoint.config, checkpoint.names())
+        model = Decoder(source.config)
+    layout = Layout.of_names(source.config, source.names())
     lent = weights_on_host and device.type == "cuda"
     form = _Form(quantization, double_quant, device, dtype, lent)
-    for name, shape in graph_tensors(checkpoint.config).items():
-        tensor = layout.assemble(name, shape, checkpoint.tensor)
+    for name, shape in graph_tensors(source.config).items():
+        tensor = layout.assemble(name, shape, source.tensor)
         if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
             _place(model, name, tensor, form)
         del tensor
         for part in layout.parts(name, shape):
-            checkpoint.release(part)
+            source.release(part)
     for layer in model.layers:
         layer.join_weights()
     if weights_on_host:
@@ -131,11 +132,11 @@ def build_model(
 
 
 def build_for(
-    config: TrainConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above."""
     return build_model(
-        checkpoint,
+        source,
         quantization="nf4" if config.method == "qlora" else None,
         double_quant=config.double_quant,
         device=device,
@@ -197,7 +198,7 @@ def _place(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
 def _require_finite(name: str, tensor: Tensor) -> None:
     if not tensor.is_cuda and not _all_finite(tensor):
         raise CheckpointError(
-            f"tensor {name} holds values that are not finite; the checkpoint is damaged or was "
+            f"tensor {name} holds values that are not finite; the model is damaged or was "
             "saved from a diverged run. Download it again or use an earlier one."
         )
 
@@ -254,7 +255,9 @@ def load_model(
     """
     if quantize not in (None, "nf4", "int8"):
         raise ConfigError(f"quantize is {quantize!r}; expected None, 'nf4' or 'int8'")
-    decoder = build_model(open_checkpoint(model), quantization=quantize, device=device, dtype=dtype)
+    decoder = build_model(
+        open_model_source(model), quantization=quantize, device=device, dtype=dtype
+    )
     if adapter is not None:
         attach_adapter(decoder, adapter)
     return decoder

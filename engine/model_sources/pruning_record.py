@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from engine.errors import CheckpointError
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.view import ModelSourceView
 from engine.storage.safe_files import read_json_object
 from models.config.model_config import ModelConfig
 
@@ -78,14 +79,14 @@ def carried(pruning: Pruning) -> dict[str, Any]:
     return sealed({**pruning.record, "mode": "zero" if pruning.mode == "mask" else pruning.mode})
 
 
-class MaskedCheckpoint:
-    """A checkpoint whose masked heads read as zeros; see `engine.model_sources.base.Checkpoint`.
+class MaskedSource(ModelSourceView):
+    """A model source whose masked heads read as zeros.
 
     Raises `CheckpointError` where the mask names a head that the model does not have.
     """
 
-    def __init__(self, whole: Checkpoint, pruning: Pruning) -> None:
-        self.whole = whole
+    def __init__(self, whole: ModelSource, pruning: Pruning) -> None:
+        super().__init__(whole)
         self._columns: dict[str, list[int]] = {}
         check_heads(pruning, whole.config, whole.path)
         names = set(whole.names())
@@ -99,66 +100,23 @@ class MaskedCheckpoint:
             self._columns[name] = columns_of(heads, head_shape(whole.config, layer)[1])
         self._mask = json.dumps(head_map(pruning.heads))
 
-    @property
-    def path(self) -> Path:
-        return self.whole.path
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.whole.config
-
-    @property
-    def raw_config(self) -> dict[str, Any]:
-        return self.whole.raw_config
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        return self.whole.generation_config
-
-    def names(self) -> list[str]:
-        return self.whole.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.whole.shape(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.whole.dtype(name)
-
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor `name`; the columns of masked heads are zeros."""
-        tensor = self.whole.tensor(name)
+        tensor = self.base.tensor(name)
         columns = self._columns.get(name)
         return tensor if columns is None else tensor.index_fill(1, torch.tensor(columns), 0)
 
-    def release(self, name: str) -> None:
-        self.whole.release(name)
-
-    def tokenizer_json(self) -> str | None:
-        return self.whole.tokenizer_json()
-
-    def tokenizer_model(self) -> Path | None:
-        return self.whole.tokenizer_model()
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        return self.whole.tokenizer_config()
-
-    def chat_template(self) -> str | None:
-        return self.whole.chat_template()
-
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
-        return self.whole.tokenizer_files()
-
     def digest(self) -> str:
         """That of the whole model and the mask: a masked model is another model."""
-        return hashlib.sha256(f"{self.whole.digest()}{self._mask}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.base.digest()}{self._mask}".encode()).hexdigest()
 
 
-def masked(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with the mask that lies beside it, if one does."""
-    pruning = read_pruning(checkpoint.path)
+def masked(source: ModelSource) -> ModelSource:
+    """`source` with the mask that lies beside it, if one does."""
+    pruning = read_pruning(source.path)
     if pruning is None or pruning.mode != "mask":
-        return checkpoint
-    return MaskedCheckpoint(checkpoint, pruning)
+        return source
+    return MaskedSource(source, pruning)
 
 
 TRUNKS = ("model.", "model.language_model.")

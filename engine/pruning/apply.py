@@ -1,4 +1,4 @@
-"""Taking heads out of a checkpoint's tensors, one tensor at a time.
+"""Take pruned heads out of a model's tensors, one tensor at a time.
 
     zero        columns of the output projection and rows of the input projections that belong to
                 the head become zeros, those of keys and values where no living head reads them.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.pruning_record import HeadMap
 from engine.pruning.head_slices import Heads, Indices
 from models.config.heads_per_layer import PER_LAYER
@@ -64,13 +65,14 @@ class Slices:
         return tuple(n - len(index) if d == dim else n for d, n in enumerate(shape))
 
 
-class SmallerCheckpoint:
-    """A checkpoint without the pruned heads; see `engine.model_sources.base.Checkpoint`."""
+class PrunedSource(ModelSourceView):
+    """A model source without the pruned heads: they are cut out of its tensors."""
 
-    def __init__(self, source: Checkpoint, slices: Slices, counts: Mapping[str, Any]) -> None:
+    def __init__(self, base: ModelSource, slices: Slices, counts: Mapping[str, Any]) -> None:
         """`counts` are what the configuration says of the heads that the layers keep."""
-        self._source, self._slices = source, slices
-        raw = source.raw_config
+        super().__init__(base)
+        self._slices = slices
+        raw = base.raw_config
         nested = raw.get("text_config")  # of a model that has other parts beside its decoder
         self.raw_config = (
             raw | {"text_config": _counted(nested, counts)}
@@ -79,17 +81,11 @@ class SmallerCheckpoint:
         )
         self.config = ModelConfig.from_dict(self.raw_config)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._source, name)
-
-    def names(self) -> list[str]:
-        return self._source.names()
-
     def tensor(self, name: str) -> Tensor:
-        return self._slices.cut(name, self._source.tensor(name))
+        return self._slices.cut(name, self.base.tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._slices.cut_shape(name, self._source.shape(name))
+        return self._slices.cut_shape(name, self.base.shape(name))
 
 
 def _counted(raw: Mapping[str, Any], counts: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from engine.data.examples import Example, build_examples, check_ids
 from engine.data.loader import collate
 from engine.device import resolve_device, resolve_dtype
 from engine.evaluate import by_tokens
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.pruning.head_slices import Heads
 from engine.pruning.scores import LayerScores, Metric, checked, output_grams, weight_scores
@@ -58,19 +58,19 @@ class Calibration:
 
 
 def measured_scores(
-    checkpoint: Checkpoint, layers: Sequence[Heads], metric: Metric, how: Calibration
+    source: ModelSource, layers: Sequence[Heads], metric: Metric, how: Calibration
 ) -> list[LayerScores]:
     """Scores of every head of `layers` by `metric` (activation or gradient).
 
     Raises `DataError` for rows that cannot be used.
     """
     rows = load_rows(list(how.data))[: how.rows]
-    examples, _ = build_examples(rows, load_tokenizer(checkpoint), how.max_length)
-    check_ids(examples, checkpoint.config.vocab_size)
-    blank = weight_scores(checkpoint, layers, "random")
+    examples, _ = build_examples(rows, load_tokenizer(source), how.max_length)
+    check_ids(examples, source.config.vocab_size)
+    blank = weight_scores(source, layers, "random")
     device = resolve_device(how.device)
     model = build_model(
-        checkpoint,
+        source,
         quantization=how.quantize,
         device=device,
         dtype=resolve_dtype(how.dtype, device),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from engine.errors import ConfigError
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.pruning.head_slices import Heads, Indices, blocks, trunk_of
 
 
@@ -81,9 +81,9 @@ class DeltaHeads(Heads):
         return {"linear_num_value_heads": heads, "linear_num_key_heads": kv_heads}
 
 
-def delta_heads(checkpoint: Checkpoint) -> list[DeltaHeads]:
+def delta_heads(source: ModelSource) -> list[DeltaHeads]:
     """The heads of every DeltaNet layer. Raises `ConfigError` where there is none."""
-    names, config = set(checkpoint.names()), checkpoint.config
+    names, config = set(source.names()), source.config
     found = []
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}.linear_attn."
@@ -102,5 +102,5 @@ def delta_heads(checkpoint: Checkpoint) -> list[DeltaHeads]:
             )
         )
     if not found:
-        raise ConfigError(f"{checkpoint.path} has no linear attention; leave out --heads delta.")
+        raise ConfigError(f"{source.path} has no linear attention; leave out --heads delta.")
     return found

@@ -1,4 +1,4 @@
-"""Where the heads of a checkpoint's layers lie in its tensors.
+"""Which tensors, dimensions and indices each attention head owns.
 
 `attention_heads` finds those of layers that hold `self_attn.q_proj`; `engine.pruning.delta_heads`
 those of linear attention. A run prunes one kind, so that layers of the other are neither counted
@@ -21,8 +21,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from engine.errors import ConfigError
-from engine.model_sources.base import Checkpoint, listing
+from engine.errors import ConfigError, listing
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import TRUNKS
 
 Indices = dict[str, tuple[int, Tensor]]
@@ -70,7 +70,7 @@ class Heads(ABC):
         return sorted(set(range(self.kv_heads)) - self.groups(set(range(self.heads)) - gone))
 
     def name(self, projection: str, leaf: str = "weight") -> str:
-        """The tensor's name in the checkpoint."""
+        """The tensor's name in the source."""
         place = f"{self.trunk}layers.{self.layer}.{self.room}.{projection}"
         return f"{place}.{leaf}" if leaf else place
 
@@ -143,34 +143,34 @@ class AttentionHeads(Heads):
         }
 
 
-def attention_heads(checkpoint: Checkpoint) -> list[AttentionHeads]:
+def attention_heads(source: ModelSource) -> list[AttentionHeads]:
     """The heads of every layer that has attention. Raises `ConfigError` where no layer has."""
-    names = set(checkpoint.names())
-    dim = checkpoint.config.head_dim
+    names = set(source.names())
+    dim = source.config.head_dim
     found = []
-    for layer in range(checkpoint.config.num_hidden_layers):
+    for layer in range(source.config.num_hidden_layers):
         trunk = trunk_of(names, f"layers.{layer}.self_attn.q_proj.weight")
         if trunk is None:
             continue
         prefix = f"{trunk}layers.{layer}.self_attn."
-        heads = checkpoint.shape(f"{prefix}o_proj.weight")[1] // dim
+        heads = source.shape(f"{prefix}o_proj.weight")[1] // dim
         norm = f"{prefix}q_norm.weight"
         normed = norm in names
-        joint = normed and checkpoint.shape(norm) != (dim,)
+        joint = normed and source.shape(norm) != (dim,)
         found.append(
             AttentionHeads(
                 layer=layer,
                 heads=heads,
-                kv_heads=checkpoint.shape(f"{prefix}k_proj.weight")[0] // dim,
+                kv_heads=source.shape(f"{prefix}k_proj.weight")[0] // dim,
                 head_dim=dim,
-                query_rows=checkpoint.shape(f"{prefix}q_proj.weight")[0] // heads,
+                query_rows=source.shape(f"{prefix}q_proj.weight")[0] // heads,
                 head_norm=normed and not joint,
                 joint_norm=joint,
                 trunk=trunk,
             )
         )
     if not found:
-        raise ConfigError(f"{checkpoint.path} has no layer with attention heads to prune.")
+        raise ConfigError(f"{source.path} has no layer with attention heads to prune.")
     return found
 
 
@@ -179,7 +179,7 @@ def trunk_of(names: set[str], rest: str) -> str | None:
     return next((trunk for trunk in TRUNKS if trunk + rest in names), None)
 
 
-def refuse_uncut(checkpoint: Checkpoint, layers: Sequence[Heads]) -> None:
+def refuse_uncut(source: ModelSource, layers: Sequence[Heads]) -> None:
     """Raise `ConfigError` for tensors that hold something per head and cannot be cut.
 
     Removing rows and columns would leave them with the wrong size.
@@ -187,9 +187,9 @@ def refuse_uncut(checkpoint: Checkpoint, layers: Sequence[Heads]) -> None:
     odd = [name for heads in layers for name in heads.uncut]
     known = {heads.name(leaf, "") for heads in layers for leaf in heads.known}
     rooms = tuple(heads.name("", "") for heads in layers)
-    odd += [n for n in checkpoint.names() if n.startswith(rooms) and n not in known]
+    odd += [n for n in source.names() if n.startswith(rooms) and n not in known]
     if odd:
         raise ConfigError(
-            f"{checkpoint.path}: heads cannot be cut out of {listing(odd)}. Use --mode zero, which "
+            f"{source.path}: heads cannot be cut out of {listing(odd)}. Use --mode zero, which "
             "keeps every shape."
         )

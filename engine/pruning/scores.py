@@ -16,7 +16,7 @@ ov empties some of them: of SmolLM2's 270 heads a tenth by ov are 20 of the 27 i
 layers, and perplexity goes from 21 to 1880; a tenth of every layer, to 31. Rank these two by layer.
 
 `activation` and `gradient` need data; they are in `engine.pruning.calibration`. Scores are float64.
-The checkpoint's tensors are read one at a time. |o v|^2 = sum(o^T o * v v^T), of (D, D) matrices.
+Tensors are read one at a time. |o v|^2 = sum(o^T o * v v^T), of (D, D) matrices.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.pruning.head_slices import AttentionHeads, Heads
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import decode_weight
@@ -56,7 +56,7 @@ class LayerScores:
 
 
 def weight_scores(
-    checkpoint: Checkpoint,
+    source: ModelSource,
     layers: Sequence[Heads],
     metric: Metric,
     *,
@@ -71,13 +71,13 @@ def weight_scores(
     generator = torch.Generator().manual_seed(seed)
 
     def read(name: str) -> Tensor:
-        tensor = checkpoint.tensor(name)
+        tensor = source.tensor(name)
         if through is None:
             wide = tensor.to(torch.float32, copy=True)
         else:
             packed = quantize(tensor) if through == "nf4" else quantize_int8(tensor)
             wide = decode_weight(packed, torch.float32)
-        checkpoint.release(name)
+        source.release(name)
         return wide
 
     scored = []
@@ -128,7 +128,7 @@ def checked(values: Tensor, layer: int) -> Tensor:
     """`values`, unless one is not finite: then a `CheckpointError` that names the layer."""
     if not bool(torch.isfinite(values).all()):
         raise CheckpointError(
-            f"A score of layer {layer}'s attention heads is not finite; the checkpoint is damaged "
+            f"A score of layer {layer}'s attention heads is not finite; the model is damaged "
             "or was saved from a diverged run. Download it again or use an earlier one."
         )
     return values

@@ -19,7 +19,7 @@ from engine.errors import CheckpointError
 from engine.tokenization.chat_template import ChatTemplate, default_template
 
 if TYPE_CHECKING:
-    from engine.model_sources.base import Checkpoint
+    from engine.model_sources.interface.model_source import ModelSource
 
 Offsets = list[tuple[int, int]]
 _NAMES = (
@@ -200,17 +200,17 @@ class Tokenizer:
         return sorted(texts)
 
 
-def load_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
+def load_tokenizer(source: "ModelSource") -> Tokenizer:
     """The tokenizer of a model.
 
     Raises:
         CheckpointError: the model has no tokenizer, or its files are damaged.
     """
-    config = checkpoint.tokenizer_config()
-    files = checkpoint.tokenizer_files()
-    serialised = checkpoint.tokenizer_json()
-    model_file = None if serialised is not None else checkpoint.tokenizer_model()
-    where = str(checkpoint.path)
+    config = source.tokenizer_config()
+    files = source.tokenizer_files()
+    serialised = source.tokenizer_json()
+    model_file = None if serialised is not None else source.tokenizer_model()
+    where = str(source.path)
     add_bos: bool | None = None
     add_eos: bool | None = None
     if serialised is not None:
@@ -228,7 +228,7 @@ def load_tokenizer(checkpoint: "Checkpoint") -> Tokenizer:
     _add_declared(backend, config, files, where)
     named = _named_tokens(config, files)
     return Tokenizer(
-        backend, named, checkpoint.chat_template(), add_bos=add_bos, add_eos=add_eos, name=where
+        backend, named, source.chat_template(), add_bos=add_bos, add_eos=add_eos, name=where
     )
 
 

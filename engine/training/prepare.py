@@ -12,7 +12,8 @@ from engine.data.dataset import ReadReport, load_rows, read_rows
 from engine.data.examples import Example, Report, build_examples, check_ids
 from engine.data.loader import Batch, BatchPlan, collate, split_heldout
 from engine.data.rows import Row
-from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from models.config.model_config import ModelConfig
 
@@ -22,7 +23,7 @@ class Prepared:
     """Everything of a run that needs no weights."""
 
     config: TrainConfig
-    checkpoint: Checkpoint
+    model_source: ModelSource
     tokenizer: Tokenizer
     examples: list[Example]
     heldout: list[Example]
@@ -67,10 +68,10 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     `check` is given the model's shape before any row is read, and may refuse it. Raises
     `ConfigError`, `CheckpointError` or `DataError`.
     """
-    checkpoint = open_checkpoint(config.model, config.revision)
+    source = open_model_source(config.model, config.revision)
     if check is not None:
-        check(checkpoint.config)
-    tokenizer = load_tokenizer(checkpoint)
+        check(source.config)
+    tokenizer = load_tokenizer(source)
     rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
     rows = rows[: config.limit_rows]
     held_rows = load_rows(list(config.eval_data)) if config.eval_data else []
@@ -90,7 +91,7 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     heldout: list[Example] = []
     if held_rows:
         heldout, _ = render(held_rows)
-    check_ids([*examples, *heldout], checkpoint.config.vocab_size)
+    check_ids([*examples, *heldout], source.config.vocab_size)
     plan = BatchPlan(
         examples,
         batch_size=config.batch_size,
@@ -98,7 +99,7 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
         packing=config.packing,
         max_length=config.max_length,
     )
-    return Prepared(config, checkpoint, tokenizer, examples, heldout, plan, read, report)
+    return Prepared(config, source, tokenizer, examples, heldout, plan, read, report)
 
 
 def _with_system(row: Row, prompt: str | None) -> Row:

@@ -11,7 +11,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from models.adapters import add_lora, load_adapter_tensors, scale_of, target_modules
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -188,18 +188,18 @@ def make_in_backward(
     return StepInBackward(optimizer, [*(unit for unit in layers if unit), *rest])
 
 
-def adapter_config(config: TrainConfig, checkpoint: Checkpoint) -> AdapterConfig:
+def adapter_config(config: TrainConfig, source: ModelSource) -> AdapterConfig:
     """What `adapter_config.json` says of this run's adapter."""
     local = Path(config.model).exists()
     return AdapterConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=list(targets_of(config, checkpoint.config)),
-        base_model_name_or_path=str(checkpoint.path.resolve()) if local else config.model,
+        target_modules=list(targets_of(config, source.config)),
+        base_model_name_or_path=str(source.path.resolve()) if local else config.model,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        fused_experts=FAMILIES[checkpoint.config.model_type].fused_adapters,
+        fused_experts=FAMILIES[source.config.model_type].fused_adapters,
     )
 
 

@@ -14,10 +14,10 @@ from engine.errors import CheckpointError
 from engine.finetune import train
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
-from engine.model_sources.from_model import TrainedCheckpoint
+from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import Quantization, load_model
+from engine.model_sources.open import open_model_source
 from models.adapters import adapter_tensors, add_lora, load_adapter_tensors
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -97,7 +97,7 @@ def test_every_large_matrix_is_quantised_and_adapted_and_no_small_one(family: st
         elif isinstance(module, Experts):
             assert not any(True for _ in module.parameters(recurse=False))
             assert set(module.stored) == {"gate_proj", "up_proj", "down_proj"}
-    stored = open_checkpoint(GOLDEN / family)
+    stored = open_model_source(GOLDEN / family)
     others = carried_prefixes(stored.config)
     matrices = {
         name.removesuffix(".weight")
@@ -181,7 +181,7 @@ def test_a_merged_model_is_the_adapted_one(family: str, onto: str, tmp_path: Pat
     merge(GOLDEN / family, folder, tmp_path / "merged", onto=onto)  # type: ignore[arg-type]
     merged = load_model(tmp_path / "merged", dtype=torch.float64)
     assert torch.allclose(logits(merged), logits(model), atol=1e-4)
-    before, after = open_checkpoint(GOLDEN / family), open_checkpoint(tmp_path / "merged")
+    before, after = open_model_source(GOLDEN / family), open_model_source(tmp_path / "merged")
     assert before.names() == after.names()
 
 
@@ -206,12 +206,12 @@ def test_tensors_of_other_parts_keep_their_bytes(
 def test_a_fully_trained_model_is_written_in_the_layout_of_its_source(
     family: str, tmp_path: Path
 ) -> None:
-    source, model = open_checkpoint(GOLDEN / family), load_model(GOLDEN / family)
+    source, model = open_model_source(GOLDEN / family), load_model(GOLDEN / family)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.9)
-    export_hf_directory(TrainedCheckpoint(source, model), tmp_path / "model")
-    assert set(open_checkpoint(tmp_path / "model").names()) == set(source.names())
+    export_hf_directory(TrainedSource(source, model), tmp_path / "model")
+    assert set(open_model_source(tmp_path / "model").names()) == set(source.names())
     assert torch.equal(logits(load_model(tmp_path / "model")), logits(model))
 
 
@@ -293,7 +293,7 @@ def test_a_run_learns_and_leaves_a_model(
             assert torch.allclose(
                 load_model(written)(IDS[None]), adapted_model(IDS[None]), atol=1e-3
             )
-    before, after = open_checkpoint(model), open_checkpoint(written)
+    before, after = open_model_source(model), open_model_source(written)
     assert before.names() == after.names()
     if family in NESTED:
         assert torch.equal(before.tensor("mtp.norm.weight"), after.tensor("mtp.norm.weight"))

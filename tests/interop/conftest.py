@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
+from engine.model_sources.open import open_model_source
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def smollm2_gguf() -> Path:
 def smollm2_directory(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a Hugging Face directory in float32."""
     target = tmp_path_factory.mktemp("smollm2") / "model"
-    export_hf_directory(open_checkpoint(smollm2_gguf), target)
+    export_hf_directory(open_model_source(smollm2_gguf), target)
     return target
 
 

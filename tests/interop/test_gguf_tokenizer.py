@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 from transformers.integrations.gguf import convert_gguf_tokenizer
 
-from engine.model_sources.base import Checkpoint, open_checkpoint
 from engine.model_sources.gguf.tokenizer import build_tokenizer
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 
 pytestmark = pytest.mark.interop
 
@@ -68,12 +69,12 @@ def strings() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(smollm2_gguf: Path) -> Checkpoint:
-    return open_checkpoint(smollm2_gguf)
+def checkpoint(smollm2_gguf: Path) -> ModelSource:
+    return open_model_source(smollm2_gguf)
 
 
 @pytest.fixture(scope="module")
-def ours(checkpoint: Checkpoint) -> Tokenizer:
+def ours(checkpoint: ModelSource) -> Tokenizer:
     text = checkpoint.tokenizer_json()
     assert text is not None
     return Tokenizer.from_str(text)
@@ -123,7 +124,7 @@ def test_ids_equal_transformers_on_text_without_numbers(
 
 
 def test_the_exported_tokenizer_is_the_same_in_transformers(
-    ours: Tokenizer, checkpoint: Checkpoint, smollm2_directory: Path, strings: list[str]
+    ours: Tokenizer, checkpoint: ModelSource, smollm2_directory: Path, strings: list[str]
 ) -> None:
     theirs = AutoTokenizer.from_pretrained(smollm2_directory)
     for text in strings:

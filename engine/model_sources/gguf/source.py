@@ -19,12 +19,11 @@ import numpy as np
 import torch
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import match_tensors, quick_digest
 from engine.model_sources.gguf.config import raw_config
 from engine.model_sources.gguf.container import GGUFFile
 from engine.model_sources.gguf.tensor_map import sources
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
-from engine.model_sources.hf_directory import read_config
+from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
 from models.tensor_names import expected_tensors
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,8 +31,8 @@ _ROPE_FREQS = "rope_freqs.weight"
 _BLOCK = re.compile(r"blk\.(\d+)\..+")
 
 
-class GGUFCheckpoint:
-    """The model in `path`; see `engine.model_sources.base.Checkpoint` for its methods.
+class GGUFSource:
+    """The model in `path`; see `ModelSource` for its methods.
 
     Raises `CheckpointError` for a damaged file or one whose tensors do not match its metadata, and
     `ConfigError` for a model of a kind that is not supported.

@@ -27,8 +27,7 @@ from tokenizers import (
     processors,
 )
 
-from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import listing
+from engine.errors import CheckpointError, ConfigError, listing
 from engine.model_sources.gguf.pre_tokenizers import RULES, Splitting, splitting
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5

@@ -16,7 +16,7 @@ from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_policy
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import POLICIES, changed, least_step
-from engine.model_sources.base import open_checkpoint
+from engine.model_sources.open import open_model_source
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 
@@ -142,7 +142,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
         device="cpu",
         method=method,
     )
-    checkpoint = open_checkpoint(str(tiny_model))
+    checkpoint = open_model_source(str(tiny_model))
     least = plan(checkpoint.config, least_step(config), gpu=False, dtype=torch.float32).total
     with pytest.raises(MemoryPlanError, match=f"for its largest step.*{advice}"):
         train(changed(config, memory_budget=least), console=False)

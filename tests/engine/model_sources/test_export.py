@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
-from engine.model_sources.gguf.source import GGUFCheckpoint
+from engine.model_sources.gguf.source import GGUFSource
 from engine.model_sources.hf_directory import INDEX, WEIGHTS, HFDirectory
+from engine.model_sources.open import open_model_source
 from engine.storage import durable
 
 Golden = Callable[[str], Path]
@@ -33,7 +33,7 @@ def test_an_exported_model_is_the_same_model(golden: Golden, tmp_path: Path, fam
 def test_a_gguf_model_becomes_a_directory_of_the_same_model(
     write_gguf: Callable[..., Path], golden: Golden, tmp_path: Path
 ) -> None:
-    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama3"))
+    checkpoint = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama3"))
     export_hf_directory(checkpoint, tmp_path / "out", dtype="bfloat16")
     result = HFDirectory(tmp_path / "out")
     assert result.config == checkpoint.config
@@ -151,7 +151,7 @@ def test_a_full_disk_is_found_before_any_work(
 @pytest.mark.parametrize("dtype", ["int8", "float64", torch.int8, "bf16", 5])
 def test_an_unknown_type_is_refused(golden: Golden, tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(ConfigError, match="expected one of float32, float16, bfloat16"):
-        export_hf_directory(open_checkpoint(golden("llama")), tmp_path / "out", dtype=dtype)
+        export_hf_directory(open_model_source(golden("llama")), tmp_path / "out", dtype=dtype)
 
 
 def test_a_shard_size_below_one_is_refused(golden: Golden, tmp_path: Path) -> None:

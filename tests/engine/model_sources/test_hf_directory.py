@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.hf_directory import INDEX, WEIGHTS, HFDirectory
+from engine.model_sources.open import open_model_source
 
 Copy = Callable[[str], Path]
 FAMILIES = ("llama", "llama3", "mistral", "qwen2", "qwen2_swa", "qwen3", "qwen3_yarn")
@@ -48,7 +48,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_opens_with_its_tensors(golden: Copy, family: str) -> None:
-    checkpoint = open_checkpoint(golden(family))
+    checkpoint = open_model_source(golden(family))
     stored = load_file(golden(family) / WEIGHTS)
     assert sorted(checkpoint.names()) == sorted(stored)
     for name, tensor in stored.items():
@@ -359,10 +359,10 @@ def test_the_digest_tells_models_apart(model_copy: Copy, golden: Copy) -> None:
 def test_a_single_file_that_is_no_gguf_is_refused(model_copy: Copy, tmp_path: Path) -> None:
     folder = model_copy("llama")
     with pytest.raises(ConfigError, match="Name the folder"):
-        open_checkpoint(folder / WEIGHTS)
+        open_model_source(folder / WEIGHTS)
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is a pickle"):
-        open_checkpoint(tmp_path / "a.bin")
+        open_model_source(tmp_path / "a.bin")
     (tmp_path / "a.gguf").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="does not start with the letters GGUF"):
-        open_checkpoint(tmp_path / "a.gguf")
+        open_model_source(tmp_path / "a.gguf")

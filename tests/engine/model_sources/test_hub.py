@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from engine.errors import ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.hub import resolve
+from engine.model_sources.open import open_model_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -45,13 +45,13 @@ def test_a_local_path_never_asks_the_hub(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     assert resolve(str(golden("llama"))) == golden("llama")
-    assert open_checkpoint(golden("llama")).config.model_type == "llama"
+    assert open_model_source(golden("llama")).config.model_type == "llama"
 
 
 def test_a_cached_model_opens_without_a_network(cache: Path, golden: Callable[[str], Path]) -> None:
     snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
     assert resolve("org/tiny") == snapshot
-    checkpoint = open_checkpoint("org/tiny")
+    checkpoint = open_model_source("org/tiny")
     assert checkpoint.tensor("model.norm.weight").shape == (64,)
 
 

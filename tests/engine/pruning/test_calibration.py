@@ -11,8 +11,8 @@ import torch
 
 from engine.data.examples import Example
 from engine.errors import DataError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from engine.prune import PruneSettings, prune
 from engine.pruning import calibration
 from engine.pruning.calibration import Calibration, activations, gradients, measured_scores
@@ -150,7 +150,7 @@ def test_a_model_is_pruned_by_what_rows_show(
 def test_only_the_asked_number_of_rows_is_run(
     tiny_model: Path, write_rows: Rows, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(tiny_model)
+    checkpoint = open_model_source(tiny_model)
     layers = attention_heads(checkpoint)
 
     def values(data: Path, rows: int) -> torch.Tensor:

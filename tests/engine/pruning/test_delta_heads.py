@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from engine.data.examples import Example
 from engine.errors import ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.prune import PruneSettings, prune
 from engine.pruning.calibration import activations, gradients
@@ -170,7 +170,7 @@ def test_a_pruned_head_stays_pruned_in_training(golden: Golden, tmp_path: Path) 
 def test_the_configuration_says_how_many_heads_are_left(golden: Golden, tmp_path: Path) -> None:
     run(golden("qwen3_5"), tmp_path / "out", mode="structural")
     raw = json.loads((tmp_path / "out" / "config.json").read_text())
-    before = open_checkpoint(golden("qwen3_5")).config
+    before = open_model_source(golden("qwen3_5")).config
     assert (raw["linear_num_value_heads"], raw["linear_num_key_heads"]) == (2, 2)
     assert raw["num_attention_heads"] == before.num_attention_heads
 

@@ -15,9 +15,9 @@ from engine.errors import CheckpointError, ConfigError
 from engine.finetune import train
 from engine.memory.estimate import plan
 from engine.merge import merge
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.prune import PruneSettings, prune
 from models.config.heads_per_layer import PER_LAYER
@@ -62,7 +62,7 @@ def counts(folder: Path) -> list[tuple[int, int]]:
     raw = raw.get("text_config", raw)
     lists = [raw[key] for key in PER_LAYER]
     assert [max(each) for each in lists] == [raw["num_attention_heads"], raw["num_key_value_heads"]]
-    assert raw["head_dim"] == open_checkpoint(folder).config.head_dim
+    assert raw["head_dim"] == open_model_source(folder).config.head_dim
     return list(zip(*lists, strict=True))
 
 
@@ -84,7 +84,7 @@ def test_the_logits_are_those_of_the_same_heads_at_zero(
     stay = {layer["layer"]: 4 - len(layer["pruned"]) for layer in record["layers"]}
     most = max(stay.values())  # stands for layers without attention too
     assert [heads for heads, _ in left] == [stay.get(n, most) for n in range(len(left))]
-    export_hf_directory(open_checkpoint(tmp_path / "cut"), tmp_path / "copy")
+    export_hf_directory(open_model_source(tmp_path / "cut"), tmp_path / "copy")
     assert torch.equal(logits(tmp_path / "copy"), logits(tmp_path / "cut"))
     assert counts(tmp_path / "copy") == left
 
@@ -131,7 +131,7 @@ def test_survivors_are_the_same_bytes(uneven: tuple[Path, dict[str, Any]], tmp_p
 def test_the_configuration_says_what_the_file_holds(
     uneven: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(tmp_path / "cut")
+    checkpoint = open_model_source(tmp_path / "cut")
     assert {name: checkpoint.shape(name) for name in checkpoint.names()} == expected_tensors(
         checkpoint.config
     )
@@ -215,7 +215,7 @@ def test_a_cut_model_is_trained_planned_and_merged(
     ]
     assert losses[-1] < losses[0]
     small, large = (
-        plan(open_checkpoint(folder).config, config, gpu=False, dtype=torch.float32)
+        plan(open_model_source(folder).config, config, gpu=False, dtype=torch.float32)
         for folder in (tmp_path / "cut", tiny_model)
     )
     assert small.step.bytes < large.step.bytes and small.flops < large.flops
@@ -294,7 +294,7 @@ def test_lists_that_do_not_fit_the_weights_are_refused(
     key = PER_LAYER[0]
     path.write_text(json.dumps(raw | {key: raw[key][::-1], PER_LAYER[1]: raw[PER_LAYER[1]][::-1]}))
     with pytest.raises(CheckpointError, match="self_attn"):
-        open_checkpoint(tmp_path / "cut")
+        open_model_source(tmp_path / "cut")
     path.write_text(json.dumps(raw | {key: raw[key][:-1]}))
     with pytest.raises(ConfigError, match="expected 4 numbers, one a layer"):
-        open_checkpoint(tmp_path / "cut")
+        open_model_source(tmp_path / "cut")

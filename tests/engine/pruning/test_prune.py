@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
+from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsFile
 from engine.prune import PruneSettings, prune
@@ -134,7 +134,7 @@ def test_a_pruned_folder_is_a_complete_model_with_a_picture(golden: Golden, tmp_
     assert "model.safetensors.index.json" in names and HEAT_MAP in names
     assert result.written is not None and result.written.shards > 2
     assert (tmp_path / "out" / HEAT_MAP).read_bytes()[:4] == b"\x89PNG"
-    assert open_checkpoint(tmp_path / "out").config == open_checkpoint(source).config
+    assert open_model_source(tmp_path / "out").config == open_model_source(source).config
 
 
 def test_the_record_holds_scores_choices_and_a_digest(golden: Golden, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_record_holds_scores_choices_and_a_digest(golden: Golden, tmp_path: 
     record = json_of(tmp_path / "out")
     assert record["units"] == {"before": 8, "asked": 3, "removed": 3}
     assert (record["metric"], record["mode"], record["fraction"]) == ("ov", "zero", 0.375)
-    assert record["base_digest"] == open_checkpoint(golden("llama")).digest()
+    assert record["base_digest"] == open_model_source(golden("llama")).digest()
     assert [len(layer["scores"]) for layer in record["layers"]] == [4, 4]
     pruning = read_pruning(tmp_path / "out")
     assert pruning is not None
@@ -157,7 +157,7 @@ def test_an_edited_record_is_refused_and_a_foreign_one_is_left_alone(
     record["pruned_heads"] = {"0": [3]}
     (tmp_path / "out" / PRUNING).write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match="digest does not fit"):
-        open_checkpoint(tmp_path / "out")
+        open_model_source(tmp_path / "out")
     (tmp_path / "out" / PRUNING).write_text('{"sparsity": 0.5}')
     assert read_pruning(tmp_path / "out") is None
 
@@ -170,17 +170,17 @@ def test_taking_the_mask_off_brings_the_heads_back(
     before, after = weights(golden("qwen2")), weights(tmp_path / "out")
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert float((logits(tmp_path / "out") - logits(golden("qwen2"))).abs().max()) > 1e-3
-    digest = open_checkpoint(tmp_path / "out").digest()
+    digest = open_model_source(tmp_path / "out").digest()
     (tmp_path / "out" / PRUNING).unlink()
     assert torch.equal(logits(tmp_path / "out"), logits(golden("qwen2")))
-    assert open_checkpoint(tmp_path / "out").digest() != digest
+    assert open_model_source(tmp_path / "out").digest() != digest
 
 
 def test_a_masked_model_written_again_has_zeros_and_says_so(
     golden: Golden, tmp_path: Path, logits: Logits
 ) -> None:
     run(golden("llama"), tmp_path / "masked", mode="mask")
-    export_hf_directory(open_checkpoint(tmp_path / "masked"), tmp_path / "copy")
+    export_hf_directory(open_model_source(tmp_path / "masked"), tmp_path / "copy")
     assert torch.equal(logits(tmp_path / "copy"), logits(tmp_path / "masked"))
     one, two = read_pruning(tmp_path / "masked"), read_pruning(tmp_path / "copy")
     assert one is not None and two is not None
@@ -233,7 +233,7 @@ def test_structural_config_says_what_is_left(golden: Golden, tmp_path: Path) -> 
     for name, counts in (("heads", (2, 2)), ("groups", (2, 1))):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert (config["num_attention_heads"], config["num_key_value_heads"]) == counts
-        assert config["head_dim"] == open_checkpoint(golden("qwen2")).config.head_dim
+        assert config["head_dim"] == open_model_source(golden("qwen2")).config.head_dim
     sizes = [sum(t.numel() for t in weights(tmp_path / n).values()) for n in ("heads", "groups")]
     assert sizes[1] < sizes[0] < sum(t.numel() for t in weights(golden("qwen2")).values())
 

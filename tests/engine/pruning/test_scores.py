@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
+from engine.model_sources.open import open_model_source
 from engine.pruning.head_slices import AttentionHeads, attention_heads
 from engine.pruning.scores import LayerScores, Metric, weight_scores
 from kernels.linear.int8 import dequantize_int8, quantize_int8
@@ -20,7 +20,7 @@ Golden = Callable[[str], Path]
 
 
 def scores(folder: Path, metric: Metric, **options: Any) -> list[LayerScores]:
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_model_source(folder)
     return weight_scores(checkpoint, attention_heads(checkpoint), metric, **options)
 
 
@@ -129,7 +129,7 @@ class _Hybrid:
     """A model whose layer 0 has no attention heads and whose layer 1 has an output gate."""
 
     def __init__(self, whole: Path, *, attention: bool = True) -> None:
-        self._whole, self._attention = open_checkpoint(whole), attention
+        self._whole, self._attention = open_model_source(whole), attention
         self.config, self.path = self._whole.config, whole
 
     def names(self) -> list[str]:

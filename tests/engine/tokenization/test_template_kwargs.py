@@ -12,7 +12,7 @@ from cli.main import main
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.generate import prompt_ids
-from engine.model_sources.base import open_checkpoint
+from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import prepare
 
@@ -51,7 +51,7 @@ def test_a_run_renders_its_rows_with_the_variables(
 
 
 def test_a_prompt_is_rendered_with_the_variables(model: Path) -> None:
-    tokenizer = load_tokenizer(open_checkpoint(model))
+    tokenizer = load_tokenizer(open_model_source(model))
     ids = prompt_ids(tokenizer, "Hi", template_kwargs={"enable_thinking": False})
     assert tokenizer.decode(ids, False).startswith("<|im_start|>system\nbe brief")
     assert tokenizer.decode(prompt_ids(tokenizer, "Hi"), False).startswith("<|im_start|>user")

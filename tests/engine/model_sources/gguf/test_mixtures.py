@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.gguf.config import raw_config
 from engine.model_sources.gguf.container import GGUFFile
-from engine.model_sources.gguf.source import GGUFCheckpoint, dequantise
+from engine.model_sources.gguf.source import GGUFSource, dequantise
 from engine.model_sources.gguf.tensor_map import by_key_head, grouped, sources
-from engine.model_sources.hf_directory import HFDirectory, read_config
+from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.interface.checks import read_config
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from models.tensor_layout import Layout
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "gguf"
@@ -57,7 +58,7 @@ Pack = Callable[..., bytes]
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_llama_cpp_converted_is_read_back(golden: Golden, family: str) -> None:
-    checkpoint, original = GGUFCheckpoint(FIXTURES / f"{family}.gguf"), HFDirectory(golden(family))
+    checkpoint, original = GGUFSource(FIXTURES / f"{family}.gguf"), HFDirectory(golden(family))
     layout = Layout(nested=original.config.nested)
     own = {layout.path(name): name for name in checkpoint.names()}
     carried = ("mtp.", "model.visual.")
@@ -75,7 +76,7 @@ def test_what_llama_cpp_converted_is_read_back(golden: Golden, family: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_configuration_is_read_back(golden: Golden, family: str) -> None:
     found, wanted = (
-        GGUFCheckpoint(FIXTURES / f"{family}.gguf").config,
+        GGUFSource(FIXTURES / f"{family}.gguf").config,
         HFDirectory(golden(family)).config,
     )
     wanted = replace(
@@ -95,7 +96,7 @@ def test_a_converted_model_runs_and_is_exported(family: str, tmp_path: Path) -> 
     path = FIXTURES / f"{family}.gguf"
     ids = torch.randint(0, 64, (1, 70), generator=torch.Generator().manual_seed(1))
     model = load_model(path)
-    export_hf_directory(open_checkpoint(path), tmp_path / "model", dtype="float32")
+    export_hf_directory(open_model_source(path), tmp_path / "model", dtype="float32")
     assert torch.equal(load_model(tmp_path / "model")(ids), model(ids))
     quantised = load_model(path, quantize="nf4")(ids)
     assert 0 < float((quantised - model(ids)).abs().max()) < 12
@@ -155,9 +156,7 @@ def write_qwen2_moe(
 def test_a_mixture_with_a_dense_layer_is_read_without_the_layer_of_prediction(
     golden: Golden, gguf_bytes: Pack, tmp_path: Path, joint: bool
 ) -> None:
-    checkpoint = GGUFCheckpoint(
-        write_qwen2_moe(golden, gguf_bytes, tmp_path / "a.gguf", joint=joint)
-    )
+    checkpoint = GGUFSource(write_qwen2_moe(golden, gguf_bytes, tmp_path / "a.gguf", joint=joint))
     original = HFDirectory(golden("qwen2_moe"))
     assert checkpoint.names() == original.names()
     for name in original.names():
@@ -193,7 +192,7 @@ def test_a_damaged_mixture_is_refused(
 ) -> None:
     path = write_qwen2_moe(golden, gguf_bytes, tmp_path / "a.gguf", change, drop=drop)
     with pytest.raises(error) as caught:
-        GGUFCheckpoint(path)
+        GGUFSource(path)
     assert words in str(caught.value) and str(path) in str(caught.value)
 
 

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.base import open_checkpoint
 from engine.model_sources.gguf.container import GGUFFile
-from engine.model_sources.gguf.source import GGUFCheckpoint, dequantise
+from engine.model_sources.gguf.source import GGUFSource, dequantise
 from engine.model_sources.gguf.tensor_map import undo_permutation
 from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.open import open_model_source
 
 U32, F32, STRING, ARRAY, U64 = 4, 6, 8, 9, 10
 Golden = Callable[[str], Path]
@@ -25,7 +25,7 @@ Write = Callable[..., Path]
 def test_a_model_reads_the_same_from_gguf(
     golden: Golden, write_gguf: Write, tmp_path: Path, family: str
 ) -> None:
-    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", family))
+    checkpoint = open_model_source(write_gguf(tmp_path / "m.gguf", family))
     original = HFDirectory(golden(family))
     assert checkpoint.names() == original.names()
     for name in original.names():
@@ -47,7 +47,7 @@ def test_yarn_scaling_is_read(golden: Golden, write_gguf: Write, tmp_path: Path)
         "qwen3.rope.scaling.factor": (F32, 4.0),
         "qwen3.rope.scaling.original_context_length": (U32, 64),
     }
-    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "qwen3_yarn", extra))
+    checkpoint = GGUFSource(write_gguf(tmp_path / "m.gguf", "qwen3_yarn", extra))
     assert (
         checkpoint.config.rope_parameters
         == HFDirectory(golden("qwen3_yarn")).config.rope_parameters
@@ -62,14 +62,14 @@ def test_yarn_scaling_is_read(golden: Golden, write_gguf: Write, tmp_path: Path)
     ],
 )
 def test_linear_scaling_is_read(write_gguf: Write, tmp_path: Path, extra: dict[str, Any]) -> None:
-    rope = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama", extra)).config.rope_parameters
+    rope = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama", extra)).config.rope_parameters
     assert (rope["rope_type"], rope["factor"]) == ("linear", 2.5)
 
 
 def test_numbers_stored_in_32_bits_come_back_as_they_were_meant(
     write_gguf: Write, tmp_path: Path
 ) -> None:
-    raw = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama")).raw_config
+    raw = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama")).raw_config
     assert raw["rms_norm_eps"] == 1e-5
     assert raw["architectures"] == ["LlamaForCausalLM"]
     assert raw["dtype"] == "float32"
@@ -117,7 +117,7 @@ def test_without_the_package_a_rare_type_says_what_to_install(
 
 
 def test_tensors_own_their_memory(write_gguf: Write, tmp_path: Path) -> None:
-    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama"))
+    checkpoint = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama"))
     first = checkpoint.tensor("model.norm.weight")
     first.zero_()
     assert checkpoint.tensor("model.norm.weight").abs().sum() > 0
@@ -175,19 +175,19 @@ def test_metadata_that_does_not_fit_is_named(
 ) -> None:
     path = write_gguf(tmp_path / "m.gguf", family, extra, drop)
     with pytest.raises(error) as caught:
-        GGUFCheckpoint(path)
+        GGUFSource(path)
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 def test_a_count_given_alike_for_every_layer_is_accepted(write_gguf: Write, tmp_path: Path) -> None:
     extra = {"llama.attention.head_count_kv": (ARRAY, (U32, [2, 2]))}
-    config = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama", extra)).config
+    config = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama", extra)).config
     assert config.num_key_value_heads == 2
 
 
 def test_a_file_without_a_tokenizer_still_gives_tensors(write_gguf: Write, tmp_path: Path) -> None:
-    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama"))
+    checkpoint = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama"))
     assert checkpoint.tokenizer_json() is None
     assert checkpoint.tokenizer_model() is None
     assert checkpoint.chat_template() is None
@@ -198,23 +198,23 @@ def test_a_file_without_a_tokenizer_still_gives_tensors(write_gguf: Write, tmp_p
 
 def test_a_folder_with_one_gguf_file_opens_it(write_gguf: Write, tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", "llama")
-    assert isinstance(open_checkpoint(tmp_path), GGUFCheckpoint)
+    assert isinstance(open_model_source(tmp_path), GGUFSource)
     write_gguf(tmp_path / "n.gguf", "llama")
     with pytest.raises(ConfigError, match="several GGUF files"):
-        open_checkpoint(tmp_path)
+        open_model_source(tmp_path)
 
 
 def test_the_digest_tells_files_apart(write_gguf: Write, tmp_path: Path) -> None:
-    a = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", "llama"))
+    a = GGUFSource(write_gguf(tmp_path / "a.gguf", "llama"))
     (tmp_path / "sub").mkdir()
-    b = GGUFCheckpoint(write_gguf(tmp_path / "sub" / "a.gguf", "llama"))
-    c = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", "qwen2"))
+    b = GGUFSource(write_gguf(tmp_path / "sub" / "a.gguf", "llama"))
+    c = GGUFSource(write_gguf(tmp_path / "a.gguf", "qwen2"))
     assert a.digest() == b.digest() or a.digest() != c.digest()
     assert b.digest() != c.digest()
 
 
 def test_an_unknown_tensor_is_an_error(write_gguf: Write, tmp_path: Path, golden: Golden) -> None:
-    checkpoint = GGUFCheckpoint(write_gguf(tmp_path / "m.gguf", "llama3"))
+    checkpoint = GGUFSource(write_gguf(tmp_path / "m.gguf", "llama3"))
     for ask in (checkpoint.tensor, checkpoint.shape, checkpoint.dtype, checkpoint.release):
         with pytest.raises(CheckpointError, match=r"no tensor named 'lm_head\.weight'"):
             ask("lm_head.weight")

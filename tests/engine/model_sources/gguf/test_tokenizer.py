@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.gguf.pre_tokenizers import RULES
-from engine.model_sources.gguf.source import GGUFCheckpoint
+from engine.model_sources.gguf.source import GGUFSource
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
 
 Metadata = dict[str, tuple[int, Any]]
@@ -296,7 +296,7 @@ def test_a_checkpoint_offers_its_tokenizer_files(
     short["tokenizer.ggml.token_type"] = (ARRAY, (5, [3, 3] + [1] * 96))
     short["tokenizer.ggml.merges"] = (ARRAY, (STRING, ["a b"]))
     path = write_gguf(tmp_path / "m.gguf", "llama", short)
-    checkpoint = GGUFCheckpoint(path)
+    checkpoint = GGUFSource(path)
     text = checkpoint.tokenizer_json()
     assert text is not None
     assert pieces(Tokenizer.from_str(text), "ab c") == ["ab", "Ġ", "c"]

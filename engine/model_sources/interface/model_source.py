@@ -1,0 +1,69 @@
+"""`ModelSource`: what every source of a pretrained model offers.
+
+A source is a Hugging Face directory or a GGUF file. Whatever it is, its tensors carry Hugging
+Face's names and layout, its configuration is that of `config.json` in transformers 5 spelling, and
+its tokenizer is a `tokenizers` JSON or a SentencePiece file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from models.config.model_config import ModelConfig
+
+
+class ModelSource(Protocol):
+    """A pretrained model on disk. Tensors are read one at a time, on the CPU."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that was opened."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape and arithmetic of the model."""
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """The parsed config.json, or what it would hold."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The parsed generation_config.json, or what it would hold; empty where unknown."""
+
+    def names(self) -> list[str]:
+        """Names of the tensors: those that `models.tensor_names.expected_tensors` lists for the
+        file's layout, then those of other parts (`models.tensor_layout.carried_prefixes`)."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name`."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type that `tensor(name)` has; float32 for a tensor that is stored quantised."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Tensor `name`, on the CPU. It may be a view of a mapped file: copy it to keep it."""
+
+    def release(self, name: str) -> None:
+        """Say that no view of tensor `name` is in use, so that its pages can leave memory."""
+
+    def tokenizer_json(self) -> str | None:
+        """The serialised `tokenizers` tokenizer, or None where the source has none."""
+
+    def tokenizer_model(self) -> Path | None:
+        """The SentencePiece file, or None where the source has none."""
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """`tokenizer_config.json`, empty where there is none."""
+
+    def chat_template(self) -> str | None:
+        """The Jinja text of the default chat template, or None where the source has none."""
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        """Relative name -> content of every file to put beside a model saved from this one."""
+
+    def digest(self) -> str:
+        """SHA-256 in hexadecimal that tells this model from another; see `quick_digest`."""

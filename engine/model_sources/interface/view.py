@@ -1,0 +1,57 @@
+"""`ModelSourceView`: a model source that changes some answers of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.model_sources.interface.model_source import ModelSource
+
+
+class ModelSourceView:
+    """A `ModelSource` that answers as `base` does, but for what a subclass overrides."""
+
+    def __init__(self, base: ModelSource) -> None:
+        self.base = base
+        self.path = base.path
+        self.config = base.config
+        self.raw_config = base.raw_config
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        return self.base.generation_config
+
+    def names(self) -> list[str]:
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.base.tensor(name)
+
+    def release(self, name: str) -> None:
+        self.base.release(name)
+
+    def tokenizer_json(self) -> str | None:
+        return self.base.tokenizer_json()
+
+    def tokenizer_model(self) -> Path | None:
+        return self.base.tokenizer_model()
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self.base.tokenizer_config()
+
+    def chat_template(self) -> str | None:
+        return self.base.chat_template()
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        return self.base.tokenizer_files()
+
+    def digest(self) -> str:
+        return self.base.digest()

@@ -1,0 +1,43 @@
+"""Open a pretrained model: a Hugging Face directory, a GGUF file or a hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.gguf.source import GGUFSource
+from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.hub import resolve
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.pruning_record import masked
+from engine.storage.safe_files import is_pickle, read_head, refuse_pickle
+
+
+def open_model_source(model: str | Path, revision: str | None = None) -> ModelSource:
+    """Open a Hugging Face directory, a `.gguf` file or a model of the hub by its id.
+
+    Attention heads that a `pruning.json` beside the weights masks read as zeros. Raises
+    `ConfigError` where nothing is found or the configuration cannot be used, and `CheckpointError`
+    where the files are damaged or do not match the configuration.
+    """
+    path = resolve(str(model), revision)
+    if not path.is_dir():
+        _refuse_other_files(path)
+        return GGUFSource(path)
+    lone = sorted(path.glob("*.gguf"))
+    if len(lone) == 1 and not (path / "config.json").exists():
+        return GGUFSource(lone[0])
+    return masked(HFDirectory(path))
+
+
+def _refuse_other_files(path: Path) -> None:
+    if read_head(path, 4) == b"GGUF":
+        return
+    if is_pickle(path):
+        refuse_pickle(path)
+    if path.suffix == ".gguf":
+        raise CheckpointError(f"{path} does not start with the letters GGUF; download it again.")
+    raise ConfigError(
+        f"{path} is a single file, and no GGUF file. Name the folder that holds the model's "
+        "config.json and safetensors files."
+    )
