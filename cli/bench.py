@@ -48,7 +48,6 @@ def bench(
 
     The limits, copy bandwidth and matrix products, are measured on this machine first.
     """
-    from engine.benchmark.machine import describe
     from engine.benchmark.report import limits, write
     from engine.benchmark.roofline import measure_roofline
     from engine.benchmark.runner import (
@@ -59,6 +58,7 @@ def bench(
         run_case,
     )
     from engine.device import resolve_device
+    from engine.provenance import measured_on
 
     wanted, where = chosen_ops(ops or []), resolve_device(device)
     models = list(dict.fromkeys(model or default_models(where)))
@@ -80,7 +80,7 @@ def bench(
         )
     if sys.stderr.isatty():
         print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
-    machine = describe(where)
+    machine = measured_on(where)
     if as_json:
         print(json.dumps([{**row.plain(), **machine} for row in rows]))
     else:

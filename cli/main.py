@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
-from engine.startup import importing, leave_quickly
+from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
@@ -78,6 +78,8 @@ def _dispatch(words: list[str]) -> int:
         print(help_text())
         return 0
     if words[0] in ("-V", "--version"):
+        from engine.provenance import version
+
         print(f"engine {version()}")
         return 0
     verb = words[0]
@@ -203,16 +205,6 @@ def _console_log() -> Iterator[None]:
         logging.getLogger().removeHandler(handler)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
-
-
-def version() -> str:
-    """The installed version, or `checkout` where it runs from a folder that was not installed."""
-    from importlib import metadata
-
-    try:
-        return metadata.version("engine-trainer")
-    except metadata.PackageNotFoundError:
-        return "checkout"
 
 
 def help_text() -> str:

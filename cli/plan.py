@@ -13,7 +13,7 @@ import typer
 from cli.train import _sort_words, _with_settings
 from engine.config.sources import load_config
 from engine.errors import ConfigError
-from engine.startup import importing
+from engine.runs.startup import importing
 
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig

@@ -17,7 +17,7 @@ from engine.config.presets import SUMMARIES
 from engine.config.sources import load_config
 from engine.config.train_config import TrainConfig, group_of
 from engine.errors import ConfigError
-from engine.startup import importing
+from engine.runs.startup import importing
 
 # The run directory's own log shows its lines on the console.
 OPENS_LOG = True

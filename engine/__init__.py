@@ -22,20 +22,20 @@ if TYPE_CHECKING:
         ConfigError,
         DataError,
         EngineError,
-        ExportError,
         MemoryPlanError,
     )
     from engine.finetune import TrainResult, train
     from engine.generate import generate_text
     from engine.model_sources.load_model import load_model
+    from engine.provenance import __version__
 
 _HOME = {
+    "__version__": "engine.provenance",
     "TrainConfig": "engine.config.train_config",
     "EngineError": "engine.errors",
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",
     "DataError": "engine.errors",
-    "ExportError": "engine.errors",
     "MemoryPlanError": "engine.errors",
     "train": "engine.finetune",
     "TrainResult": "engine.finetune",
@@ -48,10 +48,10 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EngineError",
-    "ExportError",
     "MemoryPlanError",
     "TrainConfig",
     "TrainResult",
+    "__version__",
     "generate_text",
     "load_model",
     "train",
@@ -61,6 +61,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(_HOME[name]), name)

@@ -12,9 +12,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from engine.provenance import ROOT, installed, version
 
 Status = Literal["ok", "note", "problem"]
 
@@ -80,6 +81,7 @@ def examine() -> list[Check]:
 def _python() -> Iterator[Check]:
     recent = sys.version_info >= (3, 11)
     text = f"{platform.python_version()} on {platform.platform()}"
+    yield Check("engine", "ok", f"{version()} in {ROOT}")
     yield Check("python", "ok" if recent else "problem", text + ("" if recent else "; needs 3.11"))
 
 
@@ -99,7 +101,7 @@ def _triton() -> Iterator[Check]:
     if importlib.util.find_spec("triton") is None:
         yield Check("triton", "note", "not installed; the torch reference is used everywhere")
         return
-    yield Check("triton", "ok", metadata.version("triton"))
+    yield Check("triton", "ok", str(installed("triton")))
 
 
 def _cuda() -> Iterator[Check]:
@@ -144,14 +146,14 @@ def _packages() -> Iterator[Check]:
         if importlib.util.find_spec(module) is None:
             yield Check(distribution, "problem", f"missing: pip install {distribution}")
         else:
-            yield Check(distribution, "ok", metadata.version(distribution))
+            yield Check(distribution, "ok", str(installed(distribution)))
 
 
 def _name_clash() -> Iterator[Check]:
     """Hugging Face publishes a package that is named `kernels` too."""
     spec = importlib.util.find_spec("kernels")
     places = list(spec.submodule_search_locations or []) if spec else []
-    ours = Path(__file__).resolve().parent.parent / "kernels"
+    ours = ROOT / "kernels"
     if not any(Path(place).resolve() == ours for place in places):
         yield Check(
             "kernels",
@@ -160,9 +162,8 @@ def _name_clash() -> Iterator[Check]:
             "pip uninstall kernels, then install engine-trainer again",
         )
         return
-    try:
-        foreign = metadata.version("kernels")
-    except metadata.PackageNotFoundError:
+    foreign = installed("kernels")
+    if foreign is None:
         yield Check("kernels", "ok", "this program's own")
         return
     yield Check(

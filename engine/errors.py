@@ -28,10 +28,6 @@ class MemoryPlanError(EngineError):
     """A run does not fit in the memory it was given."""
 
 
-class ExportError(EngineError):
-    """A model or adapter cannot be written in the format that was asked for."""
-
-
 _LISTED = 16
 
 

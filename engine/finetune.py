@@ -28,6 +28,7 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import build_for
 from engine.model_sources.open import open_model_source
+from engine.provenance import version
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
@@ -288,7 +289,8 @@ class _Run:
         target = self.directory.adapter_path
         config = adapter_config(self.config, self.prepared.model_source)
         save_adapter(target, config, adapter_tensors(self.model))
-        durable.write_json(target / BASE_FILE, {"digest": self.digest})
+        base = {"digest": self.digest, "engine_version": version()}
+        durable.write_json(target / BASE_FILE, base)
         return target
 
 

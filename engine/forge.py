@@ -35,6 +35,7 @@ from engine.forging.stages import Stages
 from engine.merge import merge
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
+from engine.provenance import version
 from engine.prune import PruneSettings, prune
 from engine.pruning.scores import NEED_DATA
 from engine.storage import durable
@@ -136,6 +137,7 @@ class _Forge:
             "control": control,
             "stopped": stopped,
             "model": current,
+            "engine_version": version(),
         }
         durable.write_json(self.root / RESULTS, results)
         return results

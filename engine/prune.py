@@ -24,6 +24,7 @@ from engine.model_sources.pruning_record import (
     read_pruning,
     sealed,
 )
+from engine.provenance import version
 from engine.pruning.apply import (
     PrunedSource,
     Slices,
@@ -127,6 +128,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.metric, settings.mode)
     record |= {
+        "engine_version": version(),
         "kind": settings.heads,
         "seed": settings.seed,
         "model": str(model),

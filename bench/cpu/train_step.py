@@ -35,10 +35,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from bench.cpu.side import Result, Row, Work
+from engine.provenance import device_name, git_commit
 from examples.smollm2 import gguf_path
 
 ROOT = Path(__file__).parents[2]
@@ -92,20 +94,6 @@ def run_side(side: str, work: Work, folder: Path) -> Result | None:
     if done.returncode != 0:
         raise SystemExit(f"{side} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
     return Result(**json.loads(result_file.read_text())) if result_file.exists() else None
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def commit() -> str:
-    """The commit of the checkout, or "unknown" where this is no git checkout."""
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def summary(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
@@ -211,8 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(Console(), medians)
     row = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "cpu": cpu_name(),
+        "commit": git_commit(),
+        "cpu": device_name(torch.device("cpu")),
         "cores": cores,
         "load_average_before": load,
         "python": platform.python_version(),

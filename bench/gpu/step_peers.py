@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from bench.gpu.step import RANK, StepSpec, clear, configuration, model_flops, summary
-from engine.benchmark.machine import installed
 from engine.benchmark.timing import synchronize
+from engine.provenance import installed
 from models.config.model_config import ModelConfig
 
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")

@@ -30,7 +30,7 @@ import torch
 from bench.gpu.isolation import Outcome, run_apart, run_here
 from bench.gpu.suite_report import render
 from bench.gpu.suite_sections import SECTIONS
-from engine.benchmark.machine import describe
+from engine.provenance import measured_on
 
 _ITEM_SECONDS = 90.0
 _MODULE = "bench.gpu.suite_sections"
@@ -47,7 +47,7 @@ def run_suite(
     """Run the sections in turn and write what is known after each; returns all results."""
     started = time.monotonic()
     results: dict[str, Any] = {
-        "machine": describe(torch.device(options["device"])),
+        "machine": measured_on(torch.device(options["device"])),
         "smoke": options["smoke"],
         "sections": {},
     }

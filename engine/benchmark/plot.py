@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from importlib.util import find_spec
+from pathlib import Path
 
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.runner import Row
+from engine.plots import new_figure, save_figure
 
 
-def draw(rows: Sequence[Row], roofline: Roofline, title: str) -> bytes | None:
-    """A PNG with the machine's two ceilings and a point per row; None without matplotlib."""
-    if not rows or find_spec("matplotlib") is None:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
+def draw(rows: Sequence[Row], roofline: Roofline, title: str, target: Path) -> bool:
+    """Draw the machine's two ceilings and a point per row; False without matplotlib."""
+    figure = new_figure("roofline", 10, 6.5) if rows else None
+    if figure is None:
+        return False
     axes = figure.add_subplot()
     intensities = [row.flops / row.nbytes for row in rows]
     low, high = min(intensities) / 3, max(*intensities, 300.0) * 3
@@ -44,6 +40,5 @@ def draw(rows: Sequence[Row], roofline: Roofline, title: str) -> bytes | None:
     axes.set_title(title)
     axes.legend()
     axes.grid(visible=True, which="both", alpha=0.2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    save_figure(figure, target, dots_per_inch=150)
+    return True

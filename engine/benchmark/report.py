@@ -84,8 +84,7 @@ def write(
     durable.write_json(written[0], content)
     from engine.benchmark.plot import draw
 
-    image = draw(rows, roofline, str(machine.get("device", "")))
-    if image is not None:
-        written.append(directory / "roofline.png")
-        durable.write_bytes(written[1], image)
+    picture = directory / "roofline.png"
+    if draw(rows, roofline, str(machine.get("device", "")), picture):
+        written.append(picture)
     return written

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from engine.memory.meter import gib
+from engine.plots import new_figure, save_figure
 
-log = logging.getLogger(__name__)
 PLOT = "forge.png"
 
 
@@ -63,17 +62,14 @@ def _indented(text: str) -> str:
 
 def draw(results: dict[str, Any], target: Path) -> bool:
     """Write the picture. False, and a line in the log, without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("No plot: matplotlib is not installed (pip install 'engine-trainer[plot]').")
-        return False
     found = [
         (name, entry["perplexity"])
         for name, _, entry in _rows(results)
         if not name.startswith("control")
     ]
-    figure = Figure(figsize=(2.5 + 1.1 * len(found), 4.5), layout="constrained")
+    figure = new_figure("plot", 2.5 + 1.1 * len(found), 4.5)
+    if figure is None:
+        return False
     axes = figure.subplots()
     axes.plot(range(len(found)), [value for _, value in found], "o-", label="pruned and trained")
     for index, (_, value) in enumerate(found):
@@ -89,5 +85,5 @@ def draw(results: dict[str, Any], target: Path) -> bool:
     axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
     return True

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from engine.plots import new_figure, save_figure
 from engine.pruning.scores import LayerScores
 
-log = logging.getLogger(__name__)
 HEAT_MAP = "head_importance.png"
 
 
@@ -19,12 +18,10 @@ def draw(
 
     Heads that were gone before the choice are left white.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("No heat map: matplotlib is not installed (pip install 'engine-trainer[plot]').")
-        return False
     width = max(s.heads.heads for s in layers)
+    figure = new_figure("heat map", 2.5 + 0.3 * width, 1.5 + 0.25 * len(layers))
+    if figure is None:
+        return False
     rows = [
         [
             float(s.values[h]) if h < s.heads.heads and h not in s.dead else float("nan")
@@ -32,7 +29,6 @@ def draw(
         ]
         for s in layers
     ]
-    figure = Figure(figsize=(2.5 + 0.3 * width, 1.5 + 0.25 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
     crosses = [(h, row) for row, s in enumerate(layers) for h in pruned.get(s.heads.layer, ())]
@@ -43,5 +39,5 @@ def draw(
     axes.set_xticks(range(width))
     axes.tick_params(labelsize=7)
     figure.colorbar(image, label="importance")
-    figure.savefig(target, dpi=120, format="png")
+    save_figure(figure, target)
     return True

@@ -14,22 +14,19 @@ there is one already, a summary of the failure.
 
 import logging
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import engine
 from engine.config.sources import dump_yaml
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, EngineError
+from engine.provenance import git_commit, machine, versions
 from engine.runs.checkpoints import CheckpointStore, sweep
 from engine.runs.logs import RunLog
 from engine.runs.signals import Interrupted, RaiseOnTerminate
@@ -37,8 +34,6 @@ from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 
 log = logging.getLogger(__name__)
-
-_REPORTED = ("torch", "triton", "numpy", "safetensors", "tokenizers", "sentencepiece", "jinja2")
 
 
 def name_run(config: TrainConfig, now: float | None = None) -> TrainConfig:
@@ -216,61 +211,6 @@ class RunDirectory:
         for name in ("adapter", "model"):
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide a run's numbers; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    own = getattr(engine, "__version__", None)
-    if own is not None:
-        found["engine"] = str(own)
-    for name in _REPORTED:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """The machine, as far as it bears on speed and on bit-equal results."""
-    import torch
-
-    facts: dict[str, Any] = {
-        "platform": platform.platform(),
-        "processor": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-    if torch.cuda.is_available():
-        facts["gpus"] = [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ]
-        facts["cuda"] = torch.version.cuda
-    return facts
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this program runs from, with `+` if it was changed since."""
-    here = Path(__file__).resolve().parents[2]
-    if not (here / ".git").exists():
-        return None
-    answers = []
-    for arguments in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")):
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments],
-                capture_output=True,
-                text=True,
-                timeout=10,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        if done.returncode != 0:
-            return None
-        answers.append(done.stdout.strip())
-    return answers[0] + ("+" if answers[1] else "")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, the time left, peak memory, the loss curve.
+"""metrics.jsonl, the time left, peak memory and the loss curve.
 
 `metrics.jsonl` holds one JSON object per optimizer step. A line is handed to the operating system
 whole, so a killed run leaves at most one torn line at the end. Going on from step S first drops
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
+from engine.plots import new_figure, save_figure
 from engine.storage import durable
 
 if TYPE_CHECKING:
@@ -197,27 +198,24 @@ def plot_loss(run_directory: Path) -> Path | None:
     if not points:
         log.info("No loss curve: %s holds no finite loss.", run_directory / "metrics.jsonl")
         return None
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        log.info("No loss curve: matplotlib is not installed (pip install 'engine-trainer[plot]').")
+    figure = new_figure("loss curve", 8, 4.5)
+    if figure is None:
         return None
     steps = [step for step, _ in points]
     losses = [loss for _, loss in points]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss per step")
     axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
-    held = [
+    heldout = [
         (line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None
     ]
-    if held:
-        axes.plot(*zip(*held, strict=True), "o-", color="tab:orange", label="held-out loss")
+    if heldout:
+        axes.plot(*zip(*heldout, strict=True), "o-", color="tab:orange", label="held-out loss")
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=run_directory.name)
     axes.grid(alpha=0.3)
     axes.legend()
     target = run_directory / "loss.png"
-    figure.savefig(target, dpi=120)
+    save_figure(figure, target)
     log.info("Loss curve: %s", target)
     return target
 

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import CheckpointError
+from engine.provenance import version
 from engine.storage import durable
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -31,6 +32,7 @@ def write_manifest(folder: Path, step: int) -> None:
     content = {
         "format_version": FORMAT_VERSION,
         "step": step,
+        "engine_version": version(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": files,
     }

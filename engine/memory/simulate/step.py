@@ -41,7 +41,7 @@ from engine.memory.simulate.meter import META, DryMeter
 from engine.memory.simulate.shortcuts import shortcuts
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
-from engine.startup import importing
+from engine.runs.startup import importing
 from engine.training.loop import train_step
 from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints

@@ -13,7 +13,8 @@ from engine.config.sources import load_config
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError, DataError
-from engine.runs.directory import RunDirectory, git_commit, name_run
+from engine.provenance import git_commit, version
+from engine.runs.directory import RunDirectory, name_run
 from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.signals import Interrupted
 from engine.status import describe_status, find_run, read_status
@@ -42,6 +43,7 @@ def test_a_run_that_ends_well_leaves_all_its_files(tmp_path: Path) -> None:
     manifest = json.loads((run.path / "manifest.json").read_text())
     assert manifest["data_digest"] == "abc"
     assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["engine"] == version()
     assert {"seed", "machine", "git_commit", "starts"} <= manifest.keys()
     found = summary(run.path)
     assert found["status"] == "Success"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from engine.startup import importing
+from engine.runs.startup import importing
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("collects", [True, False])

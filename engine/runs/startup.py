@@ -1,4 +1,4 @@
-"""A quicker start of the program.
+"""Disable Python's garbage collector while torch is imported and at exit.
 
 torch and its compiler make millions of objects as they are imported, none of them garbage, and
 Python's collector goes over them again and again: that is a fifth of the time they take. At the end
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """While entered the collector of cyclic garbage rests; it goes on afterwards if it ran."""
+    """Disable the garbage collector inside the block and restore it afterwards."""
     collects = gc.isenabled()
     gc.disable()
     try:

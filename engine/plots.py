@@ -1,0 +1,32 @@
+"""Pictures with matplotlib, which is an optional package."""
+
+from __future__ import annotations
+
+import io
+import logging
+from pathlib import Path
+from typing import Any
+
+from engine.storage import durable
+
+log = logging.getLogger(__name__)
+
+
+def new_figure(title: str, width: float, height: float) -> Any | None:
+    """An empty figure of this size in inches; None, and a line in the log, without matplotlib.
+
+    The figure is drawn without a display. `title` names the picture in the log line.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("No %s: matplotlib is not installed (pip install 'engine-trainer[plot]').", title)
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, target: Path, dots_per_inch: int = 120) -> None:
+    """Write the figure as a PNG file, whatever the name's ending."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dots_per_inch, format="png")
+    durable.write_bytes(target, picture.getvalue())
