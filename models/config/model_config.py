@@ -1,9 +1,9 @@
-"""`ModelConfig`: a decoder's `config.json`, read strictly.
+"""`ModelConfig`: a decoder's `config.json`.
 
 Fields carry Hugging Face's names. Both spellings are read: transformers 4 (`rope_theta`,
-`rope_scaling`, `torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`). A key that no
-supported family defines is an error, because a key that is silently ignored is a model that is
-silently wrong; keys known to change nothing about the arithmetic are listed in `IGNORED_KEYS`.
+`rope_scaling`, `torch_dtype`) and transformers 5 (`rope_parameters`, `dtype`). A key that the
+family does not read is ignored with a warning, or refused where it asks for arithmetic that this
+graph does not do (`models.config.unknown_keys`); `IGNORED_KEYS` are ignored without a word.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from models.config.heads_per_layer import heads_per_layer
 from models.config.rope import read_rope_parameters
+from models.config.unknown_keys import judge_unknown_keys
 from models.families import FAMILIES
 from models.families.family import Family
 from models.json_values import boolean, fraction, integer, token_ids
@@ -29,11 +30,11 @@ _IGNORED = (
     "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
     "output_hidden_states output_scores prefix pretraining_tp problem_type pruned_heads "
     "remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate "
-    "rope_interleaved sep_token_id suppress_tokens task_specific_params temperature "
+    "sep_token_id suppress_tokens task_specific_params temperature "
     "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
     "transformers_version transformers.js_config typical_p use_bfloat16 use_cache "
     "add_cross_attention name_or_path model_name quantization bos_token eos_token pad_token "
-    "logits_to_keep "
+    "logits_to_keep max_sequence_length unk_token_id num_labels neftune_noise_alpha "
 )
 IGNORED_KEYS = frozenset(_IGNORED.split())
 MODEL_TYPES = tuple(FAMILIES)
@@ -121,7 +122,6 @@ class ModelConfig:
         family, nested = FAMILIES[model_type], model_type in FAMILIES[model_type].nested
         if nested:
             raw = _text_config(raw, model_type)
-        _refuse_unknown_keys(raw, model_type, family)
         act = raw.get("hidden_act", "silu")
         if act not in ("silu", "swish"):
             raise ValueError(f"hidden_act is {act!r}; every supported family uses 'silu'")
@@ -144,7 +144,7 @@ class ModelConfig:
         own = family.fields(raw, layers)
         if "intermediate_size" not in own:
             own["intermediate_size"] = integer(raw, "intermediate_size")
-        return cls(
+        config = cls(
             model_type=model_type,
             vocab_size=integer(raw, "vocab_size"),
             hidden_size=integer(raw, "hidden_size"),
@@ -165,6 +165,10 @@ class ModelConfig:
             num_key_value_heads_per_layer=kv_each,
             **(plain | own),
         )
+        known = _COMMON_KEYS | IGNORED_KEYS | family.keys | family.ignored
+        unknown = [k for k in raw if k not in known and not k.startswith(("_", "unsloth_"))]
+        judge_unknown_keys(raw, unknown, config)
+        return config
 
     def heads(self, layer: int) -> int:
         """Query heads of layer `layer`: head h reads key/value head h // (heads / kv_heads)."""
@@ -233,18 +237,6 @@ def _text_config(raw: Mapping[str, Any], model_type: str) -> Mapping[str, Any]:
     around = {key: value for key, value in raw.items() if key not in _AROUND_TEXT}
     shared = {key: raw[key] for key in ("tie_word_embeddings",) if key in raw}
     return around | dict(text) | shared
-
-
-def _refuse_unknown_keys(raw: Mapping[str, Any], model_type: str, family: Family) -> None:
-    known = _COMMON_KEYS | IGNORED_KEYS | family.keys | family.ignored
-    unknown = sorted(
-        key for key in raw if key not in known and not key.startswith(("_", "unsloth_"))
-    )
-    if unknown:
-        raise ValueError(
-            f"keys that a {model_type} model does not define: {', '.join(unknown)}; "
-            "remove them if they change nothing about the model's arithmetic"
-        )
 
 
 def _head_dim(raw: Mapping[str, Any], family: Family, heads: int) -> int:

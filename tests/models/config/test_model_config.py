@@ -194,7 +194,6 @@ def golden(family: str) -> dict[str, Any]:
         ("qwen3_5", {"attn_output_gate": False}, ["attn_output_gate"]),
         ("qwen3_5", {"output_gate_type": "sigmoid"}, ["output_gate_type", "sigmoid"]),
         ("qwen3_5_vl", {"text_config": None}, ["text_config"]),
-        ("qwen3_5_vl", {"mystery": 1}, ["mystery"]),
         ("qwen3", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
     ],
 )
