@@ -13,8 +13,9 @@ from engine.benchmark.case import Case, Settings, Tensors, Work, gradients, leaf
 from engine.benchmark.ops_elementwise import normal
 from engine.benchmark.random_weights import random_nf4, random_projection
 from kernels.attention import AttentionPlan, attention_backward, attention_forward
-from kernels.linear.lora import lora_mlp, lora_qkv
+from kernels.linear.lora import lora_qkv
 from kernels.linear.projection import Projection, decode_weight
+from kernels.linear.swiglu_mlp import lora_mlp
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from kernels.nf4.dequantize_triton import nf4_dequantize
 from kernels.nf4.matmul import nf4_linear, nf4_linear_backward_input

@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from kernels.elementwise.dropout import Seed, dropout
-from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
 from kernels.linear.dora import magnitude_gradient, row_scale
 from kernels.linear.projection import Decoded, Projection, decode, output_columns
 from kernels.nf4.matmul import fused_pays, nf4_linear
@@ -322,44 +321,3 @@ def lora_qkv(
     group = (q, k, v)
     ys: tuple[Tensor, ...] = _Project.apply(x, group, seed, *_parameters(group))
     return ys[0], ys[1], ys[2]
-
-
-class _MLP(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, group: tuple[Projection, ...], seed: Seed | None, *params: Tensor
-    ) -> Tensor:
-        gate, up, down = group
-        (g, u), xa = project(x, (gate, up), seed)
-        ctx.save_for_backward(x, g, u, xa)
-        ctx.group, ctx.seed, ctx.params = group, seed, params
-        return project(swiglu_forward(g, u), (down,), _next(seed))[0][0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, g, u, xa = ctx.saved_tensors
-        gate, up, down = ctx.group
-        grads: Gradients = {}
-        fresh = output_columns(x.shape[0], (gate, up), x)
-        g, u = fresh[0].copy_(g), fresh[1].copy_(u)
-        h = swiglu_forward(g, u)
-        dh = project_backward((dy,), h, (down,), grads, seed=_next(ctx.seed))
-        assert dh is not None
-        swiglu_backward_(dh, g, u)
-        dx = project_backward(
-            (g, u), x, (gate, up), grads, seed=ctx.seed, xa=xa, need_dx=ctx.needs_input_grad[0]
-        )
-        return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
-
-
-def _next(seed: Seed | None) -> Seed | None:
-    return None if seed is None else seed + 1
-
-
-def lora_mlp(
-    x: Tensor, gate: Projection, up: Projection, down: Projection, seed: Seed | None = None
-) -> Tensor:
-    """down(silu(gate(x)) * up(x)) for x (N, in), saving x and the two inner activations only."""
-    group = (gate, up, down)
-    y: Tensor = _MLP.apply(x, group, seed, *_parameters(group))
-    return y

@@ -9,7 +9,8 @@ linear, and then backward has dw = <down^T dy, h> without down's output. With a 
 
     dw = a . h,   dh = w a,   and from h to x as in SwiGLU and the grouped product
 
-The shared expert's gate sigmoid(s . x) is treated alike. Source: Shazeer et al. 2017 (arXiv
+The shared expert's gate sigmoid(s . x) scales its inner activation alike, in
+`kernels.linear.swiglu_mlp`. Source: Shazeer et al. 2017 (arXiv
 1701.06538); the shared expert as in Qwen2-MoE (arXiv 2407.10671).
 """
 
@@ -24,6 +25,13 @@ from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
 from kernels.linear.lora import Gradients, project, project_backward
 from kernels.linear.projection import Projection
+from kernels.linear.swiglu_mlp import (
+    MLPActivations,
+    SwiGLUMLP,
+    mlp_backward,
+    mlp_forward,
+    mlp_inner,
+)
 from kernels.moe.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
 from kernels.moe.router import Routing, route, route_backward
 
@@ -41,6 +49,9 @@ class SharedExpert:
     up: Projection
     down: Projection
     weight: Projection | None = None
+
+    def mlp(self, seed: Seed | None) -> SwiGLUMLP:
+        return SwiGLUMLP(self.gate, self.up, self.down, (_seed(seed, 2), _seed(seed, 3)))
 
     def projections(self) -> list[Projection]:
         return [p for p in (self.gate, self.up, self.down, self.weight) if p is not None]
@@ -128,11 +139,11 @@ def moe_output(
     inner, _ = grouped_project(x, moe.inner, groups, rows=routing.tokens, seed=_seed(seed, 0))
     h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
     out, _ = grouped_project(h, (moe.down,), groups, seed=_seed(seed, 1))
-    y, kept = routing.combine(out), None
-    if moe.shared is not None:
-        addend, kept = _shared_forward(x, moe.shared, seed)
-        y += addend
-    return y, inner, kept
+    y = routing.combine(out)
+    if moe.shared is None:
+        return y, inner, None
+    addend, saved = mlp_forward(x, moe.shared.mlp(seed), _strength(x, moe.shared))
+    return y.add_(addend), inner, (saved.gate, saved.up)
 
 
 def _halves(inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,28 +156,12 @@ def _halves_swiglu(inner: Tensor) -> Tensor:
     return swiglu_forward(gate, up)
 
 
-def _shared_inner(x: Tensor, shared: SharedExpert, seed: Seed | None) -> tuple[Tensor, Tensor]:
-    (gate, up), _ = project(x, (shared.gate, shared.up), _seed(seed, 2))
-    return gate, up
-
-
-def _shared_gate(x: Tensor, shared: SharedExpert) -> Tensor | None:
+def _strength(x: Tensor, shared: SharedExpert) -> Tensor | None:
     """sigmoid(s . x) (N, 1), fp32 or wider, or None."""
     if shared.weight is None:
         return None
     (logit,), _ = project(x, (shared.weight,))
     return torch.sigmoid(logit.to(torch.promote_types(logit.dtype, torch.float32)))
-
-
-def _shared_forward(
-    x: Tensor, shared: SharedExpert, seed: Seed | None
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    gate, up = _shared_inner(x, shared, seed)
-    h, strength = swiglu_forward(gate, up), _shared_gate(x, shared)
-    if strength is not None:
-        h.mul_(strength.to(h.dtype))
-    (out,), _ = project(h, (shared.down,), _seed(seed, 3))
-    return out, (gate, up)
 
 
 def moe_backward(
@@ -250,27 +245,22 @@ def _shared_backward(
     dy: Tensor,
     x: Tensor,
     shared: SharedExpert,
-    kept: tuple[Tensor, Tensor] | None,
+    saved: _Pair | None,
     grads: Gradients,
     seed: Seed | None,
     need_dx: bool,
 ) -> list[Tensor | None]:
     """The two addends of dx (N, H): through the shared expert and through its gate."""
-    gate, up = _shared_inner(x, shared, seed) if kept is None else kept
-    h, strength = swiglu_forward(gate, up), _shared_gate(x, shared)
-    scaled = h if strength is None else h * strength.to(h.dtype)
-    adjoint = project_backward((dy,), scaled, (shared.down,), grads, seed=_seed(seed, 3))
-    assert adjoint is not None
-    through_gate = None
-    if strength is not None and shared.weight is not None:
-        d_strength = (adjoint.to(strength.dtype) * h).sum(1, keepdim=True)
-        d_logit = (d_strength * strength * (1 - strength)).to(x.dtype)
-        through_gate = project_backward((d_logit,), x, (shared.weight,), grads, need_dx=need_dx)
-        adjoint.mul_(strength.to(adjoint.dtype))
-    swiglu_backward_(adjoint, gate, up)
-    inner = (shared.gate, shared.up)
-    dx = project_backward((gate, up), x, inner, grads, seed=_seed(seed, 2), need_dx=need_dx)
-    return [dx, through_gate]
+    mlp, strength = shared.mlp(seed), _strength(x, shared)
+    if saved is None:
+        inner = mlp_inner(x, mlp, strength=strength)
+    else:
+        inner = MLPActivations(*saved, strength=strength)
+    dx, d_strength = mlp_backward(dy, x, mlp, inner, grads, need_dx=need_dx)
+    if strength is None or d_strength is None or shared.weight is None:
+        return [dx, None]
+    d_logit = (d_strength * strength * (1 - strength)).to(x.dtype)
+    return [dx, project_backward((d_logit,), x, (shared.weight,), grads, need_dx=need_dx)]
 
 
 class _MixtureOfExperts(torch.autograd.Function):
@@ -310,5 +300,5 @@ def mixture_of_experts(
 
     The last two are what `load_balancing_loss` takes.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(x, moe, seed, *moe.trainable())
-    return found
+    outputs: tuple[Tensor, Tensor, Tensor] = _MixtureOfExperts.apply(x, moe, seed, *moe.trainable())
+    return outputs
