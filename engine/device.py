@@ -56,10 +56,23 @@ def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in names:
         raise ConfigError(f"--dtype is {name!r}; it should be auto, {', '.join(names)}.")
     if names[name] == torch.float16 and device.type == "cpu":
         raise ConfigError("--dtype float16 does not work on a CPU; use float32 or bfloat16.")
     return names[name]
+
+
+def multiplies_bfloat16(device: "torch.device") -> bool:
+    """Whether this GPU has bfloat16 matrix products: from compute capability 8.0 on.
+
+    torch's `is_bf16_supported` also counts emulation, which makes bfloat16 tensors on a T4, an RTX
+    20xx or a GTX 16xx and multiplies them many times more slowly than float16.
+    """
+    import torch
+
+    if torch.version.hip is not None:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.cuda.get_device_capability(device) >= (8, 0)

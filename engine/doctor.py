@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.device import multiplies_bfloat16
 from engine.provenance import ROOT, installed, version
 
 Status = Literal["ok", "note", "problem"]
@@ -113,7 +114,8 @@ def _cuda() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+        has_bf16 = multiplies_bfloat16(torch.device("cuda", index))
+        bf16 = "bfloat16" if has_bf16 else "no bfloat16 products: trains in float16"
         yield Check(
             f"cuda:{index}",
             "ok",

@@ -14,6 +14,7 @@ from engine.benchmark import ops_elementwise, ops_layer, ops_matmul
 from engine.benchmark.case import Case, Settings, Work
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.timing import Call, Timing, measure
+from engine.device import resolve_dtype
 from engine.errors import ConfigError
 from engine.memory.model_shapes import preset_config, unknown_model
 from kernels.runtime.scratch import release
@@ -87,8 +88,7 @@ def default_settings(device: torch.device, tokens: int | None = None) -> Setting
     """Sizes that fill a GPU, or that one processor core finishes soon."""
     if device.type == "cuda":
         whole = tokens or 8192
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return Settings(whole, dtype, document=min(whole, 4096))
+        return Settings(whole, resolve_dtype("auto", device), document=min(whole, 4096))
     whole = tokens or 64
     return Settings(
         whole,

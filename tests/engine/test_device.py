@@ -1,0 +1,27 @@
+"""The compute type follows from what a GPU multiplies, not from what it emulates."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.benchmark.runner import default_settings
+from engine.device import multiplies_bfloat16, resolve_dtype
+
+GPUS = {"T4": (7, 5), "V100": (7, 0), "A100": (8, 0), "RTX 4090": (8, 9), "H200": (9, 0)}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_auto_is_bfloat16_only_where_the_gpu_multiplies_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = GPUS[name]
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=40, name=name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+    # Where bfloat16 is emulated torch says that it is supported.
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    device = torch.device("cuda", 0)
+    wanted = torch.bfloat16 if major >= 8 else torch.float16
+    assert multiplies_bfloat16(device) == (major >= 8)
+    assert resolve_dtype("auto", device) == wanted
+    assert default_settings(device).dtype == wanted
