@@ -6,8 +6,6 @@ attention, positions and the loss know their boundaries. Parameters have Hugging
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -19,21 +17,18 @@ from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
 from models.config.model_config import ModelConfig
 from models.layers.block import DecoderLayer
+from models.layers.context import LayerContext, StepSettings, dropout_seeds, layer_policies
 from models.layers.experts import ExpertAdapter
 from models.layers.kv_cache import KVCache
 from models.layers.linear import Embedding, Linear, RMSNorm
-from models.layers.packed_batch import Batch, StepSettings, dropout_seeds, layer_policies
 from models.layers.rotary import Rotary
-from models.memory.checkpointing import run_layer
+from models.memory.checkpointing import ForwardPass, Routed, run_layer
 from models.memory.cuda_graphs import LayerGraphs, recordable
-from models.memory.offload import CheckpointStore, WeightStream
+from models.memory.offload import OffloadedInputs, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
 
 DISTILLATION_TOKENS = 256
 """Rows of both models' logits that exist at once while one learns from the other."""
-
-Routed = list[tuple[Tensor, Tensor]]
-"""Rows per expert and sum of probabilities, both (E,), of every mixture."""
 
 
 class Trunk(nn.Module):
@@ -95,7 +90,7 @@ class Decoder(nn.Module):
     def set_checkpointing(self, policy: str) -> None:
         """Choose what backward recomputes, in all layers or in each.
 
-        Raises `ValueError` as `models.layers.packed_batch.layer_policies` does.
+        Raises `ValueError` as `models.layers.context.layer_policies` does.
         """
         self.policies = layer_policies(policy, len(self.layers))
         self.checkpointing = policy
@@ -111,7 +106,7 @@ class Decoder(nn.Module):
         head = self.head_weight()
         return x @ head.T if isinstance(head, Tensor) else head_logits(x, head)
 
-    def _batch(self, tokens: int, cu_seqlens: Tensor) -> Batch:
+    def _pass(self, tokens: int, cu_seqlens: Tensor, routed: Routed | None) -> ForwardPass:
         cu_seqlens = cu_seqlens.to(self.device)
         plan = AttentionPlan.from_cu_seqlens(
             cu_seqlens, tokens, frugal=self.settings.low_memory_decode
@@ -127,16 +122,9 @@ class Decoder(nn.Module):
         store = None
         if self.checkpoints_on_host and torch.is_grad_enabled():
             self._copies = self._copies or SideCopies(self.device)
-            store = CheckpointStore(self.device, self._copies)
-        return Batch(
-            cos,
-            sin,
-            plan,
-            seeds,
-            settings=self.settings,
-            checkpoints=store,
-            weights=self.weight_stream,
-        )
+            store = OffloadedInputs(self.device, self._copies)
+        context = LayerContext(cos, sin, plan, seeds, settings=self.settings)
+        return ForwardPass(context, self.policies, store, self.weight_stream, routed)
 
     def _drops(self) -> bool:
         """Whether any adapter has dropout."""
@@ -179,15 +167,14 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """input_ids (N,) packed -> the last layer's output (N, H), before the final norm.
 
-        What `models.layers.packed_batch.Batch` says of `routed` is added to the list, if there is
-        one.
+        Each mixture adds to the list `routed`, if there is one.
         """
-        batch = replace(self._batch(input_ids.shape[0], cu_seqlens), routed=routed)
+        run = self._pass(input_ids.shape[0], cu_seqlens, routed)
         x = self._embed(input_ids)
         if self.graphs is not None and torch.is_grad_enabled():
-            return self.graphs.run(x, batch, self.policies)
-        for layer, policy in zip(self.layers, self.policies, strict=True):
-            x = run_layer(x, layer, batch, policy)
+            return self.graphs.forward(x, run)
+        for layer in self.layers:
+            x = run_layer(x, layer, run)
         return x
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -276,10 +263,11 @@ class Decoder(nn.Module):
         cos, sin = self.rotary(positions, self.dtype)
         whole = torch.tensor([0, tokens], dtype=torch.int32)
         plan = AttentionPlan.from_cu_seqlens(whole, tokens)
-        batch = Batch(cos, sin, plan, cache=cache, weights=self.weight_stream)
+        context = LayerContext(cos, sin, plan, cache=cache)
+        run = ForwardPass(context, self.policies, weights=self.weight_stream)
         x = self._embed(input_ids)
         for layer in self.layers:
-            x = run_layer(x, layer, batch, "full")
+            x = run_layer(x, layer, run)
         cache.advance(tokens)
         norm = self.model.norm
         last, _ = norm.forward_with_rstd(x[-1:])

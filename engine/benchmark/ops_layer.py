@@ -16,9 +16,10 @@ from engine.benchmark.random_weights import random_decoder
 from kernels.attention import AttentionPlan
 from kernels.nf4.weight import NF4Weight
 from models.config.model_config import ModelConfig
-from models.layers.block import Batch, DecoderLayer
+from models.layers.block import DecoderLayer
+from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.memory.checkpointing import run_layer
+from models.memory.checkpointing import ForwardPass, run_layer
 from models.tensor_names import PROJECTIONS, layer_tensors
 
 
@@ -49,7 +50,8 @@ def _make(config: ModelConfig, settings: Settings, device: torch.device) -> Work
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff()).long()
     positions = (torch.arange(n) - starts).to(device)
     cos, sin = decoder.rotary(positions, dtype)
-    batch = Batch(cos, sin, AttentionPlan.from_cu_seqlens(cu_seqlens, n))
+    context = LayerContext(cos, sin, AttentionPlan.from_cu_seqlens(cu_seqlens, n))
+    run = ForwardPass(context, ("none",))
     linears = {
         name.rsplit(".", 1)[-1]: module
         for name, module in layer.named_modules()
@@ -60,7 +62,7 @@ def _make(config: ModelConfig, settings: Settings, device: torch.device) -> Work
 
     def ours(t: Tensors) -> Tensors:
         inputs: dict[str, Tensor] = {"x": leaf(t["x"]), **trained}
-        y = run_layer(inputs["x"], layer, batch, "none")
+        y = run_layer(inputs["x"], layer, run)
         return {"y": y.detach(), **gradients(y, inputs, t["dy"])}
 
     def other(t: Tensors) -> Tensors:

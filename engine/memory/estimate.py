@@ -19,7 +19,7 @@ from engine.data.loader import IGNORED, Batch
 from engine.memory.meter import Peak, Segment
 from engine.memory.simulate.step import DryResult, dry_pass
 from models.config.model_config import ModelConfig
-from models.layers.packed_batch import layer_policies
+from models.layers.context import layer_policies
 
 CUDA_CONTEXT = 480 * 2**20
 """Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve

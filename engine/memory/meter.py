@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels.runtime.scratch
 from engine.errors import MemoryPlanError
 from models.decoder import Decoder
-from models.layers.block import Batch, BlockSaved, DecoderLayer
+from models.layers.block import BlockSaved, DecoderLayer
+from models.layers.context import LayerContext
 from models.layers.linear import Embedding
 from models.memory.offload import WeightStream, quantized_weights, tensors_of
 from optim.adamw8bit import AdamW8bit
@@ -285,22 +286,27 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
     work = meter.owner
 
     def watched_forward(
-        layer: DecoderLayer, x: Tensor, batch: Batch, policy: str = "none"
+        layer: DecoderLayer, x: Tensor, context: LayerContext, policy: str = "none"
     ) -> tuple[Tensor, BlockSaved]:
         meter.owner = work
         meter.begin("forward", layer.index)
-        y, kept = run(layer, x, batch, policy)
+        y, kept = run(layer, x, context, policy)
         meter.hand_over(work, "checkpoints")
         meter.owner = "loss"
         meter.begin("loss")
         return y, kept
 
     def watched_backward(
-        layer: DecoderLayer, dy: Tensor, x: Tensor, batch: Batch, kept: BlockSaved, need_dx: bool
+        layer: DecoderLayer,
+        dy: Tensor,
+        x: Tensor,
+        context: LayerContext,
+        kept: BlockSaved,
+        need_dx: bool,
     ) -> Any:
         meter.owner = work
         meter.begin("backward", layer.index)
-        dx, grads = backward(layer, dy, x, batch, kept, need_dx)
+        dx, grads = backward(layer, dy, x, context, kept, need_dx)
         meter.track("gradients", grads.values())
         meter.begin("between layers", layer.index)
         return dx, grads

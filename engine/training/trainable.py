@@ -16,7 +16,7 @@ from models.adapters import add_lora, load_adapter_tensors, scale_of, target_mod
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
-from models.layers.packed_batch import StepSettings, layer_policies
+from models.layers.context import StepSettings, layer_policies
 from models.memory.cuda_graphs import recordable
 from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups

@@ -17,7 +17,7 @@ from models.config.rope import read_rope_parameters
 from models.config.unknown_keys import judge_unknown_keys
 from models.families import FAMILIES
 from models.families.family import Family
-from models.json_values import boolean, fraction, integer, token_ids
+from models.families.json_values import boolean, fraction, integer, token_ids
 
 # Keys of `PretrainedConfig` and of hub repositories that do not change logits or the loss.
 _IGNORED = (

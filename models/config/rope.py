@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
-from models.json_values import boolean, positive
+from models.families.json_values import boolean, positive
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 # Rows of a picture's positions: for text they are equal, and the rotation the plain one. The

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
+from models.families.json_values import boolean
 from models.families.qwen2 import late_layers_slide
-from models.json_values import boolean
 
 
 def _fields(raw: Mapping[str, Any], layers: int) -> dict[str, Any]:

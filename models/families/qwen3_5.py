@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
+from models.families.json_values import integer
 from models.families.qwen3_next import CARRIED, HYBRID_KEYS, hybrid_fields
 from models.families.qwen_moe import ROUTER_KEYS, SHARED_KEYS, router_fields
-from models.json_values import integer
 
 _IGNORED = frozenset(
     {

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
+from models.families.json_values import boolean, integer
 from models.families.qwen_moe import SHARED_KEYS, SPARSE_KEYS, router_fields, sparse_layers
-from models.json_values import boolean, integer
 
 HYBRID_KEYS = frozenset(
     {

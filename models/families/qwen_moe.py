@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
-from models.json_values import boolean, integer, layer_indices, positive
+from models.families.json_values import boolean, integer, layer_indices, positive
 
 ROUTER_KEYS = frozenset(
     {

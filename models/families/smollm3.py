@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
-from models.json_values import boolean, integer
+from models.families.json_values import boolean, integer
 
 
 def _rotating(raw: Mapping[str, Any], layers: int) -> tuple[bool, ...]:

@@ -18,8 +18,8 @@ from kernels.elementwise.rope import rope_
 from kernels.linear.lora import Gradients, project, project_backward
 from kernels.linear.projection import Decoded, Projection, decode, output_columns
 from models.config.model_config import ModelConfig
+from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.layers.packed_batch import Batch
 
 
 @dataclass
@@ -83,46 +83,50 @@ class Attention(nn.Module):
         pairs = q.unflatten(1, (-1, 2))
         return pairs[:, :, 0], k, v, pairs[:, :, 1]
 
-    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, AttentionSaved]:
+    def forward(
+        self, x: Tensor, norm: RMSNorm, context: LayerContext
+    ) -> tuple[Tensor, AttentionSaved]:
         """x (N, H) -> x1 (N, H) and every activation that backward could use."""
         saved = AttentionSaved()
         h, _ = norm.forward_with_rstd(x)
-        self._qkv(h, batch, saved, None)
-        q, k = self._rotated(saved, batch)
+        self._qkv(h, context, saved, None)
+        q, k = self._rotated(saved, context)
         assert saved.v is not None
-        if batch.cache is not None:
-            keys, values = batch.cache.append(self.index, k, saved.v)
+        if context.cache is not None:
+            keys, values = context.cache.append(self.index, k, saved.v)
             saved.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
         else:
             saved.out, saved.lse = attention_forward(
-                q, k, saved.v, batch.plan, self.window, self.scale
+                q, k, saved.v, context.plan, self.window, self.scale
             )
-        o_proj, seed = (self.o_proj.projection(),), batch.seed(self.index, 1)
+        o_proj, seed = (self.o_proj.projection(),), context.seed(self.index, 1)
         del h
-        y = project(self._gated(saved), o_proj, seed, slot=batch.settings.narrow)[0][0]
+        y = project(self._gated(saved), o_proj, seed, slot=context.settings.output_scratch)[0][0]
         return y.add_(x), saved
 
-    def _qkv(self, h: Tensor, batch: Batch, saved: AttentionSaved, decoded: Decoded | None) -> None:
+    def _qkv(
+        self, h: Tensor, context: LayerContext, saved: AttentionSaved, decoded: Decoded | None
+    ) -> None:
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
-        ys, _ = project(h, self.qkv(), batch.seed(self.index, 0), decoded)
+        ys, _ = project(h, self.qkv(), context.seed(self.index, 0), decoded)
         saved.q, saved.k, saved.v, saved.gate = self._split(tuple(ys))
         if self.q_norm is None:
-            self._rotate(saved.q, batch)
-            self._rotate(saved.k, batch)
+            self._rotate(saved.q, context)
+            self._rotate(saved.k, context)
 
-    def _rotate(self, x: Tensor, batch: Batch, inverse: bool = False) -> Tensor:
+    def _rotate(self, x: Tensor, context: LayerContext, inverse: bool = False) -> Tensor:
         """Rotate the leading elements of every head in place, if this layer does."""
         if self.rotates:
-            rope_(x[..., : 2 * batch.cos.shape[1]], batch.cos, batch.sin, inverse=inverse)
+            rope_(x[..., : 2 * context.cos.shape[1]], context.cos, context.sin, inverse=inverse)
         return x
 
-    def _rotated(self, saved: AttentionSaved, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _rotated(self, saved: AttentionSaved, context: LayerContext) -> tuple[Tensor, Tensor]:
         """q and k as attention reads them."""
         assert saved.q is not None and saved.k is not None
         if self.q_norm is None or self.k_norm is None:
             return saved.q, saved.k
         q, k = self.q_norm.forward_with_rstd(saved.q)[0], self.k_norm.forward_with_rstd(saved.k)[0]
-        return self._rotate(q, batch), self._rotate(k, batch)
+        return self._rotate(q, context), self._rotate(k, context)
 
     def _gated(self, saved: AttentionSaved) -> Tensor:
         """What o_proj reads: the heads' outputs (N, heads * D), gated where there is a gate."""
@@ -136,36 +140,36 @@ class Attention(nn.Module):
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         saved: AttentionSaved,
         grads: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
-        qkv, seed = self.qkv(), batch.seed(self.index, 0)
+        qkv, seed = self.qkv(), context.seed(self.index, 0)
         h, rstd = norm.forward_with_rstd(x)
         need_dh = need_dx or norm.weight.requires_grad
         decoded = None
-        if not batch.settings.low_memory_decode and (need_dh or saved.q is None):
+        if not context.settings.low_memory_decode and (need_dh or saved.q is None):
             decoded = decode(qkv, x.dtype)
         if saved.q is None:
-            self._qkv(h, batch, saved, decoded)
+            self._qkv(h, context, saved, decoded)
         o_proj = (self.o_proj.projection(),)
         d_out = project_backward(
             (dx1,),
             self._gated(saved),
             o_proj,
             grads,
-            seed=batch.seed(self.index, 1),
-            decoded=decode(o_proj, x.dtype, batch.settings.narrow),
+            seed=context.seed(self.index, 1),
+            decoded=decode(o_proj, x.dtype, context.settings.output_scratch),
         )
         assert d_out is not None
-        if batch.settings.low_memory_decode:
+        if context.settings.low_memory_decode:
             del h  # is cheap to make again
-        d_qkv = self._scores_backward(self.heads(d_out), batch, saved, grads)
+        d_qkv = self._scores_backward(self.heads(d_out), context, saved, grads)
         del d_out
         saved.forget()
-        if batch.settings.low_memory_decode:
+        if context.settings.low_memory_decode:
             h, _ = norm.forward_with_rstd(x)
         dh = project_backward(d_qkv, h, qkv, grads, seed=seed, decoded=decoded, need_dx=need_dh)
         del d_qkv, h
@@ -174,10 +178,10 @@ class Attention(nn.Module):
         return norm.backward(dh, x, rstd, grads).add_(dx1)
 
     def _scores_backward(
-        self, d_out: Tensor, batch: Batch, saved: AttentionSaved, grads: Gradients
+        self, d_out: Tensor, context: LayerContext, saved: AttentionSaved, grads: Gradients
     ) -> tuple[Tensor, ...]:
         """Gradients of the three projections' outputs, column blocks of one matrix."""
-        q, k = self._rotated(saved, batch)
+        q, k = self._rotated(saved, context)
         raw_q, raw_k, v, out = saved.q, saved.k, saved.v, saved.out
         assert raw_q is not None and raw_k is not None and v is not None and out is not None
         parts = output_columns(d_out.shape[0], self.qkv(), d_out)
@@ -187,10 +191,10 @@ class Attention(nn.Module):
             torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
             d_out = d_out * open_
         attention_backward(
-            d_out, q, k, v, out, saved.lse, batch.plan, self.window, self.scale, (dq, dk, dv)
+            d_out, q, k, v, out, saved.lse, context.plan, self.window, self.scale, (dq, dk, dv)
         )
-        self._rotate(dq, batch, inverse=True)
-        self._rotate(dk, batch, inverse=True)
+        self._rotate(dq, context, inverse=True)
+        self._rotate(dk, context, inverse=True)
         if self.q_norm is not None and self.k_norm is not None:
             for grad, raw, norm in ((dq, raw_q, self.q_norm), (dk, raw_k, self.k_norm)):
                 _, rstd = norm.forward_with_rstd(raw)

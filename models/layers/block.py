@@ -26,14 +26,12 @@ from torch import Tensor, nn
 from kernels.linear.lora import Gradients
 from models.config.model_config import ModelConfig
 from models.layers.attention import Attention, AttentionSaved
+from models.layers.context import LayerContext
 from models.layers.delta_net import DeltaNet, DeltaNetSaved
 from models.layers.linear import RMSNorm
 from models.layers.mlp import MLP, MLPSaved
 from models.layers.moe import MoE, MoESaved
-from models.layers.packed_batch import POLICIES, Batch
 from models.layers.protocol import FeedForward, Mixer
-
-__all__ = ["POLICIES", "Batch", "BlockSaved", "DecoderLayer"]
 
 
 @dataclass
@@ -97,25 +95,27 @@ class DecoderLayer(nn.Module):
             for weight, part in zip(dense, joined.split([len(w) for w in dense]), strict=True):
                 weight.data = part
 
-    def forward(self, x: Tensor, batch: Batch, policy: str = "none") -> tuple[Tensor, BlockSaved]:
+    def forward(
+        self, x: Tensor, context: LayerContext, policy: str = "none"
+    ) -> tuple[Tensor, BlockSaved]:
         """x (N, H) -> y (N, H) and the activations that `policy` keeps."""
-        x1, done = self.mixer.forward(x, self.input_layernorm, batch)
+        x1, done = self.mixer.forward(x, self.input_layernorm, context)
         # What is not kept is not to wait for the feed-forward part.
         mixer = None if policy == "full" else done.trim(policy)
         del done
-        y, mlp = self.mlp.forward(x1, self.post_attention_layernorm, batch)
+        y, mlp = self.mlp.forward(x1, self.post_attention_layernorm, context)
         return y, BlockSaved(mixer, x1, mlp).trim(policy)
 
     def backward(
-        self, dy: Tensor, x: Tensor, batch: Batch, saved: BlockSaved, need_dx: bool
+        self, dy: Tensor, x: Tensor, context: LayerContext, saved: BlockSaved, need_dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter."""
         grads: Gradients = {}
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
         if saved.x1 is None:
-            saved.x1, saved.mixer = self.mixer.forward(x, norm1, batch)
+            saved.x1, saved.mixer = self.mixer.forward(x, norm1, context)
         assert saved.mixer is not None and saved.mlp is not None
-        dx1 = self.mlp.backward(dy, saved.x1, norm2, batch, saved.mlp, grads)
+        dx1 = self.mlp.backward(dy, saved.x1, norm2, context, saved.mlp, grads)
         saved.x1 = saved.mlp = None
-        dx = self.mixer.backward(dx1, x, norm1, batch, saved.mixer, grads, need_dx)
+        dx = self.mixer.backward(dx1, x, norm1, context, saved.mixer, grads, need_dx)
         return dx, grads

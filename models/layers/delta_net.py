@@ -35,9 +35,9 @@ from kernels.delta_net.gated_rms_norm import gated_rms_norm_backward, gated_rms_
 from kernels.linear.lora import Gradients, project, project_backward
 from kernels.linear.projection import Decoded, Projection, decode, output_columns
 from models.config.model_config import ModelConfig
+from models.layers.context import LayerContext
 from models.layers.kv_cache import DeltaState
 from models.layers.linear import Linear, RMSNorm
-from models.layers.packed_batch import Batch
 
 
 @dataclass
@@ -119,26 +119,28 @@ class DeltaNet(nn.Module):
         values = self.value_dim * (self.value_heads // self.key_heads)
         return self.key_dim, self.key_dim, values, values
 
-    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, DeltaNetSaved]:
+    def forward(
+        self, x: Tensor, norm: RMSNorm, context: LayerContext
+    ) -> tuple[Tensor, DeltaNetSaved]:
         """x (N, H) -> x1 (N, H) and every activation that backward could use."""
         kept = DeltaNetSaved()
         h, _ = norm.forward_with_rstd(x)
-        self._project(h, batch, kept, None)
+        self._project(h, context, kept, None)
         assert kept.mixed is not None and kept.a is not None and kept.b is not None
         g, beta = gates_forward(kept.a, kept.b, self.A_log, self.dt_bias)
-        if batch.cache is None:
-            q, k, v = self._convolved(kept.mixed, batch)
-            kept.out, _, kept.saved = gated_delta_forward(q, k, v, g, beta, batch.plan.bounds)
+        if context.cache is None:
+            q, k, v = self._convolved(kept.mixed, context)
+            kept.out, _, kept.saved = gated_delta_forward(q, k, v, g, beta, context.plan.bounds)
         else:
-            kept.out = self._cached(kept.mixed, g, beta, batch, batch.cache.states[self.index])
-        out_proj, seed = (self.out_proj.projection(),), batch.seed(self.index, 1)
+            kept.out = self._cached(kept.mixed, g, beta, context, context.cache.states[self.index])
+        out_proj, seed = (self.out_proj.projection(),), context.seed(self.index, 1)
         y = project(self._normed(kept)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
         return y.add_(x), kept
 
     def _project(
-        self, h: Tensor, batch: Batch, kept: DeltaNetSaved, decoded: Decoded | None
+        self, h: Tensor, context: LayerContext, kept: DeltaNetSaved, decoded: Decoded | None
     ) -> None:
-        wide, _ = project(h, self._wide(), batch.seed(self.index, 0), decoded)
+        wide, _ = project(h, self._wide(), context.seed(self.index, 0), decoded)
         narrow, _ = project(h, self._narrow())
         heads = (self.value_heads, self.value_dim)
         if not self.joint:
@@ -157,14 +159,14 @@ class DeltaNet(nn.Module):
         keys, values = (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
         return q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values)
 
-    def _convolved(self, mixed: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heads(causal_conv1d_forward(mixed, self.conv1d.weight, batch.plan.bounds))
+    def _convolved(self, mixed: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        return self._heads(causal_conv1d_forward(mixed, self.conv1d.weight, context.plan.bounds))
 
     def _cached(
-        self, mixed: Tensor, g: Tensor, beta: Tensor, batch: Batch, state: DeltaState
+        self, mixed: Tensor, g: Tensor, beta: Tensor, context: LayerContext, state: DeltaState
     ) -> Tensor:
         """The rule's output for the next tokens of a cached sequence; its state moves on."""
-        weight, bounds = self.conv1d.weight, batch.plan.bounds
+        weight, bounds = self.conv1d.weight, context.plan.bounds
         if mixed.shape[0] == 1:
             q, k, v = self._heads(causal_conv1d_step(mixed, weight, state.inputs))
             return gated_delta_step(q, k, v, g, beta, state.memory)
@@ -184,20 +186,20 @@ class DeltaNet(nn.Module):
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         kept: DeltaNetSaved,
         grads: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
-        wide, seed = self._wide(), batch.seed(self.index, 0)
+        wide, seed = self._wide(), context.seed(self.index, 0)
         h, rstd = norm.forward_with_rstd(x)
         need_dh = need_dx or norm.weight.requires_grad
         decoded = decode(wide, x.dtype) if need_dh or kept.mixed is None else None
         if kept.mixed is None:
-            self._project(h, batch, kept, decoded)
-        do, dz = self._output_backward(dx1, batch, kept, grads)
-        d_mixed, db, da = self._rule_backward(do, batch, kept, grads)
+            self._project(h, context, kept, decoded)
+        do, dz = self._output_backward(dx1, context, kept, grads)
+        d_mixed, db, da = self._rule_backward(do, context, kept, grads)
         dys = self._joined_gradients(d_mixed, dz, x)
         dh = project_backward(dys, h, wide, grads, seed=seed, decoded=decoded, need_dx=need_dh)
         narrow = self._narrow()
@@ -211,7 +213,7 @@ class DeltaNet(nn.Module):
         return norm.backward(dh.add_(d_gates), x, rstd, grads).add_(dx1)
 
     def _output_backward(
-        self, dx1: Tensor, batch: Batch, kept: DeltaNetSaved, grads: Gradients
+        self, dx1: Tensor, context: LayerContext, kept: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the rule's output and of z, both (N, Hv, V)."""
         normed, rstd = self._normed(kept)
@@ -221,7 +223,7 @@ class DeltaNet(nn.Module):
             normed.flatten(1),
             out_proj,
             grads,
-            seed=batch.seed(self.index, 1),
+            seed=context.seed(self.index, 1),
             decoded=decode(out_proj, dx1.dtype, "narrow"),
         )
         assert d_normed is not None and kept.out is not None and kept.z is not None
@@ -239,14 +241,14 @@ class DeltaNet(nn.Module):
         return do, dz
 
     def _rule_backward(
-        self, do: Tensor, batch: Batch, kept: DeltaNetSaved, grads: Gradients
+        self, do: Tensor, context: LayerContext, kept: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of m (N, C), b and a (N, Hv)."""
         mixed, a, b, saved = kept.mixed, kept.a, kept.b, kept.saved
         assert mixed is not None and a is not None and b is not None and saved is not None
         g, beta = gates_forward(a, b, self.A_log, self.dt_bias)
-        q, k, v = self._convolved(mixed, batch)
-        found = gated_delta_backward(do, q, k, v, g, beta, batch.plan.bounds, saved)
+        q, k, v = self._convolved(mixed, context)
+        found = gated_delta_backward(do, q, k, v, g, beta, context.plan.bounds, saved)
         da, db, da_log, d_dt_bias = gates_backward(
             found.dg, found.dbeta, a, b, self.A_log, self.dt_bias
         )
@@ -256,7 +258,7 @@ class DeltaNet(nn.Module):
         d_convolved = torch.cat((found.dq.flatten(1), found.dk.flatten(1), found.dv.flatten(1)), 1)
         weight = self.conv1d.weight
         d_mixed, d_weight = causal_conv1d_backward(
-            d_convolved, mixed, weight, batch.plan.bounds, need_dweight=weight.requires_grad
+            d_convolved, mixed, weight, context.plan.bounds, need_dweight=weight.requires_grad
         )
         if d_weight is not None:
             grads[id(weight)] = d_weight

@@ -20,8 +20,8 @@ from kernels.linear.swiglu_mlp import (
     mlp_forward,
     mlp_inner,
 )
+from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.layers.packed_batch import Batch
 from models.layers.tiled_mlp import TiledMLP
 
 
@@ -53,31 +53,31 @@ class MLP(nn.Module):
         """The projections that read the same input and want their weights side by side."""
         return ((self.gate_proj, self.up_proj),)
 
-    def _operands(self, batch: Batch) -> SwiGLUMLP:
+    def _operands(self, context: LayerContext) -> SwiGLUMLP:
         """What `kernels.linear.swiglu_mlp` computes with; shares memory with this module."""
-        one_weight = batch.settings.low_memory_decode
+        one_weight = context.settings.low_memory_decode
         return SwiGLUMLP(
             *self.gate_up(),
             self.down_proj.projection(),
-            (batch.seed(self.index, 2), batch.seed(self.index, 3)),
+            (context.seed(self.index, 2), context.seed(self.index, 3)),
             "wide" if one_weight else "narrow",
             one_weight,
         )
 
-    def _tiled(self, norm: RMSNorm, batch: Batch, tokens: int) -> TiledMLP | None:
+    def _tiled(self, norm: RMSNorm, context: LayerContext, tokens: int) -> TiledMLP | None:
         """This part over tiles of tokens, where the batch asks for that."""
-        settings = batch.settings
+        settings = context.settings
         if settings.mlp_tile_tokens is None and not settings.low_memory_decode:
             return None
-        return TiledMLP(norm, self._operands(batch), settings.mlp_tile_tokens or tokens)
+        return TiledMLP(norm, self._operands(context), settings.mlp_tile_tokens or tokens)
 
-    def forward(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MLPSaved]:
+    def forward(self, x1: Tensor, norm: RMSNorm, context: LayerContext) -> tuple[Tensor, MLPSaved]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
-        tiled = self._tiled(norm, batch, x1.shape[0])
+        tiled = self._tiled(norm, context, x1.shape[0])
         if tiled is not None:
             return tiled.forward(x1), MLPSaved()
         h, _ = norm.forward_with_rstd(x1)
-        y, inner = mlp_forward(h, self._operands(batch))
+        y, inner = mlp_forward(h, self._operands(context))
         return y.add_(x1), MLPSaved(MLPActivations(inner.gate, inner.up))
 
     def backward(
@@ -85,15 +85,15 @@ class MLP(nn.Module):
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         saved: MLPSaved,
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
-        tiled = self._tiled(norm, batch, x1.shape[0])
+        tiled = self._tiled(norm, context, x1.shape[0])
         if tiled is not None:
             return tiled.backward(dy, x1, grads)
-        mlp = self._operands(batch)
+        mlp = self._operands(context)
         h, rstd = norm.forward_with_rstd(x1)
         decoded = mlp.decode(x1.dtype)
         inner = saved.inner or mlp_inner(h, mlp, decoded)

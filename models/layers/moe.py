@@ -25,10 +25,10 @@ from kernels.moe.experts import (
     moe_output,
 )
 from models.config.model_config import ModelConfig
+from models.layers.context import LayerContext
 from models.layers.experts import Experts
 from models.layers.linear import Linear, RMSNorm
 from models.layers.mlp import MLP
-from models.layers.packed_batch import Batch
 from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
 
 
@@ -77,9 +77,13 @@ class MoE(nn.Module):
             shared,
         )
 
-    def forward(self, x1: Tensor, norm: RMSNorm, batch: Batch) -> tuple[Tensor, MoESaved]:
+    def forward(self, x1: Tensor, norm: RMSNorm, context: LayerContext) -> tuple[Tensor, MoESaved]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
-        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.settings.mlp_tile_tokens
+        moe, seed, rows = (
+            self.mixture(),
+            context.seed(self.index, 2),
+            context.settings.mlp_tile_tokens,
+        )
         h, _ = norm.forward_with_rstd(x1)
         if rows is None:
             y, saved = moe_forward(h, moe, seed)
@@ -98,12 +102,16 @@ class MoE(nn.Module):
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         kept: MoESaved,
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
-        moe, seed, rows = self.mixture(), batch.seed(self.index, 2), batch.settings.mlp_tile_tokens
+        moe, seed, rows = (
+            self.mixture(),
+            context.seed(self.index, 2),
+            context.settings.mlp_tile_tokens,
+        )
         saved, d_prob_sum = kept.saved, kept.d_prob_sum
         if rows is None:
             h, rstd = norm.forward_with_rstd(x1)

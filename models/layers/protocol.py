@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from kernels.linear.lora import Gradients
+from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.layers.packed_batch import Batch
 
 
 class Part(Protocol):
@@ -23,7 +23,7 @@ class Part(Protocol):
     def joined(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input and want their weights side by side."""
 
-    def forward(self, x: Tensor, norm: RMSNorm, batch: Batch, /) -> tuple[Tensor, Any]:
+    def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
         """x (N, H) -> its sum with the part's output (N, H), and what backward could use."""
 
 
@@ -35,7 +35,7 @@ class Mixer(Part, Protocol):
         dx1: Tensor,
         x: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         saved: Any,
         grads: Gradients,
         need_dx: bool,
@@ -52,7 +52,7 @@ class FeedForward(Part, Protocol):
         dy: Tensor,
         x1: Tensor,
         norm: RMSNorm,
-        batch: Batch,
+        context: LayerContext,
         saved: Any,
         grads: Gradients,
         /,

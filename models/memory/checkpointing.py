@@ -1,39 +1,73 @@
-"""The joint between autograd and the hand-written blocks: one node of the graph per layer.
+"""Activation checkpointing: one autograd node per layer.
 
-A layer's node keeps its input and what the checkpointing policy keeps (see `models.layers.block`);
-everything else is recomputed when its backward pass is reached. Inputs and weights may be lent to
-the host (`models.memory.offload`). Source of the idea: Chen et al. 2016 (arXiv 1604.06174); of
-keeping attention's output: Korthikanti et al. 2022 (arXiv 2205.05198).
+A layer's node saves its input and what the checkpointing policy saves (see `models.layers.block`);
+everything else is recomputed when its backward pass is reached. Inputs and weights may be offloaded
+to the host (`models.memory.offload`). Source of the idea: Chen et al. 2016 (arXiv 1604.06174); of
+saving attention's output: Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.layers.block import Batch, DecoderLayer
+from models.layers.block import BlockSaved, DecoderLayer
+from models.layers.context import LayerContext
 from models.layers.moe import MoESaved
+from models.memory.offload import OffloadedInputs, WeightStream
+
+Routed = list[tuple[Tensor, Tensor]]
+"""Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
 
 
-class _Layer(torch.autograd.Function):
+@dataclass(frozen=True)
+class ForwardPass:
+    """One forward pass over the layers, and what its backward pass needs.
+
+    `policies` are the layers' checkpointing policies. Where there are `inputs`, the layers' inputs
+    wait there for backward; where there are `weights`, they come from there. Each mixture adds to
+    the list `routed`, if there is one.
+    """
+
+    context: LayerContext
+    policies: tuple[str, ...]
+    inputs: OffloadedInputs | None = None
+    weights: WeightStream | None = None
+    routed: Routed | None = None
+
+    def with_weights(self, layer: DecoderLayer, ahead: int) -> AbstractContextManager[None]:
+        """Inside the block, a layer whose weights are offloaded has them on the device."""
+        if self.weights is None:
+            return nullcontext()
+        return self.weights.present(layer.index, ahead)
+
+    def note_routing(self, saved: BlockSaved) -> Tensor | None:
+        """Add a mixture's counts and sums to `routed`; returns the sums if they were added."""
+        if self.routed is None or not isinstance(saved.mlp, MoESaved):
+            return None
+        experts = saved.mlp.saved
+        self.routed.append((experts.counts, experts.prob_sum))
+        return experts.prob_sum
+
+
+class _CheckpointedLayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: DecoderLayer, batch: Batch, policy: str, *params: Tensor
+        ctx: Any, x: Tensor, layer: DecoderLayer, run: ForwardPass, *params: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        if batch.checkpoints is None:
+        if run.inputs is None:
             ctx.save_for_backward(x)
         else:
-            batch.checkpoints.keep(layer.index, x)
-        with _present(layer, batch, 1):
-            y, ctx.saved = layer.forward(x, batch, policy)
-        ctx.layer, ctx.batch, ctx.params = layer, batch, params
-        if batch.routed is None or not isinstance(ctx.saved.mlp, MoESaved):
-            return y
-        batch.routed.append((ctx.saved.mlp.saved.counts, ctx.saved.mlp.saved.prob_sum))
-        return y, ctx.saved.mlp.saved.prob_sum.clone()
+            run.inputs.keep(layer.index, x)
+        with run.with_weights(layer, 1):
+            y, ctx.saved = layer.forward(x, run.context, run.policies[layer.index])
+        ctx.layer, ctx.run, ctx.params = layer, run, params
+        prob_sum = run.note_routing(ctx.saved)
+        return y if prob_sum is None else (y, prob_sum.clone())
 
     @staticmethod
     def backward(
@@ -44,38 +78,34 @@ class _Layer(torch.autograd.Function):
         saved, ctx.saved = ctx.saved, None
         if isinstance(saved.mlp, MoESaved):
             saved.mlp.d_prob_sum = d_prob_sum
-        layer, batch = ctx.layer, ctx.batch
-        with _present(layer, batch, -1):
-            if batch.checkpoints is None:
+        layer, run = ctx.layer, ctx.run
+        with run.with_weights(layer, -1):
+            if run.inputs is None:
                 (x,) = ctx.saved_tensors
             else:
-                x = batch.checkpoints.fetch(layer.index)
-            dx, grads = layer.backward(dy.contiguous(), x, batch, saved, ctx.needs_input_grad[0])
-        return dx, None, None, None, *(grads.get(id(p)) for p in ctx.params)
+                x = run.inputs.fetch(layer.index)
+            dx, grads = layer.backward(
+                dy.contiguous(), x, run.context, saved, ctx.needs_input_grad[0]
+            )
+        return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
 
 
-def _present(layer: DecoderLayer, batch: Batch, ahead: int) -> AbstractContextManager[None]:
-    """The layer's weights on the device, where they are offloaded to the host."""
-    return nullcontext() if batch.weights is None else batch.weights.present(layer.index, ahead)
-
-
-def run_layer(x: Tensor, layer: DecoderLayer, batch: Batch, policy: str) -> Tensor:
+def run_layer(x: Tensor, layer: DecoderLayer, run: ForwardPass) -> Tensor:
     """x (N, H) -> y (N, H) with gradients for x and the layer's trainable parameters.
 
-    Where the batch asks for it, a mixture's counts and sum of probabilities are noted there, the
-    latter with its gradient.
+    Where the pass asks for it, a mixture's counts and sums of probabilities are noted there, the
+    latter with their gradient.
     """
     params = layer.trainable()
     if not torch.is_grad_enabled() or not (params or x.requires_grad):
-        with _present(layer, batch, 1):
-            y, saved = layer.forward(x, batch, "full")
-        if batch.routed is not None and isinstance(saved.mlp, MoESaved):
-            batch.routed.append((saved.mlp.saved.counts, saved.mlp.saved.prob_sum))
+        with run.with_weights(layer, 1):
+            y, saved = layer.forward(x, run.context, "full")
+        run.note_routing(saved)
         return y
-    out: Tensor | tuple[Tensor, Tensor] = _Layer.apply(x, layer, batch, policy, *params)
+    out: Tensor | tuple[Tensor, Tensor] = _CheckpointedLayer.apply(x, layer, run, *params)
     if isinstance(out, Tensor):
         return out
     y, prob_sum = out
-    assert batch.routed is not None
-    batch.routed[-1] = (batch.routed[-1][0], prob_sum)
+    assert run.routed is not None
+    run.routed[-1] = (run.routed[-1][0], prob_sum)
     return y

@@ -32,9 +32,9 @@ from kernels.attention import AttentionPlan
 from kernels.runtime.scratch import buffers
 from kernels.runtime.triton_support import cdiv, next_power_of_2
 from models.layers.block import BlockSaved, DecoderLayer
+from models.layers.context import LayerContext
 from models.layers.mlp import MLP
-from models.layers.packed_batch import Batch
-from models.memory.checkpointing import run_layer
+from models.memory.checkpointing import ForwardPass, run_layer
 from models.memory.gradient_buffer import GradientBuffer
 from models.memory.recorder import Recorder
 
@@ -87,10 +87,12 @@ def recordable(layer: DecoderLayer) -> bool:
     return layer.self_attn is not None and isinstance(layer.mlp, MLP)
 
 
-class _Pass:
+class _RecordedPass:
     """Forward and backward pass of all segments for batches of one size."""
 
-    def __init__(self, segments: Sequence[Segment], sizes: Sizes, x: Tensor, batch: Batch) -> None:
+    def __init__(
+        self, segments: Sequence[Segment], sizes: Sizes, x: Tensor, run: ForwardPass
+    ) -> None:
         rows, width = sizes.tokens, x.shape[1]
         self.segments, self.sizes = segments, sizes
         self.inputs = [x.new_zeros(rows, width) for _ in segments]
@@ -98,37 +100,38 @@ class _Pass:
         self.gradient = x.new_zeros(rows, width)
         self.needs_input = [x.requires_grad or segment.first > 0 for segment in segments]
         self.cu_seqlens = torch.empty(sizes.documents + 1, dtype=torch.int32, device=x.device)
-        frugal = batch.plan.frugal
-        self.batch = replace(
-            batch,
-            cos=batch.cos.new_zeros(rows, batch.cos.shape[1]),
-            sin=batch.sin.new_zeros(rows, batch.sin.shape[1]),
-            plan=batch.plan
+        context, self.policies = run.context, run.policies
+        plan, seeds = context.plan, context.dropout_seeds
+        self.context = replace(
+            context,
+            cos=context.cos.new_zeros(rows, context.cos.shape[1]),
+            sin=context.sin.new_zeros(rows, context.sin.shape[1]),
+            plan=plan
             if sizes.equal
-            else AttentionPlan.within(self.cu_seqlens, sizes.longest, frugal),
-            dropout_seeds=None if batch.dropout_seeds is None else batch.dropout_seeds.clone(),
+            else AttentionPlan.within(self.cu_seqlens, sizes.longest, plan.frugal),
+            dropout_seeds=None if seeds is None else seeds.clone(),
         )
-        self._kept: dict[int, list[tuple[Tensor, BlockSaved]]] = {}
+        self._saved: dict[int, list[tuple[Tensor, BlockSaved]]] = {}
         self._scratch: list[Tensor] = []
         self._forward: list[Callable[[], None]] = []
         self._backward: list[Callable[[], None]] = []
 
-    def load(self, batch: Batch) -> None:
-        """Write what the layers read of `batch` to the fixed addresses."""
-        rows = batch.cos.shape[0]
-        for to, values in ((self.batch.cos, batch.cos), (self.batch.sin, batch.sin)):
+    def load(self, context: LayerContext) -> None:
+        """Write what the layers read of `context` to the fixed addresses."""
+        own, rows = self.context, context.cos.shape[0]
+        for to, values in ((own.cos, context.cos), (own.sin, context.sin)):
             to[:rows].copy_(values)
         if not self.sizes.equal:
-            known = batch.plan.count + 1
-            self.cu_seqlens[:known].copy_(batch.plan.cu_seqlens)
+            known = context.plan.count + 1
+            self.cu_seqlens[:known].copy_(context.plan.cu_seqlens)
             self.cu_seqlens[known:].fill_(self.sizes.tokens)
-        if self.batch.dropout_seeds is not None and batch.dropout_seeds is not None:
-            self.batch.dropout_seeds.copy_(batch.dropout_seeds)
+        if own.dropout_seeds is not None and context.dropout_seeds is not None:
+            own.dropout_seeds.copy_(context.dropout_seeds)
 
-    def record(self, recorder: Recorder, policies: Sequence[str]) -> None:
+    def record(self, recorder: Recorder) -> None:
         """Record every segment, in the order in which they are repeated."""
         numbers = range(len(self.segments))
-        forward = [partial(self.forward_launches, s, policies) for s in numbers]
+        forward = [partial(self.forward_launches, s) for s in numbers]
         backward = [partial(self.backward_launches, s) for s in numbers]
 
         def everything() -> None:
@@ -148,12 +151,12 @@ class _Pass:
     def recorded(self) -> bool:
         return bool(self._forward)
 
-    def forward(self, s: int, policies: Sequence[str]) -> None:
+    def forward(self, s: int) -> None:
         """Inputs of segment `s` to its outputs."""
         if self.recorded:
             self._forward[s]()
         else:
-            self.forward_launches(s, policies)
+            self.forward_launches(s)
 
     def backward(self, s: int) -> None:
         """`gradient` from that of the segment's outputs to that of its inputs."""
@@ -162,24 +165,24 @@ class _Pass:
         else:
             self.backward_launches(s)
 
-    def forward_launches(self, s: int, policies: Sequence[str]) -> None:
+    def forward_launches(self, s: int) -> None:
         """The forward pass, launch by launch."""
         x, saved = self.inputs[s], []
         for layer in self.segments[s].layers:
-            y, more = layer.forward(x, self.batch, policies[layer.index])
+            y, more = layer.forward(x, self.context, self.policies[layer.index])
             saved.append((x, more))
             x = y
-        self._kept[s] = saved
+        self._saved[s] = saved
         self.outputs[s].copy_(x)
 
     def backward_launches(self, s: int) -> None:
-        """The backward pass, launch by launch, of what the forward pass kept."""
-        segment, saved = self.segments[s], self._kept.pop(s)
+        """The backward pass, launch by launch, of what the forward pass saved."""
+        segment, saved = self.segments[s], self._saved.pop(s)
         dy = self.gradient
         for layer in reversed(segment.layers):
             x, more = saved.pop()
             need_dx = self.needs_input[s] or layer is not segment.layers[0]
-            dx, gradients = layer.backward(dy, x, self.batch, more, need_dx)
+            dx, gradients = layer.backward(dy, x, self.context, more, need_dx)
             segment.gradients.add(gradients)
             if dx is not None:
                 dy = dx
@@ -201,17 +204,17 @@ class LayerGraphs:
         # What makes autograd ask for the gradients of layers whose input wants none.
         self.anchor = torch.zeros((), requires_grad=True)
         self.repeated = self.launched = 0
-        self._passes: dict[tuple[Any, ...], _Pass] = {}
+        self._passes: dict[tuple[Any, ...], _RecordedPass] = {}
 
     @property
     def turn(self) -> int:
         """The number of the newest forward pass."""
         return self.repeated + self.launched
 
-    def run(self, x: Tensor, batch: Batch, policies: Sequence[str]) -> Tensor:
+    def forward(self, x: Tensor, run: ForwardPass) -> Tensor:
         """x (N, H) -> the last layer's output (N, H), with gradients as `run_layer` gives them."""
-        current = self._pass(x, batch, tuple(policies))
-        current.load(batch)
+        current = self._pass(x, run)
+        current.load(run.context)
         if current.recorded:
             self.repeated += 1
         else:
@@ -219,23 +222,24 @@ class LayerGraphs:
         numbers = iter(range(len(self.segments)))
         for part in self.parts:
             if isinstance(part, Segment):
-                x = _Run.apply(x, self.anchor, self, current, next(numbers), policies)
+                x = _RecordedSegment.apply(x, self.anchor, self, current, next(numbers))
             else:
-                x = run_layer(x, part, batch, policies[part.index])
+                x = run_layer(x, part, run)
         return x
 
-    def _pass(self, x: Tensor, batch: Batch, policies: tuple[str, ...]) -> _Pass:
-        """The pass for this batch, recorded where there is room for one more size."""
-        sizes = Sizes.of(batch.plan, x.shape[0])
-        key = (sizes, policies, batch.settings, x.requires_grad, batch.dropout_seeds is None)
+    def _pass(self, x: Tensor, run: ForwardPass) -> _RecordedPass:
+        """The pass for this batch, recorded while fewer than `SIZES` are."""
+        context = run.context
+        sizes, silent = Sizes.of(context.plan, x.shape[0]), context.dropout_seeds is None
+        key = (sizes, run.policies, context.settings, x.requires_grad, silent)
         known = self._passes.get(key)
         if known is not None:
             return known
-        fresh = _Pass(self.segments, sizes, x, batch)
+        fresh = _RecordedPass(self.segments, sizes, x, run)
         if self.recorder is not None and len(self._passes) < SIZES:
-            fresh.load(batch)
+            fresh.load(context)
             with torch.no_grad():
-                fresh.record(self.recorder, policies)
+                fresh.record(self.recorder)
             self._passes[key] = fresh
         return fresh
 
@@ -256,7 +260,7 @@ def _parts(layers: Sequence[DecoderLayer]) -> list[Segment | DecoderLayer]:
     return parts
 
 
-class _Run(torch.autograd.Function):
+class _RecordedSegment(torch.autograd.Function):
     """One segment. Its parameters' gradients do not pass through autograd."""
 
     @staticmethod
@@ -265,14 +269,13 @@ class _Run(torch.autograd.Function):
         x: Tensor,
         anchor: Tensor,
         graphs: LayerGraphs,
-        current: _Pass,
+        current: _RecordedPass,
         s: int,
-        policies: Sequence[str],
     ) -> Tensor:
-        rows, place = x.shape[0], current.inputs[s]
-        place[:rows].copy_(x)
-        place[rows:].zero_()
-        current.forward(s, policies)
+        rows, target = x.shape[0], current.inputs[s]
+        target[:rows].copy_(x)
+        target[rows:].zero_()
+        current.forward(s)
         ctx.graphs, ctx.current, ctx.s, ctx.turn = graphs, current, s, graphs.turn
         return current.outputs[s][:rows]
 
@@ -290,4 +293,4 @@ class _Run(torch.autograd.Function):
         current.segments[s].gradients.attach()
         current.backward(s)
         dx = current.gradient[:rows] if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, None
+        return dx, None, None, None, None

@@ -1,7 +1,7 @@
-"""What a GPU lends to the host's memory: the layers' inputs, and frozen quantised weights.
+"""Offload activations and frozen weights to host memory.
 
-Inputs (`CheckpointStore`). A layer's input goes to the host while the layer runs, and comes back
-one layer ahead of its use in backward. On the GPU there are the input in use and the next one.
+Activations (`OffloadedInputs`). A layer's input goes to the host while the layer runs, and comes
+back one layer ahead of its use in backward. On the GPU there are the input in use and the next one.
 
 Weights (`WeightStream`). All layers' quantised weights, experts among them, lie in the host's
 memory; on the GPU there are those of the layer in use and of the next: the one above in forward,
@@ -37,7 +37,7 @@ Kind = TypeVar("Kind", bound=Quantized)
 _Named = dict[str, Any]
 
 
-class CheckpointStore:
+class OffloadedInputs:
     """The inputs of the layers of one forward pass, by the layers' numbers."""
 
     def __init__(self, device: torch.device, copies: SideCopies) -> None:

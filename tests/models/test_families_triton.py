@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from engine.model_sources.load_model import load_model
 from models.adapters import adapter_tensors, add_lora
 from models.decoder import Decoder
-from models.layers.packed_batch import StepSettings
+from models.layers.context import StepSettings
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 

@@ -17,7 +17,7 @@ from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, context_table, smallest
-from models.layers.packed_batch import layer_policies
+from models.layers.context import layer_policies
 
 GB = 10**9
 

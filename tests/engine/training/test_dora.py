@@ -18,8 +18,8 @@ from engine.model_sources.load_model import Quantization, load_model
 from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
 from models.adapters import adapter_tensors, add_lora
+from models.layers.context import StepSettings
 from models.layers.linear import Linear
-from models.layers.packed_batch import StepSettings
 
 Rows = Callable[..., Path]
 Golden = Callable[[str], Path]

@@ -27,8 +27,8 @@ from kernels.nf4.weight import NF4Weight
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
 from models.layers import mlp
+from models.layers.context import StepSettings
 from models.layers.experts import Experts
-from models.layers.packed_batch import StepSettings
 from optim import AdamW8bit
 
 WARMING, DOCUMENTS = (9, 3, 12), (7, 12, 5)

@@ -22,8 +22,8 @@ from kernels.runtime import scratch
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import LayerContext
 from models.layers.linear import Linear
-from models.layers.packed_batch import Batch
 from models.memory import cuda_graphs as layer_graphs
 from models.memory.cuda_graphs import LayerGraphs
 from models.memory.recorder import CudaRecorder
@@ -220,21 +220,21 @@ def test_kernels_are_repeated_too(open_attention: None, monkeypatch: pytest.Monk
 def test_what_is_not_written_anew_is_seen(
     forgotten: str, open_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = layer_graphs._Pass.load
+    right = layer_graphs._RecordedPass.load
 
-    def load(self: Any, batch: Batch) -> None:
+    def load(self: Any, context: LayerContext) -> None:
         saved = {
-            "cos": self.batch.cos,
+            "cos": self.context.cos,
             "boundaries": self.cu_seqlens,
-            "seeds": self.batch.dropout_seeds,
+            "seeds": self.context.dropout_seeds,
         }[forgotten]
         before = saved.clone()
-        right(self, batch)
+        right(self, context)
         if self.recorded:
             saved.copy_(before)
 
     want, _ = losses(model_of(torch.float32, 0.2), None)
-    monkeypatch.setattr(layer_graphs._Pass, "load", load)
+    monkeypatch.setattr(layer_graphs._RecordedPass, "load", load)
     got, _ = losses(model_of(torch.float32, 0.2), LaunchTape())
     assert got != want
 
@@ -242,8 +242,8 @@ def test_what_is_not_written_anew_is_seen(
 def test_a_layer_that_makes_the_host_wait_is_not_recorded(
     open_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = Batch.seed
-    monkeypatch.setattr(Batch, "seed", lambda *site: int(cast(Tensor, right(*site))))
+    right = LayerContext.seed
+    monkeypatch.setattr(LayerContext, "seed", lambda *site: int(cast(Tensor, right(*site))))
     with pytest.raises(RuntimeError, match="host wait"):
         losses(model_of(torch.float32, 0.2), LaunchTape())
 

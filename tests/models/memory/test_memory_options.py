@@ -12,8 +12,8 @@ from kernels.linear.int8 import Int8Weight, dequantize_int8
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import StepSettings, layer_policies
 from models.layers.kv_cache import KVCache
-from models.layers.packed_batch import StepSettings, layer_policies
 from models.tensor_names import expected_tensors
 
 SHAPE: dict[str, Any] = {

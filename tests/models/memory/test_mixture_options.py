@@ -21,9 +21,9 @@ from kernels.moe.grouped_matmul import grouped_project
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.block import DecoderLayer
+from models.layers.context import StepSettings
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear
-from models.layers.packed_batch import StepSettings
 from models.memory.offload import WeightStream, on_host
 
 LAYERS = 4

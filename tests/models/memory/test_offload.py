@@ -22,7 +22,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
-from models.memory.offload import CheckpointStore, WeightStream, on_host
+from models.memory.offload import OffloadedInputs, WeightStream, on_host
 from models.tensor_names import expected_tensors
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(kind, "__init__", start)
 
-    told(CheckpointStore)
+    told(OffloadedInputs)
     told(WeightStream)
 
 
@@ -124,18 +124,18 @@ def test_inputs_that_went_away_come_back_the_same(policy: str) -> None:
 
 @pytest.mark.usefixtures("moving")
 def test_inputs_come_back_one_layer_ahead_of_their_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CheckpointStore(CPU, SideCopies(CPU))
+    store = OffloadedInputs(CPU, SideCopies(CPU))
     given = [torch.full((3,), float(index)) for index in range(3)]
     for index, x in enumerate(given):
         store.keep(index, x)
     sent: list[float] = []
-    send_for = CheckpointStore._send_for
+    send_for = OffloadedInputs._send_for
 
-    def noted(self: CheckpointStore, host: Tensor) -> Any:
+    def noted(self: OffloadedInputs, host: Tensor) -> Any:
         sent.append(float(host[0]))
         return send_for(self, host)
 
-    monkeypatch.setattr(CheckpointStore, "_send_for", noted)
+    monkeypatch.setattr(OffloadedInputs, "_send_for", noted)
     assert store.fetch(2) is given[2]  # it never left
     assert sent == [1.0]
     second = store.fetch(1)
@@ -295,7 +295,7 @@ def test_a_copy_starts_behind_the_computation_and_is_waited_for(
 def test_an_input_is_let_go_only_when_its_copy_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = _Recorder()
     recorder.install(monkeypatch)
-    store = CheckpointStore(CPU, SideCopies(CPU))
+    store = OffloadedInputs(CPU, SideCopies(CPU))
     first = torch.ones(2)
     store.keep(0, first)
     assert store._leaving is not None and store._leaving[1] is first

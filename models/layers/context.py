@@ -1,4 +1,4 @@
-"""What the layers of one step share: the packed batch, and the checkpointing policies."""
+"""What the layers of one forward pass read: positions, documents, dropout seeds, settings."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from models.layers.kv_cache import KVCache
-from models.memory.offload import CheckpointStore, WeightStream
 
 POLICIES = ("none", "selective", "full")
+"""Checkpointing policies (see `models.layers.block`)."""
+
 _SITES = 6
 _SEED_BITS = (1 << 63) - 1
 
 
 def layer_policies(text: str, layers: int) -> tuple[str, ...]:
-    """The policy of every layer: "full", or "full:20,none" for the first 20 and the rest.
+    """The checkpointing policy of every layer: "full", or "full:20,none" for 20 and the rest.
 
-    The last part needs no count. Raises `ValueError` where a level is unknown or the counts are not
-    those of the layers.
+    The last part needs no count. Raises `ValueError` where a policy is unknown or the counts are
+    not those of the layers.
     """
     policies: list[str] = []
     parts = text.split(",")
@@ -43,18 +44,18 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
 class StepSettings:
     """What a step does to hold less memory, at the price of time. Gradients stay what they were.
 
-    With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and keeps no inner
-    activation at any checkpointing policy (`models.layers.token_tiles`). With `low_memory_decode`
-    no more than one decoded weight, or one group of those that attention reads together, exists at
-    a time, and attention goes over its heads in parts.
+    With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
+    activation under any checkpointing policy (`models.layers.token_tiles`). With
+    `low_memory_decode` no more than one decoded weight, or one group of those that attention reads
+    together, exists at a time, and attention goes over its heads in parts.
     """
 
     mlp_tile_tokens: int | None = None
     low_memory_decode: bool = False
 
     @property
-    def narrow(self) -> str:
-        """The scratch that weights which write a block's output are decoded into."""
+    def output_scratch(self) -> str:
+        """The scratch buffer for decoded weights that write a block's output."""
         return "wide" if self.low_memory_decode else "narrow"
 
 
@@ -65,12 +66,11 @@ def dropout_seeds(seed: int, layers: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What every layer needs to know of a packed batch, computed once.
+class LayerContext:
+    """What every layer reads besides its input, made once per forward pass.
 
-    cos, sin (N, rotary_dim / 2); `dropout_seeds` None means evaluation. With a `cache` the tokens
-    are the next ones of one cached sequence. Where there is a list `routed`, each mixture adds its
-    rows per expert and its sum of probabilities, both (E,).
+    cos, sin (N, rotary_dim / 2); `dropout_seeds` None means no dropout. With a `cache` the tokens
+    are the next ones of one cached sequence.
     """
 
     cos: Tensor
@@ -78,10 +78,7 @@ class Batch:
     plan: AttentionPlan
     dropout_seeds: Tensor | None = None
     cache: KVCache | None = None
-    routed: list[tuple[Tensor, Tensor]] | None = None
     settings: StepSettings = StepSettings()
-    checkpoints: CheckpointStore | None = None
-    weights: WeightStream | None = None
 
     def seed(self, layer: int, site: int) -> Tensor | None:
         """Seed of one dropout site, int64 without dimensions.
