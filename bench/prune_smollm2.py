@@ -18,12 +18,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from engine.config.choices import METRICS, Metric
 from engine.config.train_config import TrainConfig
 from engine.forge import ForgeSettings, forge
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
 from engine.prune import PruneSettings, prune
-from engine.pruning.scores import METRICS, Metric
 from engine.storage import durable
 from examples.smollm2 import gguf_path
 

@@ -14,8 +14,8 @@ import torch
 from models.decoder import Decoder
 
 if TYPE_CHECKING:
+    from engine.config.choices import Quantization
     from engine.data.examples import Example
-    from engine.model_sources.load_model import Quantization
 
 _TOKENS_PER_BATCH = 2048
 

@@ -42,10 +42,9 @@ from engine.training.prepare import Prepared, prepare
 from engine.training.trainable import (
     BASE_FILE,
     adapter_config,
-    check_graphs,
-    check_in_backward,
     check_init_adapter,
     check_policies,
+    check_run,
     make_in_backward,
     make_optimizer,
     make_trainable,
@@ -147,7 +146,7 @@ class _Run:
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = _with_policy(self.config, prepared, self.device, dtype)
         self.budget = _budget(prepared, settings, self.device, dtype, planned)
-        check_graphs(self.config, prepared.model_source.config, self.device)
+        check_run(self.config, prepared.model_source.config, self.device, dtype)
         init = check_init_adapter(self.config, self.prepared.model_source.config, self.digest)
         self.model = build_for(self.config, prepared.model_source, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, init)
@@ -308,7 +307,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     when a signal stopped the run after a checkpoint.
     """
     require_trackers(config.report_to)
-    check_in_backward(config, resolve_dtype(config.dtype, resolve_device(config.device)))
+    device = resolve_device(config.device)
+    check_run(config, None, device, resolve_dtype(config.dtype, device))
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
@@ -369,10 +369,10 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     require_trackers(config.report_to)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    check_in_backward(config, dtype)
+    check_run(config, None, device, dtype)
     prepared = prepare(config)
     check_init_adapter(config, prepared.model_source.config, prepared.model_source.digest())
-    check_graphs(config, prepared.model_source.config, device)
+    check_run(config, prepared.model_source.config, device, dtype)
     lines = [dump_yaml(config).rstrip(), "", prepared.report.describe()]
     lines.append(
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "

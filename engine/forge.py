@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from engine.config.choices import METRICS_WITH_DATA
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings
@@ -37,7 +38,6 @@ from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
 from engine.prune import PruneSettings, prune
-from engine.pruning.scores import NEED_DATA
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 
@@ -185,7 +185,7 @@ class _Forge:
     def _prune(self, source: str, target: Path) -> dict[str, Any]:
         target.parent.mkdir(exist_ok=True)
         settings = self.settings.pruning
-        if settings.metric in NEED_DATA and not settings.data:
+        if settings.metric in METRICS_WITH_DATA and not settings.data:
             settings = replace(settings, data=(self.train_file,))
         if not target.exists():  # it appears when it is complete
             prune(source, target, settings)

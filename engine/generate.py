@@ -17,8 +17,8 @@ from models.decoder import Decoder
 from models.layers.kv_cache import KVCache
 
 if TYPE_CHECKING:
+    from engine.config.choices import Quantization
     from engine.model_sources.interface.model_source import ModelSource
-    from engine.model_sources.load_model import Quantization
     from engine.tokenization.tokenizer import Tokenizer
 
 

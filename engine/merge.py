@@ -13,10 +13,11 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 
+from engine.config.choices import MergeOnto
 from engine.errors import CheckpointError, ConfigError, listing
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
 from engine.model_sources.expert_tensors import StoredExperts
@@ -27,9 +28,7 @@ from kernels.linear.dora import scale_rows_
 from kernels.nf4.weight import dequantize, quantize
 from models.config.model_config import ModelConfig
 from models.tensor_layout import path_in_file
-from models.tensor_names import PROJECTIONS, expected_tensors
-
-Onto = Literal["original", "dequantised"]
+from models.tensor_names import expected_tensors, is_quantised
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def merge(
     output: str | Path,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
-    onto: Onto = "original",
+    onto: MergeOnto = "original",
     dtype: torch.dtype | str | None = None,
 ) -> MergeResult:
     """Write `model` with `adapter` merged into it to the new folder `output`.
@@ -64,7 +63,7 @@ def merge(
     Raises `ConfigError` for an occupied output or an unknown option, and `CheckpointError` where an
     adapter tensor finds no weight of its shape, a result is not finite, or the disk refuses.
     """
-    if onto not in ("original", "dequantised"):
+    if onto not in get_args(MergeOnto):
         raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
     source = open_model_source(model)
     config, pairs = load_adapter(Path(adapter))
@@ -98,7 +97,7 @@ class _Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once."""
 
     def __init__(
-        self, source: ModelSource, config: AdapterConfig, pairs: Pairs, onto: Onto
+        self, source: ModelSource, config: AdapterConfig, pairs: Pairs, onto: MergeOnto
     ) -> None:
         self._scale = config.scale
         self._pairs = {f"{module}.weight": pair for module, pair in pairs.items()}
@@ -110,11 +109,10 @@ class _Merger:
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self._experts.fuses(name):
             return self._merge_experts(name, tensor)
-        projection = name.removesuffix(".weight").rpartition(".")[2]
         if self._onto == "dequantised" and self._experts.holds(name):
             tensor = self._experts.through_nf4(name)
             self.requantised += 1
-        elif self._onto == "dequantised" and projection in PROJECTIONS and tensor.dim() == 2:
+        elif self._onto == "dequantised" and is_quantised(name):
             tensor = _through_nf4(name, tensor)
             self.requantised += 1
         pair = self._pairs.pop(name, None)

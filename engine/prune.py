@@ -10,8 +10,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
+from engine.config.choices import (
+    METRICS,
+    METRICS_WITH_DATA,
+    PRUNE_MODES,
+    QUANTIZATIONS,
+    Granularity,
+    HeadKind,
+    Metric,
+    PruneMode,
+    Quantization,
+    Scope,
+)
 from engine.errors import ConfigError
 from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
 from engine.model_sources.interface.model_source import ModelSource
@@ -36,24 +48,19 @@ from engine.pruning.delta_heads import delta_heads
 from engine.pruning.head_slices import Heads, attention_heads, refuse_uncut
 from engine.pruning.heat_map import HEAT_MAP, draw
 from engine.pruning.report import LOADS_IN, describe, off_heads
-from engine.pruning.scores import METRICS, NEED_DATA, LayerScores, Metric, weight_scores
-from engine.pruning.selection import Granularity, Rules, Scope, Selection, select
+from engine.pruning.scores import LayerScores, weight_scores
+from engine.pruning.selection import Rules, Selection, select
 from engine.storage import durable
 
-if TYPE_CHECKING:
-    from engine.model_sources.load_model import Quantization
-
 log = logging.getLogger(__name__)
-Mode = Literal["zero", "mask", "structural"]
-Kind = Literal["attention", "delta"]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "metric": METRICS,
-    "mode": get_args(Mode),
-    "heads": get_args(Kind),
+    "mode": PRUNE_MODES,
+    "heads": get_args(HeadKind),
     "scope": get_args(Scope),
     "granularity": get_args(Granularity),
-    "quantize": (None, "nf4", "int8"),
+    "quantize": (None, *QUANTIZATIONS),
 }
 
 
@@ -70,8 +77,8 @@ class PruneSettings:
 
     fraction: float
     metric: Metric = "l2"
-    mode: Mode = "zero"
-    heads: Kind = "attention"
+    mode: PruneMode = "zero"
+    heads: HeadKind = "attention"
     scope: Scope = "global"
     granularity: Granularity = "head"
     min_heads: int = 1
@@ -107,7 +114,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
         if getattr(settings, name) not in known:
             found, listed = getattr(settings, name), ", ".join(map(str, known))
             raise ConfigError(f"{name} is {found!r}; expected one of {listed}.")
-    if settings.metric in NEED_DATA and not settings.data:
+    if settings.metric in METRICS_WITH_DATA and not settings.data:
         raise ConfigError(
             f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "
             "with --data, or use --metric l2 or ov, which need none."
@@ -139,7 +146,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
     kept = source.config.num_attention_heads_per_layer  # lists that an earlier cut has written
     if settings.per_layer or (kept and not (rules.uniform and settings.heads == "attention")):
         record["loads_in"] = LOADS_IN
-    if settings.metric in NEED_DATA:
+    if settings.metric in METRICS_WITH_DATA:
         record["calibration_rows"] = settings.calibration_rows
         record["data"] = [str(path) for path in settings.data]
     if output is None:
@@ -177,7 +184,7 @@ def _layers(source: ModelSource, settings: PruneSettings) -> Sequence[Heads]:
 def _scores(
     source: ModelSource, layers: Sequence[Heads], settings: PruneSettings
 ) -> list[LayerScores]:
-    if settings.metric in NEED_DATA:
+    if settings.metric in METRICS_WITH_DATA:
         from engine.pruning.calibration import Calibration, measured_scores
 
         calibration = Calibration(

@@ -156,3 +156,15 @@ def expected_tensors(config: ModelConfig, layout: Layout | None = None) -> Shape
         for graph_name, shape in graph_tensors(config).items()
         for name, part in layout.parts(graph_name, shape).items()
     }
+
+
+def is_quantised(name: str) -> bool:
+    """Whether a quantised model holds the weight `name` in NF4 or int8.
+
+    These are the projections of the layers and all experts. Embeddings, head, norms, biases and
+    routers keep the compute type.
+    """
+    path, _, leaf = name.rpartition(".")
+    if path.endswith(".mlp.experts"):
+        return leaf in ("gate_up_proj", "down_proj")
+    return leaf == "weight" and path.rpartition(".")[2] in PROJECTIONS

@@ -21,7 +21,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, ExpertAdapter, Experts, QuantizedExperts
 from models.layers.linear import Linear
-from models.tensor_names import PROJECTIONS, graph_tensors
+from models.tensor_names import graph_tensors, is_quantised
 
 _NF4_DEVIATION = 0.55
 """Standard deviation of a uniformly drawn NF4 value, to two digits."""
@@ -86,7 +86,7 @@ def random_decoder(
         if isinstance(module, Experts):
             module.set_quantized(leaf, _random_experts(leaf, shape, device, dtype))
         elif isinstance(module, Linear) and leaf == "weight":
-            if path.rsplit(".", 1)[-1] in PROJECTIONS:
+            if is_quantised(name):
                 module.set_weight(random_nf4(shape[0], shape[1], device, dtype))
                 continue
             module.set_weight(_normal(shape, shape[1] ** -0.5, device, dtype))

@@ -1,80 +1,233 @@
-"""Which settings of a run cannot be had together."""
+"""Settings that exclude each other, or do not fit the model or the machine.
+
+One table for everybody: `TrainConfig` reads it when it is made, training when model and machine are
+known, and the memory planner before it proposes a setting.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
 
-if TYPE_CHECKING:
-    from engine.config.train_config import TrainConfig
-
-
-def check_together(config: TrainConfig) -> None:
-    """Raises `ValueError` where two settings contradict each other."""
-    if config.warmup_ratio is not None and config.warmup_steps is not None:
-        raise ValueError("set warmup_ratio or warmup_steps, not both")
-    if config.eval_data and config.heldout:
-        raise ValueError("set eval_data or heldout, not both: one names the held-out rows")
-    if config.teacher is not None and config.method == "full":
-        raise ValueError("teacher needs a frozen head: method lora or qlora, and it is full")
-    if config.teacher is not None and config.memory_budget is not None:
-        raise ValueError("memory_budget does not know what a teacher takes: set one of them")
-    if config.method == "full" and config.init_adapter is not None:
-        raise ValueError("init_adapter needs method lora or qlora, and method is full")
-    if config.method == "full" and config.use_dora:
-        raise ValueError("use_dora needs method lora or qlora, and method is full")
-    frozen = config.head_precision == "8bit" or config.embedding_on == "host"
-    if config.method == "full" and frozen:
-        raise ValueError(
-            "head_precision 8bit and embedding_on host are for a frozen head and embedding, "
-            "and method full trains them"
-        )
-    if config.optimizer_in_backward:
-        _check_in_backward(config)
-    if "weights" in config.offload and (config.method != "qlora" or config.use_dora):
-        raise ValueError("offload weights streams NF4 weights: for method qlora, no use_dora")
-    if config.cuda_graphs:
-        _check_graphs(config)
-    if config.resume == "auto" and config.output_dir is None and config.run_id is None:
-        raise ValueError("resume auto needs output_dir or run_id, to know which run goes on")
-    if config.resume is not None and config.overwrite:
-        raise ValueError("resume goes on with a run and overwrite replaces it: set one of them")
+from engine.config.choices import ComputeType, EmbeddingOn, HeadPrecision, Method, Offload
+from engine.errors import ConfigError
 
 
-def _check_graphs(config: TrainConfig) -> None:
-    """Raises `ValueError` for settings that recorded launches cannot be used with."""
-    if config.method == "full":
-        raise ValueError(
-            "cuda_graphs keeps the gradients of the layers at fixed addresses all the time, "
-            "which only an adapter's are small enough for: method lora or qlora, not full"
-        )
-    lent = [f"offload {what}" for what in config.offload]
-    if config.memory_budget is not None:
-        lent.append("memory_budget")
-    if lent:
-        raise ValueError(
-            f"cuda_graphs was given with {' and '.join(lent)}. Recorded launches hold memory "
-            "of their own, at addresses that stay: leave out one or the other"
-        )
+class RunSettings(Protocol):
+    """The settings of `TrainConfig` that the rules look at."""
+
+    method: Method
+    teacher: str | None
+    eval_data: tuple[str, ...]
+    heldout: float
+    output_dir: Path | None
+    run_id: str | None
+    resume: str | None
+    overwrite: bool
+    use_dora: bool
+    init_adapter: Path | None
+    warmup_ratio: float | None
+    warmup_steps: int | None
+    max_grad_norm: float
+    accumulate: int
+    dtype: ComputeType
+    optimizer_in_backward: bool
+    head_precision: HeadPrecision
+    embedding_on: EmbeddingOn
+    offload: tuple[Offload, ...]
+    cuda_graphs: bool
+    memory_budget: int | None
+
+    def model_copy(self, *, update: dict[str, Any] | None = None) -> Self:
+        """The same settings with those in `update` replaced."""
+        ...
 
 
-def _check_in_backward(config: TrainConfig) -> None:
-    """Raises `ValueError` where the optimizer cannot step in backward."""
-    if config.method != "full":
-        raise ValueError(
-            f"optimizer_in_backward is for method full, and it is {config.method}: an adapter's "
-            "gradients are too small to be worth it. Leave it out, or train with --method full"
-        )
-    if config.max_grad_norm > 0 or config.accumulate > 1:
-        raise ValueError(
-            f"optimizer_in_backward was given with max_grad_norm {config.max_grad_norm:g} and "
-            f"accumulate {config.accumulate}. It moves a layer before the gradients of the "
-            "others are there, so it can neither clip by the norm of all of them nor add them "
-            "up over micro-batches. Give --max-grad-norm 0 --accumulate 1, or leave it out"
-        )
-    if config.dtype == "float16":
-        raise ValueError(
-            "optimizer_in_backward was given with dtype float16, whose gradients need a loss "
-            "scale: a step that overflows is done again at a lower one, and part of the "
-            "weights would have moved by then. Give --dtype bfloat16 or float32, or leave it "
-            "out"
-        )
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the machine and the model; None where it is not known yet.
+
+    `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    model_type: str | None = None
+    tied: bool | None = None
+    recordable: bool | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`setting` cannot be used `when` this is true: `message` says why, `fix` what to do instead.
+
+    Both texts are format strings over the settings `c` and the facts `f`.
+    """
+
+    setting: str
+    when: Callable[[RunSettings, Facts], bool]
+    message: str
+    fix: str
+
+    def text(self, config: RunSettings, facts: Facts) -> str:
+        """Both texts, about these settings."""
+        return f"{self.message} {self.fix}".format(c=config, f=facts, offload=_joined(config))
+
+
+def _joined(config: RunSettings) -> str:
+    return " and ".join(f"offload {what}" for what in config.offload)
+
+
+TIED_EMBEDDING = Rule(
+    "embedding_on",
+    lambda c, f: c.embedding_on == "host" and f.tied is True,
+    "This model's embedding is its output head too, which every token reads, so it cannot stay on "
+    "the host.",
+    "Leave out --embedding-on host; --head-precision 8bit halves it",
+)
+
+RULES = (
+    Rule(
+        "warmup_steps",
+        lambda c, _: c.warmup_ratio is not None and c.warmup_steps is not None,
+        "warmup_ratio and warmup_steps give the same length twice.",
+        "Set one of them, not both",
+    ),
+    Rule(
+        "heldout",
+        lambda c, _: bool(c.eval_data) and c.heldout > 0,
+        "eval_data and heldout both say which rows are held out.",
+        "Set one of them, not both",
+    ),
+    Rule(
+        "teacher",
+        lambda c, _: c.teacher is not None and c.method == "full",
+        "teacher needs a frozen head, and method full trains it.",
+        "Give method lora or qlora",
+    ),
+    Rule(
+        "teacher",
+        lambda c, _: c.teacher is not None and c.memory_budget is not None,
+        "memory_budget does not count what a teacher takes.",
+        "Set one of them",
+    ),
+    Rule(
+        "init_adapter",
+        lambda c, _: c.method == "full" and c.init_adapter is not None,
+        "init_adapter needs method lora or qlora, and method is full.",
+        "Leave it out, or change the method",
+    ),
+    Rule(
+        "use_dora",
+        lambda c, _: c.method == "full" and c.use_dora,
+        "use_dora needs method lora or qlora, and method is full.",
+        "Leave it out, or change the method",
+    ),
+    Rule(
+        "head_precision",
+        lambda c, _: c.method == "full" and c.head_precision == "8bit",
+        "head_precision 8bit is for a frozen head, and method full trains it.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "embedding_on",
+        lambda c, _: c.method == "full" and c.embedding_on == "host",
+        "embedding_on host is for a frozen head and embedding, and method full trains them.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    TIED_EMBEDDING,
+    Rule(
+        "optimizer_in_backward",
+        lambda c, _: c.optimizer_in_backward and c.method != "full",
+        "optimizer_in_backward is for method full, and it is {c.method}: an adapter's gradients "
+        "are too small to be worth it.",
+        "Leave it out, or train with --method full",
+    ),
+    Rule(
+        "optimizer_in_backward",
+        lambda c, _: c.optimizer_in_backward and (c.max_grad_norm > 0 or c.accumulate > 1),
+        "optimizer_in_backward was given with max_grad_norm {c.max_grad_norm:g} and accumulate "
+        "{c.accumulate}. It moves a layer before the gradients of the others are there, so it can "
+        "neither clip by the norm of all of them nor add them up over micro-batches.",
+        "Give --max-grad-norm 0 --accumulate 1, or leave it out",
+    ),
+    Rule(
+        "optimizer_in_backward",
+        lambda c, f: c.optimizer_in_backward and "float16" in (c.dtype, f.dtype),
+        "optimizer_in_backward was given for a run that computes in float16, whose gradients need "
+        "a loss scale: a step that overflows is done again at a lower one, and part of the weights "
+        "would have moved by then.",
+        "Give --dtype bfloat16 or float32, or leave it out",
+    ),
+    Rule(
+        "offload",
+        lambda c, _: "weights" in c.offload and (c.method != "qlora" or c.use_dora),
+        "offload weights streams NF4 weights.",
+        "Give method qlora without use_dora, or leave it out",
+    ),
+    Rule(
+        "cuda_graphs",
+        lambda c, _: c.cuda_graphs and c.method == "full",
+        "cuda_graphs keeps the gradients of the layers at fixed addresses all the time, which only "
+        "an adapter's are small enough for.",
+        "Give method lora or qlora, not full",
+    ),
+    Rule(
+        "cuda_graphs",
+        lambda c, _: c.cuda_graphs and bool(c.offload),
+        "cuda_graphs was given with {offload}. Recorded launches need memory at addresses that "
+        "stay.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "cuda_graphs",
+        lambda c, _: c.cuda_graphs and c.memory_budget is not None,
+        "cuda_graphs was given with memory_budget. Recorded launches hold memory of their own.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "cuda_graphs",
+        lambda c, f: c.cuda_graphs and f.device not in (None, "cuda"),
+        "--cuda-graphs was given for a run on the {f.device}, which has none.",
+        "Leave it out, or train on a GPU with --device cuda",
+    ),
+    Rule(
+        "cuda_graphs",
+        lambda c, f: c.cuda_graphs and f.recordable is False,
+        "--cuda-graphs was given for a {f.model_type} model, none of whose layers has sizes that "
+        "stay: those within mixtures of experts, and the documents of Gated DeltaNet, change with "
+        "every batch.",
+        "Leave it out",
+    ),
+    Rule(
+        "resume",
+        lambda c, _: c.resume == "auto" and c.output_dir is None and c.run_id is None,
+        "resume auto needs output_dir or run_id, to know which run goes on.",
+        "Give one of them",
+    ),
+    Rule(
+        "resume",
+        lambda c, _: c.resume is not None and c.overwrite,
+        "resume goes on with a run and overwrite replaces it.",
+        "Set one of them",
+    ),
+)
+
+
+def broken(config: RunSettings, facts: Facts | None = None) -> list[Rule]:
+    """The rules that these settings break, given what is known of model and machine."""
+    return [rule for rule in RULES if rule.when(config, facts or Facts())]
+
+
+def check(config: RunSettings, facts: Facts) -> None:
+    """Raises `ConfigError` with the first rule that the settings break."""
+    for rule in broken(config, facts):
+        raise ConfigError(f"{rule.text(config, facts)}.")
+
+
+def allows(config: RunSettings, facts: Facts | None = None, **changes: Any) -> bool:
+    """Whether the settings in `changes` may be had with the others of `config`."""
+    rules = broken(config.model_copy(update=changes), facts)
+    return not any(rule.setting in changes for rule in rules)

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import BeforeValidator
 
+from engine.config.choices import POLICIES
+
 DTYPES = {
     "fp32": "float32",
     "float": "float32",
@@ -39,7 +41,7 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
     return BeforeValidator(replace)
 
 
-POLICY = "(none|selective|full)"
+POLICY = f"({'|'.join(POLICIES)})"
 
 
 def checkpointing_policies(value: Any) -> Any:

@@ -9,7 +9,7 @@ Nothing here imports torch, so the command line can show help and report a bad o
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -21,8 +21,20 @@ from pydantic import (
     model_validator,
 )
 
+from engine.config.choices import (
+    TARGET_PRESETS,
+    ComputeType,
+    EmbeddingOn,
+    HeadPrecision,
+    LogLevel,
+    Method,
+    Offload,
+    Optimizer,
+    Schedule,
+    Tracker,
+)
 from engine.config.explain import describe
-from engine.config.rules import check_together
+from engine.config.rules import Facts, broken
 from engine.config.spelling import (
     DTYPES,
     OPTIMIZERS,
@@ -37,25 +49,6 @@ from engine.config.spelling import (
     spelled,
 )
 from engine.errors import ConfigError
-
-ALL_PROJECTIONS = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "in_proj_qkv",
-    "in_proj_z",
-    "in_proj_qkvz",
-    "out_proj",
-)
-TARGET_PRESETS: dict[str, tuple[str, ...]] = {
-    "all": ALL_PROJECTIONS,
-    "attn": ALL_PROJECTIONS[:4] + ALL_PROJECTIONS[7:],
-    "qv": ("q_proj", "v_proj"),
-}
 
 # Settings that change where a run writes or what it shows, and never what it learns.
 _NOT_TRAJECTORY = frozenset(
@@ -140,18 +133,18 @@ class TrainConfig(BaseModel):
     eval_every: int = _setting(
         0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
     )
-    report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(comma_list)
-    ] = _setting((), "Run", "trackers to report to: tensorboard, wandb")
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(comma_list)] = _setting(
+        (), "Run", "trackers to report to: tensorboard, wandb"
+    )
     plot: bool = _setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _setting(
+    log_level: LogLevel = _setting(
         "INFO", "Run", "what the console shows; the log file always holds DEBUG"
     )
     log_every: int = _setting(
         10, "Run", "steps between lines when the console is not a terminal", ge=1
     )
 
-    method: Annotated[Literal["qlora", "lora", "full"], spelled({})] = _setting(
+    method: Annotated[Method, spelled({})] = _setting(
         "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
     )
     lora_rank: int = _setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
@@ -168,7 +161,7 @@ class TrainConfig(BaseModel):
     double_quant: bool = _setting(True, "Adapter", "quantise the NF4 scales again")
 
     learning_rate: float = _setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
-    lr_schedule: Annotated[Literal["cosine", "linear", "constant"], spelled({})] = _setting(
+    lr_schedule: Annotated[Schedule, spelled({})] = _setting(
         "cosine", "Optimisation", "shape after the warm-up"
     )
     warmup_ratio: float | None = _setting(
@@ -183,9 +176,9 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = _setting(
         1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
     )
-    optimizer: Annotated[
-        Literal["adamw8bit", "adamw"], spelled({**OPTIMIZERS, "adamw_torch": "adamw"})
-    ] = _setting("adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments")
+    optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = _setting(
+        "adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments"
+    )
     optimizer_in_backward: bool = _setting(
         False,
         "Length and memory",
@@ -227,15 +220,13 @@ class TrainConfig(BaseModel):
     loss_chunk_tokens: int = _setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )
-    head_precision: Annotated[Literal["16bit", "8bit"], spelled(PRECISIONS)] = _setting(
+    head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = _setting(
         "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
     )
-    embedding_on: Annotated[Literal["device", "host"], spelled({"cpu": "host"})] = _setting(
+    embedding_on: Annotated[EmbeddingOn, spelled({"cpu": "host"})] = _setting(
         "device", "Length and memory", "where a frozen embedding lies; host: a batch's rows travel"
     )
-    offload: Annotated[
-        tuple[Literal["checkpoints", "weights"], ...], BeforeValidator(comma_list)
-    ] = _setting(
+    offload: Annotated[tuple[Offload, ...], BeforeValidator(comma_list)] = _setting(
         (), "Length and memory", "what a GPU lends to the host: checkpoints (inputs), weights"
     )
     cuda_graphs: bool = _setting(
@@ -250,9 +241,7 @@ class TrainConfig(BaseModel):
     device: str = _setting(
         "auto", "Machine", "auto, cpu or cuda", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
     )
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], spelled(DTYPES)] = _setting(
-        "auto", "Machine", "compute type"
-    )
+    dtype: Annotated[ComputeType, spelled(DTYPES)] = _setting("auto", "Machine", "compute type")
     seed: int = _setting(
         42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
     )
@@ -307,15 +296,10 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_together(self)
+        facts = Facts()
+        for rule in broken(self, facts):
+            raise ValueError(rule.text(self, facts))
         return self
-
-    @property
-    def projections(self) -> tuple[str, ...]:
-        """The projections that get an adapter, by the last part of their names."""
-        if isinstance(self.target_modules, str):
-            return TARGET_PRESETS[self.target_modules]
-        return self.target_modules
 
     @property
     def nonfinite_limit(self) -> int:

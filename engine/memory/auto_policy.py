@@ -14,10 +14,11 @@ import math
 
 import torch
 
+from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.meter import gib
-from engine.memory.search import POLICIES, changed
+from engine.memory.search import changed
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 

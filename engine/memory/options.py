@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from engine.config.rules import Facts, allows
 from engine.config.train_config import TrainConfig
 
 NAMES = (
@@ -43,22 +45,23 @@ class MemoryOption:
 def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOption]:
     """The memory options that this run can pull and has not pulled, the cheapest first.
 
-    What lends memory to the host is for a GPU only, and a tied embedding stays with the head. The
-    optimizer steps in backward only where that learns the same: see `steps_in_backward`.
+    Offloading is for a GPU only. `engine.config.rules` says which settings the run's others and a
+    tied embedding allow.
     """
-    frozen = config.method != "full"
     tile, rows = config.mlp_tile_tokens, config.loss_chunk_tokens
-    streams = config.method == "qlora" and not config.use_dora
+    facts = Facts(tied=tied)
+    weights = (*config.offload, "weights")
+    can = partial(allows, config, facts)
     choices = (
-        (gpu and frozen and not tied, MemoryOption("embedding_on", "host", 0.001)),
-        (steps_in_backward(config), MemoryOption("optimizer_in_backward", True, 0.005)),
+        (gpu and can(embedding_on="host"), MemoryOption("embedding_on", "host", 0.001)),
+        (can(optimizer_in_backward=True), MemoryOption("optimizer_in_backward", True, 0.005)),
         (gpu, MemoryOption("offload", "checkpoints", 0.01)),
         (tile is None or tile > _WIDE_TILE, MemoryOption("mlp_tile_tokens", _WIDE_TILE, 0.01)),
         (rows > _FEW_ROWS, MemoryOption("loss_chunk_tokens", _FEW_ROWS, 0.02)),
-        (frozen, MemoryOption("head_precision", "8bit", 0.02)),
+        (can(head_precision="8bit"), MemoryOption("head_precision", "8bit", 0.02)),
         (tile is None or tile > _NARROW_TILE, MemoryOption("mlp_tile_tokens", _NARROW_TILE, 0.03)),
         (True, MemoryOption("low_memory_decode", True, 0.15)),
-        (gpu and streams, MemoryOption("offload", "weights", 0.5)),
+        (gpu and can(offload=weights), MemoryOption("offload", "weights", 0.5)),
     )
     return [option for possible, option in choices if possible and not _pulled(config, option)]
 
@@ -68,12 +71,6 @@ def _pulled(config: TrainConfig, option: MemoryOption) -> bool:
     return option.value in present if option.setting == "offload" else bool(present == option.value)
 
 
-def steps_in_backward(config: TrainConfig) -> bool:
-    """Whether the optimizer of these settings may step in backward and learn the same."""
-    alone = config.max_grad_norm == 0 and config.accumulate == 1
-    return config.method == "full" and alone and config.dtype != "float16"
-
-
 def pull(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
     """The settings with these memory options pulled; of two for one setting the later stands.
 
@@ -81,7 +78,8 @@ def pull(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
     """
     changes: dict[str, object] = {}
     for option in options:
-        if option.setting == "optimizer_in_backward" and config.accumulate > 1:
+        stepping = option.setting == "optimizer_in_backward"
+        if stepping and not allows(config, optimizer_in_backward=True):
             continue
         if option.setting == "offload":
             before = changes.get("offload", config.offload)

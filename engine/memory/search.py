@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from engine.config.choices import POLICIES
+from engine.config.rules import allows
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import MemoryPlan
 from engine.memory.meter import gib
-from engine.memory.options import NAMES, MemoryOption, cost, memory_options, pull, steps_in_backward
+from engine.memory.options import NAMES, MemoryOption, cost, memory_options, pull
 
-POLICIES = ("none", "selective", "full")
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64
 LEAST_LENGTH = 8
@@ -123,13 +124,11 @@ class _Search:
 
     def _shaped(self, policy: str, batch: int) -> TrainConfig:
         accumulate = self.config.batch_size * self.config.accumulate // batch
-        return changed(
-            self.config,
-            gradient_checkpointing=policy,
-            batch_size=batch,
-            accumulate=accumulate,
-            optimizer_in_backward=self.config.optimizer_in_backward and accumulate == 1,
+        shaped = changed(
+            self.config, gradient_checkpointing=policy, batch_size=batch, accumulate=accumulate
         )
+        stepping = allows(shaped, optimizer_in_backward=True)
+        return changed(shaped, optimizer_in_backward=self.config.optimizer_in_backward and stepping)
 
     def fastest(self) -> TrainConfig | None:
         """The settings that fit and take the least time; None if none fit.
@@ -331,7 +330,7 @@ def _ways(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
     if not config.double_quant:
         yield "--double-quant", {"double_quant": True}
     if config.method == "full":
-        if not (config.optimizer_in_backward or steps_in_backward(config)):
+        if not (config.optimizer_in_backward or allows(config, optimizer_in_backward=True)):
             text = "--optimizer-in-backward --max-grad-norm 0 --accumulate 1"
             row = " --batch-size 1" if config.batch_size > 1 else ""
             yield (

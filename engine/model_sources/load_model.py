@@ -11,11 +11,13 @@ import ctypes
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from engine.config.choices import QUANTIZATIONS, Quantization
+from engine.config.rules import TIED_EMBEDDING
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -31,13 +33,11 @@ from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.memory.offload import Kind, on_host
 from models.tensor_layout import Layout
-from models.tensor_names import PROJECTIONS, graph_tensors
+from models.tensor_names import graph_tensors, is_quantised
 
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig
     from engine.model_sources.adapter.peft import AdapterConfig
-
-Quantization = Literal["nf4", "int8"]
 
 _PART = 1 << 22
 
@@ -98,19 +98,17 @@ def build_model(
 ) -> Decoder:
     """A decoder with the source's weights, every parameter frozen.
 
-    The large projections of each layer (`models.tensor_names.PROJECTIONS`), experts among them, are
-    quantised if asked for; embeddings, norms, biases, routers and the head are kept in `dtype`, or
-    the head, with the embedding where they are tied, in 8-bit rows. An embedding on the host sends
-    only a batch's rows to the device; with `weights_on_host` the layers' quantised weights lie
+    The large projections of each layer (`models.tensor_names.is_quantised`), experts among them,
+    are quantised if asked for; embeddings, norms, biases, routers and the head stay in `dtype`, or
+    the head, with the embedding where they are tied, is held in 8-bit rows. An
+    embedding on the host sends only a batch's rows to the device; with `weights_on_host` the
+    layers' quantised weights lie
     there and are streamed. Raises `CheckpointError` for a tensor that is not finite, `ConfigError`
     for a tied embedding on the host.
     """
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
-        raise ConfigError(
-            "This model's embedding is its output head too, which every token reads, so it cannot "
-            "stay on the host: leave out --embedding-on host; --head-precision 8bit halves it."
-        )
+        raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
     with torch.device("meta"):
         model = Decoder(source.config)
     layout = Layout.of_names(source.config, source.names())
@@ -187,7 +185,7 @@ def _place(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
     if isinstance(module, Experts) and form.quantization:
         module.set_quantized(leaf, form.quantized_experts(leaf, tensor))
     elif isinstance(module, Linear) and leaf == "weight":
-        small = form.quantization is None or path.rsplit(".", 1)[-1] not in PROJECTIONS
+        small = form.quantization is None or not is_quantised(name)
         weight = _owned(tensor, form.device, form.dtype) if small else form.quantized(tensor)
         module.set_weight(weight)
     else:
@@ -253,7 +251,7 @@ def load_model(
     Needs `config.json` and weights, no tokenizer. With an `adapter` its pairs stay separate and
     trainable. Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
-    if quantize not in (None, "nf4", "int8"):
+    if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize is {quantize!r}; expected None, 'nf4' or 'int8'")
     decoder = build_model(
         open_model_source(model), quantization=quantize, device=device, dtype=dtype

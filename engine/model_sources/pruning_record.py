@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from engine.config.choices import PRUNE_MODES
 from engine.errors import CheckpointError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import ModelSourceView
@@ -28,7 +29,6 @@ from models.config.model_config import ModelConfig
 
 PRUNING = "pruning.json"
 FORMAT = "engine-pruning-1"
-MODES = ("zero", "mask", "structural")
 HeadMap = dict[int, tuple[int, ...]]
 """Layer -> heads, both in ascending order."""
 
@@ -66,7 +66,11 @@ def read_pruning(folder: Path) -> Pruning | None:
     if record.get("format") != FORMAT:
         return None
     heads = _heads(record.get("pruned_heads"))
-    if record.get("digest") != _digest(record) or record.get("mode") not in MODES or heads is None:
+    if (
+        record.get("digest") != _digest(record)
+        or record.get("mode") not in PRUNE_MODES
+        or heads is None
+    ):
         raise CheckpointError(
             f"{path} is not as it was written: its digest does not fit. Copy it again from where "
             "the model was pruned; in mode mask, deleting it brings the pruned heads back."

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from engine.config.choices import Metric
 from engine.data.dataset import load_rows
 from engine.data.examples import Example, build_examples, check_ids
 from engine.data.loader import collate
@@ -30,7 +31,7 @@ from engine.evaluate import by_tokens
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.pruning.head_slices import Heads
-from engine.pruning.scores import LayerScores, Metric, checked, output_grams, weight_scores
+from engine.pruning.scores import LayerScores, checked, output_grams, weight_scores
 from engine.tokenization.tokenizer import load_tokenizer
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
 from kernels.linear.projection import decode_weight
@@ -40,7 +41,7 @@ from models.layers.delta_net import DeltaNet
 from models.layers.linear import Linear
 
 if TYPE_CHECKING:
-    from engine.model_sources.load_model import Quantization
+    from engine.config.choices import Quantization
 
 _TOKENS_PER_BATCH = 2048
 

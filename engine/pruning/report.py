@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.config.choices import Metric
 from engine.model_sources.pruning_record import HeadMap, head_map
-from engine.pruning.scores import LayerScores, Metric
+from engine.pruning.scores import LayerScores
 from engine.pruning.selection import Rules, Selection
 
 LOADS_IN = (

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from engine.config.choices import Metric, Quantization
 from engine.errors import CheckpointError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.pruning.head_slices import AttentionHeads, Heads
@@ -35,9 +35,6 @@ from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import decode_weight
 from kernels.nf4.weight import quantize
 
-Metric = Literal["l2", "ov", "activation", "gradient", "random"]
-METRICS: tuple[Metric, ...] = ("l2", "ov", "activation", "gradient", "random")
-NEED_DATA: tuple[Metric, ...] = ("activation", "gradient")
 Read = Callable[[str], Tensor]
 
 
@@ -61,7 +58,7 @@ def weight_scores(
     metric: Metric,
     *,
     seed: int = 0,
-    through: Literal["nf4", "int8"] | None = None,
+    through: Quantization | None = None,
 ) -> list[LayerScores]:
     """Scores of every head of `layers` by `metric` (l2, ov or random).
 

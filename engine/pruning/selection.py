@@ -22,15 +22,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
+from engine.config.choices import Granularity, Scope
 from engine.errors import ConfigError
 from engine.model_sources.pruning_record import HeadMap
 from engine.pruning.regular_groups import Cut, cheapest, regular_cuts
 from engine.pruning.scores import LayerScores
-
-Scope = Literal["global", "layer"]
-Granularity = Literal["head", "kv-group"]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from engine.config.rules import Facts, check
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
@@ -148,32 +150,25 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
     )
 
 
-def check_in_backward(config: TrainConfig, dtype: torch.dtype) -> None:
-    """Raises `ConfigError` where the optimizer is to step in backward and `dtype` is float16."""
-    if config.optimizer_in_backward and dtype == torch.float16:
-        raise ConfigError(
-            "--optimizer-in-backward was given on a device that computes in float16, whose "
-            "gradients need a loss scale: a step that overflows is done again at a lower one, and "
-            "part of the weights would have moved by then. Give --dtype float32, or leave it out."
+def check_run(
+    config: TrainConfig, model: ModelConfig | None, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Raises `ConfigError` where the settings do not fit the model, if known, or the machine."""
+    facts = Facts(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    if model is not None:
+        facts = replace(
+            facts,
+            model_type=model.model_type,
+            tied=model.tie_word_embeddings,
+            recordable=_recordable(model) if config.cuda_graphs else None,
         )
+    check(config, facts)
 
 
-def check_graphs(config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
-    """Raises `ConfigError` where `config` asks for CUDA graphs that cannot be had."""
-    if not config.cuda_graphs:
-        return
-    if device.type != "cuda":
-        raise ConfigError(
-            f"--cuda-graphs was given for a run on the {device.type}, which has none. Leave it "
-            "out, or train on a GPU with --device cuda."
-        )
+def _recordable(model: ModelConfig) -> bool:
+    """Whether CUDA graphs can hold any layer of the model."""
     with torch.device("meta"):
-        if not any(map(recordable, Decoder(model).layers)):
-            raise ConfigError(
-                f"--cuda-graphs was given for a {model.model_type} model, none of whose layers has "
-                "sizes that stay: those within mixtures of experts, and the documents of Gated "
-                "DeltaNet, change with every batch. Leave it out."
-            )
+        return any(map(recordable, Decoder(model).layers))
 
 
 def make_in_backward(

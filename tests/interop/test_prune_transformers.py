@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.config.choices import Granularity, PruneMode
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
-from engine.prune import Mode, PruneSettings, prune
+from engine.prune import PruneSettings, prune
 from engine.pruning.calibration import activations, gradients
-from engine.pruning.selection import Granularity
 
 pytestmark = pytest.mark.interop
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
@@ -37,7 +37,7 @@ def test_a_model_cut_layer_by_layer_is_refused_and_not_misread(tmp_path: Path) -
 @pytest.mark.parametrize("mode", ["zero", "structural"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pruned_models_load_with_equal_logits(
-    family: str, mode: Mode, granularity: Granularity, tmp_path: Path
+    family: str, mode: PruneMode, granularity: Granularity, tmp_path: Path
 ) -> None:
     settings = PruneSettings(0.5, mode=mode, granularity=granularity, scope="layer")
     prune(GOLDEN / family, tmp_path / "out", settings)
@@ -98,7 +98,7 @@ def test_scores_are_those_of_transformers_activations_and_gradients(family: str)
 @torch.no_grad()
 @pytest.mark.parametrize(("mode", "fraction"), [("zero", 0.2), ("structural", 1 / 3)])
 def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
-    smollm2_gguf: Path, tmp_path: Path, mode: Mode, fraction: float
+    smollm2_gguf: Path, tmp_path: Path, mode: PruneMode, fraction: float
 ) -> None:
     """270 real heads: 54 of them are a fifth, and one of every three a third."""
     result = prune(smollm2_gguf, tmp_path / "out", PruneSettings(fraction, mode=mode))
@@ -121,7 +121,7 @@ def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
     ],
 )
 def test_delta_heads_are_removed_for_transformers_too(
-    family: str, granularity: Granularity, fraction: float, mode: Mode, tmp_path: Path
+    family: str, granularity: Granularity, fraction: float, mode: PruneMode, tmp_path: Path
 ) -> None:
     settings = PruneSettings(
         fraction, mode=mode, heads="delta", granularity=granularity, scope="layer"

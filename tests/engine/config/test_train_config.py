@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 
+from engine.config import choices
 from engine.config.aliases import ALIASES, HINTS
 from engine.config.presets import PRESETS, SUMMARIES
 from engine.config.sources import dump_yaml, load_config, read_file
-from engine.config.train_config import ALL_PROJECTIONS, TrainConfig
+from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
+from models.adapters import TARGETS, target_modules
+from models.layers import context
+from models.tensor_names import PROJECTIONS
 
 NEEDED = {"model": "m", "data": "d.jsonl"}
 
@@ -73,7 +77,10 @@ def test_the_names_of_other_trainers_are_taken(tmp_path: Path) -> None:
     assert (config.model, config.data) == ("m", ("a", "b"))
     assert (config.batch_size, config.accumulate, config.max_length) == (3, 5, 512)
     assert (config.epochs, config.lora_rank, config.optimizer) == (2, 4, "adamw8bit")
-    assert (config.projections, config.lr_schedule) == (("q_proj", "v_proj"), "linear")
+    assert (target_modules(config.target_modules), config.lr_schedule) == (
+        ("q_proj", "v_proj"),
+        "linear",
+    )
 
 
 def test_every_alias_and_preset_names_real_settings() -> None:
@@ -223,9 +230,17 @@ def test_warm_up_is_a_share_or_a_number_of_steps() -> None:
 
 
 def test_target_presets_resolve_to_projections() -> None:
-    assert TrainConfig(**NEEDED).projections == ALL_PROJECTIONS
-    assert TrainConfig(**NEEDED, target_modules="qv").projections == ("q_proj", "v_proj")
-    assert TrainConfig(**NEEDED, target_modules="all-linear").projections == ALL_PROJECTIONS
+    def projections(**values: Any) -> tuple[str, ...]:
+        return target_modules(TrainConfig(**NEEDED, **values).target_modules)
+
+    assert projections() == PROJECTIONS
+    assert projections(target_modules="qv") == ("q_proj", "v_proj")
+    assert projections(target_modules="all-linear") == PROJECTIONS
+    assert set(choices.TARGET_PRESETS) == set(TARGETS)
+
+
+def test_choices_are_those_of_the_graph() -> None:
+    assert choices.POLICIES == context.POLICIES
 
 
 def test_the_trajectory_leaves_out_only_what_changes_no_weight() -> None:

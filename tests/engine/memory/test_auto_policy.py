@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.finetune import train
 from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_policy
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.search import POLICIES, changed, least_step
+from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.config.choices import Metric
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.open import open_model_source
 from engine.pruning.head_slices import AttentionHeads, attention_heads
-from engine.pruning.scores import LayerScores, Metric, weight_scores
+from engine.pruning.scores import LayerScores, weight_scores
 from kernels.linear.int8 import dequantize_int8, quantize_int8
 from kernels.nf4.weight import dequantize, quantize
 

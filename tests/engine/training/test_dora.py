@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config.choices import MergeOnto, Quantization
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.finetune import train
-from engine.merge import Onto, merge
+from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
-from engine.model_sources.load_model import Quantization, load_model
+from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
 from models.adapters import adapter_tensors, add_lora
@@ -126,7 +127,7 @@ def test_the_merged_model_is_the_adapted_one(
     run = tmp_path / "run"
     train(config(tiny_model, write_rows(8), run, method=method, use_rslora=True), console=False)
     quantize: Quantization | None = "nf4" if method == "qlora" else None
-    onto: Onto = "dequantised" if method == "qlora" else "original"
+    onto: MergeOnto = "dequantised" if method == "qlora" else "original"
     adapted = load_model(tiny_model, quantize=quantize, adapter=run / "adapter")
     merge(tiny_model, run / "adapter", tmp_path / "merged", onto=onto)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
-from engine.training.trainable import check_graphs
+from engine.training.trainable import check_run
 from models.config.model_config import ModelConfig
 
 GPU = torch.device("cuda")
@@ -52,15 +52,15 @@ def test_settings_that_move_memory_are_refused(changes: dict[str, Any], text: st
 
 def test_a_processor_has_no_graphs() -> None:
     with pytest.raises(ConfigError, match="a run on the cpu"):
-        check_graphs(settings(), shape(), torch.device("cpu"))
+        check_run(settings(), shape(), torch.device("cpu"), torch.float32)
 
 
 def test_a_model_of_which_nothing_can_be_recorded_is_refused() -> None:
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     with pytest.raises(ConfigError, match="qwen3_moe"):
-        check_graphs(settings(), shape(model_type="qwen3_moe", **experts), GPU)
+        check_run(settings(), shape(model_type="qwen3_moe", **experts), GPU, torch.float32)
 
 
 def test_what_can_be_recorded_is_accepted() -> None:
-    check_graphs(settings(), shape(), GPU)
-    check_graphs(settings(cuda_graphs=False), shape(), torch.device("cpu"))
+    check_run(settings(), shape(), GPU, torch.float32)
+    check_run(settings(cuda_graphs=False), shape(), torch.device("cpu"), torch.float32)

@@ -23,7 +23,7 @@ from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, smallest
 from engine.runs.metrics import read_metrics
 from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerSettings, train_step
-from engine.training.trainable import check_in_backward, make_in_backward
+from engine.training.trainable import check_run, make_in_backward
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from optim import AdamW8bit
@@ -245,9 +245,9 @@ def test_what_it_cannot_do_is_refused(changes: dict[str, Any], message: str) -> 
 
 def test_a_device_that_computes_in_float16_is_refused() -> None:
     with pytest.raises(ConfigError, match="loss scale"):
-        check_in_backward(settings(), torch.float16)
-    check_in_backward(settings(), torch.bfloat16)
-    check_in_backward(settings(optimizer_in_backward=False), torch.float16)
+        check_run(settings(), None, torch.device("cuda"), torch.float16)
+    check_run(settings(), None, torch.device("cuda"), torch.bfloat16)
+    check_run(settings(optimizer_in_backward=False), None, torch.device("cuda"), torch.float16)
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"loss_scale": 2.0}])

@@ -1,0 +1,39 @@
+"""The values that a setting may take, defined once; nothing here needs torch.
+
+Each `Literal` is the type of a setting, and the tuple beside it lists its values in the order in
+which they are shown.
+"""
+
+from typing import Literal, get_args
+
+Method = Literal["qlora", "lora", "full"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+Policy = Literal["none", "selective", "full"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+"""Checkpointing policies, the fastest first; `models.layers` has the same, and a test says so."""
+
+Quantization = Literal["nf4", "int8"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
+
+ComputeType = Literal["auto", "float32", "bfloat16", "float16"]
+StoredType = Literal["float32", "bfloat16", "float16"]
+HeadPrecision = Literal["16bit", "8bit"]
+EmbeddingOn = Literal["device", "host"]
+Offload = Literal["checkpoints", "weights"]
+Optimizer = Literal["adamw8bit", "adamw"]
+Schedule = Literal["cosine", "linear", "constant"]
+Tracker = Literal["tensorboard", "wandb"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+TARGET_PRESETS = ("all", "attn", "qv")
+"""Names for sets of projections; `models.adapters` resolves them."""
+
+Metric = Literal["l2", "ov", "activation", "gradient", "random"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
+METRICS_WITH_DATA: tuple[Metric, ...] = ("activation", "gradient")
+PruneMode = Literal["zero", "mask", "structural"]
+PRUNE_MODES: tuple[PruneMode, ...] = get_args(PruneMode)
+HeadKind = Literal["attention", "delta"]
+Scope = Literal["global", "layer"]
+Granularity = Literal["head", "kv-group"]
+MergeOnto = Literal["original", "dequantised"]
