@@ -12,7 +12,12 @@ from engine.benchmark import plain
 from engine.benchmark.case import Case, Settings, Tensors, Work, gradients, leaf
 from engine.benchmark.ops_elementwise import normal
 from engine.benchmark.random_weights import random_nf4, random_projection
-from kernels.attention import AttentionPlan, attention_backward, attention_forward
+from kernels.attention import (
+    AttentionPlan,
+    AttentionSettings,
+    attention_backward,
+    attention_forward,
+)
 from kernels.linear.lora import lora_qkv
 from kernels.linear.projection import Projection, decode_weight
 from kernels.linear.swiglu_mlp import lora_mlp
@@ -239,14 +244,14 @@ def _attention(model: str, config: ModelConfig, settings: Settings, *, backward:
 
     def make(device: torch.device) -> Work:
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-        plan = AttentionPlan.from_cu_seqlens(cu_seqlens, n)
+        packing = AttentionSettings(AttentionPlan.from_cu_seqlens(cu_seqlens, n), None, scale)
 
         def ours(t: Tensors) -> Tensors:
             q, k, v = t["q"], t["k"], t["v"]
-            out, saved = attention_forward(q, k, v, plan, None, scale)
+            out, saved = attention_forward(q, k, v, packing)
             if not backward:
                 return {"o": out}
-            grads = attention_backward(t["do"], q, k, v, out, saved, plan, None, scale)
+            grads = attention_backward(t["do"], q, k, v, out, saved, packing)
             return {"o": out, **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
         sizes = {"q": heads, "k": kv_heads, "v": kv_heads, "do": heads}

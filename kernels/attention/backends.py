@@ -1,4 +1,4 @@
-"""torch's attention back ends on a GPU, and the choice among them by trying.
+"""torch's attention back ends for a GPU.
 
     name        packed documents by         takes                            what backward reads
     cudnn       a batch of equal lengths    16 bit, no window                out, lse, seed, offset
@@ -6,12 +6,7 @@
     efficient   boundaries (varlen)         16 or 32 bit, window             out, lse, seed, offset
     documents   one call per block          all but open plans               q, k, v (recomputes)
 
-The order is that of speed; cuDNN goes first only where torch's own chooser prefers it to flash for
-this problem. Nothing is decided by a version: a back end is used for a type, head count, head
-dimension and device only after it solved a small problem of that kind, forward and backward, and
-agreed with plain arithmetic (documents apart, window exact). That costs a few small launches once
-per process. `ENGINE_ATTENTION=name` chooses on purpose, without a trial: what cannot run then
-raises. `explain` says what each back end answered.
+The order is that of speed; `kernels.attention.choice` chooses.
 
 flash and efficient are the functions behind `torch.nn.attention.varlen.varlen_attn` and
 `scaled_dot_product_attention`; called directly, they hand out what backward needs, so that a
@@ -20,18 +15,14 @@ checkpointing policy can keep it. None of them waits for the device.
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
-from kernels.attention.documents import AttentionPlan
+from kernels.attention.documents import AttentionGradients, AttentionPlan, AttentionSettings
 from kernels.attention.reference import documents_backward, documents_forward
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -41,25 +32,22 @@ _CUDNN_GRANULE = 128
 _CAUSAL = 1
 """`efficient`'s number for a causal mask."""
 
-_log = logging.getLogger(__name__)
-
 Result = tuple[Tensor, list[Tensor]]
-Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Backend:
     """A pair of functions and the problems they are made for.
 
-    `forward(q, k, v, plan, window, scale)` returns (out, saved);
-    `backward(do, q, k, v, out, saved, plan, window, scale)` returns (dq, dk, dv); where it `writes`
-    it takes three tensors `into` which it writes instead.
+    `forward(q, k, v, settings)` returns (out, saved);
+    `backward(do, q, k, v, out, saved, settings)` returns (dq, dk, dv); where it `writes` it takes
+    three tensors `into` which it writes instead.
     """
 
     name: str
-    forward: Callable[[Tensor, Tensor, Tensor, AttentionPlan, int | None, float], Result]
-    backward: Callable[..., Gradients]
-    suits: Callable[[Tensor, Tensor, AttentionPlan, int | None], bool]
+    forward: Callable[[Tensor, Tensor, Tensor, AttentionSettings], Result]
+    backward: Callable[..., AttentionGradients]
+    suits: Callable[[Tensor, Tensor, AttentionSettings], bool]
     writes: bool = False
 
 
@@ -73,25 +61,23 @@ def _packed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _cudnn_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
+def _cudnn_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     """Fixed token budgets only: cuDNN builds a plan of its own for every new length."""
-    length = plan.equal_length
+    length = settings.plan.equal_length
     return (
         q.dtype in _HALF
         and q.shape[2] % 8 == 0
         and length is not None
         and length % _CUDNN_GRANULE == 0
-        and plan.window(window) is None
-        and not plan.frugal  # its workspace is its own secret
+        and settings.hiding_window is None
+        and not settings.plan.frugal  # nothing says how large its workspace is
     )
 
 
-def _cudnn_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
-) -> Result:
-    q, k, v = (_batched(x, plan) for x in (q, k, v))
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+    q, k, v = (_batched(x, settings.plan) for x in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, False, scale=scale
+        q, k, v, None, True, 0.0, True, False, scale=settings.scale
     )
     return _packed(out), [lse, seed, offset]
 
@@ -103,22 +89,20 @@ def _cudnn_backward(
     v: Tensor,
     out: Tensor,
     saved: list[Tensor],
-    plan: AttentionPlan,
-    window: int | None,
-    scale: float,
-) -> Gradients:
+    settings: AttentionSettings,
+) -> AttentionGradients:
     lse, seed, offset = saved
-    do, q, k, v, out = (_batched(x, plan) for x in (do, q, k, v, out))
+    do, q, k, v, out = (_batched(x, settings.plan) for x in (do, q, k, v, out))
     # None stands for the undefined tensors that autograd passes: no bias, no boundaries.
     parts = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         do, q, k, v, out, lse, seed, offset, None, None, None, q.shape[2], k.shape[2],
-        0.0, True, scale=scale,
+        0.0, True, scale=settings.scale,
     )  # fmt: skip
     dq, dk, dv = (_packed(x) for x in parts)
     return dq, dk, dv
 
 
-def _flash_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
+def _flash_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     return q.dtype in _HALF and q.shape[2] <= 256 and q.shape[2] % 8 == 0
 
 
@@ -150,21 +134,17 @@ def _taken(x: Tensor, heads: slice) -> Tensor:
     return x if heads.stop - heads.start >= x.shape[1] else x[:, heads]
 
 
-def _flash_arguments(
-    q: Tensor, plan: AttentionPlan, window: int | None, scale: float
-) -> tuple[list[Any], dict[str, Any]]:
-    window = plan.window(window)
+def _flash_arguments(q: Tensor, settings: AttentionSettings) -> tuple[list[Any], dict[str, Any]]:
+    plan, window = settings.plan, settings.hiding_window
     cu_seqlens, longest = plan.boundaries(q.device), plan.longest
     left = -1 if window is None else window - 1
-    options = {"scale": scale, "window_size_left": left, "window_size_right": 0}
+    options = {"scale": settings.scale, "window_size_left": left, "window_size_right": 0}
     return [cu_seqlens, cu_seqlens, longest, longest, 0.0, window is None], options
 
 
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
-) -> Result:
-    arguments, options = _flash_arguments(q, plan, window, scale)
-    slices = _head_slices(q, k, plan)
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+    arguments, options = _flash_arguments(q, settings)
+    slices = _head_slices(q, k, settings.plan)
     whole = q.new_empty(q.shape) if len(slices) > 1 else None
     saved: list[Tensor] = []
     for heads, kv in slices:
@@ -184,13 +164,11 @@ def _flash_backward(
     v: Tensor,
     out: Tensor,
     saved: list[Tensor],
-    plan: AttentionPlan,
-    window: int | None,
-    scale: float,
-    into: Gradients | None = None,
-) -> Gradients:
-    arguments, options = _flash_arguments(q, plan, window, scale)
-    slices = _head_slices(q, k, plan)
+    settings: AttentionSettings,
+    into: AttentionGradients | None = None,
+) -> AttentionGradients:
+    arguments, options = _flash_arguments(q, settings)
+    slices = _head_slices(q, k, settings.plan)
     if into is None and len(slices) > 1:
         into = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     for index, (heads, kv) in enumerate(slices):
@@ -210,7 +188,7 @@ def _flash_backward(
     return into
 
 
-def _efficient_suits(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
+def _efficient_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     return q.dtype in (*_HALF, torch.float32) and q.shape[2] % 8 == 0
 
 
@@ -219,18 +197,17 @@ def _wide(x: Tensor, groups: int) -> Tensor:
     return (x if groups == 1 else x.repeat_interleave(groups, 1)).unsqueeze(0)
 
 
-def _efficient_options(plan: AttentionPlan, window: int | None, scale: float) -> dict[str, Any]:
-    window = plan.window(window)
-    return {"scale": scale} | ({} if window is None else {"window_size": window})
+def _efficient_options(settings: AttentionSettings) -> dict[str, Any]:
+    window = settings.hiding_window
+    return {"scale": settings.scale} | ({} if window is None else {"window_size": window})
 
 
-def _efficient_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
-) -> Result:
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+    plan = settings.plan
     groups, cu_seqlens = q.shape[1] // k.shape[1], plan.boundaries(q.device)
     out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
         q.unsqueeze(0), _wide(k, groups), _wide(v, groups), None, cu_seqlens, cu_seqlens,
-        plan.longest, plan.longest, 0.0, _CAUSAL, True, **_efficient_options(plan, window, scale),
+        plan.longest, plan.longest, 0.0, _CAUSAL, True, **_efficient_options(settings),
     )  # fmt: skip
     return out.squeeze(0).contiguous(), [lse, seed, offset]
 
@@ -242,16 +219,15 @@ def _efficient_backward(
     v: Tensor,
     out: Tensor,
     saved: list[Tensor],
-    plan: AttentionPlan,
-    window: int | None,
-    scale: float,
-) -> Gradients:
+    settings: AttentionSettings,
+) -> AttentionGradients:
     lse, seed, offset = saved
+    plan = settings.plan
     groups, cu_seqlens = q.shape[1] // k.shape[1], plan.boundaries(q.device)
     dq, dk, dv, _ = torch.ops.aten._efficient_attention_backward(
         do.unsqueeze(0), q.unsqueeze(0), _wide(k, groups), _wide(v, groups), None,
         out.unsqueeze(0), cu_seqlens, cu_seqlens, plan.longest, plan.longest, lse, 0.0, seed,
-        offset, _CAUSAL, False, **_efficient_options(plan, window, scale),
+        offset, _CAUSAL, False, **_efficient_options(settings),
     )  # fmt: skip
     dq, dk, dv = (x.squeeze(0) for x in (dq, dk, dv))
     if groups > 1:
@@ -259,8 +235,8 @@ def _efficient_backward(
     return dq, dk, dv
 
 
-def _documents_suit(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> bool:
-    return plan.most is None
+def _documents_suit(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
+    return settings.plan.most is None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -273,117 +249,3 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 """By name, the fastest first."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a trial stands for: problems that differ only in their documents."""
-
-    device: torch.device
-    dtype: torch.dtype
-    heads: int
-    kv_heads: int
-    head_dim: int
-    windowed: bool
-    open: bool = False
-
-
-_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
-"""Of the largest value. A leak between documents or a window off by one is an error near 1."""
-
-
-def _sample(kind: Kind, name: str) -> tuple[AttentionPlan, int | None, list[Tensor]]:
-    """A small problem of `kind`: its documents, window, and q, k, v, do."""
-    bounds = [0, 128, 256] if name == "cudnn" else [0, 5, 135, 196]
-    plan = AttentionPlan.from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), bounds[-1])
-    generator = torch.Generator().manual_seed(0)
-    heads = (kind.heads, kind.kv_heads, kind.kv_heads, kind.heads)
-    values = [
-        torch.randn(bounds[-1], h, kind.head_dim, generator=generator, device="cpu") for h in heads
-    ]
-    return plan, 37 if kind.windowed else None, [x.to(kind.device, kind.dtype) for x in values]
-
-
-def _opened(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
-    """The same documents, which the host does not know, and three empty ones."""
-    padded = [*plan.bounds, *[plan.bounds[-1]] * 3]
-    cu_seqlens = torch.tensor(padded, dtype=torch.int32, device=device)
-    return AttentionPlan.within(cu_seqlens, 2 * plan.longest)
-
-
-@cache
-def trial(name: str, kind: Kind) -> str:
-    """ "ok", or why the back end `name` does not serve problems of `kind`."""
-    plan, window, (q, k, v, do) = _sample(kind, name)
-    backend, scale = BACKENDS[name], kind.head_dim**-0.5
-    given = _opened(plan, kind.device) if kind.open else plan
-    try:
-        out, saved = backend.forward(q, k, v, given, window, scale)
-        got = (out, *backend.backward(do, q, k, v, out, saved, given, window, scale))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    q, k, v, do = (x.cpu().double() for x in (q, k, v, do))
-    truth, _ = documents_forward(q, k, v, plan, window, scale)
-    want = (truth, *documents_backward(do, q, k, v, truth, [], plan, window, scale))
-    for value, true, what in zip(got, want, ("out", "dq", "dk", "dv"), strict=True):
-        worst = float((value.cpu().double() - true).abs().max() / true.abs().max())
-        if not worst <= _TOLERANCE[kind.dtype]:
-            return f"{what} is wrong by {worst:.1e} of its largest value"
-    return "ok"
-
-
-@cache
-def _torch_prefers_cudnn(kind: Kind) -> bool:
-    """Whether torch's own chooser takes cuDNN for a batch of this kind."""
-    chooser = getattr(torch, "_fused_sdp_choice", None)
-    if chooser is None:
-        return False
-    q = torch.empty(2, kind.heads, 1024, kind.head_dim, dtype=kind.dtype, device=kind.device)
-    q.requires_grad_(True)
-    choice: int = chooser(q, q, q, None, 0.0, True)
-    return choice == SDPBackend.CUDNN_ATTENTION.value
-
-
-def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> Kind:
-    return Kind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_)
-
-
-def _works(backend: Backend, kind: Kind) -> bool:
-    if backend.name == "documents":
-        return True
-    if backend.name == "cudnn" and not _torch_prefers_cudnn(kind):
-        return False
-    return trial(backend.name, kind) == "ok"
-
-
-@cache
-def _announce(name: str, kind: Kind) -> None:
-    _log.info("attention runs as %s for %s", name, kind)
-
-
-def select(q: Tensor, k: Tensor, plan: AttentionPlan, window: int | None) -> Backend:
-    """The first back end that suits this problem and has proved that it solves its kind.
-
-    Meta tensors, on which nothing can be tried, get flash where it suits, else documents.
-    """
-    forced = os.environ.get("ENGINE_ATTENTION")
-    if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"ENGINE_ATTENTION is {forced!r}; expected one of {list(BACKENDS)}")
-        return BACKENDS[forced]
-    if q.is_meta:
-        return BACKENDS["flash" if _flash_suits(q, k, plan, window) else "documents"]
-    kind = _kind(q, k, plan.window(window) is not None, plan.most is not None)
-    for backend in BACKENDS.values():
-        if backend.suits(q, k, plan, window) and _works(backend, kind):
-            _announce(backend.name, kind)
-            return backend
-    raise RuntimeError(f"no attention back end for {kind}: {explain(q, k)}")
-
-
-def explain(q: Tensor, k: Tensor, windowed: bool = False) -> dict[str, str]:
-    """What every back end answers to a trial on the device and in the type and shape of q, k."""
-    kind = _kind(q, k, windowed)
-    return {name: trial(name, kind) for name in BACKENDS}

@@ -1,7 +1,7 @@
-"""What attention needs to know of a packed batch, worked out once and read by every layer.
+"""Document boundaries of a packed batch, as every attention layer reads them.
 
-Document d of a batch holds rows bounds[d] to bounds[d + 1]. From these boundaries follow the blocks
-of queries and keys that are computed together and, under a sliding window, their masks.
+Document d of a batch holds tokens bounds[d] to bounds[d + 1]. From these boundaries follow the
+blocks of queries and keys that are computed together and, under a sliding window, their masks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 _WINDOW_BLOCK = 256
+
+AttentionGradients = tuple[Tensor, Tensor, Tensor]
+"""dq, dk, dv in the shapes of q, k, v."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ class AttentionPlan:
         key = ("boundaries", device)
         if key not in self._known:
             self._known[key] = self.cu_seqlens.to(device)
-        found: Tensor = self._known[key]
-        return found
+        boundaries: Tensor = self._known[key]
+        return boundaries
 
     def blocks(self, window: int | None, like: Tensor) -> list[Block]:
         """Blocks that cover every query once, with masks in the dtype and on the device of `like`.
@@ -118,8 +121,8 @@ class AttentionPlan:
         key = ("blocks", window, like.dtype, like.device)
         if key not in self._known:
             self._known[key] = self._make_blocks(window, like)
-        found: list[Block] = self._known[key]
-        return found
+        blocks: list[Block] = self._known[key]
+        return blocks
 
     def _make_blocks(self, window: int | None, like: Tensor) -> list[Block]:
         blocks: list[Block] = []
@@ -135,6 +138,35 @@ class AttentionPlan:
                     masks[shape] = window_mask(*shape, window, like)
                 blocks.append(Block(q0, q1, k0, masks[shape]))
         return blocks
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What one attention computes besides its tensors.
+
+    `window` counts the keys that a query sees, its own included; scores are multiplied by `scale`.
+    `backend` "cpu" or one of `kernels.attention.backends.BACKENDS` forces a back end; None chooses
+    the best that works.
+    """
+
+    plan: AttentionPlan
+    window: int | None
+    scale: float
+    backend: str | None = None
+
+    @property
+    def hiding_window(self) -> int | None:
+        """The window, or None where it hides nothing."""
+        return self.plan.window(self.window)
+
+    def blocks(self, like: Tensor) -> list[Block]:
+        return self.plan.blocks(self.hiding_window, like)
+
+
+def heads_first(x: Tensor, start: int, end: int, groups: int) -> Tensor:
+    """Tokens `start:end` of x (N, H, D) as (1, H * groups, T, D)."""
+    part = x[start:end].transpose(0, 1).unsqueeze(0)
+    return part if groups == 1 else part.repeat_interleave(groups, dim=1)
 
 
 def window_mask(queries: int, lead: int, window: int, like: Tensor) -> Tensor:

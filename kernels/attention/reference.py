@@ -1,8 +1,8 @@
-"""Attention one document at a time through torch's public function: slow, and runs anywhere.
+"""Attention one document at a time with torch's public function: slow, runs anywhere.
 
 This is the last resort of `kernels.attention.backends` and the truth that it compares with. Each
-block of `AttentionPlan.blocks` is one call; the backward pass differentiates that call anew, so
-nothing is kept of the forward pass.
+block of `AttentionPlan.blocks` is one call; the backward pass repeats that call under autograd, so
+the forward pass saves nothing.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.documents import AttentionPlan
-
-
-def _heads_first(x: Tensor, start: int, end: int, groups: int) -> Tensor:
-    part = x[start:end].transpose(0, 1).unsqueeze(0)
-    return part if groups == 1 else part.repeat_interleave(groups, dim=1)
+from kernels.attention.documents import AttentionGradients, AttentionSettings, heads_first
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -25,18 +20,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) 
 
 
 def documents_forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, list[Tensor]]:
     """o (N, Hq, D), and nothing to save."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     groups = q.shape[1] // k.shape[1]
-    for b in plan.blocks(plan.window(window), q):
+    for b in settings.blocks(q):
         part = _attend(
-            _heads_first(q, b.q0, b.q1, 1),
-            _heads_first(k, b.k0, b.q1, groups),
-            _heads_first(v, b.k0, b.q1, groups),
+            heads_first(q, b.q0, b.q1, 1),
+            heads_first(k, b.k0, b.q1, groups),
+            heads_first(v, b.k0, b.q1, groups),
             b.mask,
-            scale,
+            settings.scale,
         )
         out[b.q0 : b.q1] = part.squeeze(0).transpose(0, 1)
     return out, []
@@ -49,24 +44,22 @@ def documents_backward(
     v: Tensor,
     out: Tensor,
     saved: list[Tensor],
-    plan: AttentionPlan,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    settings: AttentionSettings,
+) -> AttentionGradients:
     """dq, dk, dv; keys of overlapping blocks are summed in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
     groups, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-    for b in plan.blocks(plan.window(window), q):
+    for b in settings.blocks(q):
         leaves = [
-            _heads_first(q, b.q0, b.q1, 1).detach().requires_grad_(True),
-            _heads_first(k, b.k0, b.q1, groups).detach().requires_grad_(True),
-            _heads_first(v, b.k0, b.q1, groups).detach().requires_grad_(True),
+            heads_first(q, b.q0, b.q1, 1).detach().requires_grad_(True),
+            heads_first(k, b.k0, b.q1, groups).detach().requires_grad_(True),
+            heads_first(v, b.k0, b.q1, groups).detach().requires_grad_(True),
         ]
         with torch.enable_grad():
-            part = _attend(leaves[0], leaves[1], leaves[2], b.mask, scale)
-        grads = torch.autograd.grad(part, leaves, _heads_first(do, b.q0, b.q1, 1))
+            part = _attend(leaves[0], leaves[1], leaves[2], b.mask, settings.scale)
+        grads = torch.autograd.grad(part, leaves, heads_first(do, b.q0, b.q1, 1))
         dq[b.q0 : b.q1] = grads[0].squeeze(0).transpose(0, 1)
         for target, grad in ((dk, grads[1]), (dv, grads[2])):
             summed = grad.to(wide).unflatten(1, (kv_heads, groups)).sum(2)

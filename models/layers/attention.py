@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import attention_backward, attention_forward, cached_attention
+from kernels.attention import (
+    AttentionSettings,
+    attention_backward,
+    attention_forward,
+    cached_attention,
+)
 from kernels.elementwise.rope import rope_
 from kernels.linear.lora import Gradients, project, project_backward
 from kernels.linear.projection import Decoded, Projection, decode, output_columns
@@ -96,13 +101,14 @@ class Attention(nn.Module):
             keys, values = context.cache.append(self.index, k, saved.v)
             saved.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
         else:
-            saved.out, saved.lse = attention_forward(
-                q, k, saved.v, context.plan, self.window, self.scale
-            )
+            saved.out, saved.lse = attention_forward(q, k, saved.v, self._settings(context))
         o_proj, seed = (self.o_proj.projection(),), context.seed(self.index, 1)
         del h
         y = project(self._gated(saved), o_proj, seed, slot=context.settings.output_scratch)[0][0]
         return y.add_(x), saved
+
+    def _settings(self, context: LayerContext) -> AttentionSettings:
+        return AttentionSettings(context.plan, self.window, self.scale)
 
     def _qkv(
         self, h: Tensor, context: LayerContext, saved: AttentionSaved, decoded: Decoded | None
@@ -190,9 +196,8 @@ class Attention(nn.Module):
             open_ = torch.sigmoid(saved.gate)
             torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
             d_out = d_out * open_
-        attention_backward(
-            d_out, q, k, v, out, saved.lse, context.plan, self.window, self.scale, (dq, dk, dv)
-        )
+        settings = self._settings(context)
+        attention_backward(d_out, q, k, v, out, saved.lse, settings, (dq, dk, dv))
         self._rotate(dq, context, inverse=True)
         self._rotate(dk, context, inverse=True)
         if self.q_norm is not None and self.k_norm is not None:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import kernels.adamw8bit.launch
-import kernels.attention.backends
+import kernels.attention.choice
 import kernels.linear.int8
 import kernels.loss.linear_cross_entropy
 import kernels.nf4.tiles
@@ -149,7 +149,7 @@ def gpu_ways(meter: DryMeter) -> list[tuple[Any, str, Any]]:
         *((module, name, upload) for module, name in users(kernels.adamw8bit.launch.upload)),
         (torch.cuda, "current_device", lambda: GPU.index),
         (kernels.loss.linear_cross_entropy, "_multiplies_into_fp32", lambda device, dtype: True),
-        (kernels.attention.backends, "_works", lambda backend, kind: backend.name in _ATTENTION),
+        (kernels.attention.choice, "_works", lambda backend, kind: backend.name in _ATTENTION),
         (kernels.nf4.tiles, "_device_numbers", lambda device: (80, 108)),
         (Kernel, "__getitem__", _no_launch),
         *_lending_ways(meter),

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-import kernels.attention
 import kernels.attention.backends
+import kernels.attention.cpu
 import kernels.elementwise.dropout
 import kernels.loss.cross_entropy
 import kernels.loss.linear_cross_entropy
@@ -110,7 +110,7 @@ def dry_pass(
 
     `GPU` chooses the code for CUDA. Raises what the run itself would raise for these settings.
     """
-    kernels.attention._cpu_flash_reads_groups()
+    kernels.attention.cpu.flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.attention import (
     AttentionPlan,
+    AttentionSettings,
     attention,
     attention_backward,
     attention_forward,
@@ -106,7 +107,7 @@ def test_values_and_gradients_are_accurate(
 @pytest.mark.parametrize("backend", ["cpu", "documents"])
 def test_a_window_of_one_sees_only_its_own_token(backend: str) -> None:
     q, k, v, _ = problem(40, 4, 2, 8)
-    out, _ = attention_forward(q, k, v, plan_of((30, 10)), 1, 0.3, backend)
+    out, _ = attention_forward(q, k, v, AttentionSettings(plan_of((30, 10)), 1, 0.3, backend))
     torch.testing.assert_close(out, v.repeat_interleave(2, 1), rtol=1e-6, atol=0)
 
 
@@ -118,7 +119,7 @@ def test_a_wrong_mask_breaks_the_rule(fault: str, backend: str, accurate: Accura
     q, k, v, _ = values
     wrong = plan_of((60,)) if fault == "document" else plan_of(lengths)
     off = {"window": window + 1, "document": window, "future": None}[fault]
-    out, _ = attention_forward(q, k, v, wrong, off, 0.25, backend)
+    out, _ = attention_forward(q, k, v, AttentionSettings(wrong, off, 0.25, backend))
     other, truth = (f(values, plan_of(lengths), window)[0] for f in (plain, exact))
     with pytest.raises(AssertionError):
         accurate(out, other, truth)
@@ -129,11 +130,12 @@ def test_a_wrong_mask_breaks_the_rule(fault: str, backend: str, accurate: Accura
 def test_gradients_can_be_written_into_column_blocks(window: int | None, backend: str) -> None:
     q, k, v, do = problem(70, 4, 2, 16)
     plan = plan_of((50, 20))
-    out, saved = attention_forward(q, k, v, plan, window, 0.25, backend)
-    want = attention_backward(do, q, k, v, out, saved, plan, window, 0.25, backend=backend)
+    settings = AttentionSettings(plan, window, 0.25, backend)
+    out, saved = attention_forward(q, k, v, settings)
+    want = attention_backward(do, q, k, v, out, saved, settings)
     joined = torch.empty(70, 8 * 16)
     dq, dk, dv = (x.unflatten(1, (-1, 16)) for x in joined.split((64, 32, 32), 1))
-    attention_backward(do, q, k, v, out, saved, plan, window, 0.25, (dq, dk, dv), backend=backend)
+    attention_backward(do, q, k, v, out, saved, settings, (dq, dk, dv))
     for got, wanted in zip((dq, dk, dv), want, strict=True):
         assert torch.equal(got, wanted)
 
@@ -194,8 +196,9 @@ def test_layers_neither_read_the_device_nor_rebuild_the_plan(backend: str) -> No
     plan = plan_of((600,))
 
     def layer() -> None:
-        out, saved = attention_forward(q, k, v, plan, 100, 0.3, backend)
-        attention_backward(do, q, k, v, out, saved, plan, 100, 0.3, backend=backend)
+        settings = AttentionSettings(plan, 100, 0.3, backend)
+        out, saved = attention_forward(q, k, v, settings)
+        attention_backward(do, q, k, v, out, saved, settings)
 
     layer()
     with Counted() as counted:
@@ -208,6 +211,6 @@ def test_layers_neither_read_the_device_nor_rebuild_the_plan(backend: str) -> No
 @pytest.mark.parametrize("newest", [1, 3, 12])
 def test_cached_attention_is_the_end_of_the_whole(newest: int, window: int | None) -> None:
     q, k, v, _ = problem(12, 4, 2, 8)
-    whole, _ = attention_forward(q, k, v, plan_of((12,)), window, 0.4)
+    whole, _ = attention_forward(q, k, v, AttentionSettings(plan_of((12,)), window, 0.4))
     last = cached_attention(q[-newest:], k, v, window, 0.4)
     torch.testing.assert_close(last, whole[-newest:], rtol=1e-5, atol=1e-6)

@@ -17,12 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.attention import (
     AttentionPlan,
+    AttentionSettings,
     attention,
     attention_backward,
     attention_forward,
+    backends,
+    choice,
 )
-from kernels.attention import backends as attention_backends
-from kernels.attention.backends import BACKENDS, Kind, explain, select, trial
+from kernels.attention.backends import BACKENDS
+from kernels.attention.choice import TrialKind, explain, select, trial
 
 CPU = torch.device("cpu")
 WHOLE_BATCH = (128, 128)
@@ -179,8 +182,10 @@ def emulated() -> Iterator[Emulation]:
     trial.cache_clear()
 
 
-def kind(dtype: torch.dtype = torch.bfloat16, windowed: bool = False, open_: bool = False) -> Kind:
-    return Kind(CPU, dtype, 4, 2, 32, windowed, open_)
+def kind(
+    dtype: torch.dtype = torch.bfloat16, windowed: bool = False, open_: bool = False
+) -> TrialKind:
+    return TrialKind(CPU, dtype, 4, 2, 32, windowed, open_)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +262,7 @@ def test_out_of_memory_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(
         BACKENDS,
         "flash",
-        attention_backends.Backend("flash", full, full, backend.suits),  # type: ignore[arg-type]
+        backends.Backend("flash", full, full, backend.suits),  # type: ignore[arg-type]
     )
     with pytest.raises(torch.OutOfMemoryError):
         trial(name="flash", kind=kind(torch.float16))
@@ -267,10 +272,10 @@ def chosen(
     dtype: torch.dtype, lengths: tuple[int, ...], window: int | None = None, dim: int = 64
 ) -> str:
     q = torch.empty(sum(lengths), 4, dim, dtype=dtype)
-    return select(q, q[:, :2], plan_of(lengths), window).name
+    return select(q, q[:, :2], AttentionSettings(plan_of(lengths), window, dim**-0.5)).name
 
 
-def answers(*working: str) -> Callable[[str, Kind], str]:
+def answers(*working: str) -> Callable[[str, TrialKind], str]:
     return lambda name, kind: "ok" if name in working else "broken"
 
 
@@ -278,8 +283,8 @@ def test_the_fastest_back_end_that_suits_and_works_is_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     half, whole = torch.float16, torch.float32
-    monkeypatch.setattr(attention_backends, "_torch_prefers_cudnn", lambda kind: True)
-    monkeypatch.setattr(attention_backends, "trial", answers("cudnn", "flash", "efficient"))
+    monkeypatch.setattr(choice, "_torch_prefers_cudnn", lambda kind: True)
+    monkeypatch.setattr(choice, "trial", answers("cudnn", "flash", "efficient"))
     assert chosen(half, WHOLE_BATCH) == "cudnn"
     assert chosen(half, WHOLE_BATCH, 40) == "flash"
     assert chosen(half, (100, 100)) == "flash"
@@ -287,11 +292,11 @@ def test_the_fastest_back_end_that_suits_and_works_is_chosen(
     assert chosen(half, PACKED, dim=264) == "efficient"
     assert chosen(whole, WHOLE_BATCH) == "efficient"
     assert chosen(torch.float64, WHOLE_BATCH) == "documents"
-    monkeypatch.setattr(attention_backends, "_torch_prefers_cudnn", lambda kind: False)
+    monkeypatch.setattr(choice, "_torch_prefers_cudnn", lambda kind: False)
     assert chosen(half, WHOLE_BATCH) == "flash"
-    monkeypatch.setattr(attention_backends, "trial", answers("efficient"))
+    monkeypatch.setattr(choice, "trial", answers("efficient"))
     assert chosen(half, PACKED) == "efficient"
-    monkeypatch.setattr(attention_backends, "trial", answers())
+    monkeypatch.setattr(choice, "trial", answers())
     assert chosen(half, PACKED) == "documents"
 
 
@@ -313,7 +318,7 @@ def test_every_answer_can_be_explained(emulated: Emulation) -> None:
 def test_flash_takes_fewer_heads_at_a_time_before_32_bits_run_out(emulated: Emulation) -> None:
     plan = plan_of((300_000, 300_000))
     q, k = (torch.empty(600_000, h, 128, device="meta") for h in (32, 8))
-    slices = attention_backends._head_slices(q, k, plan)
+    slices = backends._head_slices(q, k, plan)
     assert [s[1] for s in slices] == [slice(0, 6), slice(6, 12)]
     for heads, kv in slices:
         taken = q[:, heads].shape[1]
@@ -322,7 +327,7 @@ def test_flash_takes_fewer_heads_at_a_time_before_32_bits_run_out(emulated: Emul
     assert sum(q[:, heads].shape[1] for heads, _ in slices) == 32
     many = torch.empty(5_000_000, 8, 128, device="meta")
     with pytest.raises(ValueError, match="split the batch"):
-        attention_backends._head_slices(many, k[:, :1], plan)
+        backends._head_slices(many, k[:, :1], plan)
 
 
 def test_heads_in_several_calls_give_what_one_call_gives(
@@ -332,7 +337,7 @@ def test_heads_in_several_calls_give_what_one_call_gives(
     values = [torch.randn(196, h, 32) for h in (6, 3, 3)]
     results = []
     for limit in (2**31, 600 * 2 * 2 * 32):
-        monkeypatch.setattr(attention_backends, "_INT32_ELEMENTS", limit)
+        monkeypatch.setattr(backends, "_INT32_ELEMENTS", limit)
         q, k, v = (x.clone().requires_grad_(True) for x in values)
         out = attention(q, k, v, plan, backend="flash")
         grads = torch.autograd.grad(out.square().sum(), (q, k, v))
@@ -344,33 +349,32 @@ def test_heads_in_several_calls_give_what_one_call_gives(
 def test_a_frugal_batch_takes_its_heads_in_equal_parts() -> None:
     plan = dataclasses.replace(plan_of((4096,)), frugal=True)
     q, k = (torch.empty(4096, h, 128, device="meta") for h in (32, 8))
-    slices = attention_backends._head_slices(q, k, plan)
+    slices = backends._head_slices(q, k, plan)
     assert [s[1] for s in slices] == [slice(0, 3), slice(3, 6), slice(6, 9)]
     assert sum(q[:, heads].shape[1] for heads, _ in slices) == 32
     for heads, _ in slices:
-        assert (4096 + 128) * q[:, heads].shape[1] * 128 <= attention_backends._FRUGAL_ELEMENTS
-    assert len(attention_backends._head_slices(q, k, plan_of((4096,)))) == 1
+        assert (4096 + 128) * q[:, heads].shape[1] * 128 <= backends._FRUGAL_ELEMENTS
+    assert len(backends._head_slices(q, k, plan_of((4096,)))) == 1
     long = dataclasses.replace(plan_of((500_000,)), frugal=True)
     many, few = (torch.empty(500_000, h, 128, device="meta") for h in (32, 8))
     # One group is more than the limit: a call for each, and no refusal.
-    assert len(attention_backends._head_slices(many, few, long)) == 8
+    assert len(backends._head_slices(many, few, long)) == 8
 
 
 def test_a_frugal_batch_gives_what_any_other_gives(
     emulated: Emulation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_backends, "_FRUGAL_ELEMENTS", 600 * 2 * 32)
+    monkeypatch.setattr(backends, "_FRUGAL_ELEMENTS", 600 * 2 * 32)
     values = [torch.randn(196, h, 32) for h in (6, 3, 3, 6)]
     results = []
     for frugal in (False, True):
         plan = dataclasses.replace(plan_of(PACKED), frugal=frugal)
         q, k, v, do = (x.clone() for x in values)
-        out, saved = attention_forward(q, k, v, plan, None, 32**-0.5, "flash")
+        settings = AttentionSettings(plan, None, 32**-0.5, "flash")
+        out, saved = attention_forward(q, k, v, settings)
         wide = torch.full((196, 12, 32), float("nan"))
         into = (wide[:, :6], wide[:, 6:9], wide[:, 9:])
-        grads = attention_backward(
-            do, q, k, v, out, saved, plan, None, 32**-0.5, into, backend="flash"
-        )
+        grads = attention_backward(do, q, k, v, out, saved, settings, into)
         assert all(mine is given for mine, given in zip(grads, into, strict=True))
         results.append([out, *into])
     assert emulated.calls.count("flash_forward") == 1 + 3
@@ -384,19 +388,19 @@ def test_torchs_own_shape_functions_accept_the_flash_calls() -> None:
         q, k = (torch.empty(196, h, 64, dtype=torch.bfloat16, device="cuda") for h in (4, 2))
         boundaries = torch.empty(4, dtype=torch.int32, device="cuda")
         plan = AttentionPlan(boundaries, plan.bounds)
-        flash = BACKENDS["flash"]
-        out, saved = flash.forward(q, k, k, plan, 20, 0.1)
+        flash, settings = BACKENDS["flash"], AttentionSettings(plan, 20, 0.1)
+        out, saved = flash.forward(q, k, k, settings)
         assert out.shape == q.shape
         assert saved[0].shape == (4, 196)
-        grads = flash.backward(out, q, k, k, out, saved, plan, 20, 0.1)
+        grads = flash.backward(out, q, k, k, out, saved, settings)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
 
 
 def test_meta_tensors_pass_without_a_trial() -> None:
     q = torch.empty(196, 4, 64, dtype=torch.bfloat16, device="meta")
-    plan = plan_of(PACKED)
-    assert select(q, q, plan, None).name == "flash"
-    assert select(q.float(), q, plan, None).name == "documents"
-    out, saved = attention_forward(q, q, q, plan, None, 0.1, backend="flash")
+    settings = AttentionSettings(plan_of(PACKED), None, 0.1)
+    assert select(q, q, settings).name == "flash"
+    assert select(q.float(), q, settings).name == "documents"
+    out, saved = attention_forward(q, q, q, dataclasses.replace(settings, backend="flash"))
     assert out.shape == q.shape
     assert len(saved) == 3

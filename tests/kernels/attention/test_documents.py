@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.attention.backends import BACKENDS
-from kernels.attention.documents import AttentionPlan
+from kernels.attention.documents import AttentionPlan, AttentionSettings
 
 
 def test_only_the_device_knows_the_documents_of_an_open_plan() -> None:
@@ -12,7 +12,8 @@ def test_only_the_device_knows_the_documents_of_an_open_plan() -> None:
     assert (plan.count, plan.longest, plan.equal_length) == (3, 8, None)
     with pytest.raises(RuntimeError, match="flash or efficient"):
         plan.documents()
+    settings = AttentionSettings(plan, None, 0.2)
     q = torch.empty(9, 4, 32, dtype=torch.bfloat16)
-    assert not BACKENDS["documents"].suits(q, q[:, :2], plan, None)
-    assert not BACKENDS["cudnn"].suits(q, q[:, :2], plan, None)
-    assert BACKENDS["flash"].suits(q, q[:, :2], plan, None)
+    assert not BACKENDS["documents"].suits(q, q[:, :2], settings)
+    assert not BACKENDS["cudnn"].suits(q, q[:, :2], settings)
+    assert BACKENDS["flash"].suits(q, q[:, :2], settings)

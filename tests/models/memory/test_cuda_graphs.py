@@ -17,7 +17,7 @@ from engine.benchmark.random_weights import random_decoder
 from engine.training.loop import train_step
 from kernels import attention
 from kernels.attention.backends import Backend
-from kernels.attention.documents import AttentionPlan
+from kernels.attention.documents import AttentionPlan, AttentionSettings
 from kernels.runtime import scratch
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
@@ -45,12 +45,14 @@ def visible(plan: AttentionPlan, tokens: int, window: int | None) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings
 ) -> tuple[Tensor, list[Tensor]]:
     groups = q.shape[1] // k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, wide_k) * scale
-    scores = scores.masked_fill(~visible(plan, q.shape[0], plan.window(window)), -torch.inf)
+    scores = torch.einsum("ihd,jhd->hij", q, wide_k) * settings.scale
+    scores = scores.masked_fill(
+        ~visible(settings.plan, q.shape[0], settings.hiding_window), -torch.inf
+    )
     shares = scores.softmax(-1)
     return torch.einsum("hij,jhd->ihd", shares, wide_v).contiguous(), [shares]
 
@@ -62,14 +64,12 @@ def backward(
     v: Tensor,
     out: Tensor,
     saved: list[Tensor],
-    plan: AttentionPlan,
-    window: int | None,
-    scale: float,
+    settings: AttentionSettings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, shares = q.shape[1] // k.shape[1], saved[0]
     wide_k, wide_v = (x.repeat_interleave(groups, 1) for x in (k, v))
     d_shares = torch.einsum("ihd,jhd->hij", do, wide_v)
-    d_scores = shares * (d_shares - (do * out).sum(-1).T.unsqueeze(2)) * scale
+    d_scores = shares * (d_shares - (do * out).sum(-1).T.unsqueeze(2)) * settings.scale
     dq = torch.einsum("hij,jhd->ihd", d_scores, wide_k)
     dk, dv = torch.einsum("hij,ihd->jhd", d_scores, q), torch.einsum("hij,ihd->jhd", shares, do)
     return dq, *(x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))

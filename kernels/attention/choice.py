@@ -1,0 +1,142 @@
+"""Choose an attention back end by trying it on a small problem.
+
+Nothing is decided by a version: a back end is used for a type, head count, head dimension and
+device only after it solved a small problem of that kind, forward and backward, and agreed with
+plain arithmetic (documents apart, window exact). That costs a few small launches once per process.
+cuDNN goes before flash only where torch's own chooser prefers it for this problem.
+`ENGINE_ATTENTION=name` chooses on purpose, without a trial: what cannot run then raises. `explain`
+says what each back end answered.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from kernels.attention.backends import BACKENDS, Backend
+from kernels.attention.documents import AttentionPlan, AttentionSettings
+from kernels.attention.reference import documents_backward, documents_forward
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrialKind:
+    """What a trial stands for: problems that differ only in their documents."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windowed: bool
+    open: bool = False
+
+
+_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
+"""Of the largest value. A leak between documents or a window off by one is an error near 1."""
+
+
+def _sample(kind: TrialKind, name: str) -> tuple[AttentionSettings, list[Tensor]]:
+    """A small problem of `kind`, and its q, k, v, do."""
+    bounds = [0, 128, 256] if name == "cudnn" else [0, 5, 135, 196]
+    plan = AttentionPlan.from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), bounds[-1])
+    generator = torch.Generator().manual_seed(0)
+    heads = (kind.heads, kind.kv_heads, kind.kv_heads, kind.heads)
+    values = [
+        torch.randn(bounds[-1], h, kind.head_dim, generator=generator, device="cpu") for h in heads
+    ]
+    settings = AttentionSettings(plan, 37 if kind.windowed else None, kind.head_dim**-0.5)
+    return settings, [x.to(kind.device, kind.dtype) for x in values]
+
+
+def _opened(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
+    """The same documents, which the host does not know, and three empty ones."""
+    padded = [*plan.bounds, *[plan.bounds[-1]] * 3]
+    cu_seqlens = torch.tensor(padded, dtype=torch.int32, device=device)
+    return AttentionPlan.within(cu_seqlens, 2 * plan.longest)
+
+
+@cache
+def trial(name: str, kind: TrialKind) -> str:
+    """ "ok", or why the back end `name` does not serve problems of `kind`."""
+    settings, (q, k, v, do) = _sample(kind, name)
+    backend, given = BACKENDS[name], settings
+    if kind.open:
+        given = replace(settings, plan=_opened(settings.plan, kind.device))
+    try:
+        out, saved = backend.forward(q, k, v, given)
+        got = (out, *backend.backward(do, q, k, v, out, saved, given))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    q, k, v, do = (x.cpu().double() for x in (q, k, v, do))
+    truth, _ = documents_forward(q, k, v, settings)
+    want = (truth, *documents_backward(do, q, k, v, truth, [], settings))
+    for value, true, what in zip(got, want, ("out", "dq", "dk", "dv"), strict=True):
+        worst = float((value.cpu().double() - true).abs().max() / true.abs().max())
+        if not worst <= _TOLERANCE[kind.dtype]:
+            return f"{what} is wrong by {worst:.1e} of its largest value"
+    return "ok"
+
+
+@cache
+def _torch_prefers_cudnn(kind: TrialKind) -> bool:
+    """Whether torch's own chooser takes cuDNN for a batch of this kind."""
+    chooser = getattr(torch, "_fused_sdp_choice", None)
+    if chooser is None:
+        return False
+    q = torch.empty(2, kind.heads, 1024, kind.head_dim, dtype=kind.dtype, device=kind.device)
+    q.requires_grad_(True)
+    choice: int = chooser(q, q, q, None, 0.0, True)
+    return choice == SDPBackend.CUDNN_ATTENTION.value
+
+
+def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> TrialKind:
+    return TrialKind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_)
+
+
+def _works(backend: Backend, kind: TrialKind) -> bool:
+    if backend.name == "documents":
+        return True
+    if backend.name == "cudnn" and not _torch_prefers_cudnn(kind):
+        return False
+    return trial(backend.name, kind) == "ok"
+
+
+@cache
+def _announce(name: str, kind: TrialKind) -> None:
+    _log.info("attention runs as %s for %s", name, kind)
+
+
+def select(q: Tensor, k: Tensor, settings: AttentionSettings) -> Backend:
+    """The first back end that suits this problem and has proved that it solves its kind.
+
+    Meta tensors, on which nothing can be tried, get flash where it suits, else documents.
+    """
+    forced = os.environ.get("ENGINE_ATTENTION")
+    if forced:
+        if forced not in BACKENDS:
+            raise ValueError(f"ENGINE_ATTENTION is {forced!r}; expected one of {list(BACKENDS)}")
+        return BACKENDS[forced]
+    if q.is_meta:
+        return BACKENDS["flash" if BACKENDS["flash"].suits(q, k, settings) else "documents"]
+    kind = _kind(q, k, settings.hiding_window is not None, settings.plan.most is not None)
+    for backend in BACKENDS.values():
+        if backend.suits(q, k, settings) and _works(backend, kind):
+            _announce(backend.name, kind)
+            return backend
+    raise RuntimeError(f"no attention back end for {kind}: {explain(q, k)}")
+
+
+def explain(q: Tensor, k: Tensor, windowed: bool = False) -> dict[str, str]:
+    """What every back end answers to a trial on the device and in the type and shape of q, k."""
+    kind = _kind(q, k, windowed)
+    return {name: trial(name, kind) for name in BACKENDS}
