@@ -3,7 +3,6 @@
 Only reads, never waits, and does not import torch: a status line in a shell loop should be cheap.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.runs.metrics import describe_seconds, read_metrics
 from engine.storage.lock import is_locked, read_holder
+from engine.storage.safe_files import json_object_or_empty
 
 _RUN_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "pipeline.log")
 
@@ -48,8 +48,8 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if line.get("loss") is not None or "lr" in line]
     last = steps[-1] if steps else {}
-    summary = _read_object(run / "summary.json")
-    manifest = _read_object(run / "manifest.json")
+    summary = json_object_or_empty(run / "summary.json")
+    manifest = json_object_or_empty(run / "manifest.json")
     alive = is_locked(run)
     if alive:
         state = "running"
@@ -136,11 +136,3 @@ def _last_lines(path: Path, count: int) -> list[str]:
             return file.read().decode("utf-8", "replace").splitlines()[-count:]
     except FileNotFoundError:
         return []
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

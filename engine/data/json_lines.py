@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from engine.data import strict_json
 from engine.errors import DataError
+from engine.storage import strict_json
 
 MAX_ROW_BYTES = 16 * 2**20
 """A longer line, or array element, is refused: it is a damaged file more often than a row."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.data import strict_json
+from engine.storage import strict_json
+from engine.tokenization.messages import contributes_to_loss, has_text
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 RESPONSE_KEYS = ("response", "output", "completion", "answer")
@@ -184,23 +185,13 @@ def _history(value: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def is_trained(message: Mapping[str, Any]) -> bool:
-    """Whether a message is learnt: an assistant's, unless it says `weight: 0` or `train: false`."""
-    if message["role"] != "assistant":
-        return False
-    return message.get("weight", 1) != 0 and message.get("train", True) is not False
-
-
 def _require_answer(messages: list[dict[str, Any]]) -> None:
     for message in messages:
-        if is_trained(message) and (has_text(message.get("content")) or message.get("tool_calls")):
+        if contributes_to_loss(message) and (
+            has_text(message.get("content")) or message.get("tool_calls")
+        ):
             return
     raise RowFault("no assistant message with any text, so the row has nothing to learn from")
-
-
-def has_text(content: Any) -> bool:
-    """Whether a message's content, text or a list of parts, says anything."""
-    return bool(content.strip()) if isinstance(content, str) else bool(content)
 
 
 def _only_key(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.errors import CheckpointError, ConfigError
 from engine.storage import durable
+from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 JOB = "job.json"
@@ -76,14 +77,6 @@ def _refuse_other(job: Path, settings: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Delete it to do that stage again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} holds {type(value).__name__}, expected an object. Delete it to do that stage "
-            "again."
-        )
-    return value
+        return read_json_object(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Delete it to do that stage again.") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from engine.memory.model_shapes import preset_config, unknown_model
 from engine.model_sources.hub import fetch_config
 from engine.model_sources.interface.checks import read_config
 from engine.model_sources.open import open_model_source
+from engine.storage.safe_files import read_json_object
 from models.config.model_config import ModelConfig
 
 _STORED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,11 +33,6 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
         return open_model_source(path).config, torch.float32
     file = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read as JSON: {error}.") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds {type(raw).__name__}; expected an object.")
+    raw = read_json_object(file, ConfigError)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
     return read_config(raw, str(file)), _STORED.get(str(stored), torch.bfloat16)

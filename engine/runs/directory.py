@@ -32,6 +32,7 @@ from engine.runs.logs import RunLog
 from engine.runs.signals import Interrupted, RaiseOnTerminate
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
+from engine.storage.safe_files import json_object_or_empty
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class RunDirectory:
         The starts of a run that was resumed add up under `starts`.
         """
         target = self.path / "manifest.json"
-        earlier = _read_json(target).get("starts", []) if self.config.resume else []
+        earlier = json_object_or_empty(target).get("starts", []) if self.config.resume else []
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "argv": sys.argv,
@@ -211,16 +212,6 @@ class RunDirectory:
         for name in ("adapter", "model"):
             if (self.path / name).exists():
                 shutil.rmtree(self.path / name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _name(error: BaseException) -> str:

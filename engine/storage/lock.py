@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from engine.errors import ConfigError
+from engine.storage.safe_files import json_object_or_empty
 
 try:
     import fcntl
@@ -92,11 +93,8 @@ class DirectoryLock:
 
 def read_holder(directory: Path) -> dict[str, Any] | None:
     """Process id and host that were last written to the lock, or None where there are none."""
-    try:
-        note = json.loads((directory / LOCK_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return note if isinstance(note, dict) and {"pid", "host"} <= note.keys() else None
+    note = json_object_or_empty(directory / LOCK_NAME)
+    return note if {"pid", "host"} <= note.keys() else None
 
 
 def is_locked(directory: Path) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.provenance import version
 from engine.storage import durable
+from engine.storage.strict_json import parse_object
 
 MANIFEST_NAME = "MANIFEST.json"
 FORMAT_VERSION = 1
@@ -50,20 +51,18 @@ def read_manifest(folder: Path, step: int | None = None) -> dict[str, Any]:
         if path.stat().st_size > _LONGEST:
             raise CheckpointError(f"{path} is over 16 MiB; no checkpoint has such a manifest.")
         text = path.read_bytes()
-        content = json.loads(text)
     except OSError as error:
         raise CheckpointError(
             f"{folder} is no whole checkpoint: {MANIFEST_NAME} cannot be read "
             f"({durable.describe(error)})."
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON ({error}).") from None
+    content = parse_object(text, str(path))
     _check_content(path, content, text)
     if step is not None and content["step"] != step:
         raise CheckpointError(f"{path} is of step {content['step']}, in a folder of step {step}.")
     for name, entry in content["files"].items():
         _check_size(folder / name, entry["bytes"])
-    return dict(content)
+    return content
 
 
 def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -75,8 +74,8 @@ def verify_files(folder: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _check_content(path: Path, content: Any, text: bytes) -> None:
-    if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
+def _check_content(path: Path, content: dict[str, Any], text: bytes) -> None:
+    if content.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is not a manifest of format {FORMAT_VERSION}, the one this version reads."
         )

@@ -4,12 +4,11 @@ A model folder may come from anywhere. Only regular files are opened (a pipe or 
 or never end), never through a symbolic link, with one exception: the hub's cache keeps
 `models--org--name/snapshots/<commit>/file` as links into `models--org--name/blobs`, so a link is
 followed where its target stays inside that one `models--...` folder, or inside the folder that the
-link itself stands in. JSON is read strictly: UTF-8, no duplicate keys, no NaN.
+link itself stands in.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from engine.errors import CheckpointError, EngineError
 from engine.storage.durable import describe
+from engine.storage.strict_json import parse_object
 
 # O_NONBLOCK: opening a pipe returns at once, so that it can be refused by what fstat says it is.
 _READ_ONLY = (
@@ -78,31 +78,18 @@ def read_json_object(
 ) -> dict[str, Any]:
     """Parse the JSON object in `path`; whatever is wrong with the file raises `error`."""
     try:
-        text = read_text(path, limit)
+        data = read_regular(path, limit)
     except CheckpointError as problem:
         raise error(str(problem)) from problem
-    return parse_json_object(text, str(path), error)
+    return parse_object(data, str(path), error)
 
 
-def parse_json_object(
-    text: str, source: str, error: type[EngineError] = CheckpointError
-) -> dict[str, Any]:
-    """Parse `text`, which must be one JSON object without duplicate keys, NaN or infinity.
-
-    `source` names where the text came from in the `error` that is raised.
-    """
+def json_object_or_empty(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; empty where there is none that can be read."""
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except json.JSONDecodeError as problem:
-        raise error(
-            f"{source}:{problem.lineno}:{problem.colno}: {problem.msg}; expected one JSON object. "
-            "The file is damaged or cut short; copy it again."
-        ) from problem
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{source} is not acceptable JSON: {problem}.") from problem
-    if not isinstance(value, dict):
-        raise error(f"{source} holds a JSON {type(value).__name__}; expected an object.")
-    return value
+        return read_json_object(path)
+    except CheckpointError:
+        return {}
 
 
 def is_pickle(path: Path) -> bool:
@@ -151,16 +138,3 @@ def hub_cache_folder(folder: Path) -> Path | None:
         if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
             return snapshots.parent
     return None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in result:
-            raise ValueError(f"the key {name[:80]!r} stands in one object twice")
-        result[name] = value
-    return result
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")

@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from engine.data.rows import has_text, is_trained
 from engine.errors import DataError
+from engine.tokenization.messages import contributes_to_loss, has_text
 from engine.tokenization.sandbox import Job, Rendered
 
 Span = tuple[int, int]
@@ -80,7 +80,7 @@ class SpanFinder:
         self, messages: Sequence[Mapping[str, Any]], render: Render
     ) -> tuple[Rendered, list[Span]]:
         count = len(messages)
-        turns = [index for index, message in enumerate(messages) if is_trained(message)]
+        turns = [index for index, message in enumerate(messages) if contributes_to_loss(message)]
         jobs = [Job(turn, generation_prompt=True) for turn in turns]
         jobs += [Job(turn + 1) for turn in turns if turn + 1 < count]
         whole, *parts = render([Job(count), *jobs])
@@ -141,7 +141,7 @@ class SpanFinder:
         self, messages: Sequence[Mapping[str, Any]], text: str, spans: Sequence[Span]
     ) -> None:
         """Refuse a template that leaves out what a message says: only its end would be learnt."""
-        turns = [index for index, message in enumerate(messages) if is_trained(message)]
+        turns = [index for index, message in enumerate(messages) if contributes_to_loss(message)]
         if len(turns) != len(spans):
             return
         for turn, (start, end) in zip(turns, spans, strict=True):
@@ -192,7 +192,7 @@ def _whole(rendered: Rendered) -> Rendered:
 def _tagged_spans(messages: Sequence[Mapping[str, Any]], whole: Rendered) -> list[Span]:
     spans = list(whole.spans)
     answers = [message for message in messages if message["role"] == "assistant"]
-    untrained = [not is_trained(message) for message in answers]
+    untrained = [not contributes_to_loss(message) for message in answers]
     if any(untrained):
         if len(spans) != len(answers):
             raise ConversationError(

@@ -7,15 +7,14 @@ puts before and after a text is kept apart from the encoding itself, so that a r
 chat, which brings its own BOS token, never gets a second one.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
+from engine.storage.strict_json import parse_object
 from engine.tokenization.chat_template import ChatTemplate, default_template
 
 if TYPE_CHECKING:
@@ -289,6 +288,4 @@ def _read_json(files: Mapping[str, Any], name: str) -> dict[str, Any]:
     source = files.get(name)
     if source is None:
         return {}
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    value = json.loads(data)
-    return value if isinstance(value, dict) else {}
+    return parse_object(source if isinstance(source, bytes) else source.read_bytes(), name)

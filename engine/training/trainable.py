@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
 from engine.model_sources.interface.model_source import ModelSource
+from engine.storage.safe_files import read_json_object
 from models.adapters import add_lora, load_adapter_tensors, scale_of, target_modules
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -74,8 +74,8 @@ def _base_digest(adapter: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return str(json.loads(path.read_text())["digest"])
-    except (ValueError, KeyError, TypeError) as error:
+        return str(read_json_object(path)["digest"])
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}); delete it to go on by the base's name alone."
         ) from error

@@ -23,7 +23,8 @@ from typing import Any, BinaryIO
 import torch
 
 from engine.errors import CheckpointError
-from engine.storage.safe_files import MIB, parse_json_object
+from engine.storage.safe_files import MIB
+from engine.storage.strict_json import parse_object
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -75,13 +76,9 @@ def read_header(
             "Copy or download it again."
         )
     raw = handle.read(length)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{source}: its safetensors header is not UTF-8 text.") from error
-    if not text.startswith("{"):
+    if not raw.startswith(b"{"):
         raise CheckpointError(f"{source}: its safetensors header does not start with '{{'.")
-    header = parse_json_object(text, f"{source} (its safetensors header)")
+    header = parse_object(raw, f"{source} (its safetensors header)")
     metadata = _metadata(header.pop("__metadata__", {}), source)
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{source} names {len(header)} tensors; at most {MAX_TENSORS} fit.")

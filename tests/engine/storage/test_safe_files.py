@@ -7,11 +7,11 @@ from engine.errors import CheckpointError, ConfigError
 from engine.storage.safe_files import (
     is_pickle,
     open_regular,
-    parse_json_object,
     read_json_object,
     read_regular,
     read_text,
 )
+from engine.storage.strict_json import parse_object
 
 
 def hub_snapshot(root: Path) -> tuple[Path, Path]:
@@ -106,7 +106,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 )
 def test_json_is_read_strictly(text: str, words: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        parse_json_object(text, "here")
+        parse_object(text, "here")
     assert words in str(caught.value)
     assert len(str(caught.value)) < 500
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data import strict_json
-from engine.data.strict_json import JSONFault
+from engine.storage import strict_json
+from engine.storage.strict_json import JSONFault
 
 REFUSED = [
     ('{"a": NaN}', 6, "NaN"),

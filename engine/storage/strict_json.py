@@ -1,15 +1,17 @@
-"""JSON as RFC 8259 means it: what `json.loads` lets through by habit is refused, with its column.
+"""Read JSON strictly, as RFC 8259 means it, and say where it is wrong.
 
-Python's reader accepts NaN, Infinity and numbers that overflow to infinity, keeps the last of two
+`json.loads` accepts NaN, Infinity and numbers that overflow to infinity, keeps the last of two
 equal keys, and turns half a surrogate pair into a string that cannot be encoded again. Each of
 these has corrupted data sets unseen, so each is an error here. The C reader does the work; only
-when it, or a hook, objects does a slower scan in Python find the exact place.
+when it, or a hook, objects does a slower scan in Python find the exact position.
 """
 
 import json
 import math
 import re
 from typing import Any
+
+from engine.errors import CheckpointError, EngineError
 
 MAX_DEPTH = 64
 """Objects and arrays nested deeper than this are refused (the reader itself is recursive)."""
@@ -87,9 +89,8 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         value, end = _DECODER.raw_decode(text, start)
     except (_Objection, ValueError, RecursionError) as error:
         raise _find_fault(text, start, error) from None
-    span = text[start:end] if start or end != len(text) else text
-    if span.count("{") + span.count("[") > MAX_DEPTH or _SURROGATE_ESCAPE.search(span):
-        fault = _scan(span)
+    if _too_deep(value) or _SURROGATE_ESCAPE.search(text, start, end):
+        fault = _scan(text[start:end])
         if fault is not None:
             raise JSONFault(fault.message, fault.position + start)
     return value, end
@@ -109,8 +110,49 @@ def loads(text: str) -> Any:
     return value
 
 
+def parse_object(
+    text: str | bytes, source: str, error: type[EngineError] = CheckpointError
+) -> dict[str, Any]:
+    """Read `text`, which must be exactly one JSON object, in UTF-8 if it is bytes.
+
+    Whatever is wrong with it raises `error`, which names `source`, line and column.
+    """
+    try:
+        decoded = text if isinstance(text, str) else text.decode()
+        value = loads(decoded)
+    except UnicodeDecodeError as problem:
+        raise error(
+            f"{source} is not UTF-8 text (byte {problem.start}: {problem.reason}); copy it again."
+        ) from problem
+    except JSONFault as fault:
+        line = decoded.count("\n", 0, fault.position) + 1
+        column = fault.position - decoded.rfind("\n", 0, fault.position)
+        raise error(
+            f"{source}:{line}:{column}: this is not acceptable JSON: {fault.message}; expected one "
+            "JSON object. The file is damaged or cut short; copy it again."
+        ) from fault
+    if not isinstance(value, dict):
+        raise error(f"{source} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether objects and arrays are nested deeper than `MAX_DEPTH`."""
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _find_fault(text: str, start: int, error: Exception) -> JSONFault:
-    """Name the place of a fault that the fast reader noticed without a position, or with one."""
+    """Locate a fault that the fast reader noticed without a position, or with one."""
     fault = _scan(text[start:])
     if fault is not None and (
         not isinstance(error, json.JSONDecodeError) or fault.position + start < error.pos
@@ -164,7 +206,7 @@ def _value_fault(token: str, seen: set[str] | None) -> str | None:
     if token[0] == '"':
         return _string_fault(token, seen)
     if token in ("NaN", "Infinity", "-Infinity"):
-        return f"{token}, which JSON does not have"
+        return f"{token} is not a JSON number"
     if token[0] in "-0123456789":
         return _number_fault(token)
     return None
@@ -179,7 +221,7 @@ def _string_fault(token: str, seen: set[str] | None) -> str | None:
         return "half of a surrogate pair (\\ud800 to \\udfff alone), which is not text"
     if seen is not None:
         if text in seen:
-            return f"the key {token} a second time in the same object"
+            return f"the key {text[:80]!r} stands in one object twice, here the second time"
         seen.add(text)
     return None
 

@@ -1,0 +1,19 @@
+"""What one message of a conversation says, and whether the loss counts it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def contributes_to_loss(message: Mapping[str, Any]) -> bool:
+    """Whether a message contributes to the loss.
+
+    An assistant's does, unless it says `weight: 0` or `train: false`.
+    """
+    if message["role"] != "assistant":
+        return False
+    return message.get("weight", 1) != 0 and message.get("train", True) is not False
+
+
+def has_text(content: Any) -> bool:
+    """Whether a message's content, text or a list of parts, says anything."""
+    return bool(content.strip()) if isinstance(content, str) else bool(content)
