@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.attention import AttentionPlan
@@ -254,6 +255,7 @@ class _GatedDelta(torch.autograd.Function):
         return out, final_state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, do: Tensor, d_final_state: Tensor):  # type: ignore[no-untyped-def]
         q, k, v, g, beta, initial_state, inverse = ctx.saved_tensors
         saved, bounds = GatedDeltaSaved(inverse), ctx.bounds

@@ -18,6 +18,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.attention import AttentionPlan
@@ -130,6 +131,7 @@ class _CausalConv1d(torch.autograd.Function):
         return causal_conv1d_forward(x, weight, bounds)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         need = ctx.needs_input_grad[1]

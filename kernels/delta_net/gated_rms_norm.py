@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.delta_net import gated_rms_norm_triton
@@ -64,6 +65,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[no-untyped-def]
         ctx, dy: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:

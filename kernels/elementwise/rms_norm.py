@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.elementwise import rms_norm_triton
 from kernels.runtime.dispatch import use_triton
@@ -129,6 +130,7 @@ class _RMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor, dtotal: Tensor):  # type: ignore[no-untyped-def]
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = rms_norm_backward(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
@@ -224,6 +225,7 @@ class _Rope(torch.autograd.Function):
         return rope_(x.clone(), cos, sin)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
         cos, sin = ctx.saved_tensors
         return rope_(dy.clone(), cos, sin, inverse=True), None, None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.runtime.dispatch import use_triton
@@ -149,6 +150,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_forward(gate, up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
         gate, up = ctx.saved_tensors
         return swiglu_backward_(dh.contiguous(), gate.clone(), up.clone())

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed, dropout
 from kernels.linear.dora import magnitude_gradient, row_scale
@@ -295,6 +296,7 @@ class _Project(torch.autograd.Function):
         return tuple(y.contiguous() for y in ys)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         x, xa = ctx.saved_tensors
         grads: Gradients = {}

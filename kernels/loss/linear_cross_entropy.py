@@ -22,6 +22,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from kernels.loss.cross_entropy import cross_entropy_
@@ -184,6 +185,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss: Tensor):  # type: ignore[no-untyped-def]
         trained, dchosen, dweight = ctx.saved_tensors
         dhidden = None

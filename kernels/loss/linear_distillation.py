@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.loss.linear_cross_entropy import Head, head_gradient, head_logits
 
@@ -47,6 +48,7 @@ class _LinearDistillation(torch.autograd.Function):
         return losses.sum() / num_items
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
         factor = (dloss / ctx.num_items).to(dhidden.dtype)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
@@ -275,6 +276,7 @@ class _MixtureOfExperts(torch.autograd.Function):
         return y, saved.counts, saved.prob_sum
 
     @staticmethod
+    @once_differentiable
     def backward(  # type: ignore[no-untyped-def]
         ctx, dy: Tensor, d_counts: Tensor, d_prob_sum: Tensor
     ):

@@ -25,6 +25,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from kernels.nf4.decode_ptx import INTERPRETED, code_scale, decode_planes
@@ -180,6 +181,7 @@ class _NF4Linear(torch.autograd.Function):
         return _linear(x, weight, bias, None)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy: Tensor):  # type: ignore[no-untyped-def]
         need_dx, _, need_dbias = ctx.needs_input_grad
         dx = nf4_linear_backward_input(dy, ctx.weight) if need_dx else None

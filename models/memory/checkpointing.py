@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.context import LayerContext
@@ -70,6 +71,7 @@ class _CheckpointedLayer(torch.autograd.Function):
         return y if prob_sum is None else (y, prob_sum.clone())
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor, d_prob_sum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:

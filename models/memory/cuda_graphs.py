@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.attention import AttentionPlan
 from kernels.runtime.scratch import buffers
@@ -280,6 +281,7 @@ class _RecordedSegment(torch.autograd.Function):
         return current.outputs[s][:rows]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         graphs, current, s = ctx.graphs, ctx.current, ctx.s
         if ctx.turn != graphs.turn:
