@@ -18,7 +18,8 @@ from torch.optim.optimizer import ParamsT
 
 from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
 from kernels.adamw8bit.dynamic_map import Rounding
-from kernels.adamw8bit.launch import SegmentTable, adamw_flat_, upload
+from kernels.adamw8bit.launch import SegmentTable, adamw_flat_
+from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
 from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
@@ -171,7 +172,7 @@ class AdamW8bit(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         if self._settings is None or self._settings[0] != settings:
-            self._settings = settings, upload(settings, torch.float64, device)
+            self._settings = settings, upload(torch.tensor(settings, dtype=torch.float64), device)
         if not isinstance(grad_scale, Tensor):
             grad_scale = torch.full((1,), grad_scale, dtype=torch.float32, device=device)
         outcome = adamw_flat_(

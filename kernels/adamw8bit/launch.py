@@ -25,19 +25,10 @@ from kernels.adamw8bit.fused_triton import (
     grad_norm_kernel,
     prepare_kernel,
 )
-from kernels.runtime.triton_support import on_device, tl
+from kernels.runtime.device import upload
+from kernels.runtime.triton_support import launch, on_device, tl
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-def upload(
-    values: Sequence[Sequence[float]] | np.ndarray, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A table on the device. The host does not wait: a GPU fetches it from pinned memory."""
-    table = torch.as_tensor(values, dtype=dtype)
-    if device.type != "cuda":
-        return table.to(device)
-    return table.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -96,7 +87,7 @@ class SegmentTable:
             for wanted in (True, False)
         )
         self.quantized_items = len(coarse)
-        self.work = upload(np.concatenate((coarse, exact)), torch.int32, device)
+        self.work = upload(torch.from_numpy(np.concatenate((coarse, exact))), device)
         self._rows, self._groups, self._device = rows, groups, device
         self._uploaded: list[list[int]] = []
 
@@ -120,7 +111,7 @@ class SegmentTable:
         self.kinds = list(kinds)
         if entries != self._uploaded:
             self.aligned = all(value % 16 == 0 for entry in entries for value in entry[:4])
-            self.entries = upload(entries, torch.int64, self._device)
+            self.entries = upload(torch.tensor(entries, dtype=torch.int64), self._device)
             self._uploaded = entries
 
 
@@ -153,7 +144,7 @@ def adamw_flat_(
     outcome = torch.empty(3, dtype=torch.float32, device=device)
     with on_device(moments.steps):
         for number, kind in enumerate(table.kinds):
-            grad_norm_kernel[(programs,)](
+            launch(grad_norm_kernel, (programs,))(
                 table.entries,
                 table.work,
                 partials[number * programs :],
@@ -164,7 +155,7 @@ def adamw_flat_(
                 ROWS=WORK_ROWS,
                 num_warps=NUM_WARPS,
             )
-        prepare_kernel[(1,)](
+        launch(prepare_kernel, (1,))(
             table.entries,
             groups,
             partials,
@@ -206,7 +197,7 @@ def _launch_update(
     nearest, device = rounding == "nearest", m.device
     m_cells, m_thresholds = magnitude_tables(True, device)
     v_cells, v_thresholds = magnitude_tables(False, device)
-    adamw_kernel[(items,)](
+    launch(adamw_kernel, (items,))(
         table.entries,
         table.work[skip:],
         factors,

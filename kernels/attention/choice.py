@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend
 from kernels.attention.backends import BACKENDS, Backend
 from kernels.attention.documents import AttentionPlan, AttentionSettings
 from kernels.attention.reference import documents_backward, documents_forward
+from kernels.runtime.simulation import simulated_gpu
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +105,9 @@ def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> TrialKin
 
 
 def _works(backend: Backend, kind: TrialKind) -> bool:
+    gpu = simulated_gpu()
+    if gpu is not None:
+        return backend.name in gpu.attention
     if backend.name == "documents":
         return True
     if backend.name == "cudnn" and not _torch_prefers_cudnn(kind):

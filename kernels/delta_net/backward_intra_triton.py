@@ -34,7 +34,7 @@ from kernels.delta_net.tiles import (
     square,
     store_head,
 )
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 UNIT_ROWS = 16
 
@@ -290,16 +290,16 @@ def inside_chunks(
     head_strides = *x.q.stride()[:2], *x.k.stride()[:2]
     d_strides, table = d_out.stride()[:2], (x.table.starts, x.table.ends)
     with on_device(x.k):
-        pairs_kernel[(chunks, heads)](
+        launch(pairs_kernel, (chunks, heads))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.v, x.g, x.beta, d_out, writes, d_errors, through,
             lower, dv, dg[key_parts + query_parts], dbeta[key_parts], *table, heads, x.group,
             *head_strides, *x.v.stride()[:2], *d_strides, x.key**-0.5, **pairs,
         )  # fmt: skip
-        query_kernel[(chunks, heads, query_parts)](
+        launch(query_kernel, (chunks, heads, query_parts))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, d_out, states, through, dq, dg[key_parts:],
             *table, tokens, heads, x.group, *head_strides, *d_strides, x.key**-0.5, **query,
         )  # fmt: skip
-        key_kernel[(chunks, heads, key_parts)](
+        launch(key_kernel, (chunks, heads, key_parts))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, x.beta, states, writes, d_errors, d_ends, through,
             lower, dk, dg, dbeta, *table, tokens, heads, x.group, *head_strides, x.key**-0.5,
             **key,
@@ -312,7 +312,7 @@ def before_norm(x: Launch, source: Tensor, rstd: Tensor, dy: Tensor, scale: floa
     tokens, key_heads = source.shape[:2]
     dx = x.empty(*source.shape)
     with on_device(x.k):
-        unit_backward_kernel[(cdiv(tokens, UNIT_ROWS), key_heads)](
+        launch(unit_backward_kernel, (cdiv(tokens, UNIT_ROWS), key_heads))(
             source, rstd, dy, dx, tokens, x.heads, x.group, *source.stride()[:2], scale,
             KEY=x.key, BLOCK_K=next_power_of_2(x.key), ROWS=UNIT_ROWS, num_warps=4,
         )  # fmt: skip

@@ -31,7 +31,7 @@ from kernels.delta_net.tiles import (
     square,
     store_head,
 )
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 
 @jit
@@ -155,11 +155,11 @@ def reverse_scan(
     strides = *x.q.stride()[:2], *x.k.stride()[:2], *d_out.stride()[:2]
     first, second = x.options("writes_backward"), x.options("reverse_scan")
     with on_device(x.k):
-        writes_backward_kernel[(x.table.chunks, x.heads, cdiv(x.value, first["BLOCK_V"]))](
+        launch(writes_backward_kernel, (x.table.chunks, x.heads, cdiv(x.value, first["BLOCK_V"])))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, d_out, d_writes, x.table.starts, x.table.ends,
             x.heads, x.group, *strides, x.key**-0.5, **first,
         )  # fmt: skip
-        reverse_scan_kernel[(cdiv(x.value, second["BLOCK_V"]), x.heads, x.table.documents)](
+        launch(reverse_scan_kernel, (cdiv(x.value, second["BLOCK_V"]), x.heads, x.table.documents))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, x.beta, inverse, d_out, d_writes, d_last,
             d_errors, d_ends, d_initial, x.table.bounds, x.table.first, x.heads, x.group,
             *strides, x.key**-0.5, FINAL=d_final is not None, **second,

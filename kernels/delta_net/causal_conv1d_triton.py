@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.delta_net.tiles import chunk_table
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 MAX_TAPS = 4
 _RUN = 64
@@ -219,7 +219,7 @@ def forward(x: Tensor, weight: Tensor, bounds: tuple[int, ...], state: Tensor | 
     if y.numel():
         document, position = places(bounds, x.device)
         with on_device(x):
-            causal_conv1d_forward_kernel[(cdiv(tokens, _RUN), cdiv(channels, block))](
+            launch(causal_conv1d_forward_kernel, (cdiv(tokens, _RUN), cdiv(channels, block)))(
                 x, weight, before, document, position, y, tokens, channels, _RUN,
                 0 if state is None else state.shape[1], x.stride(0),
                 TAPS=taps, STATE=state is not None, BLOCK=block, num_warps=warps,
@@ -243,7 +243,7 @@ def backward(
     if dx.numel():
         _, position = places(bounds, x.device)
         with on_device(x):
-            causal_conv1d_backward_kernel[(runs, cdiv(channels, block))](
+            launch(causal_conv1d_backward_kernel, (runs, cdiv(channels, block)))(
                 dy, x, weight.contiguous(), position, dx, partial, tokens, channels, run,
                 dy.stride(0), x.stride(0), TAPS=taps, DWEIGHT=need_dweight, BLOCK=block,
                 num_warps=warps,

@@ -33,7 +33,7 @@ from kernels.delta_net.tiles import (
     square,
     store_head,
 )
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 PRECISION = "tf32x3"
 """How the fp32 blocks of T are multiplied: three tf32 products, as good as fp32."""
@@ -267,7 +267,7 @@ def invert(x: Launch) -> Tensor:
     """T (chunks, Hv, C, C) in the dtype of k."""
     out, tile = x.empty(x.table.chunks, x.heads, CHUNK, CHUNK), x.tile("inverse")
     with on_device(x.k):
-        inverse_kernel[(x.table.chunks, x.heads)](
+        launch(inverse_kernel, (x.table.chunks, x.heads))(
             x.k, x.k_rstd, x.g, x.beta, out, x.table.starts, x.table.ends, x.heads, x.group,
             *x.k.stride()[:2], KEY=x.key, BLOCK_K=tile.keys, PRECISION=PRECISION,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -283,7 +283,7 @@ def scan(x: Launch, inverse: Tensor, initial: Tensor | None) -> tuple[Tensor, Te
     start = final if initial is None else initial.contiguous()
     options = x.options("scan")
     with on_device(x.k):
-        scan_kernel[(cdiv(x.value, options["BLOCK_V"]), x.heads, x.table.documents)](
+        launch(scan_kernel, (cdiv(x.value, options["BLOCK_V"]), x.heads, x.table.documents))(
             x.k, x.k_rstd, x.v, x.g, x.beta, inverse, start, states, writes, final,
             x.table.bounds, x.table.first, x.heads, x.group, *x.k.stride()[:2],
             *x.v.stride()[:2], INITIAL=initial is not None, **options,
@@ -295,7 +295,7 @@ def output(x: Launch, states: Tensor, writes: Tensor) -> Tensor:
     """o (N, Hv, V) in the dtype of k."""
     out, options = x.empty(*x.v.shape), x.options("output")
     with on_device(x.k):
-        output_kernel[(x.table.chunks, x.heads, cdiv(x.value, options["BLOCK_V"]))](
+        launch(output_kernel, (x.table.chunks, x.heads, cdiv(x.value, options["BLOCK_V"])))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, states, writes, out, x.table.starts, x.table.ends,
             x.heads, x.group, *x.q.stride()[:2], *x.k.stride()[:2], x.key**-0.5, **options,
         )  # fmt: skip

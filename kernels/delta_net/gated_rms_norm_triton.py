@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 MAX_WIDTH = 1024
 _DWEIGHT_PROGRAMS = 1024
@@ -156,7 +156,7 @@ def forward(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, T
     rows, block, warps = tile(width, heads)
     if y.numel():
         with on_device(o):
-            gated_rms_norm_forward_kernel[(tokens * cdiv(heads, rows),)](
+            launch(gated_rms_norm_forward_kernel, (tokens * cdiv(heads, rows),))(
                 o, z, weight.contiguous(), y, rstd, heads, width, eps, *o.stride()[:2],
                 *z.stride()[:2], ROWS=rows, BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -179,7 +179,7 @@ def backward(
     partial = torch.empty(shares, dtype=torch.float32, device=o.device)
     if do.numel():
         with on_device(o):
-            gated_rms_norm_backward_kernel[(programs,)](
+            launch(gated_rms_norm_backward_kernel, (programs,))(
                 dy, o, z, weight.contiguous(), rstd.contiguous(), do, dz, partial,
                 tiles, heads, width, *dy.stride()[:2], *o.stride()[:2], *z.stride()[:2],
                 DWEIGHT=need_dweight, ROWS=rows, BLOCK=block, num_warps=warps,

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.nf4.tiles import architecture
+from kernels.runtime.device import architecture
 from kernels.runtime.triton_support import jit, next_power_of_2, tl
 
 CHUNK = 64

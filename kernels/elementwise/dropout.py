@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.dispatch import use_triton
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl, triton
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl, triton
 
 Seed = int | Tensor
 """63 bits: a number, or int64 without dimensions on the device of what is dropped."""
@@ -140,7 +140,7 @@ def _dropout_triton(x: Tensor, p: float, seed: Seed) -> Tensor:
         grid, place = (cdiv(x.numel(), BLOCK),), _on(x.device, seed)
         scale = 1.0 / (1.0 - p)
         with on_device(x):
-            dropout_kernel[grid](
+            launch(dropout_kernel, grid)(
                 x, y, place, x.numel(), scale, threshold(p), BLOCK=BLOCK, num_warps=4
             )
     return y

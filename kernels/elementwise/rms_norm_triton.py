@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 MAX_WIDTH = 16384
 FUSED_DWEIGHT_WIDTH = 8192
@@ -214,7 +214,7 @@ def forward(
     tiles = cdiv(groups, rows)
     if x.numel():
         with on_device(x):
-            rms_norm_forward_kernel[(outer, tiles) if grouped else (tiles, 1)](
+            launch(rms_norm_forward_kernel, (outer, tiles) if grouped else (tiles, 1))(
                 x, other, weight, y, total, rstd, groups, width, eps, *strides, GROUPED=grouped,
                 ADD=residual is not None, ZERO_CENTERED=zero_centered, ROWS=rows, BLOCK=block,
                 num_warps=warps,
@@ -256,7 +256,7 @@ def backward(
         partial = _dweight_alone(dy.flatten(0, -2), x.flatten(0, -2), rstd)
     if x.numel():
         with on_device(x):
-            rms_norm_backward_kernel[(programs, parts)](
+            launch(rms_norm_backward_kernel, (programs, parts))(
                 dy, x, weight, rstd, above, dx, partial, steps, groups, width, *strides,
                 GROUPED=grouped, ADD=dresidual is not None, ZERO_CENTERED=zero_centered,
                 DWEIGHT=fused, ROWS=rows, BLOCK=block, num_warps=warps,
@@ -272,7 +272,7 @@ def _dweight_alone(dy: Tensor, x: Tensor, rstd: Tensor) -> Tensor:
     partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
     if count:
         with on_device(x):
-            rms_norm_dweight_kernel[(programs, cdiv(width, block))](
+            launch(rms_norm_dweight_kernel, (programs, cdiv(width, block)))(
                 dy, x, rstd, partial, count, width, dy.stride(0), x.stride(0),
                 ROWS=rows, BLOCK=block, num_warps=warps,
             )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.runtime.dispatch import use_triton
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
@@ -166,7 +166,7 @@ def _rope_triton(
     if not groups or not q.shape[0]:
         return
     with on_device(q):
-        rope_kernel[(q.shape[0], groups)](
+        launch(rope_kernel, (q.shape[0], groups))(
             q, k, *out, cos, sin, q.shape[1], k.shape[1], half, q.stride(0), q.stride(1),
             k.stride(0), k.stride(1), out[0].stride(0), out[0].stride(1), out[1].stride(0),
             out[1].stride(1), cos.stride(0), sin.stride(0),

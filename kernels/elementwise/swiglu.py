@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.runtime.dispatch import use_triton
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 _REFERENCE_ELEMENTS = 1 << 17
 
@@ -108,7 +108,7 @@ def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
     block, warps = tile(gate.shape[1])
     if h.numel():
         with on_device(gate):
-            swiglu_forward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
+            launch(swiglu_forward_kernel, (gate.shape[0], cdiv(gate.shape[1], block)))(
                 gate, up, h, gate.shape[1], gate.stride(0), up.stride(0),
                 BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -120,7 +120,7 @@ def _backward_triton_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> Non
     block, warps = tile(gate.shape[1])
     if gate.numel():
         with on_device(gate):
-            swiglu_backward_kernel[(gate.shape[0], cdiv(gate.shape[1], block))](
+            launch(swiglu_backward_kernel, (gate.shape[0], cdiv(gate.shape[1], block)))(
                 dh, gate, up, gate.shape[1], dh.stride(0), gate.stride(0), up.stride(0),
                 KEEP_H=keep_h, BLOCK=block, num_warps=warps,
             )  # fmt: skip

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.runtime.simulation import stays_on_host
+
 _SLAB_ROWS = 1024
 
 
@@ -52,7 +54,10 @@ def quantize_int8(weight: Tensor, device: torch.device | None = None) -> Int8Wei
         raise ValueError(
             f"expected a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}"
         )
-    device = device or weight.device
+    if device is None:
+        device = weight.device
+    else:
+        stays_on_host(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
     for start in range(0, weight.shape[0], _SLAB_ROWS):

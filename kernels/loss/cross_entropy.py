@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.dispatch import use_triton
-from kernels.runtime.triton_support import jit, on_device, tl
+from kernels.runtime.triton_support import jit, launch, on_device, tl
 
 _REFERENCE_ROWS = 16
 
@@ -92,7 +92,7 @@ def _cross_entropy_triton_(logits: Tensor, targets: Tensor, scale: float, gradie
     block, warps = tile(vocabulary)
     if rows:
         with on_device(logits):
-            cross_entropy_kernel[(rows,)](
+            launch(cross_entropy_kernel, (rows,))(
                 logits, targets, losses, rows, vocabulary, logits.stride(0), scale,
                 GRADIENT=gradient, BLOCK=block, num_warps=warps,
             )  # fmt: skip

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from kernels.loss.cross_entropy import cross_entropy_
 from kernels.runtime.scratch import scratch
+from kernels.runtime.simulation import simulated_gpu
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
@@ -98,9 +99,14 @@ def head_gradient(dlogits: Tensor, head: Head, scale: float, target: Tensor) -> 
     target.copy_(total)
 
 
-@cache
-def _multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+def multiplies_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether torch adds a product of 16-bit matrices to an fp32 one without converting them."""
+    gpu = simulated_gpu()
+    return _tried_into_fp32(device, dtype) if gpu is None else gpu.multiplies_into_fp32
+
+
+@cache
+def _tried_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or not hasattr(torch.ops.aten.addmm, "dtype_out"):
         return False
     left = torch.eye(16, dtype=dtype, device=device)
@@ -116,7 +122,7 @@ def _add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) 
     """dweight (V, H), fp32 or wider, += scale * dlogits^T hidden."""
     if dlogits.dtype == dweight.dtype:
         dweight.addmm_(dlogits.T, hidden, alpha=scale)
-    elif _multiplies_into_fp32(dweight.device, dlogits.dtype):
+    elif multiplies_into_fp32(dweight.device, dlogits.dtype):
         torch.ops.aten.addmm.dtype_out(
             dweight, dlogits.T, hidden, torch.float32, beta=1, alpha=scale, out=dweight
         )

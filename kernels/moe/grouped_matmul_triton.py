@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.nf4.decode_ptx import INTERPRETED, block_scale, decode_planes
 from kernels.nf4.dequantize_triton import nested_arguments, nested_shift, triton_dtype
 from kernels.nf4.planar import BLOCK, PlanarNF4Weight
-from kernels.runtime.triton_support import cdiv, jit, next_power_of_2, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 BLOCK_M = 64
 BLOCK_N = 128
@@ -320,13 +320,13 @@ def matmul(
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
     where = (x if rows is None else rows, offsets, *tiles, experts, width, depth)
     flags = {"GATHER": rows is not None, "ACCUMULATE": accumulate, "BLOCK_M": BLOCK_M}
-    count = tiles[0].shape[0]
+    count, operations = tiles[0].shape[0], 2.0 * out.shape[0] * out_features * in_features
     with on_device(x):
         if isinstance(weight, Tensor):
             weight = weight.to(x.dtype)
             steps = weight.stride() if transpose else (weight.stride(0), *weight.stride()[:0:-1])
             block_n = _width(width, BLOCK_N)
-            dense_kernel[(count, cdiv(width, block_n))](
+            launch(dense_kernel, (count, cdiv(width, block_n)), operations)(
                 x, weight, out, *where, x.stride(0), out.stride(0), *steps, scale, **flags,
                 BLOCK_N=block_n, BLOCK_K=_width(depth, BLOCK_K), num_warps=4, num_stages=3,
             )  # fmt: skip
@@ -340,13 +340,13 @@ def matmul(
         planes = (x, weight.codes, weight.absmax, *nested_arguments(weight))
         given = (*planes, out, *where, x.stride(0), out.stride(0), scale)
         if transpose:
-            nf4_transposed_kernel[(count, width // BLOCK)](
+            launch(nf4_transposed_kernel, (count, width // BLOCK), operations)(
                 *given, **flags, **quantized, BLOCK_K=_width(depth, BLOCK_K), num_warps=4,
                 num_stages=3,
             )  # fmt: skip
         else:
             block_n = _width(width, BLOCK_N)
-            nf4_kernel[(count, cdiv(width, block_n))](
+            launch(nf4_kernel, (count, cdiv(width, block_n)), operations)(
                 *given, **flags, **quantized, BLOCK_N=block_n, num_warps=4, num_stages=3
             )
 
@@ -364,8 +364,11 @@ def outer(
     experts, height, width = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     out = torch.empty(experts, height, width, dtype=a.dtype, device=a.device)
     block_p, block_q = _width(height, 64), _width(width, 64)
+    grid = (experts, cdiv(height, block_p), cdiv(width, block_q))
+    gathered = [rows.shape[0] for rows in (a_rows, b_rows) if rows is not None]
+    operations = 2.0 * (gathered or [a.shape[0]])[0] * height * width
     with on_device(a):
-        outer_kernel[(experts, cdiv(height, block_p), cdiv(width, block_q))](
+        launch(outer_kernel, grid, operations)(
             a, b, out, a if a_rows is None else a_rows, b if b_rows is None else b_rows, offsets,
             height, width, a.stride(0), b.stride(0), scale, A_GATHER=a_rows is not None,
             B_GATHER=b_rows is not None, BLOCK_M=BLOCK_K, BLOCK_P=block_p, BLOCK_Q=block_q,

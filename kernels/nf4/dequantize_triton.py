@@ -33,10 +33,11 @@ from kernels.nf4.decode_ptx import (
     decode_words,
 )
 from kernels.nf4.planar import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
-from kernels.nf4.tiles import architecture, dequantize_tile, multiprocessors, transposed_tile
+from kernels.nf4.tiles import dequantize_tile, transposed_tile
 from kernels.nf4.weight import NESTED_BLOCK, NF4Weight, dequantize
+from kernels.runtime.device import architecture, multiprocessors
 from kernels.runtime.dispatch import use_triton
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 _TRITON_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
@@ -296,7 +297,7 @@ def dequantize_planar(
             raise ValueError("the codes of a transposed NF4 weight must be aligned to 8 bytes")
         tile = transposed_tile(multiprocessors(out.device), len(rows) * len(blocks))
         with on_device(out):
-            dequantize_transposed_kernel[(cdiv(len(rows), tile.rows), len(blocks))](
+            launch(dequantize_transposed_kernel, (cdiv(len(rows), tile.rows), len(blocks)))(
                 *given,
                 *place,
                 out.stride(0),
@@ -309,7 +310,7 @@ def dequantize_planar(
     tile = dequantize_tile(multiprocessors(out.device), len(rows) * len(blocks))
     grid = (cdiv(len(rows), tile.rows), cdiv(len(blocks), tile.steps))
     with on_device(out):
-        dequantize_planar_kernel[grid](
+        launch(dequantize_planar_kernel, grid)(
             *given,
             *place,
             blocks.stop,
@@ -345,7 +346,7 @@ def _launch_flat(
     tile = dequantize_tile(multiprocessors(out.device), last - first)
     steps = tile.steps if words else 1
     with on_device(out):
-        dequantize_flat_kernel[(cdiv(last - first, tile.rows * steps),)](
+        launch(dequantize_flat_kernel, (cdiv(last - first, tile.rows * steps),))(
             weight.packed,
             weight.absmax,
             *nested_arguments(weight),

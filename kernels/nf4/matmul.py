@@ -41,14 +41,13 @@ from kernels.nf4.planar import BLOCK, AnyNF4, PlanarNF4Weight
 from kernels.nf4.tiles import (
     MatmulPlan,
     MatmulTile,
-    architecture,
     matmul_plan,
-    multiprocessors,
     slab,
 )
+from kernels.runtime.device import architecture, multiprocessors
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.scratch import scratch
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 _COUNTERS = 1 << 16
 
@@ -251,7 +250,7 @@ def nf4_matmul(
     split = plan.split_k > 1
     partial, counters = _split_buffers(tile, tiles, plan.split_k, x.device) if split else (x, x)
     with on_device(x):
-        nf4_matmul_kernel[(tiles, plan.split_k)](
+        launch(nf4_matmul_kernel, (tiles, plan.split_k))(
             x,
             weight.codes,
             weight.absmax,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.runtime.triton_support import cdiv, jit, on_device, tl
+from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 TILE = 2048
 """Elements per program, or one block if that is larger."""
@@ -66,7 +66,7 @@ def quantize_whole_blocks(
         return
     blocks = max(1, TILE // block_size)
     with on_device(flat):
-        quantize_nf4_kernel[(cdiv(count, blocks),)](
+        launch(quantize_nf4_kernel, (cdiv(count, blocks),))(
             flat,
             thresholds,
             packed,

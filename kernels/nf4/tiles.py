@@ -31,9 +31,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-
-import torch
 
 from kernels.runtime.triton_support import cdiv
 
@@ -121,24 +118,6 @@ _PROGRAMS_PER_SM = 4
 _LEAST_BLOCKS_PER_SPLIT = 4
 _MOST_SPLITS = 16
 _DEQUANTIZE_WAVES = 4
-
-
-def architecture(device: torch.device) -> int:
-    """Compute capability of a CUDA device as major * 10 + minor; 80 for the interpreter's CPU."""
-    return _device_numbers(device)[0]
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a CUDA device has; 1 for the interpreter's CPU."""
-    return _device_numbers(device)[1]
-
-
-@cache
-def _device_numbers(device: torch.device) -> tuple[int, int]:
-    if device.type != "cuda":
-        return 80, 1
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def matmul_plan(arch: int, multiprocessors: int, m: int, n: int, k: int) -> MatmulPlan:

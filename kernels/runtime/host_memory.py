@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.runtime.device import has_streams, upload
+from kernels.runtime.simulation import simulation
+
 
 def host_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x in the host's memory, pinned where there is a GPU; never the memory of x itself."""
@@ -17,6 +20,9 @@ def host_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def host_room(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of the host for a tensor like x, pinned where there is a GPU."""
+    active = simulation()
+    if active is not None:
+        return active.host_tensor(x.shape, dtype or x.dtype)
     pin = torch.cuda.is_available()
     return torch.empty(x.shape, dtype=dtype or x.dtype, device="cpu", pin_memory=pin)
 
@@ -24,10 +30,7 @@ def host_room(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def gather_rows(table: Tensor, index: Tensor, device: torch.device) -> Tensor:
     """Rows `index` (N,) of `table` (V, H) in the host's memory, as (N, H) on `device`."""
     rows = table.index_select(0, index.to(table.device))
-    if rows.device == device:
-        return rows
-    # The pinned memory is given back when the copy is done: torch's allocator sees to that.
-    return rows.pin_memory().to(device, non_blocking=True)
+    return rows if rows.device == device else upload(rows, device)
 
 
 class SideCopies:
@@ -64,4 +67,4 @@ class SideCopies:
 
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream for copies beside the computation; None where there are no streams."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    return torch.cuda.Stream(device) if has_streams(device) else None

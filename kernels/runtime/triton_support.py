@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-__all__ = ["HAS_TRITON", "cdiv", "jit", "next_power_of_2", "on_device", "tl", "triton"]
+from kernels.runtime.device import current_index
+from kernels.runtime.simulation import simulation
+
+__all__ = ["HAS_TRITON", "cdiv", "jit", "launch", "next_power_of_2", "on_device", "tl", "triton"]
 
 
 class _AbsentKernel:
@@ -76,6 +79,23 @@ def next_power_of_2(n: int) -> int:
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of `tensor` the current one: Triton launches on the current device."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and tensor.device.index != current_index():
         return torch.cuda.device(tensor.device)
     return nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], operations: float = 0.0) -> Callable[..., Any]:
+    """What launches a Triton kernel on `grid`: every launch goes through here.
+
+    A simulated step launches nothing; it counts the kernel's floating-point `operations`.
+    """
+    active = simulation()
+    if active is None:
+        run: Callable[..., Any] = kernel[grid]
+        return run
+    active.count_operations(operations)
+    return _no_launch
+
+
+def _no_launch(*args: Any, **options: Any) -> None:
+    """Outputs stay as they were allocated."""

@@ -8,19 +8,27 @@ operations of matrix products and attention are counted on the way.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from engine.memory.meter import SCRATCH, MemoryMeter
+from kernels.runtime.simulation import SimulatedGPU
 
 _ATEN = torch.ops.aten
 META = torch.device("meta")
+CUDA_GRANULE = 512
+"""torch's CUDA caching allocator rounds a request up to this."""
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 class DryMeter(MemoryMeter):
@@ -33,14 +41,63 @@ class DryMeter(MemoryMeter):
     aside = SCRATCH
     """Scratch grows in the pass, and is all there in every later step: it is added at the end."""
 
-    def __init__(self, granule: int = 1) -> None:
-        super().__init__(granule)
+    def __init__(self, gpu: SimulatedGPU | None = None) -> None:
+        super().__init__(1 if gpu is None else CUDA_GRANULE)
+        self.gpu = gpu
         self.flops = 0.0
+        self._transients: dict[Hashable, tuple[int, float]] = {}
         self.host = self.host_high = 0
         self._put_aside: set[weakref.ref[Any]] = set()
 
-    def put_aside(self, tensor: Tensor) -> None:
-        """Count a tensor as the host's: it takes nothing of a GPU."""
+    def once(self, key: Hashable, run: Callable[[], R], result: Callable[[], R]) -> R:
+        """Run an op for the first of each key; for later ones count the peak that it had."""
+        if key in self._transients:
+            made = result()
+            transient, operations = self._transients[key]
+            self.bump(transient)
+            self.flops += operations
+            return made
+        self.mark()
+        outer, self.high, before = self.high, self.counted, self.flops
+        made = run()
+        self.mark()
+        self._transients[key] = self.high - self.counted, self.flops - before
+        self.high = max(outer, self.high)
+        return made
+
+    def some(self, parts: Sequence[T]) -> Iterator[T]:
+        """The first two parts and the last, which may be short; the rest is as the second."""
+        for index, part in enumerate(parts):
+            if 2 <= index < len(parts) - 1:
+                continue
+            before = self.flops
+            yield part
+            if index == 1:
+                self.flops += (self.flops - before) * max(0, len(parts) - 3)
+
+    def count_operations(self, operations: float) -> None:
+        """Add the operations of a kernel that is not launched."""
+        self.flops += operations
+
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor in the host's memory, which beside a GPU's is counted apart."""
+        if self.gpu is None:
+            return torch.empty(tuple(shape), dtype=dtype, device="meta")
+        with _disable_current_modes():
+            tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self._count_on_host(tensor)
+        return tensor
+
+    def stays_on_host(self, tensor: Tensor) -> None:
+        """Count nothing for a tensor of the host, unless the host's memory is what is counted."""
+        if self.gpu is not None:
+            self.ignore([tensor])
+
+    def shapes_only(self) -> AbstractContextManager[Any]:
+        """Nothing that is made inside is counted."""
+        return cast(AbstractContextManager[Any], _disable_current_modes())
+
+    def _count_on_host(self, tensor: Tensor) -> None:
         self.ignore([tensor])
         size = tensor.untyped_storage().nbytes()
         self.host += size

@@ -28,7 +28,6 @@ import models.layers.token_tiles
 import optim.adamw8bit
 from engine.memory.simulate.meter import META, DryMeter
 from kernels.linear.int8 import Int8Weight
-from kernels.moe import grouped_matmul_triton
 from kernels.moe.grouped_matmul import ExpertWeights, Groups, weight_shape
 from kernels.nf4.planar import BLOCK, PlanarNF4Weight
 from kernels.nf4.weight import NESTED_BLOCK, NF4Weight
@@ -212,7 +211,6 @@ def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
             lambda x: all_finite(x.reshape(-1)[: engine.model_sources.load_model._PART]),
         ),
         (Groups, "bounds", property(_even_bounds)),
-        *_counted_groups(meter),
         (Rotary, "__call__", _dry_angles),
     ]
     for function, dry in (
@@ -239,26 +237,6 @@ _angles = Rotary.__call__
 def _dry_angles(rotary: Rotary, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions are integers, which are real; what is computed of them need not be."""
     return _angles(rotary, torch.empty_like(position_ids, device=META), dtype)
-
-
-def _counted_groups(meter: DryMeter) -> list[tuple[Any, str, Any]]:
-    """The products of experts in one launch, whose operations no op of torch's tells."""
-    matmul, outer = grouped_matmul_triton.matmul, grouped_matmul_triton.outer
-
-    def counted_matmul(x: Tensor, weight: Any, *rest: Any) -> None:
-        out: Tensor = rest[4]
-        meter.flops += 2.0 * out.shape[0] * weight.shape[1] * weight.shape[2]
-        matmul(x, weight, *rest)
-
-    def counted_outer(a: Tensor, b: Tensor, offsets: Tensor, *rest: Any) -> Tensor:
-        gathered = [index.shape[0] for index in rest[:2] if index is not None]
-        meter.flops += 2.0 * (gathered or [a.shape[0]])[0] * a.shape[1] * b.shape[1]
-        return outer(a, b, offsets, *rest)
-
-    return [
-        (grouped_matmul_triton, "matmul", counted_matmul),
-        (grouped_matmul_triton, "outer", counted_outer),
-    ]
 
 
 def _even_bounds(groups: Groups) -> tuple[int, ...]:

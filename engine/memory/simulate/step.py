@@ -36,7 +36,7 @@ import kernels.nf4.weight
 from engine.config.train_config import TrainConfig
 from engine.data.loader import Batch
 from engine.memory.meter import SCRATCH, Peak, Segment, observed, replaced, track_model
-from engine.memory.simulate.gpu import GPU, OnGPU, OnHost, also_backward, gpu_ways, host_ways
+from engine.memory.simulate.gpu import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import META, DryMeter
 from engine.memory.simulate.shortcuts import shortcuts
 from engine.model_sources.interface.model_source import ModelSource
@@ -45,13 +45,11 @@ from engine.runs.startup import importing
 from engine.training.loop import train_step
 from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
+from kernels.runtime.simulation import simulate_with
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.tensor_names import expected_tensors
 from optim import AdamW8bit
-
-CUDA_GRANULE = 512
-"""torch's CUDA caching allocator rounds a request up to this."""
 
 
 class _EmptySource:
@@ -114,10 +112,14 @@ def dry_pass(
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = DryMeter(CUDA_GRANULE if gpu else 1)
-    place = OnGPU() if gpu else OnHost()
-    ways = [*also_backward(place), *(gpu_ways(meter) if gpu else host_ways())]
-    with replaced(*ways, *shortcuts(meter)), observed(meter, fresh_scratch=True), place:
+    meter = DryMeter(ASSUMED_GPU if gpu else None)
+    mode = OnGPU() if gpu else OnHost()
+    with (
+        simulate_with(meter),
+        replaced(*shortcuts(meter)),
+        observed(meter, fresh_scratch=True),
+        mode,
+    ):
         _make_tables(GPU if gpu else META)
         with meter:
             return _passed(meter, model_config, config, batches, gpu, dtype, stored)

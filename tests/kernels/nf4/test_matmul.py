@@ -19,6 +19,7 @@ from kernels.nf4.matmul import nf4_linear, nf4_linear_backward_input
 from kernels.nf4.planar import AnyNF4, PlanarNF4Weight, to_planar
 from kernels.nf4.tiles import MatmulPlan, MatmulTile
 from kernels.nf4.weight import quantize
+from kernels.runtime.device import architecture
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -151,7 +152,7 @@ def test_no_decoded_weight_is_saved_for_backward(device: torch.device) -> None:
 def test_scratch_whole_or_in_slabs_gives_the_same_product(
     limit: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arch = tiling.architecture(device)
+    arch = architecture(device)
     weight = weight_of(130, 192, device)
     x = torch.randn(7, 192, dtype=DTYPE, device=device)
     dy = torch.randn(7, 130, dtype=DTYPE, device=device)
