@@ -1,4 +1,4 @@
-"""Write the README's list of files from the first line of each module's docstring.
+"""Write the list of files in docs/architecture.md from the first line of each module's docstring.
 
 ``python .ci/file_tree.py`` writes it, ``--check`` ends with status 1 where it is out of date.
 """
@@ -8,25 +8,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- files: begin -->\n", "<!-- files: end -->\n"
-TOP = ("kernels", "models", "optim", "engine", "cli", "bench")
-FOLDERS = {
-    "kernels": "arithmetic: tensors in, tensors out",
-    "models": "the graph, its configuration, and LoRA on it",
-    "optim": "the optimiser and what belongs to it",
-    "engine": "what a user would call the program",
-    "engine/benchmark": "ops against the machine's limits",
-    "engine/data": "from rows of text to batches of token ids",
-    "engine/formats": "what is read from disk and written to it",
-    "cli": "one file per verb",
-    "bench": "measurements, and the demonstration",
-}
+TOP = ("kernels", "models", "optim", "engine", "cli", "bench", "examples")
 REST = """\
+examples/*.yaml               configurations to copy, for engine train --config
 tests/                        mirrors the tree
   interop/                    comparisons with transformers, PEFT, bitsandbytes and llama.cpp
-  fixtures/golden/            tiny checkpoints with logits and gradients of another program
-Makefile                      demo, test, lint, interop, bench and more: `make help`
+  support/                    what tests share: helper processes, writers of fixtures, slow_tests
+  fixtures/golden/            tiny models with logits and gradients from another program
+docs/                         this documentation; mkdocs.yml is its table of contents
+Makefile                      demo, test, lint, docs, interop, bench and more: `make help`
 constraints.txt               the exact versions that were tested
 pyproject.toml                packages, dependencies, and the settings of ruff, mypy and pytest
 """
@@ -39,32 +31,31 @@ def first_line(path: Path) -> str:
     return docstring.splitlines()[0].rstrip(".").replace("`", "")
 
 
-def folders() -> list[str]:
-    """Every package of the six top-level ones, in their order, a package before those in it."""
-    inits = [init for top in TOP for init in sorted((ROOT / top).rglob("__init__.py"))]
-    return [init.parent.relative_to(ROOT).as_posix() for init in inits]
+def folders() -> list[Path]:
+    """Every package under the top-level ones, in their order, a package before those in it."""
+    return [init.parent for top in TOP for init in sorted((ROOT / top).rglob("__init__.py"))]
 
 
 def tree() -> str:
     lines = []
     for folder in folders():
-        text = FOLDERS.get(folder) or first_line(ROOT / folder / "__init__.py")
-        lines.append(f"{folder + '/':<29} {text}")
-        files = sorted(path for path in (ROOT / folder).glob("*.py") if path.stem != "__init__")
+        name = folder.relative_to(ROOT).as_posix() + "/"
+        lines.append(f"{name:<29} {first_line(folder / '__init__.py')}")
+        files = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
         lines += [f"  {path.name:<27} {first_line(path)}" for path in files]
     return "```text\n" + "\n".join(lines) + "\n" + REST + "```\n"
 
 
 def main() -> int:
-    text = README.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     wanted = before + BEGIN + tree() + END + after
     if sys.argv[1:] == ["--check"]:
         if text != wanted:
-            print("README.md lists other files than there are; run: python .ci/file_tree.py")
+            print("docs/architecture.md lists other files than there are: python .ci/file_tree.py")
         return int(text != wanted)
-    README.write_text(wanted)
+    PAGE.write_text(wanted)
     return 0
 
 

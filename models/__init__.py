@@ -1,0 +1,1 @@
+"""The graph: decoder, layers, families and adapters."""
