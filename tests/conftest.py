@@ -16,26 +16,26 @@ import numpy as np
 import pytest
 import torch
 
-# The tensors here are small: more threads would only wait for each other, on a busy machine for
-# minutes.
+# The tensors here are small: more threads would only wait for each other.
 torch.set_num_threads(1)
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SLOW_TESTS = Path(__file__).parent / "support" / "slow_tests.txt"
 PEERS = ("transformers", "peft", "bitsandbytes", "xllamacpp")
 MISSING_PEERS = [name for name in PEERS if find_spec(name) is None]
 
-# A shell that runs the tests in the background, or `nohup`, hands these down ignored; the tests of
-# signals mean a process that takes them, as do the processes that they start.
+# A shell that runs the tests in the background, or `nohup`, lets its children ignore these signals.
+# The tests of signals, and the processes that they start, need the default handlers.
 for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
     number = getattr(signal, name, None)
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
-# Triton reads this when a kernel is defined: it has to be set before any test module is imported.
+# Triton reads this when a kernel is defined, so it is set before any test module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The comparisons import the programs they compare with, which the product must work without.
+# The comparisons import transformers, PEFT and others, which the product must work without.
 collect_ignore = ["interop"] if MISSING_PEERS else []
 
 
@@ -44,6 +44,14 @@ def pytest_report_header() -> str | None:
         return None
     missing = ", ".join(MISSING_PEERS)
     return f"tests/interop: not collected, {missing} not installed (`make interop` installs them)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that `tests/support/slow_tests.txt` lists, for `-m "not slow"`."""
+    slow = frozenset(SLOW_TESTS.read_text().splitlines())
+    for item in items:
+        if item.nodeid.partition("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -72,7 +80,7 @@ def same_seed() -> None:
 
 
 def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap an allocation so that what it returns is full of values no result should hold."""
+    """Wrap an allocation so that its result is filled with NaN, True or the largest integer."""
 
     def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
@@ -93,9 +101,9 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make ``torch.empty`` and its relatives return NaN, as unwritten memory may."""
-    # A simulated step allocates tensors that stand for memory and have none to fill.
-    dry = request.path.parent.name == "memory" and request.path.parent.parent.name == "engine"
-    if request.node.get_closest_marker("interop") is None and not dry:
+    # A simulated step allocates fake tensors, which have no memory to fill.
+    simulated = request.path.parent.name == "memory" and request.path.parent.parent.name == "engine"
+    if request.node.get_closest_marker("interop") is None and not simulated:
         for owner, name in (
             (torch, "empty"),
             (torch, "empty_like"),

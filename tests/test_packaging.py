@@ -85,6 +85,20 @@ def test_constraints_name_versions_and_nothing_else() -> None:
         assert line.startswith("#") or re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line), line
 
 
+def test_pre_commit_uses_the_constrained_versions() -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    named = re.findall(r"\"([\w.-]+)==([\w.]+)\"", text)
+    assert {name for name, _ in named} == {"ruff", "codespell"}
+    assert {(name, constraints()[name]) for name, _ in named} == set(named)
+
+
+def test_every_package_is_typed_and_says_so() -> None:
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert table["package-data"] == {"*": ["py.typed"]}
+    for pattern in table["packages"]["find"]["include"]:
+        assert (ROOT / pattern.rstrip("*") / "py.typed").exists(), pattern
+
+
 def test_every_package_directory_is_installed() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     included = {pattern.rstrip("*") for pattern in table["packages"]["find"]["include"]}
