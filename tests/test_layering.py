@@ -84,21 +84,23 @@ def faults(source: str, path: Path) -> list[str]:
     """All faults of one file, ``path`` being relative to the root: 'path:line: what'."""
     tree = ast.parse(source, str(path))
     package = path.parts[0]
-    found = [
+    problems = [
         (line, fault)
         for line, name in imports(tree, path.parts[:-1])
         if (fault := import_fault(package, name)) is not None
     ]
-    found += call_faults(tree)
-    return [f"{path}:{line}: {fault}" for line, fault in sorted(found)]
+    problems += call_faults(tree)
+    return [f"{path}:{line}: {fault}" for line, fault in sorted(problems)]
 
 
 @pytest.mark.parametrize("package", BELOW)
 def test_package_keeps_to_its_layer(package: str) -> None:
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 1, f"nothing to check under {package}/"
-    found = [fault for file in files for fault in faults(file.read_text(), file.relative_to(ROOT))]
-    assert not found, "\n".join(found)
+    problems = [
+        fault for file in files for fault in faults(file.read_text(), file.relative_to(ROOT))
+    ]
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,9 @@ def test_package_keeps_to_its_layer(package: str) -> None:
     ],
 )
 def test_planted_fault_is_found(path: str, source: str, expected: str) -> None:
-    found = faults(source, Path(path))
-    assert len(found) == 1, found
-    assert expected in found[0]
+    problems = faults(source, Path(path))
+    assert len(problems) == 1, problems
+    assert expected in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -153,38 +155,40 @@ GROUND = {
 """Files directly in a package that its rooms may import; they import no room themselves."""
 
 
-def room_of(module: str, folders: set[str]) -> str:
+def folder_of(module: str, folders: set[str]) -> str:
     """The folder that a module lies in; a package's `__init__` lies in the package."""
     return module if module in folders else module.rpartition(".")[0]
 
 
-def room_faults(sources: Mapping[Path, str]) -> list[str]:
+def folder_faults(sources: Mapping[Path, str]) -> list[str]:
     """Circles of modules or rooms, and rooms that import what stands above them."""
     graph = import_graph(sources)
     folders = {".".join(path.parts[:-1]) for path in sources}
     faults = [f"circle: {' -> '.join(circle)}" for circle in circles(graph)]
-    rooms: dict[str, set[str]] = {folder: set() for folder in folders}
+    reached: dict[str, set[str]] = {folder: set() for folder in folders}
     for module, targets in graph.items():
-        room = room_of(module, folders)
+        home = folder_of(module, folders)
         package, _, name = module.partition(".")
         on_ground = name in GROUND[package]
         for target in sorted(targets):
-            other = room_of(target, folders)
+            other = folder_of(target, folders)
             reaches_ground = target.removeprefix(f"{package}.") in GROUND[package]
-            if other != room and not reaches_ground:
-                rooms[room].add(other)
-            if room != package == other and not reaches_ground:
+            if other != home and not reaches_ground:
+                reached[home].add(other)
+            if home != package == other and not reaches_ground:
                 faults.append(f"{module} imports {target}, which stands above its room")
             if on_ground and other not in GROUND and other.startswith(f"{package}."):
                 faults.append(f"{module} is a ground file and imports the room {other}")
-    inner = {room: targets - set(GROUND) for room, targets in rooms.items() if room not in GROUND}
+    inner = {
+        folder: targets - set(GROUND) for folder, targets in reached.items() if folder not in GROUND
+    }
     return faults + [f"rooms in a circle: {' -> '.join(circle)}" for circle in circles(inner)]
 
 
 def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
     sources = product_sources()
     assert len(sources) > 200
-    assert not room_faults(sources), "\n".join(room_faults(sources))
+    assert not folder_faults(sources), "\n".join(folder_faults(sources))
 
 
 @pytest.mark.parametrize(
@@ -225,9 +229,9 @@ def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
 )
 def test_planted_fault_between_rooms_is_found(files: dict[str, str], expected: str) -> None:
     packages = {f"{path.partition('/')[0]}/__init__.py": "" for path in files}
-    found = room_faults({Path(path): source for path, source in (packages | files).items()})
-    assert len(found) == 1, found
-    assert expected in found[0]
+    problems = folder_faults({Path(path): source for path, source in (packages | files).items()})
+    assert len(problems) == 1, problems
+    assert expected in problems[0]
 
 
 def test_ground_files_and_rooms_below_are_no_fault() -> None:
@@ -238,5 +242,5 @@ def test_ground_files_and_rooms_below_are_no_fault() -> None:
         "engine/a/x.py": "import engine.errors\nimport engine.b.x",
         "engine/b/x.py": "",
     }
-    assert room_faults({Path(path): source for path, source in files.items()}) == []
+    assert folder_faults({Path(path): source for path, source in files.items()}) == []
     assert module_name(Path("engine/a/__init__.py")) == "engine.a"
