@@ -38,19 +38,19 @@ from engine.model_sources.pruning_record import (
 )
 from engine.provenance import version
 from engine.pruning.apply import (
-    PrunedSource,
-    Slices,
+    CutSource,
+    PrunedSlices,
     counts_per_layer,
     refuse_indivisible,
-    still_off,
+    remaining,
+    renumbered,
 )
-from engine.pruning.delta_heads import delta_heads
-from engine.pruning.head_slices import Heads, attention_heads, refuse_uncut
 from engine.pruning.heat_map import HEAT_MAP, draw
-from engine.pruning.report import LOADS_IN, describe, off_heads
-from engine.pruning.scores import LayerScores, weight_scores
+from engine.pruning.report import LOADS_IN, all_pruned, describe
+from engine.pruning.scores import LayerScores, prunable_heads, weight_scores
 from engine.pruning.selection import Rules, Selection, select
 from engine.storage import durable
+from models.head_slices import HeadSlices
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +127,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
     if output is not None:
         durable.refuse_occupied(Path(output))
     source = open_model_source(model)
-    layers = _layers(source, settings)
-    if settings.mode == "structural":
-        refuse_uncut(source, layers)
+    layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)
     scored = _scores(source, layers, settings)
     choice = select(scored, rules)
@@ -175,14 +173,8 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
     )
 
 
-def _layers(source: ModelSource, settings: PruneSettings) -> Sequence[Heads]:
-    if settings.heads == "delta":
-        return delta_heads(source)
-    return attention_heads(source)
-
-
 def _scores(
-    source: ModelSource, layers: Sequence[Heads], settings: PruneSettings
+    source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings
 ) -> list[LayerScores]:
     if settings.metric in METRICS_WITH_DATA:
         from engine.pruning.calibration import Calibration, measured_scores
@@ -214,56 +206,45 @@ def _write(
     record: dict[str, Any],
 ) -> PruneResult:
     layers = [s.heads for s in scored]
-    off = _others(source, layers) | off_heads(scored, choice.heads)
+    pruned = all_pruned(scored, choice.heads)
     mode = settings.mode
+    zero = PrunedSlices(source.config, pruned if mode == "zero" else {}).zero
     if mode == "mask" and isinstance(source, MaskedSource):
         source = source.base  # an earlier mask stays one that can be taken off
     if mode == "structural":
-        source, left = _smaller(source, scored, choice, settings.per_layer)
-        off = _others(source, layers) | left
-    slices = Slices(layers, {layer: set(heads) for layer, heads in off.items()})
-    record = sealed(record | {"pruned_heads": head_map(off)})
+        source, pruned = _cut(source, scored, choice, settings.per_layer)
+    record = sealed(record | {"pruned_heads": head_map(_others(source, layers) | pruned)})
 
     def beside(folder: Path) -> None:
         durable.write_json(folder / PRUNING, record)
         title = f"{settings.metric}: {choice.removed_heads} heads pruned"
         draw(scored, choice.heads, title, folder / HEAT_MAP)
 
-    written = write_directory(
-        source,
-        output,
-        slices.zero if mode == "zero" else lambda _, tensor: tensor,
-        None,
-        settings.max_shard_size,
-        beside,
-    )
+    written = write_directory(source, output, zero, None, settings.max_shard_size, beside)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)
     return PruneResult(record, written)
 
 
-def _smaller(
+def _cut(
     source: ModelSource, scored: list[LayerScores], choice: Selection, per_layer: bool
-) -> tuple[PrunedSource, HeadMap]:
-    """The model without the chosen heads, and what in it is off all the same."""
+) -> tuple[CutSource, HeadMap]:
+    """The model without the chosen heads, and the heads that earlier prunings left in it."""
     layers = [s.heads for s in scored]
     if per_layer:
         counts = counts_per_layer(source.config, layers, choice.heads)
     else:
-        first = layers[0]
-        gone = set(choice.heads[first.layer])
-        heads = first.heads - len(gone)
-        counts = first.counts(heads, first.kv_heads - len(first.dead_groups(gone)))
+        heads, kv_heads = remaining(layers[0], choice.heads)
+        counts = layers[0].counts(heads, kv_heads)
         if "num_attention_heads" in counts:
             refuse_indivisible(source.config, heads, source.path)
-    off = {layer: set(found) for layer, found in choice.heads.items()}
-    dead = {s.heads.layer: tuple(sorted(s.dead)) for s in scored}
-    smaller = PrunedSource(source, Slices(layers, off, cut=True), counts)
-    return smaller, still_off(layers, dead, choice.heads)
+    earlier = {s.heads.layer: tuple(sorted(s.pruned)) for s in scored}
+    left = renumbered(layers, earlier, choice.heads)
+    return CutSource(source, choice.heads, counts), left
 
 
-def _others(source: ModelSource, layers: Sequence[Heads]) -> HeadMap:
-    """Heads of layers of the other kind that an earlier pruning left off."""
+def _others(source: ModelSource, layers: Sequence[HeadSlices]) -> HeadMap:
+    """Pruned heads of layers of the other kind."""
     earlier = read_pruning(source.path)
     mine = {heads.layer for heads in layers}
-    found = {} if earlier is None else earlier.heads
-    return {layer: heads for layer, heads in found.items() if layer not in mine}
+    heads_of = {} if earlier is None else earlier.heads
+    return {layer: heads for layer, heads in heads_of.items() if layer not in mine}

@@ -1,10 +1,10 @@
-"""`pruning.json`: which attention heads of the model beside it were pruned, and how.
+"""`pruning.json`: which attention heads of its model were pruned, and how.
 
 `pruned_heads` maps a layer's number to the query heads (value heads of a linear attention), counted
 as in the weights beside the file, that must add nothing to the model's output. In mode `zero` their
 slices are zeros, in mode `mask` the weights are whole and the columns of the output projection are
 put to zero as they are read, so that deleting the file brings the heads back. In mode `structural`
-they are gone, and not in the map.
+they are cut out of the weights, and not in the map.
 
 `digest` is the SHA-256 of everything else in the file, as JSON with sorted keys.
 """
@@ -26,6 +26,8 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import ModelSourceView
 from engine.storage.safe_files import read_json_object
 from models.config.model_config import ModelConfig
+from models.head_slices import layer_heads
+from models.tensor_layout import path_in_file
 
 PRUNING = "pruning.json"
 FORMAT = "engine-pruning-1"
@@ -35,7 +37,7 @@ HeadMap = dict[int, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Pruning:
-    """A `pruning.json` that was read: its mode, the heads that are off, and all it says."""
+    """A `pruning.json` that was read: its mode, the pruned heads, and all it says."""
 
     mode: str
     heads: HeadMap
@@ -89,26 +91,21 @@ class MaskedSource(ModelSourceView):
     Raises `CheckpointError` where the mask names a head that the model does not have.
     """
 
-    def __init__(self, whole: ModelSource, pruning: Pruning) -> None:
-        super().__init__(whole)
-        self._columns: dict[str, list[int]] = {}
-        check_heads(pruning, whole.config, whole.path)
-        names = set(whole.names())
-        for layer, heads in pruning.heads.items():
-            name = next((n for n in _outputs(whole.config, layer) if n in names), None)
-            if name is None:
-                raise CheckpointError(
-                    f"{whole.path / PRUNING} masks heads of layer {layer}, which has none. The "
-                    "file belongs to another model."
-                )
-            self._columns[name] = columns_of(heads, head_shape(whole.config, layer)[1])
+    def __init__(self, base: ModelSource, pruning: Pruning) -> None:
+        super().__init__(base)
+        check_heads(pruning, base.config, base.path)
+        self._columns: dict[str, torch.Tensor] = {}
+        for layer, pruned in pruning.heads.items():
+            heads = layer_heads(base.config, layer)
+            name = path_in_file(base.config, heads.weight(heads.output))
+            self._columns[name] = heads.output_columns(pruned)
         self._mask = json.dumps(head_map(pruning.heads))
 
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor `name`; the columns of masked heads are zeros."""
         tensor = self.base.tensor(name)
         columns = self._columns.get(name)
-        return tensor if columns is None else tensor.index_fill(1, torch.tensor(columns), 0)
+        return tensor if columns is None else tensor.index_fill(1, columns, 0)
 
     def digest(self) -> str:
         """That of the whole model and the mask: a masked model is another model."""
@@ -116,45 +113,20 @@ class MaskedSource(ModelSourceView):
 
 
 def masked(source: ModelSource) -> ModelSource:
-    """`source` with the mask that lies beside it, if one does."""
+    """`source` with the mask in its folder, if there is one."""
     pruning = read_pruning(source.path)
     if pruning is None or pruning.mode != "mask":
         return source
     return MaskedSource(source, pruning)
 
 
-TRUNKS = ("model.", "model.language_model.")
-"""What a decoder's tensors begin with: the latter where the model has other parts too."""
-
-
-def _outputs(config: ModelConfig, layer: int) -> list[str]:
-    """Possible names of the projection whose columns read the heads of `layer`."""
-    linear = config.layer_types[layer] == "linear_attention"
-    leaf = "linear_attn.out_proj" if linear else "self_attn.o_proj"
-    return [f"{trunk}layers.{layer}.{leaf}.weight" for trunk in TRUNKS]
-
-
-def head_shape(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """The number of heads that the output of `layer` is made of, and the size of each.
-
-    Query heads of attention; value heads of a linear attention.
-    """
-    if config.layer_types[layer] == "linear_attention":
-        return config.linear_num_value_heads, config.linear_value_head_dim
-    return config.heads(layer), config.head_dim
-
-
-def columns_of(heads: Sequence[int], head_dim: int) -> list[int]:
-    """Columns of `o_proj` that read these heads."""
-    return [column for head in heads for column in range(head * head_dim, (head + 1) * head_dim)]
-
-
 def check_heads(pruning: Pruning, config: ModelConfig, source: Path) -> None:
     """Raise `CheckpointError` unless the model has every head that `pruning` names."""
     for layer, heads in pruning.heads.items():
         inside = layer < config.num_hidden_layers
-        if not inside or heads[-1] >= head_shape(config, layer)[0]:
-            count = f"{head_shape(config, layer)[0]} heads there" if inside else "fewer layers"
+        number = layer_heads(config, layer).heads if inside else 0
+        if heads[-1] >= number:
+            count = f"{number} heads there" if inside else "fewer layers"
             raise CheckpointError(
                 f"{source / PRUNING} names heads {list(heads)} of layer {layer}, and the model has "
                 f"{count}. The file belongs to another model."
@@ -170,10 +142,10 @@ def _heads(value: Any) -> HeadMap | None:
     """The map of layers to heads that JSON holds; None if it is not one."""
     if not isinstance(value, dict):
         return None
-    found: HeadMap = {}
+    result: HeadMap = {}
     for layer, heads in value.items():
         listed = isinstance(heads, list) and heads and all(type(head) is int for head in heads)
         if not str(layer).isdecimal() or not listed or min(heads) < 0:
             return None
-        found[int(layer)] = tuple(sorted(set(heads)))
-    return dict(sorted(found.items()))
+        result[int(layer)] = tuple(sorted(set(heads)))
+    return dict(sorted(result.items()))

@@ -30,12 +30,12 @@ from engine.device import resolve_device, resolve_dtype
 from engine.evaluate import by_tokens
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
-from engine.pruning.head_slices import Heads
 from engine.pruning.scores import LayerScores, checked, output_grams, weight_scores
 from engine.tokenization.tokenizer import load_tokenizer
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
 from kernels.linear.projection import decode_weight
 from models.decoder import Decoder
+from models.head_slices import HeadSlices, layer_heads
 from models.layers.attention import Attention
 from models.layers.delta_net import DeltaNet
 from models.layers.linear import Linear
@@ -59,7 +59,7 @@ class Calibration:
 
 
 def measured_scores(
-    source: ModelSource, layers: Sequence[Heads], metric: Metric, how: Calibration
+    source: ModelSource, layers: Sequence[HeadSlices], metric: Metric, how: Calibration
 ) -> list[LayerScores]:
     """Scores of every head of `layers` by `metric` (activation or gradient).
 
@@ -78,12 +78,12 @@ def measured_scores(
     )
     numbers = [heads.layer for heads in layers]
     if metric == "activation":
-        found = [_relative(values) for values in activations(model, numbers, examples)]
+        measured = [_relative(values) for values in activations(model, numbers, examples)]
     else:
-        found = gradients(model, numbers, examples)
+        measured = gradients(model, numbers, examples)
     return [
         replace(scores, values=checked(values, scores.heads.layer))
-        for scores, values in zip(blank, found, strict=True)
+        for scores, values in zip(blank, measured, strict=True)
     ]
 
 
@@ -99,11 +99,10 @@ def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) 
     sums: dict[int, Tensor] = {}
     with ExitStack() as stack:
         for layer in layers:
-            mixer, linear, dim = _mixer(model, layer)
-            dense = _dense(linear, torch.float32)
-            grams = output_grams(dense.unflatten(1, (-1, dim))).float()
-            sums[layer] = torch.zeros(grams.shape[0], dtype=torch.float64, device=grams.device)
-            stack.enter_context(_listening(mixer, grams, sums[layer]))
+            heads, linear = _output(model, layer)
+            grams = output_grams(heads.by_head(_dense(linear, torch.float32))).float()
+            sums[layer] = torch.zeros(heads.heads, dtype=torch.float64, device=grams.device)
+            stack.enter_context(_listening(model.layers[layer].mixer, grams, sums[layer]))
         tokens = 0
         for group in by_tokens(examples, _TOKENS_PER_BATCH):
             batch = collate(group)
@@ -142,11 +141,11 @@ def _heads_output(mixer: Attention | DeltaNet, kept: Any) -> Tensor:
 def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) -> list[Tensor]:
     """|<o_h, dL/d o_h>| (heads,) in float64, summed over rows, per trained token.
 
-    o_proj is held dense while this runs; a quantised one with the values it stands for.
+    o_proj is made dense; a quantised one with the values it stands for.
     """
-    outputs = {layer: _mixer(model, layer)[1:] for layer in layers}
+    outputs = {layer: _output(model, layer) for layer in layers}
     sums = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
-    for linear, _ in outputs.values():
+    for _, linear in outputs.values():
         if not isinstance(linear.weight, Tensor):
             linear.set_weight(_dense(linear, model.dtype))
         assert isinstance(linear.weight, Tensor)
@@ -161,27 +160,26 @@ def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) ->
             num_items=1,
         ).backward()
         tokens += batch.trained_tokens
-        for layer, (linear, dim) in outputs.items():
-            sums[layer] = sums[layer] + _inner(linear, dim).abs().cpu()
+        for layer, (heads, linear) in outputs.items():
+            sums[layer] = sums[layer] + _inner(heads, linear).abs().cpu()
     return [sums[layer] / max(tokens, 1) for layer in layers]
 
 
-def _mixer(model: Decoder, layer: int) -> tuple[Attention | DeltaNet, Linear, int]:
-    """The layer's mixer, the projection that reads its heads, and their size."""
-    block = model.layers[layer]
-    if block.linear_attn is not None:
-        return block.linear_attn, block.linear_attn.out_proj, block.linear_attn.value_dim
-    assert block.self_attn is not None
-    return block.self_attn, block.self_attn.o_proj, block.self_attn.head_dim
+def _output(model: Decoder, layer: int) -> tuple[HeadSlices, Linear]:
+    """The heads of a layer and the projection that reads them."""
+    heads = layer_heads(model.config, layer)
+    linear = model.get_submodule(heads.module(heads.output))
+    assert isinstance(linear, Linear)
+    return heads, linear
 
 
-def _inner(linear: Linear, dim: int) -> Tensor:
+def _inner(heads: HeadSlices, linear: Linear) -> Tensor:
     """<o_h, dL/d o_h> (heads,) of the gradient that is there, which is taken away."""
     weight = linear.weight
     assert isinstance(weight, Tensor) and weight.grad is not None
     product = weight.detach().double() * weight.grad.double()
     weight.grad = None
-    inner: Tensor = product.unflatten(1, (-1, dim)).sum((0, 2))
+    inner: Tensor = heads.by_head(product).sum((0, 2))
     return inner
 
 

@@ -16,7 +16,7 @@ def draw(
 ) -> bool:
     """Write the picture to `target`. False, and a line in the log, without matplotlib.
 
-    Heads that were gone before the choice are left white.
+    Heads that were pruned before the choice are left white.
     """
     width = max(s.heads.heads for s in layers)
     figure = new_figure("heat map", 2.5 + 0.3 * width, 1.5 + 0.25 * len(layers))
@@ -24,7 +24,7 @@ def draw(
         return False
     rows = [
         [
-            float(s.values[h]) if h < s.heads.heads and h not in s.dead else float("nan")
+            float(s.values[h]) if h < s.heads.heads and h not in s.pruned else float("nan")
             for h in range(width)
         ]
         for s in layers

@@ -42,11 +42,11 @@ def regular_cuts(scores: LayerScores, whole: bool, min_heads: int, min_kv_heads:
             stay = {head for group in ranked[:kept] for head in group}
             units = groups - kept if whole else heads.heads - len(stay)
             gone = tuple(head for head in range(heads.heads) if head not in stay)
-            alive = stay & scores.alive
-            few = len(alive) < min_heads or len(heads.groups(alive)) < min_kv_heads
-            if few and scores.alive - stay:
+            active = stay & scores.active
+            few = len(active) < min_heads or len(heads.groups(active)) < min_kv_heads
+            if few and scores.active - stay:
                 continue
-            cut = Cut(gone, sum(float(scores.values[h]) for h in gone if h in scores.alive))
+            cut = Cut(gone, sum(float(scores.values[h]) for h in gone if h in scores.active))
             if units not in found or cut.lost < found[units].lost:
                 found[units] = cut
     return found
@@ -56,10 +56,10 @@ def _ranked(scores: LayerScores, each: int) -> list[list[int]]:
     """The best `each` heads of every group, the groups that are worth most first."""
 
     def rank(head: int) -> tuple[bool, float, int]:
-        return head in scores.alive, float(scores.values[head]), -head
+        return head in scores.active, float(scores.values[head]), -head
 
     def worth(group: list[int]) -> tuple[float, int, int]:
-        living = [head for head in group if head in scores.alive]
+        living = [head for head in group if head in scores.active]
         return sum(float(scores.values[head]) for head in living), len(living), -group[0]
 
     members = (scores.heads.members(group) for group in range(scores.heads.kv_heads))

@@ -18,7 +18,7 @@ LOADS_IN = (
 def describe(
     layers: list[LayerScores], rules: Rules, choice: Selection, metric: Metric, mode: str
 ) -> dict[str, Any]:
-    """The record without what only a written model has: source and heads that are off."""
+    """The record without what only a written model has: source and pruned heads."""
     return {
         "mode": mode,
         "metric": metric,
@@ -30,7 +30,7 @@ def describe(
         "protected": sorted(rules.protected),
         "units": {"before": choice.before, "asked": choice.asked, "removed": choice.removed},
         "heads": {
-            "before": sum(len(s.alive) for s in layers),
+            "before": sum(len(s.active) for s in layers),
             "removed": choice.removed_heads,
         },
         "chosen": head_map(choice.heads),
@@ -41,14 +41,14 @@ def describe(
 def _layer(scores: LayerScores, choice: Selection) -> dict[str, Any]:
     heads = scores.heads
     chosen = set(choice.heads.get(heads.layer, ()))
-    left = scores.alive - chosen
+    left = scores.active - chosen
     return {
         "layer": heads.layer,
         "heads": heads.heads,
         "kv_heads": heads.kv_heads,
         "head_dim": heads.head_dim,
         "scores": [float(value) for value in scores.values],
-        "gone_before": sorted(scores.dead),
+        "pruned_before": sorted(scores.pruned),
         "asked": choice.quotas.get(heads.layer),
         "pruned": sorted(chosen),
         "left": len(left),
@@ -56,16 +56,14 @@ def _layer(scores: LayerScores, choice: Selection) -> dict[str, Any]:
     }
 
 
-def off_heads(layers: list[LayerScores], chosen: HeadMap) -> HeadMap:
-    """The heads that are off once `chosen` are pruned: these and those that were gone before."""
-    found = {
-        s.heads.layer: tuple(sorted(s.dead | set(chosen.get(s.heads.layer, ())))) for s in layers
-    }
-    return {layer: heads for layer, heads in found.items() if heads}
+def all_pruned(layers: list[LayerScores], chosen: HeadMap) -> HeadMap:
+    """The heads that are pruned once `chosen` are: these and those that were before."""
+    heads = {s.heads.layer: s.pruned | set(chosen.get(s.heads.layer, ())) for s in layers}
+    return {layer: tuple(sorted(pruned)) for layer, pruned in heads.items() if pruned}
 
 
 def _loses_most(layer: dict[str, Any]) -> bool:
-    return bool(2 * len(layer["pruned"]) > layer["heads"] - len(layer["gone_before"]))
+    return bool(2 * len(layer["pruned"]) > layer["heads"] - len(layer["pruned_before"]))
 
 
 def table(record: dict[str, Any]) -> str:
@@ -73,7 +71,7 @@ def table(record: dict[str, Any]) -> str:
     head = f"{'layer':>5} {'heads':>5} {'asked':>5} {'pruned':>6} {'left':>4} {'kv left':>7}  which"
     lines = [head]
     for layer in record["layers"]:
-        before = layer["heads"] - len(layer["gone_before"])
+        before = layer["heads"] - len(layer["pruned_before"])
         asked = "" if layer["asked"] is None else str(layer["asked"])
         which = " ".join(map(str, layer["pruned"]))
         lines.append(

@@ -27,34 +27,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.config.choices import Metric, Quantization
-from engine.errors import CheckpointError
+from engine.config.choices import HeadKind, Metric, Quantization
+from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.pruning.head_slices import AttentionHeads, Heads
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import decode_weight
 from kernels.nf4.weight import quantize
+from models.head_slices import AttentionHeads, DeltaHeads, HeadSlices, layer_heads
+from models.tensor_layout import path_in_file
 
 Read = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """`values` (heads,) in float64, and the heads that add nothing as it is: their o is zero."""
+    """`values` (heads,) in float64, and the heads that are pruned already: their o is zero."""
 
-    heads: Heads
+    heads: HeadSlices
     values: Tensor
-    dead: frozenset[int]
+    pruned: frozenset[int]
 
     @property
-    def alive(self) -> set[int]:
+    def active(self) -> set[int]:
         """The heads that could be pruned."""
-        return set(range(self.heads.heads)) - self.dead
+        return set(range(self.heads.heads)) - self.pruned
+
+
+def prunable_heads(source: ModelSource, kind: HeadKind) -> list[HeadSlices]:
+    """The heads of every layer that has heads of `kind`.
+
+    One run prunes one kind, so that layers of the other are neither counted nor scored and a
+    fraction is one of real heads. Raises `ConfigError` where no layer has such heads.
+    """
+    layers = [layer_heads(source.config, n) for n in range(source.config.num_hidden_layers)]
+    wanted = DeltaHeads if kind == "delta" else AttentionHeads
+    matches: list[HeadSlices] = [heads for heads in layers if isinstance(heads, wanted)]
+    if not matches and kind == "delta":
+        raise ConfigError(f"{source.path} has no linear attention; leave out --heads delta.")
+    if not matches:
+        raise ConfigError(f"{source.path} has no layer with attention heads to prune.")
+    return matches
 
 
 def weight_scores(
     source: ModelSource,
-    layers: Sequence[Heads],
+    layers: Sequence[HeadSlices],
     metric: Metric,
     *,
     seed: int = 0,
@@ -68,6 +85,7 @@ def weight_scores(
     generator = torch.Generator().manual_seed(seed)
 
     def read(name: str) -> Tensor:
+        name = path_in_file(source.config, name)
         tensor = source.tensor(name)
         if through is None:
             wide = tensor.to(torch.float32, copy=True)
@@ -79,27 +97,27 @@ def weight_scores(
 
     scored = []
     for heads in layers:
-        o = read(heads.name(heads.output)).unflatten(1, (heads.heads, heads.head_dim))
+        o = heads.by_head(read(heads.weight(heads.output)))
         lengths = o.double().square().sum((0, 2))
-        dead = frozenset(torch.nonzero(lengths == 0).flatten().tolist())
+        pruned = frozenset(torch.nonzero(lengths == 0).flatten().tolist())
         if metric == "random":
             values = torch.rand(heads.heads, generator=generator, dtype=torch.float64)
         elif not isinstance(heads, AttentionHeads):
-            values = (o * read(heads.name("norm"))).double().square().sum((0, 2)).sqrt()
+            values = (o * read(heads.weight("norm"))).double().square().sum((0, 2)).sqrt()
         elif metric == "ov":
             values = _ov(o, heads, read)
         else:
             values = _l2(lengths, heads, read)
-        scored.append(LayerScores(heads, checked(values, heads.layer), dead))
+        scored.append(LayerScores(heads, checked(values, heads.layer), pruned))
     return scored
 
 
 def _l2(squares: Tensor, heads: AttentionHeads, read: Read) -> Tensor:
     """sqrt of the sum of squares of the head's slices; `squares` are those of o."""
-    groups = _rows(read(heads.name("v_proj")), heads.kv_heads)
+    groups = _rows(read(heads.weight("v_proj")), heads.kv_heads)
     if not heads.head_norm:
-        groups = groups + _rows(read(heads.name("k_proj")), heads.kv_heads)
-        squares = squares + _rows(read(heads.name("q_proj")), heads.heads)
+        groups = groups + _rows(read(heads.weight("k_proj")), heads.kv_heads)
+        squares = squares + _rows(read(heads.weight("q_proj")), heads.heads)
     return (squares + groups.repeat_interleave(heads.group_size)).sqrt()
 
 
@@ -109,7 +127,7 @@ def _rows(weight: Tensor, parts: int) -> Tensor:
 
 
 def _ov(o: Tensor, heads: AttentionHeads, read: Read) -> Tensor:
-    v = read(heads.name("v_proj")).unflatten(0, (heads.kv_heads, heads.head_dim)).double()
+    v = read(heads.weight("v_proj")).unflatten(0, (heads.kv_heads, heads.head_dim)).double()
     inner = (v @ v.mT).repeat_interleave(heads.group_size, 0)
     outer = output_grams(o)
     squares: Tensor = (outer * inner).sum((1, 2))

@@ -100,7 +100,7 @@ def select(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     units = {s.heads.layer: _units(s, rules.granularity) for s in layers}
     total = sum(map(len, units.values()))
     count = wanted_units(rules.fraction, total)
-    state = {s.heads.layer: _Layer(s, rules) for s in layers}
+    state = {s.heads.layer: _LayerState(s, rules) for s in layers}
     quotas: dict[int, int] = {}
     if rules.scope == "layer":
         quotas = _quotas(units, rules, count)
@@ -115,29 +115,29 @@ def select(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     return Selection(heads, total, count, removed, quotas)
 
 
-class _Layer:
+class _LayerState:
     """What is left of a layer while heads are taken."""
 
     def __init__(self, scores: LayerScores, rules: Rules) -> None:
         self._heads, self._rules = scores.heads, rules
-        self.alive = scores.alive
+        self.active = scores.active
         self.pruned: set[int] = set()
         self.taken = 0
 
     def take(self, unit: _Unit) -> bool:
         """Prune `unit` if the rules let it go."""
-        rules, left = self._rules, self.alive - set(unit.heads)
+        rules, left = self._rules, self.active - set(unit.heads)
         if unit.layer in rules.protected or len(left) < rules.min_heads:
             return False
         if len(self._heads.groups(left)) < rules.min_kv_heads:
             return False
-        self.alive = left
+        self.active = left
         self.pruned |= set(unit.heads)
         self.taken += 1
         return True
 
 
-def _take(units: Iterable[_Unit], state: dict[int, _Layer], count: int) -> None:
+def _take(units: Iterable[_Unit], state: dict[int, _LayerState], count: int) -> None:
     taken = 0
     for unit in units:
         if taken == count:
@@ -147,12 +147,12 @@ def _take(units: Iterable[_Unit], state: dict[int, _Layer], count: int) -> None:
 
 def _units(scores: LayerScores, granularity: Granularity) -> list[_Unit]:
     """The units of a layer in ascending order of their scores."""
-    layer, alive = scores.heads.layer, scores.alive
+    layer, active = scores.heads.layer, scores.active
     if granularity == "head":
-        return _sorted(_Unit(float(scores.values[h]), layer, (h,)) for h in alive)
+        return _sorted(_Unit(float(scores.values[h]), layer, (h,)) for h in active)
     found = []
-    for group in scores.heads.groups(alive):
-        members = tuple(h for h in scores.heads.members(group) if h in alive)
+    for group in scores.heads.groups(active):
+        members = tuple(h for h in scores.heads.members(group) if h in active)
         found.append(_Unit(float(scores.values[list(members)].sum()), layer, members))
     return _sorted(found)
 
@@ -196,7 +196,7 @@ def _quotas(units: dict[int, list[_Unit]], rules: Rules, count: int) -> dict[int
 def _shortfall(
     layers: Sequence[LayerScores],
     rules: Rules,
-    state: dict[int, _Layer],
+    state: dict[int, _LayerState],
     count: int,
     removed: int,
 ) -> None:
@@ -212,7 +212,7 @@ def _shortfall(
         )
     if rules.allow_shortfall:
         return
-    full = [s.heads.layer for s in layers if len(state[s.heads.layer].alive) <= rules.min_heads]
+    full = [s.heads.layer for s in layers if len(state[s.heads.layer].active) <= rules.min_heads]
     where = f" Layers at their minimum: {', '.join(map(str, full[:16]))}." if full else ""
     raise ConfigError(
         f"--fraction {rules.fraction:g} asks for {count} {kind}, and {kept} let {removed} go."
@@ -259,7 +259,9 @@ def _regular(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     """The least important heads that leave every layer regular, exactly as many as asked for."""
     whole = rules.granularity == "kv-group"
     # Cut weights count every head there is, as if all were alive.
-    units = {s.heads.layer: _units(replace(s, dead=frozenset()), rules.granularity) for s in layers}
+    units = {
+        s.heads.layer: _units(replace(s, pruned=frozenset()), rules.granularity) for s in layers
+    }
     total = sum(map(len, units.values()))
     count = wanted_units(rules.fraction, total)
     quotas = _quotas(units, rules, count) if rules.scope == "layer" else {}
@@ -304,14 +306,14 @@ def _lowest(scores: LayerScores, count: int, whole: bool) -> tuple[int, ...]:
     heads = scores.heads
 
     def rank(head: int) -> tuple[bool, float, int]:
-        return head not in scores.dead, float(scores.values[head]), head
+        return head not in scores.pruned, float(scores.values[head]), head
 
     groups = [list(heads.members(group)) for group in range(heads.kv_heads)]
     if not whole:
         return tuple(sorted(h for group in groups for h in sorted(group, key=rank)[:count]))
 
     def group_rank(group: list[int]) -> tuple[float, int]:
-        living = [float(scores.values[h]) for h in group if h not in scores.dead]
+        living = [float(scores.values[h]) for h in group if h not in scores.pruned]
         return sum(living), group[0]
 
     return tuple(sorted(h for group in sorted(groups, key=group_rank)[:count] for h in group))

@@ -16,7 +16,7 @@ from engine.model_sources.open import open_model_source
 from engine.prune import PruneSettings, prune
 from engine.pruning import calibration
 from engine.pruning.calibration import Calibration, activations, gradients, measured_scores
-from engine.pruning.head_slices import attention_heads
+from engine.pruning.scores import prunable_heads
 from models.decoder import Decoder
 from models.layers.linear import Linear
 
@@ -140,7 +140,7 @@ def test_a_model_is_pruned_by_what_rows_show(
             assert sum(layer["scores"]) == pytest.approx(4)
     again = prune(tmp_path / "out", None, replace(settings, fraction=0.5)).record
     assert again["units"] == {"before": 6, "asked": 3, "removed": 3}
-    gone = [(layer["layer"], head) for layer in again["layers"] for head in layer["gone_before"]]
+    gone = [(layer["layer"], head) for layer in again["layers"] for head in layer["pruned_before"]]
     assert sorted(gone) == sorted(
         (layer["layer"], head) for layer in record["layers"] for head in layer["pruned"]
     )
@@ -151,7 +151,7 @@ def test_only_the_asked_number_of_rows_is_run(
     tiny_model: Path, write_rows: Rows, tmp_path: Path
 ) -> None:
     checkpoint = open_model_source(tiny_model)
-    layers = attention_heads(checkpoint)
+    layers = prunable_heads(checkpoint, "attention")
 
     def values(data: Path, rows: int) -> torch.Tensor:
         how = Calibration((str(data),), rows=rows, device="cpu")

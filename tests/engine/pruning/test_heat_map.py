@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.pruning.head_slices import AttentionHeads
 from engine.pruning.heat_map import draw
 from engine.pruning.scores import LayerScores
+from models.head_slices import AttentionHeads
 
 
 def scores(layers: int, *dead: int) -> list[LayerScores]:

@@ -220,7 +220,7 @@ def test_a_zeroed_model_can_be_cut_afterwards(
     assert torch.allclose(logits(tmp_path / "cut"), logits(reference), atol=1e-10)
     off = read_pruning(tmp_path / "cut")
     assert off is not None
-    left = {layer["layer"]: set(layer["gone_before"]) - set(layer["pruned"])
+    left = {layer["layer"]: set(layer["pruned_before"]) - set(layer["pruned"])
             for layer in record["layers"]}  # fmt: skip
     assert {layer: len(heads) for layer, heads in off.heads.items()} == {
         layer: len(heads) for layer, heads in left.items() if heads

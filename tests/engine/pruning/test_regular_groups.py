@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.pruning.head_slices import AttentionHeads
 from engine.pruning.scores import LayerScores
 from engine.pruning.selection import Rules, Selection, select
+from models.head_slices import AttentionHeads
 
 
 def layer(index: int, values: Sequence[float], kv_heads: int, *dead: int) -> LayerScores:

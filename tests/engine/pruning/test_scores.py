@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ from safetensors.torch import load_file, save_file
 
 from engine.config.choices import Metric
 from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.open import open_model_source
-from engine.pruning.head_slices import AttentionHeads, attention_heads
-from engine.pruning.scores import LayerScores, weight_scores
+from engine.pruning.scores import LayerScores, prunable_heads, weight_scores
 from kernels.linear.int8 import dequantize_int8, quantize_int8
 from kernels.nf4.weight import dequantize, quantize
+from models.head_slices import AttentionHeads
 
 Golden = Callable[[str], Path]
 
 
 def scores(folder: Path, metric: Metric, **options: Any) -> list[LayerScores]:
     checkpoint = open_model_source(folder)
-    return weight_scores(checkpoint, attention_heads(checkpoint), metric, **options)
+    return weight_scores(checkpoint, prunable_heads(checkpoint, "attention"), metric, **options)
 
 
 def slices(folder: Path, layer: int, heads: int, kv_heads: int) -> list[list[torch.Tensor]]:
@@ -43,7 +45,7 @@ def slices(folder: Path, layer: int, heads: int, kv_heads: int) -> list[list[tor
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
 def test_l2_is_the_norm_of_all_slices_of_a_head(golden: Golden, family: str) -> None:
     for scored in scores(golden(family), "l2"):
-        assert scored.dead == frozenset()
+        assert scored.pruned == frozenset()
         for head, parts in enumerate(slices(golden(family), scored.heads.layer, 4, 2)):
             want = torch.cat([part.flatten() for part in parts]).norm()
             assert float(scored.values[head]) == pytest.approx(float(want), rel=1e-6)
@@ -114,7 +116,7 @@ def test_a_head_without_output_is_dead(golden: Golden, tmp_path: Path) -> None:
     stored = load_file(tmp_path / "m" / "model.safetensors")
     stored["model.layers.1.self_attn.o_proj.weight"][:, 16:32] = 0
     save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    assert [s.dead for s in scores(tmp_path / "m", "random")] == [frozenset(), frozenset({1})]
+    assert [s.pruned for s in scores(tmp_path / "m", "random")] == [frozenset(), frozenset({1})]
 
 
 def test_a_score_that_is_not_finite_names_its_layer(golden: Golden, tmp_path: Path) -> None:
@@ -126,24 +128,17 @@ def test_a_score_that_is_not_finite_names_its_layer(golden: Golden, tmp_path: Pa
         scores(tmp_path / "m", "l2")
 
 
-class _Hybrid:
+class _Hybrid(ModelSourceView):
     """A model whose layer 0 has no attention heads and whose layer 1 has an output gate."""
 
     def __init__(self, whole: Path, *, attention: bool = True) -> None:
-        self._whole, self._attention = open_model_source(whole), attention
-        self.config, self.path = self._whole.config, whole
-
-    def names(self) -> list[str]:
-        keep = ".1.self_attn" if self._attention else "nothing"
-        return [n for n in self._whole.names() if ".self_attn." not in n or keep in n]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        rows, *rest = self._whole.shape(name)
-        return (rows * 2, *rest) if name.endswith("q_proj.weight") else (rows, *rest)
+        super().__init__(open_model_source(whole))
+        kinds = ("linear_attention", "full_attention" if attention else "linear_attention")
+        self.config = replace(self.config, layer_types=kinds, attention_gate=True)
 
 
 def test_layers_without_heads_are_neither_counted_nor_scored(golden: Golden) -> None:
     checkpoint = _Hybrid(golden("llama"))
-    assert attention_heads(checkpoint) == [AttentionHeads(1, 4, 2, 16, 32)]  # type: ignore[arg-type]
+    assert prunable_heads(checkpoint, "attention") == [AttentionHeads(1, 4, 2, 16, 32)]
     with pytest.raises(ConfigError, match="no layer with attention heads"):
-        attention_heads(_Hybrid(golden("llama"), attention=False))  # type: ignore[arg-type]
+        prunable_heads(_Hybrid(golden("llama"), attention=False), "attention")

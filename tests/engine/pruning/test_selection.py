@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 
 from engine.errors import ConfigError
-from engine.pruning.head_slices import AttentionHeads
 from engine.pruning.scores import LayerScores
 from engine.pruning.selection import Rules, Selection, select
+from models.head_slices import AttentionHeads
 
 
 def layer(index: int, values: list[float], kv_heads: int = 3, *dead: int) -> LayerScores:
@@ -206,11 +206,11 @@ def test_the_rules_hold_and_all_that_can_go_goes(
     possible = 0
     for scored in layers:
         heads, gone = scored.heads, set(chosen.heads.get(scored.heads.layer, ()))
-        left = scored.alive - gone
+        left = scored.active - gone
         if gone:
             assert len(left) >= least[0] and len(heads.groups(left)) >= least[1]
         if granularity == "kv-group":
-            assert all(set(heads.members(heads.group_of(h))) <= gone for h in gone)
+            assert all(set(heads.members(h // heads.group_size)) <= gone for h in gone)
             keep = max(least[1], -(-least[0] // heads.group_size))
             possible += max(0, heads.kv_heads - keep)
         elif heads.kv_heads >= least[1]:
