@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule, backward: gradients inside the chunks.
+"""Triton kernels of the gated delta rule, backward pass inside chunks.
 
 The symbols are those of `kernels.delta_net`; X, S, dS+ and v' of every chunk are at hand, and all
 chunks run in parallel.
@@ -80,6 +80,7 @@ def pairs_kernel(
     d_scores = tl.zeros((64, 64), tl.float32)
     d_lower = tl.zeros((64, 64), tl.float32)
     along_values = tl.zeros((64,), tl.float32)
+    # dP and dA are sums over V; dv and dbeta's first term come out of the same loads of X and v.
     for at in range(0, VALUE, BLOCK_V):
         column = at + tl.arange(0, BLOCK_V)
         written = load_head(writes, row, inside, head, heads, column, VALUE)
@@ -95,7 +96,9 @@ def pairs_kernel(
 
     decay = decay_matrix(log_decay(g, row, inside, head, heads), 64)
     d_scores *= decay
+    # A has no diagonal, though D has one.
     d_lower = tl.where(i[:, None] > i[None, :], d_lower * decay, 0.0)
+    # M and N go through memory in 16 bits: the query and key kernels read them for every part of K.
     matrix = square(i, chunk * heads + head)
     tl.store(through + matrix, d_scores.to(through.dtype.element_ty))
     tl.store(lower + matrix, d_lower.to(lower.dtype.element_ty))
@@ -103,12 +106,14 @@ def pairs_kernel(
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     queries, keys = q + key_head * q_head, k + key_head * k_head
+    # Y = dP * P + dA * A: what D_ab = e^(G_a - G_b) passes on to G_a, and with a minus to G_b.
     dots = row_products(queries, q_row, keys, k_row, row, inside, KEY, BLOCK_K)
     both = d_scores * dots * q_scale[:, None]
     dots = row_products(keys, k_row, keys, k_row, row, inside, KEY, BLOCK_K)
     both += d_lower * dots * (strength * k_scale)[:, None]
     both *= k_scale[None, :]
     d_log = tl.sum(both, 1) - tl.sum(both, 0)
+    # G is a running sum of g, so dg is one of dG from the chunk's end.
     tl.store(dg + row * heads + head, tl.cumsum(d_log, 0, reverse=True), mask=inside)
     tl.store(dbeta + row * heads + head, along_values, mask=inside)
 
@@ -156,11 +161,14 @@ def query_kernel(
     d_query *= tl.exp(log)[:, None]
     queries = load_rows(q + key_head * q_head, row, inside, q_row, column, KEY)
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
+    # Before M k is added: this term of dG comes of Gamma, which scales the read of S alone. It is a
+    # sum over K, of which this program has a part: shares are added up afterwards, without atomics.
     direct = tl.sum(queries.to(tl.float32) * d_query, 1) * q_scale
     share = (part * tokens + row) * heads + head
     tl.store(dg + share, tl.cumsum(direct, 0, reverse=True), mask=inside)
     keys = load_rows(k + key_head * k_head, row, inside, k_row, column, KEY)
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
+    # Here the norm goes into k before the product: k's rows are what the product sums over.
     m = tl.load(through + square(tl.arange(0, 64), chunk * heads + head))
     d_query += product(m, (keys.to(tl.float32) * k_scale[:, None]).to(keys.dtype))
     store_head(dq, row, inside, head, heads, column, KEY, d_query)
@@ -215,6 +223,7 @@ def key_kernel(
         to_state += product(written, tl.trans(d_end))
         overlap += tl.sum(state.to(tl.float32) * d_end.to(tl.float32), 1)
 
+    # The terms of dg, while `to_state` and `read` hold those parts alone that the decays scale.
     strength = load_scalars(beta, row, inside, head, heads)
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
     log = log_decay(g, row, inside, head, heads)
@@ -225,6 +234,8 @@ def key_kernel(
     read *= tl.exp(log)[:, None]
     leaving = tl.sum(unit * to_state, 1)
     direct = -strength * tl.sum(unit * read, 1)
+    # k~_j decays from j + 1 to the end, so g_i collects the j before it; the read of S decays from
+    # the start to j, so g_i collects the j from it on.
     d_decay = tl.cumsum(direct, 0, reverse=True) + tl.cumsum(leaving, 0) - leaving
     d_decay += tl.exp(total) * tl.sum(overlap, 0)
     share = (part * tokens + row) * heads + head
@@ -232,6 +243,7 @@ def key_kernel(
 
     matrix = square(tl.arange(0, 64), chunk * heads + head)
     n = tl.load(lower + matrix)
+    # Now `read` becomes y of `kernels.delta_net`, and `to_state` dk.
     read -= product(n, unit.to(keys.dtype))
     tl.store(dbeta + share, -tl.sum(unit * read, 1), mask=inside)
     to_state -= strength[:, None] * read
@@ -264,12 +276,14 @@ def unit_backward_kernel(
     inside = row < tokens
     column = tl.arange(0, BLOCK_K)
     total = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    # The value heads of a key head in a fixed order, in fp32: equal inputs give equal bits.
     for member in range(group):
         head = key_head * group + member
         total += load_head(dy, row, inside, head, heads, column, KEY).to(tl.float32)
     norm = load_scalars(rstd, row, inside, key_head, heads // group)
     unit = load_rows(x + key_head * x_head, row, inside, x_row, column, KEY).to(tl.float32)
     unit *= norm[:, None]
+    # A unit vector's gradient has no part along it.
     along = tl.sum(unit * total, 1)
     total = (total - unit * along[:, None]) * (norm * scale)[:, None]
     store_head(dx, row, inside, key_head, heads // group, column, KEY, total)

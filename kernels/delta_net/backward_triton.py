@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule, backward: the reverse scan, and the whole of backward.
+"""Triton kernels of the gated delta rule, backward pass over chunks.
 
 The symbols are those of `kernels.delta_net`; chunks of C = 64 tokens restart at every document.
 
@@ -6,7 +6,9 @@ The symbols are those of `kernels.delta_net`; chunks of C = 64 tokens restart at
     writes_backward  chunks, Hv, V / BLOCK_V      q, k, g, do             P^T do
     reverse_scan     V / BLOCK_V, Hv, documents   the inputs, T, P^T do   X, dS+ of every chunk, dS
 
-and then the kernels of `gated_delta_triton_intra`. T, S, v', X, M and N are kept in the dtype of k.
+and then the kernels of `backward_intra_triton`. T, S, v', X, M and N are stored in the dtype of k.
+P^T do needs no state: it is formed for all chunks in parallel, so that the scan, which cannot be,
+does less.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ def writes_backward_kernel(
     _, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     queries, keys = q + key_head * q_head, k + key_head * k_head
+    # k q^T rather than q k^T: this is P^T as it is needed, without a transposition of the sums.
     scores = row_products(keys, k_row, queries, q_row, row, inside, KEY, BLOCK_K)
     q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
     k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
@@ -117,6 +120,7 @@ def reverse_scan_kernel(
         d_state = tl.load(d_final + at_document, mask=in_state, other=0.0).to(tl.float32)
     else:
         d_state = tl.zeros((BLOCK_K, BLOCK_V), tl.float32)
+    # From the last chunk, which may be short, back to the first.
     for back in range(0, last - start + 1, 64):
         row = last - back + i
         inside = row < end
@@ -124,6 +128,7 @@ def reverse_scan_kernel(
         k_scale = load_scalars(k_rstd, row, inside, key_head, heads // group)
         log = log_decay(g, row, inside, head, heads)
         total = at_end(log, 64)
+        # dS+ of this chunk, before its own terms; the running sum stays fp32.
         narrow = d_state.to(keys.dtype)
         tl.store(d_ends + matrix * KEY * VALUE + element, narrow, mask=in_state)
         written = load_head(d_writes, row, inside, head, heads, column, VALUE)
@@ -135,9 +140,11 @@ def reverse_scan_kernel(
         queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)
         q_scale = load_scalars(q_rstd, row, inside, key_head, heads // group) * scale
         d_rows = load_rows(d_out + head * d_head, row, inside, d_row, column, VALUE)
+        # Gamma q scales rows of q; scaling rows of do instead leaves q as it lies in memory.
         d_rows = d_rows.to(tl.float32) * (q_scale * tl.exp(log))[:, None]
         d_state = d_state * tl.exp(total) + product(tl.trans(queries), d_rows.to(keys.dtype))
         strength = load_scalars(beta, row, inside, head, heads)
+        # X is stored: from here on d_error is only the factor of this product.
         d_error *= (k_scale * strength * tl.exp(log))[:, None]
         d_state -= product(tl.trans(keys), d_error.to(keys.dtype))
         matrix -= heads

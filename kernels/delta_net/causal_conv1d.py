@@ -23,16 +23,13 @@ from torch.nn import functional as F
 
 from kernels.attention import AttentionPlan
 from kernels.delta_net import causal_conv1d_triton
+from kernels.delta_net.reference import wide
 from kernels.runtime.dispatch import use_triton
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _taps(weight: Tensor) -> Tensor:
     """(J, C) fp32 or wider, row j the tap that reads x_{t - j}."""
-    return _wide(weight).reshape(weight.shape[0], -1).T.flip(0)
+    return wide(weight).reshape(weight.shape[0], -1).T.flip(0)
 
 
 def _convolve(x: Tensor, taps: Tensor, bounds: tuple[int, ...], state: Tensor | None) -> Tensor:
@@ -68,8 +65,8 @@ def causal_conv1d_forward(
     _check(x, weight, bounds)
     if use_triton(x):
         return causal_conv1d_triton.forward(x, weight, bounds, state)
-    wide_state = None if state is None else _wide(state)
-    return F.silu(_convolve(_wide(x), _taps(weight), bounds, wide_state)).to(x.dtype)
+    wide_state = None if state is None else wide(state)
+    return F.silu(_convolve(wide(x), _taps(weight), bounds, wide_state)).to(x.dtype)
 
 
 def causal_conv1d_backward(
@@ -84,8 +81,8 @@ def causal_conv1d_backward(
         raise ValueError(f"dy {tuple(dy.shape)} does not fit x {tuple(x.shape)}")
     if use_triton(x):
         return causal_conv1d_triton.backward(dy, x, weight, bounds, need_dweight)
-    values, taps = _wide(x), _taps(weight)
-    da = torch.ops.aten.silu_backward(_wide(dy), _convolve(values, taps, bounds, None))
+    values, taps = wide(x), _taps(weight)
+    da = torch.ops.aten.silu_backward(wide(dy), _convolve(values, taps, bounds, None))
     dx = da * taps[0]
     d_taps = torch.zeros_like(taps)
     if need_dweight:
@@ -118,7 +115,7 @@ def causal_conv1d_step(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
     """y (B, C) for the next token of B sequences; `state` (B, J - 1, C) moves on in place."""
     window = torch.cat((state, x.unsqueeze(1).to(state.dtype)), 1)
     state.copy_(window[:, 1:])
-    return F.silu((_wide(window) * _taps(weight).flip(0)).sum(1)).to(x.dtype)
+    return F.silu((wide(window) * _taps(weight).flip(0)).sum(1)).to(x.dtype)
 
 
 class _CausalConv1d(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Causal convolution on a GPU: Triton kernels of `delta_net.causal_conv1d`, with the maths.
+"""Triton kernels of the causal convolution; `causal_conv1d` has the maths.
 
 A program walks along a run of tokens with a block of channels. What a token shares with those
 before it, the last three inputs and the unfinished gradients of three, goes on from token to token
@@ -43,6 +43,7 @@ def _before(
 @jit
 def _tap(weight_ptr, column, channels, BACK: tl.constexpr, TAPS: tl.constexpr):
     """The weight in fp32 that reads x_{t - BACK}."""
+    # Taps that a shorter convolution lacks are zero, so that one body of four serves 1 to 4.
     inside = (column < channels) & (BACK < TAPS)
     at = weight_ptr + column * TAPS + (TAPS - 1 - BACK)
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -61,32 +62,41 @@ def causal_conv1d_forward_kernel(
     w2 = _tap(weight_ptr, column, channels, 2, TAPS)
     w3 = _tap(weight_ptr, column, channels, 3, TAPS)
     known = column < channels
-    place = tl.load(position_ptr + first)
-    x1 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 1, TAPS, False)
-    x2 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 2, TAPS, False)
-    x3 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 3, TAPS, False)
+    position = tl.load(position_ptr + first)
+    x1 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 1, TAPS, False
+    )
+    x2 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 2, TAPS, False
+    )
+    x3 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 3, TAPS, False
+    )
+    # The loads before the loop start a run in the middle of a document; x1 to x3 then shift along.
     for step in range(run):
         row = first + step
         inside = known & (row < tokens)
-        place = tl.load(position_ptr + row, mask=row < tokens, other=0)
+        position = tl.load(position_ptr + row, mask=row < tokens, other=0)
         x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0)
         x0 = x.to(tl.float32)
         if STATE:
+            # Inputs from before a document come from its state: loaded anew, not shifted along.
             document = tl.load(document_ptr + row, mask=row < tokens, other=0)
             x1 = _before(
-                x_ptr, state_ptr, row, place, document, column, inside, x_row, channels, depth,
+                x_ptr, state_ptr, row, position, document, column, inside, x_row, channels, depth,
                 1, TAPS, True,
             )  # fmt: skip
             x2 = _before(
-                x_ptr, state_ptr, row, place, document, column, inside, x_row, channels, depth,
+                x_ptr, state_ptr, row, position, document, column, inside, x_row, channels, depth,
                 2, TAPS, True,
             )  # fmt: skip
             x3 = _before(
-                x_ptr, state_ptr, row, place, document, column, inside, x_row, channels, depth,
+                x_ptr, state_ptr, row, position, document, column, inside, x_row, channels, depth,
                 3, TAPS, True,
             )  # fmt: skip
         else:
-            reach = tl.minimum(place, TAPS - 1)
+            # At the start of a document the last inputs in registers are another's: drop them.
+            reach = tl.minimum(position, TAPS - 1)
             x1 = tl.where(reach >= 1, x1, 0.0)
             x2 = tl.where(reach >= 2, x2, 0.0)
             x3 = tl.where(reach >= 3, x3, 0.0)
@@ -112,10 +122,16 @@ def causal_conv1d_backward_kernel(
     w2 = _tap(weight_ptr, column, channels, 2, TAPS)
     w3 = _tap(weight_ptr, column, channels, 3, TAPS)
     known = column < channels
-    place = tl.load(position_ptr + first)
-    x1 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 1, TAPS, False)
-    x2 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 2, TAPS, False)
-    x3 = _before(x_ptr, x_ptr, first, place, place, column, known, x_row, 0, 0, 3, TAPS, False)
+    position = tl.load(position_ptr + first)
+    x1 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 1, TAPS, False
+    )
+    x2 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 2, TAPS, False
+    )
+    x3 = _before(
+        x_ptr, x_ptr, first, position, position, column, known, x_row, 0, 0, 3, TAPS, False
+    )
     # dx of the three tokens before the one at hand, as far as it is known.
     g1 = tl.zeros((BLOCK,), tl.float32)
     g2 = tl.zeros((BLOCK,), tl.float32)
@@ -124,13 +140,14 @@ def causal_conv1d_backward_kernel(
     dw1 = tl.zeros((BLOCK,), tl.float32)
     dw2 = tl.zeros((BLOCK,), tl.float32)
     dw3 = tl.zeros((BLOCK,), tl.float32)
+    # Three tokens more than the run: dx of its last ones needs their da.
     for step in range(run + 3):
         row = first + step
         inside = known & (row < tokens)
-        place = tl.load(position_ptr + row, mask=row < tokens, other=0)
+        position = tl.load(position_ptr + row, mask=row < tokens, other=0)
         x0 = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row * dy_row + column, mask=inside, other=0.0).to(tl.float32)
-        reach = tl.minimum(place, TAPS - 1)
+        reach = tl.minimum(position, TAPS - 1)
         x1 = tl.where(reach >= 1, x1, 0.0)
         x2 = tl.where(reach >= 2, x2, 0.0)
         x3 = tl.where(reach >= 3, x3, 0.0)
@@ -138,14 +155,17 @@ def causal_conv1d_backward_kernel(
         s = 1.0 / (1.0 + tl.exp(-a))
         da = dy * s * (1.0 + a * (1.0 - s))
         if DWEIGHT:
+            # Those three belong to the next run, which counts them.
             own = tl.where(step < run, da, 0.0)
             dw0 += own * x0
             dw1 += own * x1
             dw2 += own * x2
             dw3 += own * x3
+        # This token's da reaches back to as many tokens as its document has before it.
         g1 += w1 * tl.where(reach >= 1, da, 0.0)
         g2 += w2 * tl.where(reach >= 2, da, 0.0)
         g3 += w3 * tl.where(reach >= 3, da, 0.0)
+        # Only now has dx of three tokens ago got its last term.
         done = known & (step >= 3) & (row - 3 < tokens)
         tl.store(dx_ptr + (row - 3) * channels + column, g3.to(dx_ptr.dtype.element_ty), mask=done)
         g3 = g2
@@ -171,8 +191,8 @@ def tile(channels: int, dweight: bool = False) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def places(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Document of every token and its place there, (N,) int32 each; the same for every layer.
+def token_positions(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Document of every token and its position there, (N,) int32 each; the same for every layer.
 
     They are made on the device from boundaries that the gated delta rule needs there too.
     """
@@ -217,7 +237,7 @@ def forward(x: Tensor, weight: Tensor, bounds: tuple[int, ...], state: Tensor | 
     y = torch.empty((tokens, channels), dtype=x.dtype, device=x.device)
     block, warps = tile(channels)
     if y.numel():
-        document, position = places(bounds, x.device)
+        document, position = token_positions(bounds, x.device)
         with on_device(x):
             launch(causal_conv1d_forward_kernel, (cdiv(tokens, _RUN), cdiv(channels, block)))(
                 x, weight, before, document, position, y, tokens, channels, _RUN,
@@ -241,7 +261,7 @@ def backward(
     partial = torch.empty(shares, dtype=torch.float32, device=x.device)
     block, warps = tile(channels, need_dweight)
     if dx.numel():
-        _, position = places(bounds, x.device)
+        _, position = token_positions(bounds, x.device)
         with on_device(x):
             launch(causal_conv1d_backward_kernel, (runs, cdiv(channels, block)))(
                 dy, x, weight.contiguous(), position, dx, partial, tokens, channels, run,

@@ -1,4 +1,4 @@
-"""Triton kernels of the gated delta rule, forward: T, the scan over chunks, the output.
+"""Triton kernels of the gated delta rule, forward pass.
 
 The symbols are those of `kernels.delta_net`; chunks of C = 64 tokens restart at every document.
 
@@ -8,9 +8,9 @@ The symbols are those of `kernels.delta_net`; chunks of C = 64 tokens restart at
     output     chunks, Hv, V / BLOCK_V      q, k, g, S, v'      o
 
 T is solved in fp32 in blocks of 16: those on the diagonal row by row, all four at once, those
-below by forward substitution of blocks, T_ij = -T_ii sum_{j <= m < i} A_im T_mj, with T and A held
-as four columns of blocks (64, 16). A never leaves the registers. T, S and v' are kept in the dtype
-of k, everything else on the way in fp32.
+below by forward substitution of blocks, T_ij = -T_ii sum_{j <= m < i} A_im T_mj, with T and A as
+four columns of blocks (64, 16). A never leaves the registers. T, S and v' are stored in the dtype
+of k; everything else on the way is fp32.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _panel(pairs, first, log, left_scale, right_scale):
     """Columns `first` to `first` + 15 of A, (64, 16), from the products of their keys."""
     i = tl.arange(0, 64)[:, None]
     j = first + tl.arange(0, 16)[None, :]
+    # G of these 16 columns, by a masked sum: registers cannot be sliced.
     at_column = tl.sum(tl.where(i == j, log[:, None], 0.0), 0)
+    # Masked before the exponential: above the diagonal the difference may overflow it.
     decay = tl.exp(tl.where(i > j, log[:, None] - at_column[None, :], float("-inf")))
     return pairs * left_scale[:, None] * right_scale[None, :] * decay
 
@@ -56,6 +58,8 @@ def _diagonal_inverses(a):
     i = tl.arange(0, 16)
     eye = tl.where(i[:, None] == i[None, :], 1.0, 0.0)
     inverse = tl.zeros((4, 16, 16), tl.float32) + eye[None, :, :]
+    # Row `step` of an inverse needs the finished rows above it: known = A[step] inverse. The four
+    # blocks advance together, so 15 steps do for 64 rows.
     for step in range(1, 16):
         here = (i == step)[None, :, None]
         line = tl.sum(tl.where(here, a, 0.0), 1)
@@ -81,6 +85,7 @@ def _put(x, y, which: tl.constexpr):
 @jit
 def _step(x, a, solved, which: tl.constexpr, PRECISION: tl.constexpr):
     """One block of a column of T is known: store it in x and take it off the rows below."""
+    # Rows down to this block are final; with zeros of A there, the product leaves them as they are.
     below = tl.where(tl.arange(0, 64)[:, None] >= 16 * which + 16, a, 0.0)
     return _put(x, solved, which) - tl.dot(below, solved, input_precision=PRECISION)
 
@@ -109,6 +114,7 @@ def inverse_kernel(
     end = tl.load(ends + chunk)
     keys = k + key_head * k_head
     row = start + tl.arange(0, 64)
+    # The four panels of 16 columns are separate sums: a (64, 64) sum could not be cut afterwards.
     n0 = start + tl.arange(0, 16)
     n1, n2, n3 = n0 + 16, n0 + 32, n0 + 48
 
@@ -121,6 +127,7 @@ def inverse_kernel(
         a1 += product(left, tl.trans(load_rows(keys, n1, n1 < end, k_row, column, KEY)))
         a2 += product(left, tl.trans(load_rows(keys, n2, n2 < end, k_row, column, KEY)))
         a3 += product(left, tl.trans(load_rows(keys, n3, n3 < end, k_row, column, KEY)))
+    # Norms, beta and decay scale the sums in fp32; the keys went in as they lie in memory.
     log = log_decay(g, row, row < end, head, heads)
     scale = load_scalars(beta, row, row < end, head, heads)
     scale *= load_scalars(k_rstd, row, row < end, key_head, heads // group)
@@ -129,9 +136,12 @@ def inverse_kernel(
     a2 = _panel(a2, 32, log, scale, load_scalars(k_rstd, n2, n2 < end, key_head, heads // group))
     a3 = _panel(a3, 48, log, scale, load_scalars(k_rstd, n3, n3 < end, key_head, heads // group))
 
+    # The diagonal blocks of the four panels, one below the other.
     block = (tl.arange(0, 64) // 16)[:, None]
     own = tl.where(block < 2, tl.where(block == 0, a0, a1), tl.where(block == 2, a2, a3))
     diagonal = _diagonal_inverses(own)
+    # Block row by block row: a finished block T_mj takes A_im T_mj off all rows i below at once,
+    # so block row i only multiplies what is left by its own inverse d.
     d = _take(diagonal, 0)
     t0 = _step(zero, a0, d, 0, PRECISION)
 
@@ -150,6 +160,7 @@ def inverse_kernel(
     t2 = _put(t2, tl.dot(d, _take(t2, 3), input_precision=PRECISION), 3)
     t3 = _put(zero, d, 3)
 
+    # No mask: beyond the document's end keys and beta were loaded as zero, and T is the identity.
     target = out + (chunk * heads + head) * 4096
     target += tl.arange(0, 64)[:, None] * 64 + tl.arange(0, 16)[None, :]
     tl.store(target, t0.to(out.dtype.element_ty))
@@ -204,15 +215,20 @@ def scan_kernel(
         strength = load_scalars(beta, row, inside, head, heads)
         log = log_decay(g, row, inside, head, heads)
         total = at_end(log, 64)
+        # The running state stays fp32. What this chunk reads is the rounded copy that is stored, so
+        # that the output and the backward pass see the same S.
         narrow = state.to(keys.dtype)
         tl.store(states + matrix * KEY * VALUE + element, narrow, mask=in_state)
         read = product(keys, narrow) * (rstd * tl.exp(log))[:, None]
         error = strength[:, None] * (values.to(tl.float32) - read)
+        # No mask: T of a chunk is always written whole.
         solve = tl.load(inverse + square(i, matrix))
         write = product(solve, error.to(keys.dtype))
         store_head(writes, row, inside, head, heads, column, VALUE, write)
+        # k~ scales rows of k; here it scales rows of v' instead, whose sums are in fp32 already.
         write *= (rstd * tl.exp(total - log))[:, None]
         state = state * tl.exp(total) + product(tl.trans(keys), write.to(keys.dtype))
+        # Chunks come first in S and T, heads second.
         matrix += heads
     tl.store(final + at_document, state, mask=in_state)
 
@@ -246,6 +262,7 @@ def output_kernel(
     scores = tl.zeros((64, 64), tl.float32)
     result = tl.zeros((64, BLOCK_V), tl.float32)
     at_state = states + (chunk * heads + head) * KEY * VALUE
+    # Both products reduce over K: one pass loads each tile of q once for the two.
     for at in range(0, KEY, BLOCK_K):
         along_k = at + tl.arange(0, BLOCK_K)
         queries = load_rows(q + key_head * q_head, row, inside, q_row, along_k, KEY)

@@ -1,5 +1,6 @@
-"""Gated RMSNorm of a DeltaNet layer's heads: y = (w * rms(o)) * silu(z), norm first.
+"""Gated RMSNorm of a DeltaNet layer's heads, norm first.
 
+    y = (w * rms(o)) * silu(z)
     rstd = 1 / sqrt(mean_j o_j^2 + eps),   n = w * o rstd,   y = n silu(z)
     dz = dy n silu'(z),   dn = dy silu(z),   do and dw as in RMSNorm with dy = dn
 
@@ -17,11 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.delta_net import gated_rms_norm_triton
+from kernels.delta_net.reference import wide
 from kernels.runtime.dispatch import use_triton
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def gated_rms_norm_forward(
@@ -30,10 +28,10 @@ def gated_rms_norm_forward(
     """o, z (..., V), weight (V,) -> y (..., V) in the dtype of o, rstd (..., 1) fp32 or wider."""
     if use_triton(o):
         return gated_rms_norm_triton.forward(o, z, weight, eps)
-    wide = _wide(o)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True).add_(eps))
-    normed = (wide * rstd).to(o.dtype).mul_(weight.to(o.dtype))
-    return F.silu(_wide(z)).mul_(normed).to(o.dtype), rstd
+    values = wide(o)
+    rstd = torch.rsqrt(values.square().mean(-1, keepdim=True).add_(eps))
+    normed = (values * rstd).to(o.dtype).mul_(weight.to(o.dtype))
+    return F.silu(wide(z)).mul_(normed).to(o.dtype), rstd
 
 
 def gated_rms_norm_backward(
@@ -42,8 +40,8 @@ def gated_rms_norm_backward(
     """do and dz in the shapes and dtypes of o and z, and, if asked for, dw (V,)."""
     if use_triton(o):
         return gated_rms_norm_triton.backward(dy, o, z, weight, rstd, need_dweight)
-    dy_wide, z_wide, scale = _wide(dy), _wide(z), _wide(weight)
-    xhat = _wide(o) * rstd
+    dy_wide, z_wide, scale = wide(dy), wide(z), wide(weight)
+    xhat = wide(o) * rstd
     dz = torch.ops.aten.silu_backward(dy_wide * (xhat * scale), z_wide).to(z.dtype)
     d_normed = F.silu(z_wide).mul_(dy_wide)
     dweight = None

@@ -1,4 +1,4 @@
-"""Gated RMSNorm on a GPU: Triton kernels of `delta_net.gated_rms_norm`, which has the maths.
+"""Triton kernels of the gated RMSNorm; `gated_rms_norm` has the maths.
 
 A program handles a tile of whole rows: heads of one token, which may lie in a column block of a
 wider matrix. dweight needs no atomics: a fixed number of programs each add up a share in registers
@@ -18,8 +18,9 @@ _DWEIGHT_PROGRAMS = 1024
 
 
 @jit
-def _place(tile, heads, ROWS: tl.constexpr):
+def _tile_rows(tile, heads, ROWS: tl.constexpr):
     """The rows of a tile: (token, head of each, whether it exists)."""
+    # A tile holds heads of one token: o and z may be strided by token and by head.
     parts = tl.cdiv(heads, ROWS)
     token = tile // parts
     head = (tile - token * parts) * ROWS + tl.arange(0, ROWS)
@@ -32,7 +33,7 @@ def gated_rms_norm_forward_kernel(
     o_token, o_head, z_token, z_head,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    token, head, real = _place(tl.program_id(0).to(tl.int64), heads, ROWS)
+    token, head, real = _tile_rows(tl.program_id(0).to(tl.int64), heads, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     # As wide as the tile, so that the weight is loaded in the layout in which it is used.
     columns = tl.broadcast_to(column, (ROWS, BLOCK))
@@ -48,6 +49,7 @@ def gated_rms_norm_forward_kernel(
     mean = tl.sum(wide * wide, axis=1) * (1.0 / width)
     rstd = tl.rsqrt(mean + eps)
     tl.store(rstd_ptr + row, rstd, mask=real)
+    # Rounded to the dtype of o twice on the way, as Hugging Face's model does.
     xhat = (wide * rstd[:, None]).to(dtype).to(tl.float32)
     normed = (xhat * weight.to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     y = z / (1.0 + tl.exp(-z)) * normed
@@ -55,13 +57,13 @@ def gated_rms_norm_forward_kernel(
 
 
 @jit
-def _differentiate(
+def _tile_gradients(
     dy_ptr, o_ptr, z_ptr, weight_ptr, rstd_ptr, do_ptr, dz_ptr, tile, heads, width,
     dy_token, dy_head, o_token, o_head, z_token, z_head,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write do and dz of one tile and return what its elements add to dweight."""
-    token, head, real = _place(tile, heads, ROWS)
+    token, head, real = _tile_rows(tile, heads, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     columns = tl.broadcast_to(column, (ROWS, BLOCK))
     inside = real[:, None] & (column < width)
@@ -72,6 +74,7 @@ def _differentiate(
     o = tl.load(o_ptr + start[:, None] + column, mask=inside, other=0.0)
     start = token * z_token + head * z_head
     z = tl.load(z_ptr + start[:, None] + column, mask=inside, other=0.0)
+    # With rstd 0 a row that does not exist adds nothing to dweight.
     rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)[:, None]
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     xhat = o.to(tl.float32) * rstd
@@ -96,16 +99,18 @@ def gated_rms_norm_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     if not DWEIGHT:
-        _differentiate(
+        # Nothing to add up: a program for every tile.
+        _tile_gradients(
             dy_ptr, o_ptr, z_ptr, weight_ptr, rstd_ptr, do_ptr, dz_ptr, program, heads, width,
             dy_token, dy_head, o_token, o_head, z_token, z_head, ROWS, BLOCK,
         )  # fmt: skip
     else:
         line = tl.arange(0, BLOCK)
+        # A fixed number of programs share the tiles out: the sums do not depend on the GPU.
         dweight = tl.zeros((BLOCK,), dtype=tl.float32)
         for tile in range(program, tiles, tl.num_programs(0)):
             # The interpreter counts in Python's integers; adding 0 in int64 keeps offsets int64.
-            share = _differentiate(
+            share = _tile_gradients(
                 dy_ptr, o_ptr, z_ptr, weight_ptr, rstd_ptr, do_ptr, dz_ptr, program * 0 + tile,
                 heads, width, dy_token, dy_head, o_token, o_head, z_token, z_head, ROWS, BLOCK,
             )  # fmt: skip

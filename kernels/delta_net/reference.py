@@ -1,4 +1,4 @@
-"""Arithmetic of the gated delta rule in chunks, in plain torch: the reference of `gated_delta`.
+"""The gated delta rule in chunks, in plain torch.
 
 Everything is batched over chunks, key heads and value heads of a key head; only the two scans loop,
 over the chunks of the longest document, with all documents side by side. The symbols are those of

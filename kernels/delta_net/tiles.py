@@ -1,4 +1,4 @@
-"""What the Triton kernels of the gated delta rule share: chunk table, launch inputs, tile helpers.
+"""Chunk table, launch inputs and tile helpers of the gated delta kernels.
 
 Queries, keys and values are read where they lie, (N, heads, D) with adjacent elements. Keys enter
 products as they are; their norms, gates and decays scale rows in fp32 on either side of a product,
@@ -182,16 +182,17 @@ def tile(kernel: str, arch: int, key: int, value: int) -> Tile:
             "the gated delta kernels need compute capability 8.0 or newer; ENGINE_REFERENCE=1 "
             "runs the plain torch reference"
         )
-    found = _TILES[kernel]
+    shape = _TILES[kernel]
     if arch in (90, 100, 103):
-        found = _TILES_90.get(kernel, found)
+        shape = _TILES_90.get(kernel, shape)
     keys, values = (max(16, next_power_of_2(size)) for size in (key, value))
-    return replace(found, keys=min(found.keys, keys), values=min(found.values, values))
+    return replace(shape, keys=min(shape.keys, keys), values=min(shape.values, values))
 
 
 @jit
 def chunk_tokens(starts, ends, group):
     """Chunk, value head and its key head of a program, the chunk's tokens, which there are."""
+    # 64 bits from here on: token times stride may exceed 2^31 elements.
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.load(starts + chunk).to(tl.int64) + tl.arange(0, 64)
@@ -207,6 +208,7 @@ def document_state(
 
     And of the document's state: where its elements lie, those of any state, and which there are.
     """
+    # The columns of V of one head are neighbouring programs: they read the same keys and T.
     column = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     head = tl.program_id(1).to(tl.int64)
     document = tl.program_id(2).to(tl.int64)
@@ -275,6 +277,7 @@ def log_decay(g, row, inside, head, heads):
 @jit
 def at_end(x, SIZE: tl.constexpr):
     """The last element of x (SIZE,)."""
+    # A masked sum, because a tensor in registers cannot be indexed.
     return tl.sum(tl.where(tl.arange(0, SIZE) == SIZE - 1, x, 0.0), 0)
 
 
@@ -283,6 +286,7 @@ def decay_matrix(log, SIZE: tl.constexpr):
     """D (SIZE, SIZE): e^(G_i - G_j) for i >= j, else 0."""
     i = tl.arange(0, SIZE)
     lower = i[:, None] >= i[None, :]
+    # Masked before the exponential: above the diagonal G_i - G_j is positive and may overflow.
     return tl.exp(tl.where(lower, log[:, None] - log[None, :], float("-inf")))
 
 

@@ -223,11 +223,11 @@ def test_rows_beyond_two_to_the_31_are_reached(device: torch.device) -> None:
     assert torch.equal(got, want)
 
 
-def test_places_say_where_a_token_stands(device: torch.device) -> None:
-    document, position = causal_conv1d_triton.places((0, 1, 3, 6), device)
+def test_positions_say_where_a_token_stands(device: torch.device) -> None:
+    document, position = causal_conv1d_triton.token_positions((0, 1, 3, 6), device)
     assert document.tolist() == [0, 1, 1, 2, 2, 2]
     assert position.tolist() == [0, 0, 1, 0, 1, 2]
-    assert causal_conv1d_triton.places((0, 1, 3, 6), device)[0] is document
+    assert causal_conv1d_triton.token_positions((0, 1, 3, 6), device)[0] is document
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_places_say_where_a_token_stands(device: torch.device) -> None:
     [
         ("(row - BACK) * x_row", "row * x_row"),
         ("at = weight_ptr + column * TAPS + (TAPS - 1 - BACK)", "at = weight_ptr + column * TAPS"),
-        ("reach = tl.minimum(place, TAPS - 1)", "reach = TAPS - 1"),
+        ("reach = tl.minimum(position, TAPS - 1)", "reach = TAPS - 1"),
         ("y = a / (1.0 + tl.exp(-a))", "y = a"),
         ("s * (1.0 + a * (1.0 - s))", "s"),
         ("own = tl.where(step < run, da, 0.0)", "own = da"),
