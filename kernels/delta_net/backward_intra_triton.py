@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.delta_net.operands import CHUNK
 from kernels.delta_net.tiles import (
-    CHUNK,
     Launch,
     at_end,
     chunk_tokens,

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from kernels.delta_net.backward_intra_triton import before_norm, inside_chunks
+from kernels.delta_net.forward_triton import scan
+from kernels.delta_net.operands import GatedDeltaGradients, GatedDeltaInputs, GatedDeltaSaved
 from kernels.delta_net.tiles import (
     Launch,
     at_end,
@@ -27,6 +29,7 @@ from kernels.delta_net.tiles import (
     load_rows,
     load_scalars,
     log_decay,
+    prepare,
     product,
     row_products,
     rows_adjacent,
@@ -175,17 +178,15 @@ def reverse_scan(
 
 
 def backward(
-    x: Launch,
-    d_out: Tensor,
-    inverse: Tensor,
-    states: Tensor,
-    writes: Tensor,
-    d_final: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dg, dbeta and the gradient of the initial states, for d_out (N, Hv, V)."""
-    d_out = rows_adjacent(d_out)
-    d_errors, d_ends, d_initial = reverse_scan(x, inverse, d_out, d_final)
-    dq, dk, dv, dg, dbeta = inside_chunks(x, d_out, states, writes, d_errors, d_ends)
-    dq = before_norm(x, x.q, x.q_rstd, dq, x.key**-0.5)
-    dk = before_norm(x, x.k, x.k_rstd, dk, 1.0)
-    return dq, dk, dv, dg, dbeta, d_initial
+    do: Tensor, x: GatedDeltaInputs, saved: GatedDeltaSaved, d_final_state: Tensor | None
+) -> GatedDeltaGradients:
+    """As `kernels.delta_net.gated_delta_backward`."""
+    operands, d_out = prepare(x), rows_adjacent(do)
+    states, writes = saved.states, saved.writes
+    if states is None or writes is None:
+        states, writes, _ = scan(operands, saved.inverse, x.initial_state)
+    d_errors, d_ends, d_initial = reverse_scan(operands, saved.inverse, d_out, d_final_state)
+    dq, dk, dv, dg, dbeta = inside_chunks(operands, d_out, states, writes, d_errors, d_ends)
+    dq = before_norm(operands, operands.q, operands.q_rstd, dq, x.q_scale)
+    dk = before_norm(operands, operands.k, operands.k_rstd, dk, 1.0)
+    return GatedDeltaGradients(dq.to(x.q.dtype), dk.to(x.k.dtype), dv, dg, dbeta, d_initial)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from kernels.attention import AttentionPlan
 from kernels.delta_net import causal_conv1d_triton
-from kernels.delta_net.reference import wide
+from kernels.delta_net.operands import wide
 from kernels.runtime.dispatch import use_triton
 
 

@@ -18,8 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.delta_net.operands import CHUNK, GatedDeltaInputs, GatedDeltaSaved
 from kernels.delta_net.tiles import (
-    CHUNK,
     Launch,
     at_end,
     chunk_tokens,
@@ -29,6 +29,7 @@ from kernels.delta_net.tiles import (
     load_rows,
     load_scalars,
     log_decay,
+    prepare,
     product,
     square,
     store_head,
@@ -317,3 +318,12 @@ def output(x: Launch, states: Tensor, writes: Tensor) -> Tensor:
             x.heads, x.group, *x.q.stride()[:2], *x.k.stride()[:2], x.key**-0.5, **options,
         )  # fmt: skip
     return out
+
+
+def forward(x: GatedDeltaInputs) -> tuple[Tensor, Tensor, GatedDeltaSaved]:
+    """As `kernels.delta_net.gated_delta_forward`."""
+    operands = prepare(x)
+    inverse = invert(operands)
+    states, writes, last = scan(operands, inverse, x.initial_state)
+    out = output(operands, states, writes)
+    return out.to(x.v.dtype), last, GatedDeltaSaved(inverse, states, writes)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.delta_net import gated_rms_norm_triton
-from kernels.delta_net.reference import wide
+from kernels.delta_net.operands import wide
 from kernels.runtime.dispatch import use_triton
 
 

@@ -14,109 +14,83 @@ is summed directly, not as a running sum of dG, whose terms cancel: with Y = dP 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-def wide(x: Tensor) -> Tensor:
-    """x in fp32 or wider."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-@dataclass(frozen=True)
-class ChunkLayout:
-    """Where the tokens of packed documents lie in chunks that restart at every document.
-
-    Documents are ordered by length, longest first, and chunks by their place in the document, so
-    that step s of the scan over chunks is the contiguous range `steps[s]` and touches the first
-    rows of the state. `slots` (N,) is the chunk row of every token; `order` (D,) is the document
-    in each row of the state.
-    """
-
-    chunk: int
-    chunks: int
-    steps: tuple[tuple[int, int], ...]
-    slots: Tensor
-    order: Tensor
+from kernels.delta_net.chunks import (
+    ChunkLayout,
+    Chunks,
+    chunk_layout,
+    from_chunks,
+    in_chunks,
+    to_chunks,
+)
+from kernels.delta_net.gates import l2norm_backward, l2norm_forward
+from kernels.delta_net.operands import GatedDeltaGradients, GatedDeltaInputs, GatedDeltaSaved
 
 
-@lru_cache(maxsize=16)
-def chunk_layout(bounds: tuple[int, ...], chunk: int, device: torch.device) -> ChunkLayout:
-    """The layout for documents between consecutive `bounds`; the same for every layer."""
-    lengths = [end - start for start, end in pairwise(bounds)]
-    order = sorted(range(len(lengths)), key=lambda document: -lengths[document])
-    counts = [-(-lengths[document] // chunk) for document in order]
-    steps, first = [], 0
-    for step in range(counts[0]):
-        active = sum(count > step for count in counts)
-        steps.append((first, first + active))
-        first += active
-    rank = torch.empty(len(order), dtype=torch.int64)
-    rank[torch.tensor(order)] = torch.arange(len(order))
-    document = torch.repeat_interleave(torch.tensor(lengths))
-    within = torch.arange(bounds[-1]) - torch.tensor(bounds)[document]
-    starts = torch.tensor([start for start, _ in steps])
-    slots = (starts[within // chunk] + rank[document]) * chunk + within % chunk
-    return ChunkLayout(
-        chunk, first, tuple(steps), slots.to(device), torch.tensor(order, device=device)
+def forward(x: GatedDeltaInputs) -> tuple[Tensor, Tensor, GatedDeltaSaved]:
+    """As `kernels.delta_net.gated_delta_forward`."""
+    layout = chunk_layout(x.bounds, x.chunk, x.q.device)
+    q_unit, _ = l2norm_forward(x.q, x.q_scale)
+    k_unit, _ = l2norm_forward(x.k)
+    c = in_chunks(q_unit, k_unit, x.v, x.g, x.beta, layout)
+    decay = decay_matrix(c)
+    inverse = triangular_inverse(c, decay)
+    state = initial_states(c, x.initial_state, x.documents, layout)
+    states, writes = scan(c, inverse, state, layout)
+    out = (c.q * c.gamma) @ states
+    out += ((c.q @ c.k.mT) * decay) @ writes
+    final_state = original_order(state, layout)
+    saved = GatedDeltaSaved(inverse, states, writes)
+    return from_chunks(out, layout).to(x.v.dtype), final_state, saved
+
+
+def backward(
+    do: Tensor, x: GatedDeltaInputs, saved: GatedDeltaSaved, d_final_state: Tensor | None
+) -> GatedDeltaGradients:
+    """As `kernels.delta_net.gated_delta_backward`."""
+    layout = chunk_layout(x.bounds, x.chunk, x.q.device)
+    q_unit, q_rstd = l2norm_forward(x.q, x.q_scale)
+    k_unit, k_rstd = l2norm_forward(x.k)
+    c = in_chunks(q_unit, k_unit, x.v, x.g, x.beta, layout)
+    d_out = to_chunks(do, layout, x.q.shape[1])
+    decay = decay_matrix(c)
+    states, writes = saved.states, saved.writes
+    if states is None or writes is None:
+        state = initial_states(c, x.initial_state, x.documents, layout)
+        states, writes = scan(c, saved.inverse, state, layout)
+    scores = (c.q @ c.k.mT) * decay
+    d_state = initial_states(c, d_final_state, x.documents, layout)
+    d_errors = scores.mT @ d_out
+    d_ends = reverse_scan(c, saved.inverse, d_out, d_errors, d_state, layout)
+    inside = intra_backward(c, decay, scores, states, writes, d_out, d_errors, d_ends)
+    dq, dk, dv, dg, dbeta = (from_chunks(t, layout) for t in inside)
+    return GatedDeltaGradients(
+        l2norm_backward(dq, x.q, q_rstd, x.q_scale),
+        l2norm_backward(dk, x.k, k_rstd),
+        dv.to(x.v.dtype),
+        dg.squeeze(-1),
+        dbeta.squeeze(-1),
+        original_order(d_state, layout),
     )
 
 
-def to_chunks(x: Tensor, layout: ChunkLayout, heads: int) -> Tensor:
-    """x (N, heads * r, D) -> (chunks, heads, r, C, D) fp32 or wider, zero where no token is."""
-    values = wide(x)
-    padded = values.new_zeros(layout.chunks * layout.chunk, *x.shape[1:])
-    padded.index_copy_(0, layout.slots, values)
-    split = padded.view(layout.chunks, layout.chunk, heads, -1, x.shape[2])
-    return split.permute(0, 2, 3, 1, 4).contiguous()
+def gated_delta_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> Tensor:
+    """o (B, Hv, V) for the next token of B sequences; `state` (B, Hv, K, V) is updated in place.
 
-
-def from_chunks(y: Tensor, layout: ChunkLayout) -> Tensor:
-    """The inverse of `to_chunks`: (chunks, heads, r, C, D) -> (N, heads * r, D)."""
-    rows = y.permute(0, 3, 1, 2, 4).reshape(layout.chunks * layout.chunk, -1, y.shape[-1])
-    return rows.index_select(0, layout.slots)
-
-
-class Chunks(NamedTuple):
-    """Inputs in chunks. q, k (n, Hk, 1, C, K); v (n, Hk, r, C, V); the rest (n, Hk, r, C, 1).
-
-    `log` is G in fp64, `gamma` e^G and `to_end` e^(G_C - G).
+    q, k (B, Hk, K) before their norm; v (B, Hv, V); g, beta (B, Hv); the state fp32 or wider.
     """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    log: Tensor
-    gamma: Tensor
-    to_end: Tensor
-
-    @property
-    def end(self) -> Tensor:
-        """Gamma_C (n, Hk, r, 1, 1): the decay of a state over the chunk."""
-        return self.gamma[..., -1:, :]
-
-
-def in_chunks(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, layout: ChunkLayout
-) -> Chunks:
-    heads = q.shape[1]
-    log = to_chunks(g.double().unsqueeze(-1), layout, heads).cumsum_(-2)
-    values = to_chunks(v, layout, heads)
-    return Chunks(
-        to_chunks(q, layout, heads),
-        to_chunks(k, layout, heads),
-        values,
-        to_chunks(beta.unsqueeze(-1), layout, heads),
-        log,
-        log.exp().to(values.dtype),
-        (log[..., -1:, :] - log).exp_().to(values.dtype),
-    )
+    group = v.shape[1] // q.shape[1]
+    q_unit, _ = l2norm_forward(q, q.shape[-1] ** -0.5)
+    k_unit, _ = l2norm_forward(k)
+    q_unit, k_unit = (x.to(state.dtype).repeat_interleave(group, 1) for x in (q_unit, k_unit))
+    state.mul_(g.to(state.dtype).exp()[..., None, None])
+    error = v.to(state.dtype) - (k_unit.unsqueeze(-2) @ state).squeeze(-2)
+    state.addcmul_(k_unit.unsqueeze(-1), error.mul_(beta.unsqueeze(-1)).unsqueeze(-2))
+    return (q_unit.unsqueeze(-2) @ state).squeeze(-2).to(v.dtype)
 
 
 def decay_matrix(c: Chunks) -> Tensor:

@@ -14,10 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from kernels.delta_net.gates import L2_EPS
+from kernels.delta_net.operands import CHUNK, GatedDeltaInputs
 from kernels.runtime.device import architecture
 from kernels.runtime.triton_support import jit, next_power_of_2, tl
 
-CHUNK = 64
 MAX_SIZE = 128
 """Largest K and V the kernels take: larger tiles would not stay in registers."""
 
@@ -110,25 +111,18 @@ class Launch:
         return torch.empty(shape, dtype=dtype or self.k.dtype, device=self.k.device)
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    bounds: tuple[int, ...],
-    eps: float,
-) -> Launch:
+def prepare(x: GatedDeltaInputs) -> Launch:
     """Norms and layout. Raises `ValueError` on head sizes beyond `MAX_SIZE`."""
+    q, k, v = x.q, x.k, x.v
     if max(k.shape[2], v.shape[2]) > MAX_SIZE:
         raise ValueError(
             f"head sizes K = {k.shape[2]} and V = {v.shape[2]}; the Triton kernels take at most "
             f"{MAX_SIZE}, ENGINE_REFERENCE=1 runs the plain torch reference"
         )
-    q, k, v = (rows_adjacent(x.to(k.dtype)) for x in (q, k, v))
-    norms = reciprocal_norm(q, eps), reciprocal_norm(k, eps)
-    table = chunk_table(bounds, k.device)
-    return Launch(q, k, v, g.contiguous(), beta.contiguous(), *norms, table)
+    q, k, v = (rows_adjacent(part.to(k.dtype)) for part in (q, k, v))
+    norms = reciprocal_norm(q), reciprocal_norm(k)
+    table = chunk_table(x.bounds, k.device)
+    return Launch(q, k, v, x.g.contiguous(), x.beta.contiguous(), *norms, table)
 
 
 def rows_adjacent(x: Tensor) -> Tensor:
@@ -136,10 +130,10 @@ def rows_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def reciprocal_norm(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(sum x^2 + eps) over the last dimension, fp32."""
+def reciprocal_norm(x: Tensor) -> Tensor:
+    """1 / sqrt(sum x^2 + 1e-6) over the last dimension, fp32."""
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
-    rstd: Tensor = norm.square_().add_(eps).rsqrt_()
+    rstd: Tensor = norm.square_().add_(L2_EPS).rsqrt_()
     return rstd
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.delta_net import (
+    GatedDeltaInputs,
     GatedDeltaSaved,
     gated_delta_backward,
     gated_delta_forward,
@@ -130,7 +131,9 @@ class DeltaNet(nn.Module):
         g, beta = gates_forward(kept.a, kept.b, self.A_log, self.dt_bias)
         if context.cache is None:
             q, k, v = self._convolved(kept.mixed, context)
-            kept.out, _, kept.saved = gated_delta_forward(q, k, v, g, beta, context.plan.bounds)
+            kept.out, _, kept.saved = gated_delta_forward(
+                GatedDeltaInputs(q, k, v, g, beta, context.plan.bounds)
+            )
         else:
             kept.out = self._cached(kept.mixed, g, beta, context, context.cache.states[self.index])
         out_proj, seed = (self.out_proj.projection(),), context.seed(self.index, 1)
@@ -171,7 +174,8 @@ class DeltaNet(nn.Module):
             q, k, v = self._heads(causal_conv1d_step(mixed, weight, state.inputs))
             return gated_delta_step(q, k, v, g, beta, state.memory)
         y = causal_conv1d_forward(mixed, weight, bounds, state.inputs)
-        out, memory, _ = gated_delta_forward(*self._heads(y), g, beta, bounds, state.memory)
+        inputs = GatedDeltaInputs(*self._heads(y), g, beta, bounds, state.memory)
+        out, memory, _ = gated_delta_forward(inputs)
         state.inputs.copy_(final_conv_state(mixed, weight.shape[-1], bounds, state.inputs))
         state.memory.copy_(memory)
         return out
@@ -247,15 +251,16 @@ class DeltaNet(nn.Module):
         mixed, a, b, saved = kept.mixed, kept.a, kept.b, kept.saved
         assert mixed is not None and a is not None and b is not None and saved is not None
         g, beta = gates_forward(a, b, self.A_log, self.dt_bias)
-        q, k, v = self._convolved(mixed, context)
-        found = gated_delta_backward(do, q, k, v, g, beta, context.plan.bounds, saved)
+        heads = self._convolved(mixed, context)
+        inputs = GatedDeltaInputs(*heads, g, beta, context.plan.bounds)
+        rule = gated_delta_backward(do, inputs, saved)
         da, db, da_log, d_dt_bias = gates_backward(
-            found.dg, found.dbeta, a, b, self.A_log, self.dt_bias
+            rule.dg, rule.dbeta, a, b, self.A_log, self.dt_bias
         )
         for parameter, gradient in ((self.A_log, da_log), (self.dt_bias, d_dt_bias)):
             if parameter.requires_grad:
                 grads[id(parameter)] = gradient
-        d_convolved = torch.cat((found.dq.flatten(1), found.dk.flatten(1), found.dv.flatten(1)), 1)
+        d_convolved = torch.cat((rule.dq.flatten(1), rule.dk.flatten(1), rule.dv.flatten(1)), 1)
         weight = self.conv1d.weight
         d_mixed, d_weight = causal_conv1d_backward(
             d_convolved, mixed, weight, context.plan.bounds, need_dweight=weight.requires_grad

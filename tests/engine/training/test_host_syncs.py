@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.benchmark.random_weights import random_decoder
 from engine.training.loop import train_step
-from kernels.delta_net.reference import chunk_layout
+from kernels.delta_net.chunks import chunk_layout
 from kernels.delta_net.tiles import chunk_table
 from kernels.elementwise.swiglu import swiglu_forward
 from kernels.moe.grouped_matmul import planar_experts

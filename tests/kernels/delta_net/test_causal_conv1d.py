@@ -40,8 +40,8 @@ def test_equals_torchs_convolution_of_each_document(dtype: torch.dtype) -> None:
     truth = torch_conv(leaves[0], leaves[1], BOUNDS)
     wanted = (truth.detach(), *torch.autograd.grad(truth, leaves, dy.double()))
     y = causal_conv1d_forward(x, weight, BOUNDS)
-    found = (y, *causal_conv1d_backward(dy, x, weight, BOUNDS, need_dweight=True))
-    for ours, exact in zip(found, wanted, strict=True):
+    results = (y, *causal_conv1d_backward(dy, x, weight, BOUNDS, need_dweight=True))
+    for ours, exact in zip(results, wanted, strict=True):
         assert ours is not None
         assert ours.dtype == dtype
         assert ours.shape == exact.shape

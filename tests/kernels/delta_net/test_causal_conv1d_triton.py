@@ -87,11 +87,11 @@ def test_the_kernel_is_what_runs(device: torch.device, monkeypatch: pytest.Monke
     x, weight, dy = inputs(1, 2, torch.float32, device)
     monkeypatch.setattr(causal_conv1d_triton, "forward", lambda *given: "forward")
     monkeypatch.setattr(causal_conv1d_triton, "backward", lambda *given: "backward")
-    found: list[object] = [
+    outcome: list[object] = [
         causal_conv1d.causal_conv1d_forward(x, weight, (0, 1)),
         causal_conv1d.causal_conv1d_backward(dy, x, weight, (0, 1)),
     ]
-    assert found == ["forward", "backward"]
+    assert outcome == ["forward", "backward"]
     wide = causal_conv1d.causal_conv1d_forward(x.double(), weight.double(), (0, 1))
     assert wide.dtype == torch.float64
 
@@ -117,8 +117,8 @@ def check_state(accurate: Accurate, depth: int, dtype: torch.dtype, device: torc
             parts.append(y[3:])
         return torch.cat(parts)
 
-    found = causal_conv1d.causal_conv1d_forward(x, weight, BOUNDS[63], state)
-    accurate(found, whole(dtype), whole(torch.float64))
+    outcome = causal_conv1d.causal_conv1d_forward(x, weight, BOUNDS[63], state)
+    accurate(outcome, whole(dtype), whole(torch.float64))
 
 
 @pytest.mark.parametrize("depth", [3, 4])
@@ -151,18 +151,18 @@ def test_column_blocks_give_what_contiguous_tensors_give(device: torch.device) -
     x, dy = matrix[:, 3:40], matrix[:, 50:87]
     weight = torch.randn(37, 4, device=device)
     y = causal_conv1d.causal_conv1d_forward(x, weight, BOUNDS[63])
-    found = causal_conv1d.causal_conv1d_backward(dy, x, weight, BOUNDS[63], need_dweight=True)
+    outcome = causal_conv1d.causal_conv1d_backward(dy, x, weight, BOUNDS[63], need_dweight=True)
     for apart in (x.contiguous(), x.T.contiguous().T):
         other = dy.T.contiguous().T
         wanted = causal_conv1d.causal_conv1d_backward(
             other, apart, weight, BOUNDS[63], need_dweight=True
         )
         assert torch.equal(y, causal_conv1d.causal_conv1d_forward(apart, weight, BOUNDS[63]))
-        assert torch.equal(found[0], wanted[0])
-        assert found[1] is not None
+        assert torch.equal(outcome[0], wanted[0])
+        assert outcome[1] is not None
         assert wanted[1] is not None
-        assert found[1].shape == weight.shape
-        assert torch.equal(found[1], wanted[1])
+        assert outcome[1].shape == weight.shape
+        assert torch.equal(outcome[1], wanted[1])
 
 
 def test_a_document_does_not_feel_another_at_all(device: torch.device) -> None:
@@ -178,9 +178,9 @@ def test_a_document_does_not_feel_another_at_all(device: torch.device) -> None:
         )
         for one, above in ((x, dy), (other, other_dy))
     ]
-    for clean, beside in zip(*results, strict=True):
+    for clean, neighbour in zip(*results, strict=True):
         assert torch.isfinite(clean).all()
-        assert torch.equal(clean, beside)
+        assert torch.equal(clean, neighbour)
 
 
 @pytest.mark.parametrize("runs", [1, 256])

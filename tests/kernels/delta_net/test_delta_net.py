@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.delta_net import (
+    GatedDeltaInputs,
     GatedDeltaSaved,
     gated_delta,
     gated_delta_backward,
@@ -80,7 +81,7 @@ def test_chunks_equal_the_recurrence_in_fp64(length: int) -> None:
     x = inputs(length)
     initial = torch.randn(1, 4, 6, 5, dtype=torch.float64)
     want, want_state = recurrent(x, (0, length), initial)
-    out, state, _ = gated_delta_forward(*x, (0, length), initial)
+    out, state, _ = gated_delta_forward(GatedDeltaInputs(*x, (0, length), initial))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-10)
     torch.testing.assert_close(state, want_state, rtol=0, atol=1e-10)
 
@@ -91,7 +92,7 @@ def test_packed_documents_equal_the_recurrence_of_each_in_fp64() -> None:
     initial = torch.randn(len(LENGTHS), 4, 6, 5, dtype=torch.float64)
     for start in (None, initial):
         want, want_state = recurrent(x, plan.bounds, start)
-        out, state, _ = gated_delta_forward(*x, plan.bounds, start)
+        out, state, _ = gated_delta_forward(GatedDeltaInputs(*x, plan.bounds, start))
         torch.testing.assert_close(out, want, rtol=0, atol=1e-10)
         torch.testing.assert_close(state, want_state, rtol=0, atol=1e-10)
 
@@ -109,12 +110,12 @@ def repeated(tokens: int) -> Inputs:
 def test_repeated_tokens_keep_fp64_accuracy() -> None:
     x = repeated(130)
     want, _ = recurrent(x, (0, 130))
-    out, _, _ = gated_delta_forward(*x, (0, 130))
+    out, _, _ = gated_delta_forward(GatedDeltaInputs(*x, (0, 130)))
     torch.testing.assert_close(out, want, rtol=0, atol=1e-10)
 
 
-def worst(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max())
+def worst(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).abs().max())
 
 
 Form = Callable[[Inputs, tuple[int, ...], Tensor], tuple[Tensor, Tensor]]
@@ -164,9 +165,9 @@ def test_values_and_gradients_are_as_accurate_as_plain_chunks_in_fp32(
     given = [t.double() for t in (do, d_state, initial)]
     truth = gradients(recurrent, Inputs(*(t.double() for t in rounded)), bounds, *given)
     plain = gradients(plain_chunks, rounded, bounds, do, d_state, initial)
-    out, _, saved = gated_delta_forward(*rounded, bounds, initial)
-    found = gated_delta_backward(do, *rounded, bounds, saved, initial, d_state)
-    for ours, theirs, exact in zip((out, *found), plain, truth, strict=True):
+    out, _, saved = gated_delta_forward(GatedDeltaInputs(*rounded, bounds, initial))
+    result = gated_delta_backward(do, GatedDeltaInputs(*rounded, bounds, initial), saved, d_state)
+    for ours, theirs, exact in zip((out, *result), plain, truth, strict=True):
         ulp = float(exact.abs().max()) * torch.finfo(torch.float32).eps
         assert worst(ours, exact) <= 2 * worst(theirs, exact) + ulp
 
@@ -177,9 +178,9 @@ def test_half_precision_inputs_lose_nothing_but_the_last_rounding() -> None:
     do, zero = torch.randn(165, 4, 5).bfloat16(), torch.zeros(2, 4, 6, 5, dtype=torch.float64)
     wide = Inputs(*(t.double() for t in rounded))
     truth = gradients(recurrent, wide, bounds, do.double(), zero, zero)
-    out, _, saved = gated_delta_forward(*rounded, bounds)
-    found = gated_delta_backward(do, *rounded, bounds, saved)
-    for ours, exact in zip((out, *found[:5]), truth[:6], strict=True):
+    out, _, saved = gated_delta_forward(GatedDeltaInputs(*rounded, bounds))
+    result = gated_delta_backward(do, GatedDeltaInputs(*rounded, bounds), saved)
+    for ours, exact in zip((out, *result[:5]), truth[:6], strict=True):
         ulp = float(exact.abs().max()) * torch.finfo(ours.dtype).eps
         assert worst(ours, exact) <= ulp + 1e-5 * float(exact.abs().max())
 
@@ -204,10 +205,12 @@ def test_backward_by_hand_equals_autograd_through_the_recurrence() -> None:
     initial = torch.randn(len(LENGTHS), 4, 6, 5, dtype=torch.float64)
     do, d_state = torch.randn_like(x.v), torch.randn_like(initial)
     want = gradients(recurrent, x, plan.bounds, do, d_state, initial)[1:]
-    _, _, saved = gated_delta_forward(*x, plan.bounds, initial)
-    for kept in (saved, saved.trim()):
-        found = gated_delta_backward(do, *x, plan.bounds, kept, initial, d_state)
-        for ours, theirs in zip(found, want, strict=True):
+    _, _, saved = gated_delta_forward(GatedDeltaInputs(*x, plan.bounds, initial))
+    for remaining in (saved, saved.trim()):
+        result = gated_delta_backward(
+            do, GatedDeltaInputs(*x, plan.bounds, initial), remaining, d_state
+        )
+        for ours, theirs in zip(result, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
@@ -215,9 +218,9 @@ def test_three_value_heads_share_a_key_head() -> None:
     x = inputs(70, heads=2, group=3, key=4, value=7)
     do, initial = torch.randn_like(x.v), torch.randn(1, 6, 4, 7, dtype=torch.float64)
     want = gradients(recurrent, x, (0, 70), do, torch.zeros_like(initial), initial)[1:]
-    _, _, saved = gated_delta_forward(*x, (0, 70), initial)
-    found = gated_delta_backward(do, *x, (0, 70), saved, initial)
-    for ours, theirs in zip(found, want, strict=True):
+    _, _, saved = gated_delta_forward(GatedDeltaInputs(*x, (0, 70), initial))
+    result = gated_delta_backward(do, GatedDeltaInputs(*x, (0, 70), initial), saved)
+    for ours, theirs in zip(result, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
@@ -232,9 +235,9 @@ def test_a_document_does_not_feel_another_at_all() -> None:
         tensor[200:] = float("nan")
     results = []
     for x in (first, second):
-        out, state, saved = gated_delta_forward(*x, plan.bounds)
-        found = gated_delta_backward(do, *x, plan.bounds, saved)
-        results.append((out[own], state[1], *(grad[own] for grad in found[:5])))
+        out, state, saved = gated_delta_forward(GatedDeltaInputs(*x, plan.bounds))
+        result = gated_delta_backward(do, GatedDeltaInputs(*x, plan.bounds), saved)
+        results.append((out[own], state[1], *(grad[own] for grad in result[:5])))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -242,7 +245,7 @@ def test_a_document_does_not_feel_another_at_all() -> None:
 def test_steps_continue_what_chunks_began() -> None:
     x = inputs(140)
     want, want_state = recurrent(x, (0, 140))
-    _, state, _ = gated_delta_forward(*x.rows(0, 100), (0, 100))
+    _, state, _ = gated_delta_forward(GatedDeltaInputs(*x.rows(0, 100), (0, 100)))
     outs = [gated_delta_step(*x.rows(i, i + 1), state) for i in range(100, 140)]
     torch.testing.assert_close(torch.cat(outs), want[100:], rtol=0, atol=1e-12)
     torch.testing.assert_close(state, want_state, rtol=0, atol=1e-12)
@@ -251,8 +254,8 @@ def test_steps_continue_what_chunks_began() -> None:
 def test_chunks_continue_from_the_state_of_a_cache() -> None:
     x = inputs(140)
     want, want_state = recurrent(x, (0, 140))
-    _, state, _ = gated_delta_forward(*x.rows(0, 90), (0, 90))
-    out, state, _ = gated_delta_forward(*x.rows(90, 140), (0, 50), state)
+    _, state, _ = gated_delta_forward(GatedDeltaInputs(*x.rows(0, 90), (0, 90)))
+    out, state, _ = gated_delta_forward(GatedDeltaInputs(*x.rows(90, 140), (0, 50), state))
     torch.testing.assert_close(out, want[90:], rtol=0, atol=1e-12)
     torch.testing.assert_close(state, want_state, rtol=0, atol=1e-12)
 
@@ -269,11 +272,11 @@ def test_a_step_serves_several_sequences() -> None:
 def test_fast_decay_neither_overflows_nor_leaks_nan() -> None:
     x = Inputs(*(t.float() for t in inputs(200, decay=60.0)))
     do = torch.randn_like(x.v)
-    out, _, saved = gated_delta_forward(*x, (0, 200))
-    found = gated_delta_backward(do, *x, (0, 200), saved)
+    out, _, saved = gated_delta_forward(GatedDeltaInputs(*x, (0, 200)))
+    result = gated_delta_backward(do, GatedDeltaInputs(*x, (0, 200)), saved)
     want, _ = recurrent(Inputs(*(t.double() for t in x)), (0, 200))
     assert worst(out, want) < 1e-5
-    assert all(torch.isfinite(t).all() for t in found)
+    assert all(torch.isfinite(t).all() for t in result)
 
 
 def test_gates_pass_gradcheck_and_bound_the_decay() -> None:
@@ -286,11 +289,11 @@ def test_gates_pass_gradcheck_and_bound_the_decay() -> None:
     expected = torch.autograd.grad((want[0] * dg).sum() + (want[1] * dbeta).sum(), leaves)
     with torch.no_grad():
         g, beta = gates_forward(a, b, a_log, dt_bias)
-        found = gates_backward(dg, dbeta, a, b, a_log, dt_bias)
+        result = gates_backward(dg, dbeta, a, b, a_log, dt_bias)
     torch.testing.assert_close(g, want[0])
     torch.testing.assert_close(beta, want[1])
     assert (g <= 0).all()
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -309,7 +312,7 @@ def test_l2_norm_has_its_epsilon_inside_the_root() -> None:
 
 def test_trimmed_state_holds_only_the_inverse() -> None:
     x = inputs(70)
-    _, _, saved = gated_delta_forward(*x, (0, 70))
+    _, _, saved = gated_delta_forward(GatedDeltaInputs(*x, (0, 70)))
     assert saved.trim() == GatedDeltaSaved(saved.inverse)
     assert saved.inverse.shape[-2:] == (64, 64)
 
@@ -325,4 +328,4 @@ def test_shapes_that_do_not_fit_are_refused(wrong: str) -> None:
     else:
         x = x._replace(g=x.g[:, :2])
     with pytest.raises(ValueError, match="do not fit"):
-        gated_delta_forward(*x, bounds)
+        gated_delta_forward(GatedDeltaInputs(*x, bounds))

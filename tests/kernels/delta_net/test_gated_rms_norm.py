@@ -38,9 +38,9 @@ def test_is_as_accurate_as_plain_torch(dtype: torch.dtype, rows: int) -> None:
         return y.detach(), *torch.autograd.grad(y, leaves, dy.to(dtype))
 
     y, rstd = gated_rms_norm_forward(o, z, weight, EPS)
-    found = (y, *gated_rms_norm_backward(dy, o, z, weight, rstd, need_dweight=True))
+    results = (y, *gated_rms_norm_backward(dy, o, z, weight, rstd, need_dweight=True))
     truths, theirs = with_gradients(torch.float64), with_gradients(dtype)
-    for ours, truth, their in zip(found, truths, theirs, strict=True):
+    for ours, truth, their in zip(results, truths, theirs, strict=True):
         assert ours is not None
         assert ours.dtype == dtype
         ulp = float(truth.abs().max()) * torch.finfo(dtype).eps

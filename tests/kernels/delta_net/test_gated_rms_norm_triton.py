@@ -95,11 +95,11 @@ def test_the_kernel_is_what_runs(device: torch.device, monkeypatch: pytest.Monke
     o, weight = torch.ones(2, 3, 4, device=device), torch.ones(4, device=device)
     monkeypatch.setattr(gated_rms_norm_triton, "forward", lambda *given: "forward")
     monkeypatch.setattr(gated_rms_norm_triton, "backward", lambda *given: "backward")
-    found: list[object] = [
+    outcome: list[object] = [
         gated_rms_norm.gated_rms_norm_forward(o, o, weight, EPS),
         gated_rms_norm.gated_rms_norm_backward(o, o, o, weight, o[..., :1]),
     ]
-    assert found == ["forward", "backward"]
+    assert outcome == ["forward", "backward"]
     wide = o.double()
     assert gated_rms_norm.gated_rms_norm_forward(wide, wide, wide[0, 0], EPS)[0].dtype == wide.dtype
 
@@ -125,14 +125,14 @@ def test_column_blocks_give_what_contiguous_tensors_give(heads: int, device: tor
     )
     weight = torch.randn(64, device=device)
     y, rstd = gated_rms_norm.gated_rms_norm_forward(o, z, weight, EPS)
-    found = gated_rms_norm.gated_rms_norm_backward(dy, o, z, weight, rstd, need_dweight=True)
+    outcome = gated_rms_norm.gated_rms_norm_backward(dy, o, z, weight, rstd, need_dweight=True)
     for apart in (torch.Tensor.contiguous, lambda x: x.mT.contiguous().mT):
         one, two, above = (apart(x) for x in (o, z, dy))
         want, want_rstd = gated_rms_norm.gated_rms_norm_forward(one, two, weight, EPS)
         wanted = gated_rms_norm.gated_rms_norm_backward(
             above, one, two, weight, want_rstd, need_dweight=True
         )
-        for ours, theirs in zip((y, rstd, *found), (want, want_rstd, *wanted), strict=True):
+        for ours, theirs in zip((y, rstd, *outcome), (want, want_rstd, *wanted), strict=True):
             assert ours is not None
             assert theirs is not None
             assert torch.equal(ours, theirs)
@@ -142,16 +142,16 @@ def test_rows_do_not_feel_each_other(device: torch.device) -> None:
     o, z, dy = (torch.randn(4, 3, 20, device=device) for _ in range(3))
     weight = torch.randn(20, device=device)
     results = []
-    for beside in (0.0, float("nan")):
+    for neighbour in (0.0, float("nan")):
         for x in (o, z, dy):
-            x[1, 0], x[1, 2] = beside, beside
+            x[1, 0], x[1, 2] = neighbour, neighbour
         y, rstd = gated_rms_norm.gated_rms_norm_forward(o, z, weight, EPS)
         do, dz, none = gated_rms_norm.gated_rms_norm_backward(dy, o, z, weight, rstd)
         assert none is None
         results.append([x[1, 1].clone() for x in (y, do, dz)])
-    for clean, beside_nan in zip(*results, strict=True):
+    for clean, neighbour_nan in zip(*results, strict=True):
         assert torch.isfinite(clean).all()
-        assert torch.equal(clean, beside_nan)
+        assert torch.equal(clean, neighbour_nan)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1024])
@@ -173,12 +173,12 @@ def test_nothing_is_computed_for_no_rows(device: torch.device) -> None:
     y, rstd = gated_rms_norm.gated_rms_norm_forward(empty, empty, weight, EPS)
     assert y.shape == (0, 2, 4)
     assert rstd.shape == (0, 2, 1)
-    found = gated_rms_norm.gated_rms_norm_backward(
+    outcome = gated_rms_norm.gated_rms_norm_backward(
         empty, empty, empty, weight, rstd, need_dweight=True
     )
-    assert found[0].shape == found[1].shape == (0, 2, 4)
-    assert found[2] is not None
-    assert not found[2].any()
+    assert outcome[0].shape == outcome[1].shape == (0, 2, 4)
+    assert outcome[2] is not None
+    assert not outcome[2].any()
 
 
 def test_rows_beyond_two_to_the_31_are_reached(device: torch.device) -> None:

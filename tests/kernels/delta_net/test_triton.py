@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels import delta_net as gated_delta
 from kernels.delta_net import (
     GatedDeltaGradients,
+    GatedDeltaInputs,
     GatedDeltaSaved,
     gated_delta_backward,
     gated_delta_forward,
@@ -18,13 +19,9 @@ from kernels.delta_net import (
 from kernels.delta_net import backward_intra_triton as gated_delta_triton_intra
 from kernels.delta_net import backward_triton as gated_delta_triton_backward
 from kernels.delta_net import forward_triton as gated_delta_triton
+from kernels.delta_net.chunks import chunk_layout, in_chunks
 from kernels.delta_net.forward_triton import invert
-from kernels.delta_net.reference import (
-    chunk_layout,
-    decay_matrix,
-    in_chunks,
-    triangular_inverse,
-)
+from kernels.delta_net.reference import decay_matrix, triangular_inverse
 from kernels.delta_net.tiles import MAX_SIZE, prepare, tile
 
 BOUNDS = (0, 65, 66, 100)
@@ -44,9 +41,9 @@ def inputs(device: torch.device, dtype: torch.dtype) -> Inputs:
 
 
 def run(x: Inputs, do: Tensor, initial: Tensor | None, d_final: Tensor | None) -> Results:
-    out, state, saved = gated_delta_forward(*x, BOUNDS, initial)
-    found = gated_delta_backward(do, *x, BOUNDS, saved, initial, d_final)
-    return out, state, found
+    out, state, saved = gated_delta_forward(GatedDeltaInputs(*x, BOUNDS, initial))
+    result = gated_delta_backward(do, GatedDeltaInputs(*x, BOUNDS, initial), saved, d_final)
+    return out, state, result
 
 
 def reference(
@@ -67,17 +64,17 @@ def reference(
         return run((q, k, v, g, beta), do.double(), wide(initial), wide(d_final))
 
 
-def worst(found: Tensor, truth: Tensor) -> float:
-    return float((found.double() - truth).abs().max())
+def worst(result: Tensor, truth: Tensor) -> float:
+    return float((result.double() - truth).abs().max())
 
 
 def flat(results: Results) -> list[Tensor]:
     return [results[0], results[1], *results[2]]
 
 
-def assert_within(found: Results, truth: Results, roundings: int, dtype: torch.dtype) -> None:
+def assert_within(result: Results, truth: Results, roundings: int, dtype: torch.dtype) -> None:
     """No tensor is off by more than that many roundings of its largest element."""
-    for ours, exact in zip(flat(found), flat(truth), strict=True):
+    for ours, exact in zip(flat(result), flat(truth), strict=True):
         allowed = roundings * torch.finfo(dtype).eps * float(exact.abs().max())
         assert worst(ours, exact) <= allowed
 
@@ -110,12 +107,12 @@ def test_columns_of_one_wide_fp16_matrix_obey_the_rule_or_lose_a_few_roundings(
     x = (q, k, v, g, beta)
     do = torch.randn(TOKENS, HEADS, VALUE, device=device).half()
     truth = reference(x, do, None, None, monkeypatch)
-    found = run(x, do, None, None)
-    assert_within(found, truth, 4, torch.float16)
+    result = run(x, do, None, None)
+    assert_within(result, truth, 4, torch.float16)
     with monkeypatch.context() as patch:
         patch.setenv("ENGINE_REFERENCE", "1")
         plain = run(x, do, None, None)
-    for ours, theirs, exact in zip(flat(found), flat(plain), flat(truth), strict=True):
+    for ours, theirs, exact in zip(flat(result), flat(plain), flat(truth), strict=True):
         if ours.dtype == torch.float16:
             accurate(ours, theirs, exact)
 
@@ -164,7 +161,7 @@ def small(
     ("module", "old", "new"),
     [(module, *fault) for module, faults in FAULTS.items() for fault in faults],
 )
-def test_a_planted_fault_is_found(
+def test_a_planted_fault_breaks_the_tolerance(
     module: ModuleType,
     old: str,
     new: str,
@@ -201,10 +198,10 @@ def test_a_document_feels_neither_another_nor_what_was_trimmed(device: torch.dev
         if trimmed:
             for tensor in x:
                 tensor[:66] = float("nan")
-        out, state, saved = gated_delta_forward(*x, BOUNDS)
-        kept = GatedDeltaSaved(saved.inverse) if trimmed else saved
-        found = gated_delta_backward(do, *x, BOUNDS, kept)
-        results.append((out[own], state[2], *(grad[own] for grad in found[:5])))
+        out, state, saved = gated_delta_forward(GatedDeltaInputs(*x, BOUNDS))
+        remaining = GatedDeltaSaved(saved.inverse) if trimmed else saved
+        result = gated_delta_backward(do, GatedDeltaInputs(*x, BOUNDS), remaining)
+        results.append((out[own], state[2], *(grad[own] for grad in result[:5])))
     for one, two in zip(*results, strict=True):
         assert torch.isfinite(one).all()
         assert torch.equal(one, two)
@@ -230,8 +227,8 @@ def test_the_blocked_solve_is_as_good_as_a_triangular_solve(
         return inverse[[0, 3, 2, 1]]
 
     truth, plain = (solved(dtype) for dtype in (torch.float64, torch.float32))
-    found = invert(prepare(q, k, v, g, beta, BOUNDS, 1e-6))
-    for ours, theirs, exact in zip(found, plain, truth, strict=True):
+    result = invert(prepare(GatedDeltaInputs(q, k, v, g, beta, BOUNDS)))
+    for ours, theirs, exact in zip(result, plain, truth, strict=True):
         assert worst(ours, exact) <= 2 * worst(theirs, exact) + 2e-7
 
 
@@ -240,8 +237,8 @@ def test_sizes_without_a_kernel_are_refused(device: torch.device) -> None:
     q, k, v, g, beta = inputs(device, torch.float16)
     wide = torch.zeros(TOKENS, KEY_HEADS, MAX_SIZE + 1, device=device).half()
     with pytest.raises(ValueError, match="ENGINE_REFERENCE=1"):
-        gated_delta_forward(wide, wide, v, g, beta, BOUNDS)
+        gated_delta_forward(GatedDeltaInputs(wide, wide, v, g, beta, BOUNDS))
     with pytest.raises(ValueError, match="chunks of 64"):
-        gated_delta_forward(q, k, v, g, beta, BOUNDS, chunk=32)
+        gated_delta_forward(GatedDeltaInputs(q, k, v, g, beta, BOUNDS, chunk=32))
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0"):
         tile("scan", 75, 128, 128)
