@@ -14,9 +14,9 @@ from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
-from engine.memory.meter import OWNERS, gib
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import Choice, Planner, changed
+from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.trainable import check_policies, targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count

@@ -23,6 +23,7 @@ from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
 from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
+from optim.observer import optimizer_observer
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
 
@@ -130,10 +131,13 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        observer, whole = optimizer_observer(), only is None
+        observer.step_begins([p.grad for p in self._params() if p.grad is not None], whole)
         if use_triton(self._built().m_absmax):
             self._step_flat(grad_scale, max_norm, only)
         else:
             self._step_reference(grad_scale, max_norm, only)
+        observer.step_ends(whole)
         return loss
 
     def _step_reference(
@@ -233,7 +237,8 @@ class AdamW8bit(torch.optim.Optimizer):
             params = self._params()
             refuse_unusable(params)
             masters = self._low_precision == "master"
-            self._flat = FlatState(params, self._min_8bit_size, masters)
+            with optimizer_observer().building_state():
+                self._flat = FlatState(params, self._min_8bit_size, masters)
             self._plans.clear()
             self._tables.clear()
             for index, param in enumerate(params):

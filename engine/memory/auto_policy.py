@@ -17,8 +17,8 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
-from engine.memory.meter import gib
 from engine.memory.search import changed
+from engine.memory.simulate.meter import gib
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 

@@ -21,8 +21,9 @@ from engine.config.train_config import TrainConfig
 from engine.data.loader import Batch
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
-from engine.memory.meter import MemoryMeter, gib, observed, track_model
 from engine.memory.search import least_step, require_any
+from engine.memory.simulate.meter import MemoryMeter, gib
+from engine.memory.simulate.observer import observed, track_model
 
 if TYPE_CHECKING:
     from engine.training.prepare import Prepared

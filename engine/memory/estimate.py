@@ -16,8 +16,8 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.data.loader import IGNORED, Batch
-from engine.memory.meter import Peak, Segment
-from engine.memory.simulate.step import DryResult, dry_pass
+from engine.memory.simulate.meter import Peak, Segment
+from engine.memory.simulate.step import SimulatedStep, simulate_step
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
 
@@ -140,9 +140,9 @@ def plan(
         config if mixed else config.model_copy(update={"gradient_checkpointing": policies.pop()})
     )
 
-    def run(layers: int) -> DryResult:
+    def run(layers: int) -> SimulatedStep:
         few = model.with_layers(layers)
-        return dry_pass(few, settings, batches, gpu=gpu, dtype=dtype, stored=stored)
+        return simulate_step(few, settings, batches, gpu=gpu, dtype=dtype, stored=stored)
 
     few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
     if whole or mixed or layers % period or layers <= few[1] + 1:
@@ -154,7 +154,7 @@ def plan(
 
 
 def _plan_of(
-    result: DryResult,
+    result: SimulatedStep,
     config: TrainConfig,
     gpu: bool,
     dtype: torch.dtype,
@@ -192,8 +192,8 @@ def _plan_of(
 
 
 def _extrapolated(
-    fewer: DryResult, more: DryResult, few: tuple[int, int], layers: int, ends: int
-) -> DryResult:
+    fewer: SimulatedStep, more: SimulatedStep, few: tuple[int, int], layers: int, ends: int
+) -> SimulatedStep:
     """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
 
     In both directions the bytes held grow or shrink by the same amount from layer to layer, or from
@@ -210,7 +210,7 @@ def _extrapolated(
         owner: max(0, round(size + (more.resident[owner] - size) * distance))
         for owner, size in fewer.resident.items()
     }
-    return DryResult(
+    return SimulatedStep(
         load=_further(fewer.load, more.load, distance),
         segments=segments,
         resident=resident,

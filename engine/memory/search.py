@@ -19,8 +19,8 @@ from engine.config.rules import allows
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import MemoryPlan
-from engine.memory.meter import gib
 from engine.memory.options import NAMES, MemoryOption, cost, memory_options, pull
+from engine.memory.simulate.meter import gib
 
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64

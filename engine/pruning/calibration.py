@@ -14,8 +14,7 @@ With out_t,h what head h gives o_proj at token t, and o_h its columns:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +35,10 @@ from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
 from kernels.linear.projection import decode_weight
 from models.decoder import Decoder
 from models.head_slices import HeadSlices, layer_heads
-from models.layers.attention import Attention
 from models.layers.delta_net import DeltaNet
 from models.layers.linear import Linear
+from models.layers.observer import LayerObserver, observe_layers
+from models.layers.protocol import Mixer
 
 if TYPE_CHECKING:
     from engine.config.choices import Quantization
@@ -96,46 +96,44 @@ def _relative(values: Tensor) -> Tensor:
 @torch.no_grad()
 def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) -> list[Tensor]:
     """Mean length (heads,) in float64 of what each head of `layers` adds, over all tokens."""
-    sums: dict[int, Tensor] = {}
-    with ExitStack() as stack:
-        for layer in layers:
-            heads, linear = _output(model, layer)
-            grams = output_grams(heads.by_head(_dense(linear, torch.float32))).float()
-            sums[layer] = torch.zeros(heads.heads, dtype=torch.float64, device=grams.device)
-            stack.enter_context(_listening(model.layers[layer].mixer, grams, sums[layer]))
-        tokens = 0
+    watch = _HeadLengths(model, layers)
+    tokens = 0
+    with observe_layers(watch):
         for group in by_tokens(examples, _TOKENS_PER_BATCH):
             batch = collate(group)
             model.hidden_states(batch.input_ids.to(model.device), batch.cu_seqlens.to(model.device))
             tokens += int(batch.input_ids.numel())
-    return [sums[layer].cpu() / max(tokens, 1) for layer in layers]
+    return [watch.sums[layer].cpu() / max(tokens, 1) for layer in layers]
 
 
-@contextmanager
-def _listening(mixer: Any, grams: Tensor, total: Tensor) -> Iterator[None]:
-    """Add the lengths of every token's contributions to `total` as `mixer` runs."""
-    run = mixer.forward
+class _HeadLengths(LayerObserver):
+    """Adds up the lengths of every token's contributions as mixers run."""
 
-    def listen(*arguments: Any) -> Any:
-        x1, kept = run(*arguments)
-        out = _heads_output(mixer, kept).float()
+    def __init__(self, model: Decoder, layers: Sequence[int]) -> None:
+        self.sums: dict[int, Tensor] = {}
+        self._mixers: dict[int, tuple[Mixer, Tensor]] = {}
+        for layer in layers:
+            heads, linear = _output(model, layer)
+            grams = output_grams(heads.by_head(_dense(linear, torch.float32))).float()
+            self._mixers[layer] = model.layers[layer].mixer, grams
+            self.sums[layer] = torch.zeros(heads.heads, dtype=torch.float64, device=grams.device)
+
+    def mixer_ran(self, layer: int, saved: Any) -> None:
+        """Add the lengths of what each head of a layer adds."""
+        if layer not in self._mixers:
+            return
+        mixer, grams = self._mixers[layer]
+        out = _heads_output(mixer, saved).float()
         squares = (torch.einsum("nhd,hde->nhe", out, grams) * out).sum(2)
-        total.add_(squares.clamp_(min=0).sqrt_().double().sum(0))
-        return x1, kept
-
-    mixer.forward = listen
-    try:
-        yield
-    finally:
-        del mixer.forward
+        self.sums[layer].add_(squares.clamp_(min=0).sqrt_().double().sum(0))
 
 
-def _heads_output(mixer: Attention | DeltaNet, kept: Any) -> Tensor:
+def _heads_output(mixer: Mixer, saved: Any) -> Tensor:
     """What the output projection reads (N, heads, D)."""
-    out: Tensor = kept.out
+    out: Tensor = saved.out
     if isinstance(mixer, DeltaNet):
-        return gated_rms_norm_forward(out, kept.z, mixer.norm.weight, mixer.norm.eps)[0]
-    return out if kept.gate is None else out * torch.sigmoid(kept.gate)
+        return gated_rms_norm_forward(out, saved.z, mixer.norm.weight, mixer.norm.eps)[0]
+    return out if saved.gate is None else out * torch.sigmoid(saved.gate)
 
 
 def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) -> list[Tensor]:

@@ -9,14 +9,38 @@ backward.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
-_buffers: dict[tuple[str, torch.device, torch.dtype], torch.Tensor] = {}
+from kernels.runtime.simulation import Scoped
+
+Pool = dict[tuple[str, torch.device, torch.dtype], torch.Tensor]
+"""Buffers by purpose, device and dtype."""
+
+
+class ScratchObserver:
+    """Is told who takes scratch memory; here nothing happens."""
+
+    def allocating(self, purpose: str) -> AbstractContextManager[None]:
+        """Entered while a buffer of `purpose` is freed and a larger one allocated."""
+        return nullcontext()
+
+
+_pool: Scoped[Pool] = Scoped("scratch pool", {})
+_observer: Scoped[ScratchObserver] = Scoped("scratch observer", ScratchObserver())
+
+pool = _pool.get
+use_pool = _pool.use
+"""A context in which this thread takes scratch from another pool; the process's stays as it is."""
+
+observe_scratch = _observer.use
+"""A context in which an observer is told of this thread's scratch."""
 
 
 def buffers() -> list[torch.Tensor]:
     """The buffers that there are now. Recorded launches keep those they were recorded with."""
-    return list(_buffers.values())
+    return list(pool().values())
 
 
 def scratch(
@@ -27,14 +51,16 @@ def scratch(
     for size in shape:
         numel *= size
     key = (purpose, device, dtype)
-    buffer = _buffers.get(key)
+    own = pool()
+    buffer = own.get(key)
     if buffer is None or buffer.numel() < numel:
-        del buffer  # with the next line the old one is gone before the new one comes
-        _buffers.pop(key, None)
-        buffer = _buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        del buffer  # with the pool's own reference the old one is freed before the new one comes
+        with _observer.get().allocating(purpose):
+            own.pop(key, None)
+            buffer = own[key] = torch.empty(numel, dtype=dtype, device=device)
     return buffer[:numel].view(shape)
 
 
 def release() -> None:
     """Free every buffer, for a process that goes on to something else."""
-    _buffers.clear()
+    pool().clear()

@@ -31,6 +31,7 @@ from models.layers.delta_net import DeltaNet, DeltaNetSaved
 from models.layers.linear import RMSNorm
 from models.layers.mlp import MLP, MLPSaved
 from models.layers.moe import MoE, MoESaved
+from models.layers.observer import layer_observer
 from models.layers.protocol import FeedForward, Mixer
 
 
@@ -99,7 +100,15 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, context: LayerContext, policy: str = "none"
     ) -> tuple[Tensor, BlockSaved]:
         """x (N, H) -> y (N, H) and the activations that `policy` keeps."""
+        observer = layer_observer()
+        observer.forward_begins(self.index)
+        y, saved = self._forward(x, context, policy)
+        observer.forward_ends(self.index)
+        return y, saved
+
+    def _forward(self, x: Tensor, context: LayerContext, policy: str) -> tuple[Tensor, BlockSaved]:
         x1, done = self.mixer.forward(x, self.input_layernorm, context)
+        layer_observer().mixer_ran(self.index, done)
         # What is not kept is not to wait for the feed-forward part.
         mixer = None if policy == "full" else done.trim(policy)
         del done
@@ -110,6 +119,15 @@ class DecoderLayer(nn.Module):
         self, dy: Tensor, x: Tensor, context: LayerContext, saved: BlockSaved, need_dx: bool
     ) -> tuple[Tensor | None, Gradients]:
         """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter."""
+        observer = layer_observer()
+        observer.backward_begins(self.index)
+        dx, grads = self._backward(dy, x, context, saved, need_dx)
+        observer.backward_ends(self.index, grads.values())
+        return dx, grads
+
+    def _backward(
+        self, dy: Tensor, x: Tensor, context: LayerContext, saved: BlockSaved, need_dx: bool
+    ) -> tuple[Tensor | None, Gradients]:
         grads: Gradients = {}
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
         if saved.x1 is None:

@@ -27,6 +27,7 @@ from kernels.linear.projection import QuantizedWeight
 from kernels.runtime.host_memory import SideCopies, host_copy, host_room
 from models.layers.experts import Experts, QuantizedExperts
 from models.layers.linear import Linear
+from models.layers.observer import layer_observer
 
 _Pending = tuple[Tensor, torch.cuda.Event | None]
 
@@ -135,6 +136,7 @@ class WeightStream:
             {name: mapped(weight, room) for name, weight in named.items()}
             for named in self._host[index]
         ]
+        layer_observer().weights_arrive(w for named in weights for w in named.values())
         return weights, self._copies.start(pairs)
 
 

@@ -1,277 +1,204 @@
-"""A memory meter under which meta tensors compute nothing and hold the bytes they would hold.
+"""Count the bytes that tensors hold, by what they are for.
 
-Ops that make new tensors are worked out once per shape, ops that write in place not at all. What
-the host asks of a device's numbers is answered as by a healthy step, and integers stay real. The
-operations of matrix products and attention are counted on the way.
+`MemoryMeter` sees every tensor that an op returns (`torch.utils._python_dispatch`), counts each
+storage once, and forgets it when torch frees it. It therefore knows the bytes that are alive, the
+most there ever were, and to whom they belonged then. What an op allocates and frees inside itself
+is not seen; what the meter counts is what a caching allocator calls "allocated".
+
+The same meter serves a real step (the measurement) and a simulated one on tensors without memory
+(`engine.memory.simulate.step`, the plan), so the two can be compared byte by byte.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, TypeVar, cast
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.memory.meter import SCRATCH, MemoryMeter
-from kernels.runtime.simulation import SimulatedGPU
+from engine.errors import MemoryPlanError
 
-_ATEN = torch.ops.aten
-META = torch.device("meta")
-CUDA_GRANULE = 512
-"""torch's CUDA caching allocator rounds a request up to this."""
+OWNERS = (
+    "NF4 base",
+    "dense base",
+    "embeddings",
+    "head",
+    "norms and biases",
+    "adapters",
+    "gradients",
+    "optimiser",
+    "checkpoints",
+    "block working set",
+    "loss",
+    "loss chunk",
+    "scratch",
+    "batch",
+)
+"""Who may hold memory, in the order in which tables show them."""
 
-R = TypeVar("R")
-T = TypeVar("T")
+SCRATCH = ("scratch", "loss chunk")
+"""The owners of buffers that grow to their largest use and stay."""
+
+Segment = tuple[str, int]
+"""A stretch of a step: ("forward" | "backward", layer), ("loss", 0), ("update", 0), ..."""
 
 
-class DryMeter(MemoryMeter):
-    """A meter under which meta tensors compute nothing and hold the bytes they would hold.
+@dataclass
+class Peak:
+    """The most bytes of one stretch, and how they were divided."""
 
-    What the host asks of a device's numbers is answered as by a healthy step: all is finite.
-    Integers stay real wherever they are sent.
+    bytes: int = 0
+    owners: dict[str, int] = field(default_factory=dict)
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts live storages while it is entered.
+
+    `granule` rounds every storage up, as an allocator does. With a `limit`, the op that takes the
+    total over it raises `MemoryPlanError` as soon as it returns.
     """
 
-    aside = SCRATCH
-    """Scratch grows in the pass, and is all there in every later step: it is added at the end."""
+    aside: tuple[str, ...] = ()
+    """Owners that are left out of peaks."""
 
-    def __init__(self, gpu: SimulatedGPU | None = None) -> None:
-        super().__init__(1 if gpu is None else CUDA_GRANULE)
-        self.gpu = gpu
-        self.flops = 0.0
-        self._transients: dict[Hashable, tuple[int, float]] = {}
-        self.host = self.host_high = 0
-        self._put_aside: set[weakref.ref[Any]] = set()
+    def __init__(self, granule: int = 1, limit: int | None = None) -> None:
+        super().__init__()
+        self.granule, self.limit = granule, limit
+        self.owner = "block working set"
+        self.total = self.high = 0
+        self.live: dict[str, int] = dict.fromkeys(OWNERS, 0)
+        self.segments: dict[Segment, Peak] = {}
+        self._segment = self.segments.setdefault(("start", 0), Peak())
+        self._storages: dict[int, tuple[Any, str, int]] = {}
 
-    def once(self, key: Hashable, run: Callable[[], R], result: Callable[[], R]) -> R:
-        """Run an op for the first of each key; for later ones count the peak that it had."""
-        if key in self._transients:
-            made = result()
-            transient, operations = self._transients[key]
-            self.bump(transient)
-            self.flops += operations
-            return made
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; torch need not import its compiler to keep out of the way."""
+        return False
+
+    @property
+    def counted(self) -> int:
+        """The bytes alive now that count towards a peak."""
+        return self.total - sum(self.live[owner] for owner in self.aside)
+
+    @property
+    def peak(self) -> Peak:
+        """The highest peak of all segments."""
         self.mark()
-        outer, self.high, before = self.high, self.counted, self.flops
-        made = run()
+        return max(self.segments.values(), key=lambda peak: peak.bytes)
+
+    def begin(self, kind: str, index: int = 0) -> None:
+        """Start counting the peak of another stretch; the same name goes on with the earlier."""
         self.mark()
-        self._transients[key] = self.high - self.counted, self.flops - before
-        self.high = max(outer, self.high)
-        return made
+        self._segment = self.segments.setdefault((kind, index), Peak())
 
-    def some(self, parts: Sequence[T]) -> Iterator[T]:
-        """The first two parts and the last, which may be short; the rest is as the second."""
-        for index, part in enumerate(parts):
-            if 2 <= index < len(parts) - 1:
-                continue
-            before = self.flops
-            yield part
-            if index == 1:
-                self.flops += (self.flops - before) * max(0, len(parts) - 3)
+    def __exit__(self, *error: Any) -> None:
+        self.mark()
+        super().__exit__(*error)
 
-    def count_operations(self, operations: float) -> None:
-        """Add the operations of a kernel that is not launched."""
-        self.flops += operations
+    @contextmanager
+    def owned_by(self, owner: str) -> Iterator[None]:
+        """What is allocated inside belongs to `owner`."""
+        before, self.owner = self.owner, owner
+        try:
+            yield
+        finally:
+            self.owner = before
 
-    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor in the host's memory, which beside a GPU's is counted apart."""
-        if self.gpu is None:
-            return torch.empty(tuple(shape), dtype=dtype, device="meta")
-        with _disable_current_modes():
-            tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        self._count_on_host(tensor)
-        return tensor
+    def track(self, owner: str, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that exist already, or change the owner of those that are counted."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._storages.get(storage._cdata)
+            if known is None:
+                self._add(storage, owner)
+            elif known[1] != owner:
+                self._move(storage._cdata, owner)
 
-    def stays_on_host(self, tensor: Tensor) -> None:
-        """Count nothing for a tensor of the host, unless the host's memory is what is counted."""
-        if self.gpu is not None:
-            self.ignore([tensor])
+    def hand_over(self, source: str, target: str) -> None:
+        """Everything alive that belongs to `source` belongs to `target` from now on."""
+        for key in [key for key, entry in self._storages.items() if entry[1] == source]:
+            self._move(key, target)
 
-    def shapes_only(self) -> AbstractContextManager[Any]:
-        """Nothing that is made inside is counted."""
-        return cast(AbstractContextManager[Any], _disable_current_modes())
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Count these as nothing: they lie in a mapped file."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            self._storages[key] = (weakref.ref(storage, partial(self._freed, key)), OWNERS[-1], 0)
 
-    def _count_on_host(self, tensor: Tensor) -> None:
-        self.ignore([tensor])
-        size = tensor.untyped_storage().nbytes()
-        self.host += size
-        self.host_high = max(self.host, self.host_high)
+    def bump(self, transient: int) -> None:
+        """Count bytes that come and go inside one op."""
+        self.total += transient
+        self.live[self.owner] += transient
+        self.mark()
+        self.total -= transient
+        self.live[self.owner] -= transient
 
-        def freed(reference: weakref.ref[Any]) -> None:
-            self.host -= size
-            self._put_aside.discard(reference)
-
-        self._put_aside.add(weakref.ref(tensor.untyped_storage(), freed))
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = self.execute(func, args, dict(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._see(result)
+        elif isinstance(result, list | tuple):
+            for item in result:
+                if isinstance(item, Tensor):
+                    self._see(item)
+        return result
 
     def execute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        count = _PRODUCTS.get(func)
-        if count is not None:
-            self.flops += count(args)
-        tensors = _tensors_of(args, kwargs)
-        meta = sum(1 for t in tensors if t.is_meta)
-        if func is _ATEN._to_copy.default:
-            moved = _moved(args[0], kwargs)
-            if moved is not None:
-                return moved
-        if not meta:
-            return func(*args, **kwargs)
-        if func is _ATEN._local_scalar_dense.default:
-            return _healthy(args[0].dtype)
-        if func is _ATEN._flash_attention_backward.default:
-            results = sum(x.numel() * x.itemsize for x in args[1:4])
-            self.bump(results + _flash_workspace(args[1], args[2], args[6]))
-        kind = _kind(func)
-        if kind == "in place":
-            return args[0] if func._schema.returns else None
-        if kind == "out" and _out_name(func) in kwargs:
-            return kwargs[_out_name(func)]
-        if kind == "pure":
-            return _like_before(func, args, kwargs)
-        if meta < len(tensors):
-            args, kwargs = tree_map(_without_data, (args, kwargs))
+        """Run one op."""
         return func(*args, **kwargs)
 
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._add(storage, self.owner)
 
-def _matmul(left: Tensor, right: Tensor) -> float:
-    return 2.0 * left.numel() * int(right.shape[-1])
+    def _add(self, storage: torch.UntypedStorage, owner: str) -> None:
+        key = storage._cdata
+        size = -(-storage.nbytes() // self.granule) * self.granule
+        self._storages[key] = (weakref.ref(storage, partial(self._freed, key)), owner, size)
+        self.total += size
+        self.live[owner] += size
+        if self.limit is not None and self.total > self.limit:
+            raise MemoryPlanError(
+                f"This step holds {gib(self.total)} of tensors, more than the memory budget of "
+                f"{gib(self.limit)}. Raise --memory-budget, or lower --batch-size or --max-length; "
+                "`engine plan` shows what each takes."
+            )
 
+    def _freed(self, key: int, _: object) -> None:
+        self.mark()
+        _, owner, size = self._storages.pop(key)
+        self.total -= size
+        self.live[owner] -= size
 
-def _attention(q: Tensor, tokens: int, products: float, bounds: Tensor | None = None) -> float:
-    """Causal attention's products: half of T^2 for each document, head and element of a head."""
-    pairs = float(tokens) ** 2
-    if bounds is not None:
-        pairs = float((bounds.diff().double() ** 2).sum())
-    heads_dim = q.shape[-1] * (q.shape[-2] if bounds is not None else q.shape[0] * q.shape[1])
-    return products * pairs * heads_dim
+    def _move(self, key: int, owner: str) -> None:
+        reference, before, size = self._storages[key]
+        self._storages[key] = (reference, owner, size)
+        self.live[before] -= size
+        self.live[owner] += size
 
-
-_PRODUCTS: dict[Any, Callable[[Any], float]] = {
-    _ATEN.mm.default: lambda a: _matmul(a[0], a[1]),
-    _ATEN.mm.out: lambda a: _matmul(a[0], a[1]),
-    _ATEN.addmm.default: lambda a: _matmul(a[1], a[2]),
-    _ATEN.addmm_.default: lambda a: _matmul(a[1], a[2]),
-    _ATEN.addmm.out: lambda a: _matmul(a[1], a[2]),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: lambda a: _attention(
-        a[0], a[0].shape[2], 2.0
-    ),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: lambda a: _attention(
-        a[1], a[1].shape[2], 5.0
-    ),
-    _ATEN._flash_attention_forward.default: lambda a: _attention(a[0], 0, 2.0, a[3]),
-    _ATEN._flash_attention_backward.default: lambda a: _attention(a[1], 0, 5.0, a[6]),
-}
-"""Floating-point operations of the ops that do nearly all of them, from their arguments."""
-
-
-def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor):
-            found.append(x)
-        elif isinstance(x, list | tuple):
-            found += [item for item in x if isinstance(item, Tensor)]
-    return found
+    def mark(self) -> None:
+        """Take note of the bytes that are alive: called before any of them is freed."""
+        counted = self.counted
+        self.high = max(self.high, counted)
+        if counted > self._segment.bytes:
+            self._segment.bytes = counted
+            self._segment.owners = dict(self.live)
 
 
-@cache
-def _kind(func: Any) -> str:
-    """What an op does to memory: "pure" makes its outputs anew, "in place" makes nothing."""
-    schema = func._schema
-    returned = [result.alias_info for result in schema.returns]
-    if not schema.is_mutable:
-        return "view" if any(returned) else "pure"
-    if not returned or (len(returned) == 1 and schema.arguments[0].alias_info is not None):
-        return "in place"
-    return "out" if len(returned) == 1 else "other"
-
-
-@cache
-def _out_name(func: Any) -> str:
-    """The argument that an op of kind "out" writes: `out`, or what its gradient is called."""
-    written = [a for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    return str(written[0].name)
-
-
-_outcomes: dict[Any, Any] = {}
-"""Op and descriptions of its arguments -> descriptions of its results."""
-
-
-def _like_before(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The result of an op on meta tensors. torch works each one out in Python, which is slow."""
-    key = (func, _described(args), _described(tuple(kwargs.items())))
-    outcome = _outcomes.get(key)
-    if outcome is None:
-        plain_args, plain_kwargs = tree_map(_without_data, (args, kwargs))
-        result = func(*plain_args, **plain_kwargs)
-        _outcomes[key] = tree_map(_description, result)
-        return result
-    return _made(outcome)
-
-
-@dataclass(frozen=True)
-class _Description:
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _description(x: Any) -> Any:
-    return _Description(tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
-
-
-def _described(x: Any) -> Any:
-    """A hashable stand-in for an argument, in which True is not 1."""
-    if isinstance(x, Tensor):
-        return tuple(x.shape), x.stride(), x.dtype
-    if isinstance(x, list | tuple):
-        return tuple(_described(item) for item in x)
-    return type(x), x
-
-
-def _made(outcome: Any) -> Any:
-    if isinstance(outcome, _Description):
-        return torch.empty_strided(
-            outcome.shape, outcome.stride, dtype=outcome.dtype, device="meta"
-        )
-    if isinstance(outcome, list | tuple):
-        return type(outcome)(_made(item) for item in outcome)
-    return outcome
-
-
-def _healthy(dtype: torch.dtype) -> bool | int | float:
-    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 0
-
-
-def _moved(source: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """What becomes of a copy to another device, where it is not an ordinary one."""
-    device = options.get("device")
-    if device is None or (torch.device(device) == META) == source.is_meta:
-        return None
-    if not source.is_meta:
-        keep = not source.is_floating_point() and source.dim() > 0
-        return source.detach() if keep else None
-    return torch.zeros(source.shape, dtype=options.get("dtype") or source.dtype)
-
-
-def _without_data(x: Any) -> Any:
-    if isinstance(x, Tensor) and not x.is_meta:
-        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-    return x
-
-
-def _flash_workspace(q: Tensor, k: Tensor, boundaries: Tensor) -> int:
-    """What FlashAttention-2's backward holds inside, for q (N, Hq, D) and k (N, Hkv, D).
-
-    dQ and a row sum in fp32, 128 rows more for each document, and where heads are grouped dK and dV
-    for every query head (`mha_varlen_bwd` in torch's flash_api.cpp).
-    """
-    tokens, heads, dim = q.shape
-    rows = (tokens + 128 * (boundaries.numel() - 1)) * heads
-    expanded = 0 if heads == k.shape[1] else 2 * tokens * heads * dim * q.itemsize
-    return rows * (-(-dim // 32) * 32) * 4 + rows * 4 + expanded
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -26,7 +27,7 @@ import kernels.nf4.planar
 import kernels.nf4.weight
 import models.layers.token_tiles
 import optim.adamw8bit
-from engine.memory.simulate.meter import META, DryMeter
+from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from kernels.linear.int8 import Int8Weight
 from kernels.moe.grouped_matmul import ExpertWeights, Groups, weight_shape
 from kernels.nf4.planar import BLOCK, PlanarNF4Weight
@@ -37,10 +38,28 @@ from models.decoder import Decoder
 from models.layers.rotary import Rotary
 
 
+@contextmanager
+def replaced(*changes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Attributes (owner, name, value) for the length of a block."""
+    before = [
+        (owner, name, name in vars(owner), getattr(owner, name)) for owner, name, _ in changes
+    ]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for owner, name, own, value in before:
+            if own:
+                setattr(owner, name, value)
+            else:
+                delattr(owner, name)
+
+
 class _OncePerShape:
     """Runs an op for the first of each key, and for the others counts the peak that it had."""
 
-    def __init__(self, meter: DryMeter) -> None:
+    def __init__(self, meter: SimulatedMeter) -> None:
         self._meter = meter
         self._transient: dict[Any, int] = {}
 
@@ -64,7 +83,7 @@ _ENOUGH = 1 << 23
 """Elements after which decoding has met every size of temporary it will ever take."""
 
 
-def shortcuts(meter: DryMeter) -> list[tuple[Any, str, Any]]:
+def shortcuts(meter: SimulatedMeter) -> list[tuple[Any, str, Any]]:
     """Replacements of the ops that work in many small parts."""
     once = _OncePerShape(meter)
     decode, rows_loss = kernels.nf4.weight.dequantize, kernels.loss.cross_entropy.cross_entropy_

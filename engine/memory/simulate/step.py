@@ -35,10 +35,11 @@ import kernels.nf4.tiles
 import kernels.nf4.weight
 from engine.config.train_config import TrainConfig
 from engine.data.loader import Batch
-from engine.memory.meter import SCRATCH, Peak, Segment, observed, replaced, track_model
-from engine.memory.simulate.gpu import ASSUMED_GPU, GPU, OnGPU, OnHost
-from engine.memory.simulate.meter import META, DryMeter
-from engine.memory.simulate.shortcuts import shortcuts
+from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
+from engine.memory.simulate.meter import SCRATCH, Peak, Segment
+from engine.memory.simulate.observer import observed, track_model
+from engine.memory.simulate.shortcuts import replaced, shortcuts
+from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.runs.startup import importing
@@ -55,7 +56,7 @@ from optim import AdamW8bit
 class _EmptySource:
     """A model source of which only names, shapes and the stored type are known."""
 
-    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: DryMeter, gpu: bool):
+    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: SimulatedMeter, gpu: bool):
         self.config, self._stored, self._meter, self._gpu = config, stored, meter, gpu
         self._shapes = expected_tensors(config)
 
@@ -76,7 +77,7 @@ class _EmptySource:
 
 
 @dataclass(frozen=True)
-class DryResult:
+class SimulatedStep:
     """Peaks of one simulated step. `resident` is what stays between steps, by owner.
 
     `host` is the most bytes that were put into the host's memory to spare a GPU's.
@@ -95,7 +96,7 @@ class DryResult:
         return max(self.segments.values(), key=lambda peak: peak.bytes)
 
 
-def dry_pass(
+def simulate_step(
     model_config: ModelConfig,
     config: TrainConfig,
     batches: Sequence[Batch],
@@ -103,7 +104,7 @@ def dry_pass(
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
-) -> DryResult:
+) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 
     `GPU` chooses the code for CUDA. Raises what the run itself would raise for these settings.
@@ -112,7 +113,7 @@ def dry_pass(
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = DryMeter(ASSUMED_GPU if gpu else None)
+    meter = SimulatedMeter(ASSUMED_GPU if gpu else None)
     mode = OnGPU() if gpu else OnHost()
     with (
         simulate_with(meter),
@@ -139,14 +140,14 @@ def _make_tables(device: torch.device) -> None:
 
 
 def _passed(
-    meter: DryMeter,
+    meter: SimulatedMeter,
     model_config: ModelConfig,
     config: TrainConfig,
     batches: Sequence[Batch],
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype,
-) -> DryResult:
+) -> SimulatedStep:
     model = _loaded(model_config, config, meter, gpu, dtype, stored)
     load = meter.peak
     meter.begin("adapters and states")  # which every step has too
@@ -158,13 +159,13 @@ def _passed(
     _step(meter, model, optimizer, batches, config)
     resident = dict(meter.live)
     steady = _steady(meter.segments, resident)
-    return DryResult(load, steady, resident, trainable, meter.flops, meter.host_high)
+    return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)
 
 
 def _loaded(
     model_config: ModelConfig,
     config: TrainConfig,
-    meter: DryMeter,
+    meter: SimulatedMeter,
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype,
@@ -175,7 +176,7 @@ def _loaded(
 
 
 def _step(
-    meter: DryMeter,
+    meter: SimulatedMeter,
     model: Decoder,
     optimizer: AdamW8bit,
     batches: Sequence[Batch],

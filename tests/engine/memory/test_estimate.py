@@ -18,9 +18,10 @@ from engine.finetune import train
 from engine.memory.budget import require_room
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
-from engine.memory.meter import MemoryMeter
 from engine.memory.model_shapes import PUBLISHED_PARAMETERS, preset_config
 from engine.memory.search import changed, choose, longest, smallest
+from engine.memory.simulate.meter import MemoryMeter
+from kernels.runtime.scratch import release
 from models.tensor_names import expected_tensors
 
 Rows = Callable[..., Path]
@@ -181,7 +182,7 @@ def test_the_first_plan_of_a_process_is_that_of_every_later_one() -> None:
         "config = TrainConfig(model='m', data='d', max_length=8, gradient_checkpointing='full')\n"
         "model = preset_config('qwen3-8b')\n"
         "for _ in range(2):\n"
-        "    print(plan(model, config, GPU=True, dtype=torch.bfloat16).step.owners)\n"
+        "    print(plan(model, config, gpu=True, dtype=torch.bfloat16).step.owners)\n"
     )
     words = [sys.executable, "-c", script]
     out = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
@@ -223,7 +224,7 @@ def test_a_run_puts_plan_and_measurement_side_by_side(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Buffers of earlier tests in this process are larger than this run's.
-    monkeypatch.setattr("kernels.runtime.scratch._buffers", {})
+    release()
     run = tmp_path / "run"
     train(run_settings(tiny_model, write_rows(9), run, "200MiB"), console=False)
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
@@ -252,7 +253,7 @@ def test_full_fine_tuning_is_held_to_its_budget_and_measured(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("kernels.runtime.scratch._buffers", {})
+    release()
     run = tmp_path / "run"
     config = run_settings(tiny_model, write_rows(9), run, "200MiB")
     train(changed(config, method="full", **changes), console=False)

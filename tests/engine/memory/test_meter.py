@@ -20,13 +20,14 @@ from engine.config.train_config import TrainConfig
 from engine.data.loader import Batch
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import make_batch, plan
-from engine.memory.meter import MemoryMeter, observed, track_model
 from engine.memory.model_shapes import preset_config
-from engine.memory.simulate.step import dry_pass
+from engine.memory.simulate.meter import MemoryMeter
+from engine.memory.simulate.observer import observed, track_model
+from engine.memory.simulate.step import simulate_step
 from engine.model_sources.load_model import build_for
 from engine.training.loop import train_step
 from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
-from kernels.runtime.scratch import buffers, scratch
+from kernels.runtime.scratch import buffers, release, scratch
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -182,7 +183,7 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
     batches = [make_batch(lengths)] * config.accumulate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     real = measured(model, config, batches, dtype).peak
-    dry = dry_pass(model, config, batches, gpu=False, dtype=dtype).step
+    dry = simulate_step(model, config, batches, gpu=False, dtype=dtype).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
     for owner, size in real.owners.items():
         assert abs(dry.owners[owner] - size) <= 0.01 * real.bytes, owner
@@ -214,7 +215,7 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     config = settings(**SETTINGS[name])
     batches = [make_batch([40, 24])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
+    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
@@ -252,7 +253,7 @@ def test_a_simulated_step_leaves_no_trace() -> None:
     model, config = ModelConfig.from_dict(SMALL), settings()
     device = torch.zeros(1).device
     for gpu in (False, True):
-        dry_pass(model, config, [make_batch([30])], gpu=gpu, dtype=torch.float32)
+        simulate_step(model, config, [make_batch([30])], gpu=gpu, dtype=torch.float32)
     assert torch.zeros(1).device == device
     assert not torch.empty(1, device="meta").is_cuda
     real = measured(model, config, [make_batch([30])], torch.float32)
@@ -340,7 +341,7 @@ def test_the_plan_of_other_families_is_what_a_step_takes(
 
     monkeypatch.setattr(WeightStream, "__init__", moving)
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
+    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
     # How many rows an expert gets is known to a plan on average alone.
     assert dry.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
 
@@ -352,7 +353,7 @@ def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(level: str) 
     model = ModelConfig.from_dict(SMALL | {"head_dim": 16} | lists)
     config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = dry_pass(model, config, batches, gpu=False, dtype=torch.float32).step
+    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
     assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
@@ -376,8 +377,8 @@ def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
     assert quick.trainable == whole.trainable
 
 
-def test_a_scratch_buffer_that_grows_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.runtime.scratch._buffers", {})
+def test_a_scratch_buffer_that_grows_is_counted_once() -> None:
+    release()
     cpu = torch.device("cpu")
     scratch("logits", (1000,), torch.float32, cpu)
     meter = MemoryMeter()

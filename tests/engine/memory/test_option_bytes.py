@@ -9,7 +9,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import make_batch
-from engine.memory.simulate.step import DryResult, dry_pass
+from engine.memory.simulate.step import SimulatedStep, simulate_step
 from models.config.model_config import ModelConfig
 
 SHAPE: dict[str, Any] = {
@@ -26,9 +26,9 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def lent(**changes: Any) -> DryResult:
+def lent(**changes: Any) -> SimulatedStep:
     """The simulated step of a step on a GPU."""
-    return dry_pass(
+    return simulate_step(
         ModelConfig.from_dict(SHAPE),
         TrainConfig(model="m", data="d", gradient_checkpointing="full", **changes),
         [make_batch([100, 60])],

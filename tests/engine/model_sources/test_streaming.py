@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.memory.meter import MemoryMeter
 from engine.memory.model_shapes import preset_config
+from engine.memory.simulate.meter import MemoryMeter
 from engine.merge import host_peak
 from engine.model_sources.load_model import _PART, _all_finite
 from models.config.model_config import ModelConfig

@@ -17,13 +17,15 @@ from engine.data.loader import Batch
 from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, make_batch, plan
-from engine.memory.meter import MemoryMeter, observed, track_model
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, smallest
+from engine.memory.simulate.meter import MemoryMeter
+from engine.memory.simulate.observer import observed, track_model
 from engine.runs.metrics import read_metrics
 from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerSettings, train_step
 from engine.training.trainable import check_run, make_in_backward
+from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from optim import AdamW8bit
@@ -310,7 +312,7 @@ def test_a_run_goes_on_either_way_to_the_same_bytes(
 def test_from_the_command_line_to_a_model(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kernels.runtime.scratch._buffers", {})
+    release()
     words = ["train", "--model", str(tiny_model), "--data", str(write_rows(9))]
     words += ["--method", "full", "--max-grad-norm", "0", "--max-steps", "3", "--device", "cpu"]
     words += ["--batch-size", "2", "--max-length", "64", "--no-plot", "--log-level", "ERROR"]

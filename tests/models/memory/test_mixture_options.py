@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.benchmark.random_weights import random_decoder
-from engine.memory.meter import MemoryMeter, observed
+from engine.memory.simulate.meter import MemoryMeter
+from engine.memory.simulate.observer import observed
 from engine.model_sources.load_model import load_model
 from kernels.moe.grouped_matmul import grouped_project
 from models.config.model_config import ModelConfig

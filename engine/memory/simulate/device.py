@@ -12,7 +12,7 @@ import torch
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
-from engine.memory.simulate.meter import META
+from engine.memory.simulate.simulated_meter import META
 from kernels.runtime.simulation import SimulatedGPU
 
 GPU = torch.device("cuda", 127)
