@@ -1,25 +1,17 @@
 """A complete tiny model, and small tokenizers with the chat templates of the common families."""
 
 import json
-import shutil
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, decoders, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from engine.tokenization.tokenizer import Tokenizer
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+from tests.support.tiny_model import write_tiny_model, write_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
 SPECIAL = (
@@ -39,34 +31,6 @@ NAMED = {
     "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "mistral": {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"},
 }
-
-
-def write_tiny_model(target: Path, family: str = "qwen3") -> Path:
-    """A Hugging Face directory of 2 layers and 128 tokens that can chat.
-
-    The last norm is scaled up: with the golden one, a frozen head cannot give any token a
-    probability near 1, and no adapter could learn a row by heart.
-    """
-    target.mkdir(parents=True)
-    shutil.copy(GOLDEN / family / "config.json", target / "config.json")
-    weights = load_file(GOLDEN / family / "model.safetensors")
-    weights["model.norm.weight"] = weights["model.norm.weight"] * 4
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
-    write_tokenizer(target)
-    return target
-
-
-def write_tokenizer(target: Path) -> None:
-    """The files of a character tokenizer of 83 ids and a ChatML template."""
-    characters = [*string.ascii_letters, *string.digits, *" \n.,:;!?'()_-+*/=<>"]
-    vocab = {text: index for index, text in enumerate(["<pad>", "<|im_start|>", "<|im_end|>"])}
-    vocab |= {text: index + 3 for index, text in enumerate(characters)}
-    tokenizer = Backend(BPE(vocab, []))
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["<pad>", "<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(target / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": CHATML}
-    (target / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture
