@@ -1,4 +1,4 @@
-"""AdamW whose two moments are stored in 8 bits, one step over many parameters at once.
+"""AdamW with both moments stored in 8 bits.
 
 Maths (Loshchilov & Hutter 2019; Dettmers et al. 2022), in fp32, with g the scaled gradient:
 
@@ -14,7 +14,8 @@ alone. A `Slab` is a run of rows whose parameters share every setting; the param
 stay where they are and are updated in place.
 
 A parameter in bf16 or fp16 is updated in fp32 and rounded to nearest; or, by choice, rounded
-stochastically (bf16, Philox on (seed, step, parameter, index)); or kept as an fp32 master beside.
+stochastically (bf16, Philox on (seed, step, parameter, index)); or updated through an fp32 master
+copy.
 """
 
 from __future__ import annotations

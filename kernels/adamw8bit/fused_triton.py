@@ -1,4 +1,4 @@
-"""The 8-bit AdamW step as one launch over all parameters, without waiting for the device.
+"""Triton kernels of the 8-bit AdamW step over all parameters.
 
 Maths, layout and rounding are those of `kernels.adamw8bit`; this file runs them where the
 parameters are. A step is four launches, however many parameters there are:
@@ -43,6 +43,7 @@ _STEP_BITS = tl.constexpr(31)
 @jit
 def _pointer(table, column: tl.constexpr, dtype: tl.constexpr, aligned: tl.constexpr):
     """The pointer in a column of a segment's entry."""
+    # An address from a table says nothing of its alignment, without which loads stay narrow.
     pointer = tl.load(table + column).to(tl.pointer_type(dtype))
     if aligned:
         pointer = tl.multiple_of(pointer, 16)
@@ -60,6 +61,7 @@ def _claim(segments, work, item, KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS
     entry = segments + segment * 8
     numel = tl.load(entry + 3)
     wanted = (tl.load(entry + 5) == KIND) & (tl.load(entry + 1) != 0)
+    # No elements rather than a branch: the rest of the kernel is the same for every item.
     numel = tl.where(wanted, numel, 0)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
@@ -80,6 +82,7 @@ def grad_norm_kernel(
 ):
     """Partial sums of squares of the gradients of one kind, one per program."""
     program = tl.program_id(0).to(tl.int64)
+    # float64, in which squares of finite fp32 gradients cannot overflow.
     total = tl.zeros((ROWS * 256,), dtype=tl.float64)
     for item in range(program, items, tl.num_programs(0).to(tl.int64)):
         _, entry, _, index, mask = _claim(segments, work, item, KIND, ALIGNED, ROWS)
@@ -123,7 +126,9 @@ def prepare_kernel(
         squares += tl.load(partials + at, mask=at < partial_count, other=0.0)
     scale = tl.load(grad_scale)
     norm = tl.sqrt(tl.sum(squares, axis=0)) * tl.abs(scale)
+    # NaN fails both comparisons.
     made = tl.where((norm >= 0.0) & (norm < float("inf")), 1, 0)
+    # 1 where the norm is small enough, and never a division by zero.
     clip = max_norm / tl.maximum(norm, max_norm)
     tl.store(outcome, norm.to(tl.float32))
     tl.store(outcome + 1, (scale * clip).to(tl.float32))
@@ -144,6 +149,7 @@ def prepare_kernel(
         decay = 1.0 - lr * tl.load(group + 4, mask=inside, other=0.0)
         # Nothing reads the factors of a parameter that has made no step.
         counted = tl.maximum(step, 1)
+        # In float64: 1 - beta^t cancels in fp32 while t is small.
         step_size = -lr / (1.0 - _power(beta1, counted))
         inverse = 1.0 / tl.sqrt(1.0 - _power(beta2, counted))
         out = factors + at * 8
@@ -159,6 +165,7 @@ def prepare_kernel(
 
 @jit
 def _encode_nearest(scaled, cells, thresholds, SIGNED: tl.constexpr):
+    # The high half of a float's bits grows with it and numbers a cell with one threshold at most.
     size = tl.abs(scaled)
     cell = tl.maximum(size.to(tl.int32, bitcast=True) >> 16, _FIRST_CELL) - _FIRST_CELL
     code = tl.load(cells + cell).to(tl.int32)
@@ -177,10 +184,12 @@ def _encode(x, cells, thresholds, SIGNED: tl.constexpr, NEAREST: tl.constexpr, R
     """Codes of ROWS rows of 256 and their absmax. Without NEAREST, `cells` is the grid's table."""
     rows = tl.reshape(x, (ROWS, 256))
     absmax = tl.max(tl.abs(rows), axis=1)
+    # Correctly rounded, so that the codes are those of the reference.
     scaled = rows * tl.div_rn(1.0, tl.maximum(absmax, _TINY))[:, None]
     if NEAREST:
         code = _encode_nearest(scaled, cells, thresholds, SIGNED)
     else:
+        # Without the shift a block of zeros takes code 0.
         shift = tl.where(absmax == 0.0, 0.0, 1.0)[:, None]
         code = tl.load(cells + ((scaled + shift) * 32767.5 + 0.5).to(tl.int32)).to(tl.int32)
     return tl.reshape(code.to(tl.uint8), (ROWS * 256,)), absmax
@@ -188,6 +197,7 @@ def _encode(x, cells, thresholds, SIGNED: tl.constexpr, NEAREST: tl.constexpr, R
 
 @jit
 def _random_bits(seed, index, number, step):
+    # A function of element, parameter and step: a resumed run draws what it would have drawn.
     zero = (index * 0).to(tl.uint32)
     word2, word3 = zero + number.to(tl.uint32), zero + step.to(tl.uint32)
     random, _, _, _ = tl.philox(seed, index.to(tl.uint32), zero, word2, word3)
@@ -247,6 +257,7 @@ def adamw_kernel(
     scale_at = moment_row + tl.arange(0, ROWS)
     scale_mask = (row + tl.arange(0, ROWS)) * 256 < tl.load(entry + 3)
     if QUANTIZED:
+        # 127 is the code of zero in the signed map, 0 in the unsigned one.
         m_code = tl.load(m_rows + at, mask=mask, other=127).to(tl.int32)
         v_code = tl.load(v_rows + at, mask=mask, other=0).to(tl.int32)
         m_scale = tl.load(m_absmax + scale_at, mask=scale_mask, other=0.0)
@@ -257,6 +268,7 @@ def adamw_kernel(
         m = tl.load(m_rows + at, mask=mask, other=0.0)
         v = tl.load(v_rows + at, mask=mask, other=0.0)
 
+    # The parameter moves by the new moments as they are here, before they are rounded to 8 bits.
     factor = factors + segment * 8
     m = m * tl.load(factor + 4) + g * tl.load(factor + 6)
     v = v * tl.load(factor + 5) + g * g * tl.load(factor + 7)
@@ -276,12 +288,14 @@ def adamw_kernel(
         random = _random_bits(seed, index, number, tl.load(steps + number))
         tl.store(param, _to_bf16(p, random), mask=mask)
     elif tl.bfloat16 == PARAM:
+        # To nearest even by hand: the interpreter's cast to bf16 cuts bits off.
         to_nearest = 0x7FFF + ((p.to(tl.uint32, bitcast=True) >> 16) & 1)
         tl.store(param, _to_bf16(p, to_nearest), mask=mask)
     else:
         tl.store(param, p.to(PARAM), mask=mask)
 
     if QUANTIZED:
+        # A row's scale belongs to all its elements, so it has a mask of its own.
         written = scale_mask & (tl.load(entry + 1) != 0) & (tl.load(entry + 5) == KIND)
         m_code, m_scale = _encode(m, m_cells, m_thresholds, True, NEAREST, ROWS)
         tl.store(m_rows + at, m_code, mask=mask)

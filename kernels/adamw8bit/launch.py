@@ -1,4 +1,4 @@
-"""Host side of the flat AdamW step: the table of addresses, and the launches.
+"""The flat AdamW step's table of addresses, and its launches.
 
 Nothing here waits for the device or reads from it. See `kernels.adamw8bit.fused_triton` for the
 kernels.

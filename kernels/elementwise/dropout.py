@@ -1,7 +1,7 @@
-"""Dropout whose mask is a function of (seed, index), so backward recomputes it.
+"""Dropout with a mask that is recomputed from (seed, index).
 
 The generator is counter-based: the 32-bit index of an element, keyed by the seed, goes through
-two rounds of a 32-bit finaliser (multiply, xor-shift), and the element is kept where the result is
+two rounds of a 32-bit finaliser (multiply, xor-shift), and the element survives where the result is
 at least p * 2^32. No state is advanced, so forward, recompute and backward draw the same mask,
 and a resumed run draws the mask of the run that was interrupted. The Triton kernel and the torch
 reference draw the same bits. Both read the seed from the device's memory where it lies there, so
@@ -58,7 +58,7 @@ def _mix_reference_(x: Tensor, work: Tensor) -> None:
     _xor_shift_(x.mul_(_signed(_MUL2)), 16, work)
 
 
-def _kept_chunks(
+def _mask_chunks(
     numel: int, p: float, seed: Seed, device: torch.device
 ) -> Iterator[tuple[slice, Tensor]]:
     """(elements, mask) of every chunk, small enough for the cache; each mask is reused."""
@@ -74,10 +74,10 @@ def _kept_chunks(
     for start in range(0, numel, _CHUNK):
         # A chunk never crosses a multiple of 2^32, so the high word is one number.
         part = slice(0, min(_CHUNK, numel - start))
-        x, room = bits[part], work[part]
+        x, spare = bits[part], work[part]
         torch.add(index[part], _signed(start), out=x)
-        _mix_reference_(x.bitwise_xor_(low), room)
-        _mix_reference_(x.add_(high + (start >> 32)), room)
+        _mix_reference_(x.bitwise_xor_(low), spare)
+        _mix_reference_(x.add_(high + (start >> 32)), spare)
         x.bitwise_xor_(_signed(1 << 31))
         yield slice(start, start + x.numel()), torch.ge(x, least, out=keep[part])
 
@@ -85,7 +85,7 @@ def _kept_chunks(
 def keep_mask(numel: int, p: float, seed: Seed, device: torch.device) -> Tensor:
     """Boolean (numel,): True with probability 1 - p, a pure function of (seed, index)."""
     mask = torch.empty(numel, dtype=torch.bool, device=device)
-    for part, keep in _kept_chunks(numel, p, seed, device):
+    for part, keep in _mask_chunks(numel, p, seed, device):
         mask[part] = keep
     return mask
 
@@ -94,7 +94,7 @@ def _dropout_reference(x: Tensor, p: float, seed: Seed) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     flat, out, scale = x.view(-1), y.view(-1), 1.0 / (1.0 - p)
-    for part, keep in _kept_chunks(x.numel(), p, seed, x.device):
+    for part, keep in _mask_chunks(x.numel(), p, seed, x.device):
         torch.mul(flat[part], keep, out=out[part]).mul_(scale)
     return y
 
@@ -110,26 +110,27 @@ def mix(x):
 
 
 @jit
-def kept(index, seed, threshold):
-    """Whether the elements at int64 `index` are kept; seed int64, threshold a word in int32."""
+def survives(index, seed, threshold):
+    """Whether elements at int64 `index` survive; seed int64, threshold a word in int32."""
     bits = mix(((index ^ seed) & 0xFFFFFFFF).to(tl.uint32))
     bits = mix(bits + (index >> 32).to(tl.uint32) + (seed >> 32).to(tl.uint32))
     return bits >= threshold.to(tl.uint32, bitcast=True)
 
 
+# One compiled kernel for every p, and for a seed at any address: neither changes the code.
 @triton.jit(do_not_specialize=["threshold"], do_not_specialize_on_alignment=["seed_ptr"])
 @no_type_check
 def dropout_kernel(x_ptr, y_ptr, seed_ptr, numel, scale, threshold, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < numel
     x = tl.load(x_ptr + index, mask=inside, other=0.0)
-    keep = kept(index, tl.load(seed_ptr), threshold)
+    keep = survives(index, tl.load(seed_ptr), threshold)
     y = tl.where(keep, x.to(tl.float32) * scale, 0.0)
     tl.store(y_ptr + index, y.to(x.dtype), mask=inside)
 
 
 def threshold(p: float) -> int:
-    """The threshold as `kept` takes it."""
+    """The threshold as `survives` takes it."""
     return _signed(int(p * 2**32))
 
 
@@ -137,11 +138,11 @@ def _dropout_triton(x: Tensor, p: float, seed: Seed) -> Tensor:
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        grid, place = (cdiv(x.numel(), BLOCK),), _on(x.device, seed)
+        grid, stored_seed = (cdiv(x.numel(), BLOCK),), _on(x.device, seed)
         scale = 1.0 / (1.0 - p)
         with on_device(x):
             launch(dropout_kernel, grid)(
-                x, y, place, x.numel(), scale, threshold(p), BLOCK=BLOCK, num_warps=4
+                x, y, stored_seed, x.numel(), scale, threshold(p), BLOCK=BLOCK, num_warps=4
             )
     return y
 

@@ -1,4 +1,4 @@
-"""RMSNorm: y = w * x / sqrt(mean(x^2) + eps), over the last dimension.
+"""RMSNorm over the last dimension.
 
     rstd = 1 / sqrt(mean_j x_j^2 + eps),   x^ = x * rstd,   y = w * x^
     dx   = rstd * (w dy - x^ * mean_j(w_j dy_j x^_j)),   dw = sum over rows of dy * x^

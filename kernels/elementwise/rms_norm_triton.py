@@ -1,4 +1,4 @@
-"""RMSNorm on a GPU: the Triton kernels behind `kernels.elementwise.rms_norm`, which has the maths.
+"""Triton kernels of RMSNorm; `rms_norm` has the maths.
 
 A program handles a tile of whole rows (many short ones, one long one), forward and dx. Rows may lie
 anywhere: as plain rows, or grouped, such as the heads of a column block of a wider matrix. dweight
@@ -52,6 +52,7 @@ def rms_norm_forward_kernel(
     if ADD:
         start = outer * r_outer + inner * r_inner
         r = tl.load(residual_ptr + start[:, None] + column, mask=inside, other=0.0)
+        # The norm reads the rounded sum: it is what the rest of the model sees.
         x = (x.to(tl.float32) + r.to(tl.float32)).to(dtype)
         tl.store(sum_ptr + row[:, None] * width + column, x, mask=inside)
     wide = x.to(tl.float32)
@@ -59,6 +60,7 @@ def rms_norm_forward_kernel(
     rstd = tl.rsqrt(mean + eps)
     tl.store(rstd_ptr + row, rstd, mask=real)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
+    # Families differ in where the product with w is rounded.
     xhat = wide * rstd[:, None]
     if ZERO_CENTERED:
         y = xhat * (weight.to(tl.float32) + 1.0)
@@ -68,7 +70,7 @@ def rms_norm_forward_kernel(
 
 
 @jit
-def _differentiate(
+def _tile_gradients(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, step, part,
     groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
     GROUPED: tl.constexpr, ADD: tl.constexpr, ZERO_CENTERED: tl.constexpr, ROWS: tl.constexpr,
@@ -85,6 +87,7 @@ def _differentiate(
     dy = tl.load(dy_ptr + start[:, None] + column, mask=inside, other=0.0).to(tl.float32)
     start = outer * x_outer + inner * x_inner
     x = tl.load(x_ptr + start[:, None] + column, mask=inside, other=0.0)
+    # With rstd 0 a row that does not exist adds nothing to dweight.
     rstd = tl.load(rstd_ptr + row, mask=real, other=0.0)[:, None]
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     if ZERO_CENTERED:
@@ -96,6 +99,7 @@ def _differentiate(
     mean = tl.sum(wdy * xhat, axis=1)[:, None] * (1.0 / width)
     dx = (wdy - xhat * mean) * rstd
     if ADD:
+        # Added before the rounding, not to a rounded dx in another launch.
         above = tl.load(dresidual_ptr + row[:, None] * width + column, mask=inside, other=0.0)
         dx += above.to(tl.float32)
     start = outer * dx_outer + inner * dx_inner
@@ -112,17 +116,19 @@ def rms_norm_backward_kernel(
 ):  # fmt: skip
     program, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     if not DWEIGHT:
-        _differentiate(
+        # Nothing to add up: a program for every tile.
+        _tile_gradients(
             dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, program, part,
             groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
             GROUPED, ADD, ZERO_CENTERED, ROWS, BLOCK,
         )  # fmt: skip
     else:
+        # A fixed number of programs share the tiles out: the sums do not depend on the GPU.
         line = tl.arange(0, BLOCK)
         dweight = tl.zeros((BLOCK,), dtype=tl.float32)
         for step in range(program, steps, tl.num_programs(0)):
             # The interpreter counts in Python's integers; adding 0 in int64 keeps offsets int64.
-            share = _differentiate(
+            share = _tile_gradients(
                 dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, program * 0 + step,
                 part, groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
                 GROUPED, ADD, ZERO_CENTERED, ROWS, BLOCK,
@@ -139,6 +145,7 @@ def rms_norm_dweight_kernel(
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # A sum for every element of the tile: threads exchange theirs once, after the loop.
     dweight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for step in range(program, tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = (program * 0 + step) * ROWS + tl.arange(0, ROWS)

@@ -62,6 +62,7 @@ def _rotate_heads(
     target_head,
     BLOCK: tl.constexpr,
 ):
+    # Both halves are loaded before either is stored: the target may be the source.
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads)[:, None] & (column < half)
     at = source_ptr + head[:, None] * source_head + column
@@ -109,6 +110,7 @@ def rope_kernel(
     sin = tl.load(sin_ptr + token * sin_token + column, mask=inside, other=0.0).to(tl.float32)
     if INVERSE:
         sin = -sin
+    # One launch for q and k: the first programs of a token rotate heads of q, the others of k.
     q_groups = tl.cdiv(q_heads, HEADS)
     if group < q_groups:
         _rotate_heads(

@@ -50,9 +50,11 @@ def swiglu_forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOC
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    # Strides by row: gate and up may be column blocks of one matrix.
     gate = tl.load(gate_ptr + row * gate_row + column, mask=inside, other=0.0)
     up = tl.load(up_ptr + row * up_row + column, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
+    # Where exp overflows, the quotient is 0, which is silu's limit.
     h = wide / (1.0 + tl.exp(-wide)) * up
     tl.store(h_ptr + row * width + column, h.to(gate.dtype), mask=inside)
 
@@ -82,6 +84,7 @@ def swiglu_backward_kernel(
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
     dgate = dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    # In place: this program is the only reader of these elements, and has read them.
     tl.store(gate_at, dgate.to(dtype), mask=inside)
     tl.store(up_at, (dh * silu).to(dtype), mask=inside)
     if KEEP_H:

@@ -1,4 +1,4 @@
-"""Triton kernels of the grouped product: dense and NF4 weights, either way round; the outer sum.
+"""Triton kernels of grouped products, with dense and NF4 weights.
 
 Rows are sorted by expert. Tiles of 64 rows never cross an expert: a table built on the device gives
 expert and first row of every tile, so that no launch waits for the host. There are at most
@@ -95,6 +95,7 @@ def dense_kernel(
 ):
     tile = tl.program_id(0).to(tl.int64)
     expert = tl.load(tile_expert + tile).to(tl.int64)
+    # The grid is as large as it could need to be, for the host does not know the number of tiles.
     if expert >= experts:
         return
     row, inside, source = _rows(tile_row, offsets, gather, tile, expert, GATHER, BLOCK_M)
@@ -104,6 +105,7 @@ def dense_kernel(
     w_at = weight + expert * w_expert + along[:, None] * w_depth + column[None, :] * w_width
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for at in range(0, depth, BLOCK_K):
+        # Zeros beyond the depth add nothing; both sides need them, for 0 times NaN is NaN.
         there = at + along < depth
         left = tl.load(x_at, mask=inside[:, None] & there[None, :], other=0.0)
         right = tl.load(w_at, mask=there[:, None] & (column < width)[None, :], other=0.0)
@@ -171,6 +173,8 @@ def nf4_kernel(
     lines = tl.cast(experts, tl.int64) * width
     blocks = depth // 64
     shift = tl.load(offset) if NESTED else 0.0
+    # x is addressed transposed: the decoded weight is the left operand, whose elements tensor cores
+    # read from registers.
     x_at = x + source[None, :] * ldx + tl.arange(0, 16)[:, None]
     x_mask = inside[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -239,6 +243,7 @@ def nf4_transposed_kernel(
             codes, absmax, value_map, nested, shift, line, lines, block, blocks, there, NESTED,
             NESTED_SHIFT, DTYPE, PTX,
         )  # fmt: skip
+        # Joined and permuted, column j of plane i becomes column 16 i + j of one tile.
         planes = tl.join(tl.join(w0, w1), tl.join(w2, w3))
         right = tl.reshape(tl.permute(planes, (0, 3, 2, 1)), (BLOCK_K, 64))
         left = tl.load(x_at, mask=inside[:, None] & there[None, :], other=0.0)
@@ -273,6 +278,7 @@ def outer_kernel(
     first = tl.load(offsets + expert).to(tl.int64)
     last = tl.load(offsets + expert + 1).to(tl.int64)
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    # One program adds up all rows of its expert: no atomics, and zero is stored where it has none.
     for at in range(first, last, BLOCK_M):
         row = at + tl.arange(0, BLOCK_M)
         inside = row < last

@@ -1,4 +1,4 @@
-"""NF4 to bf16, fp16 or fp32 in one launch, the double-quantised scales decoded on the way.
+"""Triton kernels that decode NF4 weights, scales included, in one launch.
 
     absmax[b] = map[code[b]] * nested_absmax[b // 256] + nested_offset     (fp32, two roundings)
     w[i]      = NF4_CODE[nibble[i]] * absmax[i // block_size]              (fp32, one rounding)
@@ -87,6 +87,7 @@ def dequantize_flat_kernel(
                 source = packed.to(tl.pointer_type(tl.int32)) + chunk * (CHUNK // 8) + 2 * part
                 codes = tl.load(source + tl.arange(0, 2)[None, :], mask=inside, other=0)
                 w0, w1, w2, w3 = decode_words(codes, scale, DTYPE)
+                # This nesting of joins puts the four words of a thread's codes in order.
                 words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, 8))
                 target = out.to(tl.pointer_type(tl.uint32)) + chunk * (CHUNK // 2) + 8 * part
                 tl.store(target + tl.arange(0, 8)[None, :], words, mask=inside)
@@ -95,6 +96,7 @@ def dequantize_flat_kernel(
                 index = chunk * CHUNK + 16 * part + tl.arange(0, 16)[None, :]
                 codes = tl.load(packed + pair, mask=inside & (2 * pair < numel), other=0)
                 even, odd = decode_pair(codes, scale, DTYPE)
+                # Here every element finds its own address, so any shape and either order will do.
                 target = index
                 if TRANSPOSED:
                     target = (index % columns) * ldo + index // columns
@@ -129,6 +131,7 @@ def dequantize_planar_kernel(
     WORDS decodes and stores two 16-bit values at once, and takes an `out` aligned to 4 bytes and an
     even `ldo`.
     """
+    # `row` counts in the weight, `local_row` in `out`, which has the rows that are asked for alone.
     local_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     row = local_row + first_row
     start = tl.program_id(1).to(tl.int64) * STEPS
@@ -148,6 +151,7 @@ def dequantize_planar_kernel(
             part = tl.load(source, mask=inside, other=0)
             w0, w1, w2, w3 = decode_plane_words(part, scale, DTYPE)
             target = out.to(tl.pointer_type(tl.uint32)) + local_row * (ldo // 2)
+            # A plane is 16 columns: 8 words of two 16-bit values.
             target += (start + step) * 32 + word
             tl.store(target, w0, mask=inside)
             tl.store(target + 8, w1, mask=inside)
@@ -205,6 +209,8 @@ def dequantize_transposed_kernel(
     at1 = at0 + 16 * line
     at2 = at0 + 32 * line
     at3 = at0 + 48 * line
+    # Four planar words at a time, that is four columns of each plane; a thread has whole blocks of
+    # neighbouring rows, so the values of a column are adjacent in its registers.
     source = codes.to(tl.pointer_type(tl.int64)) + at * 4
     for four in tl.static_range(4):
         words = tl.load(source + four, mask=inside, other=0)

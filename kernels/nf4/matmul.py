@@ -1,4 +1,4 @@
-"""y = x W^T + b with W in NF4, decoded between memory and tensor core; and dx = dy W.
+"""Multiply by NF4 weights: y = x W^T + b, and dx = dy W.
 
 The fused product computes out^T = W x^T: as the left operand the weight is decoded straight into
 the registers that the tensor-core instruction reads (wgmma with a register operand on sm_90,
@@ -12,7 +12,7 @@ give equal bits. Bias is added in fp32, before the only rounding.
 
 Where that does not pay (`kernels.nf4.tiles` decides), and always for the gradient, whose reduction
 runs across scales, the weight is decoded into reused scratch and the vendor's library multiplies.
-Neither way keeps a decoded weight, or saves one for backward. Source: Dettmers et al. 2023 (QLoRA,
+Neither way saves a decoded weight for backward. Source: Dettmers et al. 2023 (QLoRA,
 arXiv 2305.14314).
 
 The scratch, the partial sums and their counters are shared by all launches on a device: call these
@@ -100,6 +100,7 @@ def nf4_matmul_kernel(
     first = part * share
     last = tl.minimum(first + share, blocks)
 
+    # Codes and scales are block-major: the next block of a row is `rows` further on.
     word = tl.arange(0, 16)
     absmax_at = absmax + first * rows + row
     codes_at = codes + (first * rows + row)[:, None] * 16 + word[None, :]
@@ -107,6 +108,8 @@ def nf4_matmul_kernel(
     x_mask = token_inside[None, :]
     w_mask = row_inside[:, None]
     if NESTED:
+        # Scales run two blocks ahead: a code is loaded in one step, decoded in the next and used in
+        # the third, so that the two dependent loads stay off the path to the products.
         shift = tl.load(offset)
         scale_index = row * blocks + first
         inside = row_inside & (first < last)
@@ -132,6 +135,7 @@ def nf4_matmul_kernel(
             )
         else:
             scale = tl.load(absmax_at, mask=row_inside, other=0.0)
+        # A block has one scale and four planes of 16 columns, the depth of one instruction.
         w0, w1, w2, w3 = decode_planes(tile_codes, scale[:, None], DTYPE, PTX)
         acc = tl.dot(w0, tl.load(x_at, mask=x_mask, other=0.0), acc)
         acc = tl.dot(w1, tl.load(x_at + 16, mask=x_mask, other=0.0), acc)
@@ -148,6 +152,7 @@ def nf4_matmul_kernel(
         size: tl.constexpr = BLOCK_M * BLOCK_N
         local_m = tl.arange(0, BLOCK_M)
         local_n = tl.arange(0, BLOCK_N)
+        # With n adjacent, as `out` has it, whoever adds up reads and stores whole lines.
         sums = partial + tile * parts * size
         mine = sums + part * size + local_m[None, :] * BLOCK_N + local_n[:, None]
         tl.store(mine, acc, mask=x_mask & w_mask)
@@ -158,6 +163,7 @@ def nf4_matmul_kernel(
             inside_t = token_inside[:, None] & row_inside[None, :]
             each = sums + local_m[:, None] * BLOCK_N + local_n[None, :]
             total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            # In the order of the parts, not of their arrival: equal inputs give equal bits.
             for _ in range(parts):
                 # Past the first-level cache, which does not see other programs' stores.
                 total += tl.load(each, mask=inside_t, other=0.0, cache_modifier=".cg")
@@ -165,6 +171,7 @@ def nf4_matmul_kernel(
             if HAS_BIAS:
                 total += tl.load(bias + row, mask=row_inside, other=0.0).to(tl.float32)[None, :]
             tl.store(out + token[:, None] * ldo + row[None, :], total.to(DTYPE), mask=inside_t)
+            # Zero again for the next launch, which shares the counters.
             tl.store(counters + tile, 0)
     else:
         if HAS_BIAS:

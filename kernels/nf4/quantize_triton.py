@@ -1,4 +1,4 @@
-"""NF4 quantisation on the device: blocks to packed codes and fp32 scales in one launch.
+"""Triton kernel that quantises whole blocks to NF4.
 
 Maths and bit-exactness are those of `kernels.nf4.weight`: `absmax = max|w|` per block, the code of
 an element is the number of the 15 thresholds below `w * (1 / absmax)`, and two codes share a byte,
@@ -43,10 +43,13 @@ def quantize_nf4_kernel(
     bad = tl.max(tl.where(size <= _LARGEST, 0.0, 1.0), axis=1)
     # Triton would take the bare subnormal literal for float64.
     floor = tl.full((BLOCKS,), _SMALLEST_SCALE, tl.float32)
+    # Correctly rounded, as the reference's reciprocal is; Triton's plain division is not.
     scaled = value * tl.div_rn(1.0, tl.maximum(largest, floor))[:, None]
+    # The nearest value's index is the number of midpoints below it.
     code = tl.zeros((BLOCKS, BLOCK), tl.int32)
     for i in tl.static_range(15):
         code += (scaled > tl.load(thresholds + i)).to(tl.int32)
+    # Two neighbours share a byte: they are paired in registers, so that whole bytes are stored.
     even, odd = tl.split(tl.reshape(code, (BLOCKS, BLOCK // 2, 2)))
     pair = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     tl.store(packed + pair, (even * 16 + odd).to(tl.uint8), mask=2 * pair < numel)

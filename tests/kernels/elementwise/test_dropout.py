@@ -22,7 +22,7 @@ def mix(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def kept(index: int, p: float, seed: int) -> bool:
+def survives(index: int, p: float, seed: int) -> bool:
     """The generator in Python's integers."""
     bits = mix((index & 0xFFFFFFFF) ^ (seed & 0xFFFFFFFF))
     bits = mix((bits + (index >> 32) + (seed >> 32)) & 0xFFFFFFFF)
@@ -30,9 +30,9 @@ def kept(index: int, p: float, seed: int) -> bool:
 
 
 @jit
-def kept_kernel(out_ptr, seed_ptr, first, threshold, n, BLOCK: tl.constexpr):
+def survives_kernel(out_ptr, seed_ptr, first, threshold, n, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = dropout.kept(element + first, tl.load(seed_ptr), threshold)
+    keep = dropout.survives(element + first, tl.load(seed_ptr), threshold)
     tl.store(out_ptr + element, keep.to(tl.int8), mask=element < n)
 
 
@@ -40,7 +40,7 @@ def kept_kernel(out_ptr, seed_ptr, first, threshold, n, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.999])
 def test_torch_draws_the_bits_of_the_definition(p: float, seed: int) -> None:
     mask = dropout.keep_mask(300, p, seed, torch.device("cpu"))
-    assert mask.tolist() == [kept(i, p, seed) for i in range(300)]
+    assert mask.tolist() == [survives(i, p, seed) for i in range(300)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -49,9 +49,9 @@ def test_triton_draws_the_bits_of_the_definition_at_any_index(
     first: int, seed: int, triton_on: None, device: torch.device
 ) -> None:
     out = torch.empty(100, dtype=torch.int8, device=device)
-    place = torch.tensor(seed, device=device)
-    kept_kernel[(1,)](out, place, first, dropout.threshold(0.3), 100, BLOCK=128)
-    assert out.bool().tolist() == [kept(first + i, 0.3, seed) for i in range(100)]
+    stored = torch.tensor(seed, device=device)
+    survives_kernel[(1,)](out, stored, first, dropout.threshold(0.3), 100, BLOCK=128)
+    assert out.bool().tolist() == [survives(first + i, 0.3, seed) for i in range(100)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -76,7 +76,7 @@ def test_chunks_of_the_reference_join_seamlessly(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kept_elements_are_scaled_with_one_rounding(dtype: torch.dtype) -> None:
+def test_surviving_elements_are_scaled_with_one_rounding(dtype: torch.dtype) -> None:
     x = torch.randn(5000).to(dtype)
     y = dropout.dropout(x, 0.1, 1)
     mask = dropout.keep_mask(5000, 0.1, 1, torch.device("cpu"))
@@ -86,7 +86,7 @@ def test_kept_elements_are_scaled_with_one_rounding(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
-def test_the_share_of_kept_elements_is_one_minus_p(p: float) -> None:
+def test_the_share_of_surviving_elements_is_one_minus_p(p: float) -> None:
     n = 400_000
     share = float(dropout.keep_mask(n, p, 11, torch.device("cpu")).double().mean())
     assert abs(share - (1 - p)) < 5 * (p * (1 - p) / n) ** 0.5
@@ -116,10 +116,10 @@ def test_strided_input_is_read_in_its_own_order(way: str, device: torch.device) 
 def test_a_seed_in_memory_is_read_when_it_is_used(
     seed: int, way: str, device: torch.device
 ) -> None:
-    x, place = torch.randn(300, device=device), torch.tensor(1, device=device)
-    dropout.dropout(x, 0.5, place)
-    place.fill_(seed)
-    assert torch.equal(dropout.dropout(x, 0.5, place), dropout.dropout(x, 0.5, seed))
+    x, stored = torch.randn(300, device=device), torch.tensor(1, device=device)
+    dropout.dropout(x, 0.5, stored)
+    stored.fill_(seed)
+    assert torch.equal(dropout.dropout(x, 0.5, stored), dropout.dropout(x, 0.5, seed))
 
 
 def test_no_dropout_returns_its_input_and_all_is_refused() -> None:

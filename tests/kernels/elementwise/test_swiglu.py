@@ -38,13 +38,13 @@ def check(
     rest = joined[:, 2 * width :].clone()
     h = module.swiglu_forward(gate, up)
     assert h.is_contiguous()
-    kept = dh.clone()
-    dgate, dup = module.swiglu_backward_(kept, gate, up, keep_h=True)
+    scratch = dh.clone()
+    dgate, dup = module.swiglu_backward_(scratch, gate, up, keep_h=True)
     assert dgate.data_ptr() == gate.data_ptr()
     assert dup.data_ptr() == up.data_ptr()
     for mine, (other, truth) in zip((h, dgate, dup), wanted, strict=True):
         accurate(mine, other, truth)
-    torch.testing.assert_close(kept, h, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(scratch, h, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
     assert torch.equal(joined[:, 2 * width :], rest)
 
 
@@ -71,7 +71,7 @@ def test_large_gates_saturate(way: str, device: torch.device) -> None:
     assert torch.isfinite(up).all()
 
 
-def test_dh_survives_unless_h_is_kept(way: str, device: torch.device) -> None:
+def test_dh_survives_unless_h_replaces_it(way: str, device: torch.device) -> None:
     gate, up, dh = (torch.randn(5, 33, device=device) for _ in range(3))
     before = dh.clone()
     swiglu.swiglu_backward_(dh, gate, up)
