@@ -1,4 +1,4 @@
-"""A mixture of SwiGLU experts over sorted rows, with an optional shared expert.
+"""A mixture of SwiGLU experts, with an optional shared expert.
 
 For each token x, with the k experts i and weights w_i that its router chose (`kernels.moe.router`):
 
@@ -33,6 +33,7 @@ from kernels.linear.swiglu_mlp import (
     mlp_forward,
     mlp_inner,
 )
+from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
 from kernels.moe.router import Routing, route, route_backward
 
@@ -83,7 +84,7 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True)
 class ExpertsSaved:
-    """What backward reads beside x; once trimmed, the inner activations are computed again.
+    """What backward reads besides x; once trimmed, the inner activations are computed again.
 
     `counts` (E,) are rows per expert and `prob_sum` (E,) the sum of p over tokens, both fp32 or
     wider, for `load_balancing_loss`. Backward overwrites `inner` and `shared`.
@@ -137,7 +138,7 @@ def moe_output(
 ) -> tuple[Tensor, Tensor, _Pair | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
     groups = routing.groups
-    inner, _ = grouped_project(x, moe.inner, groups, rows=routing.tokens, seed=_seed(seed, 0))
+    inner, _ = grouped_project(Gathered(x, routing.tokens), moe.inner, groups, seed=_seed(seed, 0))
     h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
     out, _ = grouped_project(h, (moe.down,), groups, seed=_seed(seed, 1))
     y = routing.combine(out)
@@ -212,15 +213,14 @@ def _experts_backward(
     """d_weights (N, k), fp32 or wider, and dx (N, H) of the experts."""
     groups, tokens, weights = routing.groups, routing.tokens, routing.sorted_weights()
     if inner is None:
-        inner, _ = grouped_project(x, moe.inner, groups, rows=tokens, seed=_seed(seed, 0))
+        inner, _ = grouped_project(Gathered(x, tokens), moe.inner, groups, seed=_seed(seed, 0))
     h = _halves_swiglu(inner)
     adjoint = grouped_project_backward(
-        dy,
+        Gathered(dy, tokens),
         h * weights.to(h.dtype),
         (moe.down,),
         groups,
         grads,
-        dy_rows=tokens,
         seed=_seed(seed, 1),
     )
     assert adjoint is not None
@@ -230,11 +230,10 @@ def _experts_backward(
     swiglu_backward_(adjoint.mul_(weights.to(adjoint.dtype)), *_halves(inner))
     dx = grouped_project_backward(
         inner,
-        x,
+        Gathered(x, tokens),
         moe.inner,
         groups,
         grads,
-        rows=tokens,
         seed=_seed(seed, 0),
         need_dx=need_dx,
     )

@@ -1,4 +1,4 @@
-"""Linear maps in E versions, one per expert, over rows sorted by expert.
+"""Linear maps, one per expert, over rows sorted by expert.
 
 Row m belongs to expert e where offsets[e] <= m < offsets[e + 1]. With weight W_e (out, in) and
 adapter A_e (r, in), B_e (out, r) of every expert:
@@ -10,7 +10,7 @@ adapter A_e (r, in), B_e (out, r) of every expert:
 The product B_e A_e is never formed. Two primitives carry all of it: `grouped_matmul` (either way
 round) and `grouped_outer`. The reference decodes a quantised weight one expert at a time; the
 Triton product decodes it between memory and tensor core, if it is in the planar order
-(`planar_experts`). Neither keeps a decoded weight.
+(`planar_experts`). Neither saves a decoded weight.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from kernels.elementwise.dropout import Seed, dropout
 from kernels.linear.lora import Gradients
 from kernels.linear.projection import Weight, decode_weight
 from kernels.moe import grouped_matmul_triton
+from kernels.moe.gathered import Gathered
 from kernels.nf4.dequantize_triton import dequantize_reference
 from kernels.nf4.planar import PlanarNF4Weight, to_planar
 from kernels.nf4.weight import NF4Weight, dequantize_rows
@@ -92,8 +93,8 @@ class ExpertProjection:
     def trainable(self) -> list[Tensor]:
         """The tensors of this projection that want a gradient, in a fixed order."""
         weights = self.weight if isinstance(self.weight, tuple) else (self.weight,)
-        found = (*weights, self.lora_a, self.lora_b)
-        return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+        tensors = (*weights, self.lora_a, self.lora_b)
+        return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
 
 
 def weight_shape(weight: ExpertWeights) -> tuple[int, int, int]:
@@ -145,16 +146,11 @@ def _in_one_launch(x: Tensor, weight: ExpertWeights) -> bool:
     return not x.is_cuda or (x.dtype != torch.float32 and architecture(x.device) >= 80)
 
 
-def _rows(x: Tensor, part: slice, rows: Tensor | None) -> Tensor:
-    return x[part] if rows is None else x.index_select(0, rows[part])
-
-
 def grouped_matmul(
-    x: Tensor,
+    x: Tensor | Gathered,
     weight: ExpertWeights,
     groups: Groups,
     *,
-    rows: Tensor | None = None,
     transpose: bool = False,
     out: Tensor | None = None,
     accumulate: bool = False,
@@ -162,74 +158,72 @@ def grouped_matmul(
 ) -> Tensor:
     """scale * W_e x_m for every row m, (M, out); W_e^T x_m, (M, in), with `transpose`.
 
-    x (M, in), or any (N, in) of which sorted row m reads row rows[m]. `out` (M, out), rows of any
-    stride, is written, or added to with `accumulate`. On a GPU 16-bit rows times a dense (E, out,
-    in) or a planar NF4 weight are one launch; other weights, and fp32, go expert by expert.
+    x has M rows. `out` (M, out), rows of any stride, is written, or added to with `accumulate`. On
+    a GPU 16-bit rows times a dense (E, out, in) or a planar NF4 weight are one launch; other
+    weights, and fp32, go expert by expert.
     """
+    x = Gathered.of(x)
     if out is None:
         out_features = weight_shape(weight)[2 if transpose else 1]
-        out, accumulate = x.new_empty(groups.rows, out_features), False
-    if _in_one_launch(x, weight):
+        out, accumulate = x.matrix.new_empty(groups.rows, out_features), False
+    if _in_one_launch(x.matrix, weight):
         assert isinstance(weight, Tensor | PlanarNF4Weight)
         grouped_matmul_triton.matmul(
-            x, weight, groups.offsets, groups.tiles, rows, transpose, out, accumulate, scale
+            x,
+            weight,
+            groups.offsets,
+            groups.tiles,
+            out,
+            transpose=transpose,
+            accumulate=accumulate,
+            scale=scale,
         )
         return out
     for expert, part in groups.filled():
-        dense = expert_weight(weight, expert, x.dtype)
+        dense = expert_weight(weight, expert, x.matrix.dtype)
         right, target = dense if transpose else dense.T, out[part]
-        target.addmm_(_rows(x, part, rows), right, beta=float(accumulate), alpha=scale)
+        target.addmm_(x.part(part), right, beta=float(accumulate), alpha=scale)
     return out
 
 
 def grouped_outer(
-    a: Tensor,
-    b: Tensor,
-    groups: Groups,
-    *,
-    a_rows: Tensor | None = None,
-    b_rows: Tensor | None = None,
-    scale: float = 1.0,
+    a: Tensor | Gathered, b: Tensor | Gathered, groups: Groups, *, scale: float = 1.0
 ) -> Tensor:
     """scale * sum over the rows m of expert e of a_m b_m^T: (E, P, Q); zero without rows.
 
-    a (M, P), b (M, Q), or gathered by their rows (M,) as in `grouped_matmul`.
+    a has M rows of width P, b of width Q.
     """
-    if _in_one_launch(a, a):
-        return grouped_matmul_triton.outer(a, b, groups.offsets, a_rows, b_rows, scale)
-    out = a.new_zeros(groups.count, a.shape[1], b.shape[1])
+    a, b = Gathered.of(a), Gathered.of(b)
+    if _in_one_launch(a.matrix, a.matrix):
+        return grouped_matmul_triton.outer(a, b, groups.offsets, scale)
+    out = a.matrix.new_zeros(groups.count, a.matrix.shape[1], b.matrix.shape[1])
     for expert, part in groups.filled():
-        torch.mm(_rows(a, part, a_rows).T, _rows(b, part, b_rows), out=out[expert])
+        torch.mm(a.part(part).T, b.part(part), out=out[expert])
     return out if scale == 1.0 else out.mul_(scale)
 
 
-def _dropped(
-    x: Tensor, rows: Tensor | None, projections: Sequence[ExpertProjection], seed: Seed | None
-) -> tuple[Tensor, Tensor | None]:
-    """x~ and the rows to read it by; gathered first where dropout is on."""
+def _dropped(x: Gathered, projections: Sequence[ExpertProjection], seed: Seed | None) -> Gathered:
+    """x~; gathered first where dropout is on."""
     p = max(projection.dropout for projection in projections)
-    if seed is None or p <= 0.0:
-        return x, rows
-    return dropout(x if rows is None else x.index_select(0, rows), p, seed), None
+    return x if seed is None or p <= 0.0 else Gathered(dropout(x.all(), p, seed))
 
 
 def grouped_project(
-    x: Tensor,
+    x: Tensor | Gathered,
     projections: Sequence[ExpertProjection],
     groups: Groups,
     *,
-    rows: Tensor | None = None,
     seed: Seed | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y (M, sum out_i), column blocks of one matrix, and A x~ (M, r_i) of every projection.
 
-    x and `rows` as in `grouped_matmul`; `seed` None means no dropout.
+    x has M rows; `seed` None means no dropout.
     """
-    widths = [projection.out_features for projection in projections]
-    y = x.new_empty(groups.rows, sum(widths))
-    lows = adapter_inputs(x, projections, groups, rows=rows, seed=seed)
+    x, widths = Gathered.of(x), [projection.out_features for projection in projections]
+    y = x.matrix.new_empty(groups.rows, sum(widths))
+    lows = adapter_inputs(x, projections, groups, seed=seed)
     for part, projection, low in zip(torch.split(y, widths, 1), projections, lows, strict=True):
-        grouped_matmul(x, projection.weight, groups, rows=rows, out=part)
+        grouped_matmul(x, projection.weight, groups, out=part)
         if low is not None and projection.lora_b is not None:
             b, scale = projection.lora_b, projection.scale
             grouped_matmul(low, b, groups, out=part, accumulate=True, scale=scale)
@@ -237,97 +231,77 @@ def grouped_project(
 
 
 def adapter_inputs(
-    x: Tensor,
+    x: Tensor | Gathered,
     projections: Sequence[ExpertProjection],
     groups: Groups,
     *,
-    rows: Tensor | None = None,
     seed: Seed | None = None,
 ) -> list[Tensor | None]:
     """A_e x~ (M, r) of every projection, None where it has no adapter."""
-    dropped, dropped_rows = _dropped(x, rows, projections, seed)
+    dropped = _dropped(Gathered.of(x), projections, seed)
     return [
-        None
-        if projection.lora_a is None
-        else grouped_matmul(dropped, projection.lora_a, groups, rows=dropped_rows)
-        for projection in projections
+        None if p.lora_a is None else grouped_matmul(dropped, p.lora_a, groups) for p in projections
     ]
 
 
 def grouped_project_backward(
-    dy: Tensor,
-    x: Tensor,
+    dy: Tensor | Gathered,
+    x: Tensor | Gathered,
     projections: Sequence[ExpertProjection],
     groups: Groups,
     grads: Gradients,
     *,
-    rows: Tensor | None = None,
-    dy_rows: Tensor | None = None,
     seed: Seed | None = None,
     lows: list[Tensor | None] | None = None,
     need_dx: bool = True,
 ) -> Tensor | None:
     """Adds every wanted parameter gradient to `grads` and returns dx (M, in), in sorted order.
 
-    dy (M, sum out_i), or gathered by `dy_rows`. `lows` is the second value of `grouped_project`,
-    computed again when None.
+    dy has M rows of width sum out_i. `lows` is the second value of `grouped_project`, computed
+    again when None.
     """
+    dy, x = Gathered.of(dy), Gathered.of(x)
     if lows is None:
-        lows = adapter_inputs(x, projections, groups, rows=rows, seed=seed)
-    dropped, dropped_rows = _dropped(x, rows, projections, seed)
+        lows = adapter_inputs(x, projections, groups, seed=seed)
+    dropped = _dropped(x, projections, seed)
     dx, low_dx = None, None
-    dys = torch.split(dy, [projection.out_features for projection in projections], 1)
+    dys = dy.columns([projection.out_features for projection in projections])
     for part, projection, low in zip(dys, projections, lows, strict=True):
-        _weight_gradient(part, x, projection.weight, groups, grads, rows, dy_rows)
+        _weight_gradient(part, x, projection.weight, groups, grads)
         if need_dx:
-            dx = _add_transposed(dx, part, projection.weight, groups, dy_rows)
+            dx = _add_transposed(dx, part, projection.weight, groups)
         a, b, scale = projection.lora_a, projection.lora_b, projection.scale
         if a is None or b is None or low is None:
             continue
         if b.requires_grad:
-            db = grouped_outer(part, low, groups, a_rows=dy_rows, scale=scale)
-            grads[id(b)] = db.to(b.dtype)
-        low_dy = grouped_matmul(part, b, groups, rows=dy_rows, transpose=True, scale=scale)
+            grads[id(b)] = grouped_outer(part, low, groups, scale=scale).to(b.dtype)
+        low_dy = grouped_matmul(part, b, groups, transpose=True, scale=scale)
         if a.requires_grad:
-            grads[id(a)] = grouped_outer(low_dy, dropped, groups, b_rows=dropped_rows).to(a.dtype)
+            grads[id(a)] = grouped_outer(low_dy, dropped, groups).to(a.dtype)
         if need_dx and dropped is x:
             dx = _add_transposed(dx, low_dy, a, groups)
         elif need_dx:
             low_dx = _add_transposed(low_dx, low_dy, a, groups)
     if dx is not None and low_dx is not None:
-        dx += _dropped(low_dx, None, projections, seed)[0]
+        dx += _dropped(Gathered(low_dx), projections, seed).matrix
     return dx
 
 
 def _add_transposed(
-    out: Tensor | None,
-    dy: Tensor,
-    weight: ExpertWeights,
-    groups: Groups,
-    rows: Tensor | None = None,
+    out: Tensor | None, dy: Tensor | Gathered, weight: ExpertWeights, groups: Groups
 ) -> Tensor:
-    return grouped_matmul(
-        dy, weight, groups, rows=rows, transpose=True, out=out, accumulate=out is not None
-    )
+    return grouped_matmul(dy, weight, groups, transpose=True, out=out, accumulate=out is not None)
 
 
 def _weight_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: ExpertWeights,
-    groups: Groups,
-    grads: Gradients,
-    rows: Tensor | None,
-    dy_rows: Tensor | None,
+    dy: Gathered, x: Gathered, weight: ExpertWeights, groups: Groups, grads: Gradients
 ) -> None:
     """dW: one (E, out, in), or one (out, in) for every expert of a tuple that has rows."""
     if isinstance(weight, Tensor):
         if weight.requires_grad:
-            dw = grouped_outer(dy, x, groups, a_rows=dy_rows, b_rows=rows)
-            grads[id(weight)] = dw.to(weight.dtype)
+            grads[id(weight)] = grouped_outer(dy, x, groups).to(weight.dtype)
     elif isinstance(weight, tuple):
         for expert, part in groups.filled():
             one = weight[expert]
             if isinstance(one, Tensor) and one.requires_grad:
-                product = _rows(dy, part, dy_rows).T @ _rows(x, part, rows)
-                grads[id(one)] = product.to(one.dtype)
+                grads[id(one)] = (dy.part(part).T @ x.part(part)).to(one.dtype)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.moe.gathered import Gathered
 from kernels.nf4.decode_ptx import INTERPRETED, block_scale, decode_planes
 from kernels.nf4.dequantize_triton import nested_arguments, nested_shift, triton_dtype
 from kernels.nf4.planar import BLOCK, PlanarNF4Weight
@@ -305,13 +306,13 @@ def _width(size: int, most: int) -> int:
 
 
 def matmul(
-    x: Tensor,
+    rows: Gathered,
     weight: Tensor | PlanarNF4Weight,
     offsets: Tensor,
     tiles: tuple[Tensor, Tensor],
-    rows: Tensor | None,
-    transpose: bool,
     out: Tensor,
+    *,
+    transpose: bool,
     accumulate: bool,
     scale: float,
 ) -> None:
@@ -321,11 +322,11 @@ def matmul(
     """
     if out.stride(1) != 1:
         raise ValueError(f"out has strides {out.stride()}; its columns must be adjacent")
-    x = _adjacent(x)
+    x, gather = _adjacent(rows.matrix), rows.rows
     experts, out_features, in_features = weight.shape
     width, depth = (in_features, out_features) if transpose else (out_features, in_features)
-    where = (x if rows is None else rows, offsets, *tiles, experts, width, depth)
-    flags = {"GATHER": rows is not None, "ACCUMULATE": accumulate, "BLOCK_M": BLOCK_M}
+    where = (x if gather is None else gather, offsets, *tiles, experts, width, depth)
+    flags = {"GATHER": gather is not None, "ACCUMULATE": accumulate, "BLOCK_M": BLOCK_M}
     count, operations = tiles[0].shape[0], 2.0 * out.shape[0] * out_features * in_features
     with on_device(x):
         if isinstance(weight, Tensor):
@@ -357,16 +358,10 @@ def matmul(
             )
 
 
-def outer(
-    a: Tensor,
-    b: Tensor,
-    offsets: Tensor,
-    a_rows: Tensor | None,
-    b_rows: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """scale * sum of a_m b_m^T over every expert's rows, (E, P, Q) in the dtype of a."""
-    a, b = _adjacent(a), _adjacent(b)
+def outer(left: Gathered, right: Gathered, offsets: Tensor, scale: float) -> Tensor:
+    """scale * sum of a_m b_m^T over every expert's rows, (E, P, Q) in the dtype of a = `left`."""
+    a, b = _adjacent(left.matrix), _adjacent(right.matrix)
+    a_rows, b_rows = left.rows, right.rows
     experts, height, width = offsets.shape[0] - 1, a.shape[1], b.shape[1]
     out = torch.empty(experts, height, width, dtype=a.dtype, device=a.device)
     block_p, block_q = _width(height, 64), _width(width, 64)

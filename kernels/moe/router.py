@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: which experts a token goes to, how much, and the way back.
+"""Top-k routing: expert ids, weights and their gradients.
 
 With router logits z (E,) of a token and k experts chosen by the largest p:
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.lora import Gradients
+from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import (
     ExpertProjection,
     ExpertWeights,
@@ -86,7 +87,7 @@ def test_gathered_rows_scale_and_accumulation_into_columns() -> None:
     rows = torch.randint(0, 4, (ROWS,))
     wide = randn(ROWS, 3 * OUT)
     before, target = wide.clone(), wide[:, OUT : 2 * OUT]
-    grouped_matmul(x, w, groups(), rows=rows, out=target, accumulate=True, scale=0.5)
+    grouped_matmul(Gathered(x, rows), w, groups(), out=target, accumulate=True, scale=0.5)
     want = before[:, OUT : 2 * OUT] + 0.5 * naive(x[rows], w)
     torch.testing.assert_close(target, want)
     assert torch.equal(wide[:, :OUT], before[:, :OUT])
@@ -99,9 +100,9 @@ def test_outer_sums_the_rows_of_each_expert() -> None:
     want = torch.zeros(COUNT, 3, 4, dtype=torch.float64)
     for m, e in enumerate(EXPERTS.tolist()):
         want[e] += 2.0 * torch.outer(a[rows[m]], b[m])
-    found = grouped_outer(a, b, groups(), a_rows=rows, scale=2.0)
-    torch.testing.assert_close(found, want)
-    assert not found[1].any()
+    sums = grouped_outer(Gathered(a, rows), b, groups(), scale=2.0)
+    torch.testing.assert_close(sums, want)
+    assert not sums[1].any()
 
 
 def projections(parts: int, dropout: float = 0.0) -> tuple[ExpertProjection, ...]:
@@ -141,9 +142,9 @@ def test_projection_equals_the_naive_loop_in_values_and_gradients(parts: int, ke
     wanted = torch.autograd.grad(want, [x, *leaves], dy)
     grads: Gradients = {}
     with torch.no_grad():
-        y, lows = grouped_project(x, maps, groups(), rows=rows)
+        y, lows = grouped_project(Gathered(x, rows), maps, groups())
         dx = grouped_project_backward(
-            dy, x, maps, groups(), grads, rows=rows, lows=lows if keep else None
+            dy, Gathered(x, rows), maps, groups(), grads, lows=lows if keep else None
         )
     torch.testing.assert_close(y, want)
     assert dx is not None
@@ -158,7 +159,7 @@ def test_gathered_output_gradients_equal_gathering_first() -> None:
     gathered: Gradients = {}
     direct: Gradients = {}
     with torch.no_grad():
-        one = grouped_project_backward(dy, x, maps, groups(), gathered, dy_rows=rows)
+        one = grouped_project_backward(Gathered(dy, rows), x, maps, groups(), gathered)
         two = grouped_project_backward(dy[rows], x, maps, groups(), direct)
     assert one is not None
     assert two is not None
@@ -183,15 +184,15 @@ def test_dropout_is_drawn_alike_in_both_directions() -> None:
     rows, seed = torch.randint(0, 4, (ROWS,)), 5
     x = randn(4, IN)
     with torch.no_grad():
-        y, lows = grouped_project(x, maps, groups(), rows=rows, seed=seed)
-        again = adapter_inputs(x, maps, groups(), rows=rows, seed=seed)
-        plain, _ = grouped_project(x, maps, groups(), rows=rows)
+        y, lows = grouped_project(Gathered(x, rows), maps, groups(), seed=seed)
+        again = adapter_inputs(Gathered(x, rows), maps, groups(), seed=seed)
+        plain, _ = grouped_project(Gathered(x, rows), maps, groups())
         for one, two in zip(lows, again, strict=True):
             assert one is two or (one is not None and two is not None and torch.equal(one, two))
         assert not torch.allclose(y, plain)
         # Linear in x for a fixed mask, so <dy, y(x)> = <dx, x> shows that dx used the same mask.
         dy = randn(ROWS, 2 * OUT)
-        dx = grouped_project_backward(dy, x, maps, groups(), {}, rows=rows, seed=seed)
+        dx = grouped_project_backward(dy, Gathered(x, rows), maps, groups(), {}, seed=seed)
     assert dx is not None
     torch.testing.assert_close((dy * y).sum(), (dx * x[rows]).sum())
 

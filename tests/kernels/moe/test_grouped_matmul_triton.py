@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.moe import grouped_matmul_triton
+from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import (
     ExpertWeights,
     Groups,
@@ -104,12 +105,11 @@ def test_rows_are_gathered_scaled_and_added(
     rows = torch.randint(0, 30, (groups.rows,), generator=torch.Generator().manual_seed(1))
     rows = rows.to(device)
     start = randn(groups.rows, 48, dtype=dtype, seed=5).to(device)
-    got = grouped_matmul(
-        tokens, weight, groups, rows=rows, out=start.clone(), accumulate=True, scale=0.5
-    )
+    gathered = Gathered(tokens, rows)
+    got = grouped_matmul(gathered, weight, groups, out=start.clone(), accumulate=True, scale=0.5)
     want = start.double() + 0.5 * truth(tokens[rows], weight, groups, False)
     torch.testing.assert_close(got.double(), want, rtol=3e-3, atol=3e-3)
-    fresh = grouped_matmul(tokens, weight, groups, rows=rows, scale=0.5)
+    fresh = grouped_matmul(gathered, weight, groups, scale=0.5)
     torch.testing.assert_close(fresh.double(), want - start.double(), rtol=3e-3, atol=6e-3)
 
 
@@ -122,8 +122,8 @@ def test_outer_sums_and_experts_without_rows(
     groups = groups_of(sizes, device)
     a, b = (randn(groups.rows, width, dtype=dtype).to(device) for width in (5, 70))
     order = torch.randperm(groups.rows, generator=torch.Generator().manual_seed(2)).to(device)
-    given = {"a_rows": order, "b_rows": order} if gathered else {}
-    got = grouped_outer(a, b, groups, scale=0.25, **given)
+    rows = order if gathered else None
+    got = grouped_outer(Gathered(a, rows), Gathered(b, rows), groups, scale=0.25)
     assert got.shape == (len(sizes), 5, 70)
     left, right = (a[order], b[order]) if gathered else (a, b)
     for expert, (first, last) in enumerate(zip(groups.bounds[:-1], groups.bounds[1:], strict=True)):
@@ -168,7 +168,7 @@ def test_a_result_without_adjacent_columns_is_refused(device: torch.device) -> N
         ("acc *= scale\n    if ACCUMULATE", "if ACCUMULATE"),
     ],
 )
-def test_planted_faults_are_found(
+def test_planted_faults_break_the_result(
     old: str,
     new: str,
     mutant: Callable[[ModuleType, str, str], ModuleType],
