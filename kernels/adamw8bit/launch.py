@@ -46,7 +46,7 @@ class FlatMoments:
 
 
 @dataclass(frozen=True)
-class Kind:
+class SegmentKind:
     """What a kernel must know when it is compiled: the dtypes of a parameter and its gradient."""
 
     param: torch.dtype
@@ -54,12 +54,12 @@ class Kind:
     master: bool
 
 
-def _work(places: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The work items (place, first row) of entries with so many rows, int32 (items, 2)."""
+def _work(segments: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The work items (entry, first row) of `segments` (entry, rows), int32 (items, 2)."""
     parts = [np.empty((0, 2), dtype=np.int32)]
-    for place, count in places:
+    for entry, count in segments:
         first = np.arange(0, count, WORK_ROWS, dtype=np.int32)
-        parts.append(np.stack((np.full_like(first, place), first), axis=1))
+        parts.append(np.stack((np.full_like(first, entry), first), axis=1))
     return np.concatenate(parts)
 
 
@@ -78,7 +78,7 @@ class SegmentTable:
         device: torch.device,
         members: Sequence[int] | None = None,
     ) -> None:
-        self.kinds: list[Kind] = []
+        self.kinds: list[SegmentKind] = []
         self.aligned = False
         self.entries = torch.zeros(0, COLUMNS, dtype=torch.int64)
         self._members = range(len(rows)) if members is None else members
@@ -93,7 +93,7 @@ class SegmentTable:
 
     def refresh(self, params: Sequence[Tensor], masters: Mapping[int, Tensor]) -> None:
         """Bring the table up to date. Raises ValueError for a gradient the kernels cannot read."""
-        kinds: dict[Kind, int] = {}
+        kinds: dict[SegmentKind, int] = {}
         entries = []
         for index in self._members:
             param = params[index]
@@ -102,12 +102,12 @@ class SegmentTable:
             if grad is not None:
                 if not grad.is_contiguous() or grad.dtype not in DTYPES:
                     raise ValueError(f"gradient {index} ({grad.dtype}) must be contiguous")
-                key = Kind(param.dtype, grad.dtype, master is not None)
+                key = SegmentKind(param.dtype, grad.dtype, master is not None)
                 kind, grad_at = kinds.setdefault(key, len(kinds)), grad.data_ptr()
             master_at = 0 if master is None else master.data_ptr()
-            places = [param.data_ptr(), grad_at, master_at]
+            addresses = [param.data_ptr(), grad_at, master_at]
             sizes = [param.numel(), self._rows[index][1], kind, self._groups[index], index]
-            entries.append(places + sizes)
+            entries.append(addresses + sizes)
         self.kinds = list(kinds)
         if entries != self._uploaded:
             self.aligned = all(value % 16 == 0 for entry in entries for value in entry[:4])
@@ -123,13 +123,13 @@ def adamw_flat_(
     max_norm: float,
     rounding: Rounding,
     stochastic_seed: int | None,
-    held: Sequence[Tensor],
+    checked: Sequence[Tensor],
 ) -> Tensor:
     """One step of every parameter in `table` that has a gradient, or of none if one is not finite.
 
     `groups` is float64 (groups, 5): lr, beta1, beta2, eps, weight decay. `grad_scale` fp32 (1,)
-    multiplies the gradients, and clipping to `max_norm` follows. `held` are the moments that must
-    be finite as well. Returns fp32 (3,): the norm before clipping, the factor applied to the
+    multiplies the gradients, and clipping to `max_norm` follows. `checked` are the moments that
+    must be finite as well. Returns fp32 (3,): the norm before clipping, the factor applied to the
     gradients, and 1 if all was finite, else 0.
     """
     device = moments.steps.device
@@ -137,7 +137,7 @@ def adamw_flat_(
     programs = min(NORM_PROGRAMS, items)
     partials = torch.empty(len(table.kinds) * programs + 1, dtype=torch.float64, device=device)
     # Not finite if a moment is not, and nothing otherwise.
-    norms = torch._foreach_norm(list(held), 2, torch.float64)
+    norms = torch._foreach_norm(list(checked), 2, torch.float64)
     partials[-1] = torch.stack(norms).mul_(0.0).sum()
     count = len(table.entries)
     factors = torch.empty(count, FACTORS, dtype=torch.float32, device=device)
@@ -169,12 +169,11 @@ def adamw_flat_(
             min(max_norm, torch.finfo(torch.float32).max),
             BLOCK=PREPARE_BLOCK,
         )
-        for number, kind in enumerate(table.kinds):
+        for number in range(len(table.kinds)):
             for quantized in (True, False):
                 _launch_update(
-                    moments, table, factors, outcome, number, kind, quantized, rounding,
-                    stochastic_seed,
-                )  # fmt: skip
+                    moments, table, factors, outcome, number, quantized, rounding, stochastic_seed
+                )
     return outcome
 
 
@@ -184,11 +183,11 @@ def _launch_update(
     factors: Tensor,
     outcome: Tensor,
     number: int,
-    kind: Kind,
     quantized: bool,
     rounding: Rounding,
     stochastic_seed: int | None,
 ) -> None:
+    kind = table.kinds[number]
     m, v = (moments.m_codes, moments.v_codes) if quantized else (moments.m_exact, moments.v_exact)
     skip = 0 if quantized else table.quantized_items
     items = table.quantized_items if quantized else len(table.work) - skip

@@ -1,4 +1,4 @@
-"""Attention on a CPU: torch's fused function, one call per block of a document."""
+"""Attention on a CPU: torch's fused function, one call per block."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Attention one document at a time with torch's public function: slow, runs anywhere.
+"""Reference attention: one document at a time, with torch's public function.
 
-This is the last resort of `kernels.attention.backends` and the truth that it compares with. Each
-block of `AttentionPlan.blocks` is one call; the backward pass repeats that call under autograd, so
-the forward pass saves nothing.
+It is slow and runs anywhere. This is the last resort of `kernels.attention.backends` and the truth
+that it compares with. Each block of `AttentionPlan.blocks` is one call; the backward pass repeats
+that call under autograd, so the forward pass saves nothing.
 """
 
 from __future__ import annotations

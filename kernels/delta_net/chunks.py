@@ -1,4 +1,4 @@
-"""Packed documents in chunks of equal length, for the plain torch form of the rule."""
+"""Packed documents in chunks of equal length, for the plain torch reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates of the gated delta rule, and the norm of its queries and keys."""
+"""Gates of the gated delta rule, and its l2 norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the gated delta rule reads, saves for backward, and returns as gradients."""
+"""Inputs, saved activations and gradients of the gated delta rule."""
 
 from __future__ import annotations
 

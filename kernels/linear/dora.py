@@ -1,4 +1,4 @@
-"""DoRA: the direction of the adapted weight is learnt by LoRA, the length of each row on its own.
+"""DoRA: LoRA learns the direction of a weight, magnitudes its row lengths.
 
     y = c * (x W^T + s (x A^T) B^T),     c_i = m_i / n_i,     n_i = || W_i + s B_i A ||
 

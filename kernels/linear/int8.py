@@ -1,4 +1,6 @@
-"""8-bit rows: w[i, j] = codes[i, j] * absmax[i] / 127, one fp32 scale per output row.
+"""8-bit rows with one fp32 scale per output row.
+
+    w[i, j] = codes[i, j] * absmax[i] / 127
 
 The same layout as bitsandbytes' LLM.int8 weights (`weight` and `SCB`), without its outlier split.
 Source: Dettmers et al. 2022, arXiv 2208.07339.

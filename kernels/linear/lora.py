@@ -1,4 +1,4 @@
-"""Linear projections that share an input: plain, LoRA, DoRA and QLoRA through one path.
+"""Linear projections that share an input: plain, LoRA, DoRA and QLoRA.
 
 For projections i with weight W_i (out_i, in), bias b_i and adapter A_i (r, in), B_i (out_i, r):
 

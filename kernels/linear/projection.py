@@ -1,9 +1,9 @@
-"""The one operand type of every linear map, and its weight as a dense matrix.
+"""Projection, the operand of every linear map, and its decoded weight.
 
 A `Projection` is plain, LoRA, DoRA or QLoRA: a weight that is dense or quantised, an optional bias,
 an optional LoRA pair and an optional magnitude. `decode` gives the weights of projections that read
-the same input, decoded one below the other into reused scratch. On a GPU their adapters stand in
-the same matrix (see `kernels.linear.lora`).
+the same input, decoded one below the other into reused scratch. On a GPU their adapters are part of
+that matrix (see `kernels.linear.lora`).
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Projection:
 
     def trainable(self) -> list[Tensor]:
         """The tensors of this projection that want a gradient, in a fixed order."""
-        found = (self.weight, self.bias, self.lora_a, self.lora_b, self.magnitude)
-        return [t for t in found if isinstance(t, Tensor) and t.requires_grad]
+        tensors = (self.weight, self.bias, self.lora_a, self.lora_b, self.magnitude)
+        return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _extends(device: torch.device) -> bool:
 def _fill_adapters(
     extended: Tensor, projections: Sequence[Projection], ranks: list[int], rows: int, columns: int
 ) -> None:
-    """Write s_i B_i and A_i to their places in E, and zeros beside the former."""
+    """Write s_i B_i and A_i into E, and zeros left and right of the former."""
     extended[:rows, columns:].zero_()
     row = low = 0
     for projection, rank in zip(projections, ranks, strict=True):
@@ -152,7 +152,7 @@ def decode_weight(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | Non
 def output_columns(
     rows: int, projections: Sequence[Projection], like: Tensor
 ) -> tuple[Tensor, ...]:
-    """Uninitialised column blocks (rows, out_i) of one matrix with room for P beside them."""
+    """Uninitialised column blocks (rows, out_i) of one matrix, with spare columns for P."""
     widths = [p.out_features for p in projections]
     spare = sum(0 if p.lora_a is None else int(p.lora_a.shape[0]) for p in projections)
     whole = like.new_empty(rows, sum(widths) + (spare if _extends(like.device) else 0))

@@ -183,7 +183,7 @@ class _LoraMLP(torch.autograd.Function):
         mlp: SwiGLUMLP = ctx.mlp
         grads: Gradients = {}
         # Saved tensors must survive a backward pass that is asked for again: work on a copy, in
-        # the layout that lets P stand next to the gradients (see `kernels.linear.lora`).
+        # the layout with spare columns for P (see `kernels.linear.lora`).
         fresh = output_columns(x.shape[0], (mlp.gate, mlp.up), x)
         inner = MLPActivations(fresh[0].copy_(gate), fresh[1].copy_(up), xa)
         dx, _ = mlp_backward(dy, x, mlp, inner, grads, need_dx=ctx.needs_input_grad[0])

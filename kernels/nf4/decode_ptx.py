@@ -1,4 +1,4 @@
-"""The arithmetic of NF4 decoding inside a Triton kernel: byte permutes as a lookup table.
+"""NF4 decoding inside a Triton kernel, with byte permutes as lookup table.
 
 Maths. A block of 64 codes c with scale s stands for `round(NF4_CODE[c] * s)`, one rounding from the
 exact fp32 product to bf16 or fp16, which is what bitsandbytes computes. Sixteen values per block
@@ -65,7 +65,7 @@ def _lookup(
 ) -> list[str]:
     """PTX that decodes the four codes in the low 16 bits of `selectors` to bytes `low`, `high`.
 
-    Operand `codes` holds 8 codes; `mask` says where bit 3 of each of the four is found in it and in
+    Operand `codes` holds 8 codes; `mask` says where bit 3 of each of the four lies in it and in
     t, the same shifted left by a nibble. The table begins at operand `table`, `copies` of each of
     its registers one after the other.
     """
@@ -362,7 +362,7 @@ def block_scale(
 ):  # fmt: skip
     """fp32 scales of blocks, at `at` of `absmax`; not to be used where not `inside`.
 
-    With double quantisation (NESTED) `index >> NESTED_SHIFT` is the place of a nested scale and
+    With double quantisation (NESTED) `index >> NESTED_SHIFT` is the index of a nested scale and
     `offset` the number that all scales were reduced by.
     """
     if NESTED:

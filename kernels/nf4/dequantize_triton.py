@@ -292,7 +292,7 @@ def dequantize_planar(
     rows = range(total_rows) if rows is None else rows
     blocks = range(columns // BLOCK) if blocks is None else blocks
     given = (weight.codes, weight.absmax, *nested_arguments(weight), out, total_rows)
-    place = (columns // BLOCK, rows.start, rows.stop, blocks.start)
+    ranges = (columns // BLOCK, rows.start, rows.stop, blocks.start)
     options = {
         "NESTED_SHIFT": nested_shift(weight),
         "NESTED": weight.nested_absmax is not None,
@@ -305,7 +305,7 @@ def dequantize_planar(
         with on_device(out):
             launch(dequantize_transposed_kernel, (cdiv(len(rows), tile.rows), len(blocks)))(
                 *given,
-                *place,
+                *ranges,
                 out.stride(0),
                 ROWS=tile.rows,
                 PTX=_by_hardware(out),
@@ -318,7 +318,7 @@ def dequantize_planar(
     with on_device(out):
         launch(dequantize_planar_kernel, grid)(
             *given,
-            *place,
+            *ranges,
             blocks.stop,
             out.stride(0),
             ROWS=tile.rows,

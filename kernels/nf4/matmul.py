@@ -1,4 +1,6 @@
-"""Multiply by NF4 weights: y = x W^T + b, and dx = dy W.
+"""Multiply by NF4 weights, forward and backward.
+
+    y = x W^T + b,   dx = dy W
 
 The fused product computes out^T = W x^T: as the left operand the weight is decoded straight into
 the registers that the tensor-core instruction reads (wgmma with a register operand on sm_90,

@@ -1,11 +1,11 @@
-"""Tile sizes and the choice between the two NF4 products, as plain functions of shape and device.
+"""Tile sizes of the NF4 kernels, by shape and architecture.
 
 A product x W^T with x (M, K) and W (N, K) in NF4 runs in one of two ways:
 
 * `fused`: the Triton product of `kernels.nf4.matmul`, which reads W in 4 bits (0.52 bytes per
   element) and decodes it between memory and tensor core. It spends 7 to 10 instructions per weight
   element and tile of M, so it wins where memory bounds the product (small M) or where tensor cores
-  are slow beside the other units (GeForce).
+  are slow compared with the other units (GeForce).
 * `scratch`: W is decoded once into a reused buffer and the vendor's library multiplies. It moves
   2.5 + 2 bytes per element more, which a large M hides: about 3 % at M = 8,192 on an H200.
 
@@ -18,10 +18,10 @@ rows of the nearest older one that is. Values are fused tiles, or None for `scra
 The general rows rest on the published crossovers of bitsandbytes' own fused kernel, which is built
 on the same idea (M up to 128 on A100 and GeForce 30, 256 on GeForce 40 and 50, 64 on H100, 8 to 32
 on B200), and on instruction counts (`bench/results/compile_report.md`) and rooflines, by which this
-one should reach further on H100: at M = 128 and 14,336 x 4,096, 16 us of instruction issue beside
-19 us of tensor core, against 40 us for decoding alone. They are a starting point, computed and not
-measured. `override` replaces rows while it is entered, and `DISPATCH` may be edited; `engine bench`
-measures.
+one should reach further on H100: at M = 128 and 14,336 x 4,096, 16 us of instruction issue and 19
+us of tensor core at the same time, against 40 us for decoding alone. They are a starting point,
+computed and not measured. `override` replaces rows while it is entered, and `DISPATCH` may be
+edited; `engine bench` measures.
 
 Nothing here is tuned while a model runs: a choice depends on the key alone.
 """
