@@ -21,6 +21,7 @@ from kernels.adamw8bit.dynamic_map import Rounding
 from kernels.adamw8bit.launch import SegmentTable, adamw_flat_
 from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.simulation import once_per_shape
 from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
 from optim.observer import optimizer_observer
@@ -279,6 +280,13 @@ class AdamW8bit(torch.optim.Optimizer):
         return plan
 
 
+def _slab_memory(flat: FlatState, slab: Slab, params: list[Tensor], *_: object) -> object:
+    """What decides how much memory the step of a slab takes."""
+    pieces = tuple((p.end - p.begin, params[p.index].dtype) for p in slab.pieces)
+    return slab.quantized, slab.rows, pieces
+
+
+@once_per_shape(_slab_memory)
 def _step_slab(
     flat: FlatState,
     slab: Slab,

@@ -27,6 +27,7 @@ from kernels.moe.grouped_matmul import planar_experts
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.nf4.weight import quantize
 from kernels.runtime.host_memory import host_copy
+from kernels.runtime.simulation import equal_parts, shapes_only
 from models.adapters import add_lora, load_adapter_tensors
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
@@ -109,7 +110,7 @@ def build_model(
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
-    with torch.device("meta"):
+    with shapes_only(), torch.device("meta"):
         model = Decoder(source.config)
     layout = Layout.of_names(source.config, source.names())
     lent = weights_on_host and device.type == "cuda"
@@ -204,7 +205,7 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 def _all_finite(tensor: Tensor) -> bool:
     """Whether every element is finite, in parts: fp32 copies of all would be the load's peak."""
     parts = tensor.reshape(-1).split(_PART)
-    return all(bool(torch.isfinite(part.float().sum())) for part in parts)
+    return all(bool(torch.isfinite(part.float().sum())) for part in equal_parts(parts))
 
 
 def _owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.simulation import equal_parts, once_per_shape
 from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl, triton
 
 Seed = int | Tensor
@@ -71,7 +72,7 @@ def _mask_chunks(
     # Only the 32 low bits of these words count; int32 keeps them as it wraps.
     seed = _on(device, seed)
     low, high = seed.to(torch.int32), (seed >> 32).to(torch.int32)
-    for start in range(0, numel, _CHUNK):
+    for start in equal_parts(range(0, numel, _CHUNK)):
         # A chunk never crosses a multiple of 2^32, so the high word is one number.
         part = slice(0, min(_CHUNK, numel - start))
         x, spare = bits[part], work[part]
@@ -90,6 +91,10 @@ def keep_mask(numel: int, p: float, seed: Seed, device: torch.device) -> Tensor:
     return mask
 
 
+@once_per_shape(
+    lambda x, *_: (x.shape, x.dtype, x.is_contiguous()),
+    lambda x, *_: torch.empty(x.shape, dtype=x.dtype, device=x.device),
+)
 def _dropout_reference(x: Tensor, p: float, seed: Seed) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)

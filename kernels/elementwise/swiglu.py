@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.simulation import equal_parts
 from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 _REFERENCE_ELEMENTS = 1 << 17
@@ -30,7 +31,7 @@ def _backward_reference_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> 
     """A few rows at a time, so that the temporaries stay in the processor's cache."""
     wide = torch.promote_types(gate.dtype, torch.float32)
     rows = max(1, _REFERENCE_ELEMENTS // max(1, gate.shape[1]))
-    for start in range(0, gate.shape[0], rows):
+    for start in equal_parts(range(0, gate.shape[0], rows)):
         dh_part, gate_part, up_part = (x[start : start + rows] for x in (dh, gate, up))
         g, u, d = gate_part.to(wide), up_part.to(wide), dh_part.to(wide)
         dsilu, silu = d * u, F.silu(g)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.runtime.simulation import stays_on_host
+from kernels.runtime.simulation import equal_parts, stays_on_host
 
 _SLAB_ROWS = 1024
 
@@ -62,7 +62,7 @@ def quantize_int8(weight: Tensor, device: torch.device | None = None) -> Int8Wei
         stays_on_host(weight)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=device)
-    for start in range(0, weight.shape[0], _SLAB_ROWS):
+    for start in equal_parts(range(0, weight.shape[0], _SLAB_ROWS)):
         rows = slice(start, start + _SLAB_ROWS)
         part = weight[rows].to(device).float()
         absmax[rows] = part.abs().amax(1)
@@ -78,7 +78,7 @@ def dequantize_int8(
     target = out
     if target is None:
         target = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
-    for start in range(0, weight.shape[0], _SLAB_ROWS):
+    for start in equal_parts(range(0, weight.shape[0], _SLAB_ROWS)):
         rows = slice(start, start + _SLAB_ROWS)
         scale = (weight.absmax[rows] / 127.0).unsqueeze(1)
         target[rows] = weight.codes[rows].float().mul_(scale)

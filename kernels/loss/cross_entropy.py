@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.simulation import equal_parts
 from kernels.runtime.triton_support import jit, launch, on_device, tl
 
 _REFERENCE_ROWS = 16
@@ -28,7 +29,7 @@ def _cross_entropy_reference_(
     """A few rows at a time, so that the passes over them stay in the processor's cache."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
-    for start in range(0, logits.shape[0], _REFERENCE_ROWS):
+    for start in equal_parts(range(0, logits.shape[0], _REFERENCE_ROWS)):
         rows = slice(start, start + _REFERENCE_ROWS)
         z, target = logits[rows].to(dtype), targets[rows].unsqueeze(1)
         peak, picked = z.amax(1, keepdim=True), z.gather(1, target)

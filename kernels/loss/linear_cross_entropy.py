@@ -17,7 +17,7 @@ al. 2024 (Liger-Kernel, arXiv 2410.10989); the maths is the softmax's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import torch
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from kernels.loss.cross_entropy import cross_entropy_
 from kernels.runtime.scratch import scratch
-from kernels.runtime.simulation import simulated_gpu
+from kernels.runtime.simulation import equal_parts, simulated_gpu
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
@@ -57,9 +57,9 @@ def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
     return scratch("logits", (rows, vocab_size), hidden.dtype, hidden.device)
 
 
-def _chunks(count: int, rows: int) -> Iterator[slice]:
+def _chunks(count: int, rows: int) -> Iterable[slice]:
     """The rows of every chunk."""
-    return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
+    return equal_parts(slice(at, min(at + rows, count)) for at in range(0, count, rows))
 
 
 def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -69,7 +69,7 @@ def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     vocab_size, width = head.shape
     step = min(vocab_size, max(64, _SLAB_BYTES // (width * like.itemsize)))
-    for start in range(0, vocab_size, step):
+    for start in equal_parts(range(0, vocab_size, step)):
         rows = slice(start, min(start + step, vocab_size))
         part = Int8Weight(head.codes[rows], head.absmax[rows], head.dtype)
         room = scratch("decoded.wide", (step, width), like.dtype, like.device)

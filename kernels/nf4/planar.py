@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from kernels.nf4.weight import NF4Weight
+from kernels.runtime.simulation import equal_parts, once_per_shape
 
 BLOCK = 64
 """Elements of a planar block."""
@@ -101,9 +102,7 @@ def to_planar(weight: NF4Weight) -> PlanarNF4Weight:
     blocks = columns // BLOCK
     codes = torch.empty(blocks, rows, _WORDS, dtype=torch.int16, device=weight.device)
     bytes_of = weight.packed.view(rows, columns // 2)
-    for start in range(0, rows, _ROWS_AT_ONCE):
-        part = bytes_of[start : start + _ROWS_AT_ONCE]
-        codes[:, start : start + part.shape[0]] = _planar_words(part).permute(1, 0, 2)
+    _write_planar(bytes_of, codes)
     absmax = weight.absmax.repeat_interleave(weight.block_size // BLOCK)[: rows * blocks]
     return PlanarNF4Weight(
         codes=codes,
@@ -114,6 +113,14 @@ def to_planar(weight: NF4Weight) -> PlanarNF4Weight:
         block_size=weight.block_size,
         dtype=weight.dtype,
     )
+
+
+@once_per_shape(lambda bytes_of, codes: bytes_of.shape)
+def _write_planar(bytes_of: Tensor, codes: Tensor) -> None:
+    """bytes uint8 (R, K/2) in bitsandbytes' order -> codes int16 (K/64, R, 16), in slabs."""
+    for start in equal_parts(range(0, bytes_of.shape[0], _ROWS_AT_ONCE)):
+        part = bytes_of[start : start + _ROWS_AT_ONCE]
+        codes[:, start : start + part.shape[0]] = _planar_words(part).permute(1, 0, 2)
 
 
 def from_planar(weight: PlanarNF4Weight) -> NF4Weight:

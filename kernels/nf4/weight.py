@@ -30,6 +30,7 @@ from kernels.adamw8bit.dynamic_map import dynamic_map, quantize_blocks
 from kernels.nf4.quantize_triton import quantize_whole_blocks
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.scratch import scratch
+from kernels.runtime.simulation import equal_parts, once_per_shape
 
 NF4_CODE = torch.tensor(
     [
@@ -209,10 +210,11 @@ def _quantize_flat(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return packed, absmax
 
 
+@once_per_shape(lambda flat, block_size, *_: (flat.numel(), flat.dtype, block_size))
 def _quantize_whole_blocks(flat: Tensor, block_size: int, packed: Tensor, absmax: Tensor) -> None:
     """Write codes and scales of all but a short last block, a slab at a time."""
     whole = flat.numel() - flat.numel() % block_size
-    for begin in range(0, whole, _QUANTIZE_SLAB):
+    for begin in equal_parts(range(0, whole, _QUANTIZE_SLAB)):
         end = min(begin + _QUANTIZE_SLAB, whole)
         blocks = flat[begin:end].view(-1, block_size)
         blocks = blocks.float() if flat.dtype != torch.float32 else blocks
@@ -276,6 +278,13 @@ def _pair_table(device: torch.device) -> Tensor:
     return pairs.view(torch.int64).view(-1).to(device)
 
 
+def _decoding(weight: NF4Weight, begin: int, out: Tensor) -> tuple[object, ...]:
+    """What decides how much memory decoding takes."""
+    skew, nested = begin % weight.block_size, weight.nested_absmax is not None
+    return out.numel(), out.dtype, weight.block_size, skew, nested
+
+
+@once_per_shape(_decoding)
 def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
     """Decode the flat elements from `begin` on into the flat `out`."""
     block_size = weight.block_size
@@ -287,7 +296,7 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
         out[:head].copy_(block[skew:])
         begin, out = begin + head, out[head:]
     span = _SCALES_AT_ONCE * block_size
-    for at in range(0, out.numel(), span):
+    for at in equal_parts(range(0, out.numel(), span)):
         _decode_blocks(weight, begin + at, out[at : at + span])
 
 
@@ -299,7 +308,7 @@ def _decode_blocks(weight: NF4Weight, begin: int, out: Tensor) -> None:
         _look_up(weight, begin, scales, out)
         return
     slab = _GRAIN if out.is_cpu else _CUDA_SLAB
-    for at in range(0, n, slab):
+    for at in equal_parts(range(0, n, slab)):
         target = out[at : at + slab]
         exact = scratch("nf4 slab", (target.numel(),), torch.float32, out.device)
         _decode_blocks(weight, begin + at, exact)
@@ -323,7 +332,7 @@ def _look_up(weight: NF4Weight, begin: int, scales: Tensor, out: Tensor) -> None
     index = scratch("nf4 index", (half,), torch.int32, weight.device)
     sources = torch.split(pairs[: even // 2], half)
     targets = torch.split(out[:even].view(torch.int64), half)
-    for source, target in zip(sources, targets, strict=True):
+    for source, target in equal_parts(zip(sources, targets, strict=True)):
         chosen = index[: len(source)].copy_(source)
         torch.index_select(table, 0, chosen, out=target)
         for block, factor in itertools.islice(products, slab // (rows * block_size)):

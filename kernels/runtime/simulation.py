@@ -91,8 +91,12 @@ def simulated_gpu() -> SimulatedGPU | None:
     return None if active is None else active.gpu
 
 
+def nothing(*args: object, **options: object) -> Any:
+    """The result of an op that writes what it is given."""
+
+
 def once_per_shape(
-    key: Callable[..., Hashable], result: Callable[..., Any]
+    key: Callable[..., Hashable], result: Callable[..., Any] = nothing
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declare that an op works in many small parts, so a simulation runs it once for each key.
 

@@ -12,7 +12,7 @@ f is a dense SwiGLU (`models.layers.tiled_mlp`) or the experts of a mixture (`mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.elementwise.dropout import Seed
 from kernels.linear.lora import Gradients
+from kernels.runtime.simulation import equal_parts
 from models.layers.linear import RMSNorm
 
 _SEED_STEP = 0x5851F42D4C957F2D
@@ -55,10 +56,10 @@ Backward = Callable[[Tensor, Tensor, Tile, Gradients], Tensor]
 """dy (n, H), h (n, H) of a tile -> dh (n, H); sets the gradient of every trainable parameter."""
 
 
-def token_tiles(count: int, rows: int) -> Iterator[Tile]:
+def token_tiles(count: int, rows: int) -> Iterable[Tile]:
     """The tiles of `count` tokens; the last may be short."""
-    for index, start in enumerate(range(0, count, rows)):
-        yield Tile(index, slice(start, min(start + rows, count)))
+    starts = enumerate(range(0, count, rows))
+    return equal_parts(Tile(at, slice(first, min(first + rows, count))) for at, first in starts)
 
 
 def forward_in_tiles(x1: Tensor, norm: RMSNorm, rows: int, forward: Forward) -> Tensor:

@@ -107,8 +107,8 @@ def observed(meter: MemoryMeter, *, fresh_scratch: bool = False) -> Iterator[Non
     With `fresh_scratch` they begin without scratch buffers; those of the process stay as they are.
     """
     observer, buffers = _StepObserver(meter), {} if fresh_scratch else pool()
-    for (purpose, *_), buffer in buffers.items():
-        meter.track(_scratch_owner(purpose), [buffer])
+    for key in buffers:
+        meter.track(_scratch_owner(key[0]), [buffers[key]])
     with (
         observe_layers(observer),
         observe_optimizer(observer),

@@ -249,8 +249,14 @@ def _healthy(dtype: torch.dtype) -> bool | int | float:
 
 
 def _moved(source: Tensor, options: dict[str, Any]) -> Tensor | None:
-    """What becomes of a copy to another device, where it is not an ordinary one."""
-    device = options.get("device")
+    """What becomes of a copy to another device, where it is not an ordinary one.
+
+    Integers, such as positions, stay real; what is computed of them in floating point need not be.
+    """
+    device, dtype = options.get("device"), options.get("dtype")
+    numbers = not source.is_meta and source.dim() and not source.is_floating_point()
+    if numbers and dtype is not None and dtype.is_floating_point:
+        return torch.empty(source.shape, dtype=dtype, device="meta")
     if device is None or (torch.device(device) == META) == source.is_meta:
         return None
     if not source.is_meta:

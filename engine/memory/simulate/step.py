@@ -38,7 +38,6 @@ from engine.data.loader import Batch
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model
-from engine.memory.simulate.shortcuts import replaced, shortcuts
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
@@ -117,7 +116,6 @@ def simulate_step(
     mode = OnGPU() if gpu else OnHost()
     with (
         simulate_with(meter),
-        replaced(*shortcuts(meter)),
         observed(meter, fresh_scratch=True),
         mode,
     ):
