@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS, Metric
+from engine.config.task_settings import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
-from engine.forge import ForgeSettings, forge
+from engine.forge import forge
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.storage import durable
 from examples.smollm2 import gguf_path
 
@@ -34,7 +35,7 @@ HELDOUT_ROWS = 64
 MAX_LENGTH = 256
 
 
-def settings_of(root: Path, fraction: float, steps: int, control: bool) -> ForgeSettings:
+def settings_of(root: Path, fraction: float, steps: int, baseline: bool) -> ForgeSettings:
     """The forge of one fraction; its data and its baseline are those of every other."""
     training = TrainConfig(
         model=str(gguf_path()),
@@ -52,10 +53,10 @@ def settings_of(root: Path, fraction: float, steps: int, control: bool) -> Forge
         fraction=fraction, metric=RECOVERED, device="cpu", max_length=MAX_LENGTH
     )
     return ForgeSettings(
-        root / f"forge-{fraction:g}",
-        training,
-        pruning,
-        control=control,
+        output_dir=root / f"forge-{fraction:g}",
+        training=training,
+        pruning=pruning,
+        baseline=baseline,
         heldout_rows=HELDOUT_ROWS,
         samples=0,
         domain="docstrings",
@@ -67,7 +68,7 @@ def pruned_perplexity(root: Path, metric: Any, fraction: float, data: Path, judg
     target = root / f"{metric}-{fraction:g}"
     shutil.rmtree(target, ignore_errors=True)
     settings = PruneSettings(
-        fraction=fraction, metric=metric, data=(data,), device="cpu", max_length=MAX_LENGTH
+        fraction=fraction, metric=metric, data=(str(data),), device="cpu", max_length=MAX_LENGTH
     )
     record = prune(str(gguf_path()), target, settings).record
     found = judge.assess(target)
@@ -106,7 +107,7 @@ def run(root: Path, steps: int) -> dict[str, Any]:
             f"{fraction:g}": results["cycles"][0]["trained"]["perplexity"]
             for fraction, results in forged.items()
         },
-        "control": first["control"][0]["trained"]["perplexity"],
+        "control": first["baseline_cycles"][0]["trained"]["perplexity"],
     }
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cli.options import Json, TemplateKwargs, template_kwargs
+from cli.from_settings import Call, Verb, add_verb
+from engine.config.task_settings import DataSettings, DocstringSettings, PreviewSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,42 +21,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-Files = Annotated[
-    list[Path] | None, typer.Argument(help="Data files, or a folder with a train.jsonl.")
-]
-Data = Annotated[
-    list[Path] | None, typer.Option("--data", help="The same as naming the files; may repeat.")
-]
-Model = Annotated[str | None, typer.Option(help="Also render and tokenise as for this model.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Longest row in tokens.")]
-MinRating = Annotated[
-    int | None, typer.Option(min=1, max=5, help="Leave out rows rated lower, or not at all.")
-]
-Category = Annotated[list[str] | None, typer.Option(help="Only rows of this category; may repeat.")]
-BadLines = Annotated[
-    str, typer.Option(help="fail: stop at a bad row; skip, or skip:5%: leave it out and count it.")
-]
 
-
-@app.command()
-def validate(
-    files: Files = None,
-    data: Data = None,
-    model: Model = None,
-    max_length: MaxLength = 2048,
-    min_rating: MinRating = None,
-    category: Category = None,
-    bad_lines: BadLines = "fail",
-    as_json: Json = False,
-) -> None:
+def validate(call: Call) -> None:
     """Read every row as training would, and tell what would be left out."""
-    rows, read = _read(files, data, min_rating, category, bad_lines)
+    settings = call.read(DataSettings)
+    rows, read = _read(settings)
     report = None
-    if model is not None:
-        tokenizer, vocab_size = _tokenizer(model)
-        report = _build(rows, tokenizer, vocab_size, max_length, bad_lines)[1]
-    if as_json:
-        print(json.dumps({"read": dataclasses.asdict(read), "examples": _asdict(report)}))
+    if settings.model is not None:
+        report = _build(rows, *_tokenizer(settings.model), settings)[1]
+    if call.print_json({"read": dataclasses.asdict(read), "examples": _asdict(report)}):
         return
     for line in read.skipped:
         print(f"skipped {line}")
@@ -71,19 +44,10 @@ def validate(
         print(f"{report.describe()}.")
 
 
-@app.command()
-def stats(
-    files: Files = None,
-    data: Data = None,
-    model: Model = None,
-    max_length: MaxLength = 2048,
-    min_rating: MinRating = None,
-    category: Category = None,
-    bad_lines: BadLines = "fail",
-    as_json: Json = False,
-) -> None:
+def stats(call: Call) -> None:
     """Count rows, turns, categories and ratings; with --model also tokens."""
-    rows, read = _read(files, data, min_rating, category, bad_lines)
+    settings = call.read(DataSettings)
+    rows, read = _read(settings)
     figures: dict[str, Any] = {
         "rows": len(rows),
         "left_out": len(read.skipped) + read.filtered,
@@ -93,33 +57,18 @@ def stats(
         "schema_versions": _counted(row.schema_version for row in rows),
         "characters": _spread([_characters(row) for row in rows]),
     }
-    if model is not None:
-        tokenizer, vocab_size = _tokenizer(model)
-        examples, report = _build(rows, tokenizer, vocab_size, max_length, bad_lines)
+    if settings.model is not None:
+        examples, report = _build(rows, *_tokenizer(settings.model), settings)
         figures["tokens"] = _spread([len(example) for example in examples])
         figures["trained_tokens"] = report.trained_tokens
         figures["all_tokens"] = report.tokens
         figures["truncated"] = report.truncated
         figures["dropped"] = len(report.dropped)
-    if as_json:
-        print(json.dumps(figures))
-    else:
+    if not call.print_json(figures):
         _print_table(figures)
 
 
-@app.command()
-def preview(
-    files: Files = None,
-    data: Data = None,
-    model: Model = None,
-    row: Annotated[int, typer.Option(min=1, help="The first row to show, counted from 1.")] = 1,
-    count: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 1,
-    max_length: MaxLength = 2048,
-    min_rating: MinRating = None,
-    category: Category = None,
-    bad_lines: BadLines = "fail",
-    chat_template_kwargs: TemplateKwargs = None,
-) -> None:
+def preview(call: Call) -> None:
     """Show rows as the model will read them; what is trained stands out.
 
     Without --model the messages are shown as they were read.
@@ -128,50 +77,44 @@ def preview(
 
     from engine.errors import DataError
 
-    rows, _ = _read(files, data, min_rating, category, bad_lines)
-    if row > len(rows):
-        raise DataError(f"There is no row {row}; the data has {len(rows)}. Pass a smaller --row.")
-    chosen = rows[row - 1 : row - 1 + count]
+    settings = call.read(PreviewSettings)
+    rows, _ = _read(settings)
+    first = settings.row - 1
+    if first >= len(rows):
+        raise DataError(
+            f"There is no row {settings.row}; the data has {len(rows)}. Pass a smaller --row."
+        )
+    chosen = rows[first : first + settings.count]
     console = Console(highlight=False)
-    if model is None:
+    if settings.model is None:
         for item in chosen:
             _print_messages(console, item)
         return
-    tokenizer, vocab_size = _tokenizer(model)
-    kwargs = template_kwargs(chat_template_kwargs)
-    examples, report = _build(chosen, tokenizer, vocab_size, max_length, bad_lines, kwargs)
+    tokenizer, vocab_size = _tokenizer(settings.model)
+    kwargs = settings.chat_template_kwargs
+    examples, report = _build(chosen, tokenizer, vocab_size, settings, kwargs)
     for example in examples:
         _print_example(console, example, tokenizer)
     for line in report.dropped:
         print(f"dropped {line}")
 
 
-@app.command()
-def docstrings(
-    output_dir: Annotated[Path, typer.Option(help="Where train.jsonl and heldout.jsonl go.")],
-    limit: Annotated[int | None, typer.Option(min=2, help="Most rows of both together.")] = None,
-    heldout_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Share of modules to hold out.")
-    ] = 0.15,
-) -> None:
+def docstrings(call: Call) -> None:
     """Make prompt/response rows from the Python standard library's docstrings."""
     from engine.data.docstrings import write_docstrings
 
-    train, trained, heldout, held = write_docstrings(output_dir, limit, heldout_fraction)
-    print(f"{trained:,} rows in {train}")
-    print(f"{held:,} rows in {heldout}, of modules that the first file does not have")
+    asked = call.read(DocstringSettings)
+    train, rows, heldout, others = write_docstrings(
+        asked.output_dir, asked.limit, asked.heldout_fraction
+    )
+    print(f"{rows:,} rows in {train}")
+    print(f"{others:,} rows in {heldout}, of modules that the first file does not have")
 
 
-def _read(
-    files: list[Path] | None,
-    data: list[Path] | None,
-    min_rating: int | None,
-    category: list[str] | None,
-    bad_lines: str,
-) -> tuple[list["Row"], "ReadReport"]:
+def _read(settings: DataSettings) -> tuple[list["Row"], "ReadReport"]:
     from engine.data.dataset import read_rows
 
-    return read_rows([*(files or []), *(data or [])], min_rating, category, bad_lines)
+    return read_rows(settings.data, settings.min_rating, settings.category, settings.bad_lines)
 
 
 def _tokenizer(model: str) -> tuple["Tokenizer", int]:
@@ -186,15 +129,14 @@ def _build(
     rows: Sequence["Row"],
     tokenizer: "Tokenizer",
     vocab_size: int,
-    max_length: int,
-    bad_lines: str,
+    settings: DataSettings,
     kwargs: dict[str, Any] | None = None,
 ) -> tuple[list["Example"], "Report"]:
     from engine.data.examples import build_examples, check_ids
 
-    bad_rows = "fail" if bad_lines == "fail" else "skip"
+    bad_rows = "fail" if settings.bad_lines == "fail" else "skip"
     examples, report = build_examples(
-        rows, tokenizer, max_length, template_kwargs=kwargs, bad_rows=bad_rows
+        rows, tokenizer, settings.max_length, template_kwargs=kwargs, bad_rows=bad_rows
     )
     check_ids(examples, vocab_size)
     return examples, report
@@ -264,3 +206,9 @@ def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer
         trained = [index for index, mark in zip(ids, marks, strict=True) if mark]
         decoded = tokenizer.decode(trained, skip_special_tokens=False)
         console.print(Text(f"trained: {decoded!r}"))
+
+
+for verb, run in (("validate", validate), ("stats", stats)):
+    add_verb(app, Verb(f"data {verb}", (DataSettings,), words="data"), run)
+add_verb(app, Verb("data preview", (PreviewSettings,), words="data", json=False), preview)
+add_verb(app, Verb("data docstrings", (DocstringSettings,), json=False), docstrings)

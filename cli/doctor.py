@@ -1,18 +1,15 @@
 """`engine doctor`: what this machine and installation can do."""
 
-import json
-
 import typer
 
-from cli.options import Json
+from cli.from_settings import Call, Verb, add_verb
 
 app = typer.Typer(add_completion=False)
 
 _MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
 
-@app.command(name="doctor")
-def doctor(as_json: Json = False) -> int:
+def doctor(call: Call) -> int:
     """Check Python, torch, Triton, CUDA, memory, disk, package versions and extras.
 
     Exit status 1 if something keeps the engine from training at all.
@@ -20,10 +17,11 @@ def doctor(as_json: Json = False) -> int:
     from engine.doctor import examine
 
     checks = examine()
-    if as_json:
-        print(json.dumps([check.__dict__ for check in checks]))
-    else:
+    if not call.print_json([check.__dict__ for check in checks]):
         width = max(len(check.name) for check in checks)
         for check in checks:
             print(f"{_MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
     return int(any(check.status == "problem" for check in checks))
+
+
+add_verb(app, Verb("doctor"), doctor)

@@ -143,12 +143,11 @@ def _usage_message(error: Any) -> str:
         message = str(error.format_message()).rstrip(".")
         return message if message.endswith("?") else f"{message}."
     near = difflib.get_close_matches(option, error.possibilities or [], n=1)
-    if str(error.ctx.info_name).endswith(" train"):
-        from engine.config.explain import nearest
-        from engine.config.train_config import TrainConfig
+    from engine.config.explain import nearest
 
-        field = nearest(option.lstrip("-").replace("-", "_"), TrainConfig.model_fields)
-        near = [f"--{field.replace('_', '-')}"] if field else near
+    settings = {parameter.name: parameter for parameter in error.ctx.command.params}
+    field = nearest(option.lstrip("-").replace("-", "_"), settings)
+    near = [f"--{field.replace('_', '-')}"] if field else near
     return f"There is no option {option}." + (f" Did you mean {near[0]}?" if near else "")
 
 

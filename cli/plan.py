@@ -3,20 +3,18 @@
 Takes every setting of `engine train`; no data and no weights are read.
 """
 
-import json
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cli.train import _sort_words, _with_settings
-from engine.config.sources import load_config
+from cli.from_settings import Call, Verb, add_verb
+from engine.config.task_settings import PlanSettings
+from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.runs.startup import importing
 
 if TYPE_CHECKING:
-    from engine.config.train_config import TrainConfig
     from engine.memory.estimate import MemoryPlan
     from engine.memory.search import Choice
 
@@ -26,43 +24,23 @@ RATES = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.
 """Tera-operations per second that dense bf16 products reach on a GPU."""
 
 
-def plan(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG.yaml KEY=VALUE", help="As for train.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration file (YAML).")] = None,
-    preset: Annotated[str | None, typer.Option(help="Starting point, as for train.")] = None,
-    max_context: Annotated[
-        bool, typer.Option("--max-context", help="The longest row for GPUs of 6 to 141 GB.")
-    ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="For the time: " + ", ".join(RATES) + ", or its TFLOP/s as a number."),
-    ] = None,
-    sizes: Annotated[
-        bool, typer.Option("--sizes", help="The models known by name, and their parameters.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    **flags: Any,
-) -> int:
+def plan(call: Call) -> int:
     """Plan a run: bytes by owner, peaks of loading, a step and saving, and the time of a step.
 
     --model also takes a name such as llama-3.1-8b, whose shape is known. With --memory-budget the
     fastest settings that fit are chosen.
     """
-    if sizes:
-        return _show_sizes(as_json)
-    file, overrides = _sort_words(words or [], config)
-    given = {key: value for key, value in flags.items() if value not in (None, [], ())}
-    given.setdefault("data", ["-"])
-    settings = load_config(file, preset=preset, flags=given, overrides=overrides)
+    options = call.read(PlanSettings)
+    if options.sizes:
+        return _show_sizes(call)
+    settings = call.read(TrainConfig)
     with importing():
         from engine.plan import Target, find_target, report
 
     target: Target = find_target(settings)
-    rate = _rate(gpu) if gpu else target.rate()
-    if max_context:
-        return _show_contexts(settings, target, as_json)
+    rate = _rate(options.gpu) if options.gpu else target.rate()
+    if options.max_context:
+        return _show_contexts(settings, target, call)
     started = time.perf_counter()
     choice: Choice | None = None
     if settings.memory_budget is not None:
@@ -72,18 +50,18 @@ def plan(
     planned: MemoryPlan = target.plan(settings) if choice is None else choice.plan
     seconds = time.perf_counter() - started
     made = report(target, planned, choice, rate, seconds)
-    print(json.dumps(made.as_dict()) if as_json else made.text())
+    if not call.print_json(made.as_dict()):
+        print(made.text())
     return 0
 
 
-def _show_sizes(as_json: bool) -> int:
+def _show_sizes(call: Call) -> int:
     from engine.memory.model_shapes import NAMES, preset_config
     from models.tensor_names import parameter_count
 
     known = {name: model for name in NAMES if (model := preset_config(name)) is not None}
     counts = {name: parameter_count(model) for name, model in known.items()}
-    if as_json:
-        print(json.dumps({"parameters": counts}))
+    if call.print_json({"parameters": counts}):
         return 0
     print(f"{'model':<24}{'parameters':>17}  kind, layers x width")
     for name, model in known.items():
@@ -108,12 +86,11 @@ def _rate(gpu: str) -> float:
     return rate * 1e12
 
 
-def _show_contexts(settings: "TrainConfig", target: Any, as_json: bool) -> int:
+def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     from engine.memory.search import context_table
 
     table = context_table(settings, target.plan, target.longest_row)
-    if as_json:
-        print(json.dumps({"max_context": {str(row.gigabytes): row.tokens for row in table}}))
+    if call.print_json({"max_context": {str(row.gigabytes): row.tokens for row in table}}):
         return 0
     print(f"{target.title}, one row, {settings.method}, all that saves memory")
     print(f"{'GB':>5}  tokens")
@@ -123,4 +100,8 @@ def _show_contexts(settings: "TrainConfig", target: Any, as_json: bool) -> int:
     return 0
 
 
-app.command(name="plan")(_with_settings(plan))
+add_verb(
+    app,
+    Verb("plan", (PlanSettings, TrainConfig), presets=True, defaults=(("data", ["-"]),)),
+    plan,
+)

@@ -1,31 +1,23 @@
 """`engine status`: how far a run is, from its files alone."""
 
-import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from cli.options import Json
+from cli.from_settings import Call, Verb, add_verb
+from engine.config.task_settings import StatusSettings
 
 app = typer.Typer(add_completion=False)
 
 
-@app.command(name="status")
-def status(
-    run: Annotated[
-        str, typer.Argument(help="Run directory, or a run's name under runs/; else the newest.")
-    ] = "",
-    tail: Annotated[int, typer.Option(min=0, help="Also show the log's last lines.")] = 0,
-    as_json: Json = False,
-) -> None:
+def status(call: Call) -> None:
     """How far a run is: progress, loss, speed, time left, and whether it is alive."""
+    settings = call.read(StatusSettings)
     from engine.status import describe_status, find_run, read_status
 
-    directory = find_run(run, Path("runs"))
-    found = read_status(directory, tail)
-    if as_json:
-        print(json.dumps(found))
-        return
-    for line in describe_status(found):
-        print(line)
+    state = read_status(find_run(settings.run, Path("runs")), settings.tail)
+    if not call.print_json(state):
+        print("\n".join(describe_status(state)))
+
+
+add_verb(app, Verb("status", (StatusSettings,), words="run"), status)

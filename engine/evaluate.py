@@ -1,114 +1,52 @@
-"""Perplexity over trained tokens: exp(sum of losses / number of tokens), padding never counted."""
+"""`engine eval`: the perplexity of a model on rows of data."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from models.decoder import Decoder
-
-if TYPE_CHECKING:
-    from engine.config.choices import Quantization
-    from engine.data.examples import Example
-
-_TOKENS_PER_BATCH = 2048
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """`loss` is the mean over `tokens` trained tokens, in nats; `perplexity` its exponential."""
-
-    perplexity: float
-    loss: float
-    tokens: int
-    rows: int
-    seconds: float
-
-
-def by_tokens(examples: Iterable[Example], budget: int) -> Iterator[list[Example]]:
-    """Consecutive examples with at most `budget` tokens together, at least one at a time."""
-    group: list[Example] = []
-    size = 0
-    for example in examples:
-        if group and size + len(example) > budget:
-            yield group
-            group, size = [], 0
-        group.append(example)
-        size += len(example)
-    if group:
-        yield group
-
-
-@torch.no_grad()
-def evaluate_examples(
-    model: Decoder, examples: Sequence[Example], tokens_per_batch: int = _TOKENS_PER_BATCH
-) -> EvalResult:
-    """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was."""
-    from engine.data.loader import collate
-
-    started, was_training = time.perf_counter(), model.training
-    model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
-        batch = collate(group)
-        loss = model.loss(
-            batch.input_ids.to(model.ids_device),
-            batch.labels.to(model.device),
-            batch.cu_seqlens.to(model.device),
-            num_items=1,
-        )
-        total += loss.double().cpu()
-        tokens += batch.trained_tokens
-    model.train(was_training)
-    mean = float(total) / max(tokens, 1)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return EvalResult(perplexity, mean, tokens, len(examples), time.perf_counter() - started)
+from engine.config.task_settings import EvalSettings
+from engine.data.dataset import load_rows
+from engine.data.examples import build_examples, check_ids
+from engine.device import resolve_device
+from engine.inference.loading import load_decoder
+from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
+from engine.model_sources.open import open_model_source
+from engine.tokenization.tokenizer import load_tokenizer
 
 
 def evaluate(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
     adapter: str | Path | None = None,
-    *,
-    batch_size: int | None = None,
-    max_length: int = 2048,
-    quantize: Quantization | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    min_rating: int | None = None,
-    category: str | None = None,
-    limit_rows: int | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> EvalResult:
     """Perplexity of a model, with an adapter or without, on the rows of `data`.
+
+    `options` are the other settings of `EvalSettings`. Raises as `evaluate_with`.
+    """
+    paths = data if isinstance(data, str | Path) else list(data)
+    given: dict[str, Any] = {"model": model, "data": paths, "adapter": adapter}
+    return evaluate_with(EvalSettings(**given, **options))
+
+
+def evaluate_with(settings: EvalSettings) -> EvalResult:
+    """Perplexity as `settings` ask for it.
 
     `batch_size` only bounds memory (rows of up to `max_length` tokens at a time); the result does
     not depend on it. Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
-    from engine.data.dataset import load_rows
-    from engine.data.examples import build_examples, check_ids
-    from engine.device import resolve_device, resolve_dtype
-    from engine.model_sources.load_model import attach_adapter, build_model
-    from engine.model_sources.open import open_model_source
-    from engine.tokenization.tokenizer import load_tokenizer
-
-    where = resolve_device(device)
-    source = open_model_source(model)
-    rows = load_rows(data, min_rating=min_rating, category=category)[:limit_rows]
+    resolve_device(settings.device)  # refused before any file is read
+    source = open_model_source(settings.model)
+    rows = load_rows(settings.data, min_rating=settings.min_rating, category=settings.category)
     examples, _ = build_examples(
-        rows, load_tokenizer(source), max_length, template_kwargs=template_kwargs
+        rows[: settings.limit_rows],
+        load_tokenizer(source),
+        settings.max_length,
+        template_kwargs=settings.chat_template_kwargs,
     )
     check_ids(examples, source.config.vocab_size)
-    decoder = build_model(
-        source, quantization=quantize, device=where, dtype=resolve_dtype(dtype, where)
-    )
-    if adapter is not None:
-        attach_adapter(decoder, adapter)
-    budget = batch_size * max_length if batch_size else _TOKENS_PER_BATCH
-    return evaluate_examples(decoder, examples, budget)
+    decoder = load_decoder(source, settings)
+    tokens = settings.batch_size * settings.max_length if settings.batch_size else TOKENS_PER_BATCH
+    return evaluate_examples(decoder, examples, tokens)

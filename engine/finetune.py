@@ -23,7 +23,7 @@ from engine.data.examples import Example
 from engine.data.loader import Batch
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError
-from engine.evaluate import EvalResult, evaluate_examples
+from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import build_for

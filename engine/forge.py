@@ -1,16 +1,16 @@
-"""`forge`: cycles of pruning and recovery, each judged by the model that was saved.
+"""`engine forge`: cycles of pruning and recovery, each judged by the model that was saved.
 
     baseline            the model as it is
     cycle k   prune     heads of the model so far, by their importance
               pruned    the pruned model, read back and evaluated
-              train     LoRA or QLoRA on the pruned model, after the heads are gone
+              train     LoRA or QLoRA on the pruned model, after the heads are pruned
               merge     onto the 16-bit weights, tensor by tensor
               trained   the merged model, read back and evaluated
-    control k           the same training from the same start without pruning, if asked for
+    baseline k          the same training from the same start without pruning, if asked for
 
 A cycle that leaves the model worse than the one before it by more than 10 % and more than 1.0 of
 perplexity is the last. Every step is a stage (`engine.forging.stages`): a job that was killed goes
-on where it was. The control tells what the training alone is worth.
+on where it was. The trained baseline tells what the training alone is worth.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import json
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
+from engine.config.task_settings import ForgeSettings
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings
@@ -37,7 +37,7 @@ from engine.merge import merge
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 
@@ -50,39 +50,21 @@ DOMAINS = ("docstrings",)
 WORSE_SHARE, WORSE_PERPLEXITY = 0.10, 1.0
 
 
-@dataclass(frozen=True)
-class ForgeSettings:
-    """One job.
+RENAMED = {**TrainConfig.renamed, **ForgeSettings.renamed}
+"""Earlier names of settings, which an older job's directory has."""
 
-    `training` holds model, rows and everything else that a fine-tuning of one cycle needs; its
-    output directory is not used. `pruning.fraction` is of the heads that are left, in every cycle.
-    With `distill` training learns the probabilities of the model that was not pruned instead of the
-    rows' tokens. `keep_pruned` keeps the pruned models that were trained on.
-    """
 
-    output_dir: Path
-    training: TrainConfig
-    pruning: PruneSettings
-    cycles: int = 1
-    control: bool = False
-    heldout: float = 0.1
-    heldout_rows: int | None = None
-    samples: int = 3
-    domain: str | None = None
-    distill: bool = False
-    keep_pruned: bool = False
-
-    def identity(self) -> dict[str, Any]:
-        """What decides the results, as JSON has it."""
-        training = self.training.model_dump(mode="json", exclude={"output_dir", "run_id", "resume"})
-        pruning = {
-            key: [str(item) for item in value] if isinstance(value, list | tuple) else value
-            for key, value in asdict(self.pruning).items()
-        }
-        names = ("cycles", "control", "heldout", "heldout_rows", "samples", "domain", "distill")
-        rest = {name: getattr(self, name) for name in names}
-        model = open_model_source(self.training.model, self.training.revision)
-        return {"training": training, "pruning": pruning, **rest, "model_digest": model.digest()}
+def identity(settings: ForgeSettings) -> dict[str, Any]:
+    """What decides the results of a job, as JSON has it."""
+    names = ("cycles", "baseline", "heldout", "heldout_rows", "samples", "domain", "distill")
+    training = {"output_dir", "run_id", "resume"}
+    model = open_model_source(settings.training.model, settings.training.revision)
+    return {
+        "training": settings.training.model_dump(mode="json", exclude=training),
+        "pruning": settings.pruning.model_dump(mode="json"),
+        **{name: getattr(settings, name) for name in names},
+        "model_digest": model.digest(),
+    }
 
 
 def forge(settings: ForgeSettings, *, resume: bool = False) -> dict[str, Any]:
@@ -91,9 +73,7 @@ def forge(settings: ForgeSettings, *, resume: bool = False) -> dict[str, Any]:
     Raises `ConfigError` for settings that cannot be met or that differ from those of the job in the
     directory, and what pruning, training and evaluation raise.
     """
-    if settings.cycles < 1:
-        raise ConfigError(f"--cycles is {settings.cycles}; it should be at least 1.")
-    job = Stages(settings.output_dir, settings.identity(), resume=resume)
+    job = Stages(settings.output_dir, identity(settings), resume=resume, renamed=RENAMED)
     lock = DirectoryLock(settings.output_dir)
     try:
         return _Forge(settings, job).run()
@@ -130,11 +110,11 @@ class _Forge:
                 log.warning("%s", stopped)
                 break
             current, before = cycle["trained"]["model"], cycle["trained"]
-        control = self._control(len(cycles)) if self.settings.control else []
+        trained = self._train_baseline(len(cycles)) if self.settings.baseline else []
         results = {
             "baseline": baseline,
             "cycles": cycles,
-            "control": control,
+            "baseline_cycles": trained,
             "stopped": stopped,
             "model": current,
             "engine_version": version(),
@@ -148,25 +128,25 @@ class _Forge:
         folder.mkdir(exist_ok=True)
         files = _domain(self.settings.domain, folder)
         if len(files) == 2:
-            rows, held = load_rows(files[0]), load_rows(files[1])
+            rows, heldout = load_rows(files[0]), load_rows(files[1])
         else:
             rows = load_rows(files or list(config.data), config.min_rating, config.category)
             if config.eval_data:
-                held = load_rows(list(config.eval_data))
+                heldout = load_rows(list(config.eval_data))
             else:
-                rows, held = split_heldout(rows, self.settings.heldout, config.seed)
-        rows, held = rows[: config.limit_rows], held[: self.settings.heldout_rows]
-        if not held:
+                rows, heldout = split_heldout(rows, self.settings.heldout, config.seed)
+        rows, heldout = rows[: config.limit_rows], heldout[: self.settings.heldout_rows]
+        if not heldout:
             raise ConfigError("No rows are held out; give --eval-data, or more rows to split.")
-        train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
-        _write_rows(train, rows)
-        _write_rows(heldout, held)
-        prompts = [prompt for row in held if (prompt := _prompt(row)) is not None]
+        train_file, heldout_file = folder / "train.jsonl", folder / "heldout.jsonl"
+        _write_rows(train_file, rows)
+        _write_rows(heldout_file, heldout)
+        prompts = [prompt for row in heldout if (prompt := _prompt(row)) is not None]
         return {
-            "train": str(train),
+            "train": str(train_file),
             "rows": len(rows),
-            "heldout": str(heldout),
-            "heldout_rows": len(held),
+            "heldout": str(heldout_file),
+            "heldout_rows": len(heldout),
             "prompts": prompts[: self.settings.samples],
         }
 
@@ -186,7 +166,7 @@ class _Forge:
         target.parent.mkdir(exist_ok=True)
         settings = self.settings.pruning
         if settings.metric in METRICS_WITH_DATA and not settings.data:
-            settings = replace(settings, data=(self.train_file,))
+            settings = settings.model_copy(update={"data": (str(self.train_file),)})
         if not target.exists():  # it appears when it is complete
             prune(source, target, settings)
         record = json.loads((target / PRUNING).read_text())
@@ -222,16 +202,16 @@ class _Forge:
         self.job.run(f"{name}-merge", join)
         return {"train": metrics, "trained": self.job.run(name, lambda: self.judge.assess(merged))}
 
-    def _control(self, cycles: int) -> list[dict[str, Any]]:
+    def _train_baseline(self, cycles: int) -> list[dict[str, Any]]:
         """The same training, cycle by cycle, of the model that was never pruned."""
-        source, found = self.settings.training.model, []
+        source, assessed = self.settings.training.model, []
         for number in range(1, cycles + 1):
-            name = f"control-{number}"
+            name = f"baseline-{number}"
             entry = self._train(name, source, self.root / name)
             log.info("%s: perplexity %.3f", name, entry["trained"]["perplexity"])
-            found.append(entry)
+            assessed.append(entry)
             source = entry["trained"]["model"]
-        return found
+        return assessed
 
 
 def _domain(domain: str | None, folder: Path) -> list[Path]:
@@ -244,10 +224,10 @@ def _domain(domain: str | None, folder: Path) -> list[Path]:
     if domain == "docstrings":
         train, _, heldout, _ = write_docstrings(folder / "docstrings")
         return [train, heldout]
-    place = Path(domain)
-    if place.is_file():
-        return [place]
-    files = [place / "train.jsonl", place / "heldout.jsonl"]
+    path = Path(domain)
+    if path.is_file():
+        return [path]
+    files = [path / "train.jsonl", path / "heldout.jsonl"]
     if not all(file.is_file() for file in files):
         raise ConfigError(
             f"--domain is {domain!r}; expected {', '.join(DOMAINS)}, a file of rows, or a folder "

@@ -17,11 +17,11 @@ from typing import get_args
 
 import torch
 
-from engine.config.choices import MergeOnto
+from engine.config.choices import MAX_SHARD_SIZE, MergeOnto
 from engine.errors import CheckpointError, ConfigError, listing
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
 from engine.model_sources.expert_tensors import StoredExperts
-from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from kernels.linear.dora import scale_rows_

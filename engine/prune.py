@@ -1,4 +1,4 @@
-"""`prune`: score the heads of a model, choose, and write the pruned model.
+"""`engine prune`: score the heads of a model, choose, write the pruned model.
 
 The model's tensors are read one at a time for the scores and once more for the output, which
 appears under its name when it is complete: a model directory with `pruning.json` and a heat map.
@@ -8,24 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from engine.config.choices import (
-    METRICS,
-    METRICS_WITH_DATA,
-    PRUNE_MODES,
-    QUANTIZATIONS,
-    Granularity,
-    HeadKind,
-    Metric,
-    PruneMode,
-    Quantization,
-    Scope,
-)
+from engine.config.choices import METRICS_WITH_DATA
+from engine.config.task_settings import PruneSettings
 from engine.errors import ConfigError
-from engine.model_sources.export import MAX_SHARD_SIZE, WrittenModel, write_directory
+from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import (
@@ -54,47 +44,6 @@ from models.head_slices import HeadSlices
 
 log = logging.getLogger(__name__)
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "metric": METRICS,
-    "mode": PRUNE_MODES,
-    "heads": get_args(HeadKind),
-    "scope": get_args(Scope),
-    "granularity": get_args(Granularity),
-    "quantize": (None, *QUANTIZATIONS),
-}
-
-
-@dataclass(frozen=True)
-class PruneSettings:
-    """Everything that decides which heads go and how. `protect` counts from the end below 0.
-
-    With `per_layer` a structural cut may take another number out of each layer; no other program
-    loads what is written then.
-
-    `data`, `calibration_rows`, `max_length`, `device` and `dtype` are of the metrics that run the
-    model; with `quantize` the values are scored that a model quantised so computes with.
-    """
-
-    fraction: float
-    metric: Metric = "l2"
-    mode: PruneMode = "zero"
-    heads: HeadKind = "attention"
-    scope: Scope = "global"
-    granularity: Granularity = "head"
-    min_heads: int = 1
-    min_kv_heads: int = 1
-    protect: Sequence[int] = ()
-    per_layer: bool = False
-    allow_shortfall: bool = False
-    seed: int = 0
-    data: Sequence[str | Path] = ()
-    calibration_rows: int = 64
-    max_length: int = 512
-    quantize: Quantization | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    max_shard_size: int = field(default=MAX_SHARD_SIZE)
-
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -110,19 +59,10 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
     Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
     `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
     """
-    for name, known in _CHOICES.items():
-        if getattr(settings, name) not in known:
-            found, listed = getattr(settings, name), ", ".join(map(str, known))
-            raise ConfigError(f"{name} is {found!r}; expected one of {listed}.")
     if settings.metric in METRICS_WITH_DATA and not settings.data:
         raise ConfigError(
             f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "
             "with --data, or use --metric l2 or ov, which need none."
-        )
-    if settings.per_layer and (settings.mode, settings.heads) != ("structural", "attention"):
-        raise ConfigError(
-            "--per-layer lets a structural cut take another number of attention heads out of each "
-            "layer: it goes with --mode structural, and not with --heads delta."
         )
     if output is not None:
         durable.refuse_occupied(Path(output))
@@ -146,7 +86,7 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
         record["loads_in"] = LOADS_IN
     if settings.metric in METRICS_WITH_DATA:
         record["calibration_rows"] = settings.calibration_rows
-        record["data"] = [str(path) for path in settings.data]
+        record["data"] = list(settings.data)
     if output is None:
         return PruneResult(record, None)
     return _write(source, Path(output), settings, scored, choice, record)
@@ -180,7 +120,7 @@ def _scores(
         from engine.pruning.calibration import Calibration, measured_scores
 
         calibration = Calibration(
-            tuple(map(str, settings.data)),
+            settings.data,
             rows=settings.calibration_rows,
             max_length=settings.max_length,
             quantize=settings.quantize,

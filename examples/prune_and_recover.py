@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import engine
+from engine.config.task_settings import PruneSettings
 from engine.evaluate import evaluate
 from engine.merge import merge
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # `activation` measures what each head adds, on rows; `l2`, of the weights alone, can do worse
     # than chance.
-    settings = PruneSettings(given.fraction, metric="activation", data=[given.data])
+    settings = PruneSettings(fraction=given.fraction, metric="activation", data=[given.data])
     record = prune(given.model, pruned, settings).record
     print(f"pruned {record['heads']['removed']} of {record['heads']['before']} heads")
     after = perplexity(pruned)

@@ -1,4 +1,4 @@
-"""The names that other trainers give to the settings of `TrainConfig`.
+"""Names that other trainers give to the settings of `TrainConfig`.
 
 Someone who comes with a configuration of axolotl, LLaMA-Factory, TRL, torchtune, litgpt, mlx-lm or
 unsloth should not have to rename it. A key that has no counterpart here gets a hint where one
@@ -108,9 +108,6 @@ _BY_FIELD: dict[str, tuple[str, ...]] = {
         "grad_checkpoint",
         "use_gradient_checkpointing",
     ),
-    "mlp_tile_tokens": ("mlp_tile_rows",),
-    "loss_chunk_tokens": ("loss_chunk_rows",),
-    "low_memory_decode": ("decode_singly",),
     "dtype": ("compute_dtype", "precision", "torch_dtype"),
     "seed": ("random_seed", "random_state"),
     "threads": ("num_threads", "torch_threads"),

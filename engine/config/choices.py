@@ -37,3 +37,5 @@ HeadKind = Literal["attention", "delta"]
 Scope = Literal["global", "layer"]
 Granularity = Literal["head", "kv-group"]
 MergeOnto = Literal["original", "dequantised"]
+MAX_SHARD_SIZE = 5 * 10**9
+"""Bytes of the largest file of a model that is written, where nothing else is asked for."""

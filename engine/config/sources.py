@@ -1,4 +1,6 @@
-"""Where a configuration comes from: preset, file, flags, then `key=value` overrides, the last wins.
+"""Where settings come from: preset, file, flags, `key=value` words.
+
+The later source wins.
 
 Every value remembers its source (`run.yaml:12`, `--learning-rate`, `preset cpu-demo`), so that an
 error can say where to look. Two habits of YAML 1.1 are undone: `1e-4` is a number here and not a
@@ -8,15 +10,18 @@ them). A key that appears twice, in one mapping or under two of its names, is an
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from engine.config.aliases import ALIASES, GROUPS, HINTS
 from engine.config.explain import Setting, describe, nearest
 from engine.config.presets import PRESETS
+from engine.config.settings import Settings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 
@@ -45,6 +50,52 @@ _Loader.add_implicit_resolver(
 )
 
 
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The settings that a verb knows, by name, and their other names."""
+
+    verb: str
+    fields: Mapping[str, FieldInfo]
+    renamed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, verb: str, *tables: type[Settings]) -> Self:
+        """The settings of several tables; of two with one name the first table's counts."""
+        fields: dict[str, FieldInfo] = {}
+        renamed: dict[str, str] = {}
+        for table in tables:
+            fields = {**table.model_fields, **fields}
+            renamed |= table.renamed
+        return cls(verb, fields, renamed)
+
+    def field_for(self, key: str, source: str) -> str:
+        """The field that `key` names: itself, an alias, or the end of a dotted path in a group.
+
+        Raises `ConfigError` with the nearest name for a key that names nothing.
+        """
+        plain = key.replace("-", "_").lower()
+        candidates = [plain, plain.replace(".", "_")]
+        group, _, leaf = plain.rpartition(".")
+        if group.split(".")[-1] in GROUPS:
+            candidates.append(leaf)
+        for candidate in candidates:
+            for name in (candidate, self.renamed.get(candidate), ALIASES.get(candidate)):
+                if name is not None and name in self.fields:
+                    return name
+        hint = HINTS.get(leaf)
+        if hint is None:
+            near = nearest(plain, self.fields) or nearest(leaf, self.fields)
+            hint = f"`engine {self.verb} --help` lists the settings"
+            hint = f"did you mean `{near}`" if near else hint
+        raise ConfigError(f"{source}: there is no setting `{key}`; {hint}.")
+
+
+TRAIN = Vocabulary.of("train", TrainConfig)
+
+
 def load_config(
     file: Path | str | None = None,
     *,
@@ -52,13 +103,26 @@ def load_config(
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
 ) -> TrainConfig:
-    """The configuration made of all sources, the later ones winning.
+    """The `TrainConfig` made of all sources, the later ones winning; raises as `gather` does."""
+    given = gather(TRAIN, file, preset=preset, flags=flags, overrides=overrides)
+    return build(TrainConfig, given)
+
+
+def gather(
+    known: Vocabulary,
+    file: Path | str | None = None,
+    *,
+    preset: str | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Setting]:
+    """Every value that was given, by field name, the later sources winning.
 
     `flags` holds field names with what the user typed; `overrides` holds `key=value` or
     `group.key=value` texts whose values are read as YAML. Raises `ConfigError` for an unreadable
-    file, an unknown key (with a suggestion) and a value that cannot be used, naming its source.
+    file and for an unknown key, with a suggestion.
     """
-    written = read_file(Path(file)) if file is not None else {}
+    written = read_file(Path(file), known) if file is not None else {}
     named = written.pop("preset", None)
     if preset is None and named is not None:
         preset = str(named.value)
@@ -68,20 +132,29 @@ def load_config(
         settings |= {key: Setting(value, source) for key, value in find_preset(preset).items()}
     settings |= written
     for key, value in (flags or {}).items():
-        settings[key] = Setting(value, "--" + key.replace("_", "-"))
+        source = "--" + key.replace("_", "-")
+        settings[known.renamed.get(key, key)] = Setting(value, source)
     for text in overrides:
-        settings |= _read_override(text)
+        settings |= _read_override(text, known)
     limit = settings.get("max_steps")
     if limit and limit.source.startswith("preset ") and "epochs" in settings:
         # Someone who asks for three epochs does not want the preset's end after 60 steps.
         del settings["max_steps"]
+    return settings
+
+
+def build(table: type[S], given: Mapping[str, Setting]) -> S:
+    """The table filled with its part of what was given.
+
+    Raises `ConfigError` naming every value that cannot be used, with its source.
+    """
+    own = {name: setting.value for name, setting in given.items() if name in table.model_fields}
     try:
-        return TrainConfig(**{key: given.value for key, given in settings.items()})
+        return table(**own)
     except ConfigError as error:
         if not isinstance(error.__cause__, ValidationError):
             raise
-        message = describe(error.__cause__, TrainConfig.model_fields, settings)
-        raise ConfigError(message) from None
+        raise ConfigError(describe(error.__cause__, table.model_fields, given)) from None
 
 
 def find_preset(name: str) -> dict[str, Any]:
@@ -93,7 +166,7 @@ def find_preset(name: str) -> dict[str, Any]:
     return PRESETS[name]
 
 
-def read_file(path: Path) -> dict[str, Setting]:
+def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
     """The settings in a YAML (or JSON) file, by field name. Raises `ConfigError`."""
     try:
         if path.stat().st_size > _LONGEST_FILE:
@@ -109,7 +182,7 @@ def read_file(path: Path) -> dict[str, Setting]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1 should hold `key: value` lines and holds something else.")
-        return _collect(_walk(loader, node, ()), path)
+        return _collect(_walk(loader, node, ()), path, known)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from None
     except (ValueError, RecursionError) as error:
@@ -132,11 +205,14 @@ def _walk(
             yield ".".join(path), value, line
 
 
-def _collect(leaves: Iterator[tuple[str, Any, int]], path: Path) -> dict[str, Setting]:
+def _collect(
+    leaves: Iterator[tuple[str, Any, int]], path: Path, known: Vocabulary
+) -> dict[str, Setting]:
     settings: dict[str, Setting] = {}
     for key, value, line in leaves:
         source = f"{path}:{line}"
-        field = "preset" if key == "preset" else field_for(key, source)
+        preset = key == "preset" and "method" in known.fields
+        field = key if preset else known.field_for(key, source)
         if field in settings:
             first = settings[field].source
             raise ConfigError(
@@ -153,7 +229,7 @@ def _yaml_problem(path: Path, error: yaml.YAMLError) -> str:
     return f"{where}: this is not YAML: {what}. Expected `key: value` lines."
 
 
-def _read_override(text: str) -> dict[str, Setting]:
+def _read_override(text: str, known: Vocabulary) -> dict[str, Setting]:
     key, equals, raw = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(
@@ -165,29 +241,7 @@ def _read_override(text: str) -> dict[str, Setting]:
         value = raw
     if isinstance(value, dict):
         value = raw
-    return {field_for(key.strip(), text): Setting(value, text)}
-
-
-def field_for(key: str, source: str) -> str:
-    """The field that `key` names: itself, an alias, or the end of a dotted path under a group.
-
-    Raises `ConfigError` with the nearest name for a key that names nothing.
-    """
-    fields = TrainConfig.model_fields
-    plain = key.replace("-", "_").lower()
-    candidates = [plain, plain.replace(".", "_")]
-    group, _, leaf = plain.rpartition(".")
-    if group.split(".")[-1] in GROUPS:
-        candidates.append(leaf)
-    for candidate in candidates:
-        name = ALIASES.get(candidate, candidate)
-        if name in fields:
-            return name
-    hint = HINTS.get(leaf)
-    if hint is None:
-        near = nearest(plain, fields) or nearest(leaf, fields)
-        hint = f"did you mean `{near}`" if near else "`engine train --help` lists the settings"
-    raise ConfigError(f"{source}: there is no setting `{key}`; {hint}.")
+    return {known.field_for(key.strip(), text): Setting(value, text)}
 
 
 def dump_yaml(config: TrainConfig) -> str:

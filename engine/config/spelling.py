@@ -41,6 +41,8 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
     return BeforeValidator(replace)
 
 
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+BAD_LINES = r"^(fail|skip|skip:\d+(\.\d+)?%)$"
 POLICY = f"({'|'.join(POLICIES)})"
 
 
@@ -83,27 +85,66 @@ def json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return {} if value is None else value
     try:
-        found = json.loads(value)
+        return json.loads(value)
     except ValueError as error:
         raise ValueError(
             f'should be a JSON object such as {{"enable_thinking": false}}: {error}'
         ) from error
-    return found
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_GIGABYTE = 10**9
 
 
 def size_in_bytes(value: Any) -> Any:
     """`"8GiB"` and `"8GB"` as numbers of bytes; 1 GiB is 2^30 and 1 GB 10^9."""
     if not isinstance(value, str):
         return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
-    number, unit, binary = found.groups()
-    power = " kmgt".index(unit.lower() or " ")
-    size = int(float(number) * (1024 if binary else 1000) ** power)
+    size = _bytes(value)
     if size < 1 << 20:
         raise ValueError("is less than 1 MiB; write a unit, such as 8GiB")
     return size
+
+
+def shard_size(value: Any) -> Any:
+    """`"5"` and 5.0 as 5 GB, `"900MB"` as that, and an integer as bytes."""
+    if isinstance(value, str):
+        plain = re.fullmatch(r"\s*\d*\.?\d+\s*", value)
+        return int(float(value) * _GIGABYTE) if plain else _bytes(value)
+    return int(value * _GIGABYTE) if isinstance(value, float) else value
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
+    number, unit, binary = match.groups()
+    power = " kmgt".index(unit.lower() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
+def as_text(value: Any) -> Any:
+    """A path as text."""
+    return str(value) if isinstance(value, Path) else value
+
+
+def none_is_unset(value: Any) -> Any:
+    """`"none"` and `""` as None."""
+    return None if isinstance(value, str) and value.lower() in ("none", "") else value
+
+
+def layer_numbers(value: Any) -> Any:
+    """`"0,1,-1"` as the numbers of layers."""
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        return tuple(int(part) for part in value.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{value!r} is no list of layer numbers, such as 0,1,-1") from error
+
+
+def inner_share(value: float) -> float:
+    """A share between 0 and 1, both left out."""
+    if not 0 < value < 1:
+        raise ValueError("should be a number between 0 and 1, such as 0.2")
+    return value

@@ -8,18 +8,11 @@ Nothing here imports torch, so the command line can show help and report a bad o
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from engine.config.choices import (
     TARGET_PRESETS,
@@ -33,9 +26,11 @@ from engine.config.choices import (
     Schedule,
     Tracker,
 )
-from engine.config.explain import describe
 from engine.config.rules import Facts, broken
+from engine.config.settings import Settings, setting
 from engine.config.spelling import (
+    BAD_LINES,
+    DEVICE,
     DTYPES,
     OPTIMIZERS,
     POLICY,
@@ -48,7 +43,6 @@ from engine.config.spelling import (
     size_in_bytes,
     spelled,
 )
-from engine.errors import ConfigError
 
 # Settings that change where a run writes or what it shows, and never what it learns.
 _NOT_TRAJECTORY = frozenset(
@@ -72,190 +66,186 @@ _NOT_TRAJECTORY = frozenset(
 )
 
 
-def _setting(default: Any, group: str, text: str, **limits: Any) -> Any:
-    return Field(default, description=text, json_schema_extra={"group": group}, **limits)
-
-
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
-    )
+    renamed: ClassVar[Mapping[str, str]] = {
+        "mlp_tile_rows": "mlp_tile_tokens",
+        "loss_chunk_rows": "loss_chunk_tokens",
+        "decode_singly": "low_memory_decode",
+    }
 
-    model: str = _setting(
+    model: str = setting(
         ..., "Model and data", "Hugging Face directory, hub id or .gguf file", min_length=1
     )
-    revision: str | None = _setting(None, "Model and data", "branch, tag or commit of a hub id")
-    teacher: str | None = _setting(
+    revision: str | None = setting(None, "Model and data", "branch, tag or commit of a hub id")
+    teacher: str | None = setting(
         None, "Model and data", "learn this model's next-token probabilities, not the rows' tokens"
     )
-    data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
-        ..., "Model and data", "JSONL or JSON file(s) of rows to train on", min_length=1
+    data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = setting(
+        ...,
+        "Model and data",
+        "JSONL or JSON file(s) of rows to train on",
+        repeat=True,
+        min_length=1,
     )
-    eval_data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = _setting(
-        (), "Model and data", "file(s) of held-out rows, never trained on"
+    eval_data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = setting(
+        (), "Model and data", "file(s) of held-out rows, never trained on", repeat=True
     )
-    heldout: float = _setting(
+    heldout: float = setting(
         0.0, "Model and data", "fraction of the rows to hold out instead", ge=0, lt=1
     )
-    min_rating: int | None = _setting(
+    min_rating: int | None = setting(
         None, "Model and data", "leave out rows rated lower", ge=1, le=5
     )
-    category: str | None = _setting(None, "Model and data", "only rows of this category")
-    bad_lines: str = _setting(
+    category: str | None = setting(None, "Model and data", "only rows of this category")
+    bad_lines: str = setting(
         "fail",
         "Model and data",
         "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
-        pattern=r"^(fail|skip|skip:\d+(\.\d+)?%)$",
+        pattern=BAD_LINES,
     )
-    limit_rows: int | None = _setting(None, "Model and data", "only the first N rows", ge=1)
-    system_prompt: str | None = _setting(
+    limit_rows: int | None = setting(None, "Model and data", "only the first N rows", ge=1)
+    system_prompt: str | None = setting(
         None, "Model and data", "system message put before rows that have none"
     )
 
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = _setting(
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
         {}, "Model and data", 'further variables of the chat template: {"enable_thinking": false}'
     )
 
-    output_dir: Path | None = _setting(None, "Run", "run directory; by default runs/<run-id>")
-    run_id: str | None = _setting(
+    output_dir: Path | None = setting(None, "Run", "run directory; by default runs/<run-id>")
+    run_id: str | None = setting(
         None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
     )
-    resume: str | None = _setting(
+    resume: str | None = setting(
         None, "Run", "auto, or a checkpoint directory: go on from there", min_length=1
     )
-    overwrite: bool = _setting(False, "Run", "replace an earlier run in the same directory")
-    checkpoint_every: int = _setting(
+    overwrite: bool = setting(False, "Run", "replace an earlier run in the same directory")
+    checkpoint_every: int = setting(
         100, "Run", "steps between checkpoints; 0 for one at the end", ge=0
     )
-    keep_checkpoints: int = _setting(2, "Run", "how many of the newest checkpoints to keep", ge=2)
-    eval_every: int = _setting(
+    keep_checkpoints: int = setting(2, "Run", "how many of the newest checkpoints to keep", ge=2)
+    eval_every: int = setting(
         0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
     )
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(comma_list)] = _setting(
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(comma_list)] = setting(
         (), "Run", "trackers to report to: tensorboard, wandb"
     )
-    plot: bool = _setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
-    log_level: LogLevel = _setting(
+    plot: bool = setting(True, "Run", "draw the loss curve at the end (needs the extra `plot`)")
+    log_level: LogLevel = setting(
         "INFO", "Run", "what the console shows; the log file always holds DEBUG"
     )
-    log_every: int = _setting(
+    log_every: int = setting(
         10, "Run", "steps between lines when the console is not a terminal", ge=1
     )
 
-    method: Annotated[Method, spelled({})] = _setting(
+    method: Annotated[Method, spelled({})] = setting(
         "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
     )
-    lora_rank: int = _setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
-    lora_alpha: float = _setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
-    lora_dropout: float = _setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
-    use_rslora: bool = _setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
-    use_dora: bool = _setting(
+    lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
+    lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
+    lora_dropout: float = setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
+    use_rslora: bool = setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
+    use_dora: bool = setting(
         False, "Adapter", "learn the length of each weight row apart from its direction (DoRA)"
     )
-    target_modules: str | tuple[str, ...] = _setting(
+    target_modules: str | tuple[str, ...] = setting(
         "all", "Adapter", "all, attn, qv, or projections with commas between them"
     )
-    init_adapter: Path | None = _setting(None, "Adapter", "an earlier adapter to train on from")
-    double_quant: bool = _setting(True, "Adapter", "quantise the NF4 scales again")
+    init_adapter: Path | None = setting(None, "Adapter", "an earlier adapter to train on from")
+    double_quant: bool = setting(True, "Adapter", "quantise the NF4 scales again")
 
-    learning_rate: float = _setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
-    lr_schedule: Annotated[Schedule, spelled({})] = _setting(
+    learning_rate: float = setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
+    lr_schedule: Annotated[Schedule, spelled({})] = setting(
         "cosine", "Optimisation", "shape after the warm-up"
     )
-    warmup_ratio: float | None = _setting(
+    warmup_ratio: float | None = setting(
         None, "Optimisation", "share of the steps that warm up (0.03 if neither is set)", ge=0, lt=1
     )
-    warmup_steps: int | None = _setting(None, "Optimisation", "steps that warm up", ge=0)
-    weight_decay: float = _setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
-    betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = _setting(
+    warmup_steps: int | None = setting(None, "Optimisation", "steps that warm up", ge=0)
+    weight_decay: float = setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
+    betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = setting(
         (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
     )
-    eps: float = _setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
-    max_grad_norm: float = _setting(
+    eps: float = setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
+    max_grad_norm: float = setting(
         1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
     )
-    optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = _setting(
+    optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = setting(
         "adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments"
     )
-    optimizer_in_backward: bool = _setting(
+    optimizer_in_backward: bool = setting(
         False,
         "Length and memory",
         "method full: update each layer as its gradients come, so that they never exist all at "
         "once; needs --max-grad-norm 0 and --accumulate 1",
     )
-    nonfinite: str = _setting(
+    nonfinite: str = setting(
         "stop",
         "Optimisation",
         "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
         pattern=r"^(stop|skip:[1-9]\d{0,5})$",
     )
 
-    epochs: int = _setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
-    max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = _setting(
+    epochs: int = setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
+    max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = setting(
         None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
     )
-    batch_size: int = _setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
-    accumulate: int = _setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
-    max_length: int = _setting(
+    batch_size: int = setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
+    accumulate: int = setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
+    max_length: int = setting(
         2048, "Length and memory", "longest row in tokens; longer ones are cut", ge=8, le=1 << 20
     )
-    packing: bool = _setting(
+    packing: bool = setting(
         False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
     )
-    gradient_checkpointing: Annotated[str, BeforeValidator(checkpointing_policies)] = _setting(
+    gradient_checkpointing: Annotated[str, BeforeValidator(checkpointing_policies)] = setting(
         "auto",
         "Length and memory",
         "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
         "little as memory allows",
         pattern=rf"^(auto|({POLICY}:[1-9]\d*,)*{POLICY}(:[1-9]\d*)?)$",
     )
-    mlp_tile_tokens: int | None = _setting(
+    mlp_tile_tokens: int | None = setting(
         None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
-    low_memory_decode: bool = _setting(
+    low_memory_decode: bool = setting(
         False, "Length and memory", "hold one decoded weight at a time, not a group of them"
     )
-    loss_chunk_tokens: int = _setting(
+    loss_chunk_tokens: int = setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )
-    head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = _setting(
+    head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = setting(
         "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
     )
-    embedding_on: Annotated[EmbeddingOn, spelled({"cpu": "host"})] = _setting(
+    embedding_on: Annotated[EmbeddingOn, spelled({"cpu": "host"})] = setting(
         "device", "Length and memory", "where a frozen embedding lies; host: a batch's rows travel"
     )
-    offload: Annotated[tuple[Offload, ...], BeforeValidator(comma_list)] = _setting(
-        (), "Length and memory", "what a GPU lends to the host: checkpoints (inputs), weights"
+    offload: Annotated[tuple[Offload, ...], BeforeValidator(comma_list)] = setting(
+        (),
+        "Length and memory",
+        "what a GPU keeps in host memory: checkpoints (inputs), weights",
     )
-    cuda_graphs: bool = _setting(
+    cuda_graphs: bool = setting(
         False,
         "Length and memory",
         "repeat recorded launches of the layers, for small models that wait for the host",
     )
-    memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = _setting(
+    memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
         None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
     )
 
-    device: str = _setting(
-        "auto", "Machine", "auto, cpu or cuda", pattern=r"^(auto|cpu|cuda(:\d+)?)$"
-    )
-    dtype: Annotated[ComputeType, spelled(DTYPES)] = _setting("auto", "Machine", "compute type")
-    seed: int = _setting(
+    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE)
+    dtype: Annotated[ComputeType, spelled(DTYPES)] = setting("auto", "Machine", "compute type")
+    seed: int = setting(
         42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
     )
-    threads: int | None = _setting(None, "Machine", "CPU threads", ge=1, le=4096)
+    threads: int | None = setting(None, "Machine", "CPU threads", ge=1, le=4096)
 
     def __init__(self, /, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigError(describe(error, type(self).model_fields, {})) from error
-
-    def __hash__(self) -> int:
-        """Of the values as JSON: one of them is a mapping, which has no hash of its own."""
-        return hash(self.model_dump_json())
+        """Takes each setting in any of its spellings, so not as its declared type only."""
+        super().__init__(**values)
 
     @field_validator("log_level", mode="before")
     @classmethod
@@ -315,9 +305,3 @@ class TrainConfig(BaseModel):
     def trajectory(self) -> dict[str, Any]:
         """The settings that decide the weights: a resumed run must have the same ones."""
         return self.model_dump(mode="json", exclude=set(_NOT_TRAJECTORY))
-
-
-def group_of(field: str) -> str:
-    """The heading that a setting stands under in the help."""
-    extra = TrainConfig.model_fields[field].json_schema_extra
-    return str(extra["group"]) if isinstance(extra, dict) else "Options"

@@ -1,1 +1,1 @@
-"""Prune, fine-tune, prove it: cycles of head pruning and recovery, with a control beside them."""
+"""Prune, fine-tune, prove it: cycles of head pruning and recovery, with a baseline."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.config.task_settings import Sampling
 from engine.data.dataset import load_rows
 from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
-from engine.evaluate import evaluate_examples
-from engine.generate import Sampling, complete, prompt_ids, stop_ids_of
+from engine.inference.generation import complete, prompt_ids, stop_ids_of
+from engine.inference.perplexity import evaluate_examples
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source

@@ -20,25 +20,25 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
         removed += cycle["prune"]["heads"]["removed"]
         yield f"cycle {number}, pruned", str(removed), cycle["pruned"]
         yield f"cycle {number}, trained", str(removed), cycle["trained"]
-    for number, entry in enumerate(results["control"], 1):
-        yield f"control {number}", "0", entry["trained"]
+    for number, entry in enumerate(results["baseline_cycles"], 1):
+        yield f"baseline {number}, trained", "0", entry["trained"]
 
 
 def table(results: dict[str, Any]) -> str:
     """One line a model: perplexity against the baseline, heads, parameters, size, speed."""
     base = results["baseline"]["perplexity"]
     lines = [
-        f"{'model':<18} {'perplexity':>10} {'change':>8} {'heads gone':>10} {'parameters':>12} "
+        f"{'model':<18} {'perplexity':>10} {'change':>8} {'pruned':>10} {'parameters':>12} "
         f"{'on disk':>11} {'tokens/s':>8}"
     ]
-    for name, removed, found in _rows(results):
-        value = found["perplexity"]
+    for name, removed, judged in _rows(results):
+        value = judged["perplexity"]
         told = "infinite" if value is None else f"{value:.3f}"
         change = "" if value is None or base is None else f"{100 * (value / base - 1):+.1f} %"
-        size = "" if found["bytes"] is None else gib(found["bytes"])
-        speed = "" if found["tokens_per_second"] is None else f"{found['tokens_per_second']:.1f}"
+        size = "" if judged["bytes"] is None else gib(judged["bytes"])
+        speed = "" if judged["tokens_per_second"] is None else f"{judged['tokens_per_second']:.1f}"
         lines.append(
-            f"{name:<18} {told:>10} {change:>8} {removed:>10} {found['parameters']:>12,} "
+            f"{name:<18} {told:>10} {change:>8} {removed:>10} {judged['parameters']:>12,} "
             f"{size:>11} {speed:>8}".rstrip()
         )
     return "\n".join(lines)
@@ -62,25 +62,25 @@ def _indented(text: str) -> str:
 
 def draw(results: dict[str, Any], target: Path) -> bool:
     """Write the picture. False, and a line in the log, without matplotlib."""
-    found = [
+    points = [
         (name, entry["perplexity"])
         for name, _, entry in _rows(results)
-        if not name.startswith("control")
+        if not name.startswith("baseline ")
     ]
-    figure = new_figure("plot", 2.5 + 1.1 * len(found), 4.5)
+    figure = new_figure("plot", 2.5 + 1.1 * len(points), 4.5)
     if figure is None:
         return False
     axes = figure.subplots()
-    axes.plot(range(len(found)), [value for _, value in found], "o-", label="pruned and trained")
-    for index, (_, value) in enumerate(found):
+    axes.plot(range(len(points)), [value for _, value in points], "o-", label="pruned and trained")
+    for index, (_, value) in enumerate(points):
         if value is not None:
             axes.annotate(f"{value:.2f}", (index, value), (0, 7), textcoords="offset points")
-    control = [entry["trained"]["perplexity"] for entry in results["control"]]
-    if control:
-        places = [0, *(2 * number for number in range(1, len(control) + 1))]
-        values = [results["baseline"]["perplexity"], *control]
-        axes.plot(places, values, "s--", label="trained without pruning")
-    axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name, _ in found])
+    baseline = [entry["trained"]["perplexity"] for entry in results["baseline_cycles"]]
+    if baseline:
+        cycles = [0, *(2 * number for number in range(1, len(baseline) + 1))]
+        values = [results["baseline"]["perplexity"], *baseline]
+        axes.plot(cycles, values, "s--", label="trained without pruning")
+    axes.set_xticks(range(len(points)), [name.replace(", ", "\n") for name, _ in points])
     axes.set(ylabel="held-out perplexity", yscale="log")
     axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)

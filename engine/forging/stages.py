@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.settings import with_present_names
 from engine.errors import CheckpointError, ConfigError
 from engine.storage import durable
 from engine.storage.safe_files import read_json_object
@@ -24,8 +25,15 @@ JOB = "job.json"
 class Stages:
     """The stages of the job in `directory`, which belong to one set of settings."""
 
-    def __init__(self, directory: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        """Start a job, or go on with one.
+    def __init__(
+        self,
+        directory: Path,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
+        """Start a job, or go on with one, whose settings may have the earlier names of `renamed`.
 
         Raises `ConfigError` where a job is there and `resume` was not asked for, where it has other
         settings, and where the directory cannot be made.
@@ -47,22 +55,21 @@ class Stages:
                 "--output-dir."
             )
         else:
-            _refuse_other(job, settings)
+            _refuse_other(job, settings, renamed or {})
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What the stage `name` found, from its file if it is done."""
+        """The result of the stage `name`, from its file if it is done."""
         path = self.directory / "stages" / f"{name}.json"
         if path.exists():
             log.info("%s: done before", name)
             return _read(path)
         log.info("%s: begins", name)
-        found = work()
-        durable.write_json(path, found)
+        durable.write_json(path, work())
         return _read(path)
 
 
-def _refuse_other(job: Path, settings: dict[str, Any]) -> None:
-    before = _read(job)
+def _refuse_other(job: Path, settings: dict[str, Any], renamed: Mapping[str, str]) -> None:
+    before = with_present_names(_read(job), renamed)
     asked = json.loads(json.dumps(settings))
     other = [key for key in sorted({*before, *asked}) if before.get(key) != asked.get(key)]
     if other:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from engine.config.choices import MAX_SHARD_SIZE
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
 from engine.model_sources.interface.model_source import ModelSource
@@ -21,7 +22,6 @@ from engine.storage import durable
 from engine.storage.safe_files import read_regular
 from models.tensor_layout import carried_prefixes
 
-MAX_SHARD_SIZE = 5 * 10**9
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
 _Shard = dict[str, tuple[torch.dtype, tuple[int, ...]]]

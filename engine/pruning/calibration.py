@@ -26,7 +26,7 @@ from engine.data.dataset import load_rows
 from engine.data.examples import Example, build_examples, check_ids
 from engine.data.loader import collate
 from engine.device import resolve_device, resolve_dtype
-from engine.evaluate import by_tokens
+from engine.inference.perplexity import by_tokens
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.pruning.scores import LayerScores, checked, output_grams, weight_scores

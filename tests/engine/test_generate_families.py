@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.errors import ConfigError
-from engine.generate import generate_ids
+from engine.inference.generation import generate_ids
 from engine.model_sources.load_model import load_model
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -10,7 +10,8 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine.generate import Sampling, generate_ids, prompt_ids
+from engine.config.task_settings import Sampling
+from engine.inference.generation import generate_ids, prompt_ids
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
 from engine.model_sources.load_model import load_model

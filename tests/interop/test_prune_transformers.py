@@ -9,9 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config.choices import Granularity, PruneMode
+from engine.config.task_settings import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.pruning.calibration import activations, gradients
 
 pytestmark = pytest.mark.interop
@@ -25,7 +26,7 @@ def peer(directory: Path) -> Any:
 
 
 def test_a_model_cut_layer_by_layer_is_refused_and_not_misread(tmp_path: Path) -> None:
-    settings = PruneSettings(0.25, mode="structural", per_layer=True)
+    settings = PruneSettings(fraction=0.25, mode="structural", per_layer=True)
     prune(GOLDEN / "llama", tmp_path / "out", settings)
     assert load_model(tmp_path / "out")(IDS).isfinite().all()
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
@@ -39,7 +40,7 @@ def test_a_model_cut_layer_by_layer_is_refused_and_not_misread(tmp_path: Path) -
 def test_pruned_models_load_with_equal_logits(
     family: str, mode: PruneMode, granularity: Granularity, tmp_path: Path
 ) -> None:
-    settings = PruneSettings(0.5, mode=mode, granularity=granularity, scope="layer")
+    settings = PruneSettings(fraction=0.5, mode=mode, granularity=granularity, scope="layer")
     prune(GOLDEN / family, tmp_path / "out", settings)
     other = peer(tmp_path / "out")
     ours, theirs = load_model(tmp_path / "out")(IDS), other(IDS).logits
@@ -101,7 +102,7 @@ def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
     smollm2_gguf: Path, tmp_path: Path, mode: PruneMode, fraction: float
 ) -> None:
     """270 real heads: 54 of them are a fifth, and one of every three a third."""
-    result = prune(smollm2_gguf, tmp_path / "out", PruneSettings(fraction, mode=mode))
+    result = prune(smollm2_gguf, tmp_path / "out", PruneSettings(fraction=fraction, mode=mode))
     removed = 54 if mode == "zero" else 90
     assert result.record["units"] == {"before": 270, "asked": removed, "removed": removed}
     ours = load_model(tmp_path / "out")(IDS)
@@ -124,7 +125,7 @@ def test_delta_heads_are_removed_for_transformers_too(
     family: str, granularity: Granularity, fraction: float, mode: PruneMode, tmp_path: Path
 ) -> None:
     settings = PruneSettings(
-        fraction, mode=mode, heads="delta", granularity=granularity, scope="layer"
+        fraction=fraction, mode=mode, heads="delta", granularity=granularity, scope="layer"
     )
     prune(GOLDEN / family, tmp_path / "out", settings)
     ours, theirs = load_model(tmp_path / "out")(IDS), peer(tmp_path / "out")(IDS).logits

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 
 from engine import forge as recipe
+from engine.config.task_settings import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.evaluate import evaluate
-from engine.forge import ForgeSettings, _worse, forge
+from engine.forge import _worse, forge
 from engine.forging.report import draw, samples, table
 from engine.forging.stages import Stages
 from engine.model_sources.pruning_record import read_pruning
-from engine.prune import PruneSettings
 from engine.pruning.selection import wanted_units
 
 ROOT = Path(__file__).parents[3]
@@ -48,7 +48,9 @@ def make(tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path) -> M
         )
         pruning = PruneSettings(fraction=0.25, metric="activation", device="cpu", max_length=64)
         given: dict[str, Any] = {"cycles": 2, "heldout_rows": 2, "samples": 1} | changes
-        return ForgeSettings(tmp_path / name, training, pruning, **given)
+        return ForgeSettings(
+            output_dir=tmp_path / name, training=training, pruning=pruning, **given
+        )
 
     return settings
 
@@ -67,19 +69,19 @@ def lasting(results: dict[str, Any]) -> Any:
 
 
 def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
-    settings = make(control=True)
+    settings = make(baseline=True)
     results = forge(settings)
-    gone = [cycle["prune"]["heads"]["removed"] for cycle in results["cycles"]]
+    pruned = [cycle["prune"]["heads"]["removed"] for cycle in results["cycles"]]
     before = results["cycles"][0]["prune"]["heads"]["before"]
     first = wanted_units(0.25, before)
-    assert gone == [first, wanted_units(0.25, before - first)]
+    assert pruned == [first, wanted_units(0.25, before - first)]
     last = results["cycles"][-1]["trained"]
     assert last["perplexity"] < results["cycles"][-1]["pruned"]["perplexity"]
-    assert last["heads_off"] == sum(gone)
+    assert last["heads_off"] == sum(pruned)
     assert results["model"] == last["model"]
     pruning = read_pruning(Path(results["model"]))
     assert pruning is not None
-    assert sum(len(heads) for heads in pruning.heads.values()) == sum(gone)
+    assert sum(len(heads) for heads in pruning.heads.values()) == sum(pruned)
     again = evaluate(
         results["model"],
         settings.output_dir / "data" / "heldout.jsonl",
@@ -87,8 +89,8 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
         device="cpu",
     )
     assert again.perplexity == pytest.approx(last["perplexity"], rel=1e-9)
-    assert len(results["control"]) == 2
-    assert results["control"][0]["trained"]["heads_off"] == 0
+    assert len(results["baseline_cycles"]) == 2
+    assert results["baseline_cycles"][0]["trained"]["heads_off"] == 0
     assert not (settings.output_dir / "cycle-1" / "pruned").exists()
     assert json.loads((settings.output_dir / "results.json").read_text()) == results
     text = table(results)
@@ -98,8 +100,8 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
         "cycle 1, trained",
         "cycle 2, pruned",
         "cycle 2, trained",
-        "control 1",
-        "control 2",
+        "baseline 1, trained",
+        "baseline 2, trained",
     ]
     assert results["baseline"]["samples"][0]["prompt"] in samples(results)
     assert draw(results, settings.output_dir / "forge.png")
@@ -131,9 +133,18 @@ def test_a_domain_is_a_file_to_split_or_a_folder_with_both_files(
 def test_structural_cycles_make_the_model_smaller(make: Make, per_layer: bool) -> None:
     settings = make(cycles=1)
     pruning = PruneSettings(
-        0.5, metric="l2", mode="structural", per_layer=per_layer, device="cpu", max_length=64
+        fraction=0.5,
+        metric="l2",
+        mode="structural",
+        per_layer=per_layer,
+        device="cpu",
+        max_length=64,
     )
-    results = forge(ForgeSettings(settings.output_dir, settings.training, pruning, cycles=1))
+    results = forge(
+        ForgeSettings(
+            output_dir=settings.output_dir, training=settings.training, pruning=pruning, cycles=1
+        )
+    )
     cycle = results["cycles"][0]
     assert cycle["trained"]["parameters"] < results["baseline"]["parameters"]
     assert cycle["trained"]["parameters"] == cycle["pruned"]["parameters"]
@@ -195,9 +206,9 @@ def test_a_cycle_that_makes_the_model_much_worse_is_the_last(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipe, "_worse", lambda number, before, after: "Cycle 1 is the last")
-    settings = make(control=True)
+    settings = make(baseline=True)
     results = forge(settings)
-    assert len(results["cycles"]) == len(results["control"]) == 1
+    assert len(results["cycles"]) == len(results["baseline_cycles"]) == 1
     assert results["stopped"] == "Cycle 1 is the last"
     assert results["model"] == settings.training.model
 
@@ -232,7 +243,7 @@ def test_a_job_is_not_begun_twice_nor_continued_with_other_settings(make: Make) 
 
 
 def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--cycles is 0"):
+    with pytest.raises(ConfigError, match="`cycles` = 0"):
         forge(make(cycles=0))
     with pytest.raises(ConfigError, match="--domain is 'nowhere'"):
         forge(make(domain="nowhere"))

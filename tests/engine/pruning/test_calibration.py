@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.task_settings import PruneSettings
 from engine.data.examples import Example
 from engine.errors import DataError
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.pruning import calibration
 from engine.pruning.calibration import Calibration, activations, gradients, measured_scores
 from engine.pruning.scores import prunable_heads
@@ -128,8 +129,8 @@ def test_a_model_is_pruned_by_what_rows_show(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, metric: Any, quantize: Any
 ) -> None:
     settings = PruneSettings(
-        0.25, metric=metric, data=(write_rows(12),), calibration_rows=6, quantize=quantize,
-        device="cpu",
+        fraction=0.25, metric=metric, data=(str(write_rows(12)),), calibration_rows=6,
+        quantize=quantize, device="cpu",
     )  # fmt: skip
     record = prune(tiny_model, tmp_path / "out", settings).record
     assert record["units"]["removed"] == 2
@@ -164,7 +165,7 @@ def test_only_the_asked_number_of_rows_is_run(
 
 
 def test_missing_rows_are_an_error_of_one_paragraph(tiny_model: Path, tmp_path: Path) -> None:
-    settings = PruneSettings(0.25, metric="gradient", data=(tmp_path / "none.jsonl",))
+    settings = PruneSettings(fraction=0.25, metric="gradient", data=(str(tmp_path / "none.jsonl"),))
     with pytest.raises(DataError, match=r"none\.jsonl"):
         prune(tiny_model, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()

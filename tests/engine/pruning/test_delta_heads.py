@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config.task_settings import PruneSettings
 from engine.data.examples import Example
 from engine.errors import ConfigError
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.pruning.calibration import activations, gradients
 from engine.pruning.keep_pruned import hold_pruned
 from models.decoder import Decoder
@@ -27,7 +28,7 @@ HYBRIDS = ["qwen3_5", "qwen3_next", "qwen3_5_vl"]
 
 
 def run(model: Path, output: Path | None, fraction: float = 0.5, **changes: Any) -> dict[str, Any]:
-    settings = PruneSettings(fraction, heads="delta", scope="layer", **changes)
+    settings = PruneSettings(fraction=fraction, heads="delta", scope="layer", **changes)
     return prune(model, output, settings).record
 
 
@@ -137,7 +138,7 @@ def test_measured_scores_are_those_of_taking_a_head_out(golden: Golden, family: 
 def test_pruning_both_kinds_keeps_both_off(golden: Golden, tmp_path: Path, logits: Logits) -> None:
     model = golden("qwen3_5")
     for mode in ("zero", "mask"):
-        first = prune(model, tmp_path / f"{mode}1", PruneSettings(0.5, mode=mode)).record
+        first = prune(model, tmp_path / f"{mode}1", PruneSettings(fraction=0.5, mode=mode)).record
         second = run(tmp_path / f"{mode}1", tmp_path / f"{mode}2", mode=mode)
         assert first["kind"] == "attention" and second["kind"] == "delta"
         found = read_pruning(tmp_path / f"{mode}2")

@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import engine.finetune
+from engine.config.task_settings import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.finetune import train
 from engine.merge import merge
 from engine.model_sources.load_model import load_model
 from engine.model_sources.pruning_record import PRUNING, read_pruning, sealed
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.pruning.keep_pruned import hold_pruned
 from models.adapters import add_lora
 from optim import AdamW8bit
@@ -44,7 +45,7 @@ def config(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig
 
 
 def pruned(model: Path, target: Path, mode: Any) -> dict[int, tuple[int, ...]]:
-    prune(model, target, PruneSettings(0.25, mode=mode, scope="layer"))
+    prune(model, target, PruneSettings(fraction=0.25, mode=mode, scope="layer"))
     found = read_pruning(target)
     assert found is not None and len(found.heads) == 2
     return found.heads
@@ -153,7 +154,7 @@ def test_a_stopped_run_goes_on_with_the_heads_held(
 def test_heads_of_hybrids_and_mixtures_stay_pruned(
     family: str, method: str, golden: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    prune(golden(family), tmp_path / "pruned", PruneSettings(0.5, scope="layer"))
+    prune(golden(family), tmp_path / "pruned", PruneSettings(fraction=0.5, scope="layer"))
     found = read_pruning(tmp_path / "pruned")
     assert found is not None
     model = load_model(tmp_path / "pruned", quantize="nf4" if method == "qlora" else None)
@@ -183,7 +184,7 @@ def test_heads_of_hybrids_and_mixtures_stay_pruned(
 def test_a_structural_model_trains_freely(
     tiny_model: Path, write_rows: Rows, tmp_path: Path
 ) -> None:
-    prune(tiny_model, tmp_path / "small", PruneSettings(0.5, mode="structural"))
+    prune(tiny_model, tmp_path / "small", PruneSettings(fraction=0.5, mode="structural"))
     out = trained(tmp_path / "small", write_rows(8), tmp_path / "run", method="lora")
     stored = load_file(out / "model.safetensors")
     assert stored[O.format(0)].shape[1] * 2 == load_file(tiny_model / "model.safetensors")[

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config.task_settings import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.finetune import train
@@ -19,7 +20,7 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -36,7 +37,7 @@ FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3", "smollm3", "qwen2_mo
 
 
 def cut(model: Path, output: Path, fraction: float, **changes: Any) -> dict[str, Any]:
-    settings = PruneSettings(fraction, mode="structural", per_layer=True, **changes)
+    settings = PruneSettings(fraction=fraction, mode="structural", per_layer=True, **changes)
     return prune(model, output, settings).record
 
 
@@ -73,7 +74,7 @@ def test_the_logits_are_those_of_the_same_heads_at_zero(
 ) -> None:
     """And those of a copy that is written once more."""
     model = golden(family)
-    layers = len(prune(model, None, PruneSettings(0.5)).record["layers"])
+    layers = len(prune(model, None, PruneSettings(fraction=0.5)).record["layers"])
     fraction = 0.5 / layers if layers > 1 else 0.5  # of several layers, one is left as it is
     record = cut(model, tmp_path / "cut", fraction, granularity=granularity)
     assert record["heads"]["removed"] == 2
@@ -163,12 +164,12 @@ def test_a_cut_model_is_cut_zeroed_and_masked_again(
     assert sum(heads for heads, _ in counts(tmp_path / "again")) == 9
     want = logits(zeroed_by_hand(source, tmp_path / "hand", record))
     assert torch.allclose(logits(tmp_path / "again"), want, rtol=0, atol=1e-10)
-    zero = prune(source, tmp_path / "zero", PruneSettings(4 / 13)).record
-    prune(source, tmp_path / "mask", PruneSettings(4 / 13, mode="mask"))
+    zero = prune(source, tmp_path / "zero", PruneSettings(fraction=4 / 13)).record
+    prune(source, tmp_path / "mask", PruneSettings(fraction=4 / 13, mode="mask"))
     assert zero["heads"]["removed"] == 4 and "this engine alone" in zero["loads_in"]
     assert torch.allclose(logits(tmp_path / "zero"), logits(tmp_path / "mask"), rtol=0, atol=1e-12)
     with pytest.raises(ConfigError, match="Use --per-layer"):
-        prune(source, tmp_path / "same", PruneSettings(0.5, mode="structural"))
+        prune(source, tmp_path / "same", PruneSettings(fraction=0.5, mode="structural"))
 
 
 def test_a_model_that_became_even_needs_no_lists(
@@ -177,7 +178,7 @@ def test_a_model_that_became_even_needs_no_lists(
     """Cut by one number for all layers it has a plain configuration again."""
     cut(golden("qwen3"), tmp_path / "one", 0.5, scope="layer", granularity="kv-group")
     assert counts(tmp_path / "one") == [(2, 1)] * 2
-    settings = PruneSettings(0.5, mode="structural")
+    settings = PruneSettings(fraction=0.5, mode="structural")
     record = prune(tmp_path / "one", tmp_path / "two", settings).record
     raw = json.loads((tmp_path / "two" / "config.json").read_text())
     assert not set(PER_LAYER) & raw.keys() and raw["num_attention_heads"] == 1
@@ -190,7 +191,9 @@ def test_what_a_zeroed_model_lost_is_cut_first(
     write_model: Writer, tmp_path: Path, logits: Logits
 ) -> None:
     model = write_model(layers=3, heads=4, kv_heads=4)
-    first = prune(model, tmp_path / "zero", PruneSettings(0.25, metric="random", seed=1)).record
+    first = prune(
+        model, tmp_path / "zero", PruneSettings(fraction=0.25, metric="random", seed=1)
+    ).record
     record = cut(tmp_path / "zero", tmp_path / "cut", 0.25)
     assert record["chosen"] == first["chosen"]
     assert json.loads((tmp_path / "cut" / PRUNING).read_text())["pruned_heads"] == {}

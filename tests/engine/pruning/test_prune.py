@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.config.task_settings import PruneSettings
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsFile
-from engine.prune import PruneSettings, prune
+from engine.prune import prune
 from engine.pruning.heat_map import HEAT_MAP
 
 Golden = Callable[[str], Path]
@@ -34,7 +35,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def run(model: Path, output: Path | None, fraction: float = 0.5, **changes: Any) -> dict[str, Any]:
-    return prune(model, output, PruneSettings(fraction, **changes)).record
+    return prune(model, output, PruneSettings(fraction=fraction, **changes)).record
 
 
 def part(tensors: dict[str, torch.Tensor], layer: int, leaf: str) -> torch.Tensor:
@@ -128,7 +129,7 @@ def test_a_pruned_folder_is_a_complete_model_with_a_picture(golden: Golden, tmp_
     shutil.copytree(golden("qwen3"), source)
     (source / "tokenizer_config.json").write_text('{"eos_token": "x"}')
     (source / "generation_config.json").write_text('{"eos_token_id": 2}')
-    result = prune(source, tmp_path / "out", PruneSettings(0.25, max_shard_size=60_000))
+    result = prune(source, tmp_path / "out", PruneSettings(fraction=0.25, max_shard_size=60_000))
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "tokenizer_config.json", "generation_config.json", PRUNING} <= names
     assert "model.safetensors.index.json" in names and HEAT_MAP in names
@@ -262,12 +263,12 @@ def test_a_report_writes_nothing(golden: Golden, tmp_path: Path) -> None:
         ({"fraction": 1.0}, "between 0 and 1"),
         ({"fraction": 0.99}, "asks for 8 heads"),
         ({"metric": "activation"}, "name a file of rows with --data"),
-        ({"metric": "entropy"}, "metric is 'entropy'"),
-        ({"mode": "cut"}, "mode is 'cut'; expected one of zero, mask, structural"),
-        ({"heads": "all"}, "heads is 'all'"),
-        ({"scope": "model"}, "scope is 'model'"),
-        ({"granularity": "layer"}, "granularity is 'layer'"),
-        ({"quantize": "fp8"}, "quantize is 'fp8'"),
+        ({"metric": "entropy"}, "`metric` = 'entropy'"),
+        ({"mode": "cut"}, "`mode` = 'cut': .*zero.*mask.*structural"),
+        ({"heads": "all"}, "`heads` = 'all'"),
+        ({"scope": "model"}, "`scope` = 'model'"),
+        ({"granularity": "layer"}, "`granularity` = 'layer'"),
+        ({"quantize": "fp8"}, "`quantize` = 'fp8'"),
         ({"protect": (5,)}, "layers 0 to 1"),
         ({"min_heads": 4}, "at its minimum in every layer"),
         ({"mode": "structural", "fraction": 0.25}, "1/2"),

@@ -11,7 +11,7 @@ import pytest
 from cli.main import main
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
-from engine.generate import prompt_ids
+from engine.inference.generation import prompt_ids
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import prepare

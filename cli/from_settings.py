@@ -1,0 +1,174 @@
+"""Make the command line of a verb from its tables of settings.
+
+Flags, help, defaults, `--config FILE` and `KEY=VALUE` words are the same for every verb.
+"""
+
+import inspect
+import json
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from engine.config.explain import Setting
+from engine.config.presets import SUMMARIES
+from engine.config.settings import Settings, group_of, is_repeated
+from engine.config.sources import Vocabulary, build, gather
+from engine.errors import ConfigError
+
+S = TypeVar("S", bound=Settings)
+_FILES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the user asked of a verb."""
+
+    given: dict[str, Setting]
+    as_json: bool
+
+    def read(self, table: type[S]) -> S:
+        """One of the verb's tables, filled in. Raises `ConfigError`."""
+        return build(table, self.given)
+
+    def print_json(self, value: Any) -> bool:
+        """Print `value` if one JSON object was asked for; whether it was."""
+        if self.as_json:
+            print(json.dumps(value))
+        return self.as_json
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: its tables, and how its words and common options are read.
+
+    `also` are tables that files and words reach but that have no flags. `words` is the setting
+    that plain words belong to; without one a word may name the configuration file.
+    """
+
+    name: str
+    tables: tuple[type[Settings], ...] = ()
+    also: tuple[type[Settings], ...] = ()
+    words: str | None = None
+    presets: bool = False
+    json: bool = True
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    def read(self, typed: dict[str, Any]) -> Call:
+        """Everything that was given, from what was typed. Raises `ConfigError`."""
+        config, plain, overrides = typed.pop("config"), list[str](), list[str]()
+        for word in typed.pop("words") or []:
+            if "=" in word and not (self.words and Path(word).exists()):
+                overrides.append(word)
+            elif self.words:
+                plain.append(word)
+            elif config is None and word.endswith(_FILES):
+                config = Path(word)
+            else:
+                raise ConfigError(
+                    f"{word!r} is neither a configuration file ({', '.join(_FILES)}; there can be "
+                    "one) nor of the form KEY=VALUE. Options begin with --."
+                )
+        preset, as_json = typed.pop("preset", None), typed.pop("as_json", False)
+        flags = {key: value for key, value in typed.items() if value not in (None, [], ())}
+        known = Vocabulary.of(self.name, *self.tables, *self.also)
+        if self.words and plain:
+            several = is_repeated(known.fields[self.words])
+            flags[self.words] = [*plain, *flags.get(self.words, [])] if several else " ".join(plain)
+        given = gather(known, config, preset=preset, flags=flags, overrides=overrides)
+        for name, value in self.defaults:
+            given.setdefault(name, Setting(value, "default"))
+        return Call(given, as_json)
+
+
+def add_verb(app: typer.Typer, verb: Verb, run: Callable[[Call], int | None]) -> None:
+    """Make `run`, whose docstring is the help text, a command of `app`."""
+    parameters = _parameters(verb)
+
+    def command(**typed: Any) -> int | None:
+        return run(verb.read(typed))
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = run.__doc__
+    app.command(name=verb.name.split()[-1])(command)
+
+
+def _parameters(verb: Verb) -> list[inspect.Parameter]:
+    """What typer makes options of: words, file, preset, JSON, and a flag per setting."""
+    metavar, text = "CONFIG.yaml KEY=VALUE", "A configuration file, then settings that win."
+    if verb.words is not None:
+        field = Vocabulary.of(verb.name, *verb.tables).fields[verb.words]
+        metavar, text = f"{verb.words.upper()} KEY=VALUE", f"{field.description}; then settings."
+    common = {
+        "words": Annotated[list[str] | None, typer.Argument(metavar=metavar, help=text)],
+        "config": Annotated[Path | None, typer.Option(help="Configuration file (YAML).")],
+    }
+    if verb.presets:
+        summaries = "; ".join(f"{name}: {text}" for name, text in SUMMARIES.items())
+        text = f"Starting point, under the file and the flags. {summaries}"
+        common["preset"] = Annotated[str | None, typer.Option(help=text)]
+    if verb.json:
+        text = "Print one JSON object instead."
+        common["as_json"] = Annotated[bool, typer.Option("--json", help=text)]
+    known = Vocabulary.of(verb.name, *verb.tables)
+    flags = {name: _annotation(name, field) for name, field in known.fields.items()}
+    flags |= {
+        earlier: _annotation(earlier, known.fields[name], hidden=True)
+        for earlier, name in known.renamed.items()
+        if name in known.fields
+    }
+    return [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name == "as_json" else None,
+            annotation=annotation,
+        )
+        for name, annotation in {**common, **flags}.items()
+    ]
+
+
+def _annotation(name: str, field: FieldInfo, hidden: bool = False) -> Any:
+    """The annotated type that typer reads an option's form and help from."""
+    flag = "--" + name.replace("_", "-")
+    kind = bool if field.annotation is bool else list[str] if is_repeated(field) else str
+    if kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    option = typer.Option(
+        flag,
+        help=_help(field),
+        rich_help_panel=group_of(field),
+        show_default=False,
+        hidden=hidden,
+        metavar=None if kind is bool else _metavar(field.annotation),
+    )
+    return Annotated[kind | None, option]
+
+
+def _help(field: FieldInfo) -> str:
+    text, default = str(field.description), field.default
+    if is_repeated(field):
+        text += "; may repeat"
+    if default is PydanticUndefined:
+        return f"{text} (required)"
+    if isinstance(default, bool):
+        return f"{text} (default: {'yes' if default else 'no'})"
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    return f"{text} (default: {default})" if default not in (None, "", {}) else text
+
+
+def _metavar(annotation: Any) -> str:
+    """How an option's value is written in the help: a choice, or a word for its type."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return _metavar(get_args(annotation)[0])
+    if str(annotation).startswith("typing.Literal"):
+        return "[" + "|".join(map(str, get_args(annotation))) + "]"
+    names = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
+    return names.get(annotation, "TEXT")

@@ -1,0 +1,66 @@
+"""What every table of settings has: named fields, ranges, groups, earlier names, clear errors."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
+
+from engine.config.explain import describe
+from engine.errors import ConfigError
+
+
+def setting(default: Any, group: str, text: str, *, repeat: bool = False, **limits: Any) -> Any:
+    """A field of a table: its default (`...` if it must be given), heading, help and range.
+
+    `repeat` makes its flag one that may be given several times. `limits` are pydantic's.
+    """
+    shown: JsonDict = {"group": group, "repeat": repeat}
+    return Field(default, description=text, json_schema_extra=shown, **limits)
+
+
+class Settings(BaseModel):
+    """A table of settings. Raises `ConfigError` naming every setting that cannot be used.
+
+    `renamed` maps the earlier name of a field to its present one; both are read.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+    )
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, /, **values: Any) -> None:
+        try:
+            super().__init__(**with_present_names(values, self.renamed))
+        except ValidationError as error:
+            raise ConfigError(describe(error, type(self).model_fields, {})) from error
+
+    def __hash__(self) -> int:
+        """Of the values as JSON: a mapping among them has no hash of its own."""
+        return hash(self.model_dump_json())
+
+
+def with_present_names(value: Any, renamed: Mapping[str, str]) -> Any:
+    """`value` with every earlier name of a key replaced, in mappings within it as well."""
+    if isinstance(value, dict):
+        return {
+            renamed.get(key, key): with_present_names(item, renamed) for key, item in value.items()
+        }
+    return value
+
+
+def group_of(field: FieldInfo) -> str:
+    """The heading that a setting stands under in the help."""
+    return str(_shown(field).get("group", "Options"))
+
+
+def is_repeated(field: FieldInfo) -> bool:
+    """Whether the flag of a setting may be given several times."""
+    return bool(_shown(field).get("repeat", False))
+
+
+def _shown(field: FieldInfo) -> Mapping[str, Any]:
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}

@@ -1,0 +1,166 @@
+"""Text from a model: prefill, then one token at a time with a key/value cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from engine.config.task_settings import Sampling
+from engine.errors import ConfigError
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.layers.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from engine.model_sources.interface.model_source import ModelSource
+    from engine.tokenization.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What came out: `finish_reason` is "stop" (a stop token or string) or "length"."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish_reason: str
+    tokens_per_second: float
+
+
+def next_token(
+    logits: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator
+) -> int:
+    """Draw one id from logits (V,); `seen` are the ids that the repetition penalty knows."""
+    scores = logits.float().cpu()
+    if sampling.repetition_penalty != 1.0 and seen:
+        ids = torch.tensor(sorted(set(seen)))
+        picked = scores[ids]
+        penalty = sampling.repetition_penalty
+        scores[ids] = torch.where(picked > 0, picked / penalty, picked * penalty)
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.numel():
+        scores[scores < scores.topk(sampling.top_k).values[-1]] = -torch.inf
+    probabilities = scores.softmax(-1)
+    if sampling.top_p < 1.0:
+        ordered, order = probabilities.sort(descending=True)
+        # A token stays if the mass before it is below top_p, so the most likely always does.
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def generate_ids(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+) -> Iterator[int]:
+    """Yield new ids, the stop token included, until one is in `stop_ids` or the limit is reached.
+
+    Raises `ConfigError` for a prompt that is empty or not of the model's vocabulary.
+    """
+    sampling = sampling or Sampling()
+    if not prompt:
+        raise ConfigError("the prompt has no tokens; give at least one character")
+    if max(prompt) >= model.config.vocab_size:
+        raise ConfigError(
+            f"the prompt has the token id {max(prompt)}, and the model's vocabulary ends at "
+            f"{model.config.vocab_size - 1}: its tokenizer is that of another model, or of this "
+            "one with tokens added whose rows its embedding never got. Take the tokenizer files "
+            "that belong to the weights."
+        )
+    _refuse_stretching(model.config, len(prompt) + max_new_tokens)
+    cache = KVCache(model.config, len(prompt) + max_new_tokens, model.dtype, model.device)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    seen = list(prompt)
+    fresh = torch.tensor(seen, device=model.device)
+    model.eval()
+    for _ in range(max_new_tokens):
+        token = next_token(model.decode(fresh, cache), seen, sampling, generator)
+        yield token
+        if token in stop_ids:
+            return
+        seen.append(token)
+        fresh = torch.tensor([token], device=model.device)
+
+
+def _refuse_stretching(config: ModelConfig, tokens: int) -> None:
+    """Raise `ConfigError` for a text whose growth would turn the keys that are cached."""
+    rope = config.rope_parameters
+    longest = rope.get("original_max_position_embeddings", tokens)
+    if rope["rope_type"] == "dynamic" and tokens > longest:
+        raise ConfigError(
+            f"the prompt and its answer may have {tokens} tokens, and past {longest} this model's "
+            "dynamic rotary scaling turns every position anew with each token, which a cache of "
+            "keys cannot follow; ask for a shorter answer, or give a shorter prompt"
+        )
+
+
+def stop_ids_of(source: ModelSource, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
+    listed = source.generation_config.get("eos_token_id")
+    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    ids |= set(source.config.eos_token_id)
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
+
+
+def complete(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+) -> GenerateResult:
+    """Generate and decode, ending before the first of the strings in `stop`."""
+    started, ids, reason = time.perf_counter(), list[int](), "length"
+    text = ""
+    for token in generate_ids(
+        model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
+    ):
+        ids.append(token)
+        if token in stop_ids:
+            reason = "stop"
+            text = tokenizer.decode(ids[:-1])
+            break
+        if stop:
+            text = tokenizer.decode(ids)
+            cuts = [text.find(mark) for mark in stop if mark and mark in text]
+            if cuts:
+                text, reason = text[: min(cuts)], "stop"
+                break
+    if reason == "length":
+        text = tokenizer.decode(ids)
+    seconds = max(time.perf_counter() - started, 1e-9)
+    return GenerateResult(text, len(prompt_ids), len(ids), reason, len(ids) / seconds)
+
+
+def prompt_ids(
+    tokenizer: Tokenizer,
+    prompt: str,
+    system: str | None = None,
+    raw: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids a model is asked to continue: the chat template's, or those of the bare text."""
+    if raw:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    text = tokenizer.chat_template.render(
+        messages, add_generation_prompt=True, **(template_kwargs or {})
+    )
+    return tokenizer.encode(text, add_special_tokens=False)

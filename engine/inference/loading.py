@@ -1,0 +1,26 @@
+"""A model with its adapter, as the settings of a verb ask for it."""
+
+from __future__ import annotations
+
+from engine.config.task_settings import OneModel
+from engine.device import resolve_device, resolve_dtype
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.load_model import attach_adapter, build_model
+from models.decoder import Decoder
+
+
+def load_decoder(source: ModelSource, settings: OneModel) -> Decoder:
+    """The weights of `source` on the device of `settings`, quantised and adapted as asked.
+
+    Raises `ConfigError` or `CheckpointError` naming what cannot be used.
+    """
+    device = resolve_device(settings.device)
+    decoder = build_model(
+        source,
+        quantization=settings.quantize,
+        device=device,
+        dtype=resolve_dtype(settings.dtype, device),
+    )
+    if settings.adapter is not None:
+        attach_adapter(decoder, settings.adapter)
+    return decoder
