@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from engine.config.train_config import TrainConfig
 from engine.data.examples import Example
-from engine.data.loader import Batch
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError
 from engine.inference.perplexity import EvalResult, evaluate_examples
@@ -37,8 +36,15 @@ from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers, require_trackers
 from engine.storage import durable
 from engine.tokenization.tokenizer import Tokenizer
-from engine.training.loop import Progress, Trainer, TrainerSettings, new_progress
+from engine.training.loop import (
+    Progress,
+    Trainer,
+    TrainerHooks,
+    TrainerSettings,
+    new_progress,
+)
 from engine.training.prepare import Prepared, prepare
+from engine.training.step import TrainingStep
 from engine.training.trainable import (
     BASE_FILE,
     adapter_config,
@@ -48,6 +54,7 @@ from engine.training.trainable import (
     make_in_backward,
     make_optimizer,
     make_trainable,
+    step_settings,
 )
 from models.adapters import (
     PARTS,
@@ -150,6 +157,7 @@ class _Run:
         init = check_init_adapter(self.config, self.prepared.model_source.config, self.digest)
         self.model = build_for(self.config, prepared.model_source, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, init)
+        self.settings = step_settings(settings)
         self.optimizer = make_optimizer(self.model, self.config)
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
@@ -187,7 +195,7 @@ class _Run:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
-        self.model.set_checkpointing(state["recompute"])
+        self.settings = replace(self.settings, checkpointing=state["recompute"])
         log.info("Going on from %s", loaded.path)
         return Progress(**state["progress"])
 
@@ -202,15 +210,15 @@ class _Run:
             {
                 "progress": progress.state(),
                 "trajectory": self.config.trajectory(),
-                "recompute": self.model.checkpointing,
+                "recompute": self.settings.checkpointing,
                 "base": self.digest,
             },
         )
 
     def evaluate(self) -> EvalResult:
-        return evaluate_examples(self.model, self.prepared.heldout)
+        return evaluate_examples(self.model, self.prepared.heldout, settings=self.settings)
 
-    def _held_figures(self) -> dict[str, float]:
+    def _heldout_figures(self) -> dict[str, float]:
         result = self.evaluate()
         log.info("held-out loss %.4f, perplexity %.2f", result.loss, result.perplexity)
         return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
@@ -244,36 +252,36 @@ class _Run:
             metrics.sync()
             self.save(progress)
 
-        trainer = Trainer(
-            self.model,
-            self.optimizer,
-            prepared.batches,
-            TrainerSettings(
-                total_steps=prepared.total_steps,
-                learning_rate=config.learning_rate,
-                lr_schedule=config.lr_schedule,
-                warmup_steps=config.warmup(prepared.total_steps),
-                max_grad_norm=config.max_grad_norm,
-                seed=config.seed,
-                nonfinite_limit=config.nonfinite_limit,
-                checkpoint_every=config.checkpoint_every,
-                eval_every=config.eval_every,
-            ),
-            save=save,
-            report=report,
-            evaluate=self._held_figures if prepared.heldout else None,
-            signals=self.stack.enter_context(StopSignals()),
-            progress=self.progress,
-            watch=self._watch(),
-            teacher=load_teacher(self.config, self.prepared, self.device),
-            in_backward=self.in_backward,
-        )
+        hooks = TrainerHooks(save, report, self._heldout_figures if prepared.heldout else None)
+        if self.budget is not None:
+            hooks = replace(hooks, watch=partial(self.budget.watch, self.model, self.optimizer))
+        signals = self.stack.enter_context(StopSignals())
+        settings = self._trainer_settings()
+        trainer = Trainer(self._step(), prepared.batches, settings, hooks, signals, self.progress)
         return trainer.run()
 
-    def _watch(self) -> Callable[[Sequence[Batch]], AbstractContextManager[None]] | None:
-        if self.budget is None:
-            return None
-        return partial(self.budget.watch, self.model, self.optimizer)
+    def _step(self) -> TrainingStep:
+        return TrainingStep(
+            self.model,
+            self.optimizer,
+            self.settings,
+            self.config.max_grad_norm,
+            self.config.seed,
+            load_teacher(self.config, self.prepared, self.device),
+            self.in_backward,
+        )
+
+    def _trainer_settings(self) -> TrainerSettings:
+        config, total_steps = self.config, self.prepared.total_steps
+        return TrainerSettings(
+            total_steps=total_steps,
+            learning_rate=config.learning_rate,
+            lr_schedule=config.lr_schedule,
+            warmup_steps=config.warmup(total_steps),
+            nonfinite_limit=config.nonfinite_limit,
+            checkpoint_every=config.checkpoint_every,
+            eval_every=config.eval_every,
+        )
 
     def write_output(self) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""

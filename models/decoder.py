@@ -1,7 +1,8 @@
-"""The decoder: every family is settings of this one graph, whose blocks `layers.block` chooses.
+"""`Decoder`: the one graph that every model family configures.
 
-Inside, every batch is packed: rows of a (B, T) input become documents laid one after another, and
-attention, positions and the loss know their boundaries. Parameters have Hugging Face's names.
+Inside, every batch is packed (`models.layers.packed_batch`): the rows of a (B, T) input become
+documents laid end to end, and attention, positions and the loss know their boundaries. Parameters
+have Hugging Face's names.
 """
 
 from __future__ import annotations
@@ -17,10 +18,17 @@ from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
 from models.config.model_config import ModelConfig
 from models.layers.block import DecoderLayer
-from models.layers.context import LayerContext, StepSettings, dropout_seeds, layer_policies
+from models.layers.context import (
+    DEFAULT_SETTINGS,
+    LayerContext,
+    StepSettings,
+    dropout_seeds,
+    layer_policies,
+)
 from models.layers.experts import ExpertAdapter
 from models.layers.kv_cache import KVCache
 from models.layers.linear import Embedding, Linear, RMSNorm
+from models.layers.packed_batch import PackedBatch
 from models.layers.rotary import Rotary
 from models.memory.checkpointing import ForwardPass, Routed, run_layer
 from models.memory.cuda_graphs import LayerGraphs, recordable
@@ -28,7 +36,9 @@ from models.memory.offload import OffloadedInputs, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
 
 DISTILLATION_TOKENS = 256
-"""Rows of both models' logits that exist at once while one learns from the other."""
+"""Tokens whose logits, of both models, exist at a time in distillation."""
+
+_OFFLOADED_LAYERS = "layers whose weights or inputs lie on the host cannot be recorded"
 
 
 class Trunk(nn.Module):
@@ -46,9 +56,8 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model.
 
-    `checkpointing` is one of "none", "selective", "full" (see `models.layers.block`).
-    `dropout_seed` turns LoRA dropout on in training mode; the trainer sets it anew for every
-    micro-batch.
+    What belongs to one step comes with the call, as `StepSettings`; what belongs to the model is
+    set by `stream_weights` and `record_layers`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,15 +68,9 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.rotary = Rotary(config)
-        self.set_checkpointing("selective")
-        self.settings = StepSettings()
-        self.checkpoints_on_host = False
         self.weight_stream: WeightStream | None = None
         self.graphs: LayerGraphs | None = None
         self._copies: SideCopies | None = None
-        self.dropout_seed: int | None = None
-        self.loss_chunk_tokens: int | None = None
-        self.router_loss = config.router_aux_loss_coef if config.output_router_logits else 0.0
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -87,13 +90,11 @@ class Decoder(nn.Module):
         """Where token ids are wanted: where the embedding lies."""
         return self.model.embed_tokens.weight.device
 
-    def set_checkpointing(self, policy: str) -> None:
-        """Choose what backward recomputes, in all layers or in each.
-
-        Raises `ValueError` as `models.layers.context.layer_policies` does.
-        """
-        self.policies = layer_policies(policy, len(self.layers))
-        self.checkpointing = policy
+    @property
+    def router_loss(self) -> float:
+        """The factor of the router's load balancing loss that the configuration asks for."""
+        config = self.config
+        return config.router_aux_loss_coef if config.output_router_logits else 0.0
 
     def head_weight(self) -> Head:
         """The output head (V, H): the embedding where they are tied."""
@@ -101,92 +102,40 @@ class Decoder(nn.Module):
         assert isinstance(weight, Tensor | Int8Weight)
         return weight
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""
-        head = self.head_weight()
-        return x @ head.T if isinstance(head, Tensor) else head_logits(x, head)
-
-    def _pass(self, tokens: int, cu_seqlens: Tensor, routed: Routed | None) -> ForwardPass:
-        cu_seqlens = cu_seqlens.to(self.device)
-        plan = AttentionPlan.from_cu_seqlens(
-            cu_seqlens, tokens, frugal=self.settings.low_memory_decode
-        )
-        starts = torch.repeat_interleave(
-            plan.cu_seqlens[:-1].long(), plan.cu_seqlens.diff().long(), output_size=tokens
-        )
-        positions = torch.arange(tokens, device=cu_seqlens.device) - starts
-        cos, sin = self.rotary(positions, self.dtype)
-        seeds = None
-        if self.training and self.dropout_seed is not None and self._drops():
-            seeds = dropout_seeds(self.dropout_seed, len(self.layers), self.device)
-        store = None
-        if self.checkpoints_on_host and torch.is_grad_enabled():
-            self._copies = self._copies or SideCopies(self.device)
-            store = OffloadedInputs(self.device, self._copies)
-        context = LayerContext(cos, sin, plan, seeds, settings=self.settings)
-        return ForwardPass(context, self.policies, store, self.weight_stream, routed)
-
-    def _drops(self) -> bool:
-        """Whether any adapter has dropout."""
-        holders = (m for m in self.model.layers.modules() if isinstance(m, Linear | ExpertAdapter))
-        return any(holder.dropout > 0.0 for holder in holders)
+    def stream_weights(self) -> None:
+        """Stream the quantised weights, which lie in the host's memory, as layers need them."""
+        self.weight_stream = WeightStream(self.layers, self.device)
 
     def record_layers(self, recorder: Recorder | None = None) -> None:
         """Run the layers of a training step from recorded launches (`models.memory.cuda_graphs`).
 
         Without a `recorder` they are CUDA graphs. Adapters must be in place. Raises `ValueError`
-        where layers or their inputs are offloaded to the host, because they then have no fixed
-        address, and where no layer has sizes that follow from the batch's.
+        where weights are offloaded to the host, because they then have no fixed address, and where
+        no layer has sizes that follow from the batch's.
         """
-        if self.weight_stream is not None or self.checkpoints_on_host:
-            raise ValueError("layers whose weights or inputs lie on the host cannot be recorded")
+        if self.weight_stream is not None:
+            raise ValueError(_OFFLOADED_LAYERS)
         if not any(recordable(layer) for layer in self.layers):
             raise ValueError(
                 "no layer of this model can be recorded: the sizes within mixtures of experts, and "
                 "the documents of Gated DeltaNet, change with every batch"
             )
-        self.graphs = LayerGraphs(self.layers, recorder or CudaRecorder(self.device))
+        self.set_graphs(LayerGraphs(self.layers, recorder or CudaRecorder(self.device)))
 
-    def stream_weights(self) -> None:
-        """Stream the quantised weights, which lie in the host's memory, as layers need them."""
-        self.weight_stream = WeightStream(self.layers, self.device)
-
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        if not input_ids.is_cuda and input_ids.numel():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"token id {low if low < 0 else high} is outside the vocabulary of "
-                    f"{self.config.vocab_size}"
-                )
-        embedded: Tensor = self.model.embed_tokens(input_ids)
-        return embedded
-
-    def hidden_states(
-        self, input_ids: Tensor, cu_seqlens: Tensor, routed: Routed | None = None
-    ) -> Tensor:
-        """input_ids (N,) packed -> the last layer's output (N, H), before the final norm.
-
-        Each mixture adds to the list `routed`, if there is one.
-        """
-        run = self._pass(input_ids.shape[0], cu_seqlens, routed)
-        x = self._embed(input_ids)
-        if self.graphs is not None and torch.is_grad_enabled():
-            return self.graphs.forward(x, run)
-        for layer in self.layers:
-            x = run_layer(x, layer, run)
-        return x
+    def set_graphs(self, graphs: LayerGraphs | None) -> None:
+        """Run the layers of a training step through `graphs`, or one by one again."""
+        self.graphs = graphs
 
     def forward(self, input_ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T).
 
         Without `cu_seqlens` every row is a document. With it (D + 1,), the rows of `input_ids`
-        laid one after another are split there. Raises `ValueError` on ids outside the vocabulary
+        laid end to end are split there. Raises `ValueError` on ids outside the vocabulary
         and on boundaries that do not fit.
         """
-        flat, bounds = _packed(input_ids, cu_seqlens)
-        x = self.model.norm(self.hidden_states(flat, bounds))
-        return self._logits(x).view(*input_ids.shape, -1)
+        self._check_ids(input_ids)
+        x = self.hidden_states(PackedBatch.of(input_ids, cu_seqlens=cu_seqlens))
+        return self._logits(self.model.norm(x)).view(*input_ids.shape, -1)
 
     def loss(
         self,
@@ -195,98 +144,157 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         num_items: float | None = None,
         teacher: Decoder | None = None,
+        settings: StepSettings = DEFAULT_SETTINGS,
+    ) -> Tensor:
+        """The loss of `batch_loss` for ids and labels of one shape.
+
+        `labels` are unshifted, -100 where not trained; the first token of a document is never a
+        target. On a GPU the host waits once to find the trained tokens, and once for `cu_seqlens`:
+        a loader that builds the `PackedBatch` itself spares both.
+        """
+        self._check_ids(input_ids)
+        batch = PackedBatch.of(input_ids, labels, cu_seqlens)
+        return self.batch_loss(batch, settings, num_items=num_items, teacher=teacher)
+
+    def batch_loss(
+        self,
+        batch: PackedBatch,
+        settings: StepSettings = DEFAULT_SETTINGS,
+        *,
+        num_items: float | None = None,
+        loss_scale: float = 1.0,
+        teacher: Decoder | None = None,
     ) -> Tensor:
         """Cross-entropy of the next token, summed over trained tokens, divided by `num_items`.
 
-        `labels` have the shape of `input_ids`, unshifted, -100 where not trained; the first token
-        of a document is never a target. `num_items` defaults to the trained tokens of this call;
-        give that of the whole accumulated batch when this is one of several micro-batches. Where
-        `router_loss` is not 0, that many times the router's load balancing loss is added. With a
-        `teacher` of the same vocabulary its distribution is learnt in place of the tokens
-        (`kernels.loss.linear_distillation`); labels then say where.
+        The batch may lie anywhere; nothing here waits for the device. `num_items` defaults to the
+        trained tokens of this batch; give that of the whole accumulated batch when this is one of
+        several micro-batches. `loss_scale` multiplies the result, inside the head's products,
+        where float16 gradients could vanish otherwise. With a router loss its balancing loss is
+        added. With a `teacher` of the same vocabulary its distribution is learnt in place of the
+        tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
         """
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels {tuple(labels.shape)} must have the shape of input_ids "
-                f"{tuple(input_ids.shape)}"
-            )
-        flat, bounds = _packed(input_ids, cu_seqlens)
-        targets = shift_labels(labels.reshape(-1), bounds)
-        routed: Routed | None = [] if self.router_loss else None
-        x = self.hidden_states(flat, bounds, routed)
-        trained = torch.nonzero(targets >= 0).squeeze(1)
-        chosen = self.model.norm(x.index_select(0, trained))
+        here = batch.to(self.device, self.ids_device)
+        items = max(1, batch.trained_tokens) if num_items is None else num_items
+        divisor = items / loss_scale
+        factor = self.router_loss if settings.router_loss is None else settings.router_loss
+        routed: Routed | None = [] if factor else None
+        x = self.hidden_states(here, settings, routed)
+        trained = self.model.norm(x.index_select(0, here.trained))
+        chunk = settings.loss_chunk_tokens
         if teacher is not None:
-            loss = self._distillation(chosen, teacher, flat, bounds, trained, num_items)
+            loss = self._distillation(trained, teacher, batch, divisor, chunk)
         else:
-            loss = linear_cross_entropy(
-                chosen,
-                self.head_weight(),
-                targets.index_select(0, trained),
-                num_items,
-                self.loss_chunk_tokens,
-            )
+            head = self.head_weight()
+            loss = linear_cross_entropy(trained, head, here.targets, divisor, chunk)
         if not routed:
             return loss
         # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
-        share = 1.0 if num_items is None else trained.numel() / num_items
+        share = loss_scale if num_items is None else batch.trained_tokens / divisor
         counts, prob_sums = zip(*routed, strict=True)
-        balance = load_balancing_loss(counts, prob_sums, flat.shape[0])
-        return loss + self.router_loss * share * balance.to(loss.dtype)
+        balance = load_balancing_loss(counts, prob_sums, batch.tokens)
+        return loss + factor * share * balance.to(loss.dtype)
 
-    def _distillation(
+    def hidden_states(
         self,
-        chosen: Tensor,
-        teacher: Decoder,
-        flat: Tensor,
-        bounds: Tensor,
-        trained: Tensor,
-        num_items: float | None,
+        batch: PackedBatch,
+        settings: StepSettings = DEFAULT_SETTINGS,
+        routed: Routed | None = None,
     ) -> Tensor:
-        with torch.no_grad():
-            states = teacher.hidden_states(flat, bounds).index_select(0, trained)
-            known = teacher.model.norm(states)
-        return linear_distillation(
-            chosen,
-            self.head_weight(),
-            known,
-            teacher.head_weight(),
-            num_items,
-            self.loss_chunk_tokens or DISTILLATION_TOKENS,
-        )
+        """The last layer's output (N, H), before the final norm.
+
+        Each mixture adds to the list `routed`, if there is one.
+        """
+        batch = batch.to(self.device, self.ids_device)
+        run = self._pass(batch, settings, routed)
+        x: Tensor = self.model.embed_tokens(batch.input_ids)
+        if self.graphs is not None and torch.is_grad_enabled():
+            if run.inputs is not None:
+                raise ValueError(_OFFLOADED_LAYERS)
+            return self.graphs.forward(x, run)
+        for layer in self.layers:
+            x = run_layer(x, layer, run)
+        return x
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (V,) after the last of input_ids (T,), the next tokens of the cached sequence."""
+        self._check_ids(input_ids)
         tokens, start = input_ids.shape[0], cache.length
         positions = torch.arange(start, start + tokens, device=input_ids.device)
         cos, sin = self.rotary(positions, self.dtype)
-        whole = torch.tensor([0, tokens], dtype=torch.int32)
-        plan = AttentionPlan.from_cu_seqlens(whole, tokens)
-        context = LayerContext(cos, sin, plan, cache=cache)
-        run = ForwardPass(context, self.policies, weights=self.weight_stream)
-        x = self._embed(input_ids)
+        plan = AttentionPlan(torch.tensor([0, tokens], dtype=torch.int32), (0, tokens))
+        policies = layer_policies("full", len(self.layers))
+        run = ForwardPass(
+            LayerContext(cos, sin, plan, cache=cache), policies, weights=self.weight_stream
+        )
+        x: Tensor = self.model.embed_tokens(input_ids)
         for layer in self.layers:
             x = run_layer(x, layer, run)
         cache.advance(tokens)
-        norm = self.model.norm
-        last, _ = norm.forward_with_rstd(x[-1:])
+        last, _ = self.model.norm.forward_with_rstd(x[-1:])
         return self._logits(last).squeeze(0)
 
+    def _logits(self, x: Tensor) -> Tensor:
+        """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""
+        head = self.head_weight()
+        return x @ head.T if isinstance(head, Tensor) else head_logits(x, head)
 
-def _packed(input_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
-    flat = input_ids.reshape(-1)
-    if cu_seqlens is None:
-        length = input_ids.shape[-1]
-        cu_seqlens = torch.arange(
-            0, flat.shape[0] + 1, length, dtype=torch.int32, device=flat.device
+    def _pass(
+        self, batch: PackedBatch, settings: StepSettings, routed: Routed | None
+    ) -> ForwardPass:
+        """What the layers read of a batch that lies on the model's device."""
+        bounds = batch.cu_seqlens
+        plan = AttentionPlan(bounds, batch.bounds, settings.low_memory_decode)
+        starts = torch.repeat_interleave(
+            bounds[:-1].long(), bounds.diff().long(), output_size=batch.tokens
         )
-    return flat, cu_seqlens
+        positions = torch.arange(batch.tokens, device=bounds.device) - starts
+        cos, sin = self.rotary(positions, self.dtype)
+        seeds = None
+        if self.training and settings.dropout_seed is not None and self._drops():
+            seeds = dropout_seeds(settings.dropout_seed, len(self.layers), self.device)
+        inputs = None
+        if settings.offload_inputs and torch.is_grad_enabled():
+            self._copies = self._copies or SideCopies(self.device)
+            inputs = OffloadedInputs(self.device, self._copies)
+        policies = layer_policies(settings.checkpointing, len(self.layers))
+        context = LayerContext(cos, sin, plan, seeds, settings=settings)
+        return ForwardPass(context, policies, inputs, self.weight_stream, routed)
 
+    def _drops(self) -> bool:
+        """Whether any adapter has dropout."""
+        holders = (m for m in self.model.layers.modules() if isinstance(m, Linear | ExpertAdapter))
+        return any(holder.dropout > 0.0 for holder in holders)
 
-def shift_labels(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Targets (N,): the label of the next token of the same document, -100 at its end."""
-    targets = torch.full_like(labels, -100)
-    targets[:-1] = labels[1:]
-    targets[cu_seqlens[1:].long() - 1] = -100
-    return targets
+    def _check_ids(self, input_ids: Tensor) -> None:
+        """Raises `ValueError` on ids outside the vocabulary, where the host can see them."""
+        if input_ids.is_cuda or not input_ids.numel():
+            return
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.config.vocab_size}"
+            )
+
+    def _distillation(
+        self,
+        trained: Tensor,
+        teacher: Decoder,
+        batch: PackedBatch,
+        num_items: float,
+        chunk: int | None,
+    ) -> Tensor:
+        with torch.no_grad():
+            there = batch.to(teacher.device, teacher.ids_device)
+            states = teacher.hidden_states(there).index_select(0, there.trained)
+            known = teacher.model.norm(states)
+        return linear_distillation(
+            trained,
+            self.head_weight(),
+            known,
+            teacher.head_weight(),
+            num_items,
+            chunk or DISTILLATION_TOKENS,
+        )

@@ -22,6 +22,7 @@ from engine.memory.estimate import Workload
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from models.adapters import add_lora
+from models.layers.context import StepSettings
 from optim import AdamW8bit
 from optim.clip import clip_grad_norm
 
@@ -49,8 +50,8 @@ def main(work_file: Path, result_file: Path) -> None:
         lora_rank=work.rank,
         gradient_checkpointing=work.policy,
     )
-    model.set_checkpointing(checkpointing_policy(config, work))
-    model.loss_chunk_tokens = config.loss_chunk_tokens
+    policy = checkpointing_policy(config, work)
+    settings = StepSettings(checkpointing=policy, loss_chunk_tokens=config.loss_chunk_tokens)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW8bit(trained, lr=work.learning_rate, weight_decay=0.01)
@@ -62,14 +63,14 @@ def main(work_file: Path, result_file: Path) -> None:
                 for row in rows
             ]
         )
-        loss = model.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+        loss = model.batch_loss(batch, settings)
         loss.backward()
         clip_grad_norm(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    versions = {"torch": version("torch"), "gradient_checkpointing": model.checkpointing}
+    versions = {"torch": version("torch"), "gradient_checkpointing": policy}
     measure(work, step, versions, len(trained), result_file)
 
 

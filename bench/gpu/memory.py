@@ -21,8 +21,8 @@ from engine.memory.estimate import make_batch, plan
 from engine.memory.model_shapes import preset_config
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
-from engine.training.loop import train_step
-from engine.training.trainable import make_optimizer, make_trainable
+from engine.training.step import TrainingStep
+from engine.training.trainable import make_optimizer, make_trainable, step_settings
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
@@ -95,9 +95,10 @@ def measured(name: str, policy: str, tokens: int) -> dict[str, Any]:
     )
     make_trainable(model, config, None)
     optimizer = make_optimizer(model, config)
-    for step in range(3):
+    step = TrainingStep(model, optimizer, step_settings(config), max_grad_norm=1.0)
+    for number in range(3):
         torch.cuda.reset_peak_memory_stats()
-        train_step(model, optimizer, [make_batch([tokens])], max_grad_norm=1.0, step=step)
+        step([make_batch([tokens])], number)
     made = plan(shape, config, gpu=True, dtype=torch.bfloat16)
     real = torch.cuda.max_memory_allocated()
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from bench.gpu.step import (
     build,
     clear,
     configuration,
-    one_step,
     random_batch,
     with_layers,
 )
@@ -81,16 +81,15 @@ def _events(
 ) -> tuple[dict[str, tuple[int, float]], float]:
     """Kernel (on a CPU, operator) -> calls and seconds of one step; and the step's seconds."""
     clear(device)
-    model, optimizer = build(config, spec, device, dtype)
-    batch = random_batch(config, spec, device)
-    for step in range(2):
-        one_step(model, optimizer, batch, step)
+    step, batch = build(config, spec, device, dtype), random_batch(config, spec, device)
+    for number in range(2):
+        step([batch], number)
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     synchronize(device)
     with profile(activities=activities) as record:
         started = time.perf_counter()
-        one_step(model, optimizer, batch, 2)
+        step([batch], 2)
         synchronize(device)
         wall = time.perf_counter() - started
     found: dict[str, tuple[int, float]] = {}
@@ -109,11 +108,11 @@ def host_waits(
     config = configuration(spec.model, small)
     counts = {}
     for layers in (2, 4):
-        model, optimizer = build(with_layers(config, layers), spec, device, dtype)
+        step = build(with_layers(config, layers), spec, device, dtype)
         batch = random_batch(config, spec, device)
-        for step in range(2):
-            one_step(model, optimizer, batch, step)
-        counts[layers] = _count_waits(lambda m=model, o=optimizer, b=batch: one_step(m, o, b, 2))
+        for number in range(2):
+            step([batch], number)
+        counts[layers] = _count_waits(partial(step, [batch], 2))
     return {"spec": str(spec), "two_layers": counts[2], "four_layers": counts[4]}
 
 

@@ -13,10 +13,9 @@ import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from engine.benchmark.ops_elementwise import adapter_shapes
 from engine.benchmark.ops_layer import linear_parameters
@@ -24,10 +23,11 @@ from engine.benchmark.ops_matmul import attention_flops
 from engine.benchmark.random_weights import random_decoder
 from engine.benchmark.timing import synchronize
 from engine.memory.model_shapes import preset_config, unknown_model
-from engine.training.loop import train_step
+from engine.training.step import TrainingStep
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
-from models.decoder import Decoder
+from models.layers.context import StepSettings
+from models.layers.packed_batch import PackedBatch
 from models.memory.cuda_graphs import LayerGraphs
 from models.memory.recorder import CudaRecorder
 from optim import AdamW8bit
@@ -64,16 +64,6 @@ class StepSpec:
         return self.documents * self.length
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """The fields of `engine.data.loader.Batch` that a step reads."""
-
-    input_ids: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor
-    trained_tokens: int
-
-
 def configuration(model: str, small: bool) -> ModelConfig:
     """A preset's shape, or one of the same family that a processor core can run."""
     config = preset_config(model)
@@ -102,9 +92,8 @@ def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
 
 def random_batch(config: ModelConfig, spec: StepSpec, device: torch.device) -> PackedBatch:
     """Random tokens, all of them trained but the first of each document."""
-    ids = torch.randint(0, config.vocab_size, (spec.tokens,), device=device)
-    bounds = torch.arange(0, spec.tokens + 1, spec.length, dtype=torch.int32)
-    return PackedBatch(ids, ids.clone(), bounds, spec.documents * (spec.length - 1))
+    ids = torch.randint(0, config.vocab_size, (spec.documents, spec.length), device=device)
+    return PackedBatch.of(ids, ids)
 
 
 def model_flops(config: ModelConfig, spec: StepSpec) -> float:
@@ -120,16 +109,16 @@ def model_flops(config: ModelConfig, spec: StepSpec) -> float:
 
 def build(
     config: ModelConfig, spec: StepSpec, device: torch.device, dtype: torch.dtype
-) -> tuple[Decoder, AdamW8bit]:
-    """A random model that trains, at the step's checkpointing policy, and its optimiser."""
+) -> TrainingStep:
+    """The trainer's own step on a random model, at the step's checkpointing policy."""
     model = random_decoder(config, device, dtype, rank=RANK)
-    model.set_checkpointing(spec.policy)
     if spec.graphs:
         # Without a GPU the same passes run launch by launch.
         recorder = CudaRecorder(device) if device.type == "cuda" else None
-        model.graphs = LayerGraphs(model.layers, recorder)
+        model.set_graphs(LayerGraphs(model.layers, recorder))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return model, AdamW8bit(trained, lr=1e-4)
+    policy = StepSettings(checkpointing=spec.policy)
+    return TrainingStep(model, AdamW8bit(trained, lr=1e-4), policy, max_grad_norm=1.0)
 
 
 def clear(device: torch.device) -> None:
@@ -138,11 +127,6 @@ def clear(device: torch.device) -> None:
     release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def one_step(model: Decoder, optimizer: AdamW8bit, batch: PackedBatch, step: int) -> float:
-    """The trainer's own step; its loss."""
-    return train_step(model, optimizer, [cast(Any, batch)], max_grad_norm=1.0, step=step).loss
 
 
 def measure_step(
@@ -157,16 +141,16 @@ def measure_step(
     """Median step time, tokens per second, share of `peak_flops`, peak memory."""
     clear(device)
     config = configuration(spec.model, small)
-    model, optimizer = build(config, spec, device, dtype)
+    step = build(config, spec, device, dtype)
     batch = random_batch(config, spec, device)
     warmup = 2
     times, losses = [], []
-    for step in range(warmup + steps):
-        if step == warmup and device.type == "cuda":
+    for number in range(warmup + steps):
+        if number == warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         synchronize(device)
         started = time.perf_counter()
-        losses.append(one_step(model, optimizer, batch, step))
+        losses.append(step([batch], number).loss)
         synchronize(device)
         times.append(time.perf_counter() - started)
     timed = times[warmup:]

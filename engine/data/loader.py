@@ -4,11 +4,10 @@ The order is a pure function of (seed, epoch, index): nothing is drawn from a ge
 somebody else could advance, so a resumed run reads the same batches without replaying the earlier
 ones. Random bits come raw from Philox (Salmon et al., 2011, "Parallel random numbers: as easy as
 1, 2, 3"), whose stream numpy promises never to change; an epoch's order is the order of those
-numbers. Documents are laid end to end without padding; `cu_seqlens` tells them apart.
+numbers. Documents are laid end to end without padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ import torch
 from engine.data.examples import Example
 from engine.data.packing import best_fit
 from engine.data.rows import Row
+from models.layers.packed_batch import PackedBatch
 
 IGNORED = -100
 """The label of a position that is not trained, as Hugging Face has it."""
@@ -25,28 +25,7 @@ _SHUFFLE, _SPLIT = 1, 2
 """Purposes of random numbers, so that no two draw the same ones."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Documents laid end to end.
-
-    Attributes:
-        input_ids: (N,) int64.
-        labels: (N,) int64, not shifted; -100 where not trained and at each document's start.
-        cu_seqlens: (D + 1,) int32; document d is [cu_seqlens[d], cu_seqlens[d + 1]).
-        position_ids: (N,) int64, from 0 in every document.
-        max_seqlen: tokens of the longest document.
-        trained_tokens: labels that are not -100.
-    """
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    cu_seqlens: torch.Tensor
-    position_ids: torch.Tensor
-    max_seqlen: int
-    trained_tokens: int
-
-
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example]) -> PackedBatch:
     """Lay examples end to end, one document each.
 
     Raises:
@@ -54,20 +33,13 @@ def collate(examples: Sequence[Example]) -> Batch:
     """
     if not examples or not all(len(example) for example in examples):
         raise ValueError("a batch needs at least one example, and every example a token")
-    lengths = np.array([len(example) for example in examples], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
     mask = np.concatenate([example.mask for example in examples])
-    mask[starts] = False
-    positions = np.arange(len(ids), dtype=np.int64) - np.repeat(starts, lengths)
-    return Batch(
-        input_ids=torch.from_numpy(ids),
-        labels=torch.from_numpy(np.where(mask, ids, IGNORED)),
-        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
-        position_ids=torch.from_numpy(positions),
-        max_seqlen=int(lengths.max()),
-        trained_tokens=int(np.count_nonzero(mask)),
+    ends = np.cumsum([len(example) for example in examples])
+    return PackedBatch.of(
+        torch.from_numpy(ids),
+        torch.from_numpy(np.where(mask, ids, IGNORED)),
+        torch.from_numpy(np.concatenate([[0], ends])),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from engine.data.examples import Example
 from engine.data.loader import collate
 from models.decoder import Decoder
+from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
 TOKENS_PER_BATCH = 2048
 
@@ -43,7 +44,10 @@ def by_tokens(examples: Iterable[Example], budget: int) -> Iterator[list[Example
 
 @torch.no_grad()
 def evaluate_examples(
-    model: Decoder, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH
+    model: Decoder,
+    examples: Sequence[Example],
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    settings: StepSettings = DEFAULT_SETTINGS,
 ) -> EvalResult:
     """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was."""
     started, was_training = time.perf_counter(), model.training
@@ -51,12 +55,7 @@ def evaluate_examples(
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
         batch = collate(group)
-        loss = model.loss(
-            batch.input_ids.to(model.ids_device),
-            batch.labels.to(model.device),
-            batch.cu_seqlens.to(model.device),
-            num_items=1,
-        )
+        loss = model.batch_loss(batch, settings, num_items=1)
         total += loss.double().cpu()
         tokens += batch.trained_tokens
     model.train(was_training)

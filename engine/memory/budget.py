@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.data.loader import Batch
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
 from engine.memory.search import least_step, require_any
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from engine.training.prepare import Prepared
     from models.config.model_config import ModelConfig
     from models.decoder import Decoder
+    from models.layers.packed_batch import PackedBatch
     from optim import AdamW8bit
 
 log = logging.getLogger(__name__)
@@ -91,10 +91,10 @@ class MemoryBudget:
         self._most = 0
         self._watched = 0
         self._measured = 0
-        self._largest: Sequence[Batch] = ()
+        self._largest: Sequence[PackedBatch] = ()
 
     def _plan(
-        self, config: TrainConfig, work: Workload | None, batches: Sequence[Batch] = ()
+        self, config: TrainConfig, work: Workload | None, batches: Sequence[PackedBatch] = ()
     ) -> MemoryPlan:
         return plan(
             self._prepared.model_source.config,
@@ -122,10 +122,10 @@ class MemoryBudget:
 
     @contextmanager
     def watch(
-        self, model: Decoder, optimizer: AdamW8bit, batches: Sequence[Batch]
+        self, model: Decoder, optimizer: AdamW8bit, batches: Sequence[PackedBatch]
     ) -> Iterator[None]:
         """Around one step. Raises `MemoryPlanError` from the op that goes over the budget."""
-        tokens = sum(int(batch.input_ids.numel()) for batch in batches)
+        tokens = sum(batch.tokens for batch in batches)
         larger = tokens > self._most
         if larger:
             self._most, self._largest = tokens, batches
@@ -135,7 +135,7 @@ class MemoryBudget:
             return
         meter = MemoryMeter(limit=self._budget)
         track_model(meter, model)
-        meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+        meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
         meter.track("optimiser", optimizer.state_tensors().values())
         with observed(meter), meter:

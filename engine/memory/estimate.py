@@ -15,11 +15,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.data.loader import IGNORED, Batch
 from engine.memory.simulate.meter import Peak, Segment
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
+from models.layers.packed_batch import PackedBatch
 
 CUDA_CONTEXT = 480 * 2**20
 """Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve
@@ -93,21 +93,10 @@ def workload(config: TrainConfig) -> Workload:
     return Workload((lengths,) * min(config.accumulate, 2))
 
 
-def make_batch(lengths: Sequence[int]) -> Batch:
+def make_batch(lengths: Sequence[int]) -> PackedBatch:
     """A batch of documents of these lengths, every token of which is trained."""
-    tokens = sum(lengths)
-    bounds = torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0)
-    ids = torch.zeros(tokens, dtype=torch.int64)
-    labels = ids.clone()
-    labels[bounds[:-1]] = IGNORED
-    return Batch(
-        input_ids=ids,
-        labels=labels,
-        cu_seqlens=bounds.to(torch.int32),
-        position_ids=torch.zeros(0, dtype=torch.int64),
-        max_seqlen=max(lengths),
-        trained_tokens=tokens - len(lengths),
-    )
+    ids = torch.zeros(sum(lengths), dtype=torch.int64)
+    return PackedBatch.of(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
 
 def plan(
@@ -118,7 +107,7 @@ def plan(
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
     work: Workload | None = None,
-    batches: Sequence[Batch] = (),
+    batches: Sequence[PackedBatch] = (),
     whole: bool = False,
 ) -> MemoryPlan:
     """Plan a run of `config` on a model of this shape.

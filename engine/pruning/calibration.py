@@ -101,7 +101,7 @@ def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) 
     with observe_layers(watch):
         for group in by_tokens(examples, _TOKENS_PER_BATCH):
             batch = collate(group)
-            model.hidden_states(batch.input_ids.to(model.device), batch.cu_seqlens.to(model.device))
+            model.hidden_states(batch)
             tokens += int(batch.input_ids.numel())
     return [watch.sums[layer].cpu() / max(tokens, 1) for layer in layers]
 
@@ -151,12 +151,7 @@ def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) ->
     tokens = 0
     for example in examples:
         batch = collate([example])
-        model.loss(
-            batch.input_ids.to(model.device),
-            batch.labels.to(model.device),
-            batch.cu_seqlens.to(model.device),
-            num_items=1,
-        ).backward()
+        model.batch_loss(batch, num_items=1).backward()
         tokens += batch.trained_tokens
         for layer, (heads, linear) in outputs.items():
             sums[layer] = sums[layer] + _inner(heads, linear).abs().cpu()

@@ -10,12 +10,13 @@ from functools import partial
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import ReadReport, load_rows, read_rows
 from engine.data.examples import Example, Report, build_examples, check_ids
-from engine.data.loader import Batch, BatchPlan, collate, split_heldout
+from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from models.config.model_config import ModelConfig
+from models.layers.packed_batch import PackedBatch
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Prepared:
             "rows_heldout": len(self.heldout),
         }
 
-    def batches(self, step: int) -> tuple[list[Batch], float]:
+    def batches(self, step: int) -> tuple[list[PackedBatch], float]:
         """The micro-batches of a step, counted from 0, and the epoch reached after it."""
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.config.accumulate

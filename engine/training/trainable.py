@@ -112,10 +112,7 @@ def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
 
 
 def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> int:
-    """Turn on what `config.method` trains and return the number of trainable parameters.
-
-    `config.gradient_checkpointing` must be a level, not auto.
-    """
+    """Turn on what `config.method` trains and return the number of trainable parameters."""
     if config.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -132,11 +129,18 @@ def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> i
         )
         if init is not None:
             load_adapter_tensors(model, init)
-    model.set_checkpointing(config.gradient_checkpointing)
-    model.settings = StepSettings(config.mlp_tile_tokens, config.low_memory_decode)
-    model.checkpoints_on_host = "checkpoints" in config.offload
-    model.loss_chunk_tokens = config.loss_chunk_tokens
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def step_settings(config: TrainConfig) -> StepSettings:
+    """How every step is computed. `config.gradient_checkpointing` must be a policy, not auto."""
+    return StepSettings(
+        checkpointing=config.gradient_checkpointing,
+        offload_inputs="checkpoints" in config.offload,
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        low_memory_decode=config.low_memory_decode,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+    )
 
 
 def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:

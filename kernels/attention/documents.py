@@ -6,6 +6,7 @@ blocks of queries and keys that are computed together and, under a sliding windo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -48,17 +49,11 @@ class AttentionPlan:
     def from_cu_seqlens(
         cls, cu_seqlens: Tensor, tokens: int, frugal: bool = False
     ) -> AttentionPlan:
-        """Read (D + 1,) int32 boundaries; the one host read of a batch, free for a CPU tensor.
+        """Read boundaries (D + 1,); those on a GPU are waited for.
 
-        Raises `ValueError` unless they rise strictly from 0 to `tokens`.
+        Raises `ValueError` as `checked_bounds` does.
         """
-        bounds = tuple(int(bound) for bound in cu_seqlens.tolist())
-        rising = all(a < b for a, b in pairwise(bounds))
-        if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
-            raise ValueError(
-                f"cu_seqlens is {list(bounds)[:8]}; expected boundaries that rise strictly "
-                f"from 0 to the number of tokens, {tokens}"
-            )
+        bounds = checked_bounds(cu_seqlens.tolist(), tokens)
         return cls(cu_seqlens.to(torch.int32), bounds, frugal)
 
     @classmethod
@@ -167,6 +162,17 @@ def heads_first(x: Tensor, start: int, end: int, groups: int) -> Tensor:
     """Tokens `start:end` of x (N, H, D) as (1, H * groups, T, D)."""
     part = x[start:end].transpose(0, 1).unsqueeze(0)
     return part if groups == 1 else part.repeat_interleave(groups, dim=1)
+
+
+def checked_bounds(bounds: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """The boundaries of documents. Raises `ValueError` unless they rise from 0 to `tokens`."""
+    rising = all(a < b for a, b in pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != tokens or not rising:
+        raise ValueError(
+            f"cu_seqlens is {list(bounds)[:8]}; expected boundaries that rise strictly "
+            f"from 0 to the number of tokens, {tokens}"
+        )
+    return tuple(bounds)
 
 
 def window_mask(queries: int, lead: int, window: int, like: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def chunk_layout(bounds: tuple[int, ...], chunk: int, device: torch.device) -> C
         first += active
     rank = torch.empty(len(order), dtype=torch.int64)
     rank[torch.tensor(order)] = torch.arange(len(order))
-    document = torch.repeat_interleave(torch.tensor(lengths))
+    document = torch.repeat_interleave(torch.tensor(lengths), output_size=bounds[-1])
     within = torch.arange(bounds[-1]) - torch.tensor(bounds)[document]
     starts = torch.tensor([start for start, _ in steps])
     slots = (starts[within // chunk] + rank[document]) * chunk + within % chunk

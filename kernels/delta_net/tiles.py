@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.delta_net.gates import L2_EPS
 from kernels.delta_net.operands import CHUNK, GatedDeltaInputs
-from kernels.runtime.device import architecture
+from kernels.runtime.device import architecture, upload
 from kernels.runtime.triton_support import jit, next_power_of_2, tl
 
 MAX_SIZE = 128
@@ -56,7 +56,7 @@ def chunk_table(bounds: tuple[int, ...], device: torch.device) -> ChunkTable:
         ends += [min(at + CHUNK, end) for at in range(start, end, CHUNK)]
         first.append(len(starts))
     made = (torch.tensor(part, dtype=torch.int32) for part in (bounds, first, starts, ends))
-    return ChunkTable(*(part.to(device) for part in made))
+    return ChunkTable(*(upload(part, device) for part in made))
 
 
 @dataclass(frozen=True)

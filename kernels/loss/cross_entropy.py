@@ -32,7 +32,7 @@ def _cross_entropy_reference_(
     for start in equal_parts(range(0, logits.shape[0], _REFERENCE_ROWS)):
         rows = slice(start, start + _REFERENCE_ROWS)
         z, target = logits[rows].to(dtype), targets[rows].unsqueeze(1)
-        peak, picked = z.amax(1, keepdim=True), z.gather(1, target)
+        peak, picked = z.amax(1, keepdim=True), _target_logits(z, target)
         total = z.sub_(peak).exp_().sum(1, keepdim=True)
         losses[rows] = total.log().add_(peak - picked).squeeze(1)
         if gradient:
@@ -40,6 +40,16 @@ def _cross_entropy_reference_(
             if z.dtype != logits.dtype:
                 logits[rows] = z
     return losses
+
+
+def _target_logits(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits[i, targets[i]] (n, 1). On a CPU torch checks the indices as it reads."""
+    try:
+        return logits.gather(1, targets)
+    except RuntimeError as error:
+        raise ValueError(
+            f"label {int(targets.max())} is outside a vocabulary of {logits.shape[1]}"
+        ) from error
 
 
 @jit

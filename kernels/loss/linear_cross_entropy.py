@@ -1,14 +1,14 @@
 """Output head and cross-entropy in one op, in chunks: the logits never exist whole.
 
-For trained rows h (n, H) and a head W (V, H), with y the target of each row:
+For the hidden states h (n, H) of trained tokens, a head W (V, H) and their targets y (n,):
 
     z = h W^T,   loss = sum_i (logsumexp(z_i) - z_i[y_i]) / num_items
     dz = softmax(z) - onehot(y),   dh = dz W / num_items,   dW = dz^T h / num_items
 
-The gradient is formed in the forward pass, in the memory of the logits, one chunk of rows at a
+The gradient is formed in the forward pass, in the memory of the logits, one chunk of tokens at a
 time, so a frozen head costs two matrix products a chunk and nothing is recomputed. The factor
-1 / num_items enters in the products, where it cannot underflow in fp16. Rows without a target are
-dropped before the first product; finding them is the one wait for the device in a step.
+1 / num_items enters in the products, where it cannot underflow in fp16. Nothing here waits for the
+device.
 
 A frozen head may be 8-bit rows (`kernels.linear.int8`): it is decoded in slabs of its rows, for the
 logits and again for dh, whose parts are added up in fp32. Source: the chunked form follows Hsu et
@@ -39,7 +39,7 @@ Head = Tensor | Int8Weight
 
 
 def chunk_tokens(vocab_size: int, itemsize: int, budget: int = DEFAULT_CHUNK_BYTES) -> int:
-    """Rows per chunk such that one chunk of logits stays within `budget` bytes."""
+    """Tokens per chunk such that one chunk of logits stays within `budget` bytes."""
     return max(64, budget // (vocab_size * itemsize))
 
 
@@ -174,30 +174,22 @@ def _scaled(dweight: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Head, labels: Tensor, num_items: float | None, rows: int
+        ctx, hidden: Tensor, weight: Head, targets: Tensor, num_items: float, rows: int
     ) -> Tensor:
-        trained = torch.nonzero(labels >= 0).squeeze(1)
-        loss, dchosen, dweight = _forward(
-            hidden.index_select(0, trained),
-            weight,
-            labels.index_select(0, trained),
-            1.0 / (max(1, trained.numel()) if num_items is None else num_items),
-            rows,
-            ctx.needs_input_grad[0],
-            ctx.needs_input_grad[1],
+        need_dhidden, need_dweight = ctx.needs_input_grad[:2]
+        loss, dhidden, dweight = _forward(
+            hidden, weight, targets, 1.0 / num_items, rows, need_dhidden, need_dweight
         )
-        ctx.save_for_backward(trained, dchosen, dweight)
-        ctx.shape, ctx.dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss: Tensor):  # type: ignore[no-untyped-def]
-        trained, dchosen, dweight = ctx.saved_tensors
-        dhidden = None
-        if dchosen is not None:
-            dhidden = torch.zeros(ctx.shape, dtype=ctx.dtype, device=dloss.device)
-            dhidden.index_copy_(0, trained, dchosen * dloss.to(ctx.dtype))
+        dhidden, dweight = ctx.saved_tensors
+        if dhidden is not None:
+            dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
             dweight = _scaled(dweight, dloss, ctx.weight_dtype)
         return dhidden, dweight, None, None, None
@@ -206,27 +198,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Head,
-    labels: Tensor,
+    targets: Tensor,
     num_items: float | None = None,
     tokens_per_chunk: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of `hidden @ weight.T` against `labels`, summed and divided by `num_items`.
+    """Cross-entropy of `hidden @ weight.T` against `targets`, summed and divided by `num_items`.
 
-    hidden (N, H); weight (V, H), dense, or frozen in 8-bit rows; labels (N,) int64, already
-    shifted, negative where the row is not trained. `num_items` is the number of trained tokens of
-    the whole accumulated batch; by default that of these rows. Returns a scalar in fp32 or wider; 0
-    where no row is trained.
+    hidden (n, H) and targets (n,) int64 are those of the trained tokens alone; weight (V, H) is
+    dense, or frozen in 8-bit rows. `num_items` is the number of trained tokens of the whole
+    accumulated batch, by default n. Returns a scalar in fp32 or wider, 0 where n is 0.
 
-    Raises `ValueError` for mismatching shapes and, on a CPU, for a label outside the vocabulary; on
-    a GPU, where the check would wait for the device, such a label makes the loss NaN.
+    Raises `ValueError` for mismatching shapes and, in the reference on a CPU, for a target outside
+    the vocabulary; on a GPU, where the check would wait for the device, such a target makes the
+    loss NaN.
     """
-    if hidden.dim() != 2 or labels.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
+    if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1] != hidden.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels "
-            f"{tuple(labels.shape)} do not fit; expected (N, H), (V, H), (N,)"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)} do not fit; expected (n, H), (V, H), (n,)"
         )
-    if not labels.is_cuda and labels.numel() and int(labels.max()) >= weight.shape[0]:
-        raise ValueError(f"label {int(labels.max())} is outside a vocabulary of {weight.shape[0]}")
+    if num_items is None:
+        num_items = max(1, hidden.shape[0])
     rows = tokens_per_chunk or _default_rows(weight.shape[0], hidden)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, num_items, rows)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_items, rows)
     return loss

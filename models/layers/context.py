@@ -42,21 +42,35 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step does to hold less memory, at the price of time. Gradients stay what they were.
+    """How one step is computed. All but the last two change time and memory, not gradients.
 
     With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
     activation under any checkpointing policy (`models.layers.token_tiles`). With
     `low_memory_decode` no more than one decoded weight, or one group of those that attention reads
-    together, exists at a time, and attention goes over its heads in parts.
+    together, exists at a time, and attention goes over its heads in parts. `checkpointing` is a
+    policy for all layers or one for each (`layer_policies`). With `offload_inputs` the layers'
+    inputs wait for backward in the host's memory (`models.memory.offload`). `loss_chunk_tokens`
+    bounds the tokens whose logits exist at a time; None lets the loss choose.
+
+    `router_loss` is the factor of the router's load balancing loss; None is the model's own.
+    `dropout_seed` turns the dropout of adapters on in training mode.
     """
 
     mlp_tile_tokens: int | None = None
     low_memory_decode: bool = False
+    checkpointing: str = "selective"
+    offload_inputs: bool = False
+    loss_chunk_tokens: int | None = None
+    router_loss: float | None = None
+    dropout_seed: int | None = None
 
     @property
     def output_scratch(self) -> str:
         """The scratch buffer for decoded weights that write a block's output."""
         return "wide" if self.low_memory_decode else "narrow"
+
+
+DEFAULT_SETTINGS = StepSettings()
 
 
 def dropout_seeds(seed: int, layers: int, device: torch.device) -> Tensor:
@@ -78,7 +92,7 @@ class LayerContext:
     plan: AttentionPlan
     dropout_seeds: Tensor | None = None
     cache: KVCache | None = None
-    settings: StepSettings = StepSettings()
+    settings: StepSettings = DEFAULT_SETTINGS
 
     def seed(self, layer: int, site: int) -> Tensor | None:
         """Seed of one dropout site, int64 without dimensions.

@@ -23,6 +23,7 @@ from models.adapters import adapter_tensors, add_lora, load_adapter_tensors
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
+from models.layers.context import StepSettings
 from models.layers.experts import Experts
 from models.layers.kv_cache import KVCache
 from models.layers.linear import Linear
@@ -116,12 +117,11 @@ def test_checkpointing_policys_give_the_same_adapter_gradients(
     family: str, quantize: Quantization
 ) -> None:
     model = adapted(family, quantize, dropout=0.2).train()
-    model.dropout_seed = 5
     found = {}
     for level in ("none", "selective", "full"):
-        model.set_checkpointing(level)
         model.zero_grad()
-        model.loss(IDS, IDS, BOUNDS).backward()
+        settings = StepSettings(checkpointing=level, dropout_seed=5)
+        model.loss(IDS, IDS, BOUNDS, settings=settings).backward()
         found[level] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     for level in ("selective", "full"):
         for name, want in found["none"].items():

@@ -16,6 +16,7 @@ from models.adapters import (
 )
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.kv_cache import KVCache
 from models.layers.linear import Linear
 from models.tensor_names import DELTA_PROJECTIONS, PROJECTIONS
@@ -56,9 +57,9 @@ def randomize_adapters(model: Decoder) -> None:
         b.normal_(0, 0.3, generator=generator)
 
 
-def gradients(model: Decoder) -> dict[str, torch.Tensor]:
+def gradients(model: Decoder, settings: StepSettings = DEFAULT_SETTINGS) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model.loss(IDS, IDS, BOUNDS).backward()
+    model.loss(IDS, IDS, BOUNDS, settings=settings).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in found.values())
     return {name: gradient for name, gradient in found.items() if gradient is not None}
@@ -102,11 +103,10 @@ def test_checkpointing_policys_give_the_same_gradients_to_rounding(
     add_lora(model, rank=4, dropout=dropout)
     model.double().train()
     randomize_adapters(model)
-    model.dropout_seed = 5
     found = {}
     for policy in ("none", "selective", "full"):
-        model.set_checkpointing(policy)
-        found[policy] = gradients(model)
+        settings = StepSettings(checkpointing=policy, dropout_seed=5)
+        found[policy] = gradients(model, settings)
     for policy in ("selective", "full"):
         for name, want in found["none"].items():
             error = (found[policy][name] - want).norm() / want.norm()
@@ -120,13 +120,13 @@ def test_dropout_masks_differ_by_seed_and_vanish_in_evaluation() -> None:
     model.train()
     losses = []
     for seed in (1, 2, 1):
-        model.dropout_seed = seed
-        losses.append(float(model.loss(IDS, IDS, BOUNDS).detach()))
+        settings = StepSettings(dropout_seed=seed)
+        losses.append(float(model.loss(IDS, IDS, BOUNDS, settings=settings).detach()))
     assert losses[0] == losses[2] != losses[1]
     model.eval()
     evaluated = float(model.loss(IDS, IDS, BOUNDS).detach())
-    model.dropout_seed = 9
-    assert evaluated == float(model.loss(IDS, IDS, BOUNDS).detach())
+    settings = StepSettings(dropout_seed=9)
+    assert evaluated == float(model.loss(IDS, IDS, BOUNDS, settings=settings).detach())
 
 
 def plain(linear: Linear, x: torch.Tensor) -> torch.Tensor:

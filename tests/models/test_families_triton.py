@@ -14,9 +14,11 @@ from models.layers.context import StepSettings
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 
 
-def gradients(model: Decoder, ids: torch.Tensor, bounds: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(
+    model: Decoder, ids: torch.Tensor, bounds: torch.Tensor, settings: StepSettings
+) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    model.loss(ids, ids, bounds).backward()
+    model.loss(ids, ids, bounds, settings=settings).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return {name: gradient for name, gradient in found.items() if gradient is not None}
 
@@ -40,11 +42,9 @@ def test_every_gradient_is_that_of_the_reference(
             part.normal_(0, 0.1)
     ids = golden["packed.input_ids"][:40].to(device)
     bounds = torch.tensor([0, 17, 40], dtype=torch.int32, device=device)
-    model.settings = StepSettings(tile)
-    got = gradients(model, ids, bounds)
-    model.settings = StepSettings()
+    got = gradients(model, ids, bounds, StepSettings(tile))
     monkeypatch.setenv("ENGINE_REFERENCE", "1")
-    want = gradients(model, ids, bounds)
+    want = gradients(model, ids, bounds, StepSettings())
     assert got.keys() == want.keys()
     assert len(got) > 10
     for name, gradient in want.items():

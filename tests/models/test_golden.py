@@ -1,6 +1,7 @@
 """Logits, loss and every stored gradient against an independent implementation."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import StepSettings
 from models.tensor_layout import Layout, carried_prefixes
 from models.tensor_names import SUPPORTED, expected_tensors, graph_tensors
 
@@ -61,8 +63,8 @@ def test_every_gradient_equals_the_golden_one_at_every_checkpointing_policy(
     family: str, policy: str
 ) -> None:
     model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
-    model.set_checkpointing(policy)
-    model.loss(golden["input_ids"], golden["labels"]).backward()
+    settings = StepSettings(checkpointing=policy)
+    model.loss(golden["input_ids"], golden["labels"], settings=settings).backward()
     stored = {name[5:] for name in golden if name.startswith("grad.")}
     parameters = dict(model.named_parameters())
     assert stored <= set(parameters)
@@ -131,17 +133,17 @@ def test_the_router_loss_is_added_where_it_is_asked_for(family: str, policy: str
     model, golden = build(family), load_file(GOLDEN / family / "golden.safetensors")
     notes = json.loads((GOLDEN / family / "golden.json").read_text())
     assert model.router_loss == 0.0
-    model.set_checkpointing(policy)
+    settings = StepSettings(checkpointing=policy)
     ids, labels = golden["input_ids"], golden["labels"]
-    model.loss(ids, labels).backward()
+    model.loss(ids, labels, settings=settings).backward()
     router = next(
         name for name in dict(model.named_parameters()) if name.endswith("mlp.gate.weight")
     )
     without = model.get_parameter(router).grad
     assert without is not None
     model.zero_grad()
-    model.router_loss = model.config.router_aux_loss_coef
-    loss = model.loss(ids, labels)
+    settings = replace(settings, router_loss=model.config.router_aux_loss_coef)
+    loss = model.loss(ids, labels, settings=settings)
     assert abs(float(loss.detach()) - notes["loss_with_aux"]) <= 2e-6
     loss.backward()
     gradient = model.get_parameter(router).grad
@@ -153,8 +155,8 @@ def test_the_router_loss_is_added_where_it_is_asked_for(family: str, policy: str
 def test_the_router_loss_has_the_gradient_of_its_differences(family: str) -> None:
     model, golden = build(family).double(), load_file(GOLDEN / family / "golden.safetensors")
     ids, labels = golden["input_ids"], golden["labels"]
-    model.router_loss = 1.0
-    model.loss(ids, labels).backward()
+    settings = StepSettings(router_loss=1.0)
+    model.loss(ids, labels, settings=settings).backward()
     embedding = model.model.embed_tokens.weight
     assert isinstance(embedding, torch.nn.Parameter) and embedding.grad is not None
     direction = torch.randn(embedding.shape, dtype=torch.float64)
@@ -162,6 +164,6 @@ def test_the_router_loss_has_the_gradient_of_its_differences(family: str) -> Non
     with torch.no_grad():
         for step in (1e-6, -2e-6):
             embedding.add_(direction, alpha=step)
-            values.append(float(model.loss(ids, labels)))
+            values.append(float(model.loss(ids, labels, settings=settings)))
     measured = (values[0] - values[1]) / 2e-6
     assert float((embedding.grad * direction).sum()) == pytest.approx(measured, rel=1e-5)

@@ -34,7 +34,6 @@ import kernels.nf4.planar
 import kernels.nf4.tiles
 import kernels.nf4.weight
 from engine.config.train_config import TrainConfig
-from engine.data.loader import Batch
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model
@@ -42,12 +41,18 @@ from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.runs.startup import importing
-from engine.training.loop import train_step
-from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
+from engine.training.step import TrainingStep
+from engine.training.trainable import (
+    make_in_backward,
+    make_optimizer,
+    make_trainable,
+    step_settings,
+)
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
 from kernels.runtime.simulation import simulate_with
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.packed_batch import PackedBatch
 from models.tensor_names import expected_tensors
 from optim import AdamW8bit
 
@@ -98,7 +103,7 @@ class SimulatedStep:
 def simulate_step(
     model_config: ModelConfig,
     config: TrainConfig,
-    batches: Sequence[Batch],
+    batches: Sequence[PackedBatch],
     *,
     gpu: bool,
     dtype: torch.dtype,
@@ -141,7 +146,7 @@ def _passed(
     meter: SimulatedMeter,
     model_config: ModelConfig,
     config: TrainConfig,
-    batches: Sequence[Batch],
+    batches: Sequence[PackedBatch],
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype,
@@ -177,20 +182,21 @@ def _step(
     meter: SimulatedMeter,
     model: Decoder,
     optimizer: AdamW8bit,
-    batches: Sequence[Batch],
+    batches: Sequence[PackedBatch],
     config: TrainConfig,
 ) -> None:
     """One step, with the optimizer's state there from the start as in every later step."""
-    meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+    meter.track("batch", [t for b in batches for t in b.tensors()])
     optimizer.state_tensors()
     meter.segments.clear()
-    train_step(
+    step = TrainingStep(
         model,
         optimizer,
-        batches,
-        max_grad_norm=config.max_grad_norm,
+        step_settings(config),
+        config.max_grad_norm,
         in_backward=make_in_backward(model, optimizer, config),
     )
+    step(batches)
 
 
 def _steady(segments: dict[Segment, Peak], resident: dict[str, int]) -> dict[Segment, Peak]:

@@ -20,18 +20,18 @@ def test_documents_are_laid_end_to_end_and_their_first_token_is_not_trained() ->
         ]
     )
     assert batch.input_ids.tolist() == [1, 2, 3, 4, 5, 6]
-    assert batch.labels.tolist() == [-100, 2, 3, -100, -100, 6]
-    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
-    assert batch.position_ids.tolist() == [0, 1, 2, 0, 0, 1]
-    assert (batch.max_seqlen, batch.trained_tokens) == (3, 3)
-    assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
+    assert batch.trained.tolist() == [0, 1, 4]
+    assert batch.targets.tolist() == [2, 3, 6]
+    assert batch.cu_seqlens.tolist() == list(batch.bounds) == [0, 3, 4, 6]
+    assert (batch.tokens, batch.trained_tokens) == (6, 3)
+    assert batch.input_ids.dtype == batch.trained.dtype == batch.targets.dtype == torch.int64
     assert batch.cu_seqlens.dtype == torch.int32
 
 
 def test_a_batch_does_not_rely_on_its_examples_for_the_first_token() -> None:
     example = Example([1, 2], [True, True], "a")
     example.mask[0] = True
-    assert collate([example]).labels.tolist() == [-100, 2]
+    assert collate([example]).targets.tolist() == [2]
 
 
 def test_a_batch_of_nothing_is_refused() -> None:

@@ -20,6 +20,7 @@ from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import StepSettings
 
 CPU = torch.device("cpu")
 WORK = Workload(((300, 212),))
@@ -72,16 +73,16 @@ def test_a_resumed_run_keeps_its_policy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     policies: list[str] = []
-    loss = Decoder.loss
+    loss = Decoder.batch_loss
 
-    def noted(model: Decoder, *args: Any, **options: Any) -> Any:
+    def noted(model: Decoder, batch: Any, settings: StepSettings, **options: Any) -> Any:
         if model.device.type == "cpu":  # a plan's simulated step calls this too
-            policies.append(model.checkpointing)
+            policies.append(settings.checkpointing)
         if policies == ["full", "full"]:
             raise RuntimeError("the power fails in the second step")
-        return loss(model, *args, **options)
+        return loss(model, batch, settings, **options)
 
-    monkeypatch.setattr(Decoder, "loss", noted)
+    monkeypatch.setattr(Decoder, "batch_loss", noted)
     monkeypatch.setattr("engine.memory.auto_policy.free_memory", lambda device: 1)
     config = TrainConfig(
         model=str(tiny_model),

@@ -8,7 +8,6 @@ import dataclasses
 import gc
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import pytest
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.data.loader import Batch
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import make_batch, plan
 from engine.memory.model_shapes import preset_config
@@ -25,13 +23,19 @@ from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
 from engine.memory.simulate.step import simulate_step
 from engine.model_sources.load_model import build_for
-from engine.training.loop import train_step
-from engine.training.trainable import make_in_backward, make_optimizer, make_trainable
+from engine.training.step import TrainingStep
+from engine.training.trainable import (
+    make_in_backward,
+    make_optimizer,
+    make_trainable,
+    step_settings,
+)
 from kernels.runtime.scratch import buffers, release, scratch
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.block import DecoderLayer
+from models.layers.packed_batch import PackedBatch
 from models.memory.offload import WeightStream
 from models.tensor_names import expected_tensors
 from optim import AdamW8bit
@@ -133,29 +137,28 @@ def prepared(
 
 
 def measured(
-    model_config: ModelConfig, config: TrainConfig, batches: list[Batch], dtype: torch.dtype
+    model_config: ModelConfig, config: TrainConfig, batches: list[PackedBatch], dtype: torch.dtype
 ) -> MemoryMeter:
     """The meter of the second real step."""
     model, optimizer = prepared(model_config, config, dtype)
     optimizer.state_tensors()
     meter = MemoryMeter()
     track_model(meter, model)
-    meter.track("batch", [t for b in batches for t in (b.input_ids, b.labels, b.cu_seqlens)])
+    meter.track("batch", [t for b in batches for t in b.tensors()])
     meter.track("optimiser", optimizer.state_tensors().values())
-    step = partial(
-        train_step,
+    step = TrainingStep(
         model,
         optimizer,
-        batches,
-        max_grad_norm=config.max_grad_norm,
+        step_settings(config),
+        config.max_grad_norm,
         seed=1,
         in_backward=make_in_backward(model, optimizer, config),
     )
     with observed(meter, fresh_scratch=True), meter:
-        step()
+        step(batches)
         meter.segments.clear()
         meter.begin("start")
-        step(step=1)
+        step(batches, 1)
     return meter
 
 
@@ -305,8 +308,9 @@ def test_memory_does_not_grow_over_two_hundred_steps(
     meter = MemoryMeter()
     process, resident, counted = psutil.Process(), [], []
     with observed(meter, fresh_scratch=True), meter:
+        train = TrainingStep(model, optimizer, step_settings(config), max_grad_norm=1.0)
         for step in range(steps):
-            train_step(model, optimizer, batches, max_grad_norm=1.0, step=step)
+            train(batches, step)
             if step in (4, steps - 1):
                 gc.collect()
                 counted.append(meter.total)

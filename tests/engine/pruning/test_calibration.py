@@ -20,6 +20,7 @@ from engine.pruning.calibration import Calibration, activations, gradients, meas
 from engine.pruning.scores import prunable_heads
 from models.decoder import Decoder
 from models.layers.linear import Linear
+from models.layers.packed_batch import PackedBatch
 
 Golden = Callable[[str], Path]
 Rows = Callable[..., Path]
@@ -92,7 +93,7 @@ def test_activation_is_the_mean_length_of_what_a_head_adds(golden: Golden, famil
         caught.clear()
         for example in examples():
             ids = torch.tensor(example.input_ids)
-            model.hidden_states(ids, torch.tensor([0, len(ids)], dtype=torch.int32))
+            model.hidden_states(PackedBatch.of(ids))
         return torch.cat(caught)
 
     attention.forward = listen  # type: ignore[method-assign,assignment]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def gradients(
         a.normal_(0, 0.3, generator=generator)
         b.normal_(0, 0.3, generator=generator)
         magnitude.uniform_(0.5, 2, generator=generator)
-    model.set_checkpointing(level)
-    model.settings = settings
-    model.loss(IDS, IDS).backward()
+    model.loss(IDS, IDS, settings=replace(settings, checkpointing=level)).backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == 2 * 7 * 3
     return found

@@ -6,19 +6,21 @@ import pytest
 import torch
 
 from engine.data.examples import Example
-from engine.data.loader import Batch, collate
+from engine.data.loader import collate
 from engine.runs.metrics import StepMetrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.loop import (
     NonFiniteError,
     Progress,
     Trainer,
+    TrainerHooks,
     TrainerSettings,
-    train_step,
 )
+from engine.training.step import TrainingStep
 from models.adapters import adapter_tensors, add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.packed_batch import PackedBatch
 from optim import AdamW8bit
 
 LENGTHS = (5, 17, 9, 30)
@@ -75,7 +77,7 @@ def test_every_adapter_tensor_changes_at_step_one() -> None:
         for _, b in adapter_tensors(model).values():
             b.normal_(0, 0.01)
     before = snapshot(model)
-    result = train_step(model, optimizer(model), [collate(examples())], max_grad_norm=1.0)
+    result = TrainingStep(model, optimizer(model), max_grad_norm=1.0)([collate(examples())])
     assert not result.skipped
     after = snapshot(model)
     assert len(after) == 2 * 2 * 7
@@ -87,9 +89,9 @@ def test_a_fresh_adapter_moves_in_b_at_the_first_step_and_in_a_at_the_second() -
     model = build()
     chosen, batch = optimizer(model), collate(examples())
     start = snapshot(model)
-    train_step(model, chosen, [batch], max_grad_norm=1.0)
+    TrainingStep(model, chosen, max_grad_norm=1.0)([batch])
     first = snapshot(model)
-    train_step(model, chosen, [batch], max_grad_norm=1.0)
+    TrainingStep(model, chosen, max_grad_norm=1.0)([batch])
     second = snapshot(model)
     for name in start:
         if name.endswith("B"):
@@ -97,7 +99,7 @@ def test_a_fresh_adapter_moves_in_b_at_the_first_step_and_in_a_at_the_second() -
         assert not torch.equal(first[name], second[name]), name
 
 
-def gradients(batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
+def gradients(batches: Sequence[PackedBatch]) -> dict[str, torch.Tensor]:
     """The gradients that reach the optimizer, caught before they are cleared."""
     model = build()
     with torch.no_grad():
@@ -112,7 +114,7 @@ def gradients(batches: Sequence[Batch]) -> dict[str, torch.Tensor]:
                     caught[name] = parameter.grad.clone()
 
     spy = Spy([p for p in model.parameters() if p.requires_grad])
-    train_step(model, spy, batches, max_grad_norm=0.0)
+    TrainingStep(model, spy, max_grad_norm=0.0)(batches)
     return caught
 
 
@@ -142,8 +144,8 @@ def test_clipping_bounds_the_norm_that_reaches_the_optimizer() -> None:
             seen.append(float(scaled))
 
     spy = Spy([p for p in model.parameters() if p.requires_grad])
-    free = train_step(model, spy, [collate(examples())], max_grad_norm=0.0)
-    tight = train_step(model, spy, [collate(examples())], max_grad_norm=1e-3)
+    free = TrainingStep(model, spy, max_grad_norm=0.0)([collate(examples())])
+    tight = TrainingStep(model, spy, max_grad_norm=1e-3)([collate(examples())])
     assert seen[0] == pytest.approx(free.grad_norm, rel=1e-5)
     assert tight.grad_norm == pytest.approx(free.grad_norm, rel=1e-5)
     assert seen[1] == pytest.approx(1e-3, rel=1e-3)
@@ -164,13 +166,11 @@ def trainer(
     model: Decoder, recorder: Recorder, signals: StopSignals | None = None, limit: int = 0
 ) -> Trainer:
     return Trainer(
-        model,
-        optimizer(model),
+        TrainingStep(model, optimizer(model), max_grad_norm=1.0),
         lambda step: ([collate(examples())], (step + 1) / 5),
-        TrainerSettings(5, 1e-3, "constant", 0, 1.0, 0, limit, checkpoint_every=2),
-        save=recorder.save,
-        report=recorder.lines.append,
-        signals=signals,
+        TrainerSettings(5, 1e-3, "constant", 0, limit, checkpoint_every=2),
+        TrainerHooks(recorder.save, recorder.lines.append),
+        signals,
     )
 
 
@@ -221,7 +221,7 @@ def test_a_step_without_a_trained_token_is_refused() -> None:
     model = build()
     silent = Example([1, 2, 3], [False] * 3, "row:1")
     with pytest.raises(ValueError, match="trained token"):
-        train_step(model, optimizer(model), [collate([silent])], max_grad_norm=1.0)
+        TrainingStep(model, optimizer(model), max_grad_norm=1.0)([collate([silent])])
 
 
 def test_a_loss_scale_changes_nothing_but_the_range_of_the_gradients() -> None:
@@ -230,7 +230,7 @@ def test_a_loss_scale_changes_nothing_but_the_range_of_the_gradients() -> None:
         model = build()
         chosen = optimizer(model)
         batch = [collate(examples())]
-        results.append(train_step(model, chosen, batch, max_grad_norm=0.5, loss_scale=scale))
+        results.append(TrainingStep(model, chosen, max_grad_norm=0.5)(batch, loss_scale=scale))
         weights.append(snapshot(model))
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-5)

@@ -13,21 +13,29 @@ import torch
 
 from cli import main as cli
 from engine.config.train_config import TrainConfig
-from engine.data.loader import Batch
 from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
-from engine.memory.estimate import MemoryPlan, make_batch, plan
+from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import memory_options, pull
 from engine.memory.search import changed, choose, smallest
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
 from engine.runs.metrics import read_metrics
-from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerSettings, train_step
+from engine.training.loop import (
+    NonFiniteError,
+    Progress,
+    Trainer,
+    TrainerHooks,
+    TrainerSettings,
+)
+from engine.training.step import TrainingStep
 from engine.training.trainable import check_run, make_in_backward
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import StepSettings
+from models.layers.packed_batch import PackedBatch
 from optim import AdamW8bit
 
 Rows = Callable[..., Path]
@@ -48,7 +56,7 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(model="m", data="d", device="cpu", **given)
 
 
-def build(raw: dict[str, Any], dtype: torch.dtype = torch.float32, level: str = "none") -> Decoder:
+def build(raw: dict[str, Any], dtype: torch.dtype = torch.float32) -> Decoder:
     """A random model that trains all of itself."""
     model = Decoder(ModelConfig.from_dict(raw)).to(dtype)
     draw = torch.Generator().manual_seed(3)
@@ -56,17 +64,13 @@ def build(raw: dict[str, Any], dtype: torch.dtype = torch.float32, level: str = 
         value = torch.randn(parameter.shape, generator=draw) * 0.1
         parameter.data.copy_(value + 1.0 if "norm" in name else value)
         parameter.requires_grad_(True)
-    model.set_checkpointing(level)
     return model
 
 
-def batch(step: int, vocab: int = 97) -> Batch:
-    made = make_batch([9, 23, 14])
+def batch(step: int, vocab: int = 97) -> PackedBatch:
     draw = torch.Generator().manual_seed(step)
-    made.input_ids.copy_(torch.randint(0, vocab, made.input_ids.shape, generator=draw))
-    labels = torch.where(made.labels < 0, made.labels, made.input_ids)
-    made.labels.copy_(labels)
-    return made
+    ids = torch.randint(0, vocab, (46,), generator=draw)
+    return PackedBatch.of(ids, ids, torch.tensor([0, 9, 32, 46]))
 
 
 def optimizer_of(model: Decoder, **options: Any) -> AdamW8bit:
@@ -82,23 +86,16 @@ def compare(raw: dict[str, Any], dtype: torch.dtype, level: str, **options: Any)
     """Three steps at once and in backward: results, weights and state must have the same bits."""
     outcomes = []
     for in_backward in (False, True):
-        model = build(raw, dtype, level)
+        model = build(raw, dtype)
         optimizer = optimizer_of(model, **options)
         steps = make_in_backward(model, optimizer, settings(optimizer_in_backward=in_backward))
         assert (steps is not None) is in_backward
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         results = []
+        policy = StepSettings(checkpointing=level)
+        run = TrainingStep(model, optimizer, policy, in_backward=steps)
         for step in range(3):
-            results.append(
-                train_step(
-                    model,
-                    optimizer,
-                    [batch(step, raw["vocab_size"])],
-                    max_grad_norm=0.0,
-                    step=step,
-                    in_backward=steps,
-                )
-            )
+            results.append(run([batch(step, raw["vocab_size"])], step))
             if step == 0:
                 moved = {n for n, p in model.named_parameters() if not torch.equal(p, start[n])}
                 assert moved == set(start)
@@ -148,14 +145,15 @@ class GradientMeter(MemoryMeter):
 
 
 def metered(in_backward: bool) -> GradientMeter:
-    model = build(SHAPE | {"tie_word_embeddings": False, "num_hidden_layers": 12}, level="full")
+    model = build(SHAPE | {"tie_word_embeddings": False, "num_hidden_layers": 12})
     optimizer = optimizer_of(model)
     optimizer.state_tensors()
     steps = make_in_backward(model, optimizer, settings(optimizer_in_backward=in_backward))
     meter = GradientMeter()
     track_model(meter, model)
     with observed(meter, fresh_scratch=True), meter:
-        train_step(model, optimizer, [batch(0)], max_grad_norm=0.0, in_backward=steps)
+        policy = StepSettings(checkpointing="full")
+        TrainingStep(model, optimizer, policy, in_backward=steps)([batch(0)])
     return meter
 
 
@@ -207,13 +205,10 @@ def running(model: Decoder, optimizer: AdamW8bit, saved: list[int]) -> Trainer:
         saved.append(progress.step)
 
     return Trainer(
-        model,
-        optimizer,
+        TrainingStep(model, optimizer, in_backward=make_in_backward(model, optimizer, settings())),
         lambda step: ([batch(step)], 0.0),
-        TrainerSettings(3, 1e-3, "constant", 0, 0.0, seed=0),
-        save=save,
-        report=lambda line: None,
-        in_backward=make_in_backward(model, optimizer, settings()),
+        TrainerSettings(3, 1e-3, "constant", 0),
+        TrainerHooks(save, lambda line: None),
     )
 
 
@@ -257,9 +252,11 @@ def test_the_loop_refuses_it_too(options: dict[str, float]) -> None:
     model = build(SHAPE)
     optimizer = optimizer_of(model)
     steps = make_in_backward(model, optimizer, settings())
-    given: dict[str, Any] = {"max_grad_norm": 0.0} | options
+    step = TrainingStep(
+        model, optimizer, max_grad_norm=options.get("max_grad_norm", 0.0), in_backward=steps
+    )
     with pytest.raises(ValueError, match="unclipped"):
-        train_step(model, optimizer, [batch(0)], in_backward=steps, **given)
+        step([batch(0)], loss_scale=options.get("loss_scale", 1.0))
 
 
 def run_config(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -289,7 +286,7 @@ def test_a_run_goes_on_either_way_to_the_same_bytes(
     whole = run_config(tiny_model, data, tmp_path / "whole", optimizer_in_backward=not first)
     train(whole, console=False)
     parts = run_config(tiny_model, data, tmp_path / "parts", optimizer_in_backward=first)
-    loss, calls = Decoder.loss, []
+    loss, calls = Decoder.batch_loss, []
 
     def failing(model: Decoder, *args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -298,7 +295,7 @@ def test_a_run_goes_on_either_way_to_the_same_bytes(
         return loss(model, *args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "loss", failing)
+        patch.setattr(Decoder, "batch_loss", failing)
         with pytest.raises(RuntimeError, match="power"):
             train(parts, console=False)
     train(changed(parts, resume="auto", optimizer_in_backward=not first), console=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any, cast
 from weakref import ref
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.benchmark.random_weights import random_decoder
-from engine.training.loop import train_step
+from engine.training.step import TrainingStep
 from kernels import attention
 from kernels.attention.backends import Backend
 from kernels.attention.documents import AttentionPlan, AttentionSettings
@@ -22,8 +21,9 @@ from kernels.runtime import scratch
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.layers.context import LayerContext
+from models.layers.context import DEFAULT_SETTINGS, LayerContext, StepSettings
 from models.layers.linear import Linear
+from models.layers.packed_batch import PackedBatch
 from models.memory import cuda_graphs as layer_graphs
 from models.memory.cuda_graphs import LayerGraphs
 from models.memory.recorder import CudaRecorder
@@ -124,22 +124,20 @@ def model_of(
     return model.train()
 
 
-def batch_of(lengths: tuple[int, ...]) -> Any:
+def batch_of(lengths: tuple[int, ...]) -> PackedBatch:
     tokens = sum(lengths)
     ids = torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator().manual_seed(tokens))
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    trained = tokens - len(lengths)
-    return SimpleNamespace(input_ids=ids, labels=ids, cu_seqlens=bounds, trained_tokens=trained)
+    return PackedBatch.of(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
 
 BATCHES = ((40, 20), (9, 30, 18), (64,), (5, 5, 5, 5, 33), (60, 1), (31, 31))
 """All of them are padded to 64 tokens in eight documents."""
 
 
-def gradients(model: Decoder, lengths: tuple[int, ...]) -> dict[str, Tensor]:
-    batch = batch_of(lengths)
-    device = model.device
-    loss = model.loss(*(x.to(device) for x in (batch.input_ids, batch.labels, batch.cu_seqlens)))
+def gradients(
+    model: Decoder, lengths: tuple[int, ...], settings: StepSettings = DEFAULT_SETTINGS
+) -> dict[str, Tensor]:
+    loss = model.batch_loss(batch_of(lengths), settings)
     loss.backward()
     found = {"loss": loss.detach().clone()}
     for name, parameter in model.named_parameters():
@@ -151,15 +149,12 @@ def gradients(model: Decoder, lengths: tuple[int, ...]) -> dict[str, Tensor]:
 
 def losses(model: Decoder, recorder: LaunchTape | None) -> tuple[list[float], Sequence[Tensor]]:
     """Of training steps of two micro-batches each, and the adapters after them."""
-    model.graphs = LayerGraphs(model.layers, recorder)
+    model.set_graphs(LayerGraphs(model.layers, recorder))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW8bit(trained, lr=1e-2)
     micro = [[batch_of(one), batch_of(two)] for one, two in pairwise(BATCHES)]
-    found = [
-        train_step(model, optimizer, cast(Any, pair), max_grad_norm=1.0, seed=3, step=step).loss
-        for step, pair in enumerate(micro)
-    ]
-    return found, trained
+    step = TrainingStep(model, optimizer, max_grad_norm=1.0, seed=3)
+    return [step(pair, number).loss for number, pair in enumerate(micro)], trained
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -168,11 +163,10 @@ def test_every_batch_has_the_gradients_it_has_without_recording(
     policy: str, changes: dict[str, Any], open_attention: None
 ) -> None:
     plain, recorded = (model_of(torch.float64, **changes) for _ in range(2))
-    for model in (plain, recorded):
-        model.set_checkpointing(policy)
+    settings = StepSettings(checkpointing=policy)
     recorded.record_layers(LaunchTape())
     for lengths in BATCHES:
-        want, got = gradients(plain, lengths), gradients(recorded, lengths)
+        want, got = (gradients(model, lengths, settings) for model in (plain, recorded))
         assert want.keys() == got.keys()
         assert len(want) > 1
         for name, value in want.items():
@@ -206,10 +200,10 @@ def test_kernels_are_repeated_too(open_attention: None, monkeypatch: pytest.Monk
     tape, found = LaunchTape(), []
     for recorder in (None, tape):
         model = model_of(torch.float32, 0.2, num_hidden_layers=1, hidden_size=32)
-        model.dropout_seed = 5
-        model.graphs = LayerGraphs(model.layers, recorder)
+        model.set_graphs(LayerGraphs(model.layers, recorder))
+        settings = StepSettings(dropout_seed=5)
         with tape.kernels():
-            found.append([gradients(model, lengths) for lengths in ((9, 5), (3, 8, 2))])
+            found.append([gradients(model, lengths, settings) for lengths in ((9, 5), (3, 8, 2))])
     assert len(tape.recordings) == 2
     for want, got in zip(*found, strict=True):
         for name, value in want.items():
@@ -261,8 +255,8 @@ def test_a_forward_pass_without_a_backward_pass_loses_its_activations(
     model = model_of(torch.float32)
     model.record_layers(LaunchTape())
     first, second = (batch_of(lengths) for lengths in BATCHES[:2])
-    lost = model.loss(first.input_ids, first.labels, first.cu_seqlens)
-    model.loss(second.input_ids, second.labels, second.cu_seqlens).backward()
+    lost = model.batch_loss(first)
+    model.batch_loss(second).backward()
     with pytest.raises(RuntimeError, match="another forward pass"):
         lost.backward()
 
@@ -290,9 +284,9 @@ def test_evaluation_between_the_passes_does_no_harm(open_attention: None) -> Non
     plain, recorded = (model_of(torch.float64) for _ in range(2))
     recorded.record_layers(LaunchTape())
     batch, other = batch_of((40, 20)), batch_of((64,))
-    loss = recorded.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+    loss = recorded.batch_loss(batch)
     with torch.no_grad():
-        recorded.loss(other.input_ids, other.labels, other.cu_seqlens)
+        recorded.batch_loss(other)
     loss.backward()
     for name, value in gradients(plain, (40, 20)).items():
         if name != "loss":
@@ -316,14 +310,13 @@ def test_scratch_stays_as_long_as_what_was_recorded_with_it(open_attention: None
     model = model_of(torch.float32)
     model.record_layers(Forgetful())
     scratch.release()
-    batch = batch_of((40, 20))
-    model.loss(batch.input_ids, batch.labels, batch.cu_seqlens)
+    model.batch_loss(batch_of((40, 20)))
     used = [ref(buffer) for buffer in scratch.buffers() if buffer.numel() > 64]
     assert used
     scratch.release()
     decoded = [buffer() for buffer in used if buffer() is not None]
     assert decoded
-    model.graphs = None
+    model.set_graphs(None)
     del decoded
     gc.collect()
     assert all(buffer() is None for buffer in used)
@@ -351,10 +344,13 @@ def test_models_without_a_layer_to_record_are_refused() -> None:
 
 
 def test_layers_offloaded_to_the_host_are_refused() -> None:
-    model = model_of(torch.float32)
-    model.checkpoints_on_host = True
+    streamed, recorded = model_of(torch.float32), model_of(torch.float32)
+    streamed.stream_weights()
     with pytest.raises(ValueError, match="on the host"):
-        model.record_layers(LaunchTape())
+        streamed.record_layers(LaunchTape())
+    recorded.record_layers(LaunchTape())
+    with pytest.raises(ValueError, match="on the host"):
+        recorded.batch_loss(batch_of((40, 20)), StepSettings(offload_inputs=True))
 
 
 @pytest.fixture
@@ -368,7 +364,7 @@ def test_cuda_graphs_compute_the_bits_of_launch_by_launch(cuda: torch.device) ->
     found = []
     for recorder in (None, CudaRecorder(cuda)):
         model = model_of(torch.bfloat16, 0.1, cuda)
-        model.graphs = LayerGraphs(model.layers, recorder)
-        model.dropout_seed = 5
-        found.append([gradients(model, lengths)["loss"] for lengths in BATCHES])
+        model.set_graphs(LayerGraphs(model.layers, recorder))
+        settings = StepSettings(dropout_seed=5)
+        found.append([gradients(model, lengths, settings)["loss"] for lengths in BATCHES])
     assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))

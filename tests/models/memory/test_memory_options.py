@@ -1,5 +1,6 @@
 """Levers that save memory change no gradient: each against the plain path, in float64."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kernels.linear.int8 import Int8Weight, dequantize_int8
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.layers.context import StepSettings, layer_policies
+from models.layers.context import DEFAULT_SETTINGS, StepSettings, layer_policies
 from models.layers.kv_cache import KVCache
 from models.tensor_names import expected_tensors
 
@@ -73,11 +74,12 @@ def batch(shape: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def gradients(model: Decoder, shape: dict[str, Any]) -> dict[str, Tensor]:
+def gradients(
+    model: Decoder, shape: dict[str, Any], settings: StepSettings = DEFAULT_SETTINGS
+) -> dict[str, Tensor]:
     ids, labels = batch(shape)
-    model.loss_chunk_tokens = 16
     model.zero_grad()
-    loss = model.loss(ids, labels, BOUNDS)
+    loss = model.loss(ids, labels, BOUNDS, settings=replace(settings, loss_chunk_tokens=16))
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert len(found) == 3 * 7 * 2
@@ -157,9 +159,8 @@ def test_tiles_and_single_weights_change_no_gradient(
     shape: dict[str, Any], policy: str, settings: StepSettings
 ) -> None:
     model, plain = build(shape), build(shape)
-    model.set_checkpointing(policy)
-    model.settings = settings
-    assert_equal(gradients(model, shape), gradients(plain, shape))
+    settings = replace(settings, checkpointing=policy)
+    assert_equal(gradients(model, shape, settings), gradients(plain, shape))
 
 
 def test_norms_and_weights_get_their_gradients_from_tiles() -> None:
@@ -168,9 +169,8 @@ def test_norms_and_weights_get_their_gradients_from_tiles() -> None:
         checkpoint: Any = Random(ModelConfig.from_dict(SHAPE))
         model = build_model(checkpoint, dtype=torch.float64)
         model.requires_grad_(True)
-        model.settings = settings
         ids, labels = batch(SHAPE)
-        model.loss(ids, labels, BOUNDS).backward()
+        model.loss(ids, labels, BOUNDS, settings=settings).backward()
         assert all(p.grad is not None for p in model.parameters())
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert_equal(found[0], found[1])
@@ -180,8 +180,8 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
     """Against finite differences along the adapters' gradient: other masks would be far off."""
     model = build(SHAPE, dropout=0.3)
     model.train()
-    model.dropout_seed, model.settings = 11, StepSettings(16)
-    found = gradients(model, SHAPE)
+    settings = StepSettings(16, dropout_seed=11, loss_chunk_tokens=16)
+    found = gradients(model, SHAPE, settings)
     down = model.model.get_parameter("layers.0.mlp.down_proj.lora_B")
     gate = model.model.get_parameter("layers.1.mlp.gate_proj.lora_A")
     ids, labels = batch(SHAPE)
@@ -192,7 +192,7 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
         for sign in (1.0, -2.0):
             parameter.data += sign * step
             with torch.no_grad():
-                values.append(float(model.loss(ids, labels, BOUNDS)))
+                values.append(float(model.loss(ids, labels, BOUNDS, settings=settings)))
         parameter.data += step
         slope = (values[0] - values[1]) / 2e-4
         assert slope == pytest.approx(float(found[name].norm()), rel=1e-5)
@@ -201,9 +201,8 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
 @pytest.mark.parametrize("policy", ["full:1,none", "none:2,full", "full:1,selective:1,none:1"])
 def test_policies_by_layer_change_no_bit(policy: str) -> None:
     model, plain = build(TIED), build(TIED)
-    model.set_checkpointing(policy)
-    plain.set_checkpointing("none")
-    mine, theirs = gradients(model, TIED), gradients(plain, TIED)
+    mine = gradients(model, TIED, StepSettings(checkpointing=policy))
+    theirs = gradients(plain, TIED, StepSettings(checkpointing="none"))
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 

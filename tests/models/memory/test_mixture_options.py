@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from models.layers.block import DecoderLayer
 from models.layers.context import StepSettings
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear
+from models.layers.packed_batch import PackedBatch
 from models.memory.offload import WeightStream, on_host
 
 LAYERS = 4
 MIXTURES = ["qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_vl"]
 BOUNDS = torch.tensor([0, 21, 60], dtype=torch.int32)
 IDS = torch.randint(0, 64, (1, 60), generator=torch.Generator().manual_seed(1))
+
+ROUTED = StepSettings(router_loss=0.1)
 
 Build = Callable[..., Decoder]
 
@@ -59,16 +63,15 @@ def build(golden: Callable[[str], Path]) -> Build:
                 module.lora_A.data = module.lora_A.data.double()
                 module.lora_B.data = module.lora_B.data.double() * 10
                 module.dropout = dropout
-        model.router_loss = 0.1
         return model
 
     return make
 
 
-def step(model: Decoder) -> dict[str, Tensor]:
+def step(model: Decoder, settings: StepSettings = ROUTED) -> dict[str, Tensor]:
     """The loss and all gradients."""
     model.zero_grad()
-    loss = model.loss(IDS, IDS, BOUNDS)
+    loss = model.loss(IDS, IDS, BOUNDS, settings=settings)
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return found | {"loss": loss.detach()}
@@ -222,9 +225,8 @@ def test_experts_of_one_weight_each_go_to_the_host_too(golden: Callable[[str], P
 @pytest.mark.parametrize("family", MIXTURES)
 def test_tiles_change_no_gradient(family: str, policy: str, rows: int, build: Build) -> None:
     plain, model = build(family), build(family)
-    model.set_checkpointing(policy)
-    model.settings = StepSettings(rows)
-    assert_equal(step(model), step(plain))
+    settings = replace(ROUTED, checkpointing=policy, mlp_tile_tokens=rows)
+    assert_equal(step(model, settings), step(plain))
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_5_moe_vl"])
@@ -232,8 +234,7 @@ def test_routers_norms_and_experts_get_their_gradients_from_tiles(
     family: str, build: Build
 ) -> None:
     plain, model = build(family, full=True), build(family, full=True)
-    model.settings = StepSettings(16)
-    found = step(model)
+    found = step(model, replace(ROUTED, mlp_tile_tokens=16))
     assert len(found) == 1 + len(list(model.parameters()))
     assert_equal(found, step(plain))
 
@@ -244,9 +245,8 @@ def test_tiles_are_routed_as_the_whole(family: str, build: Build) -> None:
     found = []
     for settings in (StepSettings(), StepSettings(16), StepSettings(59)):
         model = build(family)
-        model.settings = settings
         routed: list[tuple[Tensor, Tensor]] = []
-        model.hidden_states(IDS.flatten(), BOUNDS, routed)
+        model.hidden_states(PackedBatch.of(IDS, cu_seqlens=BOUNDS), settings, routed)
         found.append(routed)
     plain, *tiled = found
     assert len(plain) == sum(model.config.sparse_layers) > 1
@@ -259,8 +259,8 @@ def test_tiles_are_routed_as_the_whole(family: str, build: Build) -> None:
 def test_a_tile_of_a_mixture_draws_its_dropout_again_in_backward(build: Build) -> None:
     """Against finite differences along the adapters' gradient: other masks would be far off."""
     model = build("qwen2_moe", dropout=0.3).train()
-    model.dropout_seed, model.settings = 11, StepSettings(16)
-    found = step(model)
+    settings = replace(ROUTED, mlp_tile_tokens=16, dropout_seed=11)
+    found = step(model, settings)
     masks = []
     for path in ("experts.down_lora.lora_B", "experts.gate_lora.lora_A"):
         name = f"model.layers.1.mlp.{path}"
@@ -270,19 +270,18 @@ def test_a_tile_of_a_mixture_draws_its_dropout_again_in_backward(build: Build) -
         for sign in (1.0, -2.0):
             parameter.data += sign * move
             with torch.no_grad():
-                values.append(float(model.loss(IDS, IDS, BOUNDS)))
+                values.append(float(model.loss(IDS, IDS, BOUNDS, settings=settings)))
         parameter.data += move
         masks.append((values[0] - values[1]) / 2e-4 / float(found[name].norm()))
     assert masks == pytest.approx([1.0, 1.0], rel=1e-5)
-    model.settings = StepSettings(30)
-    other = float(model.loss(IDS, IDS, BOUNDS).detach())
+    settings = replace(settings, mlp_tile_tokens=30)
+    other = float(model.loss(IDS, IDS, BOUNDS, settings=settings).detach())
     assert other != float(found["loss"])  # its second tile begins elsewhere
 
 
 def test_a_tile_is_computed_again_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("qwen3_moe")
-    model.set_checkpointing("full")
-    model.settings = StepSettings(16)
+    settings = replace(ROUTED, mlp_tile_tokens=16, checkpointing="full")
     sizes: list[int] = []
 
     def counted(x: Tensor, projections: Any, groups: Any, **options: Any) -> Any:
@@ -290,7 +289,7 @@ def test_a_tile_is_computed_again_once(build: Build, monkeypatch: pytest.MonkeyP
         return grouped_project(x, projections, groups, **options)
 
     monkeypatch.setattr("kernels.moe.experts.grouped_project", counted)
-    loss = model.loss(IDS, IDS, BOUNDS)
+    loss = model.loss(IDS, IDS, BOUNDS, settings=settings)
     tiles = [32, 32, 32, 24]  # 60 tokens, two experts each
     assert sizes == [rows for rows in tiles for _ in ("inner", "down")] * LAYERS
     sizes.clear()
@@ -303,14 +302,13 @@ def test_tiles_hold_the_inner_activations_of_one_tile(policy: str, build: Build)
     """Real bytes of a step whose experts are wide."""
     inner, rows, chosen = 256, 6, 2
     work, saved = [], []
-    for settings in (StepSettings(), StepSettings(rows)):
+    for tile in (None, rows):
         model = build("qwen3_moe", moe_intermediate_size=inner)
-        model.set_checkpointing(policy)
-        model.settings = settings
+        settings = replace(ROUTED, mlp_tile_tokens=tile, checkpointing=policy)
         meter = MemoryMeter()
-        step(model)
+        step(model, settings)
         with observed(meter), meter:
-            step(model)
+            step(model, settings)
         owners = meter.segments["backward", 2].owners
         work.append(owners["block working set"])
         saved.append(owners["checkpoints"])

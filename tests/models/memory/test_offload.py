@@ -20,6 +20,7 @@ from kernels.runtime.host_memory import SideCopies, gather_rows, host_copy
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.linear import Linear
 from models.layers.mlp import MLP
 from models.memory.offload import OffloadedInputs, WeightStream, on_host
@@ -72,10 +73,10 @@ def build() -> Decoder:
     return model
 
 
-def step(model: Decoder) -> dict[str, Tensor]:
+def step(model: Decoder, settings: StepSettings = DEFAULT_SETTINGS) -> dict[str, Tensor]:
     ids = torch.randint(0, 100, (1, 40), generator=torch.Generator().manual_seed(1))
     model.zero_grad()
-    model.loss(ids, ids).backward()
+    model.loss(ids, ids, settings=settings).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -104,22 +105,18 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lending_on_a_cpu_moves_nothing_and_changes_nothing() -> None:
     plain = step(build())
     model = build()
-    model.checkpoints_on_host = True
     model.stream_weights()
-    assert_same_bits(step(model), plain)
+    assert_same_bits(step(model, StepSettings(offload_inputs=True)), plain)
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "full:2,selective"])
 @pytest.mark.usefixtures("moving")
 def test_inputs_that_went_away_come_back_the_same(policy: str) -> None:
-    plain = build()
-    plain.set_checkpointing(policy)
-    model = build()
-    model.set_checkpointing(policy)
-    model.checkpoints_on_host = True
-    expected = step(plain)
-    assert_same_bits(step(model), expected)
-    assert_same_bits(step(model), expected)  # and again, with a new store
+    plain, model = build(), build()
+    settings = StepSettings(checkpointing=policy, offload_inputs=True)
+    expected = step(plain, StepSettings(checkpointing=policy))
+    assert_same_bits(step(model, settings), expected)
+    assert_same_bits(step(model, settings), expected)  # and again, with a new store
 
 
 @pytest.mark.usefixtures("moving")
@@ -180,13 +177,13 @@ def test_streamed_weights_give_the_same_gradients_and_leave_the_device() -> None
 @pytest.mark.usefixtures("moving")
 def test_both_kinds_of_lending_go_together_and_serve_evaluation() -> None:
     plain, model = build(), build()
-    model.checkpoints_on_host = True
+    settings = StepSettings(offload_inputs=True)
     model.stream_weights()
-    assert_same_bits(step(model), step(plain))
+    assert_same_bits(step(model, settings), step(plain))
     ids = torch.arange(30).view(1, -1)
     with torch.no_grad():
         assert torch.equal(model(ids), plain(ids))
-    assert_same_bits(step(model), step(plain))
+    assert_same_bits(step(model, settings), step(plain))
 
 
 @pytest.mark.usefixtures("moving")

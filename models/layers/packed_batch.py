@@ -1,0 +1,97 @@
+"""A packed batch: documents laid end to end, and which of their tokens are trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention.documents import checked_bounds
+from kernels.runtime.device import upload
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Documents laid end to end; built once, by the loader, and read from there to the loss.
+
+    Document d is input_ids[bounds[d] : bounds[d + 1]]. The hidden state at trained[i] predicts
+    targets[i], which is the next token of the same document: no document's first token is a target.
+
+    input_ids (N,) int64; trained, targets (n,) int64; cu_seqlens (D + 1,) int32 on the device and
+    the same numbers in `bounds` on the host.
+    """
+
+    input_ids: Tensor
+    trained: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> PackedBatch:
+        """The rows of input_ids (B, T) or (N,) laid end to end.
+
+        labels have the shape of input_ids and are not shifted; negative where not trained. Without
+        labels nothing is trained. Without `cu_seqlens` (D + 1,) every row is a document. Labels or
+        boundaries on a GPU are waited for, once each. Raises `ValueError` where shapes or
+        boundaries do not fit.
+        """
+        ids = input_ids.reshape(-1)
+        tokens, length = ids.shape[0], input_ids.shape[-1]
+        if cu_seqlens is None:
+            bounds = checked_bounds(range(0, tokens + 1, max(1, length)), tokens)
+            cu_seqlens = torch.arange(0, tokens + 1, length, device=ids.device)
+        else:
+            bounds = checked_bounds(cu_seqlens.tolist(), tokens)
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        if labels is None:
+            none = ids.new_empty(0)
+            return cls(ids, none, none, cu_seqlens, bounds)
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} must have the shape of input_ids "
+                f"{tuple(input_ids.shape)}"
+            )
+        shifted = _shifted(labels.reshape(-1), cu_seqlens)
+        trained = torch.nonzero(shifted >= 0).squeeze(1)
+        return cls(ids, trained, shifted.index_select(0, trained), cu_seqlens, bounds)
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.trained.shape[0]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Everything that takes memory."""
+        return self.input_ids, self.trained, self.targets, self.cu_seqlens
+
+    def to(self, device: torch.device, ids_device: torch.device | None = None) -> PackedBatch:
+        """The batch on `device`, its ids on `ids_device` if that is given.
+
+        A GPU copies from pinned memory: the host does not wait.
+        """
+        return PackedBatch(
+            _moved(self.input_ids, ids_device or device),
+            _moved(self.trained, device),
+            _moved(self.targets, device),
+            _moved(self.cu_seqlens, device),
+            self.bounds,
+        )
+
+
+def _moved(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device) if x.is_cuda or x.device == device else upload(x, device)
+
+
+def _shifted(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The label of the next token of the same document (N,), -100 at the document's end."""
+    targets = torch.full_like(labels, -100)
+    targets[:-1] = labels[1:]
+    targets[cu_seqlens[1:].long() - 1] = -100
+    return targets
