@@ -117,7 +117,9 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
         text = "Print one JSON object instead."
         common["as_json"] = Annotated[bool, typer.Option("--json", help=text)]
     known = Vocabulary.of(verb.name, *verb.tables)
-    flags = {name: _annotation(name, field) for name, field in known.fields.items()}
+    must = {group_of(field) for field in known.fields.values() if field.is_required()}
+    ordered = sorted(known.fields.items(), key=lambda item: group_of(item[1]) not in must)
+    flags = {name: _annotation(name, field) for name, field in ordered}
     flags |= {
         earlier: _annotation(earlier, known.fields[name], hidden=True)
         for earlier, name in known.renamed.items()

@@ -1,4 +1,4 @@
-"""The recipe: from a `TrainConfig` to a trained adapter (or model) on the disk.
+"""`engine train`: from a `TrainConfig` to a trained adapter or model.
 
 Everything is opened, checked and counted before the weights are read: data, tokenizer, adapter,
 device, trackers, the run's directory. The loop itself is `engine.training.loop`.
@@ -7,7 +7,6 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -16,52 +15,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from engine.config.train_config import TrainConfig
 from engine.data.examples import Example
 from engine.device import resolve_device, resolve_dtype
-from engine.errors import CheckpointError
 from engine.inference.perplexity import EvalResult, evaluate_examples
-from engine.model_sources.adapter.peft import save_adapter
-from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import build_for
-from engine.model_sources.open import open_model_source
-from engine.provenance import version
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers, require_trackers
-from engine.storage import durable
 from engine.tokenization.tokenizer import Tokenizer
 from engine.training.loop import (
     Progress,
     Trainer,
     TrainerHooks,
     TrainerSettings,
-    new_progress,
 )
 from engine.training.prepare import Prepared, prepare
+from engine.training.saving import RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
-    BASE_FILE,
-    adapter_config,
     check_init_adapter,
     check_policies,
     check_run,
+    load_teacher,
     make_in_backward,
     make_optimizer,
     make_trainable,
     step_settings,
 )
-from models.adapters import (
-    PARTS,
-    adapter_tensors,
-)
 from models.config.model_config import ModelConfig
-from models.decoder import Decoder
 
 if TYPE_CHECKING:
     from engine.memory.budget import MemoryBudget
@@ -79,24 +65,6 @@ class TrainResult:
     metrics: dict[str, Any]
     status: str
     output_path: Path | None = None
-
-
-def load_teacher(config: TrainConfig, prepared: Prepared, device: torch.device) -> Decoder | None:
-    """The model of `config.teacher`, held as the run's own base is; None where there is none.
-
-    Raises `CheckpointError` where its vocabulary is another.
-    """
-    if config.teacher is None:
-        return None
-    source = open_model_source(config.teacher)
-    theirs, ours = source.config.vocab_size, prepared.model_source.config.vocab_size
-    if theirs != ours:
-        raise CheckpointError(
-            f"The teacher {config.teacher} has a vocabulary of {theirs}, the model one of {ours}; "
-            "probabilities can only be compared over the same tokens."
-        )
-    log.info("learning from %s", config.teacher)
-    return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
 
 def _with_policy(
@@ -118,7 +86,7 @@ def _with_policy(
     return config.model_copy(update={"gradient_checkpointing": policy}), planned
 
 
-def _require_room(config: TrainConfig, model: ModelConfig) -> None:
+def _require_space(config: TrainConfig, model: ModelConfig) -> None:
     """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
     if config.memory_budget is not None:
         from engine.memory.budget import require_room
@@ -163,57 +131,10 @@ class _Run:
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
-        self.progress = self._resume()
-
-    def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
-        if self.config.method == "full":
-            return dict(self.model.named_parameters())
-        return {
-            f"{path}.{part}": tensor
-            for path, tensors in adapter_tensors(self.model).items()
-            for part, tensor in zip(PARTS, tensors, strict=False)
-        }
-
-    def _resume(self) -> Progress:
-        loaded = self.directory.checkpoints.resume(self.config.resume)
-        if loaded is None:
-            return new_progress(self.model)
-        state = loaded.state
-        for key, mine in (("trajectory", self.config.trajectory()), ("base", self.digest)):
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"{loaded.path} belongs to another run: {_difference(state.get(key), mine)}. "
-                    "Go on with the settings and model it was started with, or start a new run "
-                    "in another --output-dir."
-                )
-        saved = loaded.tensors("weights")
-        own = self.weights()
-        if saved.keys() != own.keys():
-            raise CheckpointError(f"{loaded.path} holds other weights than this run trains.")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
-        self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
-        self.settings = replace(self.settings, checkpointing=state["recompute"])
-        log.info("Going on from %s", loaded.path)
-        return Progress(**state["progress"])
-
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint of the run as it stands."""
-        self.directory.checkpoints.save(
-            progress.step,
-            {
-                "weights": {k: v.detach().cpu() for k, v in self.weights().items()},
-                "optimizer": {k: v.cpu() for k, v in self.optimizer.state_tensors().items()},
-            },
-            {
-                "progress": progress.state(),
-                "trajectory": self.config.trajectory(),
-                "recompute": self.settings.checkpointing,
-                "base": self.digest,
-            },
-        )
+        self.state = RunState(self.config, self.model, self.optimizer, self.digest)
+        self.progress, policy = self.state.resume(directory.checkpoints)
+        if policy is not None:
+            self.settings = replace(self.settings, checkpointing=policy)
 
     def evaluate(self) -> EvalResult:
         return evaluate_examples(self.model, self.prepared.heldout, settings=self.settings)
@@ -250,7 +171,7 @@ class _Run:
 
         def save(progress: Progress) -> None:
             metrics.sync()
-            self.save(progress)
+            self.state.save(directory.checkpoints, progress, self.settings.checkpointing)
 
         hooks = TrainerHooks(save, report, self._heldout_figures if prepared.heldout else None)
         if self.budget is not None:
@@ -267,7 +188,7 @@ class _Run:
             self.settings,
             self.config.max_grad_norm,
             self.config.seed,
-            load_teacher(self.config, self.prepared, self.device),
+            load_teacher(self.config, self.prepared.model_source.config, self.device),
             self.in_backward,
         )
 
@@ -283,30 +204,6 @@ class _Run:
             eval_every=config.eval_every,
         )
 
-    def write_output(self) -> Path:
-        """The adapter with PEFT's names, or after full fine-tuning the whole model."""
-        if self.config.method == "full":
-            from engine.model_sources.export import export_hf_directory
-
-            target = self.directory.path / "model"
-            if target.exists():  # of a run that had ended and was resumed
-                shutil.rmtree(target)
-            export_hf_directory(TrainedSource(self.prepared.model_source, self.model), target)
-            return target
-        target = self.directory.adapter_path
-        config = adapter_config(self.config, self.prepared.model_source)
-        save_adapter(target, config, adapter_tensors(self.model))
-        base = {"digest": self.digest, "engine_version": version()}
-        durable.write_json(target / BASE_FILE, base)
-        return target
-
-
-def _difference(saved: Any, mine: Any) -> str:
-    if not isinstance(saved, dict) or not isinstance(mine, dict):
-        return "its base model has other weights"
-    keys = [key for key in mine if saved.get(key) != mine[key]]
-    return "; ".join(f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in keys[:4])
-
 
 def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """Run a fine-tuning from start to end; on any failure the directory's summary says why.
@@ -320,7 +217,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = prepare(directory.config, partial(_require_room, directory.config))
+        prepared = prepare(directory.config, partial(_require_space, directory.config))
         run = _Run(directory, prepared, stack)
         directory.write_manifest(
             base_digest=run.digest,
@@ -352,7 +249,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
             figures["heldout_perplexity"] = after.perplexity
             figures["heldout_loss"] = after.loss
             log.info("held-out perplexity after training: %.3f", after.perplexity)
-        output = run.write_output()
+        output = run.state.write_output(prepared.model_source, directory.path)
         if run.model.graphs is not None:
             figures["micro_batches_recorded"] = run.model.graphs.repeated
             figures["micro_batches_launched"] = run.model.graphs.launched

@@ -26,8 +26,13 @@ class Settings(BaseModel):
     `renamed` maps the earlier name of a field to its present one; both are read.
     """
 
+    # Validators are built when a table is first filled: help only reads the fields.
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        defer_build=True,
     )
     renamed: ClassVar[Mapping[str, str]] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,12 @@ import torch
 
 from engine.config.rules import Facts, check
 from engine.config.train_config import TrainConfig
+from engine.device import resolve_dtype
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.load_model import build_for
+from engine.model_sources.open import open_model_source
 from engine.storage.safe_files import read_json_object
 from models.adapters import add_lora, load_adapter_tensors, scale_of, target_modules
 from models.config.model_config import ModelConfig
@@ -22,6 +26,8 @@ from models.layers.context import StepSettings, layer_policies
 from models.memory.cuda_graphs import recordable
 from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups
+
+log = logging.getLogger(__name__)
 
 BASE_FILE = "base.json"
 """Beside an adapter: the digest of the base that it was trained on."""
@@ -141,6 +147,24 @@ def step_settings(config: TrainConfig) -> StepSettings:
         low_memory_decode=config.low_memory_decode,
         loss_chunk_tokens=config.loss_chunk_tokens,
     )
+
+
+def load_teacher(config: TrainConfig, student: ModelConfig, device: torch.device) -> Decoder | None:
+    """The model of `config.teacher`, loaded as the run's own base is; None where there is none.
+
+    Raises `CheckpointError` where its vocabulary is another.
+    """
+    if config.teacher is None:
+        return None
+    source = open_model_source(config.teacher)
+    theirs, ours = source.config.vocab_size, student.vocab_size
+    if theirs != ours:
+        raise CheckpointError(
+            f"The teacher {config.teacher} has a vocabulary of {theirs}, the model one of {ours}; "
+            "probabilities can only be compared over the same tokens."
+        )
+    log.info("learning from %s", config.teacher)
+    return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
 
 def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:

@@ -1,0 +1,61 @@
+"""One table of rules: every rule can be broken, and everybody reads the same table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.config.rules import RULES, Facts, allows, broken, check
+from engine.config.train_config import TrainConfig
+from engine.errors import ConfigError
+
+IN_BACKWARD = {"optimizer_in_backward": True, "method": "full", "max_grad_norm": 0.0}
+BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"warmup_ratio": 0.1, "warmup_steps": 3}, Facts()),
+    ({"eval_data": ("e",), "heldout": 0.1}, Facts()),
+    ({"teacher": "t", "method": "full"}, Facts()),
+    ({"teacher": "t", "memory_budget": 1 << 30}, Facts()),
+    ({"method": "full", "init_adapter": "a"}, Facts()),
+    ({"method": "full", "use_dora": True}, Facts()),
+    ({"method": "full", "head_precision": "8bit"}, Facts()),
+    ({"method": "full", "embedding_on": "host"}, Facts()),
+    ({"embedding_on": "host"}, Facts(tied=True)),
+    ({"optimizer_in_backward": True, "max_grad_norm": 0.0}, Facts()),
+    ({"optimizer_in_backward": True, "method": "full"}, Facts()),
+    (
+        {"optimizer_in_backward": True, "method": "full", "max_grad_norm": 0.0},
+        Facts(dtype="float16"),
+    ),
+    ({"offload": ("weights",), "method": "lora"}, Facts()),
+    ({"cuda_graphs": True, "method": "full"}, Facts()),
+    ({"cuda_graphs": True, "offload": ("checkpoints",)}, Facts()),
+    ({"cuda_graphs": True, "memory_budget": 1 << 30}, Facts()),
+    ({"cuda_graphs": True}, Facts(device="cpu")),
+    ({"cuda_graphs": True}, Facts(device="cuda", recordable=False)),
+    ({"resume": "auto"}, Facts()),
+    ({"resume": "x", "overwrite": True}, Facts()),
+]
+PLAIN = TrainConfig(model="m", data="d")
+
+
+def test_the_default_settings_break_no_rule() -> None:
+    everything = Facts(device="cuda", dtype="bfloat16", tied=False, recordable=True)
+    assert broken(PLAIN) == broken(PLAIN, everything) == []
+
+
+@pytest.mark.parametrize("index", range(len(RULES)))
+def test_every_rule_is_broken_by_its_example(index: int) -> None:
+    changes, facts = BREAKS[index]
+    rule, config = RULES[index], PLAIN.model_copy(update=changes)
+    assert rule in broken(config, facts)
+    assert not allows(config, facts, **{rule.setting: getattr(config, rule.setting)})
+    with pytest.raises(ConfigError):
+        check(config, facts)
+    if facts == Facts():
+        with pytest.raises(ConfigError):
+            TrainConfig(model="m", data="d", **changes)
+
+
+def test_there_is_an_example_of_every_rule() -> None:
+    assert len(BREAKS) == len(RULES)

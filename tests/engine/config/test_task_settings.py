@@ -1,0 +1,160 @@
+"""One settings form for every verb: tables, earlier names, files, words and flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import main as cli
+from cli.from_settings import Call, Verb, add_verb
+from engine.config import task_settings
+from engine.config.settings import Settings, group_of
+from engine.config.sources import Vocabulary, build, gather
+from engine.config.task_settings import (
+    EvalSettings,
+    ForgeJob,
+    GenerateSettings,
+    PlanSettings,
+    PruneJob,
+    PruneSettings,
+)
+from engine.config.train_config import TrainConfig
+from engine.errors import ConfigError
+from tests.support.source_tree import ROOT
+
+TABLES = [
+    table
+    for table in vars(task_settings).values()
+    if isinstance(table, type) and issubclass(table, Settings) and table.model_fields
+]
+NEEDED = {"model": "m", "data": "d.jsonl"}
+
+
+def told(table: type[Settings], **values: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        table(**values)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_setting_has_help_and_a_heading(table: type[Settings]) -> None:
+    for name, field in table.model_fields.items():
+        if name not in ("training", "pruning"):
+            assert field.description, name
+            assert group_of(field) != "Options", name
+    assert set(table.renamed.values()) <= set(table.model_fields)
+
+
+def test_earlier_names_of_settings_are_read_everywhere(tmp_path: Path) -> None:
+    old = {"mlp_tile_rows": 64, "loss_chunk_rows": 32, "decode_singly": True}
+    new = TrainConfig(**NEEDED, mlp_tile_tokens=64, loss_chunk_tokens=32, low_memory_decode=True)
+    assert TrainConfig(**NEEDED, **old) == new
+    file = tmp_path / "old.yaml"
+    file.write_text("model: m\ndata: d.jsonl\n" + "".join(f"{k}: {v}\n" for k, v in old.items()))
+    assert build(TrainConfig, gather(Vocabulary.of("train", TrainConfig), file)) == new
+    flags = [word for key, value in old.items() for word in flag(key, value)]
+    assert typed((TrainConfig,), "--model", "m", "--data", "d.jsonl", *flags)[0] == new
+    assert typed((PlanSettings,), "--card", "4090")[0] == PlanSettings(gpu="4090")
+    forge = ("--model", "m", "--data", "d", "--output-dir", "o", "--fraction", "0.1")
+    (job,) = typed((ForgeJob,), *forge, "--control")
+    assert isinstance(job, ForgeJob) and job.baseline
+
+
+def flag(name: str, value: Any) -> list[str]:
+    option = "--" + name.replace("_", "-")
+    return [option] if value is True else [option, str(value)]
+
+
+def typed(tables: tuple[type[Settings], ...], *words: str) -> list[Settings]:
+    """What the flags and words of a verb with these tables come to."""
+    import typer
+    from typer.main import get_command
+
+    read: list[Settings] = []
+
+    def run(call: Call) -> None:
+        """A verb."""
+        read.extend(call.read(table) for table in tables)
+
+    app = typer.Typer(add_completion=False)
+    add_verb(app, Verb("verb", tables), run)
+    get_command(app).main(args=list(words), prog_name="engine verb", standalone_mode=False)
+    return read
+
+
+def test_words_win_over_flags_and_flags_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "eval.yaml"
+    file.write_text("base_model: m\ndataset: [a, b]\nmax_length: 64\nbatch_size: 1\n")
+    words = ("--config", str(file), "--max-length", "128", "--batch-size", "2", "batch_size=3")
+    (settings,) = typed((EvalSettings,), *words)
+    assert settings == EvalSettings(model="m", data=("a", "b"), max_length=128, batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "verb", ["eval", "generate", "merge", "prune", "status", "bench", "doctor"]
+)
+def test_every_verb_takes_a_file_and_refuses_unknown_keys(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text("no_such_key: 1\n")
+    assert cli.main([verb, "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert f"{file}:1: there is no setting `no_such_key`" in error
+    assert f"`engine {verb} --help` lists the settings" in error
+    assert cli.main([verb, "no_such_key=1"]) == 2
+    assert "there is no setting `no_such_key`" in capsys.readouterr().err
+
+
+def test_an_unknown_key_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean `repetition_penalty`"):
+        gather(Vocabulary.of("generate", GenerateSettings), overrides=["repetition_penalti=1"])
+    assert "did you mean `metric`" in told(PruneSettings, fraction=0.5, metrik="l2")
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "part"),
+    [
+        (GenerateSettings, {"temperature": -1}, "`temperature` = -1"),
+        (GenerateSettings, {"top_p": 0}, "`top_p` = 0"),
+        (GenerateSettings, {"max_new_tokens": 0}, "`max_new_tokens` = 0"),
+        (GenerateSettings, {"chat_template_kwargs": "{"}, "should be a JSON object"),
+        (EvalSettings, {"min_rating": 6}, "`min_rating` = 6"),
+        (PruneSettings, {"max_shard_size": "1 furlong"}, "should be a size"),
+        (PruneSettings, {"protect": "first"}, "no list of layer numbers"),
+        (PruneJob, {"fraction": 0.5, "model": "m"}, "--report-only"),
+        (ForgeJob, {"heldout": 1.0}, "`heldout` = 1.0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(
+    table: type[Settings], values: dict[str, Any], part: str
+) -> None:
+    assert part in told(table, **values)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("5", 5 * 10**9), (0.5, 5 * 10**8), ("900MB", 9 * 10**8), (60_000, 60_000)]
+)
+def test_a_file_size_is_in_gigabytes_with_a_unit_or_in_bytes(given: Any, size: int) -> None:
+    assert PruneSettings(fraction=0.5, max_shard_size=given).max_shard_size == size
+
+
+def test_a_forge_job_prunes_with_the_machine_and_seed_of_its_training(tmp_path: Path) -> None:
+    job = ForgeJob(model="m", data=("d",), output_dir=tmp_path, fraction=0.2, scope="layer")
+    training = TrainConfig(**NEEDED, seed=7, device="cpu", max_length=64)
+    settings = job.settings(training)
+    want = PruneSettings(
+        fraction=0.2, metric="activation", scope="layer", seed=7, device="cpu", max_length=64
+    )
+    assert (settings.pruning, settings.training, settings.cycles) == (want, training, 1)
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    import tomllib
+
+    import engine
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert engine.__version__ == project["version"]
