@@ -1,4 +1,4 @@
-"""Optimisation: the 8-bit AdamW, at once or in backward, groups, clipping and the schedule."""
+"""8-bit AdamW, parameter groups, clipping and the learning-rate schedule."""
 
 from optim.adamw8bit import AdamW8bit
 from optim.clip import clip_grad_norm

@@ -1,4 +1,4 @@
-"""The optimiser's memory: the moments of all parameters in a few flat buffers.
+"""Optimizer state: all moments in a few flat buffers.
 
 A parameter of at least `min_8bit_size` elements owns rows of 256 in the 8-bit buffers, a smaller
 one rows in the fp32 buffers. Rows never hold two parameters, so blocks are those that each

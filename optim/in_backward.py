@@ -1,4 +1,4 @@
-"""Steps in the backward pass: parameters move as soon as their gradients are there.
+"""Optimizer steps during backward: parameters move when their gradients are ready.
 
     all at once     backward -> every gradient -> step -> gradients freed
     in backward     for each unit of parameters, last layer first: gradients -> step -> freed

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state.
+"""The learning rate, a pure function of the step.
 
 Warm-up is linear over the first `warmup` updates and ends at `base`; the first update already
 learns. From there to `total`, with x in [0, 1] the share of the remaining updates already made:

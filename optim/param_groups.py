@@ -1,4 +1,4 @@
-"""Which parameters weight decay pulls to zero: matrices, but no norms, biases or other vectors."""
+"""Weight-decay groups: matrices decay, norms and biases do not."""
 
 from __future__ import annotations
 

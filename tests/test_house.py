@@ -240,7 +240,7 @@ def test_folders_and_files_are_small() -> None:
     ("rule", "source"),
     [
         ("words", "kept = 1"),
-        ("words", "class SimulatedMeter:\n    pass"),
+        ("words", "class DryMeter:\n    pass"),
         ("words", "def f(some_levers): ..."),
         ("replacements", "import torch\ntorch.cuda.current_device = f"),
         ("replacements", "from models.layers.block import DecoderLayer\nDecoderLayer.forward = f"),

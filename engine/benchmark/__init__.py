@@ -1,1 +1,1 @@
-"""Measuring the ops against this machine's limits and against other ways of computing them."""
+"""Measure ops against this machine's limits and other implementations."""

@@ -1,4 +1,4 @@
-"""What is measured: one op at one shape, with its work counted in operations and bytes.
+"""A case: one op at one shape, its work in operations and bytes.
 
 Operations and bytes are the fewest that the op needs: each input read once, each output written
 once, nothing recomputed. A share of the roofline is therefore a share of what no version can beat.
@@ -81,8 +81,8 @@ class Settings:
 
 def gradients(outputs: Tensor, inputs: Tensors, cotangent: Tensor | None = None) -> Tensors:
     """d outputs / d inputs, named `d<input>`."""
-    found = torch.autograd.grad(outputs, list(inputs.values()), cotangent)
-    return {f"d{name}": grad for name, grad in zip(inputs, found, strict=True)}
+    input_gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangent)
+    return {f"d{name}": grad for name, grad in zip(inputs, input_gradients, strict=True)}
 
 
 def leaf(tensor: Tensor) -> Tensor:

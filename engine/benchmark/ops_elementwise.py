@@ -1,4 +1,4 @@
-"""Cases of the ops that memory bounds: norms, rotation, SwiGLU, cross-entropy, the optimiser."""
+"""Cases of memory-bound ops: norms, RoPE, SwiGLU, cross-entropy, the optimizer."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def _norms(model: str, config: ModelConfig, settings: Settings) -> Iterator[Case
     def make(device: torch.device, ours: str) -> Work:
         tensors = {name: normal(device, dtype, n, h) for name in ("x", "residual", "dy")}
         tensors["weight"] = 1.0 + 0.1 * normal(device, dtype, h)
-        ways = {"y": (forward, plain_forward), "add": (added, plain_added)}
-        return Work(tensors, *ways.get(ours, (both, plain_both)))
+        variants = {"y": (forward, plain_forward), "add": (added, plain_added)}
+        return Work(tensors, *variants.get(ours, (both, plain_both)))
 
     shape = f"{n}x{h}"
     yield Case("rms_norm", model, shape, dtype, 4.0 * n * h, 2.0 * size, lambda d: make(d, "y"))
@@ -168,10 +168,10 @@ def _adamw(model: str, config: ModelConfig, settings: Settings) -> Case:
     count = sum(rows * columns for rows, columns in shapes)
 
     def parameters(device: torch.device) -> list[Tensor]:
-        found = [leaf(0.02 * normal(device, torch.float32, *shape)) for shape in shapes]
-        for parameter in found:
+        made = [leaf(0.02 * normal(device, torch.float32, *shape)) for shape in shapes]
+        for parameter in made:
             parameter.grad = 0.01 * torch.randn_like(parameter)
-        return found
+        return made
 
     def make(device: torch.device) -> Work:
         params = parameters(device)

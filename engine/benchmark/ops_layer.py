@@ -1,4 +1,4 @@
-"""The case of one whole decoder layer, forward and backward, QLoRA on all projections."""
+"""The case of a whole decoder layer: QLoRA on all projections."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ def _plain_layer(
 
     def linear(name: str, x: Tensor) -> Tensor:
         assert name in PROJECTIONS
-        room = "self_attn" if name[0] in "qkvo" else "mlp"
-        module = layer.get_submodule(f"{room}.{name}")
+        part = "self_attn" if name[0] in "qkvo" else "mlp"
+        module = layer.get_submodule(f"{part}.{name}")
         assert isinstance(module, Linear)
         weight = plain.nf4_weight(stored[name], settings.dtype).to(x.dtype)
-        a, b = (inputs[f"{room}.{name}.lora_{half}"] for half in "AB")
+        a, b = (inputs[f"{part}.{name}.lora_{half}"] for half in "AB")
         y = plain.lora(x, weight, a, b, module.scale)
         return y if module.bias is None else y + module.bias.to(y.dtype)
 

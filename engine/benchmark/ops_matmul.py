@@ -1,4 +1,4 @@
-"""Cases of the ops that multiply: NF4 products, LoRA groups, the head, attention, one layer."""
+"""Cases of matrix products: NF4, LoRA groups, the head, attention."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def _quantize(model: str, config: ModelConfig, settings: Settings) -> Case:
     n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
 
     def ours(t: Tensors) -> Tensors:
-        found = quantize(t["w"], double_quant=False)
-        return {"packed": found.packed, "absmax": found.absmax}
+        result = quantize(t["w"], double_quant=False)
+        return {"packed": result.packed, "absmax": result.absmax}
 
     def other(t: Tensors) -> Tensors:
         return dict(zip(("packed", "absmax"), plain.nf4_codes(t["w"]), strict=True))
@@ -157,11 +157,11 @@ def _lora_group(model: str, config: ModelConfig, settings: Settings, op: str) ->
 
 def adapters(group: Mapping[str, Projection]) -> dict[str, Tensor]:
     """The LoRA halves of a group by name."""
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, projection in group.items():
         assert projection.lora_a is not None and projection.lora_b is not None
-        found[f"{name}_a"], found[f"{name}_b"] = projection.lora_a, projection.lora_b
-    return found
+        result[f"{name}_a"], result[f"{name}_b"] = projection.lora_a, projection.lora_b
+    return result
 
 
 def _ours_lora(op: str, t: Tensors, group: Mapping[str, Projection]) -> Tensors:

@@ -1,4 +1,4 @@
-"""The ops as a user of torch would write them: what the kernels are compared with.
+"""Plain torch versions of the ops, to compare the kernels with.
 
 Every function computes in the dtype of its inputs, raising to fp32 where the Hugging Face models
 do, so that the same text in float64 is the truth for an accuracy check. Gradients are autograd's.

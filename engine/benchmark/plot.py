@@ -1,4 +1,4 @@
-"""The roofline as a picture: operations per byte against operations per second, both on logs."""
+"""The roofline plot: operations per byte against operations per second."""
 
 from __future__ import annotations
 

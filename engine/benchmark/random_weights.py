@@ -1,4 +1,4 @@
-"""Models with random weights, made where they will be used: nothing is read and nothing copied.
+"""Random weights, made directly on the device that uses them.
 
 NF4 weights are random codes and random scales, not the quantisation of a random matrix: the
 arithmetic that reads them is the same, and 70 billion of them are there in a second. Their scale is

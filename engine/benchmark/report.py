@@ -1,4 +1,4 @@
-"""Rows of measurements as text: a table's cells, Markdown, and the files of `engine bench`."""
+"""Measurements as table cells, Markdown and files."""
 
 from __future__ import annotations
 

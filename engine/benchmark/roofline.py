@@ -1,4 +1,4 @@
-"""The two ceilings of a machine, measured on it, and what share of them a call reaches.
+"""Measure a machine's bandwidth and matmul rate.
 
 A call that must do F floating-point operations and move B bytes takes at least
 max(F / peak, B / bandwidth) (Williams, Waterman and Patterson 2009, "Roofline"). The peak is that

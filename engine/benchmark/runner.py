@@ -1,4 +1,4 @@
-"""Running cases: which there are, how long each takes, and what share of the limits that is."""
+"""Run cases: choose them, time them, compare them with the limits."""
 
 from __future__ import annotations
 

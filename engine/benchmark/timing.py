@@ -1,4 +1,4 @@
-"""How long a call takes: CUDA events on a GPU, the processor's clock elsewhere.
+"""Time a call: CUDA events on a GPU, a clock elsewhere.
 
 On a GPU every timed call starts with a cold second-level cache: a buffer larger than it is
 overwritten first. The overwriting takes longer than the host needs to issue the call, so that the
@@ -111,7 +111,7 @@ def _flushes(buffer: Tensor, issue: float) -> int:
 
 
 def _quantile(ordered: list[float], share: float) -> float:
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    rank = share * (len(ordered) - 1)
+    low = int(rank)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)

@@ -169,8 +169,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that there are folders of, ascending, whether they verify or not."""
-        found = (_CHECKPOINT.fullmatch(entry.name) for entry in self.root.iterdir())
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_CHECKPOINT.fullmatch(entry.name) for entry in self.root.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
 
     def path_of(self, step: int) -> Path:
         """The folder of a step, whether or not it exists."""

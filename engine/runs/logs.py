@@ -20,7 +20,7 @@ class ConsoleHandler(logging.Handler):
 
     def __init__(self, level: str | int = logging.INFO) -> None:
         super().__init__(level)
-        self.gone = False
+        self.closed = False
         self.addFilter(_ours)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -32,13 +32,13 @@ class ConsoleHandler(logging.Handler):
 
     def write_line(self, text: str) -> None:
         """Print a line as it is; the run's progress goes this way too."""
-        if self.gone:
+        if self.closed:
             return
         try:
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
         except (OSError, ValueError):
-            self.gone = True
+            self.closed = True
 
 
 class _FileHandler(logging.FileHandler):

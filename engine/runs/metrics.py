@@ -68,10 +68,10 @@ class MetricsWriter:
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         self.path = path
         lines = read_metrics(path) if resume_step > 0 else []
-        kept = [line for line in lines if line["step"] <= resume_step]
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        earlier = [line for line in lines if line["step"] <= resume_step]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in earlier)
         durable.write_text(path, text)
-        self.last_step = kept[-1]["step"] if kept else -1
+        self.last_step = earlier[-1]["step"] if earlier else -1
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: StepMetrics) -> None:

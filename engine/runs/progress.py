@@ -23,25 +23,25 @@ class QuietStream:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self.gone = False
+        self.closed = False
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         """Write `text` if the stream is still there."""
-        if not self.gone:
+        if not self.closed:
             try:
                 self._stream.write(text)
             except (OSError, ValueError):
-                self.gone = True
+                self.closed = True
         return len(text)
 
     def flush(self) -> None:
         """Flush if the stream is still there."""
-        if not self.gone:
+        if not self.closed:
             try:
                 self._stream.flush()
             except (OSError, ValueError):
-                self.gone = True
+                self.closed = True
 
     def isatty(self) -> bool:
         """Whether the stream is a terminal."""

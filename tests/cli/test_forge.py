@@ -24,8 +24,8 @@ from cli import main as cli
 def test_what_cannot_be_forged_is_refused_in_one_paragraph(
     words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place = ["--model", str(tmp_path / "no-such-model"), "--output-dir", str(tmp_path / "job")]
-    assert cli.main(["forge", *place, "--fraction", "0.1", *words]) == 2
+    paths = ["--model", str(tmp_path / "no-such-model"), "--output-dir", str(tmp_path / "job")]
+    assert cli.main(["forge", *paths, "--fraction", "0.1", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert told in error.replace("\n", " ")
     assert "\n\n" not in error

@@ -281,9 +281,9 @@ def test_a_foreign_package_named_kernels_is_named(
     for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = {check.name: check for check in examine()}["kernels"]
-    assert found.status == "problem"
-    assert str(tmp_path) in found.detail
+    answer = {check.name: check for check in examine()}["kernels"]
+    assert answer.status == "problem"
+    assert str(tmp_path) in answer.detail
 
 
 def test_status_answers_for_a_run_in_words_and_json(
@@ -296,17 +296,17 @@ def test_status_answers_for_a_run_in_words_and_json(
     assert "5 of 20  (25%)" in out
     assert "1.2500" in out
     assert cli.main(["status", str(tmp_path), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["step"], found["state"], found["alive"]) == (5, "died", False)
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["step"], answer["state"], answer["alive"]) == (5, "died", False)
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+@pytest.mark.parametrize(("given", "answer"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(
-    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+    given: str | None, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_WAIT_POLICY", given)
     assert cli.main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == found
+    assert os.environ["OMP_WAIT_POLICY"] == answer
     monkeypatch.delenv("OMP_WAIT_POLICY")

@@ -299,10 +299,10 @@ def test_an_fp32_master_keeps_updates_that_bf16_would_lose() -> None:
     shapes = [(64, 64)]
     plain, mastered, random = (make_params(shapes, torch.bfloat16) for _ in range(3))
     exact = [nn.Parameter(plain[0].detach().float())]
-    ways: list[Any] = ["nearest", "master", "stochastic"]
+    roundings: list[Any] = ["nearest", "master", "stochastic"]
     optimizers = [
-        AdamW8bit(params, low_precision=way, **options)
-        for params, way in zip((plain, mastered, random), ways, strict=True)
+        AdamW8bit(params, low_precision=rounding, **options)
+        for params, rounding in zip((plain, mastered, random), roundings, strict=True)
     ]
     reference = AdamW8bit(exact, **options)
     start = exact[0].detach().clone()

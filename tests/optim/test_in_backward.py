@@ -126,16 +126,16 @@ def test_a_state_goes_on_the_other_way() -> None:
 
 def test_the_gradients_of_one_unit_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     params, optimizer, in_backward = build(torch.float32, True)
-    held: list[set[int]] = []
+    alive: list[set[int]] = []
     step = AdamW8bit.step
 
     def noted(self: AdamW8bit, *args: Any, **options: Any) -> Any:
-        held.append({i for i, param in enumerate(params) if param.grad is not None})
+        alive.append({i for i, param in enumerate(params) if param.grad is not None})
         return step(self, *args, **options)
 
     monkeypatch.setattr(AdamW8bit, "step", noted)
     advance(params, optimizer, in_backward, 0)
-    assert held == [set(unit) for unit in UNITS]
+    assert alive == [set(unit) for unit in UNITS]
 
 
 @pytest.mark.parametrize("way", ["reference", "kernels"])

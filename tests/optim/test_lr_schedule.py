@@ -18,17 +18,17 @@ def rates(total: int, **options: Any) -> list[float]:
 
 
 def test_warm_up_is_linear_and_its_first_update_already_learns() -> None:
-    found = rates(100, warmup=10)
-    assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert found[10] == 1.0
+    schedule = rates(100, warmup=10)
+    assert schedule[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert schedule[10] == 1.0
 
 
 def test_cosine_falls_along_half_a_wave() -> None:
-    found = rates(100, warmup=0)
-    assert found[0] == 1.0
-    assert found[50] == pytest.approx(0.5)
-    assert found[25] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
-    assert 0.0 < found[99] < 1e-3
+    schedule = rates(100, warmup=0)
+    assert schedule[0] == 1.0
+    assert schedule[50] == pytest.approx(0.5)
+    assert schedule[25] == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
+    assert 0.0 < schedule[99] < 1e-3
 
 
 def test_linear_falls_along_a_line() -> None:
@@ -60,9 +60,9 @@ def test_warm_up_may_outlast_the_run() -> None:
 def test_it_rises_then_falls_and_stays_within_bounds(
     total: int, warmup: int, kind: str, min_ratio: float
 ) -> None:
-    found = rates(total, warmup=warmup, kind=kind, min_ratio=min_ratio)
-    assert all(0.0 < rate <= 1.0 for rate in found)
-    up, down = found[:warmup], found[warmup:]
+    schedule = rates(total, warmup=warmup, kind=kind, min_ratio=min_ratio)
+    assert all(0.0 < rate <= 1.0 for rate in schedule)
+    up, down = schedule[:warmup], schedule[warmup:]
     assert up == sorted(up)
     assert down == sorted(down, reverse=True)
     assert all(rate >= min_ratio - 1e-12 for rate in down)

@@ -79,10 +79,10 @@ def test_everything_comes_back_bit_for_bit(store: CheckpointStore) -> None:
     }
     state = {"loss": 0.1 + 0.2, "big": 2**80, "text": "ü", "list": [1, None, True]}
     store.save(7, sent, state)
-    found = store.latest()
-    assert found is not None
-    assert (found.step, found.state) == (7, state)
-    got = found.tensors("many")
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (7, state)
+    got = checkpoint.tensors("many")
     assert got.keys() == sent["many"].keys()
     for name, tensor in sent["many"].items():
         assert got[name].dtype == tensor.dtype
@@ -92,11 +92,11 @@ def test_everything_comes_back_bit_for_bit(store: CheckpointStore) -> None:
 
 def test_loaded_tensors_outlive_their_files(store: CheckpointStore) -> None:
     save(store, 1)
-    found = store.latest()
-    assert found is not None
-    weight = found.tensors("adapter/adapter_model")["a.weight"]
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    weight = checkpoint.tensors("adapter/adapter_model")["a.weight"]
     save(store, 2, 3)
-    assert not found.path.exists()
+    assert not checkpoint.path.exists()
     weight += 1
     assert torch.equal(weight, torch.full((4, 8), 3.0))
 
@@ -105,9 +105,9 @@ def test_the_newest_by_step_stay_and_are_ordered_by_step(store: CheckpointStore)
     save(store, 8, 9, 10, 100)
     assert store.steps() == [10, 100]
     os.utime(store.path_of(10))
-    found = reopened(store).latest()
-    assert found is not None
-    assert found.step == 100
+    checkpoint = reopened(store).latest()
+    assert checkpoint is not None
+    assert checkpoint.step == 100
 
 
 def test_the_callers_files_are_part_of_the_checkpoint(store: CheckpointStore) -> None:
@@ -125,9 +125,9 @@ def test_a_damaged_newest_is_set_aside_and_the_one_before_it_used(
     save(store, 1, 2)
     damage(store.path_of(2) / "optimizer.safetensors")
     store = reopened(store)
-    found = store.latest()
-    assert found is not None
-    assert found.step == 1
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    assert checkpoint.step == 1
     assert "optimizer.safetensors is damaged" in caplog.text
     assert len(list(store.root.glob(".bad-checkpoint-2-*"))) == 1
     save(store, 2)
@@ -155,11 +155,11 @@ def test_leftovers_are_swept_and_nothing_else_is(store: CheckpointStore) -> None
     for name in (".tmp-checkpoint-3-77-0123abcd", ".del-checkpoint-1-0123abcd"):
         (store.root / name / "sub").mkdir(parents=True)
     (store.root / ".tmp-summary.json-77-0123abcd").write_text("half")
-    kept = {".tmp-notes", "checkpoint-old", ".del-me", "adapter"}
-    for name in kept:
+    foreign = {".tmp-notes", "checkpoint-old", ".del-me", "adapter"}
+    for name in foreign:
         (store.root / name).mkdir()
     CheckpointStore(store.root)
-    assert names(store.root) == {"checkpoint-1", "checkpoint-2"} | kept
+    assert names(store.root) == {"checkpoint-1", "checkpoint-2"} | foreign
 
 
 def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(
@@ -167,9 +167,9 @@ def test_going_on_from_an_earlier_checkpoint_sets_the_later_ones_aside(
 ) -> None:
     save(store, 1, 2)
     store = reopened(store)
-    found = store.resume(str(store.path_of(1)))
-    assert found is not None
-    assert found.step == 1
+    checkpoint = store.resume(str(store.path_of(1)))
+    assert checkpoint is not None
+    assert checkpoint.step == 1
     assert store.steps() == [1]
     assert len(list(store.root.glob(".old-checkpoint-2-*"))) == 1
     save(store, 1, 2)
@@ -181,8 +181,8 @@ def test_going_on_from_another_runs_checkpoint_leaves_that_run_alone(tmp_path: P
     (tmp_path / "b").mkdir()
     with CheckpointStore(tmp_path / "a") as first, CheckpointStore(tmp_path / "b") as second:
         save(first, 1, 2)
-        found = second.resume(str(first.path_of(1)))
-        assert found is not None
+        checkpoint = second.resume(str(first.path_of(1)))
+        assert checkpoint is not None
         save(second, 1, 2)
         assert first.steps() == second.steps() == [1, 2]
 
@@ -217,10 +217,10 @@ def test_a_value_that_is_not_finite_is_never_saved(store: CheckpointStore, value
 
 def test_a_missing_group_of_tensors_is_named(store: CheckpointStore) -> None:
     save(store, 1)
-    found = store.latest()
-    assert found is not None
+    checkpoint = store.latest()
+    assert checkpoint is not None
     with pytest.raises(CheckpointError, match=r"no weights\.safetensors"):
-        found.tensors("weights")
+        checkpoint.tensors("weights")
 
 
 def test_no_bit_can_flip_unnoticed(store: CheckpointStore) -> None:
@@ -232,8 +232,8 @@ def test_no_bit_can_flip_unnoticed(store: CheckpointStore) -> None:
     for file in files:
         whole = file.read_bytes()
         for _ in range(150):
-            place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            index, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
+            file.write_bytes(whole[:index] + bytes([whole[index] ^ bit]) + whole[index + 1 :])
             with pytest.raises(CheckpointError):
                 store.load(path)
         file.write_bytes(whole[:-1])

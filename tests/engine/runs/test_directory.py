@@ -26,8 +26,8 @@ def config(folder: Path, **values: Any) -> TrainConfig:
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return found
+    answer: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return answer
 
 
 def test_a_run_that_ends_well_leaves_all_its_files(tmp_path: Path) -> None:
@@ -45,12 +45,12 @@ def test_a_run_that_ends_well_leaves_all_its_files(tmp_path: Path) -> None:
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["versions"]["engine"] == version()
     assert {"seed", "machine", "git_commit", "starts"} <= manifest.keys()
-    found = summary(run.path)
-    assert found["status"] == "Success"
-    assert found["output_path"] == str(run.adapter_path)
-    assert found["parameters"]["model"] == "some/Model-1B"
-    assert found["error_message"] is None
-    assert found["metrics"] == {"loss": 1.5}
+    answer = summary(run.path)
+    assert answer["status"] == "Success"
+    assert answer["output_path"] == str(run.adapter_path)
+    assert answer["parameters"]["model"] == "some/Model-1B"
+    assert answer["error_message"] is None
+    assert answer["metrics"] == {"loss": 1.5}
 
 
 def test_a_failure_is_summed_up_and_its_traceback_is_in_the_log(tmp_path: Path) -> None:
@@ -59,9 +59,9 @@ def test_a_failure_is_summed_up_and_its_traceback_is_in_the_log(tmp_path: Path) 
         RunDirectory(config(tmp_path), console=False) as run,
     ):
         raise DataError("rows.jsonl:3 is broken")
-    found = summary(tmp_path)
-    assert found["status"] == "Failure"
-    assert found["error_message"] == "rows.jsonl:3 is broken"
+    answer = summary(tmp_path)
+    assert answer["status"] == "Failure"
+    assert answer["error_message"] == "rows.jsonl:3 is broken"
     assert 'raise DataError("rows.jsonl:3 is broken")' in run.log_path.read_text()
 
 
@@ -121,9 +121,9 @@ def test_results_are_never_replaced_unasked(tmp_path: Path) -> None:
         RunDirectory(config(tmp_path), console=False)
     assert summary(tmp_path)["status"] == "Success"
     with RunDirectory(config(tmp_path, resume="auto"), console=False) as run:
-        found = run.checkpoints.resume("auto")
-        assert found is not None
-        assert found.step == 3
+        answer = run.checkpoints.resume("auto")
+        assert answer is not None
+        assert answer.step == 3
     with RunDirectory(config(tmp_path, overwrite=True), console=False) as run:
         assert run.checkpoints.steps() == []
         assert not run.adapter_path.exists()
@@ -143,11 +143,11 @@ def test_the_starts_of_a_resumed_run_add_up(tmp_path: Path) -> None:
     assert [start["resume"] for start in starts] == [None, "auto", "auto"]
 
 
-@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
-def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("target", ["file/run", "/proc/run"])
+def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path, target: str) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cannot be written to.*--output-dir"):
-        RunDirectory(config(tmp_path / place), console=False)
+        RunDirectory(config(tmp_path / target), console=False)
 
 
 def test_a_run_is_named_after_its_time_and_model(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_the_console_shows_messages_but_no_traceback(
 
 
 def test_the_commit_is_that_of_the_checkout_or_unknown() -> None:
-    found = git_commit()
-    assert found is None or len(found.rstrip("+")) == 40
+    answer = git_commit()
+    assert answer is None or len(answer.rstrip("+")) == 40
 
 
 def a_run(folder: Path, steps: int = 4) -> RunDirectory:
@@ -199,9 +199,9 @@ def a_run(folder: Path, steps: int = 4) -> RunDirectory:
 
 def test_the_status_of_a_run_that_is_alive(tmp_path: Path) -> None:
     run = a_run(tmp_path)
-    found = read_status(tmp_path)
-    assert (found["state"], found["alive"], found["step"]) == ("running", True, 4)
-    text = "\n".join(describe_status(found))
+    answer = read_status(tmp_path)
+    assert (answer["state"], answer["alive"], answer["step"]) == ("running", True, 4)
+    text = "\n".join(describe_status(answer))
     for part in ("4 of 10  (40%)", "2.0000", "1,234", "2.00 GiB", "1:15", "process"):
         assert part in text
     run.close()
@@ -213,11 +213,11 @@ def test_the_status_of_runs_that_ended(tmp_path: Path) -> None:
         run.write_summary("Success", output_path=run.adapter_path)
     with pytest.raises(DataError), a_run(tmp_path / "bad"):
         raise DataError("no rows")
-    found = {name: read_status(tmp_path / name, tail=3) for name in ("died", "done", "bad")}
-    assert [status["state"] for status in found.values()] == ["died", "finished", "failed"]
-    assert not any(status["alive"] for status in found.values())
-    assert any("no rows" in text for text in describe_status(found["bad"]))
-    assert found["bad"]["log"][-1] == "engine.errors.DataError: no rows"
+    answer = {name: read_status(tmp_path / name, tail=3) for name in ("died", "done", "bad")}
+    assert [status["state"] for status in answer.values()] == ["died", "finished", "failed"]
+    assert not any(status["alive"] for status in answer.values())
+    assert any("no rows" in text for text in describe_status(answer["bad"]))
+    assert answer["bad"]["log"][-1] == "engine.errors.DataError: no rows"
 
 
 def test_a_run_is_found_by_path_by_name_and_as_the_newest(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_fresh_start_empties_the_file(tmp_path: Path) -> None:
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.write(line(1))
-    assert [found["step"] for found in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [one["step"] for one in read_metrics(tmp_path / "metrics.jsonl")] == [1]
     writer.close()
 
 
@@ -82,11 +82,11 @@ def test_what_json_cannot_hold_becomes_null(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.write(StepMetrics(1, 0.1, float("nan"), 1e-4, float("inf"), extra={"eval_loss": 2.5}))
     writer.close()
-    (found,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert found["loss"] is None
-    assert found["grad_norm"] is None
-    assert found["eval_loss"] == 2.5
-    assert "extra" not in found
+    (written,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert written["loss"] is None
+    assert written["grad_norm"] is None
+    assert written["eval_loss"] == 2.5
+    assert "extra" not in written
 
 
 def test_the_time_left_ignores_the_slow_first_step() -> None:
@@ -118,10 +118,10 @@ def test_seconds_read_like_a_clock(seconds: float | None, text: str) -> None:
 
 
 def test_peak_memory_is_at_least_what_is_held_now() -> None:
-    held = torch.ones(4 << 20)
+    ballast = torch.ones(4 << 20)
     now = psutil.Process().memory_info().rss
     assert now * 0.98 <= peak_memory_bytes(torch.device("cpu")) < psutil.virtual_memory().total
-    del held
+    del ballast
 
 
 def test_the_loss_curve_is_a_picture(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_a_closed_stream_takes_nothing_and_raises_nothing() -> None:
     terminal.broken = True
     stream = QuietStream(terminal)
     assert stream.write("four") == 4
-    assert stream.gone
+    assert stream.closed
     stream.write("x")
     stream.flush()
 

@@ -58,8 +58,8 @@ class Recorder(logging.Handler):
             self.events.append(("acknowledge", None))
 
 
-def version(found: os.stat_result) -> tuple[int, int, int]:
-    return found.st_ino, found.st_mtime_ns, found.st_size
+def version(expected: os.stat_result) -> tuple[int, int, int]:
+    return expected.st_ino, expected.st_mtime_ns, expected.st_size
 
 
 def violations(events: list[tuple[str, Any]], root: Path) -> set[str]:
@@ -86,7 +86,7 @@ def violations(events: list[tuple[str, Any]], root: Path) -> set[str]:
                 published = True
                 manifest = [v for k, v in what[1].items() if k.endswith(MANIFEST_NAME)]
                 files = [v for k, v in what[1].items() if Path(k).suffix]
-                if not manifest or manifest[0][1] < max(found[1] for found in files):
+                if not manifest or manifest[0][1] < max(expected[1] for expected in files):
                     wrong.add("the manifest was not written last")
     return wrong if acknowledged else wrong | {"never acknowledged"}
 
@@ -129,7 +129,7 @@ def plant_early_retirement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plant", "found"),
+    ("plant", "expected"),
     [
         (plant_nothing, set()),
         (plant_no_sync_of_the_folder, {"renamed before what is under it was synced"}),
@@ -152,7 +152,7 @@ def test_each_line_of_the_protocol_is_durable_before_the_next(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     plant: Callable[[pytest.MonkeyPatch], None],
-    found: set[str],
+    expected: set[str],
 ) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 1)
@@ -167,4 +167,4 @@ def test_each_line_of_the_protocol_is_durable_before_the_next(
     finally:
         logger.removeHandler(recorder)
     store.close()
-    assert violations(recorder.events, store.root) == found
+    assert violations(recorder.events, store.root) == expected
