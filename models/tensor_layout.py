@@ -1,4 +1,4 @@
-"""How a checkpoint names and divides the parameters of the graph.
+"""How a model's files name and divide the parameters of the graph.
 
 The graph holds a mixture's experts as two tensors, `mlp.experts.gate_up_proj` (E, 2 I, H) and
 `mlp.experts.down_proj` (E, H, I). A file holds the same two ("fused"), or one matrix per expert and

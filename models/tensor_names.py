@@ -1,16 +1,19 @@
-"""Which families this engine knows, and what a checkpoint of each holds.
+"""Names and shapes of a model's tensors, read off the graph itself.
 
-The graph's parameters are named and shaped as the text model of transformers 5 holds them. A file
-may name and divide them otherwise (`models.tensor_layout`). What a family changes is in
-`models.families`, in fields of `ModelConfig`; a part of the graph that only some have adds its
-tensors here.
+The graph's parameters are named and shaped as the text model of transformers 5 has them. A file may
+name and divide them otherwise (`models.tensor_layout`).
 """
 
 from __future__ import annotations
 
 import math
 
+import torch
+from torch import nn
+
+from kernels.runtime.simulation import shapes_only
 from models.config.model_config import MODEL_TYPES, ModelConfig
+from models.decoder import Decoder
 from models.tensor_layout import Layout
 
 SUPPORTED: tuple[str, ...] = MODEL_TYPES
@@ -25,97 +28,15 @@ not among them."""
 Shapes = dict[str, tuple[int, ...]]
 
 
-def _attention(config: ModelConfig, layer: int) -> Shapes:
-    hidden, dim = config.hidden_size, config.head_dim
-    width, kv_width = config.heads(layer) * dim, config.kv_heads(layer) * dim
-    q_width = width * (2 if config.attention_gate else 1)
-    shapes: Shapes = {
-        "q_proj.weight": (q_width, hidden),
-        "k_proj.weight": (kv_width, hidden),
-        "v_proj.weight": (kv_width, hidden),
-        "o_proj.weight": (hidden, width),
-    }
-    if config.attention_bias:
-        for name, rows in (("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width)):
-            shapes[f"{name}.bias"] = (rows,)
-    if config.attention_output_bias:
-        shapes["o_proj.bias"] = (hidden,)
-    if config.qk_norm:
-        shapes |= {"q_norm.weight": (dim,), "k_norm.weight": (dim,)}
-    return shapes
+def skeleton(config: ModelConfig) -> Decoder:
+    """The graph without weights, on the meta device; a simulated step does not count it."""
+    with shapes_only(), torch.device("meta"):
+        return Decoder(config)
 
 
-def _delta_net(config: ModelConfig) -> Shapes:
-    hidden, heads = config.hidden_size, config.linear_num_value_heads
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = heads * config.linear_value_head_dim
-    channels = 2 * keys + values
-    shapes: Shapes = (
-        {
-            "in_proj_qkvz.weight": (channels + values, hidden),
-            "in_proj_ba.weight": (2 * heads, hidden),
-        }
-        if config.linear_joint_projections
-        else {
-            "in_proj_qkv.weight": (channels, hidden),
-            "in_proj_z.weight": (values, hidden),
-            "in_proj_b.weight": (heads, hidden),
-            "in_proj_a.weight": (heads, hidden),
-        }
-    )
-    return shapes | {
-        "conv1d.weight": (channels, 1, config.linear_conv_kernel_dim),
-        "dt_bias": (heads,),
-        "A_log": (heads,),
-        "norm.weight": (config.linear_value_head_dim,),
-        "out_proj.weight": (hidden, values),
-    }
-
-
-def _mlp(hidden: int, inner: int, bias: bool = False) -> Shapes:
-    shapes: Shapes = {
-        "gate_proj.weight": (inner, hidden),
-        "up_proj.weight": (inner, hidden),
-        "down_proj.weight": (hidden, inner),
-    }
-    if bias:
-        shapes |= {"gate_proj.bias": (inner,), "up_proj.bias": (inner,)}
-        shapes["down_proj.bias"] = (hidden,)
-    return shapes
-
-
-def _mixture(config: ModelConfig) -> Shapes:
-    hidden, count, inner = config.hidden_size, config.num_experts, config.moe_intermediate_size
-    shapes: Shapes = {
-        "gate.weight": (count, hidden),
-        "experts.gate_up_proj": (count, 2 * inner, hidden),
-        "experts.down_proj": (count, hidden, inner),
-    }
-    if config.shared_expert_intermediate_size:
-        shared = _mlp(hidden, config.shared_expert_intermediate_size)
-        shapes |= {f"shared_expert.{name}": shape for name, shape in shared.items()}
-        shapes["shared_expert_gate.weight"] = (1, hidden)
-    return shapes
-
-
-def layer_tensors(config: ModelConfig, layer: int = 0) -> Shapes:
-    """Name below `model.layers.N.` -> shape, for the parameters of layer `layer`."""
-    linear = config.layer_types[layer] == "linear_attention"
-    room, mixer = (
-        ("linear_attn", _delta_net(config)) if linear else ("self_attn", _attention(config, layer))
-    )
-    inner = config.intermediate_size
-    mlp = (
-        _mixture(config)
-        if config.sparse_layers[layer]
-        else _mlp(config.hidden_size, inner, config.mlp_bias)
-    )
-    return {
-        "input_layernorm.weight": (config.hidden_size,),
-        **{f"{room}.{name}": shape for name, shape in mixer.items()},
-        "post_attention_layernorm.weight": (config.hidden_size,),
-        **{f"mlp.{name}": shape for name, shape in mlp.items()},
-    }
+def layer_tensors(config: ModelConfig) -> Shapes:
+    """Name below `model.layers.0.` -> shape, for the parameters of the first layer."""
+    return _shapes(skeleton(config.with_layers(1)).layers[0])
 
 
 def graph_tensors(config: ModelConfig) -> Shapes:
@@ -123,14 +44,17 @@ def graph_tensors(config: ModelConfig) -> Shapes:
 
     `lm_head.weight` is absent where the head is tied to the embedding.
     """
-    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    period = config.period
+    graph = skeleton(config.with_layers(period))
+    result = _shapes(graph.model.embed_tokens, "model.embed_tokens.")
     for layer in range(config.num_hidden_layers):
-        for name, shape in layer_tensors(config, layer).items():
-            shapes[f"model.layers.{layer}.{name}"] = shape
-    shapes["model.norm.weight"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return shapes
+        result |= _shapes(graph.layers[layer % period], f"model.layers.{layer}.")
+    result |= _shapes(graph.model.norm, "model.norm.")
+    return result if graph.lm_head is None else result | _shapes(graph.lm_head, "lm_head.")
+
+
+def _shapes(module: nn.Module, prefix: str = "") -> Shapes:
+    return {f"{prefix}{name}": tuple(p.shape) for name, p in module.named_parameters()}
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -146,7 +70,7 @@ def projections_of(config: ModelConfig) -> tuple[str, ...]:
 
 
 def expected_tensors(config: ModelConfig, layout: Layout | None = None) -> Shapes:
-    """Hugging Face tensor name -> shape, for every tensor of a checkpoint of `config`.
+    """Hugging Face tensor name -> shape, for every tensor of a model source of `config`.
 
     `layout` defaults to that of the family's files on the hub.
     """

@@ -21,7 +21,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, ExpertAdapter, Experts, QuantizedExperts
 from models.layers.linear import Linear
-from models.tensor_names import graph_tensors, is_quantised
+from models.tensor_names import is_quantised, skeleton
 
 _NF4_DEVIATION = 0.55
 """Standard deviation of a uniformly drawn NF4 value, to two digits."""
@@ -78,9 +78,8 @@ def random_decoder(
 
     The B halves are not zero, so that every gradient is computed from something.
     """
-    with torch.device("meta"):
-        model = Decoder(config)
-    for name, shape in graph_tensors(config).items():
+    model = skeleton(config)
+    for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, Experts):

@@ -27,14 +27,14 @@ from kernels.moe.grouped_matmul import planar_experts
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.nf4.weight import quantize
 from kernels.runtime.host_memory import host_copy
-from kernels.runtime.simulation import equal_parts, shapes_only
+from kernels.runtime.simulation import equal_parts
 from models.adapters import add_lora, load_adapter_tensors
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.memory.offload import Kind, on_host
 from models.tensor_layout import Layout
-from models.tensor_names import graph_tensors, is_quantised
+from models.tensor_names import is_quantised, skeleton
 
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig
@@ -110,12 +110,11 @@ def build_model(
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
-    with shapes_only(), torch.device("meta"):
-        model = Decoder(source.config)
+    model = skeleton(source.config)
     layout = Layout.of_names(source.config, source.names())
     lent = weights_on_host and device.type == "cuda"
     form = _Form(quantization, double_quant, device, dtype, lent)
-    for name, shape in graph_tensors(source.config).items():
+    for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         tensor = layout.assemble(name, shape, source.tensor)
         if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
             _place(model, name, tensor, form)
