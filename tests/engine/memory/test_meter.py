@@ -212,9 +212,7 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
 def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     whole = preset_config("smollm2-135m")
     assert whole is not None
-    model = dataclasses.replace(
-        whole, num_hidden_layers=3, layer_types=whole.layer_types[:3], vocab_size=8192
-    )
+    model = dataclasses.replace(whole.with_layers(3), vocab_size=8192)
     config = settings(**SETTINGS[name])
     batches = [make_batch([40, 24])]
     real = measured(model, config, batches, torch.float32).peak
