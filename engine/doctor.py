@@ -69,14 +69,14 @@ def examine() -> list[Check]:
         _name_clash,
         _extras,
     ]
-    found: list[Check] = []
+    checks: list[Check] = []
     for probe in probes:
         try:
-            found.extend(probe())
+            checks.extend(probe())
         except Exception as error:
             name = probe.__name__.strip("_")
-            found.append(Check(name, "problem", f"{type(error).__name__}: {error}"))
-    return found
+            checks.append(Check(name, "problem", f"{type(error).__name__}: {error}"))
+    return checks
 
 
 def _python() -> Iterator[Check]:
@@ -112,15 +112,16 @@ def _cuda() -> Iterator[Check]:
         yield Check("cuda", "note", "no usable GPU; training runs on the CPU (--device cpu)")
         return
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
+        properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
         has_bf16 = multiplies_bfloat16(torch.device("cuda", index))
         bf16 = "bfloat16" if has_bf16 else "no bfloat16 products: trains in float16"
         yield Check(
             f"cuda:{index}",
             "ok",
-            f"{found.name}, sm_{found.major}{found.minor}, {found.multi_processor_count} "
-            f"multiprocessors, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free, {bf16}",
+            f"{properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.multi_processor_count} multiprocessors, "
+            f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free, {bf16}",
         )
 
 
@@ -154,13 +155,13 @@ def _packages() -> Iterator[Check]:
 def _name_clash() -> Iterator[Check]:
     """Hugging Face publishes a package that is named `kernels` too."""
     spec = importlib.util.find_spec("kernels")
-    places = list(spec.submodule_search_locations or []) if spec else []
+    paths = list(spec.submodule_search_locations or []) if spec else []
     ours = ROOT / "kernels"
-    if not any(Path(place).resolve() == ours for place in places):
+    if not any(Path(path).resolve() == ours for path in paths):
         yield Check(
             "kernels",
             "problem",
-            f"`import kernels` finds {places[0] if places else 'nothing'} and should find {ours}: "
+            f"`import kernels` finds {paths[0] if paths else 'nothing'} and should find {ours}: "
             "pip uninstall kernels, then install engine-trainer again",
         )
         return

@@ -89,10 +89,10 @@ def _with_policy(
 def _require_space(config: TrainConfig, model: ModelConfig) -> None:
     """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
     if config.memory_budget is not None:
-        from engine.memory.budget import require_room
+        from engine.memory.budget import require_space
 
         device = resolve_device(config.device)
-        require_room(config, model, device, resolve_dtype(config.dtype, device))
+        require_space(config, model, device, resolve_dtype(config.dtype, device))
 
 
 def _budget(

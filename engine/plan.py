@@ -58,9 +58,9 @@ def find_target(config: TrainConfig) -> Target:
         gpu = torch.cuda.is_available() or preset_config(config.model) is not None
     else:
         gpu = config.device.startswith("cuda")
-    place = "a CUDA GPU" if gpu else "the CPU"
+    machine = "a CUDA GPU" if gpu else "the CPU"
     planner = partial(_plan, model, gpu, stored)
-    return Target(f"{config.model} on {place}", model, gpu, stored, planner)
+    return Target(f"{config.model} on {machine}", model, gpu, stored, planner)
 
 
 def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
@@ -123,7 +123,7 @@ class Report:
             "parameters": parameter_count(self.target.model),
             "settings": {name: getattr(config, name) for name in _SHOWN},
             "peaks": {
-                name: {"bytes": peak.bytes, "owners": _held(peak.owners)}
+                name: {"bytes": peak.bytes, "owners": _present(peak.owners)}
                 for name, peak in self._peaks()
             },
             "save_host_bytes": planned.save_host,
@@ -235,7 +235,7 @@ def _text(value: object) -> str:
     return (",".join(value) or "none") if isinstance(value, tuple) else str(value)
 
 
-def _held(owners: dict[str, int]) -> dict[str, int]:
+def _present(owners: dict[str, int]) -> dict[str, int]:
     return {owner: size for owner, size in owners.items() if size}
 
 

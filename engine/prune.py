@@ -81,8 +81,9 @@ def prune(model: str | Path, output: str | Path | None, settings: PruneSettings)
     }
     if settings.per_layer:
         record["per_layer"] = True
-    kept = source.config.num_attention_heads_per_layer  # lists that an earlier cut has written
-    if settings.per_layer or (kept and not (rules.uniform and settings.heads == "attention")):
+    cut_before = bool(source.config.num_attention_heads_per_layer)
+    uniform = rules.uniform and settings.heads == "attention"
+    if settings.per_layer or (cut_before and not uniform):
         record["loads_in"] = LOADS_IN
     if settings.metric in METRICS_WITH_DATA:
         record["calibration_rows"] = settings.calibration_rows

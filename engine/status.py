@@ -57,7 +57,7 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
         state = "finished" if summary.get("status") == "Success" else "failed"
     else:
         state = "died"
-    found: dict[str, Any] = {
+    status: dict[str, Any] = {
         "run": str(run),
         "state": state,
         "alive": alive,
@@ -72,18 +72,18 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
         "updated_seconds_ago": _age(run / "metrics.jsonl"),
     }
     if tail:
-        found["log"] = _last_lines(run / "pipeline.log", tail)
-    return found
+        status["log"] = _last_lines(run / "pipeline.log", tail)
+    return status
 
 
-def describe_status(found: dict[str, Any]) -> list[str]:
+def describe_status(status: dict[str, Any]) -> list[str]:
     """The status as lines for a terminal."""
-    last, total = found["last"], found["total_steps"]
-    who = found["process"]
-    state = found["state"] + (f" (process {who['pid']} on {who['host']})" if who else "")
-    rows = [("run", found["run"]), ("state", state)]
-    share = f" of {total}  ({found['step'] / total:.0%})" if total else ""
-    rows.append(("step", f"{found['step']}{share}" + _bar(found["step"], total)))
+    last, total = status["last"], status["total_steps"]
+    who = status["process"]
+    state = status["state"] + (f" (process {who['pid']} on {who['host']})" if who else "")
+    rows = [("run", status["run"]), ("state", state)]
+    share = f" of {total}  ({status['step'] / total:.0%})" if total else ""
+    rows.append(("step", f"{status['step']}{share}" + _bar(status["step"], total)))
     if last:
         shown = {
             "epoch": ("epoch", "{:.2f}"),
@@ -97,19 +97,19 @@ def describe_status(found: dict[str, Any]) -> list[str]:
                 rows.append((label, form.format(last[key])))
         if last.get("peak_memory_bytes"):
             rows.append(("peak memory", f"{last['peak_memory_bytes'] / 2**30:.2f} GiB"))
-        if found["alive"]:
+        if status["alive"]:
             rows.append(("time left", describe_seconds(last.get("eta_seconds"))))
         if last.get("skipped"):
             rows.append(("skipped steps", str(last["skipped"])))
-    if found["updated_seconds_ago"] is not None:
-        rows.append(("last step", f"{describe_seconds(found['updated_seconds_ago'])} ago"))
-    if found["checkpoints"]:
-        rows.append(("checkpoints", ", ".join(map(str, found["checkpoints"]))))
-    if found["output_path"]:
-        rows.append(("output", found["output_path"]))
-    if found["error_message"]:
-        rows.append(("error", found["error_message"]))
-    return [f"{label:<14} {value}" for label, value in rows] + list(found.get("log", []))
+    if status["updated_seconds_ago"] is not None:
+        rows.append(("last step", f"{describe_seconds(status['updated_seconds_ago'])} ago"))
+    if status["checkpoints"]:
+        rows.append(("checkpoints", ", ".join(map(str, status["checkpoints"]))))
+    if status["output_path"]:
+        rows.append(("output", status["output_path"]))
+    if status["error_message"]:
+        rows.append(("error", status["error_message"]))
+    return [f"{label:<14} {value}" for label, value in rows] + list(status.get("log", []))
 
 
 def _bar(step: int, total: int | None, width: int = 24) -> str:

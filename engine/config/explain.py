@@ -29,22 +29,22 @@ def describe(
     error: ValidationError, fields: Mapping[str, Any], settings: Mapping[str, Setting]
 ) -> str:
     """pydantic's findings as one paragraph: setting, value, source, what was expected."""
-    findings = [_finding(found, fields, settings) for found in error.errors(include_url=False)]
+    findings = [_finding(fault, fields, settings) for fault in error.errors(include_url=False)]
     return "The configuration cannot be used: " + "; ".join(dict.fromkeys(findings)) + "."
 
 
-def _finding(found: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
-    message = str(found["msg"]).removeprefix("Value error, ")
+def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
+    message = str(fault["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
-    if not found["loc"]:
+    if not fault["loc"]:
         return message
-    field = str(found["loc"][0])
-    if found["type"] == "missing":
+    field = str(fault["loc"][0])
+    if fault["type"] == "missing":
         return f"`{field}` is missing (--{field.replace('_', '-')})"
-    if found["type"] == "extra_forbidden":
+    if fault["type"] == "extra_forbidden":
         near = nearest(field, fields)
         return f"there is no setting `{field}`" + (f"; did you mean `{near}`" if near else "")
     given = settings.get(field)
-    value = repr(given.value if given is not None else found["input"])
+    value = repr(given.value if given is not None else fault["input"])
     source = f" ({given.source})" if given is not None else ""
     return f"`{field}` = {value if len(value) <= 80 else value[:77] + '...'}{source}: {message}"

@@ -37,7 +37,7 @@ TOLERANCE = 0.05
 _ALWAYS = 2
 
 
-def require_room(
+def require_space(
     config: TrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raise `MemoryPlanError` where the budget cannot hold one row of 8 tokens.

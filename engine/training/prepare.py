@@ -75,11 +75,11 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     tokenizer = load_tokenizer(source)
     rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
     rows = rows[: config.limit_rows]
-    held_rows = load_rows(list(config.eval_data)) if config.eval_data else []
+    heldout_rows = load_rows(list(config.eval_data)) if config.eval_data else []
     if config.heldout:
-        rows, held_rows = split_heldout(rows, config.heldout, config.seed)
+        rows, heldout_rows = split_heldout(rows, config.heldout, config.seed)
     rows = [_with_system(row, config.system_prompt) for row in rows]
-    held_rows = [_with_system(row, config.system_prompt) for row in held_rows]
+    heldout_rows = [_with_system(row, config.system_prompt) for row in heldout_rows]
     bad_rows = "fail" if config.bad_lines == "fail" else "skip"
     render = partial(
         build_examples,
@@ -90,8 +90,8 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     )
     examples, report = render(rows)
     heldout: list[Example] = []
-    if held_rows:
-        heldout, _ = render(held_rows)
+    if heldout_rows:
+        heldout, _ = render(heldout_rows)
     check_ids([*examples, *heldout], source.config.vocab_size)
     plan = BatchPlan(
         examples,

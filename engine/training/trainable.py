@@ -40,24 +40,24 @@ def check_init_adapter(config: TrainConfig, model: ModelConfig, digest: str) -> 
     """
     if config.init_adapter is None:
         return None
-    found, tensors = load_adapter(config.init_adapter)
+    adapter, tensors = load_adapter(config.init_adapter)
     wrong = []
     base = _base_digest(config.init_adapter)
     if base is not None and base != digest:
-        wrong.append(f"it was trained on another base ({found.base_model_name_or_path})")
-    elif base is None and not _same_model(found.base_model_name_or_path, config.model):
-        wrong.append(f"its base is {found.base_model_name_or_path}, this run's {config.model}")
-    if found.r != config.lora_rank:
-        wrong.append(f"its rank is {found.r}, --lora-rank is {config.lora_rank}")
+        wrong.append(f"it was trained on another base ({adapter.base_model_name_or_path})")
+    elif base is None and not _same_model(adapter.base_model_name_or_path, config.model):
+        wrong.append(f"its base is {adapter.base_model_name_or_path}, this run's {config.model}")
+    if adapter.r != config.lora_rank:
+        wrong.append(f"its rank is {adapter.r}, --lora-rank is {config.lora_rank}")
     # An adapter of experts has the root of rsLoRA in its alpha, so the scales are compared.
     scale = scale_of(config.lora_rank, config.lora_alpha, config.use_rslora)
-    if not math.isclose(found.scale, scale):
+    if not math.isclose(adapter.scale, scale):
         wrong.append(
-            f"its alpha is {found.lora_alpha:g} (rslora {found.use_rslora}), this run's "
+            f"its alpha is {adapter.lora_alpha:g} (rslora {adapter.use_rslora}), this run's "
             f"{config.lora_alpha:g} (rslora {config.use_rslora})"
         )
-    if found.use_dora != config.use_dora:
-        wrong.append(f"its use_dora is {found.use_dora}, this run's {config.use_dora}")
+    if adapter.use_dora != config.use_dora:
+        wrong.append(f"its use_dora is {adapter.use_dora}, this run's {config.use_dora}")
     targets = {path.rsplit(".", 1)[-1] for path in tensors}
     wanted = set(targets_of(config, model))
     if targets != wanted:

@@ -113,22 +113,22 @@ def test_every_large_matrix_is_quantised_and_adapted_and_no_small_one(family: st
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 @pytest.mark.parametrize("family", NAMES)
-def test_checkpointing_policys_give_the_same_adapter_gradients(
+def test_checkpointing_policies_give_the_same_adapter_gradients(
     family: str, quantize: Quantization
 ) -> None:
     model = adapted(family, quantize, dropout=0.2).train()
-    found = {}
-    for level in ("none", "selective", "full"):
+    gradients = {}
+    for policy in ("none", "selective", "full"):
         model.zero_grad()
-        settings = StepSettings(checkpointing=level, dropout_seed=5)
+        settings = StepSettings(checkpointing=policy, dropout_seed=5)
         model.loss(IDS, IDS, BOUNDS, settings=settings).backward()
-        found[level] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    for level in ("selective", "full"):
-        for name, want in found["none"].items():
-            got = found[level][name]
+        gradients[policy] = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for policy in ("selective", "full"):
+        for name, want in gradients["none"].items():
+            got = gradients[policy][name]
             assert want is not None and got is not None
             assert float(want.norm()) > 0, name
-            assert float((got - want).norm() / want.norm()) <= 1e-9, (level, name)
+            assert float((got - want).norm() / want.norm()) <= 1e-9, (policy, name)
 
 
 @pytest.mark.parametrize("family", NAMES)

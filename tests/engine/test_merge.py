@@ -86,11 +86,11 @@ def test_the_sum_is_made_in_float32_and_rounded_once(
     merged = HFDirectory(tmp_path / "out")
     for name, delta in deltas.items():
         exact = load_file(base / "model.safetensors")[name].double() + delta
-        found = merged.tensor(name)
-        assert found.dtype == dtype
+        written = merged.tensor(name)
+        assert written.dtype == dtype
         # One rounding is at most half a unit in the last place; the sum in fp32 adds next to none.
         unit = torch.finfo(dtype).eps * exact.abs().clamp_min(torch.finfo(dtype).tiny)
-        assert ((found.double() - exact).abs() <= 0.5 * unit + 1e-6).all()
+        assert ((written.double() - exact).abs() <= 0.5 * unit + 1e-6).all()
 
 
 def test_an_untouched_base_is_kept_bit_for_bit(golden: Golden, tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_the_head_can_be_merged_where_it_is_not_tied(golden: Golden, tmp_path: P
     deltas = write_adapter(tmp_path / "a", golden("llama"), (HEAD,))
     merge(golden("llama"), tmp_path / "a", tmp_path / "out")
     stored = load_file(golden("llama") / "model.safetensors")["lm_head.weight"]
-    found = HFDirectory(tmp_path / "out").tensor("lm_head.weight")
-    assert torch.allclose(found, (stored + deltas["lm_head.weight"]).float(), atol=1e-6)
+    written = HFDirectory(tmp_path / "out").tensor("lm_head.weight")
+    assert torch.allclose(written, (stored + deltas["lm_head.weight"]).float(), atol=1e-6)
 
 
 def test_a_tied_head_is_refused(golden: Golden, tmp_path: Path) -> None:

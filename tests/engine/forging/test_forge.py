@@ -60,12 +60,12 @@ def lasting(results: dict[str, Any]) -> Any:
     volatile = {"model", "digest", "bytes"}
     volatile |= {"tokens_per_second", "train_seconds", "peak_memory_bytes"}
 
-    def kept(value: Any) -> Any:
+    def lasting_part(value: Any) -> Any:
         if isinstance(value, dict):
-            return {key: kept(item) for key, item in value.items() if key not in volatile}
-        return [kept(item) for item in value] if isinstance(value, list) else value
+            return {key: lasting_part(item) for key, item in value.items() if key not in volatile}
+        return [lasting_part(item) for item in value] if isinstance(value, list) else value
 
-    return kept(results)
+    return lasting_part(results)
 
 
 def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:

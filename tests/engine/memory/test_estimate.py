@@ -15,7 +15,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
-from engine.memory.budget import require_room
+from engine.memory.budget import require_space
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import PUBLISHED_PARAMETERS, preset_config
@@ -307,9 +307,9 @@ def test_a_run_that_memory_options_would_fit_is_sent_to_the_search(
     assert model is not None
     gpu, config = torch.device("cuda"), settings(memory_budget="4GiB")
     with pytest.raises(MemoryPlanError, match="`engine plan` with the same settings finds some"):
-        require_room(config, model, gpu, torch.bfloat16)
+        require_space(config, model, gpu, torch.bfloat16)
     assert len(plans_of_budget) == 2
-    require_room(changed(config, memory_budget=12 * GIB), model, gpu, torch.bfloat16)
+    require_space(changed(config, memory_budget=12 * GIB), model, gpu, torch.bfloat16)
     assert len(plans_of_budget) == 3
 
 
