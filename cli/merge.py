@@ -1,4 +1,4 @@
-"""`engine merge`: a model with an adapter merged into its weights, as a new directory."""
+"""`engine merge`: write a model with an adapter merged into it."""
 
 import typer
 

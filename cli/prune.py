@@ -1,4 +1,4 @@
-"""`engine prune`: score the attention heads of a model and prune a fraction of them."""
+"""`engine prune`: remove the least important attention heads."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""Which device and compute type a run uses, from what the user asked for and what there is."""
+"""Choose the device and the compute type of a run."""
 
 import os
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""`engine forge`: cycles of pruning and recovery, each judged by the model that was saved.
+"""`engine forge`: cycles of pruning and recovery, judged by saved models.
 
     baseline            the model as it is
     cycle k   prune     heads of the model so far, by their importance

@@ -1,4 +1,4 @@
-"""Merge a LoRA adapter into its base model: W + scale * B @ A, in fp32, tensor by tensor.
+"""`engine merge`: W + scale * B @ A in fp32, tensor by tensor.
 
 A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.linear.dora`).
 

@@ -1,4 +1,4 @@
-"""A plan as text and as JSON, for the machine and model that the settings name."""
+"""`engine plan`: a memory plan as text and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Version of the engine, versions of its libraries, the machine and the commit."""
+"""Version, library versions, machine and git commit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`engine prune`: score the heads of a model, choose, write the pruned model.
+"""`engine prune`: score heads, choose some, write the pruned model.
 
 The model's tensors are read one at a time for the scores and once more for the output, which
 appears under its name when it is complete: a model directory with `pruning.json` and a heat map.

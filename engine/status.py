@@ -1,4 +1,4 @@
-"""What can be told about a run from its files, while it runs and afterwards.
+"""`engine status`: the state of a run, from its files alone.
 
 Only reads, never waits, and does not import torch: a status line in a shell loop should be cheap.
 """

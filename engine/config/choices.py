@@ -1,7 +1,7 @@
-"""The values that a setting may take, defined once; nothing here needs torch.
+"""The values that settings may take, defined once, without torch.
 
-Each `Literal` is the type of a setting, and the tuple beside it lists its values in the order in
-which they are shown.
+Each `Literal` is the type of a setting; the tuple after it lists its values in the order in which
+they are shown.
 """
 
 from typing import Literal, get_args

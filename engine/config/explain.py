@@ -1,4 +1,4 @@
-"""How a configuration that cannot be used is explained: setting, source, what was expected."""
+"""Error messages for settings: name, source, and what was expected."""
 
 import difflib
 from collections.abc import Mapping

@@ -65,10 +65,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 SUMMARIES: dict[str, str] = {
     "cpu-demo": "60 QLoRA steps on a CPU with a model of some hundred million parameters",
-    "qlora-8gb": "7-8B model on an 8 GB GPU, rows of up to 1,024 tokens",
-    "qlora-12gb": "7-8B model on a 12 GB GPU, rows of up to 2,048 tokens",
-    "qlora-16gb": "7-8B model on a 16 GB GPU, two rows at a time",
-    "qlora-24gb": "7-8B model on a 24 GB GPU, packed rows",
+    "qlora-8gb": "7-8B model on an 8 GB GPU, examples of up to 1,024 tokens",
+    "qlora-12gb": "7-8B model on a 12 GB GPU, examples of up to 2,048 tokens",
+    "qlora-16gb": "7-8B model on a 16 GB GPU, two examples at a time",
+    "qlora-24gb": "7-8B model on a 24 GB GPU, packed examples",
     "lora-16bit": "LoRA over 16-bit weights, for models up to half the GPU's memory",
     "full": "every weight, at a learning rate of 2e-5",
 }

@@ -1,4 +1,4 @@
-"""Settings that exclude each other, or do not fit the model or the machine.
+"""Settings that exclude each other, or do not fit model or machine.
 
 One table for everybody: `TrainConfig` reads it when it is made, training when model and machine are
 known, and the memory planner before it proposes a setting.

@@ -1,4 +1,4 @@
-"""What every table of settings has: named fields, ranges, groups, earlier names, clear errors."""
+"""The base class of all tables of settings."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""Readers of settings as people spell them, which run before the checks of `TrainConfig`."""
+"""Validators that accept settings in the spellings people use."""
 
 import json
 import re

@@ -72,7 +72,7 @@ class EvalSettings(OneModel):
     batch_size: int | None = setting(
         None, "Data", "rows at a time; bounds memory, not the result", ge=1
     )
-    max_length: int = setting(2048, "Data", "longest row in tokens", ge=8)
+    max_length: int = setting(2048, "Data", "longest example in tokens", ge=8)
     min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
     category: str | None = setting(None, "Data", "only rows of this category")
     limit_rows: int | None = setting(None, "Data", "only the first N rows", ge=1)
@@ -323,7 +323,7 @@ class DataSettings(Settings):
 
     data: Paths = setting((), "Data", "data files, or a folder with a train.jsonl", repeat=True)
     model: str | None = setting(None, "Data", "also render and tokenise as for this model")
-    max_length: int = setting(2048, "Data", "longest row in tokens", ge=2)
+    max_length: int = setting(2048, "Data", "longest example in tokens", ge=2)
     min_rating: int | None = setting(
         None, "Data", "leave out rows rated lower, or not at all", ge=1, le=5
     )

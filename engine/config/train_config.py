@@ -1,4 +1,4 @@
-"""`TrainConfig`: every setting of a training run, its default, its range and its help text.
+"""`TrainConfig`: every setting of a training run.
 
 One flat table serves the Python API, the YAML file, the command line's flags and its help. The
 fields carry the group they are shown under; `engine.config.sources` reads files, flags, presets and
@@ -192,10 +192,14 @@ class TrainConfig(Settings):
     max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = setting(
         None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
     )
-    batch_size: int = setting(4, "Length and memory", "rows per micro-batch", ge=1, le=65_536)
+    batch_size: int = setting(4, "Length and memory", "examples per micro-batch", ge=1, le=65_536)
     accumulate: int = setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
     max_length: int = setting(
-        2048, "Length and memory", "longest row in tokens; longer ones are cut", ge=8, le=1 << 20
+        2048,
+        "Length and memory",
+        "longest example in tokens; longer ones are cut",
+        ge=8,
+        le=1 << 20,
     )
     packing: bool = setting(
         False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
@@ -211,7 +215,7 @@ class TrainConfig(Settings):
         None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
     low_memory_decode: bool = setting(
-        False, "Length and memory", "hold one decoded weight at a time, not a group of them"
+        False, "Length and memory", "decode one weight at a time, not a group of them"
     )
     loss_chunk_tokens: int = setting(
         256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
@@ -220,7 +224,9 @@ class TrainConfig(Settings):
         "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
     )
     embedding_on: Annotated[EmbeddingOn, spelled({"cpu": "host"})] = setting(
-        "device", "Length and memory", "where a frozen embedding lies; host: a batch's rows travel"
+        "device",
+        "Length and memory",
+        "where a frozen embedding is; host: a batch's rows are copied",
     )
     offload: Annotated[tuple[Offload, ...], BeforeValidator(comma_list)] = setting(
         (),

@@ -1,1 +1,1 @@
-"""Prune, fine-tune, prove it: cycles of head pruning and recovery, with a baseline."""
+"""Stages, assessment and report of pruning and recovery cycles."""

@@ -1,4 +1,4 @@
-"""What a saved model is worth: it is read back from the disk, evaluated and asked for samples."""
+"""Evaluate a saved model: perplexity, sample answers, size and speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The results of a forge as one table, and a picture of the perplexities."""
+"""Results of `engine forge`: a table, and a plot of the perplexities."""
 
 from __future__ import annotations
 

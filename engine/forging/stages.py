@@ -1,4 +1,4 @@
-"""A long job as a list of stages, each of which is done once.
+"""Run a long job in stages, each done once and remembered.
 
 A stage's result is a JSON object in `stages/<name>.json`, written when the stage is complete. A job
 that starts again reads it there instead of doing the stage over; the stage in which it was stopped

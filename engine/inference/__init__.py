@@ -1,1 +1,1 @@
-"""What a loaded model is used for: perplexity of rows, answers to prompts."""
+"""Perplexity and generated text of a loaded model."""

@@ -1,4 +1,4 @@
-"""Text from a model: prefill, then one token at a time with a key/value cache."""
+"""Generate text: prefill, then one token at a time with a cache."""
 
 from __future__ import annotations
 

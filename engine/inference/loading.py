@@ -1,4 +1,4 @@
-"""A model with its adapter, as the settings of a verb ask for it."""
+"""Load a model and its adapter as a verb's settings ask."""
 
 from __future__ import annotations
 

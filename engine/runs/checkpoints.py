@@ -1,4 +1,4 @@
-"""Training checkpoints that survive any kill, a full disk and a flipped bit.
+"""Training checkpoints that survive a kill, a full disk, a flipped bit.
 
 A checkpoint is a folder `checkpoint-<step>` of safetensors files, `state.json` and `MANIFEST.json`.
 The manifest is written last and holds the size and SHA-256 of every other file and of itself: a

@@ -1,4 +1,4 @@
-"""The folder of one run: who may write to it, its log, and the files other programs read.
+"""The run directory: its lock, its log and its files.
 
     pipeline.log     everything from DEBUG up; the console shows INFO
     metrics.jsonl    a line per step (`engine.runs.metrics`)

@@ -1,4 +1,4 @@
-"""metrics.jsonl, the time left, peak memory and the loss curve.
+"""metrics.jsonl, time left, peak memory and the loss curve.
 
 `metrics.jsonl` holds one JSON object per optimizer step. A line is handed to the operating system
 whole, so a killed run leaves at most one torn line at the end. Going on from step S first drops

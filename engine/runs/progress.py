@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live bar on a terminal, else a line now and then.
+"""Progress bar and log lines.
 
 The bar shows the step, loss, real tokens per second, peak memory and the time left, all taken from
 the `StepMetrics` that also go to `metrics.jsonl`. A terminal that goes away ends the bar and never

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: finish the step, write a checkpoint, leave with 128 + the signal.
+"""Stop a run by a signal: finish the step, checkpoint, exit.
 
 The first SIGINT, SIGTERM or SIGHUP only sets a flag that the training loop reads at the end of a
 step, because there alone a state exists that can be saved whole. The second one ends the process at

@@ -1,4 +1,4 @@
-"""Reporting to TensorBoard and Weights & Biases, where a run asks for it.
+"""Report to TensorBoard and Weights & Biases, where asked for.
 
 Neither is installed with the program. Asking for one that is missing is an error before anything
 is loaded. A tracker that fails later (no network, a full disk) is reported once and left alone:

@@ -1,4 +1,4 @@
-"""Everything of a run that needs no weights: files opened, rows tokenised, batches planned."""
+"""Prepare a run without weights: open files, tokenise rows, plan batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run saves: its checkpoints, and in the end the adapter or the model."""
+"""Save a run: checkpoints, and in the end the adapter or model."""
 
 from __future__ import annotations
 

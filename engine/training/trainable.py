@@ -1,4 +1,4 @@
-"""What a run trains: the adapter on the model or every weight, and the optimizer over it."""
+"""Make a model trainable: adapter or all weights, and the optimizer."""
 
 from __future__ import annotations
 
