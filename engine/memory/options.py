@@ -1,9 +1,9 @@
-"""The ladder of settings that buy memory with time, the cheapest step first.
+"""Memory-saving options, cheapest first, and the order of their combinations.
 
 What a step costs is assumed, as a share of the step's time, from the ratio of what it moves or
 decodes to what a layer computes (bytes over a GPU's bus and operations over its rate for a few
 thousand tokens): it decides the order in which settings are tried and nothing else. None changes
-which function is differentiated but the 8-bit head, which rounds the head once.
+the gradients but the 8-bit head, which rounds the head once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
+from engine.config.choices import POLICIES
 from engine.config.rules import Facts, allows
 from engine.config.train_config import TrainConfig
 
@@ -32,10 +34,13 @@ NAMES = (
 
 _WIDE_TILE, _NARROW_TILE, _FEW_ROWS = 2048, 512, 64
 
+_RECOMPUTING = {"none": 0.0, "selective": 0.3, "full": 0.35}
+_HALVED_BATCH = 0.03
+
 
 @dataclass(frozen=True)
 class MemoryOption:
-    """One step of the ladder: what it sets, and the share of a step's time that it costs."""
+    """What an option sets, and the share of a step's time that it costs."""
 
     setting: str
     value: object
@@ -43,7 +48,7 @@ class MemoryOption:
 
 
 def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOption]:
-    """The memory options that this run can pull and has not pulled, the cheapest first.
+    """The memory options that this run can take and has not taken, the cheapest first.
 
     Offloading is for a GPU only. `engine.config.rules` says which settings the run's others and a
     tied embedding allow.
@@ -63,16 +68,16 @@ def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOpt
         (True, MemoryOption("low_memory_decode", True, 0.15)),
         (gpu and can(offload=weights), MemoryOption("offload", "weights", 0.5)),
     )
-    return [option for possible, option in choices if possible and not _pulled(config, option)]
+    return [option for possible, option in choices if possible and not _taken(config, option)]
 
 
-def _pulled(config: TrainConfig, option: MemoryOption) -> bool:
+def _taken(config: TrainConfig, option: MemoryOption) -> bool:
     present = getattr(config, option.setting)
     return option.value in present if option.setting == "offload" else bool(present == option.value)
 
 
-def pull(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
-    """The settings with these memory options pulled; of two for one setting the later stands.
+def apply_options(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
+    """The settings with these memory options; of two for one setting the later stands.
 
     Where the settings accumulate, the optimizer does not step in backward.
     """
@@ -90,6 +95,19 @@ def pull(config: TrainConfig, options: Sequence[MemoryOption]) -> TrainConfig:
     return config.model_copy(update=changes)
 
 
-def cost(options: Sequence[MemoryOption]) -> float:
-    """The share of a step's time that these memory options cost together."""
-    return sum(option.cost for option in options)
+def combinations(
+    config: TrainConfig, options: Sequence[MemoryOption]
+) -> list[tuple[str, int, int]]:
+    """(policy, rows of a micro-batch, how many of `options`), the least assumed time first.
+
+    Micro-batches divide the rows of a step.
+    """
+    rows = config.batch_size * config.accumulate
+    sizes = [size for size in range(1, config.batch_size + 1) if rows % size == 0]
+    priced = []
+    for policy, size, count in product(POLICIES, sizes, range(len(options) + 1)):
+        halvings = (config.batch_size // size).bit_length() - 1
+        time = (1.0 + _RECOMPUTING[policy]) * (1.0 + _HALVED_BATCH * halvings)
+        time *= 1.0 + sum(option.cost for option in options[:count])
+        priced.append((time, policy, size, count))
+    return [(policy, size, count) for _, policy, size, count in sorted(priced)]

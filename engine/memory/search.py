@@ -1,17 +1,17 @@
-"""Settings that fit a memory budget, the fastest first, and what a budget could hold.
+"""Find the fastest settings that fit a memory budget.
 
-Candidates are what costs time and nothing else: how much backward recomputes, how many rows a
-micro-batch holds (with more micro-batches in their place, so that a step learns from as many rows),
-and how far down the ladder of `engine.memory.options` the run goes. Their time is the operations of
-the simulated step with surcharges for the rest; of those that fit the fastest is taken. Where that
-recomputes more than a faster level, as many of the last layers as fit take the faster one. If
-nothing fits, rows are cut to the length that does. The rank and what is trained are never changed.
-The settings that need the least are planned first: a budget below them is refused at once.
+Combinations of memory options (`engine.memory.options`) are tried in a fixed order, that of the
+time they are assumed to cost, and the first that fits is taken. A combination says what backward
+recomputes, how many rows a micro-batch holds (with more micro-batches in exchange, so that a step
+learns from as many rows), and which options are on. Where it recomputes more than a faster policy,
+as many of the last layers as fit take the faster one. If nothing fits, rows are cut to the length
+that does. The rank and what is trained are never changed. The settings that need the least are
+planned first: a budget below them is refused at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.config.choices import POLICIES
@@ -19,15 +19,18 @@ from engine.config.rules import allows
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import MemoryPlan
-from engine.memory.options import NAMES, MemoryOption, cost, memory_options, pull
+from engine.memory.options import (
+    NAMES,
+    MemoryOption,
+    apply_options,
+    combinations,
+    memory_options,
+)
 from engine.memory.simulate.meter import gib
 
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64
 LEAST_LENGTH = 8
-
-_HALVED_BATCH = 0.03
-"""Assumed cost of halving a micro-batch, as a share of the step's time."""
 
 _ROUND = 64
 _TABLE_SLACK = 1 / 128
@@ -67,18 +70,20 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
     """
     search = _Search(config, budget, planner)
     search.require_any()
-    found = search.fastest()
+    fitting = search.first_that_fits()
     why = "the fastest of the settings that fit"
-    if found is None:
-        lengths = [
-            (longest(least, budget, search.plan, config.max_length) or 0, least)
-            for least in search.leasts()
-        ]
-        length, least = max(lengths, key=lambda found: found[0])
-        assert length, "rows of 64 tokens were found to fit"
-        found = changed(least, max_length=length)
+    if fitting is None:
+        length, least = max(
+            (
+                (longest(least, budget, search.plan, config.max_length) or 0, least)
+                for least in search.leasts(search.options)
+            ),
+            key=lambda entry: entry[0],
+        )
+        assert length, "rows of 64 tokens fit"
+        fitting = changed(least, max_length=length)
         why = f"nothing else fits at {config.max_length} tokens, so longer rows are cut"
-    return Choice(search.plan(found), _changes(config, found), len(search.planned), why)
+    return Choice(search.plan(fitting), _changes(config, fitting), len(search.planned), why)
 
 
 class _Search:
@@ -87,7 +92,8 @@ class _Search:
     def __init__(self, config: TrainConfig, budget: int, planner: Planner) -> None:
         self.config, self.budget, self.planner = config, budget, planner
         self.planned: dict[str, MemoryPlan] = {}
-        self.rungs = options_of(config, self.plan)
+        made = self.plan(least_step(config))  # which knows the machine and the model
+        self.options = memory_options(config, made.gpu, made.tied)
 
     def plan(self, candidate: TrainConfig) -> MemoryPlan:
         key = candidate.model_dump_json()
@@ -98,130 +104,84 @@ class _Search:
     def fits(self, candidate: TrainConfig) -> bool:
         return self.plan(candidate).total <= self.budget
 
-    def least(self, max_length: int | None = None) -> TrainConfig:
-        """The settings that need the least, rows as long as asked for or as here."""
-        return self._smallest("full", max_length)
-
-    def leasts(self, policy: str = "full", max_length: int | None = None) -> list[TrainConfig]:
-        """Of a level what may need the least: one row at a time, or one pass of all that steps."""
+    def leasts(
+        self, options: Sequence[MemoryOption], max_length: int | None = None
+    ) -> list[TrainConfig]:
+        """What may need the least: one row at a time, or one pass of all that steps in backward."""
         batches = [1]
-        steps = any(rung.setting == "optimizer_in_backward" for rung in self.rungs)
+        steps = any(option.setting == "optimizer_in_backward" for option in options)
         if self.config.batch_size > 1 and (steps or self.config.optimizer_in_backward):
             batches.append(self.config.batch_size)
         length = max_length or self.config.max_length
-        shapes = [changed(self._shaped(policy, batch), max_length=length) for batch in batches]
-        return [pull(shape, self.rungs) for shape in shapes]
+        shapes = [changed(self._shaped("full", batch), max_length=length) for batch in batches]
+        return [apply_options(shape, options) for shape in shapes]
 
-    def _smallest(self, policy: str, max_length: int | None = None) -> TrainConfig:
-        found = self.leasts(policy, max_length)
-        return found[0] if len(found) == 1 else min(found, key=lambda c: self.plan(c).total)
+    def least(
+        self, options: Sequence[MemoryOption] | None = None, max_length: int | None = None
+    ) -> TrainConfig:
+        """The settings that need the least, rows as long as asked for or as here."""
+        choices = self.leasts(self.options if options is None else options, max_length)
+        return choices[0] if len(choices) == 1 else min(choices, key=lambda c: self.plan(c).total)
 
     def require_any(self) -> None:
         """Raises `MemoryPlanError` where not even the least settings fit, with short rows."""
-        shortest = self.least(min(SHORTEST, self.config.max_length))
+        shortest = self.least(max_length=min(SHORTEST, self.config.max_length))
         if not self.fits(shortest):
             raise MemoryPlanError(_refusal(self.config, shortest, self.budget, self.plan))
 
     def _shaped(self, policy: str, batch: int) -> TrainConfig:
         accumulate = self.config.batch_size * self.config.accumulate // batch
-        shaped = changed(
-            self.config, gradient_checkpointing=policy, batch_size=batch, accumulate=accumulate
+        return changed(
+            self.config,
+            gradient_checkpointing=policy,
+            batch_size=batch,
+            accumulate=accumulate,
+            optimizer_in_backward=self.config.optimizer_in_backward and accumulate == 1,
         )
-        stepping = allows(shaped, optimizer_in_backward=True)
-        return changed(shaped, optimizer_in_backward=self.config.optimizer_in_backward and stepping)
 
-    def fastest(self) -> TrainConfig | None:
-        """The settings that fit and take the least time; None if none fit.
+    def first_that_fits(self) -> TrainConfig | None:
+        """The first combination that fits; None if none does.
 
-        Streaming weights costs more than any recompute saves, so it is looked at last.
+        Streaming weights costs more than anything else saves, so it is the last resort.
         """
-        every = self.rungs
-        for self.rungs in ([rung for rung in every if rung.value != "weights"], every):
-            if self.fits(self.least()):
-                return self._fastest()
+        streams = [option for option in self.options if option.value == "weights"]
+        others = [option for option in self.options if option.value != "weights"]
+        for always in ([], streams):
+            if self.fits(self.least([*others, *always])):
+                return self._with_faster_layers(self._first(always, others))
         return None
 
-    def _fastest(self) -> TrainConfig:
-        best: tuple[float, TrainConfig, list[MemoryOption]] | None = None
-        for least_time, policy, batch in sorted(self._groups()):
-            if best is not None and best[0] <= least_time:
-                break
-            shaped = self._shaped(policy, batch)
-            count = self._rungs_needed(shaped)
-            if count is None:
-                continue
-            options = self._needed(shaped, self.rungs[:count])
-            time = least_time * (1.0 + cost(options))
-            if best is None or time < best[0]:
-                best = (time, shaped, options)
-        assert best is not None, "the settings that need the least fit and are in a group"
-        return self._faster_layers(pull(best[1], best[2]))
+    def _first(self, always: list[MemoryOption], options: list[MemoryOption]) -> TrainConfig:
+        """The first of `combinations` that fits, with the options in `always`."""
+        hopeless: dict[tuple[str, int], bool] = {}
+        for policy, batch, count in combinations(self.config, options):
+            shaped, shape = self._shaped(policy, batch), (policy, batch)
+            if shape not in hopeless:
+                hopeless[shape] = not self.fits(apply_options(shaped, [*options, *always]))
+            candidate = apply_options(shaped, [*options[:count], *always])
+            if not hopeless[shape] and self.fits(candidate):
+                return candidate
+        raise AssertionError("the settings that need the least fit and are a combination")
 
-    def _groups(self) -> Iterator[tuple[float, str, int]]:
-        """(time without memory options, level, rows of a micro-batch) of what may fit."""
-        size = self.config.batch_size
-        rows = size * self.config.accumulate
-        batches = [b for b in range(1, size + 1) if rows % b == 0]
-        for policy in POLICIES:
-            smallest = self._smallest(policy)
-            if not self.fits(smallest):
-                continue
-            for batch in batches:
-                halvings = max(0, (size // batch).bit_length() - 1)
-                yield self.plan(smallest).flops * (1 + _HALVED_BATCH * halvings), policy, batch
-
-    def _rungs_needed(self, shaped: TrainConfig) -> int | None:
-        """How far down the ladder the settings must go to fit; None if its end does not do."""
-        if self.fits(shaped):
-            return 0
-        low, high = 0, len(self.rungs)
-        if not self.fits(pull(shaped, self.rungs)):
-            return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self.fits(pull(shaped, self.rungs[:middle])):
-                high = middle
-            else:
-                low = middle
-        return high
-
-    def _needed(self, shaped: TrainConfig, options: list[MemoryOption]) -> list[MemoryOption]:
-        """The memory options without those that are not needed, the dearest tried first.
-
-        The last is needed: without it the settings did not fit.
-        """
-        needed = list(options)
-        for option in sorted(options[:-1], key=lambda option: -option.cost):
-            rest = [other for other in needed if other is not option]
-            if self.fits(pull(shaped, rest)):
-                needed = rest
-        return needed
-
-    def _faster_layers(self, found: TrainConfig) -> TrainConfig:
-        """Let the last layers keep what the next faster level keeps, as many as fit.
+    def _with_faster_layers(self, fitting: TrainConfig) -> TrainConfig:
+        """Let the last layers save what the next faster policy saves, as many as fit.
 
         The last layers' activations are the first to go in backward, before gradients pile up.
         """
-        slow = found.gradient_checkpointing
-        layers = self.plan(found).layers
+        slow = fitting.gradient_checkpointing
+        layers = self.plan(fitting).layers
         if slow not in POLICIES[1:] or layers < 2:
-            return found
+            return fitting
         fast = POLICIES[POLICIES.index(slow) - 1]
-        most = self.plan(changed(found, gradient_checkpointing=fast)).total
-        room = self.budget - self.plan(found).total
-        per_layer = max(1.0, (most - self.plan(found).total) / layers)
-        count = min(layers - 1, int(room / per_layer))
+        total = self.plan(fitting).total
+        most = self.plan(changed(fitting, gradient_checkpointing=fast)).total
+        per_layer = max(1.0, (most - total) / layers)
+        count = min(layers - 1, int((self.budget - total) / per_layer))
         for faster in range(min(layers - 1, count + 2), max(0, count - 3), -1):
             spec = f"{slow}:{layers - faster},{fast}"
-            if self.fits(changed(found, gradient_checkpointing=spec)):
-                return changed(found, gradient_checkpointing=spec)
-        return found
-
-
-def options_of(config: TrainConfig, plan: Planner) -> list[MemoryOption]:
-    """The ladder of this run; a plan of its least step knows the machine and the model."""
-    made = plan(least_step(config))
-    return memory_options(config, made.gpu, made.tied)
+            if self.fits(changed(fitting, gradient_checkpointing=spec)):
+                return changed(fitting, gradient_checkpointing=spec)
+        return fitting
 
 
 def least_step(config: TrainConfig) -> TrainConfig:
@@ -280,11 +240,11 @@ def longest(
         middle = min(max(aimed, low + 1), high - 1) // _ROUND * _ROUND
         if middle in (low, high) or middle < low + _ROUND:
             middle = low + _ROUND
-        found = total(middle)
-        if found > budget:
-            high, high_total = middle, found
+        needed = total(middle)
+        if needed > budget:
+            high, high_total = middle, needed
             continue
-        low, low_total = middle, found
+        low, low_total = middle, needed
         if low + step < high:
             beyond = total(low + step)
             if beyond > budget:
@@ -299,21 +259,21 @@ def _refusal(config: TrainConfig, shortest: TrainConfig, budget: int, plan: Plan
     `shortest` are the settings that need the least.
     """
     needed = plan(shortest)
-    held = sorted(needed.step.owners.items(), key=lambda entry: -entry[1])[:3]
-    most = ", ".join(f"{owner} {gib(size)}" for owner, size in held)
+    largest = sorted(needed.step.owners.items(), key=lambda entry: -entry[1])[:3]
+    most = ", ".join(f"{owner} {gib(size)}" for owner, size in largest)
     exits = []
-    for text, changes in _ways(config):
+    for text, changes in _sacrifices(config):
         need = plan(changed(shortest, **changes)).total
         verdict = "fits" if need <= budget else f"needs {gib(need)}"
         exits.append((need > budget, need, f"{text} ({verdict})"))
     exits.append((False, needed.total, f"--memory-budget {_mib(needed.total)}MiB"))
     exits.sort(key=lambda entry: entry[:2])
-    ways = "; ".join(text for _, _, text in exits[:3])
+    cheapest = "; ".join(text for _, _, text in exits[:3])
     return (
         f"No settings fit a memory budget of {gib(budget)}: rows of {shortest.max_length} tokens, "
         f"one at a time with full recomputation and all that saves memory, still need "
         f"{gib(needed.total)}, which is {gib(needed.total - budget)} too much ({most}). "
-        f"Ways out: {ways}."
+        f"Ways out: {cheapest}."
     )
 
 
@@ -321,7 +281,7 @@ def _mib(size: int) -> int:
     return -(-size // 2**20)
 
 
-def _ways(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
+def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
     """What else could be given up, with the words for it."""
     if config.method != "qlora":
         yield "--method qlora", {"method": "qlora"}

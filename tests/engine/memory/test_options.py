@@ -15,7 +15,7 @@ from engine.errors import ConfigError
 from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.options import memory_options, pull
+from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed, choose, context_table, smallest
 from models.layers.context import layer_policies
 
@@ -57,10 +57,10 @@ def test_the_list_of_options_is_as_long_as_the_run_allows() -> None:
 
 
 def test_memory_options_add_up() -> None:
-    config = pull(settings(), memory_options(settings(), True, False))
+    config = apply_options(settings(), memory_options(settings(), True, False))
     assert config.offload == ("checkpoints", "weights")
     assert (config.mlp_tile_tokens, config.head_precision) == (512, "8bit")
-    assert pull(settings(), []) == settings()
+    assert apply_options(settings(), []) == settings()
 
 
 def test_a_search_pulls_what_is_cheap_before_it_recomputes() -> None:

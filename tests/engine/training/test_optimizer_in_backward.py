@@ -17,7 +17,7 @@ from engine.errors import ConfigError, MemoryPlanError
 from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.options import memory_options, pull
+from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed, choose, smallest
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
@@ -357,9 +357,9 @@ def test_it_is_a_memory_option_where_it_learns_the_same() -> None:
     assert not offered(changed(asked, accumulate=4))
     assert not offered(changed(asked, dtype="float16"))
     assert not offered(changed(asked, method="lora"))
-    assert pull(asked, memory_options(asked, True, True)).optimizer_in_backward
+    assert apply_options(asked, memory_options(asked, True, True)).optimizer_in_backward
     halved = changed(asked, batch_size=2, accumulate=2)
-    assert not pull(halved, memory_options(asked, True, True)).optimizer_in_backward
+    assert not apply_options(halved, memory_options(asked, True, True)).optimizer_in_backward
 
 
 def test_a_search_pulls_it_before_it_recomputes() -> None:
