@@ -1,11 +1,12 @@
-"""Compile the NF4 decoders and run what came out, every thread of it, against the reference.
+"""Compile the NF4 decoders and execute their machine code without a GPU.
 
     python -m bench.compile.emulate_nf4           the checked configuration of each kernel
     python -m bench.compile.emulate_nf4 --all     every configuration that decodes by inline PTX
     ... --replace OLD NEW                 with a fault planted in the PTX
 
-Needs no GPU: `bench.compile.ptx_kernel` executes the PTX. The result must be the reference's bits,
-with nothing written beside it, nothing twice, and no access that is unaligned or outside a tensor.
+`bench.compile.ptx_kernel` executes the PTX, every thread of it. The result must be the reference's
+bits, with nothing written outside it, nothing twice, and no access that is unaligned or outside a
+tensor.
 Part of the rows and columns is decoded, into a wider matrix, and the last program is partly empty.
 """
 
@@ -54,7 +55,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 
 def chosen(every: bool) -> Iterator[CompileCase]:
-    """The cases of decoders that are held to a limit, which are those by inline PTX."""
+    """The cases of decoders that have a limit, which are those by inline PTX."""
     from bench.compile.cases.nf4 import compile_cases
 
     for case in compile_cases():
@@ -83,8 +84,8 @@ def fault_of(case: CompileCase, replace: Sequence[str] | None = None) -> str | N
         execute(steps(text), arguments, memory, grid, 32 * case.num_warps)
     except PtxError as error:
         return str(error)
-    found = memory.tensor(out, expected).view(torch.int16)
-    apart = int((found != expected.view(torch.int16)).sum())
+    result = memory.tensor(out, expected).view(torch.int16)
+    apart = int((result != expected.view(torch.int16)).sum())
     return f"has {apart} wrong elements" if apart else None
 
 
@@ -116,9 +117,9 @@ def _launch(
         across = 1 if transposed else int(str(case.constexprs["STEPS"]))
         grid = (cdiv(_LAST - _FIRST, rows), cdiv(_LAST_BLOCK - _FIRST_BLOCK, across))
         sources = [planar.codes, planar.absmax, *nested_arguments(planar)]
-    places = [memory.place(source.reshape(-1)) for source in sources]
-    out = memory.place(before)
-    return out, expected, [*places, out, *sizes], grid
+    addresses = [memory.store(source.reshape(-1)) for source in sources]
+    out = memory.store(before)
+    return out, expected, [*addresses, out, *sizes], grid
 
 
 if __name__ == "__main__":

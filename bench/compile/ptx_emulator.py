@@ -1,4 +1,6 @@
-"""An emulator for the inline PTX of the kernels: it runs the very string the compiler is given.
+"""An emulator for the inline PTX of the kernels.
+
+It runs the very string that the compiler is given.
 
 Triton's interpreter knows no PTX, so an inline instruction sequence is proven here instead: every
 operand is an array, one element per emulated thread, and the result is compared with plain
@@ -30,15 +32,15 @@ def statements(ptx: str) -> list[tuple[str, list[str]]]:
     body = ptx.strip()
     if not (body.startswith("{") and body.endswith("}")):
         raise PtxError("an inline sequence must be enclosed in braces")
-    found = []
+    parsed = []
     for text in (part.strip() for part in body[1:-1].split(";")):
         if not text or text.startswith(".reg"):
             continue
         opcode, _, rest = text.partition(" ")
         # A comma inside {a, b} belongs to one operand.
         operands = re.findall(r"\{[^}]*\}|[^,\s]+", rest)
-        found.append((opcode, operands))
-    return found
+        parsed.append((opcode, operands))
+    return parsed
 
 
 def check_clobbers(ptx: str, constraints: str) -> None:

@@ -1,4 +1,4 @@
-"""Run a whole compiled kernel without a GPU: its final PTX, in every thread of every program.
+"""Execute the final PTX of a whole kernel without a GPU.
 
 Triton's interpreter runs a kernel's source, and `bench.compile.ptx_emulator` one inline sequence.
 What lies between them, which element a layout gives to which thread, how wide an access is and
@@ -50,7 +50,7 @@ class Memory:
         self.written = np.zeros(size, bool)
         self._next = _GAP
 
-    def place(self, tensor: Tensor) -> int:
+    def store(self, tensor: Tensor) -> int:
         """Copy a contiguous tensor in; returns its address, a multiple of 256."""
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         address = self._next
@@ -79,7 +79,7 @@ def steps(ptx: str) -> list[Step]:
     """The instructions of the one kernel in `ptx`."""
     text = re.sub(r"//[^\n]*|\.loc[^\n]*|\$L\w+:", "", ptx)
     body = text[text.index(".reqntid") :]
-    found = []
+    program_steps = []
     for part in body[body.index("{") + 1 : body.index("ret;")].split(";"):
         words = part.strip().lstrip("{} \t\n")
         if not words or words.startswith("."):
@@ -89,8 +89,8 @@ def steps(ptx: str) -> list[Step]:
             raise PtxError(f"not an instruction: {words[:60]}")
         negated, predicate, name, rest = match.groups()
         operands = tuple(_OPERAND.findall(rest))
-        found.append(Step(predicate or "", negated == "!", name, operands))
-    return found
+        program_steps.append(Step(predicate or "", negated == "!", name, operands))
+    return program_steps
 
 
 def execute(
@@ -108,7 +108,7 @@ def execute(
 
 class _Program:
     def __init__(
-        self, arguments: Sequence[int], memory: Memory, place: tuple[int, int], threads: int
+        self, arguments: Sequence[int], memory: Memory, program: tuple[int, int], threads: int
     ) -> None:
         self.arguments = [*arguments, 0, 0]
         self.memory = memory
@@ -116,8 +116,8 @@ class _Program:
         self.predicates: dict[str, NDArray[np.bool_]] = {}
         self.registers: dict[str, Wide] = {
             "%tid.x": np.arange(threads, dtype=np.uint64),
-            "%ctaid.x": self._all(place[0]),
-            "%ctaid.y": self._all(place[1]),
+            "%ctaid.x": self._all(program[0]),
+            "%ctaid.y": self._all(program[1]),
         }
 
     def _all(self, value: int) -> Wide:
@@ -130,9 +130,9 @@ class _Program:
                 active = self.predicates[step.predicate] ^ step.negated
             kind = step.name.split(".")
             if kind[:2] == ["ld", "param"]:
-                found = _PARAMETER.search(step.operands[1])
-                assert found is not None
-                self.registers[step.operands[0]] = self._all(self.arguments[int(found[1])])
+                program_steps = _PARAMETER.search(step.operands[1])
+                assert program_steps is not None
+                self.registers[step.operands[0]] = self._all(self.arguments[int(program_steps[1])])
             elif kind[:2] == ["ld", "global"]:
                 self._load(step, active)
             elif kind[:2] == ["st", "global"]:
@@ -197,10 +197,10 @@ class _Program:
     def _bytes(
         self, text: str, active: NDArray[np.bool_], size: int, count: int
     ) -> NDArray[np.int64]:
-        found = _ADDRESS.fullmatch(text)
-        if found is None:
+        program_steps = _ADDRESS.fullmatch(text)
+        if program_steps is None:
             raise PtxError(f"not an address: {text}")
-        address = self._value(found[1])[active].view(np.int64) + int(found[2] or 0)
+        address = self._value(program_steps[1])[active].view(np.int64) + int(program_steps[2] or 0)
         return self.memory.at(address, size, count)
 
 

@@ -1,10 +1,10 @@
-"""Compile every Triton kernel ahead of time and hold its machine code to limits. Needs no GPU.
+"""Compile every Triton kernel without a GPU and check its machine code.
 
     python -m bench.compile.report            all; writes bench/results/compile_report.{json,md}
-    python -m bench.compile.report --check    a few, held against the committed table
+    python -m bench.compile.report --check    a few, compared with the committed table
     ... --only nf4                            of one module of cases; other rows stay
 
-A module in `bench/compile_cases/` lists the cases of a kernel file; that package's docstring shows
+A module in `bench/compile/cases/` lists the cases of a kernel file; that package's docstring shows
 how. For each case and architecture the report gives registers, bytes of local memory (spills), the
 shared memory of a program against the architecture's limit, instructions per element and thread (of
 the main loop for a matmul, of the whole kernel otherwise) and the tensor-core instruction. It fails
@@ -232,23 +232,23 @@ def committed_rows(path: Path = RESULTS / "compile_report.json") -> dict[tuple[s
 
 def regressions(rows: Iterable[Row], committed: dict[tuple[str, str, int], Row]) -> list[str]:
     """What is worse than the committed table, or missing from it, or wrong in itself."""
-    found = []
+    failures = []
     for row in rows:
         name = f"{row.kernel} [{row.config}] sm_{row.arch}"
-        found += [f"{name} {fault}" for fault in row.faults]
+        failures += [f"{name} {fault}" for fault in row.faults]
         before = committed.get(row.key)
         if before is None:
-            found.append(f"{name} is not in the committed table: run bench.compile.report")
+            failures.append(f"{name} is not in the committed table: run bench.compile.report")
         elif before.per_element and row.per_element:
             allowed = before.per_element * TOLERANCE
             if row.per_element > allowed:
-                found.append(
+                failures.append(
                     f"{name} spends {row.per_element} instructions per element, "
                     f"the committed table {before.per_element}"
                 )
         if before is not None and before.tensor_core and not row.tensor_core:
-            found.append(f"{name} lost its tensor-core instructions ({before.tensor_core})")
-    return found
+            failures.append(f"{name} lost its tensor-core instructions ({before.tensor_core})")
+    return failures
 
 
 def write(rows: list[Row], folder: Path = RESULTS) -> None:
@@ -269,15 +269,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile.report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--check", action="store_true", help="compile little and compare")
-    parser.add_argument("--only", metavar="MODULE", help="a module of bench/compile_cases")
+    parser.add_argument("--only", metavar="MODULE", help="a module of bench/compile/cases")
     given = parser.parse_args()
     rows = compile_all(given.check, given.only, partial(print, file=sys.stderr, flush=True))
     if given.check:
         faults = regressions(rows, committed_rows())
     else:
         kernels = {row.kernel for row in rows}
-        kept = [row for row in committed_rows().values() if row.kernel not in kernels]
-        write([*(kept if given.only else ()), *rows])
+        unchanged = [row for row in committed_rows().values() if row.kernel not in kernels]
+        write([*(unchanged if given.only else ()), *rows])
         faults = regressions(rows, {row.key: row for row in rows})
     for fault in faults:
         print(fault)

@@ -1,4 +1,4 @@
-"""Reading machine code: what a compiled kernel uses and how many instructions it spends where.
+"""Read machine code: a kernel's registers, memory and instruction counts.
 
 `cuobjdump` ships inside Triton's package, so no CUDA toolkit and no GPU is needed.
 """
@@ -85,6 +85,6 @@ def disassemble(cubin: bytes, cuobjdump: Path) -> Disassembly:
         code, usage = run("-sass"), _USAGE.search(run("-res-usage"))
     if usage is None:
         raise ValueError("cuobjdump reports no resource usage")
-    found = (match for line in code.splitlines() if (match := _LINE.match(line)))
-    instructions = tuple(Instruction(int(m[1], 16), _PREDICATE.sub("", m[2])) for m in found)
+    matches = (match for line in code.splitlines() if (match := _LINE.match(line)))
+    instructions = tuple(Instruction(int(m[1], 16), _PREDICATE.sub("", m[2])) for m in matches)
     return Disassembly(int(usage[1]), int(usage[2]) + int(usage[3]), instructions)

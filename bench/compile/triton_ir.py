@@ -1,8 +1,8 @@
-"""Reading Triton's intermediate code for two faults that no small test would show.
+"""Find two faults in Triton's intermediate code that no small test shows.
 
 `tl.inline_asm_elementwise` with pack=n hands n elements of a thread to one execution. Which ones
 depends on the layout that the compiler chose. A sequence that reads one scale for all of them is
-right only if they lie side by side in a row.
+right only if they are neighbours in a row.
 
 An offset computed from a 32-bit program id wraps in a tensor of more than 2^31 elements. So a
 program id is widened to 64 bits before anything is multiplied by it.
@@ -24,14 +24,14 @@ _NUMBERS = r"\[([\d, ]+)\]"
 def packs_across_rows(ttgir: str) -> list[str]:
     """The layouts in which a packed inline sequence may get elements of different rows."""
     layouts = dict(_LAYOUT.findall(ttgir))
-    found = ((int(pack), layouts.get(name, name)) for pack, name in _INLINE.findall(ttgir))
-    return sorted({layout for pack, layout in found if pack > 1 and _along_row(layout) < pack})
+    packed = ((int(pack), layouts.get(name, name)) for pack, name in _INLINE.findall(ttgir))
+    return sorted({layout for pack, layout in packed if pack > 1 and _along_row(layout) < pack})
 
 
 def narrow_products(ttir: str) -> list[str]:
     """Instructions that multiply a 32-bit value derived from a program id."""
     narrow: set[str] = set()
-    found = []
+    products = []
     for line in ttir.splitlines():
         match = _ASSIGNMENT.match(line)
         if match is None:
@@ -42,9 +42,9 @@ def narrow_products(ttir: str) -> list[str]:
             narrow.add(results)
         elif inputs & narrow and re.search(r"\bi32|xi32>", rest.split(" to ")[-1]):
             if operation in ("arith.muli", "arith.shli"):
-                found.append(line.strip().split(" loc(")[0])
+                products.append(line.strip().split(" loc(")[0])
             narrow.add(results)
-    return found
+    return products
 
 
 def _along_row(layout: str) -> int:

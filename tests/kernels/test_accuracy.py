@@ -55,15 +55,15 @@ def test_fresh_memory_is_poisoned() -> None:
 
 def at_first_element(tree: ast.AST) -> set[int]:
     """The accesses (by id) at a pointer as the kernel was given it: at one element."""
-    found = set()
+    calls_seen = set()
     for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
         inside = list(ast.walk(function))
         changed = {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         given = {argument.arg for argument in function.args.args} - changed
         for call in inside:
             if isinstance(call, ast.Call) and call.args and ast.unparse(call.args[0]) in given:
-                found.add(id(call))
-    return found
+                calls_seen.add(id(call))
+    return calls_seen
 
 
 def source_faults(source: str) -> Iterator[str]:
@@ -94,7 +94,7 @@ def test_program_ids_are_int64_and_every_access_is_masked(name: str) -> None:
     assert [fault for fault in faults if "mask" not in fault] == []
 
 
-def test_the_rules_are_held_against_every_kernel_file() -> None:
+def test_every_kernel_file_keeps_the_rules() -> None:
     assert len(FILES) >= 17
     assert set(FILES) >= PARTLY_UNMASKED
 
@@ -109,7 +109,7 @@ def test_the_rules_are_held_against_every_kernel_file() -> None:
         "def kernel(y_ptr, row):\n    y_ptr += row\n    tl.store(y_ptr, 0.0)",
     ],
 )
-def test_a_source_against_the_rules_is_found(line: str) -> None:
+def test_a_source_against_the_rules_is_reported(line: str) -> None:
     good = "row = tl.program_id(0).to(tl.int64)\nx = tl.load(x_ptr + row, mask=row < n)"
     assert not list(source_faults(good))
     assert not list(source_faults("def kernel(seed_ptr):\n    return tl.load(seed_ptr)"))

@@ -1,4 +1,4 @@
-"""Kernels compile ahead of time to lean machine code, and the report would notice if not."""
+"""Kernels compile to lean machine code, and the report notices if not."""
 
 from __future__ import annotations
 
@@ -94,18 +94,18 @@ def test_each_broken_limit_is_a_fault(change: dict[str, object], fault: str) -> 
     code = Disassembly(32, 0, MATMUL)
     assert list(faults_of(case(), replace(GOOD, limit=5.0), code, STAGES)) == []
     row = replace(GOOD, **change)  # type: ignore[arg-type]
-    (found,) = faults_of(case(), row, code, STAGES)
-    assert fault in found
+    (faults,) = faults_of(case(), row, code, STAGES)
+    assert fault in faults
 
 
 def test_a_matmul_needs_tensor_cores_async_copies_and_registers() -> None:
     matmul = case(is_matmul=True, left_in_registers=True)
     good = replace(GOOD, tensor_core="HGMMA")
     assert list(faults_of(matmul, good, Disassembly(32, 0, MATMUL), STAGES)) == []
-    found = list(
+    faults = list(
         faults_of(matmul, GOOD, Disassembly(32, 0, listing("FFMA R1, R2, R3, R1")), STAGES)
     )
-    assert ["tensor-core" in found[0], "left operand" in found[1]] == [True, True]
+    assert ["tensor-core" in faults[0], "left operand" in faults[1]] == [True, True]
     no_copy = tuple(i for i in MATMUL if i.name != "LDGSTS")
     (fault,) = faults_of(matmul, good, Disassembly(32, 0, no_copy), STAGES)
     assert "asynchronously" in fault
@@ -127,7 +127,7 @@ def test_a_kernel_that_leaves_the_tensor_cores_is_a_regression() -> None:
     assert "lost its tensor-core instructions (HMMA)" in fault
 
 
-def test_inline_sequences_that_mix_rows_are_found() -> None:
+def test_inline_sequences_that_mix_rows_are_faults() -> None:
     inline = (
         '%1 = tt.elementwise_inline_asm "x" {constraints = "=r,r", packed_element = 2 : i32, '
         "pure = true} %0 : tensor<64x16xi16, LAYOUT> -> tensor<64x16xbf16, LAYOUT> loc(#loc1)\n"
@@ -152,7 +152,7 @@ def test_inline_sequences_that_mix_rows_are_found() -> None:
         assert (packs_across_rows(inline.replace("LAYOUT", linear)) == []) == safe
 
 
-def test_a_product_with_a_narrow_program_id_is_found() -> None:
+def test_a_product_with_a_narrow_program_id_is_a_fault() -> None:
     head = "    %0 = tt.get_program_id x : i32 loc(#loc2)\n"
     wide = "    %1 = arith.extsi %0 : i32 to i64\n    %2 = arith.muli %1, %c64_i64 : i64\n"
     assert narrow_products(head + wide) == []

@@ -1,4 +1,4 @@
-"""What `bench.compile.report` compiles: one `CompileCase` per kernel and configuration.
+"""What `bench.compile.report` compiles: one case per kernel and configuration.
 
 A module of this package defines `compile_cases() -> list[CompileCase]`; the report finds every
 module here by itself, so that a new kernel file adds a module and edits nothing. A case names a
@@ -34,7 +34,7 @@ class CompileCase:
     value of every other. Pointers, and integers outside `unaligned`, count as multiples of 16, as
     they are for the sizes of real models. `elements` is how many elements one program handles, or
     for a matmul how many elements of the left operand one iteration of its main loop handles;
-    instructions per element and thread are held to `limits[architecture]`, where there is one.
+    instructions per element and thread must not exceed `limits[architecture]`, where there is one.
     A matmul must use tensor cores, copy asynchronously in its main loop on sm_80 and later, and
     with `left_in_registers` feed the left operand of wgmma from registers on sm_90.
     """

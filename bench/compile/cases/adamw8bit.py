@@ -1,4 +1,4 @@
-"""The flat 8-bit AdamW step: gradient norm, preparation, and the update in each precision."""
+"""The 8-bit AdamW step: gradient norm, preparation and update."""
 
 from __future__ import annotations
 
@@ -69,10 +69,12 @@ def _prepare() -> CompileCase:
 
 
 def _update() -> Iterator[CompileCase]:
-    ways = {"plain": (False, False), "master": (True, False), "stochastic": (False, True)}
+    variants = {"plain": (False, False), "master": (True, False), "stochastic": (False, True)}
     for dtype, quantized, nearest in product(DTYPES, (True, False), (True, False)):
-        for way, (master, stochastic) in ways.items():
-            if (way == "stochastic" and dtype != "bf16") or (way == "master" and dtype == "fp32"):
+        for variant, (master, stochastic) in variants.items():
+            if (variant == "stochastic" and dtype != "bf16") or (
+                variant == "master" and dtype == "fp32"
+            ):
                 continue
             if not quantized and not nearest:
                 continue
@@ -80,7 +82,7 @@ def _update() -> Iterator[CompileCase]:
             yield CompileCase(
                 kernel=adamw8bit_flat.adamw_kernel,
                 name="adamw",
-                config=f"{dtype} {way} {'8-bit' if quantized else 'fp32'} "
+                config=f"{dtype} {variant} {'8-bit' if quantized else 'fp32'} "
                 f"{'nearest' if nearest else 'grid'}",
                 signature={
                     "segments": "*i64",
@@ -110,5 +112,5 @@ def _update() -> Iterator[CompileCase]:
                 elements=WORK_ROWS * 256,
                 unaligned=frozenset({"seed"}),
                 architectures=_architectures(dtype),
-                checked=quantized and nearest and (dtype, way) == ("fp32", "plain"),
+                checked=quantized and nearest and (dtype, variant) == ("fp32", "plain"),
             )

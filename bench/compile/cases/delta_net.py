@@ -1,4 +1,4 @@
-"""The convolution and the gated norm of Gated DeltaNet layers at the sizes of real models."""
+"""Convolution and gated norm of Gated DeltaNet layers, at real sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gated delta rule's kernels at the head sizes of Qwen3-Next and Qwen3.5, K = V = 128."""
+"""The gated delta rule's kernels for K = V = 128."""
 
 from __future__ import annotations
 

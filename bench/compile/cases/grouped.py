@@ -1,4 +1,4 @@
-"""The grouped products of mixtures of experts, as they are launched: from sm_80 on."""
+"""Grouped products of mixtures of experts, from sm_80 on."""
 
 from __future__ import annotations
 

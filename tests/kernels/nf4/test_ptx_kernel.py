@@ -1,4 +1,4 @@
-"""What the compiler makes of the NF4 decoders is executed, thread by thread, and is right."""
+"""The compiled NF4 decoders, executed thread by thread without a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ $L__tmp0:
 
 def copied(ptx: str) -> torch.Tensor:
     memory, source, target = Memory(4096), torch.arange(20.0), torch.full((24,), 7.0)
-    where = memory.place(source), memory.place(target)
+    where = memory.store(source), memory.store(target)
     execute(steps(ptx), where, memory, (1, 1), 32)
     return memory.tensor(where[1], target)
 
@@ -63,7 +63,7 @@ def test_the_compiled_decoders_give_the_bits_of_the_reference() -> None:
     ("old", "new"),
     [("shl.b32", "shr.u32"), ("setp.lt.s64", "setp.le.s64"), ("%ctaid.x", "%ctaid.y")],
 )
-def test_a_fault_planted_in_the_compiled_code_is_found(old: str, new: str) -> None:
+def test_a_fault_planted_in_the_compiled_code_shows(old: str, new: str) -> None:
     done = emulated("--replace", old, new)
     assert done.returncode == 1
     lines = done.stdout.splitlines()
