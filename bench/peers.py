@@ -16,7 +16,8 @@ import torch
 from engine.benchmark.case import Work, leaf
 from engine.benchmark.timing import Call
 from kernels.adamw8bit.dynamic_map import dynamic_map
-from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
+from kernels.nf4 import NF4_CODE, NF4Weight
+from kernels.nf4.weight import NESTED_BLOCK
 
 
 def baselines(op: str, work: Work) -> dict[str, Call]:

@@ -25,7 +25,7 @@ from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from kernels.linear.dora import scale_rows_
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 from models.config.model_config import ModelConfig
 from models.tensor_layout import path_in_file
 from models.tensor_names import expected_tensors, is_quantised

@@ -22,10 +22,10 @@ from torch import Tensor
 from bench.compile.cases import CompileCase
 from bench.compile.ptx_emulator import PtxError
 from bench.compile.ptx_kernel import Memory, execute, steps
+from kernels.nf4 import NF4Weight, dequantize, quantize
 from kernels.nf4.decode_ptx import INTERPRETED
 from kernels.nf4.dequantize_triton import nested_arguments
 from kernels.nf4.planar import to_planar
-from kernels.nf4.weight import NF4Weight, dequantize, quantize
 from kernels.runtime.triton_support import cdiv
 
 ARCHITECTURE = 80

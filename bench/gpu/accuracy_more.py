@@ -21,9 +21,9 @@ from kernels.attention import AttentionPlan
 from kernels.delta_net import gated_delta
 from kernels.elementwise.dropout import dropout
 from kernels.elementwise.rms_norm import rms_norm
+from kernels.nf4 import quantize
 from kernels.nf4.dequantize_triton import nf4_dequantize
 from kernels.nf4.planar import to_planar
-from kernels.nf4.weight import quantize
 
 Function = Callable[[Tensors], Tensors]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.nf4.weight import NF4Weight
+from kernels.nf4 import NF4Weight
 
 Tensors = Mapping[str, Tensor]
 Function = Callable[[Tensors], Tensors]

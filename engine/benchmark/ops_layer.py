@@ -14,7 +14,7 @@ from engine.benchmark.ops_elementwise import adapter_shapes, normal
 from engine.benchmark.ops_matmul import attention_flops, flat
 from engine.benchmark.random_weights import random_decoder
 from kernels.attention import AttentionPlan
-from kernels.nf4.weight import NF4Weight
+from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 from models.layers.block import DecoderLayer
 from models.layers.context import LayerContext

@@ -22,10 +22,10 @@ from kernels.linear.lora import lora_qkv
 from kernels.linear.projection import Projection, decode_weight
 from kernels.linear.swiglu_mlp import lora_mlp
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
+from kernels.nf4 import NF4Weight, quantize
 from kernels.nf4.dequantize_triton import nf4_dequantize
 from kernels.nf4.matmul import nf4_linear, nf4_linear_backward_input
 from kernels.nf4.planar import PlanarNF4Weight, from_planar
-from kernels.nf4.weight import NF4Weight, quantize
 from models.config.model_config import ModelConfig
 
 NF4_ROWS = (1, 16, 64, 512, 2048, 8192)

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kernels.adamw8bit.dynamic_map import dynamic_map
-from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
+from kernels.nf4 import NF4_CODE, NF4Weight
+from kernels.nf4.weight import NESTED_BLOCK
 
 
 def _wide(x: Tensor) -> Tensor:

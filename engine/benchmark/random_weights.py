@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear.projection import Projection
+from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import BLOCK, PlanarNF4Weight
-from kernels.nf4.weight import NESTED_BLOCK, NF4Weight
+from kernels.nf4.weight import NESTED_BLOCK
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

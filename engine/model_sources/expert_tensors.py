@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from engine.model_sources.interface.model_source import ModelSource
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 from models.tensor_layout import Layout
 from models.tensor_names import graph_tensors
 

@@ -24,8 +24,8 @@ from engine.model_sources.open import open_model_source
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import QuantizedWeight
 from kernels.moe.grouped_matmul import planar_experts
+from kernels.nf4 import quantize
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
-from kernels.nf4.weight import quantize
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.simulation import equal_parts
 from models.adapters import add_lora, load_adapter_tensors

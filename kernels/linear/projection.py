@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.linear.int8 import Int8Weight, dequantize_int8
+from kernels.nf4 import NF4Weight, dequantize
 from kernels.nf4.dequantize_triton import dequantize_planar, nf4_dequantize
 from kernels.nf4.planar import PlanarNF4Weight
-from kernels.nf4.weight import NF4Weight, dequantize
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.scratch import scratch
 

@@ -28,9 +28,9 @@ from kernels.linear.lora import Gradients
 from kernels.linear.projection import Weight, decode_weight
 from kernels.moe import grouped_matmul_triton
 from kernels.moe.gathered import Gathered
+from kernels.nf4 import NF4Weight, dequantize_rows
 from kernels.nf4.dequantize_triton import dequantize_reference
 from kernels.nf4.planar import PlanarNF4Weight, to_planar
-from kernels.nf4.weight import NF4Weight, dequantize_rows
 from kernels.runtime.device import architecture
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.scratch import scratch

@@ -3,7 +3,7 @@
     absmax[b] = map[code[b]] * nested_absmax[b // 256] + nested_offset     (fp32, two roundings)
     w[i]      = NF4_CODE[nibble[i]] * absmax[i // block_size]              (fp32, one rounding)
 
-Every value is bit for bit that of `kernels.nf4.weight.dequantize`, which is bitsandbytes'. Two
+Every value is bit for bit that of `kernels.nf4.decode.dequantize`, which is bitsandbytes'. Two
 orders of the codes are read: bitsandbytes' (any shape) and the planar one (`kernels.nf4.planar`).
 Values are looked up in a table of byte planes that is formed once per block
 (`kernels.nf4.decode_ptx`). Two neighbouring threads share a block, each storing every other 16
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.nf4.decode import dequantize
 from kernels.nf4.decode_ptx import (
     INTERPRETED,
     block_scale,
@@ -34,7 +35,7 @@ from kernels.nf4.decode_ptx import (
 )
 from kernels.nf4.planar import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
 from kernels.nf4.tiles import dequantize_tile, transposed_tile
-from kernels.nf4.weight import NESTED_BLOCK, NF4Weight, dequantize
+from kernels.nf4.weight import NESTED_BLOCK, NF4Weight
 from kernels.runtime.device import architecture, multiprocessors
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl

@@ -3,7 +3,7 @@
 bitsandbytes keeps the codes of a weight (N, K) flat and row-major, elements 2j and 2j+1 in the high
 and low nibble of byte j. A product on tensor cores wants neighbouring columns in different words,
 and a tile of the weight in one piece. So on a GPU a weight whose rows hold whole blocks of 64 is
-kept as
+stored as
 
     codes[b, n, j]  (int16)   nibble i  =  code of element (n, 64 b + 16 i + j),   j < 16, i < 4
     absmax[b, n]              scale of elements (n, 64 b) ... (n, 64 b + 63)
@@ -18,12 +18,12 @@ conversion is a permutation and `from_planar` undoes it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.nf4.weight import NF4Weight
+from kernels.nf4.weight import NF4Tensors, NF4Weight
 from kernels.runtime.simulation import equal_parts, once_per_shape
 
 BLOCK = 64
@@ -34,7 +34,7 @@ _ROWS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
-class PlanarNF4Weight:
+class PlanarNF4Weight(NF4Tensors):
     """An NF4 weight (N, K), K a multiple of 64, in the planar order.
 
     `codes` int16 (K/64, N, 16); `absmax` (K/64, N), uint8 with double quantisation and fp32
@@ -49,32 +49,8 @@ class PlanarNF4Weight:
     block_size: int
     dtype: torch.dtype
 
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by the four tensors."""
-        parts = (self.codes, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(part.nbytes for part in parts if part is not None)
-
     def numel(self) -> int:
         return math.prod(self.shape)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PlanarNF4Weight:
-        """The same weight on `device`."""
-
-        def moved(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.to(device, non_blocking=non_blocking)
-
-        return replace(
-            self,
-            codes=self.codes.to(device, non_blocking=non_blocking),
-            absmax=self.absmax.to(device, non_blocking=non_blocking),
-            nested_absmax=moved(self.nested_absmax),
-            nested_offset=moved(self.nested_offset),
-        )
 
 
 AnyNF4 = NF4Weight | PlanarNF4Weight

@@ -1,6 +1,6 @@
 """Triton kernel that quantises whole blocks to NF4.
 
-Maths and bit-exactness are those of `kernels.nf4.weight`: `absmax = max|w|` per block, the code of
+Maths and bit-exactness are those of `kernels.nf4.encode`: `absmax = max|w|` per block, the code of
 an element is the number of the 15 thresholds below `w * (1 / absmax)`, and two codes share a byte,
 the even element in the high nibble. Only whole blocks are done here: a short last one is divided by
 its scale, and is left to the caller. A block with NaN or infinity gets an infinite scale, which the

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kernels.linear.projection import QuantizedWeight
 from kernels.moe.grouped_matmul import ExpertProjection, ExpertWeights
+from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import PlanarNF4Weight
-from kernels.nf4.weight import NF4Weight
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
 from engine.model_sources.hf_directory import HFDirectory
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 
 Golden = Callable[[str], Path]
 Q0 = "model.layers.0.self_attn.q_proj"

@@ -8,8 +8,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from kernels.adamw8bit.dynamic_map import Rounding, dynamic_map, quantize_blocks
-from kernels.nf4 import weight as nf4
-from kernels.nf4.weight import BLOCK_SIZES, NF4_CODE, NF4Weight, dequantize, quantize
+from kernels.nf4 import BLOCK_SIZES, NF4_CODE, NF4Weight, dequantize, encode, quantize
 
 pytestmark = pytest.mark.interop
 
@@ -90,7 +89,7 @@ def test_the_comparison_notices_another_rounding(monkeypatch: pytest.MonkeyPatch
     def nearest(values: Tensor, *, signed: bool, rounding: Rounding) -> tuple[Tensor, Tensor]:
         return quantize_blocks(values, signed=signed, rounding="nearest")
 
-    monkeypatch.setattr(nf4, "quantize_blocks", nearest)
+    monkeypatch.setattr(encode, "quantize_blocks", nearest)
     w = torch.randn(4096, 256)
     with pytest.raises(AssertionError):
         assert_same_bits(w, quantize(w), 64, True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.nf4.weight import quantize
+from kernels.nf4 import quantize
 from models.adapters import (
     adapter_tensors,
     add_lora,

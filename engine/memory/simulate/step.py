@@ -29,10 +29,11 @@ import kernels.attention.cpu
 import kernels.elementwise.dropout
 import kernels.loss.cross_entropy
 import kernels.loss.linear_cross_entropy
+import kernels.nf4.decode
+import kernels.nf4.encode
 import kernels.nf4.matmul
 import kernels.nf4.planar
 import kernels.nf4.tiles
-import kernels.nf4.weight
 from engine.config.train_config import TrainConfig
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
@@ -136,10 +137,10 @@ def _make_tables(device: torch.device) -> None:
         midpoints(signed, device)
         grid_table(signed, device)
         magnitude_tables(signed, device)
-    kernels.nf4.weight._thresholds(device)
-    kernels.nf4.weight._cells(device)
+    kernels.nf4.encode._thresholds(device)
+    kernels.nf4.encode._cells(device)
     kernels.nf4.matmul._counters(device)
-    kernels.nf4.weight._pair_table(device)
+    kernels.nf4.decode._pair_table(device)
 
 
 def _passed(

@@ -14,9 +14,9 @@ from engine.benchmark.roofline import Roofline
 from engine.benchmark.runner import OPS, all_cases, chosen_ops, run_case
 from engine.benchmark.timing import measure
 from engine.errors import ConfigError
+from kernels.nf4 import dequantize
 from kernels.nf4.matmul import nf4_linear
 from kernels.nf4.planar import PlanarNF4Weight, from_planar
-from kernels.nf4.weight import dequantize
 from models.config.model_config import ModelConfig
 
 CPU = torch.device("cpu")

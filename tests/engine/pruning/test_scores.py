@@ -16,7 +16,7 @@ from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.open import open_model_source
 from engine.pruning.scores import LayerScores, prunable_heads, weight_scores
 from kernels.linear.int8 import dequantize_int8, quantize_int8
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 from models.head_slices import AttentionHeads
 
 Golden = Callable[[str], Path]

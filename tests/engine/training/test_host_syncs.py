@@ -25,7 +25,7 @@ from kernels.delta_net.chunks import chunk_layout
 from kernels.delta_net.tiles import chunk_table
 from kernels.elementwise.swiglu import swiglu_forward
 from kernels.moe.grouped_matmul import planar_experts
-from kernels.nf4.weight import NF4Weight
+from kernels.nf4 import NF4Weight
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
 from models.layers.context import StepSettings

@@ -14,7 +14,7 @@ from kernels.linear.int8 import dequantize_int8, quantize_int8
 from kernels.linear.lora import lora_linear, lora_qkv, project, project_backward
 from kernels.linear.projection import Projection, decode, output_columns
 from kernels.linear.swiglu_mlp import lora_mlp
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 
 G = torch.Generator().manual_seed(0)
 

@@ -19,7 +19,7 @@ from kernels.moe.experts import (
 )
 from kernels.moe.grouped_matmul import ExpertProjection, expert_weight
 from kernels.moe.router import load_balancing_loss, route, route_backward
-from kernels.nf4.weight import dequantize, quantize
+from kernels.nf4 import dequantize, quantize
 
 HIDDEN, INNER, COUNT, TOP, RANK = 12, 6, 5, 2, 2
 

@@ -22,7 +22,7 @@ from kernels.moe.grouped_matmul import (
     planar_experts,
     weight_shape,
 )
-from kernels.nf4.weight import quantize
+from kernels.nf4 import quantize
 
 EXPERTS = torch.tensor([0, 0, 0, 2, 2, 3, 3, 3, 3, 3, 3])
 ROWS, COUNT, IN, OUT, RANK = 11, 5, 64, 6, 2

@@ -19,7 +19,7 @@ from kernels.moe.grouped_matmul import (
     grouped_outer,
     planar_experts,
 )
-from kernels.nf4.weight import quantize
+from kernels.nf4 import quantize
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.compile.ptx_emulator import PtxError, check_clobbers, run, statements
+from kernels.nf4 import NF4_CODE
 from kernels.nf4 import decode_ptx as nf4_decode
-from kernels.nf4.weight import NF4_CODE
 
 TABLES = {
     torch.bfloat16: nf4_decode.TABLE_BF16_PTX,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.nf4 import NF4_CODE, NF4Weight, dequantize, quantize
 from kernels.nf4 import decode_ptx as nf4_decode
 from kernels.nf4 import dequantize_triton as nf4_dequantize
 from kernels.nf4.dequantize_triton import dequantize_planar
 from kernels.nf4.planar import AnyNF4, has_planar_order, to_planar
 from kernels.nf4.tiles import transposed_tile
-from kernels.nf4.weight import NF4_CODE, NF4Weight, dequantize, quantize
 from kernels.runtime.device import multiprocessors
 from kernels.runtime.triton_support import tl
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from kernels.nf4 import decode_ptx as nf4_decode
 from kernels.nf4 import matmul as nf4_matmul
+from kernels.nf4 import quantize
 from kernels.nf4 import tiles as tiling
 from kernels.nf4.dequantize_triton import dequantize_reference
 from kernels.nf4.matmul import nf4_linear, nf4_linear_backward_input
 from kernels.nf4.planar import AnyNF4, PlanarNF4Weight, to_planar
 from kernels.nf4.tiles import MatmulPlan, MatmulTile
-from kernels.nf4.weight import quantize
 from kernels.runtime.device import architecture
 
 pytestmark = pytest.mark.usefixtures("triton_on")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels.nf4 import dequantize, quantize
 from kernels.nf4.dequantize_triton import nf4_dequantize
 from kernels.nf4.planar import from_planar, has_planar_order, to_planar
-from kernels.nf4.weight import dequantize, quantize
 
 SHAPES = [(1, 64), (3, 64), (33, 320), (130, 192), (5000, 64)]
 

@@ -8,9 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from kernels.nf4 import BLOCK_SIZES, NF4_CODE, encode, quantize
 from kernels.nf4 import quantize_triton as nf4_quantize
-from kernels.nf4 import weight as nf4
-from kernels.nf4.weight import BLOCK_SIZES, NF4_CODE, quantize
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -85,9 +84,9 @@ def test_a_wrong_threshold_is_noticed(
 ) -> None:
     wrong = (NF4_CODE[1:] + NF4_CODE[:-1]).to(device) / 2
     wrong[7] += 0.02
-    monkeypatch.setattr(nf4, "_thresholds", lambda device: wrong)
+    monkeypatch.setattr(encode, "_thresholds", lambda device: wrong)
     w = torch.randn(64, 64, device=device)
-    nf4._cells(torch.device("cpu"))
+    encode._cells(torch.device("cpu"))
     with pytest.raises(AssertionError):
         assert_same_bits(w, 64, False, monkeypatch)
 
@@ -116,7 +115,7 @@ def test_a_planted_fault_in_the_kernel_is_noticed(
     w[:, 0] = 1.0
     w[4, 0] = -1.0
     assert_same_bits(w.to(device), 64, False, monkeypatch)
-    monkeypatch.setattr(nf4, "quantize_whole_blocks", changed_launch(mutant, old, new))
+    monkeypatch.setattr(encode, "quantize_whole_blocks", changed_launch(mutant, old, new))
     with pytest.raises(AssertionError):
         assert_same_bits(w.to(device), 64, False, monkeypatch)
 

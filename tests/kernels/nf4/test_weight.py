@@ -14,13 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.adamw8bit.dynamic_map import dynamic_map
-from kernels.nf4 import weight as nf4
-from kernels.nf4.weight import (
+from kernels.nf4 import (
     BLOCK_SIZES,
     NF4_CODE,
     NF4Weight,
+    decode,
     dequantize,
     dequantize_rows,
+    encode,
     quantize,
 )
 from kernels.runtime.scratch import release
@@ -106,8 +107,8 @@ def test_every_threshold_is_decided_as_the_exact_search_decides_it() -> None:
     bits = near.view(torch.int32)[:, None] + torch.arange(-300, 301, dtype=torch.int32)
     values = bits.view(torch.float32).flatten().clamp(-1, 1)
     values = torch.cat([values, torch.rand(200_000) * 2 - 1])
-    found = nf4._nearest_code(values)
-    assert torch.equal(found, torch.bucketize(values, thresholds, out_int32=True))
+    codes = encode._nearest_code(values)
+    assert torch.equal(codes, torch.bucketize(values, thresholds, out_int32=True))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -227,10 +228,11 @@ def test_temporary_memory_does_not_grow_with_the_weight() -> None:
 
 @pytest.fixture
 def replaced_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tensor], None]]:
-    caches = (nf4._pair_table, nf4._cells)
+    caches = (decode._pair_table, encode._cells)
 
     def replace(code: Tensor) -> None:
-        monkeypatch.setattr(nf4, "NF4_CODE", code)
+        for module in (decode, encode):
+            monkeypatch.setattr(module, "NF4_CODE", code)
         for cache in caches:
             cache.cache_clear()
 
@@ -259,7 +261,7 @@ def test_swapped_nibbles_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         pairs = codes.to(torch.uint8).view(-1, 2)
         torch.add(pairs[:, 0], pairs[:, 1], alpha=16, out=out)
 
-    monkeypatch.setattr(nf4, "_pack", swapped)
+    monkeypatch.setattr(encode, "_pack", swapped)
     w = torch.randn(64, 64)
     with pytest.raises(AssertionError):
         assert_codes_are_nearest(w, quantize(w))

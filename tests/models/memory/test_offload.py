@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.model_sources.load_model import build_model
+from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import has_planar_order, to_planar
-from kernels.nf4.weight import NF4Weight
 from kernels.runtime.host_memory import SideCopies, gather_rows, host_copy
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
