@@ -56,17 +56,15 @@ def plan(call: Call) -> int:
 
 
 def _show_sizes(call: Call) -> int:
-    from engine.memory.model_shapes import NAMES, preset_config
-    from models.tensor_names import parameter_count
+    from engine.memory.model_shapes import NAMES, PARAMETERS, preset_config
 
     known = {name: model for name in NAMES if (model := preset_config(name)) is not None}
-    counts = {name: parameter_count(model) for name, model in known.items()}
-    if call.print_json({"parameters": counts}):
+    if call.print_json({"parameters": PARAMETERS}):
         return 0
     print(f"{'model':<24}{'parameters':>17}  kind, layers x width")
     for name, model in known.items():
         shape = f"{model.model_type}, {model.num_hidden_layers} x {model.hidden_size}"
-        print(f"{name:<24}{counts[name]:>17,}  {shape}")
+        print(f"{name:<24}{PARAMETERS[name]:>17,}  {shape}")
     print("Of models that also see pictures or predict further tokens, the decoder is counted.")
     return 0
 

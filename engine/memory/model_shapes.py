@@ -142,8 +142,8 @@ _QWEN3_5 = {
     "max_position_embeddings": 262_144,
 }
 # hidden, layers, heads, key/value heads, then what else the family's file says, and the published
-# number of parameters; None where that counts other parts of the model too.
-_OTHERS: dict[str, tuple[dict[str, Any], int, int, int, int, dict[str, Any], int | None]] = {
+# number of parameters, or that of the decoder where the published one counts other parts too.
+_OTHERS: dict[str, tuple[dict[str, Any], int, int, int, int, dict[str, Any], int]] = {
     "smollm3-3b": (
         {"model_type": "smollm3", "vocab_size": 128_256, "rope_theta": 5_000_000.0},
         2048, 36, 16, 4, {"intermediate_size": 11008, "max_position_embeddings": 65_536},
@@ -179,41 +179,42 @@ _OTHERS: dict[str, tuple[dict[str, Any], int, int, int, int, dict[str, Any], int
     ),
     "qwen3-next-80b-a3b": (
         {"model_type": "qwen3_next", "vocab_size": 151_936, "rope_theta": 10_000_000.0},
-        2048, 48, 16, 2, {"intermediate_size": 5120, "max_position_embeddings": 262_144}, None,
+        2048, 48, 16, 2, {"intermediate_size": 5120, "max_position_embeddings": 262_144},
+        79_674_391_296,
     ),
     "qwen3.5-0.8b": (
         _QWEN3_5, 1024, 24, 8, 2,
         {"intermediate_size": 3584, "linear_num_value_heads": 16, "tie_word_embeddings": True},
-        None,
+        752_393_024,
     ),
     "qwen3.5-2b": (
         _QWEN3_5, 2048, 24, 8, 2,
         {"intermediate_size": 6144, "linear_num_value_heads": 16, "tie_word_embeddings": True},
-        None,
+        1_881_825_088,
     ),
     "qwen3.5-4b": (
         _QWEN3_5, 2560, 32, 16, 4,
         {"intermediate_size": 9216, "linear_num_value_heads": 32, "tie_word_embeddings": True},
-        None,
+        4_205_751_296,
     ),
     "qwen3.5-9b": (
         _QWEN3_5, 4096, 32, 16, 4,
-        {"intermediate_size": 12288, "linear_num_value_heads": 32}, None,
+        {"intermediate_size": 12288, "linear_num_value_heads": 32}, 8_953_803_264,
     ),
     "qwen3.5-27b": (
         _QWEN3_5, 5120, 64, 24, 4,
-        {"intermediate_size": 17408, "linear_num_value_heads": 48}, None,
+        {"intermediate_size": 17408, "linear_num_value_heads": 48}, 26_895_998_464,
     ),
     "qwen3.5-35b-a3b": (
         _QWEN3_5 | {"model_type": "qwen3_5_moe_text"}, 2048, 40, 16, 2,
-        {"num_experts": 256, "num_experts_per_tok": 8, "linear_num_value_heads": 32}, None,
+        {"num_experts": 256, "num_experts_per_tok": 8, "linear_num_value_heads": 32},
+        34_660_610_688,
     ),
 }  # fmt: skip
 
 NAMES = (*_SHAPES, *_OTHERS)
-PUBLISHED_PARAMETERS = {name: shape[-1] for name, shape in _SHAPES.items()} | {
-    name: other[-1] for name, other in _OTHERS.items() if other[-1] is not None
-}
+PARAMETERS = {name: preset[-1] for name, preset in (_SHAPES | _OTHERS).items()}
+"""Parameters of each preset's decoder; written down, so that listing them builds no model."""
 
 
 # Of the hub's ids of these models: who publishes them, and what does not change their shape.
@@ -254,8 +255,8 @@ def preset_config(name: str) -> ModelConfig | None:
 
 def _preset_name(name: str) -> str:
     """`name` in small letters, and an id of the hub as the preset that it is a variant of."""
-    publisher, found, model = name.lower().rpartition("/")
-    if not found or publisher not in _PUBLISHERS:
+    publisher, slash, model = name.lower().rpartition("/")
+    if not slash or publisher not in _PUBLISHERS:
         return name.lower()
     return _VARIANT.sub("", model.removeprefix("meta-"))
 

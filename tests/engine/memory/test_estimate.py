@@ -18,7 +18,7 @@ from engine.finetune import train
 from engine.memory.budget import require_space
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
-from engine.memory.model_shapes import PUBLISHED_PARAMETERS, preset_config
+from engine.memory.model_shapes import PARAMETERS, preset_config
 from engine.memory.search import changed, choose, longest, smallest
 from engine.memory.simulate.meter import MemoryMeter
 from kernels.runtime.scratch import release
@@ -39,12 +39,12 @@ def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
     return lambda config: plan(model, config, gpu=True, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_a_preset_has_the_published_number_of_parameters(name: str) -> None:
     model = preset_config(name)
     assert model is not None
     count = sum(math.prod(shape) for shape in expected_tensors(model).values())
-    assert count == pytest.approx(PUBLISHED_PARAMETERS[name], rel=1e-3)
+    assert count == pytest.approx(PARAMETERS[name], rel=1e-3)
 
 
 @pytest.mark.parametrize(
