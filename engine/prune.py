@@ -156,12 +156,12 @@ def _write(
         source, pruned = _cut(source, scored, choice, settings.per_layer)
     record = sealed(record | {"pruned_heads": head_map(_others(source, layers) | pruned)})
 
-    def beside(folder: Path) -> None:
+    def write_more(folder: Path) -> None:
         durable.write_json(folder / PRUNING, record)
         title = f"{settings.metric}: {choice.removed_heads} heads pruned"
         draw(scored, choice.heads, title, folder / HEAT_MAP)
 
-    written = write_directory(source, output, zero, None, settings.max_shard_size, beside)
+    written = write_directory(source, output, zero, None, settings.max_shard_size, write_more)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)
     return PruneResult(record, written)
 

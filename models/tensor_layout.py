@@ -37,8 +37,8 @@ class Layout:
     def of_names(cls, config: ModelConfig, names: Iterable[str]) -> Layout:
         """As a file with tensors of these names is; of the hub's files where it has no experts."""
         for name in names:
-            _, found, rest = name.partition(_EXPERTS)
-            if found and not name.startswith(carried_prefixes(config)):
+            _, separator, rest = name.partition(_EXPERTS)
+            if separator and not name.startswith(carried_prefixes(config)):
                 return cls(config.nested, not rest[:1].isdigit())
         return cls.of_hub(config)
 
@@ -51,7 +51,7 @@ class Layout:
     def parts(self, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The file's tensors of the graph's parameter `name`: consecutive blocks of its rows."""
         stored = self.path(name)
-        room, _, leaf = stored.rpartition(".")
+        parent, _, leaf = stored.rpartition(".")
         if self.fused or _EXPERTS not in stored:
             return {stored: shape}
         count, rows, columns = shape
@@ -59,7 +59,7 @@ class Layout:
         projections = ("gate_proj", "up_proj") if both else (leaf,)
         part = (rows // 2 if both else rows, columns)
         return {
-            f"{room}.{expert}.{projection}.weight": part
+            f"{parent}.{expert}.{projection}.weight": part
             for expert in range(count)
             for projection in projections
         }

@@ -147,12 +147,12 @@ def _data_file(path: Path) -> Path:
             f"{path}: there is no such data file; expected JSON Lines or a JSON array, "
             "plain or compressed with gzip. Check the path."
         )
-    found = sorted(p for p in path.iterdir() if p.name.lower().endswith(DATA_SUFFIXES))
-    train = [p for p in found if p.name.split(".")[0] == "train"]
-    chosen = train or found
+    files = sorted(p for p in path.iterdir() if p.name.lower().endswith(DATA_SUFFIXES))
+    train = [p for p in files if p.name.split(".")[0] == "train"]
+    chosen = train or files
     if len(chosen) == 1:
         return chosen[0]
-    names = ", ".join(p.name for p in found[:8]) or "none"
+    names = ", ".join(p.name for p in files[:8]) or "none"
     raise DataError(
         f"{path}: the folder has no single train.jsonl (data files found: {names}). "
         "Name the file to read."
@@ -161,9 +161,9 @@ def _data_file(path: Path) -> Path:
 
 def _make_row(item: Located) -> Row | BadLine:
     try:
-        return parse_row(item.value, item.place.file, item.place.line)
+        return parse_row(item.value, item.position.file, item.position.line)
     except RowFault as fault:
-        return BadLine(item.place, f"found {fault}", "Change the row, or remove it.")
+        return BadLine(item.position, f"found {fault}", "Change the row, or remove it.")
 
 
 def _passes(row: Row, min_rating: int | None, categories: set[str], report: ReadReport) -> bool:
@@ -203,5 +203,5 @@ def _refuse_nothing(
     raise DataError(
         f"{names}: none of {report.read} rows is left: {len(report.skipped)} bad, "
         f"{report.below_rating} rated below the minimum, {report.unrated} without a rating, "
-        f"{report.other_category} of another category. Loosen the filters or mend the rows."
+        f"{report.other_category} of another category. Loosen the filters or fix the rows."
     )

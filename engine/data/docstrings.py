@@ -128,7 +128,7 @@ def write_docstrings(
     except OSError as error:
         raise DataError(
             f"{output_dir}: the folder cannot be made ({error.strerror or error}). Choose one on "
-            "a disk with room that you may write to."
+            "a disk with space that you may write to."
         ) from error
     for file, rows in zip(files, (train, heldout), strict=True):
         write_text(file, "".join(_line(row) for row in rows))
@@ -200,14 +200,14 @@ def _sources(name: str) -> list[tuple[str, Path]]:
     library = _library()
     if (library / f"{name}.py").is_file():
         return [(name, library / f"{name}.py")]
-    found = []
+    modules = []
     for path in sorted((library / name).rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if parts[-1] == "__init__":
             parts = parts[:-1]
         if not any(part.startswith(("_", "test")) for part in parts):
-            found.append((".".join(parts), path))
-    return found
+            modules.append((".".join(parts), path))
+    return modules
 
 
 def _parsed(module: str, path: Path) -> Iterator[_Entry]:

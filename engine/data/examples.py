@@ -1,7 +1,7 @@
-"""Rows to token ids with the trained ones marked: one rendering, one encoding, no ids compared.
+"""Turn rows into token ids, with the trained ones marked.
 
 A conversation is rendered once, its text encoded once, and a token is trained when it covers
-characters of a trained span. Encoding the turns apart and joining the ids would split words at the
+characters of a loss span. Encoding the turns apart and joining the ids would split words at the
 seams differently from how the model reads them; marking tokens by id (`ids == pad`) would leave the
 end token untrained where it doubles as padding.
 """
@@ -26,7 +26,7 @@ _WARN_DROPPED, _MOST_DROPPED = 0.01, 0.5
 
 
 class Example:
-    """One tokenised row, held in five bytes a token.
+    """One tokenised row, in five bytes a token.
 
     Attributes:
         ids: token ids, int32.
@@ -143,10 +143,10 @@ def build_examples(
     report = Report(rows=len(rows))
     for start in range(0, len(rows), _BATCH):
         rendered = _render(rows[start : start + _BATCH], tokenizer, template_kwargs or {}, bad_rows)
-        kept = [item for item in rendered if not isinstance(item, str)]
+        usable = [item for item in rendered if not isinstance(item, str)]
         report.dropped += [item for item in rendered if isinstance(item, str)]
-        encoded = tokenizer.encode_batch_with_offsets([text for _, text, _ in kept])
-        for (row, text, spans), (ids, offsets) in zip(kept, encoded, strict=True):
+        encoded = tokenizer.encode_batch_with_offsets([text for _, text, _ in usable])
+        for (row, text, spans), (ids, offsets) in zip(usable, encoded, strict=True):
             _refuse_double_bos(row, ids, tokenizer)
             mask = trained_mask(offsets, spans)
             example = _cut(ids, mask, max_length, row.source, report)
@@ -172,9 +172,9 @@ def trained_mask(offsets: Offsets, spans: Sequence[Span]) -> npt.NDArray[np.bool
         (len(offsets),) bool. Tokenizers that trim white space from offsets give a token of white
         space no characters, only a position: such a token belongs to the text before it.
     """
-    places = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    mask = np.zeros(len(places), dtype=np.bool_)
-    starts, ends = places[:, 0], places[:, 1]
+    characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+    mask = np.zeros(len(characters), dtype=np.bool_)
+    starts, ends = characters[:, 0], characters[:, 1]
     empty = starts == ends
     for start, end in spans:
         covers = (starts < end) & (ends > start)
@@ -259,7 +259,7 @@ def _judge(report: Report, max_length: int) -> None:
             f"{dropped} of {report.rows} rows have no trained token, the first of them "
             f"{report.dropped[0]}. A run on what is left would not be the one that was asked for; "
             f"raise the length limit (now {max_length} tokens; the longest row has "
-            f"{report.longest}) or mend the rows."
+            f"{report.longest}) or fix the rows."
         )
     loss = dropped > _WARN_DROPPED * report.rows or report.truncated
     log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())

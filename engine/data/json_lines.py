@@ -1,4 +1,4 @@
-"""JSON values out of a file, each with its place: JSON Lines or one array, plain or gzipped.
+"""JSON values out of a file, each with its position: JSON Lines or one array, plain or gzipped.
 
 The form is told by the first character that is not white space: '[' begins an array, anything
 else JSON Lines. A line that is broken does not hide the lines after it; a broken array ends there.
@@ -18,11 +18,11 @@ MAX_ROW_BYTES = 16 * 2**20
 """A longer line, or array element, is refused: it is a damaged file more often than a row."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_ARRAY_ADVICE = "The rest of a broken array cannot be read; mend the file or use JSON Lines."
+_ARRAY_ADVICE = "The rest of a broken array cannot be read; fix the file or use JSON Lines."
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """A position in a file; line and column count from 1, columns in characters."""
 
     file: str
@@ -32,19 +32,19 @@ class Place:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}"
 
-    def after(self, text: str) -> "Place":
-        """The place reached by reading `text` from here."""
+    def after(self, text: str) -> "Position":
+        """The position reached by reading `text` from here."""
         newlines = text.count("\n")
         if newlines == 0:
-            return Place(self.file, self.line, self.column + len(text))
-        return Place(self.file, self.line + newlines, len(text) - text.rfind("\n"))
+            return Position(self.file, self.line, self.column + len(text))
+        return Position(self.file, self.line + newlines, len(text) - text.rfind("\n"))
 
 
 @dataclass(frozen=True)
 class Located:
-    """A JSON value and the place of its first character (for a line, of the line)."""
+    """A JSON value and the position of its first character (for a line, of the line)."""
 
-    place: Place
+    position: Position
     value: Any
 
 
@@ -52,20 +52,22 @@ class Located:
 class BadLine:
     """Something that cannot be used as a row: where, what was found, and what to do."""
 
-    place: Place
+    position: Position
     fault: str
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.fault}. {self.advice}"
+        return f"{self.position}: {self.fault}. {self.advice}"
 
 
 class _Broken(Exception):
     """Text that is not UTF-8 or not JSON."""
 
-    def __init__(self, place: Place, fault: str, advice: str = "Mend or remove the row.") -> None:
+    def __init__(
+        self, position: Position, fault: str, advice: str = "Fix or remove the row."
+    ) -> None:
         super().__init__(fault)
-        self.line = BadLine(place, fault, advice)
+        self.line = BadLine(position, fault, advice)
 
 
 def read_values(path: Path) -> Iterator[Located | BadLine]:
@@ -107,33 +109,33 @@ def _read_lines(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 2):
         number += 1
-        place = Place(file, number)
+        position = Position(file, number)
         if len(line.rstrip(b"\r\n")) > MAX_ROW_BYTES:
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_ROW_BYTES)
-            yield BadLine(place, "the line is longer than 16 MiB", "Split or shorten the row.")
+            yield BadLine(position, "the line is longer than 16 MiB", "Split or shorten the row.")
             continue
         if number == 1:
             line = line.removeprefix(_BYTE_ORDER_MARK)
         if not line.strip():
             continue
         try:
-            yield Located(place, _parse_line(line.rstrip(b"\r\n"), place))
+            yield Located(position, _parse_line(line.rstrip(b"\r\n"), position))
         except _Broken as broken:
             yield broken.line
 
 
-def _parse_line(line: bytes, place: Place) -> Any:
-    text = _to_text(line, place)
+def _parse_line(line: bytes, position: Position) -> Any:
+    text = _to_text(line, position)
     try:
         return strict_json.loads(text)
     except strict_json.JSONFault as fault:
-        at = place.after(text[: fault.position])
-        advice = "In JSON Lines each line is one complete JSON object; mend or remove this one."
+        at = position.after(text[: fault.position])
+        advice = "In JSON Lines each line is one complete JSON object; fix or remove this one."
         raise _Broken(at, f"broken JSON: {fault.message}", advice) from None
 
 
-def _to_text(data: bytes, start: Place) -> str:
+def _to_text(data: bytes, start: Position) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -143,7 +145,7 @@ def _to_text(data: bytes, start: Place) -> str:
 
 
 def _read_array(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
-    start = Place(file, 1)
+    start = Position(file, 1)
     try:
         text = _to_text(stream.read().removeprefix(_BYTE_ORDER_MARK), start)
         yield from _array_values(text, start)
@@ -151,7 +153,7 @@ def _read_array(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
         raise DataError(str(broken.line)) from None
 
 
-def _array_values(text: str, start: Place) -> Iterator[Located | BadLine]:
+def _array_values(text: str, start: Position) -> Iterator[Located | BadLine]:
     """Read the array element by element, so that every one knows its line."""
     cursor = _Cursor(text, start)
     cursor.move(text.index("[") + 1)
@@ -160,16 +162,16 @@ def _array_values(text: str, start: Place) -> Iterator[Located | BadLine]:
         return
     while True:
         cursor.peek()
-        place, position = cursor.place, cursor.position
+        position, offset = cursor.position, cursor.offset
         try:
-            value, end = strict_json.decode(text, position)
+            value, end = strict_json.decode(text, offset)
         except strict_json.JSONFault as fault:
             cursor.move(fault.position)
-            raise _Broken(cursor.place, f"broken JSON: {fault.message}", _ARRAY_ADVICE) from None
-        if end - position > MAX_ROW_BYTES:
-            yield BadLine(place, "the row is longer than 16 MiB", "Split or shorten the row.")
+            raise _Broken(cursor.position, f"broken JSON: {fault.message}", _ARRAY_ADVICE) from None
+        if end - offset > MAX_ROW_BYTES:
+            yield BadLine(position, "the row is longer than 16 MiB", "Split or shorten the row.")
         else:
-            yield Located(place, value)
+            yield Located(position, value)
         cursor.move(end)
         mark = cursor.peek()
         if mark == "]":
@@ -177,31 +179,31 @@ def _array_values(text: str, start: Place) -> Iterator[Located | BadLine]:
             return
         if mark != ",":
             fault_text = "broken JSON: expected ',' or ']' after this element of the array"
-            raise _Broken(cursor.place, fault_text, _ARRAY_ADVICE)
-        cursor.move(cursor.position + 1)
+            raise _Broken(cursor.position, fault_text, _ARRAY_ADVICE)
+        cursor.move(cursor.offset + 1)
 
 
 class _Cursor:
     """A position in a text that knows its line and column."""
 
-    def __init__(self, text: str, start: Place) -> None:
-        self.text, self.place, self.position = text, start, 0
+    def __init__(self, text: str, start: Position) -> None:
+        self.text, self.position, self.offset = text, start, 0
 
-    def move(self, position: int) -> None:
-        self.place = self.place.after(self.text[self.position : position])
-        self.position = position
+    def move(self, offset: int) -> None:
+        self.position = self.position.after(self.text[self.offset : offset])
+        self.offset = offset
 
     def peek(self) -> str:
         """Skip white space and return the character there, or '' at the end of the text."""
-        position = self.position
-        while self.text[position : position + 1] in (" ", "\t", "\r", "\n"):
-            position += 1
-        self.move(position)
-        return self.text[position : position + 1]
+        offset = self.offset
+        while self.text[offset : offset + 1] in (" ", "\t", "\r", "\n"):
+            offset += 1
+        self.move(offset)
+        return self.text[offset : offset + 1]
 
     def end(self) -> None:
         """Step over the closing bracket and refuse anything behind it."""
-        self.move(self.position + 1)
+        self.move(self.offset + 1)
         if self.peek():
             fault = "broken JSON: something follows the end of the array"
-            raise _Broken(self.place, fault, "Remove it, or use JSON Lines.")
+            raise _Broken(self.position, fault, "Remove it, or use JSON Lines.")

@@ -1,6 +1,6 @@
 """Best-fit decreasing bin packing: documents into rows of a fixed number of tokens.
 
-Documents go in from the longest to the shortest, each into the fullest bin that still has room
+Documents go in from the longest to the shortest, each into the fullest bin that still has space
 for it. The result is at most 11/9 of the best possible plus one bin (Johnson, 1973), and in
 practice wastes a percent or two. No document is split or cut.
 """
@@ -33,23 +33,23 @@ def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
             f"lengths from {int(sizes.min())} to {int(sizes.max())} do not fit bins of {budget}"
         )
     bins: list[list[int]] = []
-    with_room: defaultdict[int, list[int]] = defaultdict(list)
-    rooms: list[int] = []
+    bins_with_space: defaultdict[int, list[int]] = defaultdict(list)
+    spaces: list[int] = []
     for index in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[index])
-        place = bisect_left(rooms, size)
-        if place == len(rooms):
-            number, room = len(bins), budget
+        fit = bisect_left(spaces, size)
+        if fit == len(spaces):
+            number, space = len(bins), budget
             bins.append([])
         else:
-            room = rooms[place]
-            number = with_room[room].pop()
-            if not with_room[room]:
-                rooms.pop(place)
+            space = spaces[fit]
+            number = bins_with_space[space].pop()
+            if not bins_with_space[space]:
+                spaces.pop(fit)
         bins[number].append(index)
-        left = room - size
+        left = space - size
         if left > 0:
-            if not with_room[left]:
-                insort(rooms, left)
-            with_room[left].append(number)
+            if not bins_with_space[left]:
+                insort(spaces, left)
+            bins_with_space[left].append(number)
     return bins

@@ -117,7 +117,7 @@ def _message(item: Any, where: str) -> dict[str, Any]:
     content = item.get("content")
     if isinstance(content, list):
         if not all(isinstance(part, dict) for part in content):
-            raise RowFault(f"{where}.content is a list that holds something besides objects")
+            raise RowFault(f"{where}.content is a list that holds something other than objects")
     elif not (isinstance(content, str) or (content is None and role == "assistant")):
         raise RowFault(f"{where}.content is {_name(content)} where text was expected")
     return dict(item)
@@ -129,10 +129,10 @@ def _sharegpt_message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise RowFault(f"{where}.from is {speaker!r}; expected one of {_listed(SHAREGPT_ROLES)}")
     if not isinstance(value, str):
         raise RowFault(f"{where}.value is {_name(value)} where text was expected")
-    kept = {key: item[key] for key in ("weight", "train") if key in item}
+    flags = {key: item[key] for key in ("weight", "train") if key in item}
     if speaker == "function_call":
-        return {"role": "assistant", **_function_call(value), **kept}
-    return {"role": SHAREGPT_ROLES[speaker], "content": value, **kept}
+        return {"role": "assistant", **_function_call(value), **flags}
+    return {"role": SHAREGPT_ROLES[speaker], "content": value, **flags}
 
 
 def _function_call(value: str) -> dict[str, Any]:
@@ -195,10 +195,10 @@ def _require_answer(messages: list[dict[str, Any]]) -> None:
 
 
 def _only_key(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    found = [name for name in names if raw.get(name) is not None]
-    if len(found) > 1:
-        raise RowFault(f"both '{found[0]}' and '{found[1]}', which mean the same; keep one of them")
-    return found[0] if found else None
+    given = [name for name in names if raw.get(name) is not None]
+    if len(given) > 1:
+        raise RowFault(f"both '{given[0]}' and '{given[1]}', which mean the same; keep one of them")
+    return given[0] if given else None
 
 
 def _rating(value: Any) -> int | None:

@@ -21,20 +21,20 @@ class StoredExperts:
     """Looks at the experts' tensors of `source`."""
 
     def __init__(self, source: ModelSource) -> None:
-        self._checkpoint = source
+        self._source = source
         self._decoded: dict[str, torch.Tensor] = {}
 
     @cached_property
     def layout(self) -> Layout:
         """How the file names and divides the graph's parameters."""
-        return Layout.of_names(self._checkpoint.config, self._checkpoint.names())
+        return Layout.of_names(self._source.config, self._source.names())
 
     @cached_property
     def _graph(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Stored name of an expert's tensor -> the graph's parameter and its shape."""
         return {
             part: (name, shape)
-            for name, shape in graph_tensors(self._checkpoint.config).items()
+            for name, shape in graph_tensors(self._source.config).items()
             if _EXPERTS in name
             for part in self.layout.parts(name, shape)
         }
@@ -55,16 +55,16 @@ class StoredExperts:
 
     def adaptable(self) -> dict[str, tuple[int, ...]]:
         """Module path -> (out, in) of every matrix that an adapter may name."""
-        source = self._checkpoint
-        found: dict[str, tuple[int, ...]] = {}
+        source = self._source
+        shapes: dict[str, tuple[int, ...]] = {}
         for name in source.names():
             if self.fuses(name):
                 graph_name, shape = self._graph[name]
                 parts = Layout(self.layout.nested, fused=False).parts(graph_name, shape)
-                found |= {part.removesuffix(".weight"): size for part, size in parts.items()}
+                shapes |= {part.removesuffix(".weight"): size for part, size in parts.items()}
             elif name.endswith(".weight"):
-                found[name.removesuffix(".weight")] = source.shape(name)
-        return found
+                shapes[name.removesuffix(".weight")] = source.shape(name)
+        return shapes
 
     def through_nf4(self, name: str) -> torch.Tensor:
         """Tensor `name` as 4-bit training saw it: all experts of a projection share its scales.
@@ -73,7 +73,7 @@ class StoredExperts:
         """
         graph_name, shape = self._graph[name]
         if name not in self._decoded:
-            whole = self.layout.assemble(graph_name, shape, self._checkpoint.tensor)
+            whole = self.layout.assemble(graph_name, shape, self._source.tensor)
             halves = whole.chunk(2, 1) if graph_name.endswith("gate_up_proj") else (whole,)
             decoded = [dequantize(quantize(half), dtype=torch.float32) for half in halves]
             self._decoded = self.layout.divide(graph_name, torch.cat(decoded, 1))

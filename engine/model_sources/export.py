@@ -59,13 +59,13 @@ def write_directory(
     transform: Transform,
     dtype: torch.dtype | str | None,
     max_shard_size: int,
-    beside: Callable[[Path], None] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> WrittenModel:
     """As `export_hf_directory`, with `transform(name, tensor)` in place of every tensor.
 
     `transform` returns a tensor of the same shape and any floating type. Tensors of the model's
-    other parts (`models.tensor_layout.carried_prefixes`) keep their bytes and see neither. `beside`
-    may write more files into the folder, which it is given before it appears under its name.
+    other parts (`models.tensor_layout.carried_prefixes`) keep their bytes and see neither.
+    `write_more` may write more files into the folder, before it appears under its name.
     """
     wanted = parse_dtype(dtype)
     output = Path(output)
@@ -91,8 +91,8 @@ def write_directory(
             metadata = {"total_parameters": parameters, "total_size": total}
             durable.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
         _write_small_files(source, folder, wanted)
-        if beside is not None:
-            beside(folder)
+        if write_more is not None:
+            write_more(folder)
     return WrittenModel(output, len(sizes), parameters, len(shards), total)
 
 
@@ -112,8 +112,8 @@ def _plan(source: ModelSource, dtype: torch.dtype | None, max_shard_size: int) -
     shards: list[_Shard] = [{}]
     filled, others = 0, carried_prefixes(source.config)
     for name in source.names():
-        kept = dtype is None or name.startswith(others)
-        kind = source.dtype(name) if kept else dtype
+        unchanged = dtype is None or name.startswith(others)
+        kind = source.dtype(name) if unchanged else dtype
         assert kind is not None
         shape = source.shape(name)
         size = kind.itemsize * torch.Size(shape).numel()
@@ -166,7 +166,7 @@ def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype | N
     if source.generation_config:
         durable.write_json(folder / "generation_config.json", source.generation_config)
     pruning = read_pruning(source.path)
-    if pruning is not None:  # fine-tuning what is written here must know which heads stay off
+    if pruning is not None:  # fine-tuning what is written here must know which heads are pruned
         durable.write_json(folder / PRUNING, carried(pruning))
     for name, content in source.tokenizer_files().items():
         target = folder / name

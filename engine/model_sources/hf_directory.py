@@ -170,7 +170,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     if strays or len(home) != total or len(home) != len(weight_map):
         odd = strays or sorted(set(home) - set(weight_map)) or ["a tensor that two shards hold"]
         raise CheckpointError(
-            f"{index_path} does not agree with the files beside it about {len(odd)} tensors: "
+            f"{index_path} does not agree with the files in its folder about {len(odd)} tensors: "
             f"{listing(odd)}. Download the index and the files again, from one revision."
         )
     return files

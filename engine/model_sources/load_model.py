@@ -45,23 +45,23 @@ _PART = 1 << 22
 
 @dataclass(frozen=True)
 class _Form:
-    """What becomes of a layer's weights; those that are quantised may be `lent` to the host."""
+    """What becomes of a layer's weights; quantised ones may be `offloaded` to the host."""
 
     quantization: Quantization | None
     double_quant: bool
     device: torch.device
     dtype: torch.dtype
-    lent: bool
+    offloaded: bool
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """`weight` (out, in) in the order in which the device reads it."""
         on_device = weight.to(self.device)
         if self.quantization == "int8":
-            return self.kept(quantize_int8(on_device))
+            return self.stored(quantize_int8(on_device))
         packed = quantize(on_device, double_quant=self.double_quant)
         # The GPU kernels read their own order of the codes; the reference reads either.
         planar = self.device.type == "cuda" and has_planar_order(packed)
-        return self.kept(to_planar(packed) if planar else packed)
+        return self.stored(to_planar(packed) if planar else packed)
 
     def quantized_experts(self, leaf: str, tensor: Tensor) -> dict[str, QuantizedExperts]:
         """All experts' weights (E, out, in) of one parameter, projection by projection."""
@@ -70,20 +70,20 @@ class _Form:
         # In 16 bits on a GPU all experts are one launch, which reads the planar order.
         planar = self.device.type == "cuda" and self.dtype.itemsize == 2
         whole = planar and tensor.shape[-1] % BLOCK == 0
-        found: dict[str, QuantizedExperts] = {}
+        result: dict[str, QuantizedExperts] = {}
         for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
             on_device = part.to(self.device)
             if self.quantization == "int8":
-                found[name] = self.kept(tuple(quantize_int8(expert) for expert in on_device))
+                result[name] = self.stored(tuple(quantize_int8(expert) for expert in on_device))
                 continue
             packed = quantize(on_device, double_quant=self.double_quant)
             del on_device
-            found[name] = self.kept(planar_experts(packed) if whole else packed)
-        return found
+            result[name] = self.stored(planar_experts(packed) if whole else packed)
+        return result
 
-    def kept(self, weight: Kind) -> Kind:
+    def stored(self, weight: Kind) -> Kind:
         """`weight` where it is to lie."""
-        return on_host(weight) if self.lent else weight
+        return on_host(weight) if self.offloaded else weight
 
 
 def build_model(
@@ -101,23 +101,22 @@ def build_model(
 
     The large projections of each layer (`models.tensor_names.is_quantised`), experts among them,
     are quantised if asked for; embeddings, norms, biases, routers and the head stay in `dtype`, or
-    the head, with the embedding where they are tied, is held in 8-bit rows. An
-    embedding on the host sends only a batch's rows to the device; with `weights_on_host` the
-    layers' quantised weights lie
-    there and are streamed. Raises `CheckpointError` for a tensor that is not finite, `ConfigError`
-    for a tied embedding on the host.
+    the head, with the embedding where they are tied, is stored in 8-bit rows. An embedding on the
+    host sends only a batch's rows to the device; with `weights_on_host` the layers' quantised
+    weights lie there and are streamed. Raises `CheckpointError` for a tensor that is not finite,
+    `ConfigError` for a tied embedding on the host.
     """
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
     model = skeleton(source.config)
     layout = Layout.of_names(source.config, source.names())
-    lent = weights_on_host and device.type == "cuda"
-    form = _Form(quantization, double_quant, device, dtype, lent)
+    offloaded = weights_on_host and device.type == "cuda"
+    form = _Form(quantization, double_quant, device, dtype, offloaded)
     for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         tensor = layout.assemble(name, shape, source.tensor)
-        if not _place_outer(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
-            _place(model, name, tensor, form)
+        if not _set_outer_tensor(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
+            _set_tensor(model, name, tensor, form)
         del tensor
         for part in layout.parts(name, shape):
             source.release(part)
@@ -145,7 +144,7 @@ def build_for(
     )
 
 
-def _place_outer(
+def _set_outer_tensor(
     model: Decoder,
     name: str,
     tensor: Tensor,
@@ -154,7 +153,7 @@ def _place_outer(
     device: torch.device,
     dtype: torch.dtype,
 ) -> bool:
-    """Place a head or an embedding that is to be no dense tensor on the device, if this is one."""
+    """Set a head or an embedding that is to be no dense tensor on the device, if this is one."""
     head, embedding = model.lm_head, model.model.embed_tokens
     if name == "model.embed_tokens.weight" and (embedding_on_host or (head_8bit and head is None)):
         _require_finite(name, tensor)
@@ -178,7 +177,7 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _place(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
+def _set_tensor(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     _require_finite(name, tensor)

@@ -16,7 +16,7 @@ from engine.storage.safe_files import is_pickle, read_head, refuse_pickle
 def open_model_source(model: str | Path, revision: str | None = None) -> ModelSource:
     """Open a Hugging Face directory, a `.gguf` file or a model of the hub by its id.
 
-    Attention heads that a `pruning.json` beside the weights masks read as zeros. Raises
+    Attention heads that the `pruning.json` of a model masks read as zeros. Raises
     `ConfigError` where nothing is found or the configuration cannot be used, and `CheckpointError`
     where the files are damaged or do not match the configuration.
     """

@@ -1,10 +1,10 @@
 """`pruning.json`: which attention heads of its model were pruned, and how.
 
-`pruned_heads` maps a layer's number to the query heads (value heads of a linear attention), counted
-as in the weights beside the file, that must add nothing to the model's output. In mode `zero` their
-slices are zeros, in mode `mask` the weights are whole and the columns of the output projection are
-put to zero as they are read, so that deleting the file brings the heads back. In mode `structural`
-they are cut out of the weights, and not in the map.
+`pruned_heads` maps a layer's number to the query heads (value heads of a linear attention) that
+must add nothing to the model's output, counted as in the weights in the same folder. In mode `zero`
+their slices are zeros. In mode `mask` the weights are whole and the columns of the output
+projection are put to zero as they are read, so that deleting the file brings the heads back. In
+mode `structural` they are cut out of the weights, and not in the map.
 
 `digest` is the SHA-256 of everything else in the file, as JSON with sorted keys.
 """

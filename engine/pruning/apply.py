@@ -74,7 +74,7 @@ class CutSource(ModelSourceView):
         super().__init__(base)
         self._slices = PrunedSlices(base.config, pruned, cut=True)
         raw = base.raw_config
-        nested = raw.get("text_config")  # of a model that has other parts beside its decoder
+        nested = raw.get("text_config")  # of a model with other parts than its decoder
         self.raw_config = (
             raw | {"text_config": _counted(nested, counts)}
             if isinstance(nested, dict)

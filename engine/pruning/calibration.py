@@ -48,7 +48,7 @@ _TOKENS_PER_BATCH = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rows to run, and how the model is held: the first `rows` of the files `data`."""
+    """The rows to run, and how the model is loaded: the first `rows` of the files `data`."""
 
     data: tuple[str, ...]
     rows: int = 64

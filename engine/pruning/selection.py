@@ -1,4 +1,4 @@
-"""Which heads go: the least important ones, exactly as many as were asked for.
+"""Choose the heads to prune: the least important, exactly as many as asked for.
 
 n = fraction x (heads that still do something), rounded to the nearest whole number, over all layers
 that have attention, protected ones included. Heads are taken in ascending order of their score; one
@@ -22,6 +22,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 
 from engine.config.choices import Granularity, Scope
 from engine.errors import ConfigError
@@ -80,7 +81,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Unit:
-    """What is taken as a whole: a head, or the living heads of a group."""
+    """What is taken as a whole: a head, or the active heads of a group."""
 
     score: float
     layer: int
@@ -107,7 +108,7 @@ def select(layers: Sequence[LayerScores], rules: Rules) -> Selection:
         for layer, quota in quotas.items():
             _take(units[layer], state, quota)
     else:
-        _take(_sorted(unit for found in units.values() for unit in found), state, count)
+        _take(_sorted(chain.from_iterable(units.values())), state, count)
     removed = sum(layer.taken for layer in state.values())
     if removed < count:
         _shortfall(layers, rules, state, count, removed)
@@ -150,11 +151,11 @@ def _units(scores: LayerScores, granularity: Granularity) -> list[_Unit]:
     layer, active = scores.heads.layer, scores.active
     if granularity == "head":
         return _sorted(_Unit(float(scores.values[h]), layer, (h,)) for h in active)
-    found = []
+    result = []
     for group in scores.heads.groups(active):
         members = tuple(h for h in scores.heads.members(group) if h in active)
-        found.append(_Unit(float(scores.values[list(members)].sum()), layer, members))
-    return _sorted(found)
+        result.append(_Unit(float(scores.values[list(members)].sum()), layer, members))
+    return _sorted(result)
 
 
 def _sorted(units: Iterable[_Unit]) -> list[_Unit]:
@@ -178,14 +179,14 @@ def _quotas(units: dict[int, list[_Unit]], rules: Rules, count: int) -> dict[int
 
     Whole numbers by largest remainder; of equal remainders the layer whose next unit scores lowest.
     """
-    open_layers = {k: found for k, found in units.items() if found and k not in rules.protected}
+    open_layers = {k: each for k, each in units.items() if each and k not in rules.protected}
     total = sum(map(len, open_layers.values()))
-    shares = {k: Fraction(count * len(found), total) for k, found in open_layers.items()}
+    shares = {k: Fraction(count * len(each), total) for k, each in open_layers.items()}
     quotas = {k: math.floor(share) for k, share in shares.items()}
 
     def order(layer: int) -> tuple[Fraction, float, int]:
-        found = open_layers[layer]
-        score = found[min(quotas[layer], len(found) - 1)].score
+        layer_units = open_layers[layer]
+        score = layer_units[min(quotas[layer], len(layer_units) - 1)].score
         return quotas[layer] - shares[layer], score, layer
 
     for layer in sorted(open_layers, key=order)[: count - sum(quotas.values())]:
@@ -202,20 +203,20 @@ def _shortfall(
 ) -> None:
     """Raise `ConfigError` for a shortfall, unless it is allowed and something can go."""
     kind = "key/value groups" if rules.granularity == "kv-group" else "heads"
-    kept = f"--min-heads {rules.min_heads}, --min-kv-heads {rules.min_kv_heads}"
+    limits = f"--min-heads {rules.min_heads}, --min-kv-heads {rules.min_kv_heads}"
     if rules.protected:
-        kept += f" and {len(rules.protected)} protected layers"
+        limits += f" and {len(rules.protected)} protected layers"
     if removed == 0:
         raise ConfigError(
-            f"Nothing can be pruned: with {kept} this model is at its minimum in every layer that "
-            "is asked. Nothing was written."
+            f"Nothing can be pruned: with {limits} this model is at its minimum in every layer "
+            "that is asked. Nothing was written."
         )
     if rules.allow_shortfall:
         return
     full = [s.heads.layer for s in layers if len(state[s.heads.layer].active) <= rules.min_heads]
     where = f" Layers at their minimum: {', '.join(map(str, full[:16]))}." if full else ""
     raise ConfigError(
-        f"--fraction {rules.fraction:g} asks for {count} {kind}, and {kept} let {removed} go."
+        f"--fraction {rules.fraction:g} asks for {count} {kind}, and {limits} let {removed} go."
         f"{where} Nothing was written. Ask for less, lower what must stay, or take what there is "
         "with --allow-shortfall."
     )
@@ -258,7 +259,7 @@ def _uniform(layers: Sequence[LayerScores], rules: Rules) -> Selection:
 def _regular(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     """The least important heads that leave every layer regular, exactly as many as asked for."""
     whole = rules.granularity == "kv-group"
-    # Cut weights count every head there is, as if all were alive.
+    # Cut weights count every head there is, as if none were pruned.
     units = {
         s.heads.layer: _units(replace(s, pruned=frozenset()), rules.granularity) for s in layers
     }
@@ -276,17 +277,17 @@ def _regular(layers: Sequence[LayerScores], rules: Rules) -> Selection:
     removed = sum(taken)
     if removed < count and not (rules.allow_shortfall and removed):
         kind = "key/value groups" if whole else "heads"
-        kept = f"--min-heads {rules.min_heads}, --min-kv-heads {rules.min_kv_heads}"
+        limits = f"--min-heads {rules.min_heads}, --min-kv-heads {rules.min_kv_heads}"
         if rules.protected:
-            kept += f", {len(rules.protected)} protected layers"
+            limits += f", {len(rules.protected)} protected layers"
         raise ConfigError(
-            f"--fraction {rules.fraction:g} asks for {count} {kind}; with {kept} and the same "
+            f"--fraction {rules.fraction:g} asks for {count} {kind}; with {limits} and the same "
             f"number of query heads for every key/value head of a layer, {removed or 'nothing'} "
             "can go. Nothing was written. Ask for another fraction, lower what must stay, or take "
             "what there is with --allow-shortfall."
         )
     pairs = zip(layers, cuts, taken, strict=True)
-    heads = {s.heads.layer: found[gone].heads for s, found, gone in pairs if gone}
+    heads = {s.heads.layer: layer_cuts[number].heads for s, layer_cuts, number in pairs if number}
     return Selection(heads, total, count, removed, quotas)
 
 
@@ -302,7 +303,7 @@ def _most_pieces(heads: int, kv_heads: int, rules: Rules) -> int:
 
 
 def _lowest(scores: LayerScores, count: int, whole: bool) -> tuple[int, ...]:
-    """The heads of a layer that go: what is dead first, then the lowest scores."""
+    """The heads of a layer that go: pruned ones first, then the lowest scores."""
     heads = scores.heads
 
     def rank(head: int) -> tuple[bool, float, int]:
@@ -313,7 +314,7 @@ def _lowest(scores: LayerScores, count: int, whole: bool) -> tuple[int, ...]:
         return tuple(sorted(h for group in groups for h in sorted(group, key=rank)[:count]))
 
     def group_rank(group: list[int]) -> tuple[float, int]:
-        living = [float(scores.values[h]) for h in group if h not in scores.pruned]
-        return sum(living), group[0]
+        scores_left = [float(scores.values[h]) for h in group if h not in scores.pruned]
+        return sum(scores_left), group[0]
 
     return tuple(sorted(h for group in sorted(groups, key=group_rank)[:count] for h in group))

@@ -1,4 +1,4 @@
-"""Durable writes: the one place where this program puts bytes on a disk for good.
+"""Durable writes: the only code that puts bytes on a disk for good.
 
 A file appears under its final name whole or not at all, whatever kills the process or the machine:
 
@@ -54,7 +54,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; on a clean exit it becomes `path`, else it is removed.
+    """Open a temporary file next to `path`; on a clean exit it becomes `path`, else it is removed.
 
     With `size` the space is reserved first, so that a full disk is found before any work is done.
     Raises `CheckpointError` where the folder is missing, read-only or full.
@@ -128,7 +128,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def require_space(target: Path, size: int) -> None:
-    """Raise `CheckpointError` unless the disk under `target` has room for `size` more bytes."""
+    """Raise `CheckpointError` unless the disk under `target` has space for `size` more bytes."""
     free = _free_bytes(target)
     if free is not None and free < size:
         raise CheckpointError(

@@ -69,7 +69,7 @@ class DirectoryLock:
         return False
 
     @property
-    def held(self) -> bool:
+    def locked(self) -> bool:
         """Whether this object still holds the lock."""
         return self._descriptor is not None
 

@@ -96,11 +96,11 @@ def _check_content(path: Path, content: dict[str, Any], text: bytes) -> None:
 
 def _check_size(path: Path, size: int) -> None:
     try:
-        found = path.stat().st_size
+        actual = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {durable.describe(error)}.") from None
-    if found != size:
-        raise CheckpointError(f"{path} is damaged: it has {found} bytes and should have {size}.")
+    if actual != size:
+        raise CheckpointError(f"{path} is damaged: it has {actual} bytes and should have {size}.")
 
 
 def _own_hash(content: dict[str, Any]) -> str:

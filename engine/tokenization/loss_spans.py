@@ -1,8 +1,8 @@
-"""Finds, in a rendered conversation, the characters that the model is to learn.
+"""Find the characters of a rendered conversation that contribute to the loss.
 
-These are, for every trained assistant message, what the model itself would write: the text after
-the generation prompt up to and including the end-of-turn token, and nothing after it. Three ways,
-in order of preference:
+These are, for every assistant message that contributes, what the model itself would write: the text
+after the generation prompt up to and including the end-of-turn token, and nothing after it. Three
+methods, in order of preference:
 
 1. The template marks it with `{% generation %}`.
 2. Prefixes: messages[:i] with the generation prompt give the start, messages[:i+1] the end, if
@@ -111,7 +111,7 @@ class SpanFinder:
         known: tuple[int | None, int | None],
         render: Render,
     ) -> Span:
-        """Way 3 of the module's docstring for one message; `known` is what way 2 found of it."""
+        """Method 3 of the module's docstring for one message; `known` is what method 2 gave."""
         marker = _marker(text)
         counts = dict.fromkeys((len(messages), turn + 1))
         swapped = render([Job(count, replace=(turn, marker)) for count in counts])
@@ -140,7 +140,7 @@ class SpanFinder:
     def _refuse_hidden(
         self, messages: Sequence[Mapping[str, Any]], text: str, spans: Sequence[Span]
     ) -> None:
-        """Refuse a template that leaves out what a message says: only its end would be learnt."""
+        """Refuse a template that leaves out what a message says: only its end would contribute."""
         turns = [index for index, message in enumerate(messages) if contributes_to_loss(message)]
         if len(turns) != len(spans):
             return
@@ -217,8 +217,8 @@ def _marker(text: str) -> str:
 
 def _around(rendered: Rendered, marker: str) -> tuple[str, str | None]:
     """What stands before and after the marker; no tail unless it occurs exactly once."""
-    head, found, tail = rendered.text.partition(marker)
-    usable = rendered.error is None and found and marker not in tail
+    head, separator, tail = rendered.text.partition(marker)
+    usable = rendered.error is None and separator and marker not in tail
     return head, tail if usable else None
 
 
@@ -236,7 +236,7 @@ def _agreed(head: str, text: str) -> int | None:
 
 def _lost(turn: int) -> ConversationError:
     return ConversationError(
-        f"The chat template changes messages[{turn}] so much that its place in the text cannot be "
+        f"The chat template changes messages[{turn}] so much that its part of the text cannot be "
         f"found. {_ADVICE}"
     )
 

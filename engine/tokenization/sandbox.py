@@ -213,7 +213,7 @@ class TemplateProcess:
             )
         if kind == "syntax":
             raise DataError(
-                f"{self._name} is not a valid Jinja template: {message}. Mend the template."
+                f"{self._name} is not a valid Jinja template: {message}. Fix the template."
             )
         return Rendered(error=message)
 
@@ -227,5 +227,5 @@ def _end(process: subprocess.Popen[str]) -> None:
             try:
                 stream.close()
             except BrokenPipeError:
-                continue  # Unsent bytes to a process that is gone are of no use.
+                continue  # Unsent bytes to a process that has ended are of no use.
     process.wait()

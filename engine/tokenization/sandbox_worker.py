@@ -214,12 +214,12 @@ class Renderer:
 
 
 def _with_content(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message saying only `text`: no tool calls, whose place the text takes."""
+    """The message saying only `text`: the text replaces its tool calls."""
     content: Any = text
     if isinstance(message.get("content"), list):
         content = [{"type": "text", "text": text}]
-    kept = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**kept, "content": content}
+    others = {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**others, "content": content}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
         config: tokenizer_config.json (`legacy` and `add_prefix_space` are used here).
 
     Raises:
-        CheckpointError: the file is damaged, uses an algorithm besides BPE and Unigram, or
+        CheckpointError: the file is damaged, uses an algorithm other than BPE and Unigram, or
             cannot be reproduced exactly.
     """
     try:
@@ -191,7 +191,7 @@ def _build(model: ModelFile, prefix: bool, legacy: bool) -> Tokenizer:
 
 
 def _merges(model: ModelFile, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the best piece first.
+    """Every pair of pieces that makes a third, the best piece first.
 
     SentencePiece joins the neighbours whose union has the best score, and of equal ones the
     first; it never joins characters to a control or byte piece. The order of the ids is not that

@@ -3,7 +3,7 @@
 Ids equal those of transformers: tokens that tokenizer_config.json adds are added; what stands
 around a text is decided by the post-processor of a tokenizer.json, and by `add_bos_token` and
 `add_eos_token` of tokenizer_config.json for a tokenizer.model (which has none). What the tokenizer
-puts before and after a text is kept apart from the encoding itself, so that a rendered
+puts before and after a text is separate from the encoding itself, so that a rendered
 chat, which brings its own BOS token, never gets a second one.
 """
 
@@ -185,7 +185,7 @@ class Tokenizer:
                 [eos] if add_eos and eos is not None else [],
             )
         encoding = self._backend.encode("a", add_special_tokens=True)
-        text = [place for place, added in enumerate(encoding.special_tokens_mask) if not added]
+        text = [index for index, added in enumerate(encoding.special_tokens_mask) if not added]
         if not text:
             return list(encoding.ids), []
         return list(encoding.ids[: text[0]]), list(encoding.ids[text[-1] + 1 :])
@@ -222,7 +222,7 @@ def load_tokenizer(source: "ModelSource") -> Tokenizer:
     else:
         raise CheckpointError(
             f"{where}: the model has no tokenizer; expected a tokenizer.json or a SentencePiece "
-            "tokenizer.model beside the weights. Copy it from the model it was made from."
+            "tokenizer.model in the folder of the weights. Copy it from the model it was made from."
         )
     _add_declared(backend, config, files, where)
     named = _named_tokens(config, files)

@@ -1,4 +1,6 @@
-"""LoRA pairs of experts in PEFT's fused form, for the families whose experts it knows no other way.
+"""LoRA pairs of experts in PEFT's fused form.
+
+It is written for the families whose experts PEFT knows in no other form.
 
 transformers 5 holds a mixture's experts as two parameters, and PEFT (0.18 and later) adapts those
 by `target_parameters`, with one pair for all experts of a parameter:
@@ -6,7 +8,7 @@ by `target_parameters`, with one pair for all experts of a parameter:
     <mlp>.experts.base_layer.lora_A.weight  (E 2 r, H)       lora_B.weight  (2 I, 2 r E)    gate_up
     <mlp>.experts.lora_A.weight             (E r, I)         lora_B.weight  (H, r E)        down
 
-A has the experts one below the other, B has them in the last place of its columns. The pairs of
+A has the experts one below the other; in B they are the last index of its columns. The pairs of
 gate and up become one of twice the rank, whose B is block diagonal, so that nothing changes; rank
 and alpha of `gate_up_proj` are doubled in the configuration. Both parameters are always there: one
 that is not adapted has a pair of zeros.
@@ -55,39 +57,39 @@ def is_ours(raw: Mapping[str, Any]) -> bool:
 def fuse(tensors: Mapping[str, Parts]) -> dict[str, Parts]:
     """`tensors` with the pairs (A, B) of all experts of a parameter in one, by PEFT's names."""
     fused: dict[str, Parts] = {}
-    rooms: dict[str, dict[str, dict[int, Parts]]] = {}
+    mixtures: dict[str, dict[str, dict[int, Parts]]] = {}
     for module, parts in tensors.items():
-        room, found, tail = module.partition(EXPERTS)
-        if not found:
+        path, separator, tail = module.partition(EXPERTS)
+        if not separator:
             fused[module] = parts
             continue
         expert, _, projection = tail.partition(".")
-        place = rooms.setdefault(f"{room}{EXPERTS[:-1]}", {}).setdefault(projection, {})
-        place[int(expert)] = parts
-    for room, projections in rooms.items():
+        experts = mixtures.setdefault(f"{path}{EXPERTS[:-1]}", {}).setdefault(projection, {})
+        experts[int(expert)] = parts
+    for path, projections in mixtures.items():
         pairs = {name: _stacked(experts) for name, experts in projections.items()}
         joint, down = _completed(pairs)
-        fused[f"{room}.base_layer"], fused[room] = _flattened(*joint), _flattened(*down)
+        fused[f"{path}.base_layer"], fused[path] = _flattened(*joint), _flattened(*down)
     return fused
 
 
 def divide(pairs: Mapping[str, Parts], rank: int) -> dict[str, Parts]:
     """The inverse of `fuse`. Raises `ValueError` where B of gate and up is not block diagonal."""
-    room_end = EXPERTS[:-1]
-    found: dict[str, Parts] = {}
+    ending = EXPERTS[:-1]
+    result: dict[str, Parts] = {}
     for module, parts in pairs.items():
-        room = module.removesuffix(".base_layer")
-        if not room.endswith(room_end):
-            found[module] = parts
+        path = module.removesuffix(".base_layer")
+        if not path.endswith(ending):
+            result[module] = parts
             continue
-        joint = room != module
+        joint = path != module
         a, b = _unflattened(parts[0], parts[1], 2 * rank if joint else rank)
         halves = _halves(module, a, b, rank) if joint else {"down_proj": (a, b)}
         halves = {name: pair for name, pair in halves.items() if bool(pair[0].any())}
         for projection, (half_a, half_b) in halves.items():
             for expert, pair in enumerate(zip(half_a, half_b, strict=True)):
-                found[f"{room}.{expert}.{projection}"] = (pair[0].clone(), pair[1].clone())
-    return found
+                result[f"{path}.{expert}.{projection}"] = (pair[0].clone(), pair[1].clone())
+    return result
 
 
 def _stacked(experts: dict[int, Parts]) -> tuple[Tensor, Tensor]:

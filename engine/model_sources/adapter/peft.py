@@ -52,7 +52,7 @@ _MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)")
 _LEGACY = ("adapter_model.bin", "adapter_model.pt")
 Pairs = dict[str, tuple[torch.Tensor, ...]]
 """Module path -> (A, B), under DoRA (A, B, magnitude)."""
-# Written as they are, beside the keys of `AdapterConfig`.
+# Written as they are, next to the keys of `AdapterConfig`.
 _CONSTANT: dict[str, Any] = {
     "alpha_pattern": {},
     "auto_mapping": None,
@@ -186,7 +186,7 @@ def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
 
 
 def _read_pairs(file: SafetensorsFile) -> Pairs:
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    modules: dict[str, dict[str, torch.Tensor]] = {}
     odd = []
     for name in file.keys():  # noqa: SIM118
         for part, feature in _TENSOR_FEATURES.items():
@@ -198,13 +198,13 @@ def _read_pairs(file: SafetensorsFile) -> Pairs:
         if match is None or not file.dtype(name).is_floating_point:
             odd.append(f"{name} {list(file.shape(name))}")
             continue
-        found.setdefault(match[1], {})[match[2]] = file.tensor(name).to(torch.float32, copy=True)
+        modules.setdefault(match[1], {})[match[2]] = file.tensor(name).to(torch.float32, copy=True)
     odd += [
         f"{module} has {' and '.join(parts)} only"
-        for module, parts in found.items()
+        for module, parts in modules.items()
         if not {"lora_A", "lora_B"} <= parts.keys()
     ]
-    if odd or not found:
+    if odd or not modules:
         raise CheckpointError(
             f"{file.path} does not hold pairs of lora_A.weight and lora_B.weight alone: "
             f"{listing(odd) or 'it is empty'}. A trained copy of a module (modules_to_save) or "
@@ -213,7 +213,7 @@ def _read_pairs(file: SafetensorsFile) -> Pairs:
     order = ("lora_A", "lora_B", "lora_magnitude_vector")
     return {
         module: tuple(parts[part] for part in order if part in parts)
-        for module, parts in found.items()
+        for module, parts in modules.items()
     }
 
 
@@ -282,7 +282,7 @@ def _to_json(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _of_experts(config: AdapterConfig, modules: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration of an adapter of experts says beside, or otherwise.
+    """What the configuration of an adapter of experts says in addition, or otherwise.
 
     For the families whose divided experts PEFT knows it takes `gate_proj` and its like in
     `target_modules` to mean the experts and nothing else; it finds shared experts and dense layers

@@ -230,7 +230,7 @@ def _candidates(
     those points has the slope original / (high - 1) and the intercept -1 / (high - 1).
     """
     top = float(target.max())
-    found = [
+    candidates = [
         (factor, 4.0, 2**power)
         for factor in dict.fromkeys((top, 8.0, 32.0, 16.0, 4.0, 2.0))
         for power in (13, *range(4, 13), *range(14, 21))
@@ -244,8 +244,8 @@ def _candidates(
         slope, intercept = torch.linalg.lstsq(design, smooth[:, None]).solution[:, 0].tolist()
         if slope > 0 and intercept < 0:
             high = 1 - 1 / intercept
-            found += [
+            candidates += [
                 (top, rounded, round(slope * (rounded - 1)))
                 for rounded in (float(round(high)), round(high, 3))
             ]
-    return found
+    return candidates

@@ -147,9 +147,9 @@ class GGUFFile:
             raise self._damaged(
                 f"general.alignment is {align!r}; expected a power of two up to 4096"
             )
-        self._place(table, -(-self._position // align) * align, align)
+        self._set_offsets(table, -(-self._position // align) * align, align)
 
-    def _place(self, table: list[tuple[str, TensorInfo]], base: int, align: int) -> None:
+    def _set_offsets(self, table: list[tuple[str, TensorInfo]], base: int, align: int) -> None:
         """Turn offsets into positions in the file; refuse overlaps and what lies outside it."""
         stop, last = base, ""
         for name, info in sorted(table, key=lambda item: item[1].start):

@@ -1,4 +1,4 @@
-"""How byte-level BPE tokenizers cut text into words, by the names llama.cpp gives the ways.
+"""Pre-tokenizer regexes, keyed by llama.cpp's `tokenizer.ggml.pre`.
 
 A GGUF file does not hold the rule, only its name in `tokenizer.ggml.pre`. Each rule here is the one
 in the tokenizer.json of the models it is named after; llama.cpp reproduces the same

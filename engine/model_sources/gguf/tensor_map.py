@@ -1,4 +1,4 @@
-"""Where the tensors of a Hugging Face checkpoint stand in a GGUF file, and what they were there.
+"""Map the tensors of a Hugging Face model to those of a GGUF file.
 
 llama.cpp has its own names, and its converter changes some tensors. Read back are:
 
@@ -9,8 +9,8 @@ llama.cpp has its own names, and its converter changes some tensors. Read back a
   the convolution (C, J) has lost its middle dimension.
 - qwen3next: the rows of q, k, v and z of all key heads stand together, where Hugging Face has
   those of one key head together. Files of 2025 hold Hugging Face's order, as `ssm_in`.
-- qwen35, qwen35moe: value heads are tiled, j beside key head j mod Hk, where Hugging Face groups
-  them, j beside key head j // r.
+- qwen35, qwen35moe: value heads are tiled, j reads key head j mod Hk, where Hugging Face groups
+  them, j reads key head j // r.
 
 Source: llama.cpp's converter and model loader (MIT), as of August 2026.
 """
@@ -72,7 +72,7 @@ _TILED = ("qwen3_5_text", "qwen3_5_moe_text")
 
 @dataclass(frozen=True)
 class Source:
-    """One tensor of a checkpoint: `tensors` of the GGUF file, name -> shape, and the way back.
+    """One tensor of a model: `tensors` of the GGUF file, name -> shape, and how to restore it.
 
     `restore` takes them in that order; of each only entry `entry` of its first dimension where
     that is given.
@@ -174,9 +174,9 @@ def _delta_net(
 
 def _stored(present: Mapping[str, Shape], name: str, shape: Shape) -> Shape:
     """The file's shape of tensor `name`, of which dimensions of 1 may have been dropped."""
-    found = present.get(name, shape)
-    same = [size for size in found if size != 1] == [size for size in shape if size != 1]
-    return found if same else shape
+    stored = present.get(name, shape)
+    same = [size for size in stored if size != 1] == [size for size in shape if size != 1]
+    return stored if same else shape
 
 
 def undo_permutation(tensor: Tensor, heads: int) -> Tensor:

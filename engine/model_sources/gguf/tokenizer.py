@@ -172,7 +172,7 @@ class _Vocabulary:
         ]
 
     def config(self) -> dict[str, Any]:
-        """What tokenizer_config.json holds beside the flags for BOS and EOS."""
+        """What tokenizer_config.json holds in addition to the flags for BOS and EOS."""
         architecture = self.metadata.get("general.architecture")
         named = {
             name: self.tokens[number] for name, number in self.ids.items() if number is not None
@@ -219,7 +219,7 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     rule = splitting(pre, architecture, vocabulary.tokens)
     if rule is None:
         raise ConfigError(
-            f"{vocabulary.source}: it cuts text into words in the way {pre!r}, which is not known; "
+            f"{vocabulary.source}: its pre-tokenizer is {pre!r}, which is not known; "
             f"known are {', '.join(sorted(RULES))}. Use the model's Hugging Face directory."
         )
     vocab = vocabulary.mapping(_spellings(vocabulary))
@@ -288,20 +288,20 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
 
 
 def _merges_by_score(vocabulary: _Vocabulary, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a token from two others, the best score first.
+    """Every pair of tokens that makes a third, the best score first.
 
     Ties go to the longer left part, then to the longer right part, then to the lower ids.
     """
     scores = vocabulary.array("scores", 0.0)
     made = (_NORMAL, _USER_DEFINED, _UNUSED)
-    found = [
+    merges = [
         (-float(scores[number]), -cut, cut - len(text), vocab[text[:cut]], vocab[text[cut:]], text)
         for text, number in vocab.items()
         if vocabulary.types[number] in made
         for cut in range(1, len(text))
         if text[:cut] in vocab and text[cut:] in vocab
     ]
-    return [(text[:-left], text[-left:]) for _, left, _, _, _, text in sorted(found)]
+    return [(text[:-left], text[-left:]) for _, left, _, _, _, text in sorted(merges)]
 
 
 def _set_template(

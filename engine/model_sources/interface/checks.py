@@ -30,15 +30,15 @@ def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
 
 
 def match_tensors(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
+    present: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
     """Raise a `CheckpointError` that lists every missing, surplus or misshapen tensor."""
-    missing = [f"{name} {list(expected[name])}" for name in expected if name not in found]
-    surplus = [f"{name} {list(found[name])}" for name in found if name not in expected]
+    missing = [f"{name} {list(expected[name])}" for name in expected if name not in present]
+    surplus = [f"{name} {list(present[name])}" for name in present if name not in expected]
     wrong = [
-        f"{name} is {list(found[name])}, expected {list(expected[name])}"
+        f"{name} is {list(present[name])}, expected {list(expected[name])}"
         for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
+        if name in present and tuple(present[name]) != tuple(expected[name])
     ]
     if missing or surplus or wrong:
         parts = [

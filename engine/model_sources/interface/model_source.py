@@ -63,7 +63,7 @@ class ModelSource(Protocol):
         """The Jinja text of the default chat template, or None where the source has none."""
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:
-        """Relative name -> content of every file to put beside a model saved from this one."""
+        """Relative name -> content of every other file of a model saved from this one."""
 
     def digest(self) -> str:
         """SHA-256 in hexadecimal that tells this model from another; see `quick_digest`."""

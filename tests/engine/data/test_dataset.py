@@ -96,11 +96,11 @@ def test_gzipped_lines_with_carriage_returns_and_a_byte_order_mark(tmp_path: Pat
 def test_ratings_and_categories_filter_and_are_counted(tmp_path: Path) -> None:
     rows = [{**PAIR, "rating": n, "category": "ab"[n % 2]} for n in range(1, 6)] + [PAIR]
     path = write(tmp_path / "d.jsonl", *rows)
-    kept, report = read_rows(path, min_rating=3)
-    assert [row.rating for row in kept] == [3, 4, 5]
+    rows_left, report = read_rows(path, min_rating=3)
+    assert [row.rating for row in rows_left] == [3, 4, 5]
     assert (report.read, report.below_rating, report.unrated) == (6, 2, 1)
-    kept, report = read_rows(path, category=["a"])
-    assert [row.rating for row in kept] == [2, 4]
+    rows_left, report = read_rows(path, category=["a"])
+    assert [row.rating for row in rows_left] == [2, 4]
     assert report.other_category == 4
 
 
@@ -127,22 +127,22 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "place", "words"), BAD_ROWS, ids=range(len(BAD_ROWS)))
+@pytest.mark.parametrize(("line", "position", "words"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_a_bad_row_stops_the_load_with_file_line_and_column(
-    line: bytes, place: str, words: str, tmp_path: Path
+    line: bytes, position: str, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "d.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b"\n" + line + b"\n")
     with pytest.raises(DataError) as caught:
         load_rows(path)
     message = str(caught.value)
-    assert f"{path}{place}" in message
+    assert f"{path}{position}" in message
     assert words in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "words"),
+    ("text", "position", "words"),
     [
         (
             '[\n{"prompt": "q", "response": "a"},\n  {"prompt": nope}\n]',
@@ -156,13 +156,13 @@ def test_a_bad_row_stops_the_load_with_file_line_and_column(
     ],
 )
 def test_a_broken_array_is_refused_with_its_place_even_when_bad_rows_are_skipped(
-    text: str, place: str, words: str, tmp_path: Path
+    text: str, position: str, words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "d.json"
     path.write_text(text)
     with pytest.raises(DataError, match=words) as caught:
         load_rows(path, bad_lines="skip")
-    assert f"{path}{place}" in str(caught.value)
+    assert f"{path}{position}" in str(caught.value)
 
 
 def test_bad_rows_can_be_skipped_and_are_counted_with_their_places(tmp_path: Path) -> None:

@@ -71,16 +71,16 @@ def test_the_order_is_the_same_in_another_process(pairs: list[Row]) -> None:
 
 
 def test_no_module_is_on_both_sides_and_no_held_out_text_was_seen(pairs: list[Row]) -> None:
-    train, held = split_by_module(pairs, 0.15)
-    modules = [{name(row).split(".")[0] for row in part} for part in (train, held)]
+    train, heldout_rows = split_by_module(pairs, 0.15)
+    modules = [{name(row).split(".")[0] for row in part} for part in (train, heldout_rows)]
     assert not modules[0] & modules[1]
-    assert 0.05 < len(held) / len(pairs) < 0.3
+    assert 0.05 < len(heldout_rows) / len(pairs) < 0.3
     seen = {line.strip() for row in train for line in answer(row).splitlines()}
     copied = [
-        row for row in held
+        row for row in heldout_rows
         if all(line.strip() in seen for line in answer(row).splitlines() if line.strip())
     ]  # fmt: skip
-    assert len(copied) <= 0.02 * len(held)
+    assert len(copied) <= 0.02 * len(heldout_rows)
 
 
 def test_held_out_rows_that_repeat_a_training_text_are_left_out() -> None:
@@ -91,17 +91,17 @@ def test_held_out_rows_that_repeat_a_training_text_are_left_out() -> None:
     body = "open the file that has this name and return a new descriptor for it"
     same = [row(f"m{n}", f"Variant {n}: {body}") for n in range(40)]
     own = [row(f"m{n}", " ".join(f"word{n}x{i}" for i in range(12))) for n in range(40)]
-    train, held = split_by_module([*same, *own], 0.3)
+    train, heldout_rows = split_by_module([*same, *own], 0.3)
     assert 20 < len([item for item in train if item in same]) < 40
-    assert held
-    assert not [item for item in held if item in same]
+    assert heldout_rows
+    assert not [item for item in heldout_rows if item in same]
 
 
 def test_the_files_are_read_back_as_rows(tmp_path: Path) -> None:
-    train, trained, heldout, held = write_docstrings(tmp_path / "new" / "folder", limit=200)
+    train, trained, heldout, count = write_docstrings(tmp_path / "new" / "folder", limit=200)
     rows = load_rows([train, heldout], min_rating=5)
-    assert len(rows) == trained + held <= 200
-    assert held > 0
+    assert len(rows) == trained + count <= 200
+    assert count > 0
     assert rows[0].schema_version == "docstrings-1"
 
 

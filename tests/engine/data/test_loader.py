@@ -59,18 +59,18 @@ def test_a_batch_depends_on_seed_epoch_and_index_only(packing: bool) -> None:
     def batches(order: list[tuple[int, int]], seed: int = 7) -> dict[tuple[int, int], list[int]]:
         plan = BatchPlan(LENGTHS, 4, seed=seed, packing=packing, max_length=64)
         result = {}
-        for place in order:
+        for step in order:
             random.random()
             np.random.rand()  # noqa: NPY002 - the global generator must not matter
             torch.rand(1)
-            result[place] = plan.batch(*place)
+            result[step] = plan.batch(*step)
         return result
 
-    places = [(epoch, index) for epoch in range(3) for index in range(5)]
-    forwards = batches(places)
-    backwards = batches(places[::-1])
+    steps = [(epoch, index) for epoch in range(3) for index in range(5)]
+    forwards = batches(steps)
+    backwards = batches(steps[::-1])
     assert forwards == backwards
-    assert forwards != batches(places, seed=8)
+    assert forwards != batches(steps, seed=8)
 
 
 def test_packed_bins_hold_the_budget_and_are_as_many_in_every_epoch() -> None:
@@ -110,20 +110,20 @@ def rows(questions: list[str]) -> list[Row]:
 
 def test_the_held_out_part_has_its_size_and_shares_no_question() -> None:
     data = rows([f"q{n // 2}" for n in range(200)])
-    train, held = split_heldout(data, 0.1, seed=1)
-    assert len(held) == 20
-    assert sorted(row.line for row in train + held) == list(range(200))
+    train, heldout = split_heldout(data, 0.1, seed=1)
+    assert len(heldout) == 20
+    assert sorted(row.line for row in train + heldout) == list(range(200))
     assert [row.line for row in train] == sorted(row.line for row in train)
-    asked = [{row.messages[0]["content"] for row in part} for part in (train, held)]
+    asked = [{row.messages[0]["content"] for row in part} for part in (train, heldout)]
     assert not asked[0] & asked[1]
-    assert split_heldout(data, 0.1, seed=1) == (train, held)
-    assert split_heldout(data, 0.1, seed=2) != (train, held)
+    assert split_heldout(data, 0.1, seed=1) == (train, heldout)
+    assert split_heldout(data, 0.1, seed=2) != (train, heldout)
 
 
 def test_small_sets_keep_a_row_on_each_side() -> None:
     assert split_heldout(rows(["a", "b"]), 0.01, 0)[1]
-    train, held = split_heldout(rows(["a", "b", "c"]), 0.99, 0)
-    assert (len(train), len(held)) == (1, 2)
+    train, heldout = split_heldout(rows(["a", "b", "c"]), 0.99, 0)
+    assert (len(train), len(heldout)) == (1, 2)
     assert split_heldout(rows(["a", "a"]), 0.5, 0)[1] == []
     assert split_heldout(rows(["a", "b"]), 0.0, 0)[1] == []
     with pytest.raises(ValueError):

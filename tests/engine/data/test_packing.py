@@ -19,15 +19,15 @@ def test_every_item_is_packed_once_and_no_bin_overflows(lengths: list[int], budg
 
 def reference(lengths: list[int], budget: int) -> list[int]:
     """Best fit by looking at every bin; the free space of the bins, sorted."""
-    rooms: list[int] = []
+    spaces: list[int] = []
     for size in sorted(lengths, reverse=True):
-        fitting = [room for room in rooms if room >= size]
+        fitting = [space for space in spaces if space >= size]
         if fitting:
-            rooms.remove(min(fitting))
-            rooms.append(min(fitting) - size)
+            spaces.remove(min(fitting))
+            spaces.append(min(fitting) - size)
         else:
-            rooms.append(budget - size)
-    return sorted(rooms)
+            spaces.append(budget - size)
+    return sorted(spaces)
 
 
 @settings(max_examples=150, deadline=None)

@@ -117,13 +117,13 @@ def test_a_download_takes_no_pickles_or_duplicates(
             "consolidated.safetensors",
             "model.gguf",
         ]
-        kept = [
+        downloaded = [
             name
             for name in names
             if any(fnmatch(name, pattern) for pattern in allow_patterns)
             and not any(fnmatch(name, pattern) for pattern in ignore_patterns)
         ]
-        assert kept == names[:4]
+        assert downloaded == names[:4]
         return str(golden("llama"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)

@@ -52,8 +52,8 @@ def rises(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
     words = [sys.executable, str(CHILD), str(folder), json.dumps(RAW), json.dumps([SHALLOW, DEEP])]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    found: list[dict[str, int]] = json.loads(done.stdout)
-    return found
+    figures: list[dict[str, int]] = json.loads(done.stdout)
+    return figures
 
 
 def test_a_merge_holds_one_tensor_however_deep_the_model(rises: list[dict[str, int]]) -> None:
@@ -95,8 +95,8 @@ def test_what_is_not_finite_is_found_in_every_part_without_a_copy_of_the_whole()
         assert _all_finite(values)
     own = values.untyped_storage().nbytes()
     assert meter.peak.bytes - own <= 2 * 4 * _PART
-    for place in (0, _PART, 2 * _PART - 1, 3 * _PART + 4):
+    for index in (0, _PART, 2 * _PART - 1, 3 * _PART + 4):
         for bad in (torch.inf, -torch.inf, torch.nan):
-            values[place] = bad
+            values[index] = bad
             assert not _all_finite(values)
-        values[place] = 0
+        values[index] = 0

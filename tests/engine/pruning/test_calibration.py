@@ -37,7 +37,9 @@ def examples() -> list[Example]:
 def outputs(model: Decoder) -> dict[int, Linear]:
     """Layer -> o_proj, of the layers that have attention."""
     attentions = {index: layer.self_attn for index, layer in enumerate(model.layers)}
-    return {index: found.o_proj for index, found in attentions.items() if found is not None}
+    return {
+        index: attention.o_proj for index, attention in attentions.items() if attention is not None
+    }
 
 
 def losses(model: Decoder) -> torch.Tensor:
@@ -56,19 +58,19 @@ def test_gradient_is_the_slope_of_the_loss_in_the_size_of_the_head(
     model = load_model(golden(family), dtype=torch.float64)
     dim, step = model.config.head_dim, 1e-6
     layers = outputs(model)
-    found = gradients(model, list(layers), examples())
+    measured = gradients(model, list(layers), examples())
     tokens = sum(len(example) - 1 for example in examples())
-    for scores, linear in zip(found, layers.values(), strict=True):
+    for scores, linear in zip(measured, layers.values(), strict=True):
         for head in range(4):
             slopes = torch.zeros(3, dtype=torch.float64)
             with torch.no_grad():
                 assert isinstance(linear.weight, torch.Tensor)
                 block = linear.weight[:, head * dim : head * dim + dim]
-                kept = block.clone()
+                before = block.clone()
                 for sign in (1, -1):
-                    block.copy_(kept * (1 + sign * step))
+                    block.copy_(before * (1 + sign * step))
                     slopes += sign * losses(model) / (2 * step)
-                block.copy_(kept)
+                block.copy_(before)
             want = float(slopes.abs().sum()) / tokens
             assert float(scores[head]) == pytest.approx(want, rel=1e-5)
 
@@ -78,7 +80,7 @@ def test_activation_is_the_mean_length_of_what_a_head_adds(golden: Golden, famil
     """What a head of one layer adds is the output with it less the output without it."""
     model = load_model(golden(family), dtype=torch.float64)
     layer = next(iter(outputs(model)))
-    (found,) = activations(model, [layer], examples())
+    (measured,) = activations(model, [layer], examples())
     attention, dim = model.layers[layer].self_attn, model.config.head_dim
     assert attention is not None and isinstance(attention.o_proj.weight, torch.Tensor)
     caught: list[torch.Tensor] = []
@@ -101,11 +103,11 @@ def test_activation_is_the_mean_length_of_what_a_head_adds(golden: Golden, famil
         whole = outcome()
         for head in range(4):
             block = attention.o_proj.weight[:, head * dim : head * dim + dim]
-            kept = block.clone()
+            before = block.clone()
             block.zero_()
             want = (whole - outcome()).norm(dim=1).mean()
-            block.copy_(kept)
-            assert float(found[head]) == pytest.approx(float(want), rel=1e-5)
+            block.copy_(before)
+            assert float(measured[head]) == pytest.approx(float(want), rel=1e-5)
 
 
 def test_activation_does_not_depend_on_how_rows_are_grouped(
@@ -142,11 +144,13 @@ def test_a_model_is_pruned_by_what_rows_show(
             assert sum(layer["scores"]) == pytest.approx(4)
     again = prune(tmp_path / "out", None, replace(settings, fraction=0.5)).record
     assert again["units"] == {"before": 6, "asked": 3, "removed": 3}
-    gone = [(layer["layer"], head) for layer in again["layers"] for head in layer["pruned_before"]]
-    assert sorted(gone) == sorted(
+    pruned = [
+        (layer["layer"], head) for layer in again["layers"] for head in layer["pruned_before"]
+    ]
+    assert sorted(pruned) == sorted(
         (layer["layer"], head) for layer in record["layers"] for head in layer["pruned"]
     )
-    assert all(again["layers"][layer]["scores"][head] == 0 for layer, head in gone)
+    assert all(again["layers"][layer]["scores"][head] == 0 for layer, head in pruned)
 
 
 def test_only_the_asked_number_of_rows_is_run(
@@ -157,8 +161,8 @@ def test_only_the_asked_number_of_rows_is_run(
 
     def values(data: Path, rows: int) -> torch.Tensor:
         how = Calibration((str(data),), rows=rows, device="cpu")
-        found = measured_scores(checkpoint, layers, "activation", how)
-        return torch.stack([scores.values for scores in found])
+        measured = measured_scores(checkpoint, layers, "activation", how)
+        return torch.stack([scores.values for scores in measured])
 
     three, nine = write_rows(3, "three.jsonl"), write_rows(9, "nine.jsonl")
     assert torch.equal(values(three, 64), values(nine, 3))

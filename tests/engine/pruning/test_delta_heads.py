@@ -123,14 +123,14 @@ def test_measured_scores_are_those_of_taking_a_head_out(golden: Golden, family: 
 
     whole, _ = outcome()
     for head in range(mixer.value_heads):
-        kept = columns[:, head].clone()
+        before = columns[:, head].clone()
         columns[:, head] = 0
         added = (whole - outcome()[0]).norm(dim=1).mean()
         slope = torch.zeros(2, dtype=torch.float64)
         for sign in (1, -1):
-            columns[:, head] = kept * (1 + sign * step)
+            columns[:, head] = before * (1 + sign * step)
             slope += sign * outcome()[1] / (2 * step)
-        columns[:, head] = kept
+        columns[:, head] = before
         assert float(lengths[head]) == pytest.approx(float(added), rel=1e-5)
         assert float(slopes[head]) == pytest.approx(float(slope.abs().sum()) / 38, rel=1e-5)
 
@@ -141,9 +141,11 @@ def test_pruning_both_kinds_keeps_both_off(golden: Golden, tmp_path: Path, logit
         first = prune(model, tmp_path / f"{mode}1", PruneSettings(fraction=0.5, mode=mode)).record
         second = run(tmp_path / f"{mode}1", tmp_path / f"{mode}2", mode=mode)
         assert first["kind"] == "attention" and second["kind"] == "delta"
-        found = read_pruning(tmp_path / f"{mode}2")
-        assert found is not None
-        assert set(found.heads) == {layer["layer"] for layer in first["layers"] + second["layers"]}
+        pruning = read_pruning(tmp_path / f"{mode}2")
+        assert pruning is not None
+        assert set(pruning.heads) == {
+            layer["layer"] for layer in first["layers"] + second["layers"]
+        }
     assert torch.allclose(logits(tmp_path / "zero2"), logits(tmp_path / "mask2"), atol=1e-12)
     (tmp_path / "mask2" / PRUNING).unlink()
     assert torch.equal(logits(tmp_path / "mask2"), logits(model))
@@ -151,8 +153,8 @@ def test_pruning_both_kinds_keeps_both_off(golden: Golden, tmp_path: Path, logit
 
 def test_a_pruned_head_stays_pruned_in_training(golden: Golden, tmp_path: Path) -> None:
     run(golden("qwen3_5"), tmp_path / "out")
-    found = read_pruning(tmp_path / "out")
-    assert found is not None
+    pruning = read_pruning(tmp_path / "out")
+    assert pruning is not None
     model = load_model(tmp_path / "out").requires_grad_(True)
     optimizer = AdamW8bit(model.parameters(), lr=1e-2, min_8bit_size=1)
     assert hold_pruned(model, optimizer, tmp_path / "out") == 2
@@ -161,11 +163,11 @@ def test_a_pruned_head_stays_pruned_in_training(golden: Golden, tmp_path: Path) 
         model.loss(ids, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for layer, gone in found.heads.items():
+    for layer, pruned in pruning.heads.items():
         mixer = model.layers[layer].linear_attn
         assert mixer is not None and isinstance(mixer.out_proj.weight, torch.Tensor)
         columns = mixer.out_proj.weight.detach().unflatten(1, (4, -1))
-        assert bool((columns[:, list(gone)] == 0).all())
+        assert bool((columns[:, list(pruned)] == 0).all())
 
 
 def test_the_configuration_says_how_many_heads_are_left(golden: Golden, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from engine.pruning.scores import LayerScores
 from models.head_slices import AttentionHeads
 
 
-def scores(layers: int, *dead: int) -> list[LayerScores]:
+def scores(layers: int, *pruned: int) -> list[LayerScores]:
     return [
-        LayerScores(AttentionHeads(n, 9, 3, 8, 8), torch.rand(9).double(), frozenset(dead))
+        LayerScores(AttentionHeads(n, 9, 3, 8, 8), torch.rand(9).double(), frozenset(pruned))
         for n in range(layers)
     ]
 
@@ -32,9 +32,9 @@ def test_a_picture_grows_with_the_model_and_shows_the_choice(tmp_path: Path) -> 
 
 
 def test_a_picture_leaves_out_what_was_gone(tmp_path: Path) -> None:
-    for name, dead in (("whole", ()), ("gone", (4,))):
+    for name, pruned in (("whole", ()), ("gone", (4,))):
         torch.manual_seed(1)
-        draw(scores(3, *dead), {}, "l2", tmp_path / name)
+        draw(scores(3, *pruned), {}, "l2", tmp_path / name)
     assert (tmp_path / "whole").read_bytes() != (tmp_path / "gone").read_bytes()
 
 

@@ -46,17 +46,17 @@ def config(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig
 
 def pruned(model: Path, target: Path, mode: Any) -> dict[int, tuple[int, ...]]:
     prune(model, target, PruneSettings(fraction=0.25, mode=mode, scope="layer"))
-    found = read_pruning(target)
-    assert found is not None and len(found.heads) == 2
-    return found.heads
+    pruning = read_pruning(target)
+    assert pruning is not None and len(pruning.heads) == 2
+    return pruning.heads
 
 
 def revived(folder: Path, heads: dict[int, tuple[int, ...]]) -> float:
     """The largest weight by which a pruned head reaches the output."""
     stored = load_file(folder / "model.safetensors")
     return max(
-        float(stored[O.format(layer)].unflatten(1, (4, -1))[:, list(gone)].abs().max())
-        for layer, gone in heads.items()
+        float(stored[O.format(layer)].unflatten(1, (4, -1))[:, list(numbers)].abs().max())
+        for layer, numbers in heads.items()
     )
 
 
@@ -96,10 +96,10 @@ def test_fine_tuning_never_revives_a_pruned_head(
     before, after = load_file(tmp_path / "pruned" / "model.safetensors"), load_file(
         out / "model.safetensors"
     )  # fmt: skip
-    for layer, gone in heads.items():
-        kept = [head for head in range(4) if head not in gone]
+    for layer, numbers in heads.items():
+        active = [head for head in range(4) if head not in numbers]
         change = (after[O.format(layer)] - before[O.format(layer)]).unflatten(1, (4, -1))
-        assert bool((change[:, kept].abs().amax((0, 2)) > 0).all())
+        assert bool((change[:, active].abs().amax((0, 2)) > 0).all())
     carried = read_pruning(out)
     assert carried is not None
     assert (carried.mode, carried.heads) == ("zero", heads)
@@ -155,8 +155,8 @@ def test_heads_of_hybrids_and_mixtures_stay_pruned(
     family: str, method: str, golden: Callable[[str], Path], tmp_path: Path
 ) -> None:
     prune(golden(family), tmp_path / "pruned", PruneSettings(fraction=0.5, scope="layer"))
-    found = read_pruning(tmp_path / "pruned")
-    assert found is not None
+    pruning = read_pruning(tmp_path / "pruned")
+    assert pruning is not None
     model = load_model(tmp_path / "pruned", quantize="nf4" if method == "qlora" else None)
     if method == "full":
         model.requires_grad_(True)
@@ -165,20 +165,22 @@ def test_heads_of_hybrids_and_mixtures_stay_pruned(
     optimizer = AdamW8bit(
         [p for p in model.parameters() if p.requires_grad], lr=1e-2, min_8bit_size=1
     )
-    assert hold_pruned(model, optimizer, tmp_path / "pruned") == sum(map(len, found.heads.values()))
+    assert hold_pruned(model, optimizer, tmp_path / "pruned") == sum(
+        map(len, pruning.heads.values())
+    )
     ids = torch.arange(3, 51)[None]
     for _ in range(3):
         model.loss(ids, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-    for layer, gone in found.heads.items():
+    for layer, numbers in pruning.heads.items():
         attention = model.layers[layer].self_attn
         assert attention is not None
         trained = attention.o_proj.weight if method == "full" else attention.o_proj.lora_A
         assert isinstance(trained, torch.Tensor)
         heads = trained.detach().unflatten(1, (4, -1))
-        kept = [head for head in range(4) if head not in gone]
-        assert bool((heads[:, list(gone)] == 0).all()) and bool((heads[:, kept] != 0).any())
+        active = [head for head in range(4) if head not in numbers]
+        assert bool((heads[:, list(numbers)] == 0).all()) and bool((heads[:, active] != 0).any())
 
 
 def test_a_structural_model_trains_freely(

@@ -122,9 +122,9 @@ def test_survivors_are_the_same_bytes(uneven: tuple[Path, dict[str, Any]], tmp_p
     for layer in record["layers"]:
         stay = [head for head in range(6) if head not in layer["pruned"]]
         groups = sorted({head // 2 for head in stay})
-        for leaf, kept in (("q_proj", stay), ("k_proj", groups), ("v_proj", groups)):
+        for leaf, left in (("q_proj", stay), ("k_proj", groups), ("v_proj", groups)):
             name = f"model.layers.{layer['layer']}.self_attn.{leaf}.weight"
-            assert torch.equal(before[name].unflatten(0, (-1, 8))[kept].flatten(0, 1), after[name])
+            assert torch.equal(before[name].unflatten(0, (-1, 8))[left].flatten(0, 1), after[name])
         name = f"model.layers.{layer['layer']}.self_attn.o_proj.weight"
         assert torch.equal(before[name].unflatten(1, (-1, 8))[:, stay].flatten(1), after[name])
 
@@ -244,7 +244,7 @@ def test_the_plan_knows_the_heads_of_every_layer(tmp_path: Path, gpu: bool) -> N
         model="m", data="d", batch_size=2, max_length=60, gradient_checkpointing="selective"
     )
     dtype = torch.bfloat16 if gpu else torch.float32
-    found = []
+    figures = []
     for heads in ([4, 2] * 5, [4] + [2] * 9, [4] * 10):
         lists = dict(zip(PER_LAYER, (heads, [n // 2 for n in heads]), strict=True))
         model = ModelConfig.from_dict(raw | {"num_hidden_layers": 10} | lists)
@@ -253,8 +253,8 @@ def test_the_plan_knows_the_heads_of_every_layer(tmp_path: Path, gpu: bool) -> N
         assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
         assert quick.flops == pytest.approx(whole.flops, rel=1e-9)
         assert quick.trainable == whole.trainable
-        found.append((whole.trainable, whole.flops))
-    assert found[1] < found[0] < found[2]
+        figures.append((whole.trainable, whole.flops))
+    assert figures[1] < figures[0] < figures[2]
 
 
 @pytest.mark.parametrize("metric", ["activation", "gradient"])

@@ -28,10 +28,10 @@ FAMILIES = [*DENSE, "smollm3", "qwen2_moe", "qwen3_next", "qwen3_5", "qwen3_5_vl
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        found |= load_file(path)
-    return found
+        tensors |= load_file(path)
+    return tensors
 
 
 def run(model: Path, output: Path | None, fraction: float = 0.5, **changes: Any) -> dict[str, Any]:
@@ -66,16 +66,16 @@ def test_zero_mask_and_structural_give_the_same_logits(
 ) -> None:
     """In each layer one head of every group goes, or one of the two groups."""
     model = golden(family)
-    found = {}
+    chosen = {}
     for mode in ("structural", "zero", "mask"):
         scope = "layer"
         record = run(model, tmp_path / mode, mode=mode, scope=scope, granularity=granularity)
         assert record["heads"]["removed"] == 2 * len(record["layers"])
         assert record["heads"]["before"] == 4 * len(record["layers"])
-        found[mode] = record["chosen"]
+        chosen[mode] = record["chosen"]
     if granularity == "kv-group":
-        assert found["structural"] == found["zero"]
-    assert found["zero"] == found["mask"]
+        assert chosen["structural"] == chosen["zero"]
+    assert chosen["zero"] == chosen["mask"]
     want = logits(masked_by_hand(model, tmp_path / "hand", json_of(tmp_path / "zero")))
     assert torch.allclose(logits(tmp_path / "zero"), want, rtol=0, atol=1e-12)
     assert torch.equal(logits(tmp_path / "mask"), want)
@@ -109,8 +109,8 @@ def test_survivors_of_zeroing_are_the_same_bytes(
         o, q = (part(after, layer["layer"], leaf) for leaf in ("o_proj", "q_proj"))
         o, q = o.unflatten(1, (layer["heads"], -1)), q.unflatten(0, (layer["heads"], -1))
         for head in range(layer["heads"]):
-            gone = head in layer["pruned"]
-            assert bool((o[:, head] == 0).all()) == bool((q[head] == 0).all()) == gone
+            pruned = head in layer["pruned"]
+            assert bool((o[:, head] == 0).all()) == bool((q[head] == 0).all()) == pruned
 
 
 def test_keys_and_values_go_only_with_their_whole_group(golden: Golden, tmp_path: Path) -> None:
@@ -302,18 +302,18 @@ def test_tensors_are_read_one_at_a_time(
     golden: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the file's pages, those of no more than one tensor are wanted at any moment."""
-    held: set[str] = set()
+    open_tensors: set[str] = set()
     most = 0
     read, release = SafetensorsFile.tensor, SafetensorsFile.release
 
     def reading(self: SafetensorsFile, name: str) -> torch.Tensor:
         nonlocal most
-        held.add(name)
-        most = max(most, len(held))
+        open_tensors.add(name)
+        most = max(most, len(open_tensors))
         return read(self, name)
 
     def releasing(self: SafetensorsFile, name: str) -> None:
-        held.discard(name)
+        open_tensors.discard(name)
         release(self, name)
 
     monkeypatch.setattr(SafetensorsFile, "tensor", reading)
@@ -322,4 +322,4 @@ def test_tensors_are_read_one_at_a_time(
         for metric in ("l2", "ov"):
             run(golden("qwen3"), tmp_path / f"{mode}-{metric}", mode=mode, metric=metric)
     assert most == 1
-    assert not held
+    assert not open_tensors

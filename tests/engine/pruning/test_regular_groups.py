@@ -13,9 +13,9 @@ from engine.pruning.selection import Rules, Selection, select
 from models.head_slices import AttentionHeads
 
 
-def layer(index: int, values: Sequence[float], kv_heads: int, *dead: int) -> LayerScores:
+def layer(index: int, values: Sequence[float], kv_heads: int, *pruned: int) -> LayerScores:
     heads = AttentionHeads(index, len(values), kv_heads, 8, 8)
-    return LayerScores(heads, torch.tensor(values, dtype=torch.float64), frozenset(dead))
+    return LayerScores(heads, torch.tensor(values, dtype=torch.float64), frozenset(pruned))
 
 
 def random_layers(seed: int, shapes: Sequence[tuple[int, int]]) -> list[LayerScores]:
@@ -30,10 +30,10 @@ def choose(layers: list[LayerScores], fraction: float, **rules: Any) -> Selectio
     return select(layers, Rules(fraction, regular=True, **rules))
 
 
-def regular(scores: LayerScores, gone: set[int]) -> bool:
+def regular(scores: LayerScores, pruned: set[int]) -> bool:
     """Whether what stays has as many heads in every group that has any; something stays."""
     left = [
-        sum(head not in gone for head in scores.heads.members(group))
+        sum(head not in pruned for head in scores.heads.members(group))
         for group in range(scores.heads.kv_heads)
     ]
     return len({count for count in left if count}) == 1
@@ -46,16 +46,16 @@ def lost(layers: list[LayerScores], chosen: dict[int, tuple[int, ...]]) -> float
 def all_choices(layers: list[LayerScores], count: int) -> list[dict[int, tuple[int, ...]]]:
     each = [
         [
-            gone
-            for gone in chain.from_iterable(
+            pruned
+            for pruned in chain.from_iterable(
                 combinations(range(s.heads.heads), n) for n in range(s.heads.heads)
             )
-            if regular(s, set(gone))
+            if regular(s, set(pruned))
         ]
         for s in layers
     ]
-    found = [choice for choice in product(*each) if sum(map(len, choice)) == count]
-    return [dict(enumerate(choice)) for choice in found]
+    matches = [choice for choice in product(*each) if sum(map(len, choice)) == count]
+    return [dict(enumerate(choice)) for choice in matches]
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -34,12 +34,12 @@ def slices(folder: Path, layer: int, heads: int, kv_heads: int) -> list[list[tor
         stored[f"model.layers.{layer}.self_attn.{p}_proj.weight"].double() for p in "qkvo"
     )
     dim = o.shape[1] // heads
-    found = []
+    result = []
     for head in range(heads):
         group = head * kv_heads // heads
         rows, shared = slice(head * dim, head * dim + dim), slice(group * dim, group * dim + dim)
-        found.append([q[rows], k[shared], v[shared], o[:, rows]])
-    return found
+        result.append([q[rows], k[shared], v[shared], o[:, rows]])
+    return result
 
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
@@ -105,10 +105,10 @@ def test_a_quantised_model_is_scored_by_the_values_it_computes_with(
         return dequantize_int8(quantize_int8(weight), torch.float32).double()
 
     v, o = seen("v"), seen("o")
-    found = scores(golden("llama"), "ov", through=kind)[1].values
+    result = scores(golden("llama"), "ov", through=kind)[1].values
     for head in range(4):
         product = o[:, head * 16 : head * 16 + 16] @ v[head // 2 * 16 : head // 2 * 16 + 16]
-        assert float(found[head]) == pytest.approx(float(product.norm()), rel=1e-6)
+        assert float(result[head]) == pytest.approx(float(product.norm()), rel=1e-6)
 
 
 def test_a_head_without_output_is_dead(golden: Golden, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from engine.pruning.selection import Rules, Selection, select
 from models.head_slices import AttentionHeads
 
 
-def layer(index: int, values: list[float], kv_heads: int = 3, *dead: int) -> LayerScores:
+def layer(index: int, values: list[float], kv_heads: int = 3, *pruned: int) -> LayerScores:
     heads = AttentionHeads(index, len(values), kv_heads, 8, 8)
-    return LayerScores(heads, torch.tensor(values, dtype=torch.float64), frozenset(dead))
+    return LayerScores(heads, torch.tensor(values, dtype=torch.float64), frozenset(pruned))
 
 
 def smollm2() -> list[LayerScores]:
@@ -41,10 +41,10 @@ def test_exactly_the_fraction_of_heads_goes(scope: str, fraction: float, count: 
 def test_the_lowest_scores_of_all_layers_go() -> None:
     layers = smollm2()
     chosen = choose(layers, 0.2).heads
-    gone = [float(s.values[h]) for s in layers for h in chosen.get(s.heads.layer, ())]
-    kept = [float(v) for s in layers for h, v in enumerate(s.values)
+    taken = [float(s.values[h]) for s in layers for h in chosen.get(s.heads.layer, ())]
+    left = [float(v) for s in layers for h, v in enumerate(s.values)
             if h not in chosen.get(s.heads.layer, ())]  # fmt: skip
-    assert max(gone) < min(kept)
+    assert max(taken) < min(left)
 
 
 def test_each_layer_gives_its_share_and_the_remainders_go_to_the_cheapest() -> None:
@@ -135,11 +135,11 @@ def test_a_uniform_choice_takes_the_same_from_every_group(fraction: float, per_g
     chosen = choose(layers, fraction, uniform=True)
     assert chosen.removed == chosen.asked == 90 * per_group
     for scored in layers:
-        gone = chosen.heads[scored.heads.layer]
+        taken = chosen.heads[scored.heads.layer]
         for group in range(3):
             members = list(scored.heads.members(group))
             lowest = sorted(members, key=lambda h: float(scored.values[h]))[:per_group]
-            assert sorted(set(gone) & set(members)) == sorted(lowest)
+            assert sorted(set(taken) & set(members)) == sorted(lowest)
 
 
 def test_a_uniform_choice_of_groups_takes_as_many_from_every_layer() -> None:
@@ -205,12 +205,12 @@ def test_the_rules_hold_and_all_that_can_go_goes(
         return
     possible = 0
     for scored in layers:
-        heads, gone = scored.heads, set(chosen.heads.get(scored.heads.layer, ()))
-        left = scored.active - gone
-        if gone:
+        heads, taken = scored.heads, set(chosen.heads.get(scored.heads.layer, ()))
+        left = scored.active - taken
+        if taken:
             assert len(left) >= least[0] and len(heads.groups(left)) >= least[1]
         if granularity == "kv-group":
-            assert all(set(heads.members(h // heads.group_size)) <= gone for h in gone)
+            assert all(set(heads.members(h // heads.group_size)) <= taken for h in taken)
             keep = max(least[1], -(-least[0] // heads.group_size))
             possible += max(0, heads.kv_heads - keep)
         elif heads.kv_heads >= least[1]:

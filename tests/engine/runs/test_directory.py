@@ -234,7 +234,7 @@ def test_a_run_is_found_by_path_by_name_and_as_the_newest(tmp_path: Path) -> Non
 def test_a_lock_is_free_again_when_its_holder_lets_go(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     with DirectoryLock(tmp_path) as lock:
-        assert lock.held
+        assert lock.locked
         assert is_locked(tmp_path)
     assert not is_locked(tmp_path)
     lock.release()

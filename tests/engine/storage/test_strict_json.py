@@ -81,8 +81,8 @@ def test_damaged_text_is_read_or_refused_but_never_crashes(data: st.DataObject) 
         '{"messages": [{"role": "user", "content": "h\\u00e9 \\ud83d\\ude00"}], "n": -1.5e3}'
     )
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(text) - 1))
-        text[place] = data.draw(st.sampled_from(list('{}[]",:\\udNI0-e ')))
+        index = data.draw(st.integers(0, len(text) - 1))
+        text[index] = data.draw(st.sampled_from(list('{}[]",:\\udNI0-e ')))
     damaged = "".join(text)
     fault: JSONFault | None = None
     try:

@@ -145,8 +145,8 @@ def test_a_token_of_several_characters_keeps_its_place_in_the_text(
     tokenizer = make_tokenizer()
     text = "a 🙂é  \n<|im_end|> 東京"
     ids, offsets = tokenizer.encode_with_offsets(text)
-    place = ids.index(tokenizer.eos_token_id or 0)
-    assert text[slice(*offsets[place])] == "<|im_end|>"
+    index = ids.index(tokenizer.eos_token_id or 0)
+    assert text[slice(*offsets[index])] == "<|im_end|>"
     covered = {index for start, end in offsets for index in range(start, end)}
     assert covered == set(range(len(text)))
 

@@ -17,7 +17,7 @@ Pairs = dict[str, tuple[torch.Tensor, ...]]
 
 
 def pairs(*projections: str, rank: int = 3, shared: bool = True) -> Pairs:
-    found: Pairs = {
+    pairs: Pairs = {
         f"{MLP}.experts.{expert}.{name}": (
             torch.randn(rank, SIZES[name][1]),
             torch.randn(SIZES[name][0], rank),
@@ -26,8 +26,8 @@ def pairs(*projections: str, rank: int = 3, shared: bool = True) -> Pairs:
         for name in projections
     }
     if shared:
-        found[f"{MLP}.shared_expert.up_proj"] = (torch.randn(rank, 8), torch.randn(5, rank))
-    return found
+        pairs[f"{MLP}.shared_expert.up_proj"] = (torch.randn(rank, 8), torch.randn(5, rank))
+    return pairs
 
 
 def config(*targets: str, fused: bool, use_rslora: bool = False) -> AdapterConfig:
@@ -87,8 +87,8 @@ def test_an_adapter_of_experts_is_saved_and_read(
     assert raw["lora_dropout"] == 0.0
     assert len(raw["target_parameters"]) == (2 if fused else 1)
     assert bool(raw["rank_pattern"]) == fused
-    found, read = load_adapter(tmp_path)
-    assert found.scale == pytest.approx(asked.scale)
+    loaded, read = load_adapter(tmp_path)
+    assert loaded.scale == pytest.approx(asked.scale)
     assert same(dict(read), made)
 
 

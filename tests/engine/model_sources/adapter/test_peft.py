@@ -59,12 +59,12 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     )
     tensors = pairs()
     save_adapter(tmp_path, before, tensors)
-    after, found = load_adapter(tmp_path)
+    after, loaded = load_adapter(tmp_path)
     assert after == before
-    assert found.keys() == tensors.keys()
+    assert loaded.keys() == tensors.keys()
     for module, (a, b) in tensors.items():
-        assert torch.equal(found[module][0], a)
-        assert torch.equal(found[module][1], b)
+        assert torch.equal(loaded[module][0], a)
+        assert torch.equal(loaded[module][1], b)
 
 
 def dora() -> dict[str, tuple[torch.Tensor, ...]]:
@@ -77,10 +77,10 @@ def test_a_magnitude_is_saved_beside_its_pair_and_loaded(tmp_path: Path) -> None
     names = load_file(tmp_path / WEIGHTS).keys()
     assert f"{PREFIX}{Q}.lora_magnitude_vector" in names
     assert len(names) == 6
-    after, found = load_adapter(tmp_path)
+    after, loaded = load_adapter(tmp_path)
     assert after.use_dora
     for module, parts in tensors.items():
-        assert all(torch.equal(a, b) for a, b in zip(found[module], parts, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(loaded[module], parts, strict=True))
 
 
 def test_a_magnitude_that_does_not_fit_is_never_saved(tmp_path: Path) -> None:
@@ -158,18 +158,18 @@ def test_scale(rslora: bool, scale: float) -> None:
 def test_an_adapter_may_be_saved_again(saved: Path) -> None:
     tensors = pairs(2)
     save_adapter(saved, config(r=2), tensors)
-    after, found = load_adapter(saved)
+    after, loaded = load_adapter(saved)
     assert after.r == 2
-    assert torch.equal(found[Q][0], tensors[Q][0])
+    assert torch.equal(loaded[Q][0], tensors[Q][0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_halves_are_loaded_as_float32(saved: Path, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(saved / WEIGHTS).items()}
     save_file(tensors, saved / WEIGHTS)
-    _, found = load_adapter(saved)
-    assert found[Q][0].dtype == torch.float32
-    assert torch.equal(found[Q][0], tensors[f"{PREFIX}{Q}.lora_A.weight"].float())
+    _, loaded = load_adapter(saved)
+    assert loaded[Q][0].dtype == torch.float32
+    assert torch.equal(loaded[Q][0], tensors[f"{PREFIX}{Q}.lora_A.weight"].float())
 
 
 def test_a_pattern_of_targets_becomes_the_modules_it_meant(saved: Path) -> None:

@@ -20,15 +20,15 @@ def test_llama3_scaling_is_recovered_from_its_result(
     theta: float, dim: int, factor: float, high: float, original: int
 ) -> None:
     stored = llama3_factors(theta, dim, factor, 1.0, high, original).float()
-    found = llama3_parameters(stored, theta, dim, "here")
-    assert found["rope_type"] == "llama3"
+    parameters = llama3_parameters(stored, theta, dim, "here")
+    assert parameters["rope_type"] == "llama3"
     again = llama3_factors(
         theta,
         dim,
-        found["factor"],
-        found["low_freq_factor"],
-        found["high_freq_factor"],
-        found["original_max_position_embeddings"],
+        parameters["factor"],
+        parameters["low_freq_factor"],
+        parameters["high_freq_factor"],
+        parameters["original_max_position_embeddings"],
     )
     assert torch.allclose(again, stored.double(), rtol=1e-5, atol=0)
 

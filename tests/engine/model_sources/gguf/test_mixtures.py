@@ -64,18 +64,18 @@ def test_what_llama_cpp_converted_is_read_back(golden: Golden, family: str) -> N
     carried = ("mtp.", "model.visual.")
     assert set(own) == {name for name in original.names() if not name.startswith(carried)}
     for theirs, ours in own.items():
-        found, wanted = checkpoint.tensor(ours), original.tensor(theirs)
-        assert found.dtype == checkpoint.dtype(ours), ours
-        assert found.is_contiguous() and found.shape == checkpoint.shape(ours)
-        if found.dtype == torch.float16:
-            assert torch.equal(found, wanted.half()), ours
+        actual, wanted = checkpoint.tensor(ours), original.tensor(theirs)
+        assert actual.dtype == checkpoint.dtype(ours), ours
+        assert actual.is_contiguous() and actual.shape == checkpoint.shape(ours)
+        if actual.dtype == torch.float16:
+            assert torch.equal(actual, wanted.half()), ours
         else:  # 1 + w and exp(A_log) were rounded
-            assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-7), ours
+            assert torch.allclose(actual, wanted, rtol=1e-6, atol=1e-7), ours
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_configuration_is_read_back(golden: Golden, family: str) -> None:
-    found, wanted = (
+    actual, wanted = (
         GGUFSource(FIXTURES / f"{family}.gguf").config,
         HFDirectory(golden(family)).config,
     )
@@ -87,7 +87,7 @@ def test_the_configuration_is_read_back(golden: Golden, family: str) -> None:
     )
     if family == "smollm3":  # llama.cpp leaves out every fourth rotation, and no key says other
         wanted = replace(wanted, rope_layers=(True, True))
-    assert found == wanted
+    assert actual == wanted
 
 
 @torch.no_grad()
@@ -238,9 +238,9 @@ def test_files_of_2025_hold_the_joint_projection_as_it_is(golden: Golden) -> Non
     config = HFDirectory(golden("qwen3_next")).config
     name, theirs = "model.layers.0.linear_attn.in_proj_qkvz.weight", "blk.0.ssm_in.weight"
     rows = torch.randn(config.linear_num_key_heads, 3)
-    found = sources(config, {theirs: (128, 32)})[name]
-    assert list(found.tensors) == [theirs]
-    assert torch.equal(found.restore(rows), rows)
+    actual = sources(config, {theirs: (128, 32)})[name]
+    assert list(actual.tensors) == [theirs]
+    assert torch.equal(actual.restore(rows), rows)
 
 
 @pytest.mark.parametrize(

@@ -86,11 +86,11 @@ def test_stored_types_unpack_to_what_the_package_gives(
     packed = gguf.quants.quantize(values, number)
     path = tmp_path / "a.gguf"
     path.write_bytes(gguf_bytes({}, [("t", (64, 6), int(number), None, packed.tobytes())]))
-    found = dequantise(GGUFFile(path), "t")
+    tensor = dequantise(GGUFFile(path), "t")
     expected = torch.from_numpy(gguf.quants.dequantize(packed, number).astype(np.float32))
-    assert found.shape == (6, 64)
-    assert torch.equal(found.float(), expected)
-    assert found.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    assert tensor.shape == (6, 64)
+    assert torch.equal(tensor.float(), expected)
+    assert tensor.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "IQ4_XS"])

@@ -37,9 +37,9 @@ def build(metadata: Metadata, **changes: Any) -> tuple[Tokenizer, GGUFTokenizer]
             values.pop(full)
         else:
             values[full] = value
-    found = build_tokenizer(values, 300, "here")
-    assert found is not None
-    return Tokenizer.from_str(found.json), found
+    built = build_tokenizer(values, 300, "here")
+    assert built is not None
+    return Tokenizer.from_str(built.json), built
 
 
 def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -102,10 +102,10 @@ def test_offsets_cover_the_whole_text(tokenizer_metadata: Metadata) -> None:
 def test_bos_and_eos_are_added_as_the_file_says(
     tokenizer_metadata: Metadata, add_bos: bool, add_eos: bool, expected: list[str]
 ) -> None:
-    tokenizer, found = build(tokenizer_metadata, add_bos_token=add_bos, add_eos_token=add_eos)
+    tokenizer, built = build(tokenizer_metadata, add_bos_token=add_bos, add_eos_token=add_eos)
     assert tokenizer.encode("a").tokens == expected
     assert tokenizer.encode("a", add_special_tokens=False).tokens == ["a"]
-    assert (found.config["add_bos_token"], found.config["add_eos_token"]) == (add_bos, add_eos)
+    assert (built.config["add_bos_token"], built.config["add_eos_token"]) == (add_bos, add_eos)
 
 
 def test_without_a_word_llama_3_starts_with_bos(tokenizer_metadata: Metadata) -> None:
@@ -116,13 +116,13 @@ def test_without_a_word_llama_3_starts_with_bos(tokenizer_metadata: Metadata) ->
 
 
 def test_configuration_and_stop_ids(tokenizer_metadata: Metadata) -> None:
-    _, found = build(tokenizer_metadata)
-    assert found.config["eos_token"] == "<|im_end|>"
-    assert found.config["bos_token"] == "<|im_start|>"
-    assert found.config["pad_token"] == "<|im_end|>"
-    assert found.config["unk_token"] == "<|endoftext|>"
-    assert found.config["model_max_length"] == 256
-    assert found.generation_config == {
+    _, built = build(tokenizer_metadata)
+    assert built.config["eos_token"] == "<|im_end|>"
+    assert built.config["bos_token"] == "<|im_start|>"
+    assert built.config["pad_token"] == "<|im_end|>"
+    assert built.config["unk_token"] == "<|endoftext|>"
+    assert built.config["model_max_length"] == 256
+    assert built.generation_config == {
         "eos_token_id": [2, 0],
         "bos_token_id": 1,
         "pad_token_id": 2,
@@ -130,8 +130,8 @@ def test_configuration_and_stop_ids(tokenizer_metadata: Metadata) -> None:
 
 
 def test_end_of_turn_ids_of_the_file_stop_too(tokenizer_metadata: Metadata) -> None:
-    _, found = build(tokenizer_metadata, eos_token_id=0, eot_token_id=5, eom_token_id=2**32 - 1)
-    assert found.generation_config["eos_token_id"] == [0, 5, 2]
+    _, built = build(tokenizer_metadata, eos_token_id=0, eot_token_id=5, eom_token_id=2**32 - 1)
+    assert built.generation_config["eos_token_id"] == [0, 5, 2]
 
 
 def test_nfc_is_applied_for_qwen_only(tokenizer_metadata: Metadata) -> None:
@@ -266,11 +266,11 @@ SENTENCEPIECE: Metadata = {
 
 
 def test_sentencepiece_joins_by_score() -> None:
-    tokenizer, found = build(SENTENCEPIECE)
+    tokenizer, built = build(SENTENCEPIECE)
     assert pieces(tokenizer, "abc") == ["▁abc"]
     assert pieces(tokenizer, "ab b") == ["▁ab", "▁", "b"]
     assert tokenizer.encode("abc").tokens == ["<s>", "▁abc"]
-    assert found.config["add_bos_token"] is True
+    assert built.config["add_bos_token"] is True
 
 
 def test_sentencepiece_falls_back_to_bytes() -> None:
