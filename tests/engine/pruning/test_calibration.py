@@ -1,7 +1,6 @@
 """Measured scores against finite differences and plain subtraction."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +141,7 @@ def test_a_model_is_pruned_by_what_rows_show(
         assert all(score > 0 for score in layer["scores"])
         if metric == "activation":
             assert sum(layer["scores"]) == pytest.approx(4)
-    again = prune(tmp_path / "out", None, replace(settings, fraction=0.5)).record
+    again = prune(tmp_path / "out", None, settings.model_copy(update={"fraction": 0.5})).record
     assert again["units"] == {"before": 6, "asked": 3, "removed": 3}
     pruned = [
         (layer["layer"], head) for layer in again["layers"] for head in layer["pruned_before"]
