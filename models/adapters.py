@@ -1,4 +1,4 @@
-"""Putting LoRA pairs on a decoder, and taking them off again as tensors.
+"""Add LoRA pairs to a decoder, and read or load their tensors.
 
 A (r, in) starts uniform in +-1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B (out, r) at
 zero, so a new adapter changes nothing until it has been trained. The scale is alpha / r, or
@@ -60,7 +60,7 @@ def linears(model: nn.Module, names: Sequence[str]) -> dict[str, Linear]:
 
 
 def expert_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, ExpertAdapter]:
-    """Path of a mixture's experts and a projection of `names` -> the place for their pairs."""
+    """Path of a mixture's experts and a projection of `names` -> the module for their pairs."""
     return {
         f"{path}.{name}": adapter
         for path, module in model.named_modules()
@@ -93,15 +93,15 @@ def add_lora(
 ) -> list[str]:
     """Freeze the base, give every target projection a trainable pair; returns their paths.
 
-    With `use_dora` each pair gets a magnitude beside it. The initial values are a function of
+    With `use_dora` each pair gets a magnitude too. The initial values are a function of
     (seed, order of the modules). Raises `ValueError` on a rank below 1, a dropout outside [0, 1),
     an unknown target, targets that the model does not have, or DoRA on experts.
     """
     if rank < 1 or not 0.0 <= dropout < 1.0:
         raise ValueError(f"rank {rank} must be at least 1 and dropout {dropout} in [0, 1)")
     names = target_modules(targets)
-    found, experts = linears(model, names), expert_adapters(model, names)
-    if not found and not experts:
+    projections, experts = linears(model, names), expert_adapters(model, names)
+    if not projections and not experts:
         raise ValueError(f"the model has none of the target modules {', '.join(names)}")
     if use_dora and experts:
         raise ValueError(
@@ -110,7 +110,7 @@ def add_lora(
         )
     freeze(model)
     generator = torch.Generator().manual_seed(seed)
-    for linear in found.values():
+    for linear in projections.values():
         bound = 1.0 / math.sqrt(linear.in_features)
         a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(linear.out_features, rank)
@@ -143,11 +143,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
     Paths are those of the model's file: below `model.language_model.` where the decoder is a part
     of a larger model, and with the expert's number for a mixture's.
     """
-    found: dict[str, tuple[Tensor, ...]] = {}
+    tensors: dict[str, tuple[Tensor, ...]] = {}
     for path, parts, expert in _adapters(model):
-        tensors = (part.data for part in parts)
-        found[path] = tuple(t if expert is None else t[expert] for t in tensors)
-    return found
+        data = (part.data for part in parts)
+        tensors[path] = tuple(t if expert is None else t[expert] for t in data)
+    return tensors
 
 
 def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int | None]]:

@@ -1,4 +1,4 @@
-"""Which examples form which batch, and a batch as tensors.
+"""Which examples form which batch, and the batch itself.
 
 The order is a pure function of (seed, epoch, index): nothing is drawn from a generator that
 somebody else could advance, so a resumed run reads the same batches without replaying the earlier
@@ -114,7 +114,7 @@ class BatchPlan:
         # shares a bin changes, and the number of bins does not.
         assert self._budget is not None
         packed = best_fit(self._sizes[order].tolist(), self._budget)
-        bins = [[int(order[place]) for place in group] for group in packed]
+        bins = [[int(order[index]) for index in group] for group in packed]
         shuffled = permutation(len(bins), self._seed, _SHUFFLE, 2 * epoch + 1)
         return [bins[number] for number in shuffled.tolist()]
 
@@ -142,14 +142,14 @@ def split_heldout(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list
     for index, row in enumerate(rows):
         groups.setdefault(_question(row), []).append(index)
     wanted = 0 if fraction == 0 or len(groups) < 2 else max(1, round(fraction * len(rows)))
-    held: set[int] = set()
+    heldout: set[int] = set()
     members = list(groups.values())
     for number in permutation(len(members), seed, _SPLIT, 0).tolist()[: len(members) - 1]:
-        if len(held) >= wanted:
+        if len(heldout) >= wanted:
             break
-        held.update(members[number])
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [row for index, row in enumerate(rows) if index in held]
+        heldout.update(members[number])
+    train = [row for index, row in enumerate(rows) if index not in heldout]
+    return train, [row for index, row in enumerate(rows) if index in heldout]
 
 
 def permutation(count: int, seed: int, purpose: int, draw: int) -> npt.NDArray[np.int64]:

@@ -35,10 +35,10 @@ from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
 from kernels.linear.projection import decode_weight
 from models.decoder import Decoder
 from models.head_slices import HeadSlices, layer_heads
+from models.layers.block import Mixer
 from models.layers.delta_net import DeltaNet
 from models.layers.linear import Linear
 from models.layers.observer import LayerObserver, observe_layers
-from models.layers.protocol import Mixer
 
 if TYPE_CHECKING:
     from engine.config.choices import Quantization

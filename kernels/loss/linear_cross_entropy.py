@@ -1,4 +1,4 @@
-"""Output head and cross-entropy in one op, in chunks: the logits never exist whole.
+"""Output head and cross-entropy in one op that never holds all logits.
 
 For the hidden states h (n, H) of trained tokens, a head W (V, H) and their targets y (n,):
 
@@ -72,8 +72,8 @@ def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in equal_parts(range(0, vocab_size, step)):
         rows = slice(start, min(start + step, vocab_size))
         part = Int8Weight(head.codes[rows], head.absmax[rows], head.dtype)
-        room = scratch("decoded.wide", (step, width), like.dtype, like.device)
-        yield rows, dequantize_int8(part, like.dtype, out=room[: rows.stop - start])
+        buffer = scratch("decoded.wide", (step, width), like.dtype, like.device)
+        yield rows, dequantize_int8(part, like.dtype, out=buffer[: rows.stop - start])
 
 
 def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:

@@ -1,11 +1,11 @@
-"""Output head and distillation in one op, in chunks: neither model's logits ever exist whole.
+"""Output head and distillation in one op that never holds all logits.
 
-For rows h (n, H) of a student with head W (V, H) and rows t (n, H') of a teacher with head W':
+For hidden states h (n, H) of a student with head W (V, H) and t (n, H') of a teacher with head W':
 
     z = h W^T,  p = softmax(z),     z' = t W'^T,  p' = softmax(z')
     loss = sum_i KL(p'_i || p_i) / num_items,     dz = (p - p') / num_items,  dh = dz W
 
-The gradient is formed in the forward pass, one chunk of rows at a time, as in
+The gradient is formed in the forward pass, one chunk of tokens at a time, as in
 `kernels.loss.linear_cross_entropy`. The teacher's side has none, nor has a head: both are frozen.
 Source: Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
 """
@@ -65,10 +65,10 @@ def linear_distillation(
 ) -> Tensor:
     """KL divergence of the student's next-token distribution from the teacher's, a scalar.
 
-    hidden (n, H) and teacher_hidden (n, H') are the rows that are trained, weight (V, H) and
-    teacher_weight (V, H') the frozen heads. The sum over rows is divided by `num_items`, by default
-    n. Memory holds two chunks of logits. Returns fp32 or wider. Raises `ValueError` where the
-    vocabularies or the numbers of rows differ, or the head wants a gradient.
+    hidden (n, H) and teacher_hidden (n, H') are those of the trained tokens, weight (V, H) and
+    teacher_weight (V, H') the frozen heads. The sum over tokens is divided by `num_items`, by
+    default n. Memory holds two chunks of logits. Returns fp32 or wider. Raises `ValueError` where the
+    vocabularies or the numbers of tokens differ, or the head wants a gradient.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -77,7 +77,7 @@ def linear_distillation(
         )
     if hidden.shape[0] != teacher_hidden.shape[0]:
         raise ValueError(
-            f"{hidden.shape[0]} rows of the student and {teacher_hidden.shape[0]} of the teacher"
+            f"{hidden.shape[0]} tokens of the student and {teacher_hidden.shape[0]} of the teacher"
         )
     if isinstance(weight, Tensor) and weight.requires_grad:
         raise ValueError("the output head wants a gradient; distillation trains a frozen head")

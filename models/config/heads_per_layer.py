@@ -1,4 +1,4 @@
-"""The numbers of heads of a model whose layers differ in them.
+"""Numbers of heads where layers differ in them.
 
 `config.json` then has, beside `num_attention_heads` and `num_key_value_heads`, which are the
 largest of the layers, two lists with a number for each layer. Within a layer every key/value head

@@ -117,8 +117,8 @@ class ModelConfig:
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in FAMILIES:
-            found = repr(model_type) if "model_type" in raw else "missing"
-            raise ValueError(f"model_type is {found}; supported are {', '.join(MODEL_TYPES)}")
+            given = repr(model_type) if "model_type" in raw else "missing"
+            raise ValueError(f"model_type is {given}; supported are {', '.join(MODEL_TYPES)}")
         family, nested = FAMILIES[model_type], model_type in FAMILIES[model_type].nested
         if nested:
             raw = _text_config(raw, model_type)

@@ -1,4 +1,4 @@
-"""Reading the rotary parameters of a `config.json`, in either of its spellings.
+"""Read the rotary parameters of a `config.json`, in either spelling.
 
 transformers 5 has them in `rope_parameters`, transformers 4 in `rope_theta`, `rope_scaling` and
 `partial_rotary_factor`. What they mean is in `models.layers.rotary`.
@@ -69,7 +69,7 @@ def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     A file that has both spellings must mean the same by them: which of two scalings its weights
     were trained with cannot be known.
     """
-    found: dict[str, Mapping[str, Any]] = {}
+    objects: dict[str, Mapping[str, Any]] = {}
     for key in ("rope_parameters", "rope_scaling"):
         value = raw.get(key)
         if value is None:
@@ -87,21 +87,21 @@ def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
                 f"{', '.join(sorted(_KNOWN))}"
             )
         if value:
-            found[key] = value
-    if len(found) == 2:
+            objects[key] = value
+    if len(objects) == 2:
         new, old = (
             {k: v for k, v in value.items() if k not in ("type", "rope_type") and v is not None}
             | {"rope_type": _kind(value)}
-            for value in found.values()
+            for value in objects.values()
         )
         if any(new[key] != value for key, value in old.items() if key in new):
             raise ValueError(
-                f"rope_parameters is {found['rope_parameters']!r} and rope_scaling is "
-                f"{found['rope_scaling']!r}, which contradict each other; keep the one that the "
+                f"rope_parameters is {objects['rope_parameters']!r} and rope_scaling is "
+                f"{objects['rope_scaling']!r}, which contradict each other; keep the one that the "
                 "model was trained with"
             )
-        return {**found["rope_scaling"], **found["rope_parameters"]}
-    return next(iter(found.values()), {})
+        return {**objects["rope_scaling"], **objects["rope_parameters"]}
+    return next(iter(objects.values()), {})
 
 
 def _kind(nested: Mapping[str, Any]) -> Any:

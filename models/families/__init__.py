@@ -1,4 +1,4 @@
-"""The families this engine knows. A new one is a file in this folder and a name in this list."""
+"""The model families: one file each, and a name in this list."""
 
 from __future__ import annotations
 

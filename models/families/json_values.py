@@ -1,4 +1,4 @@
-"""Reading single values of a `config.json`, each complaint one sentence that names the key."""
+"""Read single values of a `config.json`; errors name the key."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int
         value = default
     low, high = BOUNDS[key]
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        found = repr(value) if key in raw else "missing"
-        raise ValueError(f"{key} is {found}; expected an integer from {low} to {high}")
+        given = repr(value) if key in raw else "missing"
+        raise ValueError(f"{key} is {given}; expected an integer from {low} to {high}")
     return value
 
 

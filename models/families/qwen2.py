@@ -1,4 +1,4 @@
-"""Qwen1.5, Qwen2 and Qwen2.5: biases on q, k, v; the window from `max_window_layers` on."""
+"""Qwen1.5, Qwen2 and Qwen2.5: biases on q, k, v; late layers slide."""
 
 from __future__ import annotations
 

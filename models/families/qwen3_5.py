@@ -1,4 +1,4 @@
-"""Qwen3.5, and Qwen3.6 and 3.8, which reuse its graph: Qwen3-Next with separate projections.
+"""Qwen3.5, 3.6 and 3.8: Qwen3-Next with separate projections.
 
 The hub's files are of a model that also sees pictures: the decoder's configuration stands in
 `text_config`, its tensors under `model.language_model.`, and those of the vision tower

@@ -1,4 +1,4 @@
-"""Qwen3-Next: three Gated DeltaNet layers to one of gated attention, and mixtures.
+"""Qwen3-Next: Gated DeltaNet, gated attention in every fourth layer, and mixtures.
 
 Norms are zero-centred (1 + w), a quarter of every head is rotated, and q_proj gives each head a
 gate beside its query. Source: the model card of Qwen3-Next-80B-A3B; Yang et al. 2024 (Gated Delta

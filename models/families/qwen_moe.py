@@ -1,4 +1,4 @@
-"""What the mixtures of Qwen have in common, and Qwen2-MoE and Qwen3-MoE themselves.
+"""Qwen2-MoE and Qwen3-MoE, and what all mixtures of Qwen share.
 
 Qwen2-MoE has biases on q, k, v and a shared expert; Qwen3-MoE has neither, but norms of q and k.
 A layer is sparse unless `mlp_only_layers` names it or `decoder_sparse_step` passes over it.

@@ -1,4 +1,4 @@
-"""The attention of a decoder block, forward and backward by hand.
+"""The attention of a decoder block, with its backward pass.
 
     x1 = x + o_proj(attention(rope(qk_norm(q, k)), v) [* sigmoid(gate)]),  q, k, v = qkv(norm(x))
 
@@ -29,7 +29,7 @@ from models.layers.linear import Linear, RMSNorm
 
 @dataclass
 class AttentionSaved:
-    """What backward reads of attention; None where it is computed again."""
+    """What backward reads of attention; None where it is recomputed."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -39,11 +39,11 @@ class AttentionSaved:
     lse: list[Tensor] = field(default_factory=list)
 
     def trim(self, policy: str) -> AttentionSaved:
-        """Only what `policy` keeps."""
+        """Only what `policy` saves."""
         return self if policy == "none" else AttentionSaved(out=self.out, lse=self.lse)
 
     def forget(self) -> None:
-        """Let go of everything: the scores' gradients are formed."""
+        """Free everything: the gradients of q, k and v are there."""
         self.q = self.k = self.v = self.gate = self.out = None
         self.lse = []
 
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         )
         assert d_out is not None
         if context.settings.low_memory_decode:
-            del h  # is cheap to make again
+            del h  # cheap to recompute
         d_qkv = self._scores_backward(self.heads(d_out), context, saved, grads)
         del d_out
         saved.forget()

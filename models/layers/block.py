@@ -1,24 +1,27 @@
-"""One pre-norm decoder block, forward and backward by hand.
+"""One pre-norm decoder block, with its backward pass.
 
     x1 = x  + mixer(norm1(x)),     the mixer attention or Gated DeltaNet
     y  = x1 + mlp(norm2(x1)),      the feed-forward part dense or a mixture of experts
 
-No autograd runs inside: the backward pass is written out, so that it can recompute exactly what
-was not kept and nothing else. Which tensors are kept is the checkpointing policy:
+No autograd runs inside: the backward pass is written out, so that it recomputes exactly what was
+not saved. The checkpointing policy says what is saved besides x:
 
-    level      kept beside x                          recomputed in backward
-    none       q, k, v, o, lse, x1, g, u              norms, silu
-    selective  o, lse, x1                             norms, silu, qkv, gate and up
+    policy     saved                                  recomputed in backward
+    none       q, k, v, o, lse, x1, gate, up          norms, silu
+    selective  o, lse, x1                             norms, silu, q, k, v, gate, up
     full       nothing                                all of the above, attention and o_proj
 
-for attention and a dense feed-forward part; the other two say what they keep in their own files.
-The outputs of down_proj are never recomputed: no gradient reads them. A weight that is decoded
-from NF4 for recompute is used for the gradient in the same breath.
+for attention and a dense feed-forward part; Gated DeltaNet and mixtures say what they save in their
+own files. The outputs of down_proj are never recomputed: no gradient reads them. A weight decoded
+for recomputation is reused for the gradient right away.
+
+A new mixer or feed-forward part is one file with a module that follows `Mixer` or `FeedForward`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +31,53 @@ from models.config.model_config import ModelConfig
 from models.layers.attention import Attention, AttentionSaved
 from models.layers.context import LayerContext
 from models.layers.delta_net import DeltaNet, DeltaNetSaved
-from models.layers.linear import RMSNorm
+from models.layers.linear import Linear, RMSNorm
 from models.layers.mlp import MLP, MLPSaved
 from models.layers.moe import MoE, MoESaved
 from models.layers.observer import layer_observer
-from models.layers.protocol import FeedForward, Mixer
+
+
+class Part(Protocol):
+    """A mixer or feed-forward part, which adds itself to its input after a norm of it."""
+
+    def joined(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input and want their weights side by side."""
+
+    def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
+        """x (N, H) -> x plus the part's output (N, H), and all that backward could use."""
+
+
+class Mixer(Part, Protocol):
+    """Mixes tokens: attention or Gated DeltaNet."""
+
+    def backward(
+        self,
+        dx1: Tensor,
+        x: Tensor,
+        norm: RMSNorm,
+        context: LayerContext,
+        saved: Any,
+        grads: Gradients,
+        need_dx: bool,
+        /,
+    ) -> Tensor | None:
+        """dx1 (N, H) -> dx (N, H), or None where nothing needs it."""
+
+
+class FeedForward(Part, Protocol):
+    """Works on each token alone: a dense SwiGLU or a mixture of experts."""
+
+    def backward(
+        self,
+        dy: Tensor,
+        x1: Tensor,
+        norm: RMSNorm,
+        context: LayerContext,
+        saved: Any,
+        grads: Gradients,
+        /,
+    ) -> Tensor:
+        """dy (N, H) -> dx1 (N, H)."""
 
 
 @dataclass
@@ -44,7 +89,7 @@ class BlockSaved:
     mlp: MLPSaved | MoESaved | None = None
 
     def trim(self, policy: str) -> BlockSaved:
-        """Only what `policy` keeps."""
+        """Only what `policy` saves."""
         if policy == "none":
             return self
         mlp = None if self.mlp is None else self.mlp.trim(policy)
@@ -54,7 +99,7 @@ class BlockSaved:
 
 
 class DecoderLayer(nn.Module):
-    """One block. `forward` is the forward pass, `backward` the backward pass."""
+    """One block of the decoder."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -83,9 +128,9 @@ class DecoderLayer(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
     def join_weights(self) -> None:
-        """Lay dense weights that read the same input one below the other in memory.
+        """Lay dense weights that read the same input one after another in memory.
 
-        They stay separate parameters and become one product in either direction.
+        They stay separate parameters, and one matrix product serves them all.
         """
         for group in (*self.mixer.joined(), *self.mlp.joined()):
             weights = [linear.weight for linear in group]
@@ -99,7 +144,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, context: LayerContext, policy: str = "none"
     ) -> tuple[Tensor, BlockSaved]:
-        """x (N, H) -> y (N, H) and the activations that `policy` keeps."""
+        """x (N, H) -> y (N, H) and the activations that `policy` saves."""
         observer = layer_observer()
         observer.forward_begins(self.index)
         y, saved = self._forward(x, context, policy)
@@ -109,7 +154,7 @@ class DecoderLayer(nn.Module):
     def _forward(self, x: Tensor, context: LayerContext, policy: str) -> tuple[Tensor, BlockSaved]:
         x1, done = self.mixer.forward(x, self.input_layernorm, context)
         layer_observer().mixer_ran(self.index, done)
-        # What is not kept is not to wait for the feed-forward part.
+        # What is not saved is freed before the feed-forward part runs.
         mixer = None if policy == "full" else done.trim(policy)
         del done
         y, mlp = self.mlp.forward(x1, self.post_attention_layernorm, context)

@@ -1,4 +1,4 @@
-"""What the layers of one forward pass read: positions, documents, dropout seeds, settings."""
+"""What all layers of a forward pass read, and the settings of a step."""
 
 from __future__ import annotations
 

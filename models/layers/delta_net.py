@@ -1,4 +1,4 @@
-"""The Gated DeltaNet mixer of a decoder block, forward and backward by hand.
+"""The Gated DeltaNet mixer of a decoder block, with its backward pass.
 
     m, z = in_proj(h),  b, a = in_proj(h),  h = norm(x)
     q, k, v = split(silu(conv(m))),   g, beta = gates(a, b)
@@ -6,8 +6,8 @@
 
 Qwen3.5 has separate projections, of [q | k | v], z, b and a. Qwen3-Next has two, whose rows are
 grouped by key head: [q | k | v | z] and [b | a] with the r value heads of that key head together.
-The arithmetic is in `kernels.delta_net`, `causal_conv1d` and `gated_rms_norm`. Level "none" keeps
-the projections' outputs, the rule's output and its states; "selective" the output and T.
+The arithmetic is in `kernels.delta_net`. Policy "none" saves the projections' outputs, the rule's
+output and its states; "selective" the output and T.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from models.layers.linear import Linear, RMSNorm
 
 @dataclass
 class DeltaNetSaved:
-    """What backward reads; None where it is computed again.
+    """What backward reads; None where it is recomputed.
 
     mixed (N, C) and z (N, Hv, V), b, a (N, Hv) are the projections' outputs, `out` (N, Hv, V) the
     rule's.
@@ -54,13 +54,13 @@ class DeltaNetSaved:
     b: Tensor | None = None
     a: Tensor | None = None
     out: Tensor | None = None
-    saved: GatedDeltaSaved | None = None
+    rule: GatedDeltaSaved | None = None
 
     def trim(self, policy: str) -> DeltaNetSaved:
-        """Only what `policy` keeps."""
-        if policy == "none" or self.saved is None:
+        """Only what `policy` saves."""
+        if policy == "none" or self.rule is None:
             return self
-        return DeltaNetSaved(out=self.out, saved=self.saved.trim())
+        return DeltaNetSaved(out=self.out, rule=self.rule.trim())
 
 
 class Conv1d(nn.Module):
@@ -124,37 +124,39 @@ class DeltaNet(nn.Module):
         self, x: Tensor, norm: RMSNorm, context: LayerContext
     ) -> tuple[Tensor, DeltaNetSaved]:
         """x (N, H) -> x1 (N, H) and every activation that backward could use."""
-        kept = DeltaNetSaved()
+        saved = DeltaNetSaved()
         h, _ = norm.forward_with_rstd(x)
-        self._project(h, context, kept, None)
-        assert kept.mixed is not None and kept.a is not None and kept.b is not None
-        g, beta = gates_forward(kept.a, kept.b, self.A_log, self.dt_bias)
+        self._project(h, context, saved, None)
+        assert saved.mixed is not None and saved.a is not None and saved.b is not None
+        g, beta = gates_forward(saved.a, saved.b, self.A_log, self.dt_bias)
         if context.cache is None:
-            q, k, v = self._convolved(kept.mixed, context)
-            kept.out, _, kept.saved = gated_delta_forward(
+            q, k, v = self._convolved(saved.mixed, context)
+            saved.out, _, saved.rule = gated_delta_forward(
                 GatedDeltaInputs(q, k, v, g, beta, context.plan.bounds)
             )
         else:
-            kept.out = self._cached(kept.mixed, g, beta, context, context.cache.states[self.index])
+            saved.out = self._cached(
+                saved.mixed, g, beta, context, context.cache.states[self.index]
+            )
         out_proj, seed = (self.out_proj.projection(),), context.seed(self.index, 1)
-        y = project(self._normed(kept)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
-        return y.add_(x), kept
+        y = project(self._normed(saved)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
+        return y.add_(x), saved
 
     def _project(
-        self, h: Tensor, context: LayerContext, kept: DeltaNetSaved, decoded: Decoded | None
+        self, h: Tensor, context: LayerContext, saved: DeltaNetSaved, decoded: Decoded | None
     ) -> None:
         wide, _ = project(h, self._wide(), context.seed(self.index, 0), decoded)
         narrow, _ = project(h, self._narrow())
         heads = (self.value_heads, self.value_dim)
         if not self.joint:
-            (kept.mixed, z), (kept.b, kept.a) = wide, narrow
-            kept.z = z.unflatten(1, heads)
+            (saved.mixed, z), (saved.b, saved.a) = wide, narrow
+            saved.z = z.unflatten(1, heads)
             return
         q, k, v, z = wide[0].unflatten(1, (self.key_heads, -1)).split(self._by_key_head(), 2)
-        kept.mixed = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
-        kept.z = z.reshape(-1, *heads)
+        saved.mixed = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
+        saved.z = z.reshape(-1, *heads)
         b, a = narrow[0].unflatten(1, (self.key_heads, 2, -1)).unbind(2)
-        kept.b, kept.a = b.flatten(1), a.flatten(1)
+        saved.b, saved.a = b.flatten(1), a.flatten(1)
 
     def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C) -> q, k (N, Hk, K) and v (N, Hv, V), views."""
@@ -180,10 +182,10 @@ class DeltaNet(nn.Module):
         state.memory.copy_(memory)
         return out
 
-    def _normed(self, kept: DeltaNetSaved) -> tuple[Tensor, Tensor]:
+    def _normed(self, saved: DeltaNetSaved) -> tuple[Tensor, Tensor]:
         """The gated norm (N, Hv, V) of the rule's output, and its rstd."""
-        assert kept.out is not None and kept.z is not None
-        return gated_rms_norm_forward(kept.out, kept.z, self.norm.weight, self.norm.eps)
+        assert saved.out is not None and saved.z is not None
+        return gated_rms_norm_forward(saved.out, saved.z, self.norm.weight, self.norm.eps)
 
     def backward(
         self,
@@ -191,7 +193,7 @@ class DeltaNet(nn.Module):
         x: Tensor,
         norm: RMSNorm,
         context: LayerContext,
-        kept: DeltaNetSaved,
+        saved: DeltaNetSaved,
         grads: Gradients,
         need_dx: bool,
     ) -> Tensor | None:
@@ -199,11 +201,11 @@ class DeltaNet(nn.Module):
         wide, seed = self._wide(), context.seed(self.index, 0)
         h, rstd = norm.forward_with_rstd(x)
         need_dh = need_dx or norm.weight.requires_grad
-        decoded = decode(wide, x.dtype) if need_dh or kept.mixed is None else None
-        if kept.mixed is None:
-            self._project(h, context, kept, decoded)
-        do, dz = self._output_backward(dx1, context, kept, grads)
-        d_mixed, db, da = self._rule_backward(do, context, kept, grads)
+        decoded = decode(wide, x.dtype) if need_dh or saved.mixed is None else None
+        if saved.mixed is None:
+            self._project(h, context, saved, decoded)
+        do, dz = self._output_backward(dx1, context, saved, grads)
+        d_mixed, db, da = self._rule_backward(do, context, saved, grads)
         dys = self._joined_gradients(d_mixed, dz, x)
         dh = project_backward(dys, h, wide, grads, seed=seed, decoded=decoded, need_dx=need_dh)
         narrow = self._narrow()
@@ -217,10 +219,10 @@ class DeltaNet(nn.Module):
         return norm.backward(dh.add_(d_gates), x, rstd, grads).add_(dx1)
 
     def _output_backward(
-        self, dx1: Tensor, context: LayerContext, kept: DeltaNetSaved, grads: Gradients
+        self, dx1: Tensor, context: LayerContext, saved: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the rule's output and of z, both (N, Hv, V)."""
-        normed, rstd = self._normed(kept)
+        normed, rstd = self._normed(saved)
         out_proj = (self.out_proj.projection(),)
         d_normed = project_backward(
             (dx1,),
@@ -230,12 +232,12 @@ class DeltaNet(nn.Module):
             seed=context.seed(self.index, 1),
             decoded=decode(out_proj, dx1.dtype, "narrow"),
         )
-        assert d_normed is not None and kept.out is not None and kept.z is not None
+        assert d_normed is not None and saved.out is not None and saved.z is not None
         weight = self.norm.weight
         do, dz, d_weight = gated_rms_norm_backward(
-            d_normed.view_as(kept.out),
-            kept.out,
-            kept.z,
+            d_normed.view_as(saved.out),
+            saved.out,
+            saved.z,
             weight,
             rstd,
             need_dweight=weight.requires_grad,
@@ -245,22 +247,23 @@ class DeltaNet(nn.Module):
         return do, dz
 
     def _rule_backward(
-        self, do: Tensor, context: LayerContext, kept: DeltaNetSaved, grads: Gradients
+        self, do: Tensor, context: LayerContext, saved: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of m (N, C), b and a (N, Hv)."""
-        mixed, a, b, saved = kept.mixed, kept.a, kept.b, kept.saved
-        assert mixed is not None and a is not None and b is not None and saved is not None
+        mixed, a, b, rule = saved.mixed, saved.a, saved.b, saved.rule
+        assert mixed is not None and a is not None and b is not None and rule is not None
         g, beta = gates_forward(a, b, self.A_log, self.dt_bias)
         heads = self._convolved(mixed, context)
         inputs = GatedDeltaInputs(*heads, g, beta, context.plan.bounds)
-        rule = gated_delta_backward(do, inputs, saved)
+        d_rule = gated_delta_backward(do, inputs, rule)
         da, db, da_log, d_dt_bias = gates_backward(
-            rule.dg, rule.dbeta, a, b, self.A_log, self.dt_bias
+            d_rule.dg, d_rule.dbeta, a, b, self.A_log, self.dt_bias
         )
         for parameter, gradient in ((self.A_log, da_log), (self.dt_bias, d_dt_bias)):
             if parameter.requires_grad:
                 grads[id(parameter)] = gradient
-        d_convolved = torch.cat((rule.dq.flatten(1), rule.dk.flatten(1), rule.dv.flatten(1)), 1)
+        d_heads = (d_rule.dq, d_rule.dk, d_rule.dv)
+        d_convolved = torch.cat([part.flatten(1) for part in d_heads], 1)
         weight = self.conv1d.weight
         d_mixed, d_weight = causal_conv1d_backward(
             d_convolved, mixed, weight, context.plan.bounds, need_dweight=weight.requires_grad

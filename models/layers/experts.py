@@ -1,4 +1,4 @@
-"""Modules that hold the experts of a mixture; the arithmetic is in `kernels.moe.experts`.
+"""The experts of a mixture: parameters only; the maths lives in `kernels.moe`.
 
 Dense weights are two parameters for all experts, named and shaped as transformers 5 holds them:
 `gate_up_proj` (E, 2 I, H), rows of gate then of up, and `down_proj` (E, H, I). Quantised they are

@@ -1,6 +1,6 @@
-"""What is kept of the tokens already seen, for one sequence at a time.
+"""Keys, values and states of the tokens that one sequence has so far.
 
-An attention layer keeps their keys and values, a Gated DeltaNet layer a state of fixed size.
+An attention layer stores keys and values, a Gated DeltaNet layer a state of fixed size.
 """
 
 from __future__ import annotations

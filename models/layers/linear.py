@@ -1,4 +1,4 @@
-"""Modules that hold weights. They hold; the arithmetic is in `kernels`.
+"""Linear, RMSNorm and Embedding: parameters only; the maths lives in `kernels`.
 
 `Linear` has Hugging Face's parameter names. Its weight is a dense `Parameter` or quantised,
 and it may carry a LoRA pair; `projection()` is the view of all that which the kernels take.

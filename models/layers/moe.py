@@ -1,11 +1,11 @@
-"""The mixture of experts of a decoder block, forward and backward by hand.
+"""The mixture of experts of a decoder block, with its backward pass.
 
     y = x1 + sum_i w_i expert_i(h) [+ sigmoid(s . h) shared(h)],   h = norm(x1)
 
-`kernels.moe.experts` has the arithmetic. Every checkpointing policy keeps the router's choice, so
-that what backward computes again cannot choose anew; level "none" keeps the experts' inner
-activations too. In tiles of tokens (`models.layers.token_tiles`) nothing else is kept at any level,
-and the choice is made over all tokens: tiles divide it.
+`kernels.moe.experts` has the arithmetic. Every checkpointing policy saves the router's choice, so
+that what backward recomputes cannot choose anew; "none" saves the experts' inner activations too.
+In tiles of tokens (`models.layers.token_tiles`) nothing else is saved under any policy, and the
+choice is made over all tokens: tiles divide it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
 class MoESaved:
     """What backward reads of a mixture, and the gradient of its sum of probabilities, if any."""
 
-    saved: ExpertsSaved
+    experts: ExpertsSaved
     d_prob_sum: Tensor | None = None
 
     def trim(self, policy: str) -> MoESaved:
-        """Only what `policy` keeps."""
-        return self if policy == "none" else MoESaved(self.saved.trim())
+        """Only what `policy` saves."""
+        return self if policy == "none" else MoESaved(self.experts.trim())
 
 
 class MoE(nn.Module):
@@ -79,23 +79,20 @@ class MoE(nn.Module):
 
     def forward(self, x1: Tensor, norm: RMSNorm, context: LayerContext) -> tuple[Tensor, MoESaved]:
         """x1 (N, H) -> y (N, H) and every activation that backward could use."""
-        moe, seed, rows = (
-            self.mixture(),
-            context.seed(self.index, 2),
-            context.settings.mlp_tile_tokens,
-        )
+        moe, seed = self.mixture(), context.seed(self.index, 2)
+        tile_tokens = context.settings.mlp_tile_tokens
         h, _ = norm.forward_with_rstd(x1)
-        if rows is None:
-            y, saved = moe_forward(h, moe, seed)
-            return y.add_(x1), MoESaved(saved)
-        saved = ExpertsSaved.of(choose(h, moe)).trim()
+        if tile_tokens is None:
+            y, experts = moe_forward(h, moe, seed)
+            return y.add_(x1), MoESaved(experts)
+        experts = ExpertsSaved.of(choose(h, moe)).trim()
         del h
 
         def forward(h: Tensor, tile: Tile) -> Tensor:
-            routing = saved.routing.part(tile.tokens)
+            routing = experts.routing.part(tile.tokens)
             return moe_output(h, moe, routing, tile.seed(seed))[0]
 
-        return forward_in_tiles(x1, norm, rows, forward), MoESaved(saved)
+        return forward_in_tiles(x1, norm, tile_tokens, forward), MoESaved(experts)
 
     def backward(
         self,
@@ -103,26 +100,23 @@ class MoE(nn.Module):
         x1: Tensor,
         norm: RMSNorm,
         context: LayerContext,
-        kept: MoESaved,
+        saved: MoESaved,
         grads: Gradients,
     ) -> Tensor:
         """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
-        moe, seed, rows = (
-            self.mixture(),
-            context.seed(self.index, 2),
-            context.settings.mlp_tile_tokens,
-        )
-        saved, d_prob_sum = kept.saved, kept.d_prob_sum
-        if rows is None:
+        moe, seed = self.mixture(), context.seed(self.index, 2)
+        tile_tokens = context.settings.mlp_tile_tokens
+        experts, d_prob_sum = saved.experts, saved.d_prob_sum
+        if tile_tokens is None:
             h, rstd = norm.forward_with_rstd(x1)
-            dh = moe_backward(dy, h, moe, saved, grads, seed=seed, d_prob_sum=d_prob_sum)
+            dh = moe_backward(dy, h, moe, experts, grads, seed=seed, d_prob_sum=d_prob_sum)
             assert dh is not None
             return norm.backward(dh, x1, rstd, grads).add_(dy)
 
         def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
-            part, own = saved.part(tile.tokens), tile.seed(seed)
+            part, own = experts.part(tile.tokens), tile.seed(seed)
             dh = moe_backward(dy, h, moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
             assert dh is not None
             return dh
 
-        return backward_in_tiles(dy, x1, norm, rows, backward, grads)
+        return backward_in_tiles(dy, x1, norm, tile_tokens, backward, grads)

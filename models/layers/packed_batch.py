@@ -1,4 +1,4 @@
-"""A packed batch: documents laid end to end, and which of their tokens are trained."""
+"""`PackedBatch`: documents laid end to end, and which tokens are trained."""
 
 from __future__ import annotations
 

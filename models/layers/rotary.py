@@ -1,4 +1,4 @@
-"""Frequencies of the rotary embedding, for every rope type the engine reads.
+"""Rotary embedding: frequencies for every rope type that is read.
 
     inv_i = theta^(-2 i / D),  i < D / 2;   angle = position * inv_i
 

@@ -1,13 +1,13 @@
-"""The feed-forward part of a block over tiles of tokens: its inner activations never exist whole.
+"""Run a block's feed-forward part on a few tokens at a time.
 
-    y = x1 + f(norm(x1))   for `rows` tokens at a time
+    y = x1 + f(norm(x1))   for `tile_tokens` tokens at a time
 
-What f holds of a token inside is several times as wide as what stands between blocks, and is the
-largest part of a block's working set. f sees every token by itself, so any number of them can go
-at once. The backward pass computes each tile's inner activations again once, forms its gradients
-and forgets it; what is added up over tiles is the gradients of parameters.
+The activations inside f are several times as wide as those between blocks, and the largest part of
+a block's working set; in tiles they never exist whole. f sees every token by itself, so tiles
+change no result. The backward pass recomputes each tile's inner activations once, computes its
+gradients and frees it; the gradients of parameters are summed over tiles.
 
-f is a dense SwiGLU (`models.layers.tiled_mlp`) or the experts of a mixture (`models.layers.moe`).
+f is a dense SwiGLU (`models.layers.mlp`) or the experts of a mixture (`models.layers.moe`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ _SEED_BITS = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class Tile:
-    """Consecutive tokens, and their place among the tiles."""
+    """Consecutive tokens, and the tile's number."""
 
     index: int
     tokens: slice
 
     def seed(self, seed: Seed | None) -> Seed | None:
-        """The tile's own of a dropout site's seed; the first tile's is that itself."""
+        """The seed of a dropout site in this tile; in the first tile it is `seed` itself."""
         if seed is None:
             return None
         return (seed + (self.index * _SEED_STEP & _SEED_BITS)) & _SEED_BITS
 
 
 class _Sums(dict[int, Tensor]):
-    """Gradients by parameter, as `Gradients`; what is set again is added to what is there."""
+    """`Gradients` in which setting a parameter again adds to its gradient."""
 
     def __setitem__(self, key: int, gradient: Tensor) -> None:
         before = self.get(key)
@@ -56,27 +56,29 @@ Backward = Callable[[Tensor, Tensor, Tile, Gradients], Tensor]
 """dy (n, H), h (n, H) of a tile -> dh (n, H); sets the gradient of every trainable parameter."""
 
 
-def token_tiles(count: int, rows: int) -> Iterable[Tile]:
+def token_tiles(count: int, tile_tokens: int) -> Iterable[Tile]:
     """The tiles of `count` tokens; the last may be short."""
-    starts = enumerate(range(0, count, rows))
-    return equal_parts(Tile(at, slice(first, min(first + rows, count))) for at, first in starts)
+    starts = enumerate(range(0, count, tile_tokens))
+    return equal_parts(
+        Tile(at, slice(first, min(first + tile_tokens, count))) for at, first in starts
+    )
 
 
-def forward_in_tiles(x1: Tensor, norm: RMSNorm, rows: int, forward: Forward) -> Tensor:
+def forward_in_tiles(x1: Tensor, norm: RMSNorm, tile_tokens: int, forward: Forward) -> Tensor:
     """x1 (N, H) -> y (N, H)."""
     y = torch.empty_like(x1)
-    for tile in token_tiles(x1.shape[0], rows):
+    for tile in token_tiles(x1.shape[0], tile_tokens):
         part = x1[tile.tokens]
         torch.add(forward(norm.forward_with_rstd(part)[0], tile), part, out=y[tile.tokens])
     return y
 
 
 def backward_in_tiles(
-    dy: Tensor, x1: Tensor, norm: RMSNorm, rows: int, backward: Backward, grads: Gradients
+    dy: Tensor, x1: Tensor, norm: RMSNorm, tile_tokens: int, backward: Backward, grads: Gradients
 ) -> Tensor:
     """dy (N, H) -> dx1 (N, H) in the memory of x1; parameters' gradients go into `grads`."""
     sums = _Sums()
-    for tile in token_tiles(x1.shape[0], rows):
+    for tile in token_tiles(x1.shape[0], tile_tokens):
         part, d_part = x1[tile.tokens], dy[tile.tokens]
         h, rstd = norm.forward_with_rstd(part)
         dh = backward(d_part, h, tile, sums)

@@ -1,1 +1,1 @@
-"""Ways to run the same step in less memory or with fewer launches."""
+"""Run the same step in less memory or with fewer launches."""

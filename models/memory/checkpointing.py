@@ -50,7 +50,7 @@ class ForwardPass:
         """Add a mixture's counts and sums to `routed`; returns the sums if they were added."""
         if self.routed is None or not isinstance(saved.mlp, MoESaved):
             return None
-        experts = saved.mlp.saved
+        experts = saved.mlp.experts
         self.routed.append((experts.counts, experts.prob_sum))
         return experts.prob_sum
 

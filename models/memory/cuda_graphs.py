@@ -1,20 +1,19 @@
-"""Layers as CUDA graphs: the host launches a run of layers with one call instead of a thousand.
+"""Run consecutive layers from recorded CUDA graphs.
 
 A small model on a large GPU waits for the host, which needs some microseconds for every launch. A
 CUDA graph records the launches of a pass once and repeats them at once, with the same addresses and
-the same sizes. Because blocks differentiate themselves (`models.layers.block`), recording needs
-nothing of autograd: the forward and the backward pass of consecutive layers are recorded one after
-the other on buffers at fixed addresses, and one node of autograd's graph stands for all of these
-layers.
+the same sizes. Because blocks have backward passes of their own (`models.layers.block`), recording
+needs nothing of autograd: the forward and the backward pass of consecutive layers are recorded one
+after the other on buffers at fixed addresses, and one autograd node stands for all of these layers.
 
 What changes from batch to batch lies in those buffers: the layers' input, cos and sin, document
 boundaries, dropout seeds. A recording serves one size, so a batch is padded to one of few
 (`Sizes`): with a document of zeros at the end, whose gradients are zero, and with empty documents.
-Every batch is padded alike, whether its launches are recorded or not, so that a run that was
-stopped and goes on computes the same bits.
+Every batch is padded alike, whether its launches are recorded or not, so that a run that is stopped
+and resumed computes the same bits.
 
-Layers whose sizes the data decides (mixtures of experts) or whose documents the host must know
-(Gated DeltaNet) run as ever between the recorded ones.
+Layers whose sizes depend on the data (mixtures of experts) or whose document boundaries the host
+must know (Gated DeltaNet) run as usual between the recorded ones.
 """
 
 from __future__ import annotations

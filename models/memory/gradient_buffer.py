@@ -1,4 +1,4 @@
-"""Gradients at addresses that stay, for passes that are recorded once and repeated."""
+"""Gradients at fixed addresses, for recorded backward passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ALIGNED = 64
 
 
 class GradientBuffer:
-    """The gradients of some parameters, at addresses that stay.
+    """The gradients of some parameters, at fixed addresses.
 
-    `attach` makes each of them the parameter's `grad`, keeping what was accumulated before.
+    `attach` makes each of them the parameter's `grad`, with what was accumulated before.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -26,9 +26,9 @@ class GradientBuffer:
         self._flat = []
         for dtype in {p.dtype for p in parameters}:
             kind = [p for p in parameters if p.dtype == dtype]
-            room = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in kind]
-            flat = torch.zeros(sum(room), dtype=dtype, device=kind[0].device)
-            for p, part in zip(kind, flat.split(room), strict=True):
+            sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in kind]
+            flat = torch.zeros(sum(sizes), dtype=dtype, device=kind[0].device)
+            for p, part in zip(kind, flat.split(sizes), strict=True):
                 self.views[id(p)] = part[: p.numel()].view_as(p)
             self._flat.append(flat)
 
@@ -58,7 +58,7 @@ class GradientBuffer:
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        """What is added inside is taken back at the end."""
+        """Undo at the end what is added inside."""
         before = [flat.clone() for flat in self._flat]
         yield
         for flat, old in zip(self._flat, before, strict=True):

@@ -55,9 +55,9 @@ class OffloadedInputs:
             return
         self._let_go()
         x = x.contiguous()  # else torch makes a copy on the side stream, where nobody plans for it
-        room = host_room(x)
-        event = self._copies.start([(room, x)])
-        self._host[index] = room
+        host = host_room(x)
+        event = self._copies.start([(host, x)])
+        self._host[index] = host
         self._leaving = (index, x, event)
 
     def _let_go(self) -> None:
@@ -127,13 +127,13 @@ class WeightStream:
     def _bring(self, index: int) -> tuple[list[_Named], torch.cuda.Event | None]:
         pairs: list[tuple[Tensor, Tensor]] = []
 
-        def room(x: Tensor) -> Tensor:
+        def on_device(x: Tensor) -> Tensor:
             target = torch.empty(x.shape, dtype=x.dtype, device=self._device)
             pairs.append((target, x))
             return target
 
         weights = [
-            {name: mapped(weight, room) for name, weight in named.items()}
+            {name: mapped(weight, on_device) for name, weight in named.items()}
             for named in self._host[index]
         ]
         layer_observer().weights_arrive(w for named in weights for w in named.values())
