@@ -67,8 +67,8 @@ def linear_distillation(
 
     hidden (n, H) and teacher_hidden (n, H') are those of the trained tokens, weight (V, H) and
     teacher_weight (V, H') the frozen heads. The sum over tokens is divided by `num_items`, by
-    default n. Memory holds two chunks of logits. Returns fp32 or wider. Raises `ValueError` where the
-    vocabularies or the numbers of tokens differ, or the head wants a gradient.
+    default n. Memory holds two chunks of logits. Returns fp32 or wider. Raises `ValueError` where
+    the vocabularies or the numbers of tokens differ, or the head wants a gradient.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(

@@ -63,7 +63,7 @@ def test_what_cannot_be_distilled_is_refused() -> None:
     hidden, weight, teacher, teacher_weight = problem()
     with pytest.raises(ValueError, match="vocabulary"):
         linear_distillation(hidden, weight, teacher, teacher_weight[:-1])
-    with pytest.raises(ValueError, match="rows of the student"):
+    with pytest.raises(ValueError, match="tokens of the student"):
         linear_distillation(hidden, weight, teacher[:-1], teacher_weight)
     with pytest.raises(ValueError, match="frozen head"):
         linear_distillation(hidden, weight.requires_grad_(True), teacher, teacher_weight)
