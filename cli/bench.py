@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,8 +12,9 @@ from cli.from_settings import Call, Verb, add_verb
 from engine.config.task_settings import BenchSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from engine.benchmark.case import Case
     from engine.benchmark.runner import Baselines, Row
 
 app = typer.Typer(add_completion=False)
@@ -36,42 +38,39 @@ def bench(call: Call) -> None:
     from engine.device import resolve_device
     from engine.provenance import measured_on
 
-    wanted, where = chosen_ops(settings.ops), resolve_device(settings.device)
-    models = list(dict.fromkeys(settings.model or default_models(where)))
-    offers = [_baselines(name) for name in settings.against]
-    cases = [
-        case
-        for name in models
-        for case in all_cases(name, default_settings(where, settings.tokens or None))
-        if case.op in wanted
-    ]
-    roofline, rows = measure_roofline(where, budget=min(settings.budget, 0.3)), list["Row"]()
-    for number, case in enumerate(cases, 1):
-        if sys.stderr.isatty():
-            print(
-                f"\r{number}/{len(cases)} {case.name:<70.70}", end="", file=sys.stderr, flush=True
-            )
-        row = run_case(
-            case,
-            where,
-            roofline,
-            budget=settings.budget,
-            compiled=settings.compile,
-            baselines=offers,
-        )
-        rows.append(row)
-    if sys.stderr.isatty():
-        print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
-    machine = measured_on(where)
+    wanted, device = chosen_ops(settings.ops), resolve_device(settings.device)
+    models = list(dict.fromkeys(settings.model or default_models(device)))
+    baselines = [_baselines(name) for name in settings.against]
+    sizes = default_settings(device, settings.tokens or None)
+    cases = [case for name in models for case in all_cases(name, sizes) if case.op in wanted]
+    roofline = measure_roofline(device, budget=min(settings.budget, 0.3))
+    measure = partial(
+        run_case, device=device, roofline=roofline, budget=settings.budget,
+        compiled=settings.compile, baselines=baselines,
+    )  # fmt: skip
+    rows = [measure(case) for case in _counted(cases)]
+    machine = measured_on(device)
     as_json = call.print_json([{**row.plain(), **machine} for row in rows])
     if not as_json:
         for name in models:
             _show([row for row in rows if row.model == name], f"{machine['device']}: {name}")
         print(limits(roofline))
-    output = settings.output
-    for path in write(output, rows, roofline, machine) if output is not None else []:
-        if not as_json:
-            print(f"Written: {path}")
+    if settings.output is not None:
+        for path in write(settings.output, rows, roofline, machine):
+            if not as_json:
+                print(f"Written: {path}")
+
+
+def _counted(cases: Sequence[Case]) -> Iterator[Case]:
+    """The cases one by one, with a line on a terminal that counts them."""
+    terminal = sys.stderr.isatty()
+    for number, case in enumerate(cases, 1):
+        if terminal:
+            text = f"\r{number}/{len(cases)} {case.name:<70.70}"
+            print(text, end="", file=sys.stderr, flush=True)
+        yield case
+    if terminal:
+        print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
 
 
 def _baselines(name: str) -> Baselines:

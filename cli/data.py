@@ -194,17 +194,13 @@ def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer
     head = f"{example.source}  {len(example)} tokens, {example.trained_tokens} trained"
     console.print(Text(head, style="dim"))
     text = Text()
-    start = 0
-    ids, marks = example.input_ids, example.trained
-    for end in range(1, len(ids) + 1):
-        if end == len(ids) or marks[end] != marks[start]:
-            run = tokenizer.decode(ids[start:end], skip_special_tokens=False)
-            text.append(run, style="bold black on green" if marks[start] else "dim")
-            start = end
+    for trained, ids in example.stretches():
+        run = tokenizer.decode(ids, skip_special_tokens=False)
+        text.append(run, style="bold black on green" if trained else "dim")
     console.print(text)
     if not console.is_terminal:
-        trained = [index for index, mark in zip(ids, marks, strict=True) if mark]
-        decoded = tokenizer.decode(trained, skip_special_tokens=False)
+        learnt = [index for trained, ids in example.stretches() if trained for index in ids]
+        decoded = tokenizer.decode(learnt, skip_special_tokens=False)
         console.print(Text(f"trained: {decoded!r}"))
 
 

@@ -7,7 +7,6 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.data.examples import Example
 from engine.device import resolve_device, resolve_dtype
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
@@ -27,7 +25,6 @@ from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, p
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers, require_trackers
-from engine.tokenization.tokenizer import Tokenizer
 from engine.training.loop import (
     Progress,
     Trainer,
@@ -139,6 +136,39 @@ class _Run:
     def evaluate(self) -> EvalResult:
         return evaluate_examples(self.model, self.prepared.heldout, settings=self.settings)
 
+    def evaluate_before(self) -> dict[str, float]:
+        """Perplexity of the held-out rows at the start of a run; nothing without such rows."""
+        if not self.prepared.heldout or self.progress.step > 0:
+            return {}
+        perplexity = self.evaluate().perplexity
+        log.info("held-out perplexity before training: %.3f", perplexity)
+        return {"heldout_perplexity_before": perplexity}
+
+    def evaluate_after(self) -> dict[str, float]:
+        """Perplexity and loss of the held-out rows at the end; nothing without such rows."""
+        if not self.prepared.heldout:
+            return {}
+        after = self.evaluate()
+        log.info("held-out perplexity after training: %.3f", after.perplexity)
+        return {"heldout_perplexity": after.perplexity, "heldout_loss": after.loss}
+
+    def figures(self, progress: Progress) -> dict[str, Any]:
+        """What the summary says of a run that has trained: counts, time and memory."""
+        figures: dict[str, Any] = {
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "trained_tokens": progress.trained_tokens,
+            "skipped_steps": progress.skipped,
+            "train_seconds": round(progress.seconds, 3),
+            "trainable_parameters": self.trainable,
+            **self.prepared.row_counts(),
+        }
+        if self.model.graphs is not None:
+            figures["micro_batches_recorded"] = self.model.graphs.repeated
+            figures["micro_batches_launched"] = self.model.graphs.launched
+        figures["peak_memory_bytes"] = peak_memory_bytes(self.device)
+        return figures if self.budget is None else figures | self.budget.figures()
+
     def _heldout_figures(self) -> dict[str, float]:
         result = self.evaluate()
         log.info("held-out loss %.4f, perplexity %.2f", result.loss, result.perplexity)
@@ -229,33 +259,11 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
             "%s: %d trainable parameters, %d rows, %d steps",
             config.method, run.trainable, len(prepared.examples), prepared.total_steps,
         )  # fmt: skip
-        before = run.evaluate() if prepared.heldout and run.progress.step == 0 else None
-        if before:
-            log.info("held-out perplexity before training: %.3f", before.perplexity)
+        before = run.evaluate_before()
         progress = run.train()
-        figures: dict[str, Any] = {
-            "steps": progress.step,
-            "tokens": progress.tokens,
-            "trained_tokens": progress.trained_tokens,
-            "skipped_steps": progress.skipped,
-            "train_seconds": round(progress.seconds, 3),
-            "trainable_parameters": run.trainable,
-            **prepared.row_counts(),
-        }
-        if before:
-            figures["heldout_perplexity_before"] = before.perplexity
-        if prepared.heldout:
-            after = run.evaluate()
-            figures["heldout_perplexity"] = after.perplexity
-            figures["heldout_loss"] = after.loss
-            log.info("held-out perplexity after training: %.3f", after.perplexity)
+        after = run.evaluate_after()
         output = run.state.write_output(prepared.model_source, directory.path)
-        if run.model.graphs is not None:
-            figures["micro_batches_recorded"] = run.model.graphs.repeated
-            figures["micro_batches_launched"] = run.model.graphs.launched
-        figures["peak_memory_bytes"] = peak_memory_bytes(run.device)
-        if run.budget is not None:
-            figures |= run.budget.figures()
+        figures = run.figures(progress) | before | after
         if config.plot:
             plot_loss(directory.path)
         directory.write_summary("Success", output_path=output, metrics=figures)
@@ -267,6 +275,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
 def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """The resolved run as text: settings, counts, and the first rows as they will be trained.
 
+    Each stretch of tokens has a line; those that are trained begin with '>'.
     Reads no weights and writes nothing. Raises as `train` would.
     """
     from engine.config.sources import dump_yaml
@@ -284,16 +293,8 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
         f"{device} in {str(dtype).removeprefix('torch.')}; {len(prepared.heldout)} rows held out"
     )
     for example in prepared.examples[:rows]:
-        lines += ["", f"{example.source}:", *_marked(example, prepared.tokenizer)]
+        lines += ["", f"{example.source}:"]
+        for trained, ids in example.stretches():
+            text = prepared.tokenizer.decode(ids, skip_special_tokens=False)
+            lines.append(f"{'> ' if trained else '  '}{text!r}")
     return "\n".join(lines)
-
-
-def _marked(example: Example, tokenizer: Tokenizer) -> Iterator[str]:
-    """The row's text in pieces, those that are trained marked with a leading '>'."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, trained in zip(example.input_ids, example.trained, strict=True):
-        if not runs or runs[-1][0] != trained:
-            runs.append((trained, []))
-        runs[-1][1].append(token)
-    for trained, ids in runs:
-        yield f"{'> ' if trained else '  '}{tokenizer.decode(ids, False)!r}"

@@ -9,6 +9,8 @@ end token untrained where it doubles as padding.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,11 @@ class Example:
         """Which tokens are trained, as a list."""
         marks: list[bool] = self.mask.tolist()
         return marks
+
+    def stretches(self) -> list[tuple[bool, list[int]]]:
+        """Consecutive tokens that are all trained (True) or all not, to be decoded together."""
+        pairs = groupby(zip(self.trained, self.input_ids, strict=True), key=itemgetter(0))
+        return [(trained, [token for _, token in group]) for trained, group in pairs]
 
     @property
     def trained_tokens(self) -> int:
