@@ -7,7 +7,6 @@ the run.
 
 import logging
 import sys
-from types import TracebackType
 from typing import IO, Self, TextIO, cast
 
 from rich.console import Console
@@ -96,12 +95,7 @@ class ProgressReporter:
             self._bar.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
