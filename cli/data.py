@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engine.data.dataset import ReadReport
-    from engine.data.examples import Example, Report
+    from engine.data.examples import Example, ExampleReport
     from engine.data.rows import Row
     from engine.tokenization.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def _build(
     vocab_size: int,
     settings: DataSettings,
     kwargs: dict[str, Any] | None = None,
-) -> tuple[list["Example"], "Report"]:
+) -> tuple[list["Example"], "ExampleReport"]:
     from engine.data.examples import build_examples, check_ids
 
     bad_rows = "fail" if settings.bad_lines == "fail" else "skip"
@@ -142,7 +142,7 @@ def _build(
     return examples, report
 
 
-def _asdict(report: "Report | None") -> dict[str, Any] | None:
+def _asdict(report: "ExampleReport | None") -> dict[str, Any] | None:
     return None if report is None else dataclasses.asdict(report)
 
 

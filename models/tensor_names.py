@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors, read off the graph itself.
+"""Names and shapes of a model's tensors, read off the graph.
 
 The graph's parameters are named and shaped as the text model of transformers 5 has them. A file may
 name and divide them otherwise (`models.tensor_layout`).

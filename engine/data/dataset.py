@@ -1,7 +1,8 @@
-"""Reads data sets: JSON Lines or one JSON array, plain or gzip-compressed, into `Row`s.
+"""Read data sets into `Row`s, counting what is left out.
 
-A broken row stops the load with its file, line and column, unless the caller allows some to be
-skipped; nothing is ever left out without being counted in the `ReadReport`.
+Files are JSON Lines or one JSON array, plain or gzip-compressed. A broken row stops the load with
+its file, line and column, unless the caller allows some to be skipped; nothing is ever left out
+without being counted in the `ReadReport`.
 """
 
 import logging

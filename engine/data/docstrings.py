@@ -1,4 +1,4 @@
-"""Prompt/response rows out of the docstrings of the Python standard library on this machine.
+"""Prompt/response rows from the standard library's docstrings.
 
 A data set that every machine already has: "What does the Python function `textwrap.fill` do?",
 answered by its docstring. Sources are parsed, not imported, so nothing runs; only modules written

@@ -87,7 +87,7 @@ class Example:
 
 
 @dataclass
-class Report:
+class ExampleReport:
     """What became of the rows.
 
     Attributes:
@@ -127,7 +127,7 @@ def build_examples(
     *,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "fail",
-) -> tuple[list[Example], Report]:
+) -> tuple[list[Example], ExampleReport]:
     """Render and tokenise rows.
 
     A row longer than `max_length` keeps its first tokens. A row without a trained token left is
@@ -147,7 +147,7 @@ def build_examples(
     if max_length < 2:
         raise DataError(f"A row of {max_length} tokens teaches nothing; allow at least 2.")
     examples: list[Example] = []
-    report = Report(rows=len(rows))
+    report = ExampleReport(rows=len(rows))
     for start in range(0, len(rows), _BATCH):
         rendered = _render(rows[start : start + _BATCH], tokenizer, template_kwargs or {}, bad_rows)
         usable = [item for item in rendered if not isinstance(item, str)]
@@ -241,7 +241,7 @@ def _cut(
     mask: npt.NDArray[np.bool_],
     max_length: int,
     source: str,
-    report: Report,
+    report: ExampleReport,
 ) -> Example | None:
     report.longest = max(report.longest, len(ids))
     example = Example(ids[:max_length], mask[:max_length], source)
@@ -259,7 +259,7 @@ def _without_label(row: Row, text: str, spans: Sequence[Span], max_length: int) 
     return f"{row.source}: the answer begins beyond the first {max_length} tokens"
 
 
-def _judge(report: Report, max_length: int) -> None:
+def _judge(report: ExampleReport, max_length: int) -> None:
     dropped = len(report.dropped)
     if report.rows and (report.examples == 0 or dropped > _MOST_DROPPED * report.rows):
         raise DataError(

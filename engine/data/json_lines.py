@@ -1,7 +1,8 @@
-"""JSON values out of a file, each with its position: JSON Lines or one array, plain or gzipped.
+"""Read JSON values with their positions from a file.
 
-The form is told by the first character that is not white space: '[' begins an array, anything
-else JSON Lines. A line that is broken does not hide the lines after it; a broken array ends there.
+The file is JSON Lines or one array, plain or gzipped. The first character that is not white space
+tells which: '[' begins an array. A line that is broken does not hide the lines after it; a broken
+array ends there.
 """
 
 import gzip

@@ -1,8 +1,8 @@
-"""Best-fit decreasing bin packing: documents into rows of a fixed number of tokens.
+"""Best-fit decreasing bin packing of documents into rows.
 
-Documents go in from the longest to the shortest, each into the fullest bin that still has space
-for it. The result is at most 11/9 of the best possible plus one bin (Johnson, 1973), and in
-practice wastes a percent or two. No document is split or cut.
+Rows are bins of a fixed number of tokens. Documents go in from the longest to the shortest, each
+into the fullest bin that still has space for it. The result is at most 11/9 of the best possible
+plus one bin (Johnson, 1973), and in practice wastes a percent or two. No document is split or cut.
 """
 
 from bisect import bisect_left, insort

@@ -1,4 +1,4 @@
-"""What one row of a chat or prompt/response data set may look like, and its one inner form.
+"""Parse one row of a data set into messages.
 
 Accepted: `messages` (OpenAI's form, with `tools`), `conversations` or `conversation` (ShareGPT's
 form, `from` and `value`), and a prompt with its response under any of their usual names

@@ -1,4 +1,4 @@
-"""The experts of a mixture as a file holds them: their modules, and what training saw of them.
+"""The experts of a mixture, as a file stores them.
 
 Adapters name every expert by itself (`mlp.experts.3.up_proj`), whatever the file's layout.
 """

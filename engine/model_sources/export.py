@@ -1,4 +1,4 @@
-"""Write a model source out as a Hugging Face directory that other programs load.
+"""Write a model source as a Hugging Face directory.
 
 The tensors stream: each is read, changed, cast, checked and written before the next is read, so
 memory holds the largest tensor and no more. The folder appears under its name when it is complete.

@@ -1,4 +1,4 @@
-"""A fully fine-tuned model as a model source, to be written as a directory."""
+"""A fully fine-tuned model as a model source."""
 
 from __future__ import annotations
 

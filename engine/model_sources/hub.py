@@ -1,4 +1,4 @@
-"""Turn what a user names as the model into a path, without asking the network unless it must.
+"""Resolve the name of a model to a path, downloading if needed.
 
 A folder or file on this machine is used as it is, and the hub is never asked about it. A hub id is
 looked up in the cache first, so that a model that was downloaded once loads without a network; only

@@ -1,4 +1,4 @@
-"""From a model source to a `Decoder`, one tensor at a time.
+"""Load a model source into a `Decoder`, tensor by tensor.
 
 The graph is built without memory (torch's meta device). Each tensor is then read from the mapped
 file, quantised or cast, put where it belongs and forgotten, so peak host memory is the finished

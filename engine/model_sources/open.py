@@ -1,4 +1,4 @@
-"""Open a pretrained model: a Hugging Face directory, a GGUF file or a hub id."""
+"""Open a pretrained model: directory, GGUF file or hub id."""
 
 from __future__ import annotations
 

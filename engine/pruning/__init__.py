@@ -1,1 +1,1 @@
-"""Pruning attention heads: score them, choose, remove, and say what was done."""
+"""Pruning attention heads: scores, selection, removal and report."""

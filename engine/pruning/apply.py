@@ -1,4 +1,4 @@
-"""Take pruned heads out of a model's tensors, one tensor at a time.
+"""Take pruned heads out of a model's tensors, one by one.
 
     zero        columns of the output projection and rows of the input projections that belong to
                 the head become zeros, those of keys and values where no other head reads them.

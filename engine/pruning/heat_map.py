@@ -1,4 +1,7 @@
-"""A picture of head importance: one row a layer, one column a head, crosses on what was pruned."""
+"""A heat map of head importance.
+
+A row is a layer, a column a head; pruned heads are crossed out.
+"""
 
 from __future__ import annotations
 

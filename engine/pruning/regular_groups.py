@@ -1,4 +1,4 @@
-"""The cheapest choice that leaves every layer regular, layers being free to differ.
+"""The cheapest choice of heads that leaves every layer regular.
 
 A layer is regular where every key/value head that stays is read by the same number of query heads.
 It is left with k' key/value heads of s' query heads each; for given k' and s' the cheapest cut

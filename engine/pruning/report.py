@@ -1,4 +1,4 @@
-"""What was asked and what was done: the record of `pruning.json`, and the table that is printed."""
+"""The record in `pruning.json`, and the table that is printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choose the heads to prune: the least important, exactly as many as asked for.
+"""Choose the least important heads, exactly as many as asked for.
 
 n = fraction x (heads that still do something), rounded to the nearest whole number, over all layers
 that have attention, protected ones included. Heads are taken in ascending order of their score; one

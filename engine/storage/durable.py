@@ -1,4 +1,4 @@
-"""Durable writes: the only code that puts bytes on a disk for good.
+"""Durable writes for all that must survive a crash.
 
 A file appears under its final name whole or not at all, whatever kills the process or the machine:
 

@@ -1,7 +1,7 @@
-"""One writer per directory: an advisory `flock` that the kernel drops when its process ends.
+"""One writer per directory, by an advisory `flock`.
 
-A lock file that a killed process leaves behind therefore blocks nobody, and its content (process
-id and host) is only there to be shown.
+The kernel drops the lock when its process ends: a lock file that a killed process leaves behind
+blocks nobody, and its content (process id and host) is only there to be shown.
 """
 
 import errno

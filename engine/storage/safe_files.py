@@ -1,4 +1,4 @@
-"""Opening the files of a model folder without being led out of it.
+"""Open the files of a model folder safely.
 
 A model folder may come from anywhere. Only regular files are opened (a pipe or a device would hang
 or never end), never through a symbolic link, with one exception: the hub's cache keeps

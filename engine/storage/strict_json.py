@@ -1,4 +1,4 @@
-"""Read JSON strictly, as RFC 8259 means it, and say where it is wrong.
+"""Read JSON strictly, with the position of every fault.
 
 `json.loads` accepts NaN, Infinity and numbers that overflow to infinity, keeps the last of two
 equal keys, and turns half a surrogate pair into a string that cannot be encoded again. Each of

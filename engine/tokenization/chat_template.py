@@ -1,4 +1,4 @@
-"""Chat templates: messages to text, with the spans that are trained.
+"""Chat templates: render messages and give their loss spans.
 
 The text equals what Hugging Face's `apply_chat_template(tokenize=False)` gives. Rendering happens
 in a process of its own (see `sandbox_worker`), because a template is a program that came with

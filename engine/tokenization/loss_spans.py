@@ -1,4 +1,4 @@
-"""Find the characters of a rendered conversation that contribute to the loss.
+"""Find the loss spans of a rendered conversation.
 
 These are, for every assistant message that contributes, what the model itself would write: the text
 after the generation prompt up to and including the end-of-turn token, and nothing after it. Three

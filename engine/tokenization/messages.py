@@ -1,4 +1,4 @@
-"""What one message of a conversation says, and whether the loss counts it."""
+"""What a message says, and whether it contributes to the loss."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The parent's end of the template process: starts it, sends it work, and ends it when it overruns.
+"""Start, feed and stop the process that renders chat templates.
 
 One process serves one template for as long as that template is used: starting costs about a tenth
 of a second, a rendering some tens of microseconds more than it would here.

@@ -1,4 +1,4 @@
-"""The process that renders chat templates: a program of its own, never imported for rendering.
+"""The program that renders chat templates in a process of its own.
 
 A chat template comes with the model and is a program in Jinja's language. It is compiled in
 Jinja's immutable sandbox with the settings, filters and globals that Hugging Face's
@@ -40,7 +40,7 @@ class _OutputTooLong(Exception):
     pass
 
 
-class Tracker:
+class GenerationTracker:
     """Counts the characters rendered so far and notes what the generation tags enclose."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class GenerationTag(jinja2.ext.Extension):
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
-        self.tracker: Tracker | None = None
+        self.tracker: GenerationTracker | None = None
         environment.extend(track_generation=self.track)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
@@ -72,9 +72,9 @@ class GenerationTag(jinja2.ext.Extension):
         return text
 
     @contextmanager
-    def track(self) -> Iterator[Tracker]:
+    def track(self) -> Iterator[GenerationTracker]:
         """Follow one rendering; the caller keeps the tracker's length up to date."""
-        self.tracker = Tracker()
+        self.tracker = GenerationTracker()
         try:
             yield self.tracker
         finally:

@@ -1,4 +1,4 @@
-"""Reads a SentencePiece `tokenizer.model` and makes the same tokenizer in `tokenizers`.
+"""Rebuild a SentencePiece `tokenizer.model` in `tokenizers`.
 
 One machinery then serves every model: special tokens cut out of the text before anything else,
 byte fallback, offsets, batches on all cores. The `sentencepiece` library reads the file and is

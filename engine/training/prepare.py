@@ -9,7 +9,7 @@ from functools import partial
 
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import ReadReport, load_rows, read_rows
-from engine.data.examples import Example, Report, build_examples, check_ids
+from engine.data.examples import Example, ExampleReport, build_examples, check_ids
 from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
 from engine.model_sources.interface.model_source import ModelSource
@@ -30,7 +30,7 @@ class Prepared:
     heldout: list[Example]
     plan: BatchPlan
     read: ReadReport
-    report: Report
+    report: ExampleReport
     steps_per_epoch: int = field(init=False)
     total_steps: int = field(init=False)
 

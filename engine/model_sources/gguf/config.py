@@ -1,4 +1,4 @@
-"""The configuration of a GGUF model, in the words of Hugging Face's config.json (transformers 5).
+"""The configuration of a GGUF model, spelled as in config.json.
 
 llama.cpp keeps a model's shape under keys such as `llama.block_count`, and Llama 3's rotary scaling
 not as parameters but as its result: a tensor `rope_freqs.weight` with one divisor per rotary

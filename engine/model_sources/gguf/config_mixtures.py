@@ -1,4 +1,4 @@
-"""The parts of a GGUF model's configuration that only mixtures of experts and hybrids have."""
+"""Configuration keys of GGUF mixtures of experts and hybrids."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.gguf.metadata import Keys
 
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 HYBRIDS = ("qwen3next", "qwen35", "qwen35moe")
 MIXTURES = ("qwen2moe", "qwen3moe", "qwen3next", "qwen35moe")
 
 
-def mixture(arch: str, keys: Keys, shapes: Shapes, layers: int) -> dict[str, Any]:
+def mixture(arch: str, keys: Keys, shapes: TensorShapes, layers: int) -> dict[str, Any]:
     """The router and the experts. llama.cpp's graphs fix whether their weights are renormalised."""
     if keys.number("expert_weights_scale", 1.0) not in (0.0, 1.0):
         raise ConfigError(
@@ -39,7 +39,7 @@ def mixture(arch: str, keys: Keys, shapes: Shapes, layers: int) -> dict[str, Any
     return config
 
 
-def hybrid(keys: Keys, shapes: Shapes, layers: int) -> dict[str, Any]:
+def hybrid(keys: Keys, shapes: TensorShapes, layers: int) -> dict[str, Any]:
     """Gated DeltaNet, and which layers have it.
 
     That is read off the tensors: converters have written an interval that is not the model's.
@@ -62,7 +62,7 @@ def hybrid(keys: Keys, shapes: Shapes, layers: int) -> dict[str, Any]:
     }
 
 
-def _rows(keys: Keys, shapes: Shapes, name: str, dimension: int) -> int:
+def _rows(keys: Keys, shapes: TensorShapes, name: str, dimension: int) -> int:
     if name not in shapes or len(shapes[name]) < 2:
         raise CheckpointError(f"{keys.source} has no matrix {name}, of a mixture of experts.")
     return shapes[name][dimension]

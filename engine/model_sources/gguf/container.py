@@ -1,4 +1,4 @@
-"""The GGUF container: metadata and tensor table of a file, parsed with every number checked.
+"""Parse a GGUF file: metadata and tensor table, every number checked.
 
     4 bytes   "GGUF"
     u32       version, 2 or 3

@@ -1,4 +1,4 @@
-"""Reading single values of a GGUF file's metadata, each complaint one sentence with its key."""
+"""Read single values of a GGUF file's metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model in a GGUF file, offered as if it were a Hugging Face directory.
+"""`GGUFSource`: the model in a GGUF file.
 
 Tensors get Hugging Face's names, and are dequantised one at a time when they are asked for. F32,
 F16, BF16, Q8_0, Q4_0 and Q4_1 are unpacked here; every other type through the `gguf` package.

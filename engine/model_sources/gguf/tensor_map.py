@@ -1,4 +1,4 @@
-"""Map the tensors of a Hugging Face model to those of a GGUF file.
+"""Map Hugging Face's tensors to those of a GGUF file.
 
 llama.cpp has its own names, and its converter changes some tensors. Read back are:
 

@@ -82,7 +82,7 @@ def build_tokenizer(
         raise ConfigError(
             f"{source}: its tokenizer is of the kind {kind!r}; 'gpt2' and 'llama' are known."
         )
-    vocabulary = _Vocabulary(metadata, vocab_size, source)
+    vocabulary = _TokenTable(metadata, vocab_size, source)
     if kind == "gpt2":
         tokenizer, add_bos = _byte_level(vocabulary)
     else:
@@ -96,7 +96,7 @@ def build_tokenizer(
     return GGUFTokenizer(tokenizer.to_str(), config, vocabulary.generation_config())
 
 
-class _Vocabulary:
+class _TokenTable:
     """Tokens, their types and the special ids of the metadata, checked."""
 
     def __init__(self, metadata: Mapping[str, Any], vocab_size: int, source: str) -> None:
@@ -212,7 +212,7 @@ class _Vocabulary:
         return number
 
 
-def _byte_level(vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
+def _byte_level(vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:
     """A byte-level BPE, and whether a text starts with BOS unless the file says otherwise."""
     pre = vocabulary.metadata.get("tokenizer.ggml.pre")
     architecture = vocabulary.metadata.get("general.architecture")
@@ -242,7 +242,7 @@ def _words(rule: Splitting) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence(steps)
 
 
-def _spellings(vocabulary: _Vocabulary) -> list[str]:
+def _spellings(vocabulary: _TokenTable) -> list[str]:
     """The tokens in the byte alphabet; tokens that are matched whole keep their own letters."""
     letters = _byte_letters()
     alphabet = set(letters)
@@ -261,7 +261,7 @@ def _byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+def _sentencepiece(vocabulary: _TokenTable) -> Tokenizer:
     vocab = vocabulary.mapping(vocabulary.tokens)
     merges = vocabulary.merges(vocab)
     if merges is None:
@@ -287,7 +287,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
     return tokenizer
 
 
-def _merges_by_score(vocabulary: _Vocabulary, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def _merges_by_score(vocabulary: _TokenTable, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     """Every pair of tokens that makes a third, the best score first.
 
     Ties go to the longer left part, then to the longer right part, then to the lower ids.
@@ -305,7 +305,7 @@ def _merges_by_score(vocabulary: _Vocabulary, vocab: Mapping[str, int]) -> list[
 
 
 def _set_template(
-    tokenizer: Tokenizer, vocabulary: _Vocabulary, add_bos: bool, add_eos: bool
+    tokenizer: Tokenizer, vocabulary: _TokenTable, add_bos: bool, add_eos: bool
 ) -> None:
     """Let the tokenizer put BOS before a text and EOS behind it, where that is asked for."""
     bos, eos = vocabulary.ids["bos_token"], vocabulary.ids["eos_token"]

@@ -1,1 +1,1 @@
-"""What every model source offers: the protocol, a base for views of one, and shared checks."""
+"""What every model source offers: protocol, view and shared checks."""

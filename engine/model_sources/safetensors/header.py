@@ -1,4 +1,4 @@
-"""The header of a safetensors file: parsed and checked, or laid out for writing.
+"""The header of a safetensors file: read, checked and written.
 
     8 bytes        length N of the header, unsigned, little-endian
     N bytes        JSON: {"name": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...,
