@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -29,16 +30,38 @@ from optim.observer import optimizer_observer
 LowPrecision = Literal["nearest", "stochastic", "master"]
 
 
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are rounded.
+
+    `low_precision` says how bf16 and fp16 parameters follow the fp32 update: rounded to `nearest`
+    (as bitsandbytes), rounded `stochastic`ally (bf16 only, a pure function of `seed`, step and
+    position), or copied from an fp32 `master` beside them. `rounding` overrides how moments are
+    rounded to 8 bits; by default as bitsandbytes rounds on the parameters' device.
+    """
+
+    low_precision: LowPrecision = "nearest"
+    seed: int = 0
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.low_precision not in ("nearest", "stochastic", "master"):
+            raise ValueError(f"low_precision does not know {self.low_precision!r}")
+
+    @property
+    def stochastic_seed(self) -> int | None:
+        return self.seed if self.low_precision == "stochastic" else None
+
+
+DEFAULT_PRECISION = Precision()
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with decoupled weight decay and block-wise 8-bit moments.
 
     All parameters must be contiguous, of floating point, and on one device; they are updated in
     place. A parameter without a gradient is left out of a step, as in torch.
 
-    `low_precision` says how bf16 and fp16 parameters follow the fp32 update: rounded to `nearest`
-    (as bitsandbytes), rounded `stochastic`ally (bf16 only, a pure function of `seed`, step and
-    position), or copied from an fp32 `master` kept beside them. `rounding` overrides how moments
-    are rounded to 8 bits; by default as bitsandbytes rounds on the parameters' device.
     `grad_norm` is the norm that the last step clipped by, on the device, or None.
     """
 
@@ -52,9 +75,7 @@ class AdamW8bit(torch.optim.Optimizer):
         block_size: int = ROW,
         min_8bit_size: int = 4096,
         *,
-        low_precision: LowPrecision = "nearest",
-        seed: int = 0,
-        rounding: Rounding | None = None,
+        precision: Precision = DEFAULT_PRECISION,
     ) -> None:
         if lr < 0.0 or eps < 0.0 or weight_decay < 0.0:
             raise ValueError(
@@ -64,12 +85,8 @@ class AdamW8bit(torch.optim.Optimizer):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         if block_size != ROW:
             raise ValueError(f"moments are quantised in blocks of {ROW}, got {block_size}")
-        if low_precision not in ("nearest", "stochastic", "master"):
-            raise ValueError(f"low_precision does not know {low_precision!r}")
         self._min_8bit_size = min_8bit_size
-        self._low_precision = low_precision
-        self._seed = seed
-        self._rounding = rounding
+        self._precision = precision
         self.grad_norm: Tensor | None = None
         self._flat: FlatState | None = None
         self._tables: dict[tuple[int, ...] | None, SegmentTable] = {}
@@ -187,7 +204,7 @@ class AdamW8bit(torch.optim.Optimizer):
             grad_scale.to(torch.float32).view(1),
             max_norm,
             self._rule(),
-            self._seed if self._low_precision == "stochastic" else None,
+            self._precision.stochastic_seed,
             flat.scales(only),
         )
         self.grad_norm = outcome[0]
@@ -237,7 +254,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if self._flat is None:
             params = self._params()
             refuse_unusable(params)
-            masters = self._low_precision == "master"
+            masters = self._precision.low_precision == "master"
             with optimizer_observer().building_state():
                 self._flat = FlatState(params, self._min_8bit_size, masters)
             self._plans.clear()
@@ -247,7 +264,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._flat
 
     def _rule(self) -> Rounding:
-        return self._rounding or ("grid" if self._built().steps.is_cpu else "nearest")
+        return self._precision.rounding or ("grid" if self._built().steps.is_cpu else "nearest")
 
     def _runs(self, active: list[int]) -> list[tuple[tuple[int, ...], Update]]:
         """The active parameters in sets that share group and step count, with their update."""
@@ -266,7 +283,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     step=step + 1,
                     rounding=self._rule(),
-                    stochastic_seed=self._seed if self._low_precision == "stochastic" else None,
+                    stochastic_seed=self._precision.stochastic_seed,
                 )
                 runs.append((tuple(i for i in members if steps[i] == step), update))
         return runs
@@ -295,14 +312,16 @@ def _step_slab(
     update: Update,
     grad_scale: float | Tensor,
 ) -> None:
-    kept = [params[piece.index].detach().view(-1)[piece.begin : piece.end] for piece in slab.pieces]
-    targets = list(kept)
+    stored = [
+        params[piece.index].detach().view(-1)[piece.begin : piece.end] for piece in slab.pieces
+    ]
+    targets = list(stored)
     for i, piece in enumerate(slab.pieces):
         if piece.index in flat.masters:
             targets[i] = flat.masters[piece.index][piece.begin : piece.end]
     parts = [grads[piece.index].reshape(-1)[piece.begin : piece.end] for piece in slab.pieces]
     adamw_slab_(slab.pieces, targets, parts, flat.moments(slab), update, grad_scale)
-    for param, target in zip(kept, targets, strict=True):
+    for param, target in zip(stored, targets, strict=True):
         if target is not param:
             param.copy_(target)
 

@@ -202,14 +202,14 @@ def check_loadable(what: str, own: Mapping[str, Tensor], other: Mapping[str, Ten
 
 def slabs(segments: Sequence[Segment]) -> list[Slab]:
     """Cut the rows of `segments` into slabs of at most `SLAB_ROWS` rows without gaps."""
-    found: list[Slab] = []
+    cut: list[Slab] = []
     pieces: list[Piece] = []
     start = end = 0
     quantized = False
 
     def close() -> None:
         if pieces:
-            found.append(Slab(quantized, start, end - start, tuple(pieces)))
+            cut.append(Slab(quantized, start, end - start, tuple(pieces)))
             pieces.clear()
 
     for segment in segments:
@@ -225,4 +225,4 @@ def slabs(segments: Sequence[Segment]) -> list[Slab]:
             end += take
             done += take
     close()
-    return found
+    return cut

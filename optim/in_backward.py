@@ -9,7 +9,7 @@ Weights and state come out as from one step over all parameters, to the bit. Sou
 
 autograd adds up whatever flows into a parameter before it hands the sum over, once. A parameter
 that is used twice, such as an embedding that is the head too, is therefore met when its gradient is
-complete, and no part of the graph that is still to be differentiated reads it.
+complete, and no part of the graph that backward has yet to reach reads it.
 
 What it cannot do: clip by the global norm, which is known when all has moved, and add gradients up
 over several passes. A gradient that is not finite stops the step of its own unit; units before it
@@ -99,13 +99,13 @@ class StepInBackward:
     def _step(self) -> None:
         """Move the parameters of the open unit that have a gradient, and free it."""
         unit, self._open, self._arrived = self._open, (), 0
-        held = [number for number in unit if self._params[number].grad is not None]
-        if not held:
+        ready = [number for number in unit if self._params[number].grad is not None]
+        if not ready:
             return
-        grads = [grad for number in held if (grad := self._params[number].grad) is not None]
+        grads = [grad for number in ready if (grad := self._params[number].grad) is not None]
         norms = torch._foreach_norm(grads, 2, torch.float64)
-        self._norms |= dict(zip(held, norms, strict=True))
+        self._norms |= dict(zip(ready, norms, strict=True))
         del grads
         self._optimizer.step(grad_scale=self._scale, only=unit)
-        for number in held:
+        for number in ready:
             self._params[number].grad = None

@@ -1,10 +1,10 @@
-"""What `--gradient-checkpointing auto` means on this machine: the fastest level that fits.
+"""Resolve `--gradient-checkpointing auto`: the fastest policy that fits.
 
-Levels differ in time and memory only; the gradients are the same (`models.layers.block`). They are
-planned for the largest step of the run (`engine.memory.estimate`), the fastest first, against a
-share of the memory that is free, or against the run's budget; with a budget the slowest comes
-before them all, for if it does not fit the run is refused. Where a generous estimate needs no half
-of that, nothing is planned: a plan takes a part of a second.
+Policies differ in time and memory only; the gradients are the same (`models.layers.block`). They
+are planned for the largest step of the run (`engine.memory.estimate`), the fastest first, against a
+share of the memory that is free, or against the run's budget. With a budget, the most frugal policy
+is planned first: if even that does not fit, the run is refused. Where a generous estimate needs not
+half of that, nothing is planned: a plan takes a part of a second.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.search import changed
 from engine.memory.simulate.meter import gib
+from kernels.runtime.device import free_memory as device_free_memory
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
@@ -31,7 +32,7 @@ FREE_SHARE = {"cuda": 0.9, "cpu": 0.6}
 def free_memory(device: torch.device) -> int:
     """Bytes that nobody uses: a GPU's, or the machine's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        return device_free_memory(device)
     import psutil
 
     return int(psutil.virtual_memory().available)
@@ -48,8 +49,8 @@ def _estimate(model: ModelConfig, config: TrainConfig, work: Workload, dtype: to
         2 * hidden + heads * model.head_dim + inner
     ) * 8  # fmt: skip
     logits = config.loss_chunk_tokens * model.vocab_size
-    kept = tokens * layer * (model.num_hidden_layers + 2)
-    return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * kept
+    activations = tokens * layer * (model.num_hidden_layers + 2)
+    return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * activations
 
 
 def resolve_policy(
@@ -60,10 +61,10 @@ def resolve_policy(
     work: Workload | None = None,
     free: int | None = None,
 ) -> str:
-    """The level of `config.gradient_checkpointing`, chosen where it says auto.
+    """The policy of `config.gradient_checkpointing`, chosen where it says auto.
 
     `work` is the largest step (by default the largest that the settings allow) and `free` the bytes
-    that are free, looked up where it is None. Where no level is sure to fit it is "full".
+    that are free, looked up where it is None. Where no policy is sure to fit it is "full".
     """
     return planned_policy(model, config, device, dtype, work, free)[0]
 
@@ -76,7 +77,7 @@ def planned_policy(
     work: Workload | None = None,
     free: int | None = None,
 ) -> tuple[str, MemoryPlan | None]:
-    """As `resolve_policy`, with the plan of the largest step at that level if it was made."""
+    """As `resolve_policy`, with the plan of the largest step at that policy if it was made."""
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing, None
     limit = config.memory_budget
@@ -92,16 +93,16 @@ def planned_policy(
         return plan(model, settings, gpu=device.type == "cuda", dtype=dtype, work=work)
 
     *faster, policy = POLICIES
-    found = made(policy) if config.memory_budget is not None else None
-    if found is None or found.total <= limit:
+    planned = made(policy) if config.memory_budget is not None else None
+    if planned is None or planned.total <= limit:
         for other in faster:
             tried = made(other)
             if tried.total <= limit:
-                policy, found = other, tried
+                policy, planned = other, tried
                 break
-    found = found or made(policy)
+    planned = planned or made(policy)
     log.info(
         "gradient checkpointing %s: a step needs %s, and %s may be used",
-        policy, gib(found.total), gib(limit),
+        policy, gib(planned.total), gib(limit),
     )  # fmt: skip
-    return policy, found
+    return policy, planned

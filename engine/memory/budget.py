@@ -1,4 +1,4 @@
-"""A run under `--memory-budget`: refused before it loads, held to it while it trains, and compared.
+"""Enforce --memory-budget: check before loading, limit while training, compare afterwards.
 
 Before rows are read, one row of 8 tokens is planned, and a budget that cannot hold it is refused.
 Before weights are read, so is the largest step that the run's rows can make. On a CUDA GPU the
@@ -23,6 +23,7 @@ from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
 from engine.memory.search import least_step, require_any
 from engine.memory.simulate.meter import MemoryMeter, gib
 from engine.memory.simulate.observer import observed, track_model
+from kernels.runtime.device import total_memory
 
 if TYPE_CHECKING:
     from engine.training.prepare import Prepared
@@ -85,8 +86,7 @@ class MemoryBudget:
             raise MemoryPlanError(self._refusal())
         log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
         if device.type == "cuda":
-            capacity = torch.cuda.get_device_properties(device).total_memory
-            share = min(1.0, (budget - CUDA_CONTEXT) / capacity)
+            share = min(1.0, (budget - CUDA_CONTEXT) / total_memory(device))
             torch.cuda.set_per_process_memory_fraction(share, device)
         self._most = 0
         self._watched = 0

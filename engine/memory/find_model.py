@@ -1,4 +1,7 @@
-"""The model a plan is for: a preset's name, a folder, a file or a hub id; never its weights."""
+"""Find the model to plan for, without its weights.
+
+It is named by a preset, a folder, a file or a hub id.
+"""
 
 from __future__ import annotations
 

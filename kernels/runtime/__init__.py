@@ -1,1 +1,1 @@
-"""Dispatch, Triton, scratch memory, random numbers and host memory: what every kernel stands on."""
+"""What every kernel uses: dispatch, launching, devices, scratch and host memory."""

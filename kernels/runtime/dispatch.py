@@ -1,4 +1,4 @@
-"""The one place where a Triton kernel or its torch reference is chosen.
+"""Choose between a Triton kernel and its torch reference.
 
 A CUDA tensor takes the Triton kernel, a CPU tensor the reference. float64 exists for proofs and
 always takes the reference. Two environment variables choose on purpose: `ENGINE_REFERENCE=1` the

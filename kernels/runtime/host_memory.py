@@ -15,10 +15,10 @@ from kernels.runtime.simulation import simulation
 
 def host_copy(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x in the host's memory, pinned where there is a GPU; never the memory of x itself."""
-    return host_room(x, dtype).copy_(x)
+    return host_empty(x, dtype).copy_(x)
 
 
-def host_room(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def host_empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory of the host for a tensor like x, pinned where there is a GPU."""
     active = simulation()
     if active is not None:

@@ -1,4 +1,4 @@
-"""Random bits as a pure function of a seed and a counter: Philox-4x32 with ten rounds.
+"""Philox-4x32-10: random bits as a function of a seed and a counter.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011. `tl.philox` computes
 the same function, so that a Triton kernel and its torch reference draw the same bits.

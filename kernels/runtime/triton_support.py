@@ -1,4 +1,4 @@
-"""Triton where it is installed, stand-ins where it is not, and what every launch needs.
+"""Triton, stand-ins where it is not installed, and how kernels are launched.
 
 Kernel files import `jit`, `tl` and `triton` from here, so that each of them can be imported on a
 machine without Triton (macOS, Windows, a bare CPU): there `jit` makes of a function an object that

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear.projection import QuantizedWeight
-from kernels.runtime.host_memory import SideCopies, host_copy, host_room
+from kernels.runtime.host_memory import SideCopies, host_copy, host_empty
 from models.layers.experts import Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.layers.observer import layer_observer
@@ -55,7 +55,7 @@ class OffloadedInputs:
             return
         self._let_go()
         x = x.contiguous()  # else torch makes a copy on the side stream, where nobody plans for it
-        host = host_room(x)
+        host = host_empty(x)
         event = self._copies.start([(host, x)])
         self._host[index] = host
         self._leaving = (index, x, event)

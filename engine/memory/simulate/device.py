@@ -1,4 +1,4 @@
-"""Let tensors without memory say that they lie on a GPU, or on the CPU.
+"""Simulate a device: tensors without memory claim to lie on it.
 
 Both modes are torch's own extension points: they are entered for a block, in one thread.
 """

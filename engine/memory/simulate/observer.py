@@ -1,4 +1,4 @@
-"""Tell a memory meter where a training step is, and so whose the memory is."""
+"""Tell a memory meter what a training step is doing."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""A memory meter under which meta tensors compute nothing and hold the bytes they would hold.
+"""A memory meter under which meta tensors compute nothing.
 
-Ops that make new tensors are worked out once per shape, ops that write in place not at all. What
-the host asks of a device's numbers is answered as by a healthy step, and integers stay real. The
-operations of matrix products and attention are counted on the way.
+They count with the bytes that they would take. Ops that make new tensors are worked out once per
+shape, ops that write in place not at all. What the host asks of a device's numbers is answered as
+by a healthy step, and integers stay real. The operations of matrix products and attention are
+counted on the way.
 """
 
 from __future__ import annotations
@@ -170,13 +171,13 @@ _PRODUCTS: dict[Any, Callable[[Any], float]] = {
 
 
 def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for x in (*args, *kwargs.values()):
         if isinstance(x, Tensor):
-            found.append(x)
+            tensors.append(x)
         elif isinstance(x, list | tuple):
-            found += [item for item in x if isinstance(item, Tensor)]
-    return found
+            tensors += [item for item in x if isinstance(item, Tensor)]
+    return tensors
 
 
 @cache

@@ -1,4 +1,4 @@
-"""One training step without memory: the very code that trains, on tensors that hold nothing.
+"""Simulate a training step: run the training code on tensors without memory.
 
 The model is loaded, adapted and trained for a step with torch's meta tensors in the place of its
 weights and activations, under a `MemoryMeter`. Token ids, labels and document boundaries are real,

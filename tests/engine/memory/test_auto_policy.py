@@ -32,9 +32,9 @@ def settings(**values: object) -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def shape() -> ModelConfig:
-    found = preset_config("smollm2-135m")
-    assert found is not None
-    return found
+    preset = preset_config("smollm2-135m")
+    assert preset is not None
+    return preset
 
 
 def needed(shape: ModelConfig, policy: str) -> int:

@@ -194,10 +194,10 @@ def test_the_longest_row_fits_and_one_step_longer_does_not() -> None:
     make = planner("smollm2-135m")
     config = settings(batch_size=1, gradient_checkpointing="full")
     budget = 2 * GIB
-    found = longest(config, budget, make, 1 << 16)
-    assert found is not None
-    assert make(changed(config, max_length=found)).total <= budget
-    assert make(changed(config, max_length=found + 64)).total > budget
+    tokens = longest(config, budget, make, 1 << 16)
+    assert tokens is not None
+    assert make(changed(config, max_length=tokens)).total <= budget
+    assert make(changed(config, max_length=tokens + 64)).total > budget
 
 
 @pytest.mark.parametrize(

@@ -186,10 +186,10 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
     batches = [make_batch(lengths)] * config.accumulate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     real = measured(model, config, batches, dtype).peak
-    dry = simulate_step(model, config, batches, gpu=False, dtype=dtype).step
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
+    simulated = simulate_step(model, config, batches, gpu=False, dtype=dtype).step
+    assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)
     for owner, size in real.owners.items():
-        assert abs(dry.owners[owner] - size) <= 0.01 * real.bytes, owner
+        assert abs(simulated.owners[owner] - size) <= 0.01 * real.bytes, owner
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,8 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     config = settings(**SETTINGS[name])
     batches = [make_batch([40, 24])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
+    simulated = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
+    assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -295,11 +295,11 @@ def test_memory_does_not_grow_over_two_hundred_steps(
     batches = [make_batch([128])]
     activation = 128 * 64 * 4
     if leaks:  # one activation a step: both measures must see it
-        run, kept = DecoderLayer.forward, []
+        run, leaked_tensors = DecoderLayer.forward, []
 
         def leaking(layer: DecoderLayer, *args: Any) -> Any:
             result = run(layer, *args)
-            kept.append(result[0].detach().clone())
+            leaked_tensors.append(result[0].detach().clone())
             return result
 
         monkeypatch.setattr(DecoderLayer, "forward", leaking)
@@ -343,9 +343,9 @@ def test_the_plan_of_other_families_is_what_a_step_takes(
 
     monkeypatch.setattr(WeightStream, "__init__", moving)
     real = measured(model, config, batches, torch.float32).peak
-    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
+    simulated = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
     # How many rows an expert gets is known to a plan on average alone.
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
+    assert simulated.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
 
 
 @pytest.mark.parametrize("level", ["none", "selective", "full"])
@@ -355,8 +355,8 @@ def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(level: str) 
     model = ModelConfig.from_dict(SMALL | {"head_dim": 16} | lists)
     config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
     real = measured(model, config, batches, torch.float32).peak
-    dry = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
-    assert dry.bytes == pytest.approx(real.bytes, rel=0.001)
+    simulated = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
+    assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

@@ -26,7 +26,7 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def lent(**changes: Any) -> SimulatedStep:
+def simulated(**changes: Any) -> SimulatedStep:
     """The simulated step of a step on a GPU."""
     return simulate_step(
         ModelConfig.from_dict(SHAPE),
@@ -38,22 +38,22 @@ def lent(**changes: Any) -> SimulatedStep:
 
 
 def test_every_memory_option_saves_the_bytes_that_it_should() -> None:
-    plain = lent()
+    plain = simulated()
     table = 1000 * 256 * 2
-    head = lent(head_precision="8bit").resident["head"]
+    head = simulated(head_precision="8bit").resident["head"]
     assert plain.resident["head"] == table
     assert table // 2 + 1000 * 4 <= head < table // 2 + 1000 * 4 + 512
-    gathered = lent(embedding_on="host")
+    gathered = simulated(embedding_on="host")
     assert (plain.resident["embeddings"], plain.host) == (table, 0)
     assert (gathered.resident["embeddings"], gathered.host) == (0, table)
-    inputs = lent(offload=("checkpoints",))
+    inputs = simulated(offload=("checkpoints",))
     rows = 160 * 256 * 2
     assert inputs.host == 6 * rows
     before, after = (r.segments["backward", 5].bytes for r in (plain, inputs))
     # Of six layers' inputs the last is still there and the one below on its way back. What a block
     # writes has room for its adapters' 16 columns beside it, which what was sent away has not.
     assert before - after == pytest.approx(4 * rows + 5 * 160 * 16 * 2, abs=2048)
-    streamed = lent(offload=("weights",))
+    streamed = simulated(offload=("weights",))
     layer = streamed.resident["NF4 base"]  # the first, which stays for the next step
     assert plain.resident["NF4 base"] == 6 * layer
     assert streamed.host == pytest.approx(6 * layer, rel=0.01)  # a GPU rounds up to 512 bytes
@@ -63,12 +63,16 @@ def test_every_memory_option_saves_the_bytes_that_it_should() -> None:
 
 
 def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
-    plain, tiled, singly = lent(), lent(mlp_tile_tokens=32), lent(low_memory_decode=True)
+    plain, tiled, single = (
+        simulated(),
+        simulated(mlp_tile_tokens=32),
+        simulated(low_memory_decode=True),
+    )
     work = [r.segments["backward", 2].owners["block working set"] for r in (plain, tiled)]
     # gate, up, silu(gate) * up and its gradient: four times 128 tokens fewer, 2048 wide, 2 bytes;
     # attention, which was the lesser part, is the greater now.
     assert work[0] - work[1] >= 4 * 128 * 2048 * 2 * 0.6
-    scratch = [r.resident["scratch"] for r in (plain, singly)]
+    scratch = [r.resident["scratch"] for r in (plain, single)]
     rank, inner, hidden = 16, 2048, 256
     group = (2 * inner + 2 * rank) * (hidden + 2 * rank)
     alone = (inner + rank) * (hidden + rank)

@@ -67,9 +67,9 @@ def test_a_search_pulls_what_is_cheap_before_it_recomputes() -> None:
     make = planner("llama-3.2-1b")
     asked = settings(batch_size=1, max_length=4096)
     none = changed(asked, gradient_checkpointing="none")
-    lent = make(changed(none, offload=("checkpoints",))).total
-    assert lent < make(none).total
-    choice = choose(asked, lent, make)
+    offloaded = make(changed(none, offload=("checkpoints",))).total
+    assert offloaded < make(none).total
+    choice = choose(asked, offloaded, make)
     config = choice.plan.config
     assert (config.gradient_checkpointing, config.offload) == ("none", ("checkpoints",))
     assert not config.low_memory_decode and config.head_precision == "16bit"
@@ -148,16 +148,16 @@ def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None
     )
     streamed = changed(resident, offload=("checkpoints", "weights"))
     tiled = changed(streamed, mlp_tile_tokens=2048)
-    held = [make(config) for config in (resident, streamed, tiled)]
-    base = [planned.step.owners["NF4 base"] for planned in held]
+    plans = [make(config) for config in (resident, streamed, tiled)]
+    base = [planned.step.owners["NF4 base"] for planned in plans]
     assert base[1] == base[0] // 2  # two layers of four
-    assert held[1].host - held[0].host == pytest.approx(base[0], rel=0.001)
+    assert plans[1].host - plans[0].host == pytest.approx(base[0], rel=0.001)
     assert base[0] > 1.28 * GB  # 604 million weights of experts a layer, half a byte each
-    work = [planned.step.owners["block working set"] for planned in held]
+    work = [planned.step.owners["block working set"] for planned in plans]
     assert work[2] < 0.7 * work[1]
-    choice = choose(streamed, held[2].total, make)
+    choice = choose(streamed, plans[2].total, make)
     assert choice.plan.config.mlp_tile_tokens == 2048
-    assert choice.plan.total <= held[2].total < held[1].total
+    assert choice.plan.total <= plans[2].total < plans[1].total
 
 
 def test_the_context_table_streams_weights_only_where_it_must(
@@ -215,14 +215,14 @@ def test_a_run_with_memory_options_learns_what_one_without_does(
 ) -> None:
     rows = write_rows(6)
     plain = run(tiny_model, rows, tmp_path / "a", gradient_checkpointing="none")
-    lent = run(
+    saving = run(
         tiny_model,
         rows,
         tmp_path / "b",
         gradient_checkpointing="full:1,none",
         offload="checkpoints,weights",
     )
-    assert lent == plain
+    assert saving == plain
     rounded = run(
         tiny_model,
         rows,

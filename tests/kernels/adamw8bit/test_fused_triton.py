@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.adamw8bit import fused_triton as adamw8bit_flat
 from kernels.adamw8bit import launch as adamw8bit_launch
 from kernels.adamw8bit.dynamic_map import FIRST_CELL, Rounding, magnitude_tables, midpoints
-from optim import AdamW8bit
+from optim import AdamW8bit, Precision
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -92,7 +92,12 @@ class Pair:
 def test_steps_equal_the_reference(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, rounding: Rounding, dtype: torch.dtype
 ) -> None:
-    pair = Pair(device, monkeypatch, lambda: make_params(device, dtype), rounding=rounding)
+    pair = Pair(
+        device,
+        monkeypatch,
+        lambda: make_params(device, dtype),
+        precision=Precision(rounding=rounding),
+    )
     for number in range(3):
         pair.step(number)
     pair.check(ulps=4.0 if dtype == torch.float32 else 1.0)
@@ -100,12 +105,12 @@ def test_steps_equal_the_reference(
 
 @pytest.mark.parametrize("low_precision", ["master", "stochastic"])
 def test_bf16_parameters_follow_as_in_the_reference(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, low_precision: str
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, low_precision: Any
 ) -> None:
     def make() -> list[Tensor]:
         return make_params(device, torch.bfloat16)
 
-    pair = Pair(device, monkeypatch, make, low_precision=low_precision, seed=12345678901)
+    pair = Pair(device, monkeypatch, make, precision=Precision(low_precision, 12345678901))
     start = [param.detach().clone() for param in pair.params]
     for number in range(2):
         pair.step(number)
@@ -260,7 +265,7 @@ def test_a_wrong_table_is_noticed(
         return tables.flip(0) if isinstance(tables, Tensor) else (tables[0].roll(40), tables[1])
 
     monkeypatch.setattr(adamw8bit_launch, fault, wrong)
-    pair = Pair(device, monkeypatch, rounding="nearest")
+    pair = Pair(device, monkeypatch, precision=Precision(rounding="nearest"))
     for number in range(2):
         pair.step(number)
     with pytest.raises(AssertionError):
@@ -300,7 +305,9 @@ def test_a_planted_fault_in_the_kernels_is_noticed(
         # A factor off by an ulp may change the code of a moment whose terms cancel: the norm, and
         # the clipping to it, are looked at after a single step.
         for steps, options in ((2, {}), (1, {"max_norm": 0.5})):
-            pair = Pair(device, monkeypatch, make, low_precision="master", rounding="nearest")
+            pair = Pair(
+                device, monkeypatch, make, precision=Precision("master", rounding="nearest")
+            )
             for number in range(steps):
                 pair.step(number, **options)
             try:
