@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from engine.benchmark.case import Case
-    from engine.benchmark.runner import Baselines, Row
+    from engine.benchmark.runner import Baselines, Measurement
 
 app = typer.Typer(add_completion=False)
 
@@ -88,7 +88,7 @@ def _baselines(name: str) -> Baselines:
     return offer
 
 
-def _show(rows: Sequence[Row], title: str) -> None:
+def _show(rows: Sequence[Measurement], title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

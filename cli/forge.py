@@ -17,6 +17,7 @@ def forge_model(call: Call) -> None:
     """Prune heads, fine-tune what is left, merge, and judge the saved model; cycle after cycle.
 
     KEY=VALUE words also say how to fine-tune, as for `engine train`: max_steps=100 lora_rank=16.
+
     Held-out perplexity is that of models read back from the disk. A cycle that makes the model
     worse by more than 10 % and 1.0 is the last. A job that was stopped goes on with --resume.
     """

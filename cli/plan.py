@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli.from_settings import Call, Verb, add_verb
+from engine.config.choices import GPU_TFLOPS
 from engine.config.task_settings import PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from engine.memory.search import Choice
 
 app = typer.Typer(add_completion=False)
-
-RATES = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.0}
-"""Tera-operations per second that dense bf16 products reach on a GPU."""
 
 
 def plan(call: Call) -> int:
@@ -35,7 +33,7 @@ def plan(call: Call) -> int:
         return _show_sizes(call)
     settings = call.read(TrainConfig)
     with importing():
-        from engine.plan import Target, find_target, report
+        from engine.plan import PlanReport, Target, find_target
 
     target: Target = find_target(settings)
     rate = _rate(options.gpu) if options.gpu else target.rate()
@@ -49,9 +47,9 @@ def plan(call: Call) -> int:
         choice = choose(settings, settings.memory_budget, target.plan)
     planned: MemoryPlan = target.plan(settings) if choice is None else choice.plan
     seconds = time.perf_counter() - started
-    made = report(target, planned, choice, rate, seconds)
-    if not call.print_json(made.as_dict()):
-        print(made.text())
+    report = PlanReport(target, planned, choice, rate, seconds)
+    if not call.print_json(report.as_dict()):
+        print(report.text())
     return 0
 
 
@@ -71,15 +69,16 @@ def _show_sizes(call: Call) -> int:
 
 def _rate(gpu: str) -> float:
     """Operations per second of a GPU by its name or number."""
-    if gpu.lower() in RATES:
-        return RATES[gpu.lower()] * 1e12
+    if gpu.lower() in GPU_TFLOPS:
+        return GPU_TFLOPS[gpu.lower()] * 1e12
     try:
         rate = float(gpu)
     except ValueError:
         rate = 0.0
     if not 0 < rate < 1e6:
         raise ConfigError(
-            f"--gpu is {gpu!r}; it should be one of {', '.join(RATES)}, or a number of TFLOP/s."
+            f"--gpu is {gpu!r}; it should be one of {', '.join(GPU_TFLOPS)}, or a number of "
+            "TFLOP/s."
         )
     return rate * 1e12
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from engine.config.choices import GPU_TFLOPS
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import resolve_policy
@@ -20,9 +21,6 @@ from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.trainable import check_policies, targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count
-
-GPU_RATE = 165e12
-"""Operations per second where no GPU is named: what dense bf16 products reach on an RTX 4090."""
 
 _LONGEST_ROW = 1 << 20
 
@@ -44,7 +42,7 @@ class Target:
 
     def rate(self) -> float:
         """Operations per second: a typical GPU's, or this CPU's, measured in a moment."""
-        return GPU_RATE if self.gpu else _cpu_rate()
+        return 1e12 * GPU_TFLOPS["4090"] if self.gpu else _cpu_rate()
 
 
 def find_target(config: TrainConfig) -> Target:
@@ -66,12 +64,12 @@ def find_target(config: TrainConfig) -> Target:
 def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
     dtype = compute_dtype(config, gpu)
     if config.gradient_checkpointing == "auto":
-        config = changed(config, gradient_checkpointing=_level(model, gpu, dtype, config))
+        config = changed(config, gradient_checkpointing=_auto_policy(model, gpu, dtype, config))
     check_policies(config, model.num_hidden_layers)
     return plan(model, config, gpu=gpu, dtype=dtype, stored=stored)
 
 
-def _level(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
+def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
     """What auto comes to; "selective" for a GPU that is not here, whose memory nobody knows."""
     if gpu and config.memory_budget is None and not torch.cuda.is_available():
         return "selective"
@@ -103,7 +101,7 @@ def _cpu_rate(size: int = 384) -> float:
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """A plan with what was chosen for it."""
 
     target: Target
@@ -237,7 +235,3 @@ def _text(value: object) -> str:
 
 def _present(owners: dict[str, int]) -> dict[str, int]:
     return {owner: size for owner, size in owners.items() if size}
-
-
-report = Report
-"""Makes a report of (target, plan, choice, rate, planning seconds)."""

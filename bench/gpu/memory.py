@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import make_batch, plan
 from engine.memory.model_shapes import preset_config
@@ -27,7 +28,6 @@ from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
 MODELS = ("llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "llama-3.3-70b")
-POLICIES = ("none", "selective", "full")
 
 
 class RandomCheckpoint:

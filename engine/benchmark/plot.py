@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.benchmark.roofline import Roofline
-from engine.benchmark.runner import Row
+from engine.benchmark.runner import Measurement
 from engine.plots import new_figure, save_figure
 
 
-def draw(rows: Sequence[Row], roofline: Roofline, title: str, target: Path) -> bool:
+def draw(rows: Sequence[Measurement], roofline: Roofline, title: str, target: Path) -> bool:
     """Draw the machine's two ceilings and a point per row; False without matplotlib."""
     figure = new_figure("roofline", 10, 6.5) if rows else None
     if figure is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.benchmark.roofline import Roofline
-from engine.benchmark.runner import Row
+from engine.benchmark.runner import Measurement
 from engine.storage import durable
 
 HEADINGS = ("op", "shape", "time", "spread", "rate", "of limit")
@@ -21,14 +21,14 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.3g} us"
 
 
-def rate(row: Row) -> str:
+def rate(row: Measurement) -> str:
     """Operations per second where they are the limit, else bytes per second."""
     if row.bound == "compute":
         return f"{row.tflops:.3g} TFLOP/s"
     return f"{row.gigabytes_per_second:.4g} GB/s"
 
 
-def cells(row: Row, others: Sequence[str]) -> list[str]:
+def cells(row: Measurement, others: Sequence[str]) -> list[str]:
     """The row under `HEADINGS` and, per other implementation, its time over ours.
 
     The spread is that between the 20th and the 80th percentile, as a share of the median.
@@ -48,7 +48,7 @@ def cells(row: Row, others: Sequence[str]) -> list[str]:
     ]
 
 
-def other_names(rows: Sequence[Row]) -> list[str]:
+def other_names(rows: Sequence[Measurement]) -> list[str]:
     """Every other implementation that was tried, in the order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in (*row.others, *row.failed)))
 
@@ -68,7 +68,7 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write(
-    directory: Path, rows: Sequence[Row], roofline: Roofline, machine: Mapping[str, Any]
+    directory: Path, rows: Sequence[Measurement], roofline: Roofline, machine: Mapping[str, Any]
 ) -> list[Path]:
     """`ops.json` and, where matplotlib is installed, `roofline.png`; returns what was written.
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.benchmark import ops_elementwise, ops_layer, ops_matmul
-from engine.benchmark.case import Case, Settings, Work
+from engine.benchmark.case import Case, Sizes, Work
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.timing import Call, Timing, measure
 from engine.device import resolve_dtype
@@ -47,7 +47,7 @@ OPS = (
 
 
 @dataclass
-class Row:
+class Measurement:
     """One measured case. Times in seconds; `others` has the times of other implementations.
 
     `ratios` are their times over ours; `failed` says why one could not be measured.
@@ -84,13 +84,13 @@ def default_models(device: torch.device) -> tuple[str, ...]:
     return ("smollm2-135m",)
 
 
-def default_settings(device: torch.device, tokens: int | None = None) -> Settings:
+def default_settings(device: torch.device, tokens: int | None = None) -> Sizes:
     """Sizes that fill a GPU, or that one processor core finishes soon."""
     if device.type == "cuda":
         whole = tokens or 8192
-        return Settings(whole, resolve_dtype("auto", device), document=min(whole, 4096))
+        return Sizes(whole, resolve_dtype("auto", device), document=min(whole, 4096))
     whole = tokens or 64
-    return Settings(
+    return Sizes(
         whole,
         torch.float32,
         document=max(1, whole // 2),
@@ -99,7 +99,7 @@ def default_settings(device: torch.device, tokens: int | None = None) -> Setting
     )
 
 
-def all_cases(model: str, settings: Settings, config: ModelConfig | None = None) -> Iterator[Case]:
+def all_cases(model: str, settings: Sizes, config: ModelConfig | None = None) -> Iterator[Case]:
     """Every case at the shapes of `config`, or of the preset `model`.
 
     Raises `ConfigError` for an unknown preset and for one with experts or DeltaNet.
@@ -131,7 +131,7 @@ def run_case(
     budget: float,
     compiled: bool = False,
     baselines: Sequence[Baselines] = (),
-) -> Row:
+) -> Measurement:
     """Measure one case and, beside it, plain torch and the other implementations."""
     release()
     if device.type == "cuda":
@@ -163,7 +163,7 @@ def _restore(work: Work, mine: Mapping[str, torch.Tensor]) -> Call | None:
 
 
 def _others(
-    case: Case, work: Work, compiled: bool, baselines: Sequence[Baselines], row: Row
+    case: Case, work: Work, compiled: bool, baselines: Sequence[Baselines], row: Measurement
 ) -> Iterator[tuple[str, Call]]:
     yield "torch", partial(work.plain, work.tensors)
     if compiled and work.tensors:
@@ -176,9 +176,9 @@ def _others(
             row.failed[name] = f"{type(error).__name__}: {error}"
 
 
-def _row(case: Case, taken: Timing, roofline: Roofline) -> Row:
+def _row(case: Case, taken: Timing, roofline: Roofline) -> Measurement:
     least = roofline.least_seconds(case.flops, case.nbytes, case.dtype_name)
-    return Row(
+    return Measurement(
         op=case.op,
         model=case.model,
         shape=case.shape,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from engine.config.choices import (
+    GPU_TFLOPS,
     MAX_SHARD_SIZE,
     ComputeType,
     Granularity,
@@ -285,7 +286,7 @@ class PlanSettings(Settings):
 
     max_context: bool = setting(False, "Plan", "the longest row for GPUs of 6 to 141 GB")
     gpu: str | None = setting(
-        None, "Plan", "for the time: h200, a100, 5090, 4090, 3090, or its TFLOP/s as a number"
+        None, "Plan", f"for the time: {', '.join(GPU_TFLOPS)}, or its TFLOP/s as a number"
     )
     sizes: bool = setting(False, "Plan", "the models known by name, and their parameters")
 
