@@ -16,7 +16,7 @@ import torch
 from bench import peers
 from bench.gpu import accuracy, accuracy_more, profile_step, step, step_peers
 from bench.gpu.step import StepSpec, configuration
-from engine.benchmark.case import Case, Sizes
+from engine.benchmark.case import Case, CaseSizes
 from engine.benchmark.roofline import Roofline, measure_roofline
 from engine.benchmark.runner import all_cases, default_models, default_settings, run_case
 
@@ -48,12 +48,12 @@ def _peak(options: Options) -> float | None:
     return None if found is None else found["flops"].get(name)
 
 
-def _settings(options: Options, tokens: int, document: int, dtype: torch.dtype) -> Sizes:
-    whole = Sizes(tokens, dtype, document=document, head_rows=min(tokens, 2048))
+def _settings(options: Options, tokens: int, document: int, dtype: torch.dtype) -> CaseSizes:
+    whole = CaseSizes(tokens, dtype, document=document, head_rows=min(tokens, 2048))
     return replace(whole, optimizer_layers=1) if options["smoke"] else whole
 
 
-def _cases(model: str, options: Options, settings: Sizes) -> list[Case]:
+def _cases(model: str, options: Options, settings: CaseSizes) -> list[Case]:
     return list(all_cases(model, settings, configuration(model, options["smoke"])))
 
 

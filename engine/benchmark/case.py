@@ -63,7 +63,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class CaseSizes:
     """What cases are made for: a model's shape, tokens at once, the compute dtype."""
 
     tokens: int

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.benchmark import plain
-from engine.benchmark.case import Case, Sizes, Tensors, Work, gradients, leaf
+from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
 from kernels.elementwise.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from kernels.elementwise.rope import rope_qk_
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
@@ -24,7 +24,7 @@ def normal(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.float32).to(dtype)
 
 
-def cases(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
+def cases(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
     """All cases of this module at the shapes of `config`."""
     yield from _norms(model, config, settings)
     yield _rope(model, config, settings)
@@ -33,7 +33,7 @@ def cases(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
     yield _adamw(model, config, settings)
 
 
-def _norms(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
+def _norms(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
     n, h, dtype, eps = settings.tokens, config.hidden_size, settings.dtype, config.rms_norm_eps
     size = n * h * dtype.itemsize
 
@@ -76,7 +76,7 @@ def _norms(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
     )
 
 
-def _rope(model: str, config: ModelConfig, settings: Sizes) -> Case:
+def _rope(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
     n, dim, dtype = settings.tokens, config.head_dim, settings.dtype
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     elements = n * (heads + kv_heads) * dim
@@ -98,7 +98,7 @@ def _rope(model: str, config: ModelConfig, settings: Sizes) -> Case:
     return Case("rope", model, shape, dtype, 3.0 * elements, nbytes, make)
 
 
-def _swiglu(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
+def _swiglu(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
     n, inner, dtype = settings.tokens, config.intermediate_size, settings.dtype
     size = n * inner * dtype.itemsize
 
@@ -129,7 +129,7 @@ def _swiglu(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
     yield Case("swiglu_grad", model, shape, dtype, 3 * flops, 8.0 * size, lambda d: make(d, True))
 
 
-def _cross_entropy(model: str, config: ModelConfig, settings: Sizes) -> Case:
+def _cross_entropy(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
     n, vocabulary = min(settings.tokens, settings.head_rows), config.vocab_size
     dtype = settings.dtype
 
@@ -162,7 +162,7 @@ def adapter_shapes(config: ModelConfig, rank: int, layers: int) -> list[tuple[in
     return pairs * layers
 
 
-def _adamw(model: str, config: ModelConfig, settings: Sizes) -> Case:
+def _adamw(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
     layers = settings.optimizer_layers or config.num_hidden_layers
     shapes = adapter_shapes(config, settings.rank, layers)
     count = sum(rows * columns for rows, columns in shapes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.benchmark import plain
-from engine.benchmark.case import Case, Sizes, Tensors, Work, gradients, leaf
+from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
 from engine.benchmark.ops_elementwise import adapter_shapes, normal
 from engine.benchmark.ops_matmul import attention_flops, flat
 from engine.benchmark.random_weights import random_decoder
@@ -23,7 +23,7 @@ from models.memory.checkpointing import ForwardPass, run_layer
 from models.tensor_names import PROJECTIONS, layer_tensors
 
 
-def cases(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
+def cases(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
     """The case of this module at the shapes of `config`."""
     n, dtype = settings.tokens, settings.dtype
     one = replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1], vocab_size=64)
@@ -42,7 +42,7 @@ def linear_parameters(config: ModelConfig) -> int:
     return sum(shape[0] * shape[1] for shape in layer_tensors(config).values() if len(shape) == 2)
 
 
-def _make(config: ModelConfig, settings: Sizes, device: torch.device) -> Work:
+def _make(config: ModelConfig, settings: CaseSizes, device: torch.device) -> Work:
     n, dtype = settings.tokens, settings.dtype
     decoder = random_decoder(config, device, dtype, rank=settings.rank)
     layer = decoder.layers[0]
@@ -79,7 +79,7 @@ def _norms(layer: DecoderLayer) -> dict[str, RMSNorm]:
 
 
 def _plain_layer(
-    t: Tensors, layer: DecoderLayer, stored: dict[str, NF4Weight], settings: Sizes
+    t: Tensors, layer: DecoderLayer, stored: dict[str, NF4Weight], settings: CaseSizes
 ) -> Tensors:
     """The layer by autograd, with every weight decoded where it is used."""
     eps, dim = layer.input_layernorm.eps, layer.head_dim

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.benchmark import plain
-from engine.benchmark.case import Case, Sizes, Tensors, Work, gradients, leaf
+from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
 from engine.benchmark.ops_elementwise import normal
 from engine.benchmark.random_weights import random_nf4, random_projection
 from kernels.attention import (
@@ -39,7 +39,7 @@ def flat(weight: object) -> NF4Weight:
     return weight
 
 
-def cases(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
+def cases(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
     """All cases of this module at the shapes of `config`."""
     yield _quantize(model, config, settings)
     yield _dequantize(model, config, settings, transposed=False)
@@ -55,7 +55,7 @@ def cases(model: str, config: ModelConfig, settings: Sizes) -> Iterator[Case]:
     yield _attention(model, config, settings, backward=True)
 
 
-def _quantize(model: str, config: ModelConfig, settings: Sizes) -> Case:
+def _quantize(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
     n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
 
     def ours(t: Tensors) -> Tensors:
@@ -72,7 +72,7 @@ def _quantize(model: str, config: ModelConfig, settings: Sizes) -> Case:
     return Case("nf4_quantize", model, f"{n}x{k}", dtype, 2.0 * n * k, nbytes, make)
 
 
-def _dequantize(model: str, config: ModelConfig, settings: Sizes, *, transposed: bool) -> Case:
+def _dequantize(model: str, config: ModelConfig, settings: CaseSizes, *, transposed: bool) -> Case:
     n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
 
     def make(device: torch.device) -> Work:
@@ -96,7 +96,9 @@ def _dequantize(model: str, config: ModelConfig, settings: Sizes, *, transposed:
     return Case(op, model, f"{n}x{k}", dtype, 2.0 * n * k, nbytes, make)
 
 
-def _linear(model: str, config: ModelConfig, settings: Sizes, m: int, *, backward: bool) -> Case:
+def _linear(
+    model: str, config: ModelConfig, settings: CaseSizes, m: int, *, backward: bool
+) -> Case:
     n, k, dtype = config.intermediate_size, config.hidden_size, settings.dtype
 
     def make(device: torch.device) -> Work:
@@ -122,7 +124,7 @@ def _linear(model: str, config: ModelConfig, settings: Sizes, m: int, *, backwar
     return Case(op, model, f"{m}x{n}x{k}", dtype, 2.0 * m * n * k, nbytes, make)
 
 
-def _lora_group(model: str, config: ModelConfig, settings: Sizes, op: str) -> Case:
+def _lora_group(model: str, config: ModelConfig, settings: CaseSizes, op: str) -> Case:
     n, hidden, dtype = settings.tokens, config.hidden_size, settings.dtype
     dim, inner = config.head_dim, config.intermediate_size
     q, kv = config.num_attention_heads * dim, config.num_key_value_heads * dim
@@ -195,7 +197,7 @@ def _plain_lora(
     return {"y": y.detach(), **gradients(y, inputs, t["dy"])}
 
 
-def _head(model: str, config: ModelConfig, settings: Sizes) -> Case:
+def _head(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
     n, vocabulary = min(settings.tokens, settings.head_rows), config.vocab_size
     hidden, dtype = config.hidden_size, settings.dtype
 
@@ -230,7 +232,7 @@ def attention_flops(config: ModelConfig, bounds: Sequence[int]) -> float:
     return sum(2.0 * length * length * width for length in lengths)
 
 
-def _attention(model: str, config: ModelConfig, settings: Sizes, *, backward: bool) -> Case:
+def _attention(model: str, config: ModelConfig, settings: CaseSizes, *, backward: bool) -> Case:
     n, dim, dtype, bounds = settings.tokens, config.head_dim, settings.dtype, settings.bounds
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     scale = dim**-0.5

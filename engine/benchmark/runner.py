@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from engine.benchmark import ops_elementwise, ops_layer, ops_matmul
-from engine.benchmark.case import Case, Sizes, Work
+from engine.benchmark.case import Case, CaseSizes, Work
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.timing import Call, Timing, measure
 from engine.device import resolve_dtype
@@ -84,13 +84,13 @@ def default_models(device: torch.device) -> tuple[str, ...]:
     return ("smollm2-135m",)
 
 
-def default_settings(device: torch.device, tokens: int | None = None) -> Sizes:
+def default_settings(device: torch.device, tokens: int | None = None) -> CaseSizes:
     """Sizes that fill a GPU, or that one processor core finishes soon."""
     if device.type == "cuda":
         whole = tokens or 8192
-        return Sizes(whole, resolve_dtype("auto", device), document=min(whole, 4096))
+        return CaseSizes(whole, resolve_dtype("auto", device), document=min(whole, 4096))
     whole = tokens or 64
-    return Sizes(
+    return CaseSizes(
         whole,
         torch.float32,
         document=max(1, whole // 2),
@@ -99,7 +99,7 @@ def default_settings(device: torch.device, tokens: int | None = None) -> Sizes:
     )
 
 
-def all_cases(model: str, settings: Sizes, config: ModelConfig | None = None) -> Iterator[Case]:
+def all_cases(model: str, settings: CaseSizes, config: ModelConfig | None = None) -> Iterator[Case]:
     """Every case at the shapes of `config`, or of the preset `model`.
 
     Raises `ConfigError` for an unknown preset and for one with experts or DeltaNet.

@@ -6,7 +6,7 @@ import torch
 from bench import peers
 from bench.gpu import step_peers
 from bench.gpu.step import StepSpec, configuration
-from engine.benchmark.case import Sizes, Work
+from engine.benchmark.case import CaseSizes, Work
 from engine.benchmark.runner import all_cases
 
 pytestmark = pytest.mark.interop
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def work_of(op: str) -> Work:
-    settings = Sizes(16, torch.float32, document=16, optimizer_layers=1)
+    settings = CaseSizes(16, torch.float32, document=16, optimizer_layers=1)
     cases = all_cases("llama-3.1-8b", settings, configuration("llama-3.1-8b", small=True))
     return next(case for case in cases if case.op == op).make(CPU)
 

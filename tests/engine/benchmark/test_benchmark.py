@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.benchmark.case import Case, Sizes, Work
+from engine.benchmark.case import Case, CaseSizes, Work
 from engine.benchmark.random_weights import random_decoder, random_nf4
 from engine.benchmark.report import seconds, write
 from engine.benchmark.roofline import Roofline
@@ -67,14 +67,14 @@ def test_the_lower_of_the_two_ceilings_binds() -> None:
 
 
 def test_every_op_has_a_case_and_every_case_a_name() -> None:
-    cases = list(all_cases("tiny", Sizes(16, torch.float32, document=8), tiny()))
+    cases = list(all_cases("tiny", CaseSizes(16, torch.float32, document=8), tiny()))
     assert {case.op for case in cases} == set(OPS)
     assert len({case.name for case in cases}) == len(cases)
     assert all(case.flops > 0 and case.nbytes > 0 for case in cases)
 
 
 def test_the_case_of_a_product_counts_its_work() -> None:
-    settings = Sizes(2048, torch.bfloat16)
+    settings = CaseSizes(2048, torch.bfloat16)
     case = next(
         case
         for case in all_cases("llama-3.1-8b", settings)
@@ -109,7 +109,7 @@ def test_another_implementation_that_fails_is_reported_and_stops_nothing() -> No
 
     case = next(
         case
-        for case in all_cases("tiny", Sizes(8, torch.float32, document=8), tiny())
+        for case in all_cases("tiny", CaseSizes(8, torch.float32, document=8), tiny())
         if case.op == "rms_norm"
     )
     row = run_case(case, CPU, LIMITS, budget=0.0, baselines=[broken])  # type: ignore[list-item]
@@ -153,7 +153,7 @@ def test_rows_and_picture_are_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the picture needs the plot extra")
     case = next(
         case
-        for case in all_cases("tiny", Sizes(8, torch.float32, document=8), tiny())
+        for case in all_cases("tiny", CaseSizes(8, torch.float32, document=8), tiny())
         if case.op == "swiglu"
     )
     row = run_case(case, CPU, LIMITS, budget=0.0)
