@@ -60,9 +60,9 @@ def randomize_adapters(model: Decoder) -> None:
 def gradients(model: Decoder, settings: StepSettings = DEFAULT_SETTINGS) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.loss(IDS, IDS, BOUNDS, settings=settings).backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert all(gradient is not None for gradient in found.values())
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+    results = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(gradient is not None for gradient in results.values())
+    return {name: gradient for name, gradient in results.items() if gradient is not None}
 
 
 def test_a_new_adapter_changes_nothing_and_leaves_only_itself_trainable() -> None:
@@ -92,7 +92,7 @@ def test_adapters_on_any_set_of_projections_get_gradients(targets: str | list[st
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_checkpointing_policys_give_the_same_gradients_to_rounding(
+def test_checkpointing_policies_give_the_same_gradients_to_rounding(
     dropout: float, quantized: bool
 ) -> None:
     model = build(torch.float64)
@@ -103,13 +103,13 @@ def test_checkpointing_policys_give_the_same_gradients_to_rounding(
     add_lora(model, rank=4, dropout=dropout)
     model.double().train()
     randomize_adapters(model)
-    found = {}
+    results = {}
     for policy in ("none", "selective", "full"):
         settings = StepSettings(checkpointing=policy, dropout_seed=5)
-        found[policy] = gradients(model, settings)
+        results[policy] = gradients(model, settings)
     for policy in ("selective", "full"):
-        for name, want in found["none"].items():
-            error = (found[policy][name] - want).norm() / want.norm()
+        for name, want in results["none"].items():
+            error = (results[policy][name] - want).norm() / want.norm()
             assert float(error) <= 1e-10, (policy, name)
 
 

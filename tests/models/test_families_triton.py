@@ -19,8 +19,8 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     model.zero_grad()
     model.loss(ids, ids, bounds, settings=settings).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {name: gradient for name, gradient in found.items() if gradient is not None}
+    results = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {name: gradient for name, gradient in results.items() if gradient is not None}
 
 
 @pytest.mark.parametrize(

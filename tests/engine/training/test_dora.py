@@ -66,7 +66,7 @@ def test_a_new_magnitude_is_the_length_of_each_row_and_changes_nothing(
 
 
 def gradients(
-    folder: Path, quantize: Quantization | None, level: str, settings: StepSettings
+    folder: Path, quantize: Quantization | None, policy: str, settings: StepSettings
 ) -> dict[str, torch.Tensor]:
     model = load_model(folder, quantize=quantize, dtype=torch.float64)
     add_lora(model, rank=4, use_dora=True)
@@ -76,15 +76,15 @@ def gradients(
         a.normal_(0, 0.3, generator=generator)
         b.normal_(0, 0.3, generator=generator)
         magnitude.uniform_(0.5, 2, generator=generator)
-    model.loss(IDS, IDS, settings=replace(settings, checkpointing=level)).backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) == 2 * 7 * 3
-    return found
+    model.loss(IDS, IDS, settings=replace(settings, checkpointing=policy)).backward()
+    results = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(results) == 2 * 7 * 3
+    return results
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize(
-    ("level", "settings"),
+    ("policy", "settings"),
     [
         ("selective", StepSettings()),
         ("full", StepSettings()),
@@ -94,10 +94,10 @@ def gradients(
     ],
 )
 def test_recomputing_and_saving_memory_change_no_gradient(
-    golden: Golden, quantize: Quantization | None, level: str, settings: StepSettings
+    golden: Golden, quantize: Quantization | None, policy: str, settings: StepSettings
 ) -> None:
     want = gradients(golden("qwen3"), quantize, "none", StepSettings())
-    got = gradients(golden("qwen3"), quantize, level, settings)
+    got = gradients(golden("qwen3"), quantize, policy, settings)
     for name, gradient in want.items():
         assert float((got[name] - gradient).norm() / gradient.norm()) <= 1e-9, name
 

@@ -82,7 +82,7 @@ def optimizer_of(model: Decoder, **options: Any) -> AdamW8bit:
     return AdamW8bit(groups, lr=1e-2, **options)
 
 
-def compare(raw: dict[str, Any], dtype: torch.dtype, level: str, **options: Any) -> None:
+def compare(raw: dict[str, Any], dtype: torch.dtype, policy: str, **options: Any) -> None:
     """Three steps at once and in backward: results, weights and state must have the same bits."""
     outcomes = []
     for in_backward in (False, True):
@@ -92,8 +92,8 @@ def compare(raw: dict[str, Any], dtype: torch.dtype, level: str, **options: Any)
         assert (steps is not None) is in_backward
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         results = []
-        policy = StepSettings(checkpointing=level)
-        run = TrainingStep(model, optimizer, policy, in_backward=steps)
+        step_settings = StepSettings(checkpointing=policy)
+        run = TrainingStep(model, optimizer, step_settings, in_backward=steps)
         for step in range(3):
             results.append(run([batch(step, raw["vocab_size"])], step))
             if step == 0:
@@ -107,12 +107,12 @@ def compare(raw: dict[str, Any], dtype: torch.dtype, level: str, **options: Any)
     assert not any(result.skipped for result in results)
     for name, tensor in weights.items():
         assert torch.equal(tensor, others[name]), name
-    for name, held in state.items():
-        assert torch.equal(held, their_state[name]), name
+    for name, value in state.items():
+        assert torch.equal(value, their_state[name]), name
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("level", ["none", "full"])
+@pytest.mark.parametrize("policy", ["none", "full"])
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
@@ -122,9 +122,9 @@ def compare(raw: dict[str, Any], dtype: torch.dtype, level: str, **options: Any)
     ],
 )
 def test_weights_and_state_are_those_of_an_update_at_once(
-    dtype: torch.dtype, options: dict[str, Any], level: str, tied: bool
+    dtype: torch.dtype, options: dict[str, Any], policy: str, tied: bool
 ) -> None:
-    compare(SHAPE | {"tie_word_embeddings": tied}, dtype, level, **options)
+    compare(SHAPE | {"tie_word_embeddings": tied}, dtype, policy, **options)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "qwen3_next", "smollm3"])
@@ -152,8 +152,8 @@ def metered(in_backward: bool) -> GradientMeter:
     meter = GradientMeter()
     track_model(meter, model)
     with observed(meter, fresh_scratch=True), meter:
-        policy = StepSettings(checkpointing="full")
-        TrainingStep(model, optimizer, policy, in_backward=steps)([batch(0)])
+        step_settings = StepSettings(checkpointing="full")
+        TrainingStep(model, optimizer, step_settings, in_backward=steps)([batch(0)])
     return meter
 
 

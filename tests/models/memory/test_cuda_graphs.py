@@ -37,9 +37,9 @@ POLICIES = ("none", "selective", "full", "full:1,none")
 
 def visible(plan: AttentionPlan, tokens: int, window: int | None) -> Tensor:
     """(N, N): which keys each query sees, from the boundaries in the device's memory alone."""
-    place = torch.arange(tokens)
-    document = torch.bucketize(place, plan.cu_seqlens[1:].long(), right=True)
-    distance = place.unsqueeze(1) - place
+    position = torch.arange(tokens)
+    document = torch.bucketize(position, plan.cu_seqlens[1:].long(), right=True)
+    distance = position.unsqueeze(1) - position
     seen = (document.unsqueeze(1) == document) & (distance >= 0)
     return seen if window is None else seen & (distance < window)
 
@@ -139,12 +139,12 @@ def gradients(
 ) -> dict[str, Tensor]:
     loss = model.batch_loss(batch_of(lengths), settings)
     loss.backward()
-    found = {"loss": loss.detach().clone()}
+    results = {"loss": loss.detach().clone()}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            found[name] = parameter.grad.clone()
+            results[name] = parameter.grad.clone()
             parameter.grad = None
-    return found
+    return results
 
 
 def losses(model: Decoder, recorder: LaunchTape | None) -> tuple[list[float], Sequence[Tensor]]:
@@ -197,15 +197,15 @@ def test_kernels_are_repeated_too(open_attention: None, monkeypatch: pytest.Monk
         pytest.skip("Triton is not installed on this platform")
     monkeypatch.setenv("ENGINE_INTERPRET", "1")
     monkeypatch.setattr(layer_graphs, "_LEAST_TOKENS", 16)
-    tape, found = LaunchTape(), []
+    tape, results = LaunchTape(), []
     for recorder in (None, tape):
         model = model_of(torch.float32, 0.2, num_hidden_layers=1, hidden_size=32)
         model.set_graphs(LayerGraphs(model.layers, recorder))
         settings = StepSettings(dropout_seed=5)
         with tape.kernels():
-            found.append([gradients(model, lengths, settings) for lengths in ((9, 5), (3, 8, 2))])
+            results.append([gradients(model, lengths, settings) for lengths in ((9, 5), (3, 8, 2))])
     assert len(tape.recordings) == 2
-    for want, got in zip(*found, strict=True):
+    for want, got in zip(*results, strict=True):
         for name, value in want.items():
             assert torch.equal(got[name], value), name
 
@@ -262,22 +262,22 @@ def test_a_forward_pass_without_a_backward_pass_loses_its_activations(
 
 
 def test_hooks_of_parameters_see_their_gradients(open_attention: None) -> None:
-    found = []
+    results = []
     for recorder in (None, LaunchTape()):
         model = model_of(torch.float64)
         for layer in model.layers:
             assert layer.self_attn is not None
-            held = layer.self_attn.o_proj.lora_A
-            assert held is not None
-            held.register_hook(lambda gradient: gradient.index_fill(1, torch.arange(3), 0))
+            lora_a = layer.self_attn.o_proj.lora_A
+            assert lora_a is not None
+            lora_a.register_hook(lambda gradient: gradient.index_fill(1, torch.arange(3), 0))
         if recorder is not None:
             model.record_layers(recorder)
-        found.append(gradients(model, (40, 20)))
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-10, atol=1e-14)
-    held_gradient = found[1]["model.layers.0.self_attn.o_proj.lora_A"]
-    assert held_gradient[:, :3].abs().sum() == 0
-    assert held_gradient[:, 3:].abs().sum() > 0
+        results.append(gradients(model, (40, 20)))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-10, atol=1e-14)
+    hooked = results[1]["model.layers.0.self_attn.o_proj.lora_A"]
+    assert hooked[:, :3].abs().sum() == 0
+    assert hooked[:, 3:].abs().sum() > 0
 
 
 def test_evaluation_between_the_passes_does_no_harm(open_attention: None) -> None:
@@ -361,10 +361,10 @@ def cuda() -> torch.device:
 
 
 def test_cuda_graphs_compute_the_bits_of_launch_by_launch(cuda: torch.device) -> None:
-    found = []
+    results = []
     for recorder in (None, CudaRecorder(cuda)):
         model = model_of(torch.bfloat16, 0.1, cuda)
         model.set_graphs(LayerGraphs(model.layers, recorder))
         settings = StepSettings(dropout_seed=5)
-        found.append([gradients(model, lengths, settings)["loss"] for lengths in BATCHES])
-    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+        results.append([gradients(model, lengths, settings)["loss"] for lengths in BATCHES])
+    assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))

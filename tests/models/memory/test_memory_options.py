@@ -1,4 +1,4 @@
-"""Levers that save memory change no gradient: each against the plain path, in float64."""
+"""Memory options change no gradient: each against the plain path, in float64."""
 
 from dataclasses import replace
 from typing import Any
@@ -81,9 +81,9 @@ def gradients(
     model.zero_grad()
     loss = model.loss(ids, labels, BOUNDS, settings=replace(settings, loss_chunk_tokens=16))
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(found) == 3 * 7 * 2
-    return found | {"loss": loss.detach()}
+    results = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(results) == 3 * 7 * 2
+    return results | {"loss": loss.detach()}
 
 
 def assert_equal(mine: dict[str, Tensor], plain: dict[str, Tensor], limit: float = 1e-10) -> None:
@@ -164,7 +164,7 @@ def test_tiles_and_single_weights_change_no_gradient(
 
 
 def test_norms_and_weights_get_their_gradients_from_tiles() -> None:
-    found = []
+    results = []
     for settings in (StepSettings(16), StepSettings()):
         checkpoint: Any = Random(ModelConfig.from_dict(SHAPE))
         model = build_model(checkpoint, dtype=torch.float64)
@@ -172,8 +172,8 @@ def test_norms_and_weights_get_their_gradients_from_tiles() -> None:
         ids, labels = batch(SHAPE)
         model.loss(ids, labels, BOUNDS, settings=settings).backward()
         assert all(p.grad is not None for p in model.parameters())
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert_equal(found[0], found[1])
+        results.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert_equal(results[0], results[1])
 
 
 def test_a_tile_draws_its_dropout_again_in_backward() -> None:
@@ -181,13 +181,13 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
     model = build(SHAPE, dropout=0.3)
     model.train()
     settings = StepSettings(16, dropout_seed=11, loss_chunk_tokens=16)
-    found = gradients(model, SHAPE, settings)
+    results = gradients(model, SHAPE, settings)
     down = model.model.get_parameter("layers.0.mlp.down_proj.lora_B")
     gate = model.model.get_parameter("layers.1.mlp.gate_proj.lora_A")
     ids, labels = batch(SHAPE)
     for parameter in (down, gate):
         name = next(n for n, p in model.named_parameters() if p is parameter)
-        step = found[name] * (1e-4 / found[name].norm())
+        step = results[name] * (1e-4 / results[name].norm())
         values = []
         for sign in (1.0, -2.0):
             parameter.data += sign * step
@@ -195,7 +195,7 @@ def test_a_tile_draws_its_dropout_again_in_backward() -> None:
                 values.append(float(model.loss(ids, labels, BOUNDS, settings=settings)))
         parameter.data += step
         slope = (values[0] - values[1]) / 2e-4
-        assert slope == pytest.approx(float(found[name].norm()), rel=1e-5)
+        assert slope == pytest.approx(float(results[name].norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["full:1,none", "none:2,full", "full:1,selective:1,none:1"])

@@ -1,4 +1,4 @@
-"""Levers that save memory, on mixtures of experts and hybrids: gradients, bytes, what is streamed.
+"""Memory options on mixtures of experts and hybrids: gradients, bytes, what is streamed.
 
 On a CPU nothing moves by itself, so the stream is told to move; the copies are then real ones.
 """
@@ -73,8 +73,8 @@ def step(model: Decoder, settings: StepSettings = ROUTED) -> dict[str, Tensor]:
     model.zero_grad()
     loss = model.loss(IDS, IDS, BOUNDS, settings=settings)
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found | {"loss": loss.detach()}
+    results = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return results | {"loss": loss.detach()}
 
 
 def assert_same_bits(mine: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
@@ -100,11 +100,11 @@ def codes(layer: DecoderLayer) -> Iterator[tuple[str, Tensor]]:
 
 
 def tensors(layer: DecoderLayer) -> dict[str, list[Tensor]]:
-    found: dict[str, list[Tensor]] = {}
+    results: dict[str, list[Tensor]] = {}
     for path, part in codes(layer):
         if isinstance(part, Tensor):
-            found.setdefault(path, []).append(part)
-    return found
+            results.setdefault(path, []).append(part)
+    return results
 
 
 def addresses(layer: DecoderLayer) -> set[int]:
@@ -165,8 +165,8 @@ def test_delta_nets_projections_are_streamed(family: str, build: Build) -> None:
     expected |= {f"mlp.shared_expert.{name}" for name in ("gate_proj", "up_proj", "down_proj")}
     assert set(tensors(model.layers[0])) == expected
     stream = WeightStream(model.layers, model.device)
-    held = sum(len(named) for named in stream._host[0])
-    assert held == len(expected)
+    streamed = sum(len(named) for named in stream._host[0])
+    assert streamed == len(expected)
 
 
 @pytest.mark.usefixtures("moving")
@@ -179,9 +179,9 @@ def test_two_layers_weights_are_on_the_device_at_a_time(family: str, build: Buil
     meter = MemoryMeter()
     with observed(meter), meter:
         step(model)
-    held = {name: peak.owners["NF4 base"] for name, peak in meter.segments.items()}
+    streamed = {name: peak.owners["NF4 base"] for name, peak in meter.segments.items()}
     for index in range(LAYERS - 1):
-        assert held["backward", index + 1] == sizes[index] + sizes[index + 1]
+        assert streamed["backward", index + 1] == sizes[index] + sizes[index + 1]
     experts = sum(
         part.nbytes
         for layer in model.layers
@@ -190,7 +190,7 @@ def test_two_layers_weights_are_on_the_device_at_a_time(family: str, build: Buil
         for part in parts
     )
     # Of four layers two are away, with half of the experts at least.
-    assert sum(sizes) - max(held.values()) >= experts * 0.45
+    assert sum(sizes) - max(streamed.values()) >= experts * 0.45
 
 
 @pytest.mark.usefixtures("moving")
@@ -234,21 +234,21 @@ def test_routers_norms_and_experts_get_their_gradients_from_tiles(
     family: str, build: Build
 ) -> None:
     plain, model = build(family, full=True), build(family, full=True)
-    found = step(model, replace(ROUTED, mlp_tile_tokens=16))
-    assert len(found) == 1 + len(list(model.parameters()))
-    assert_equal(found, step(plain))
+    results = step(model, replace(ROUTED, mlp_tile_tokens=16))
+    assert len(results) == 1 + len(list(model.parameters()))
+    assert_equal(results, step(plain))
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_tiles_are_routed_as_the_whole(family: str, build: Build) -> None:
     """Also where only the last tile has few tokens, and none of some experts."""
-    found = []
+    results = []
     for settings in (StepSettings(), StepSettings(16), StepSettings(59)):
         model = build(family)
         routed: list[tuple[Tensor, Tensor]] = []
         model.hidden_states(PackedBatch.of(IDS, cu_seqlens=BOUNDS), settings, routed)
-        found.append(routed)
-    plain, *tiled = found
+        results.append(routed)
+    plain, *tiled = results
     assert len(plain) == sum(model.config.sparse_layers) > 1
     for routed in tiled:
         for (counts, sums), (mine, own) in zip(plain, routed, strict=True):
@@ -260,23 +260,23 @@ def test_a_tile_of_a_mixture_draws_its_dropout_again_in_backward(build: Build) -
     """Against finite differences along the adapters' gradient: other masks would be far off."""
     model = build("qwen2_moe", dropout=0.3).train()
     settings = replace(ROUTED, mlp_tile_tokens=16, dropout_seed=11)
-    found = step(model, settings)
+    results = step(model, settings)
     masks = []
     for path in ("experts.down_lora.lora_B", "experts.gate_lora.lora_A"):
         name = f"model.layers.1.mlp.{path}"
         parameter = model.get_parameter(name)
-        move = found[name] * (1e-4 / found[name].norm())
+        move = results[name] * (1e-4 / results[name].norm())
         values = []
         for sign in (1.0, -2.0):
             parameter.data += sign * move
             with torch.no_grad():
                 values.append(float(model.loss(IDS, IDS, BOUNDS, settings=settings)))
         parameter.data += move
-        masks.append((values[0] - values[1]) / 2e-4 / float(found[name].norm()))
+        masks.append((values[0] - values[1]) / 2e-4 / float(results[name].norm()))
     assert masks == pytest.approx([1.0, 1.0], rel=1e-5)
     settings = replace(settings, mlp_tile_tokens=30)
     other = float(model.loss(IDS, IDS, BOUNDS, settings=settings).detach())
-    assert other != float(found["loss"])  # its second tile begins elsewhere
+    assert other != float(results["loss"])  # its second tile begins elsewhere
 
 
 def test_a_tile_is_computed_again_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,8 +313,8 @@ def test_tiles_hold_the_inner_activations_of_one_tile(policy: str, build: Build)
         work.append(owners["block working set"])
         saved.append(owners["checkpoints"])
     one = inner * chosen * 8  # of a token, as wide as its experts
-    # gate, up, their product and its gradient; at level "none" gate and up are kept, of the layers
-    # below too.
+    # gate, up, their product and its gradient; under policy "none" gate and up are saved, of the
+    # layers below too.
     wide = 2 if policy == "none" else 4
     assert work[0] - work[1] >= (60 - rows) * wide * one * 0.8
     assert saved[0] - saved[1] == pytest.approx(3 * 60 * 2 * one * (policy == "none"), rel=0.02)

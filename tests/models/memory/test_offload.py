@@ -102,7 +102,7 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
     told(WeightStream)
 
 
-def test_lending_on_a_cpu_moves_nothing_and_changes_nothing() -> None:
+def test_offloading_on_a_cpu_moves_nothing_and_changes_nothing() -> None:
     plain = step(build())
     model = build()
     model.stream_weights()
@@ -175,7 +175,7 @@ def test_streamed_weights_give_the_same_gradients_and_leave_the_device() -> None
 
 
 @pytest.mark.usefixtures("moving")
-def test_both_kinds_of_lending_go_together_and_serve_evaluation() -> None:
+def test_both_kinds_of_offloading_go_together_and_serve_evaluation() -> None:
     plain, model = build(), build()
     settings = StepSettings(offload_inputs=True)
     model.stream_weights()
