@@ -38,7 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("cli.doctor", "what this machine and installation can do"),
 }
 
-# The user can put these right: no room, no permission, a read-only or missing place.
+# The user can put these right: no space, no permission, a read-only or missing path.
 _USERS_ERRNOS = frozenset(
     {
         errno.EACCES,
@@ -57,7 +57,7 @@ _USERS_ERRNOS = frozenset(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     # Threads that wait by spinning take the cores from those that work wherever another program
-    # runs too; on an idle machine the two ways are equally fast. OpenMP reads this as torch loads.
+    # runs too; on an idle machine both are equally fast. OpenMP reads this as torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:

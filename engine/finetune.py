@@ -238,7 +238,7 @@ class _Run:
 def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """Run a fine-tuning from start to end; on any failure the directory's summary says why.
 
-    Raises children of `EngineError` for what the user can mend, and `Interrupted` (an exit status)
+    Raises children of `EngineError` for what the user can fix, and `Interrupted` (an exit status)
     when a signal stopped the run after a checkpoint.
     """
     require_trackers(config.report_to)

@@ -132,7 +132,7 @@ def run_case(
     compiled: bool = False,
     baselines: Sequence[Baselines] = (),
 ) -> Measurement:
-    """Measure one case and, beside it, plain torch and the other implementations."""
+    """Measure one case, plain torch and the other implementations."""
     release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -172,7 +172,7 @@ def _others(
         try:
             yield from offer(case.op, work).items()
         except Exception as error:
-            name = getattr(offer, "__module__", "contender")
+            name = getattr(offer, "__module__", "baseline")
             row.failed[name] = f"{type(error).__name__}: {error}"
 
 

@@ -47,7 +47,7 @@ POLICY = f"({'|'.join(POLICIES)})"
 
 
 def checkpointing_policies(value: Any) -> Any:
-    """Other spellings of a checkpointing policy; a list of levels as one text."""
+    """Other spellings of a checkpointing policy; a list of policies as one text."""
     if isinstance(value, list | tuple):
         value = ",".join(str(item) for item in value)
     text = str(value).strip().lower().replace(" ", "")

@@ -43,7 +43,7 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
 
 
 class Machine(Settings):
-    """Where a model runs and how its weights are held."""
+    """Where a model runs and how its weights are stored."""
 
     quantize: Annotated[Quantization | None, BeforeValidator(none_is_unset)] = setting(
         None, "Machine", "quantise the model's weights as they load: nf4 or int8"
@@ -210,7 +210,7 @@ class PruneJob(PruneSettings):
 
 
 class ForgeCycles(Settings):
-    """What a job of pruning and recovery does, beside how it prunes and how it trains."""
+    """What a job of pruning and recovery does, apart from how it prunes and trains."""
 
     renamed: ClassVar[Mapping[str, str]] = {"control": "baseline"}
 

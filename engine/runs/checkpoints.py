@@ -6,8 +6,8 @@ folder without a manifest that verifies is no checkpoint. No pickle is written o
 
 Saving goes in this order, and each line is durable before the next begins:
 
-1. refuse a tensor with a value that is not finite, and a disk without room for all of it;
-2. write the files, then the manifest, into a temporary folder beside the target, fsync all of them;
+1. refuse a tensor with a value that is not finite, and a disk without space for all of it;
+2. write the files, then the manifest, into a temporary folder next to it, fsync all of them;
 3. rename the folder to its final name, fsync the folder above;
 4. read the manifest and the headers back; only now is the step acknowledged;
 5. retire the oldest checkpoints: rename to `.del-*`, fsync the folder above, delete.
@@ -229,7 +229,7 @@ class CheckpointStore:
         if free < need:
             raise CheckpointError(
                 f"The disk of {self.root} has {free >> 20} MiB free and a checkpoint needs "
-                f"{need >> 20} MiB. Make room, or name an --output-dir on another disk."
+                f"{need >> 20} MiB. Free some space, or name an --output-dir on another disk."
             )
 
     def _retire(self) -> None:

@@ -28,10 +28,6 @@ class ConsoleHandler(logging.Handler):
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        self.write_line(text)
-
-    def write_line(self, text: str) -> None:
-        """Print a line as it is; the run's progress goes this way too."""
         if self.closed:
             return
         try:

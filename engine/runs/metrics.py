@@ -49,7 +49,7 @@ class StepMetrics:
     extra: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The line's keys and values; `extra` stands beside the others."""
+        """The line's keys and values; `extra` is merged into the others."""
         line = asdict(self)
         line |= line.pop("extra")
         return {key: _finite(value) for key, value in line.items()}
