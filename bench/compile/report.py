@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -48,34 +48,12 @@ from bench.compile.sass import (
     issued,
     left_in_registers,
 )
+from bench.compile.table import Row, markdown
 from bench.compile.triton_ir import narrow_products, packs_across_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 CHECKED_ARCHITECTURES = (80, 90, 120)
 TOLERANCE = 1.10
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one case compiled to on one architecture."""
-
-    kernel: str
-    config: str
-    arch: int
-    registers: int = 0
-    local_bytes: int = 0
-    local_accesses: int = 0
-    shared_bytes: int = 0
-    shared_limit: int = 0
-    instructions: int = 0
-    per_element: float | None = None
-    limit: float | None = None
-    tensor_core: str = ""
-    faults: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.kernel, self.config, self.arch
 
 
 @cache
@@ -254,8 +232,6 @@ def regressions(rows: Iterable[Row], committed: dict[tuple[str, str, int], Row])
 def write(rows: list[Row], folder: Path = RESULTS) -> None:
     """Write the table as JSON and as Markdown."""
     import triton
-
-    from bench.compile.table import markdown
 
     rows = sorted(rows, key=lambda row: (row.kernel, row.arch))
     table: dict[str, Any] = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}

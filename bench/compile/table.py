@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bench.compile.report import Row
+from dataclasses import dataclass
 
 _HEAD = """# What the Triton kernels compile to
 
@@ -17,6 +14,29 @@ local memory.
 
 ## Worst case per kernel and architecture
 """
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one case compiled to on one architecture."""
+
+    kernel: str
+    config: str
+    arch: int
+    registers: int = 0
+    local_bytes: int = 0
+    local_accesses: int = 0
+    shared_bytes: int = 0
+    shared_limit: int = 0
+    instructions: int = 0
+    per_element: float | None = None
+    limit: float | None = None
+    tensor_core: str = ""
+    faults: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.kernel, self.config, self.arch
 
 
 def markdown(rows: list[Row], triton: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from bench.compile.cases import ARCHITECTURES, CompileCase
-from bench.compile.report import Row, collect, committed_rows, faults_of, regressions
+from bench.compile.report import collect, committed_rows, faults_of, regressions
 from bench.compile.sass import Disassembly, Instruction, issued, left_in_registers
-from bench.compile.table import markdown
+from bench.compile.table import Row, markdown
 from bench.compile.triton_ir import narrow_products, packs_across_rows
 
 ROOT = Path(__file__).parents[2]
