@@ -1,1 +1,1 @@
-"""Memory: measured, planned and held to a budget."""
+"""Memory: measured, planned and kept within a budget."""

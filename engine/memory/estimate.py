@@ -1,8 +1,8 @@
-"""What a run will need, before anything is allocated.
+"""Plan the memory of a run before anything is allocated.
 
-`plan` runs the simulated step (`engine.memory.simulate.step`) of the run's own code. A model of
-many equal layers is passed with a few: the bytes of every stretch of a step are linear in the
-number of layers, so two small passes give the deep one (a test compares them with the full pass).
+`plan` simulates a step of the run's own code (`engine.memory.simulate.step`). Of a model of many
+equal layers a few are simulated: the bytes of every segment of a step are linear in the number of
+layers, so two shallow models give the deep one (a test compares them with the whole).
 What lies outside torch's allocator on a GPU cannot be counted without one; it is added as the
 constants below, and said so.
 """
@@ -51,7 +51,7 @@ class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
     `reserve` names what is added to the tensors' bytes for a GPU; it is empty for a CPU. `host` is
-    what a GPU lends to the host's memory, and `tied` says that the head is the embedding.
+    what a GPU offloads to the host's memory, and `tied` says that the head is the embedding.
     """
 
     config: TrainConfig
@@ -185,7 +185,7 @@ def _extrapolated(
 ) -> SimulatedStep:
     """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
 
-    In both directions the bytes held grow or shrink by the same amount from layer to layer, or from
+    In both directions the bytes grow or shrink by the same amount from layer to layer, or from
     period to period where layers differ, so the ends decide: the first and last `ends` layers of
     each direction are looked at.
     """

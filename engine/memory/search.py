@@ -311,7 +311,7 @@ def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def context_table(config: TrainConfig, plan: Planner, limit: int) -> list[LongestRow]:
-    """The longest row with full recomputation for the usual GPUs' sizes, all memory options pulled.
+    """The longest row with full recomputation for the usual GPUs' sizes, all memory options on.
 
     Weights are streamed only where nothing fits without. Lengths are within a percent of the most.
     """

@@ -51,7 +51,7 @@ class OnGPU(_OnDevice):
     """Meta tensors say that they lie on `GPU`, and what is to lie there becomes a meta tensor."""
 
     def answer(self, func: Any, args: Any, options: dict[str, Any]) -> Any:
-        """The result, with `GPU` in the place of the meta device."""
+        """The result, with `GPU` instead of the meta device."""
         if func is torch.device:
             return func(*args, **options)
         asked = getattr(func, "__self__", None)

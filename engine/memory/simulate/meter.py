@@ -46,12 +46,12 @@ SCRATCH = ("scratch", "loss chunk")
 """The owners of buffers that grow to their largest use and stay."""
 
 Segment = tuple[str, int]
-"""A stretch of a step: ("forward" | "backward", layer), ("loss", 0), ("update", 0), ..."""
+"""A part of a step: ("forward" | "backward", layer), ("loss", 0), ("update", 0), ..."""
 
 
 @dataclass
 class Peak:
-    """The most bytes of one stretch, and how they were divided."""
+    """The most bytes of one segment, and how they were divided."""
 
     bytes: int = 0
     owners: dict[str, int] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class MemoryMeter(TorchDispatchMode):
         return max(self.segments.values(), key=lambda peak: peak.bytes)
 
     def begin(self, kind: str, index: int = 0) -> None:
-        """Start counting the peak of another stretch; the same name goes on with the earlier."""
+        """Start or continue to count the peak of a segment."""
         self.mark()
         self._segment = self.segments.setdefault((kind, index), Peak())
 

@@ -40,7 +40,7 @@ class SimulatedMeter(MemoryMeter):
     """
 
     aside = SCRATCH
-    """Scratch grows in the pass, and is all there in every later step: it is added at the end."""
+    """Scratch grows in this step, and is all there in every later one: it is added at the end."""
 
     def __init__(self, gpu: SimulatedGPU | None = None) -> None:
         super().__init__(1 if gpu is None else CUDA_GRANULE)
@@ -84,7 +84,7 @@ class SimulatedMeter(MemoryMeter):
         """A tensor in the host's memory, which beside a GPU's is counted apart."""
         if self.gpu is None:
             return torch.empty(tuple(shape), dtype=dtype, device="meta")
-        with _disable_current_modes():
+        with self.shapes_only():
             tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
         self._count_on_host(tensor)
         return tensor

@@ -1,16 +1,17 @@
 """Simulate a training step: run the training code on tensors without memory.
 
-The model is loaded, adapted and trained for a step with torch's meta tensors in the place of its
-weights and activations, under a `MemoryMeter`. Token ids, labels and document boundaries are real,
-so everything that depends on them (chunks of the loss, documents, positions) goes its real way.
+The model is loaded, adapted and trained for one step on torch's meta tensors in place of weights
+and activations, under a `SimulatedMeter`. Token ids, targets and document boundaries are real, so
+what depends on them (chunks of the loss, documents, positions) is as in a real step.
 
-For a CPU the pass takes the CPU's way through the kernels, and its bytes are those of a real step.
-For a CUDA GPU meta tensors say that they lie on one, so the GPU's way is taken: Triton kernels
-are not launched, but what their callers allocate is counted; storages are rounded up to the caching
-allocator's 512 bytes; attention is torch's flash attention, whose backward holds an fp32 dQ.
+For a CPU the code for CPUs runs, and the bytes are those of a real step. For a CUDA GPU meta
+tensors claim to lie on one, so the code for GPUs runs: Triton kernels are not launched, but what
+their callers allocate is counted; storages are rounded up to the caching allocator's 512 bytes;
+attention is torch's flash attention, whose backward holds an fp32 dQ.
 
-An op whose memory depends only on shapes and which works in many small parts (decoding NF4, the
-optimiser's slabs, rows of the loss) runs once for each shape; afterwards its peak is counted again.
+Tensors are meta tensors, not torch's fake ones: autograd runs their backward in the calling thread
+on every build of torch, so the context variables of `kernels.runtime` and torch's modes, which
+belong to a thread, hold in backward too. Other threads see nothing of a simulation.
 """
 
 from __future__ import annotations
@@ -22,18 +23,11 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
-import kernels.attention.backends
 import kernels.attention.cpu
-import kernels.elementwise.dropout
-import kernels.loss.cross_entropy
-import kernels.loss.linear_cross_entropy
 import kernels.nf4.decode
 import kernels.nf4.encode
 import kernels.nf4.matmul
-import kernels.nf4.planar
-import kernels.nf4.tiles
 from engine.config.train_config import TrainConfig
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
@@ -61,8 +55,8 @@ from optim import AdamW8bit
 class _EmptySource:
     """A model source of which only names, shapes and the stored type are known."""
 
-    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: SimulatedMeter, gpu: bool):
-        self.config, self._stored, self._meter, self._gpu = config, stored, meter, gpu
+    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: SimulatedMeter) -> None:
+        self.config, self._stored, self._meter = config, stored, meter
         self._shapes = expected_tensors(config)
 
     def names(self) -> list[str]:
@@ -71,9 +65,9 @@ class _EmptySource:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the file; on a CPU it is mapped and takes no memory."""
-        with _disable_current_modes():
+        with self._meter.shapes_only():
             empty = torch.empty(self._shapes[name], dtype=self._stored, device="meta")
-        if not self._gpu:
+        if self._meter.gpu is None:
             self._meter.ignore([empty])
         return empty
 
@@ -112,26 +106,25 @@ def simulate_step(
 ) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 
-    `GPU` chooses the code for CUDA. Raises what the run itself would raise for these settings.
+    `gpu` chooses the code for CUDA. Raises what the run itself would raise for these settings.
     """
     kernels.attention.cpu.flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
     meter = SimulatedMeter(ASSUMED_GPU if gpu else None)
-    mode = OnGPU() if gpu else OnHost()
-    with (
-        simulate_with(meter),
-        observed(meter, fresh_scratch=True),
-        mode,
-    ):
-        _make_tables(GPU if gpu else META)
+    device = GPU if gpu else META
+    with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
+        _make_tables(device)
         with meter:
-            return _passed(meter, model_config, config, batches, gpu, dtype, stored)
+            meter.begin("load")
+            source = cast(ModelSource, _EmptySource(model_config, stored, meter))
+            model = build_for(config, source, device, dtype)
+            return _trained(meter, model, config, batches)
 
 
 def _make_tables(device: torch.device) -> None:
-    """The small tables that are made once per process and device belong to no pass."""
+    """The small tables that are made once per process and device belong to no step."""
     for signed in (True, False):
         dynamic_map(signed, device)
         midpoints(signed, device)
@@ -143,16 +136,10 @@ def _make_tables(device: torch.device) -> None:
     kernels.nf4.decode._pair_table(device)
 
 
-def _passed(
-    meter: SimulatedMeter,
-    model_config: ModelConfig,
-    config: TrainConfig,
-    batches: Sequence[PackedBatch],
-    gpu: bool,
-    dtype: torch.dtype,
-    stored: torch.dtype,
+def _trained(
+    meter: SimulatedMeter, model: Decoder, config: TrainConfig, batches: Sequence[PackedBatch]
 ) -> SimulatedStep:
-    model = _loaded(model_config, config, meter, gpu, dtype, stored)
+    """Adapt the model that is loaded, and train it for one step."""
     load = meter.peak
     meter.begin("adapters and states")  # which every step has too
     meter.hand_over(meter.owner, "norms and biases")
@@ -164,19 +151,6 @@ def _passed(
     resident = dict(meter.live)
     steady = _steady(meter.segments, resident)
     return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)
-
-
-def _loaded(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    meter: SimulatedMeter,
-    gpu: bool,
-    dtype: torch.dtype,
-    stored: torch.dtype,
-) -> Decoder:
-    meter.begin("load")
-    checkpoint = cast(ModelSource, _EmptySource(model_config, stored, meter, gpu))
-    return build_for(config, checkpoint, GPU if gpu else META, dtype)
 
 
 def _step(

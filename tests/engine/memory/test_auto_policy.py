@@ -1,4 +1,4 @@
-"""`--gradient-checkpointing auto` takes the fastest level that fits, and a resumed run keeps it."""
+"""`--gradient-checkpointing auto` takes the fastest policy that fits; a resumed run keeps it."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_its_policy(
 
 @pytest.fixture
 def policies_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Fills with (who asked, level) of every plan that a run makes."""
+    """Fills with (who asked, policy) of every plan that a run makes."""
     made: list[tuple[str, str]] = []
 
     def counting(where: str) -> Callable[..., MemoryPlan]:
@@ -118,7 +118,7 @@ def policies_planned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
         return counted
 
-    monkeypatch.setattr("engine.memory.auto_policy.plan", counting("level"))
+    monkeypatch.setattr("engine.memory.auto_policy.plan", counting("policy"))
     monkeypatch.setattr("engine.memory.budget.plan", counting("budget"))
     return made
 
@@ -149,7 +149,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     with pytest.raises(MemoryPlanError, match=f"for its largest step.*{advice}"):
         train(changed(config, memory_budget=least), console=False)
     # One row of 8 tokens before rows are read, and the largest step of those read.
-    assert policies_planned == [("budget", "full"), ("level", "full")]
+    assert policies_planned == [("budget", "full"), ("policy", "full")]
 
 
 def test_the_choice_of_a_policy_and_the_budget_share_their_plan(
@@ -172,5 +172,5 @@ def test_the_choice_of_a_policy_and_the_budget_share_their_plan(
     train(config, console=False)
     # The last compares what was measured with the largest step that was seen.
     assert policies_planned == [
-        ("budget", "full"), ("level", "full"), ("level", "none"), ("budget", "none"),
+        ("budget", "full"), ("policy", "full"), ("policy", "none"), ("budget", "none"),
     ]  # fmt: skip

@@ -124,8 +124,8 @@ def test_the_search_takes_the_fastest_settings_that_fit() -> None:
     assert roomy.plan.config.gradient_checkpointing == "none"
     assert roomy.plan.config.batch_size == 4
     totals = {
-        level: make(changed(asked, gradient_checkpointing=level)).total
-        for level in ("none", "selective", "full")
+        policy: make(changed(asked, gradient_checkpointing=policy)).total
+        for policy in ("none", "selective", "full")
     }
     assert totals["full"] < totals["selective"] < totals["none"]
     tight = choose(asked, totals["none"] - 1, make)

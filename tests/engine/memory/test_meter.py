@@ -97,7 +97,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tiles": {"mlp_tile_tokens": 48},
     "tiles with full recompute": {"mlp_tile_tokens": 100, "gradient_checkpointing": "full"},
     "single weights": {"low_memory_decode": True},
-    "levels by layer": {"gradient_checkpointing": "full:1,none"},
+    "policies by layer": {"gradient_checkpointing": "full:1,none"},
     "streamed weights": {"offload": ("weights",)},
     "everything": {
         "mlp_tile_tokens": 48,
@@ -348,12 +348,12 @@ def test_the_plan_of_other_families_is_what_a_step_takes(
     assert simulated.bytes == pytest.approx(real.bytes, rel=0.01 if model.num_experts else 0.001)
 
 
-@pytest.mark.parametrize("level", ["none", "selective", "full"])
-def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(level: str) -> None:
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_the_plan_of_layers_with_unequal_heads_is_what_a_step_takes(policy: str) -> None:
     heads, kv_heads = [4, 2, 1], [2, 2, 1]
     lists = dict(zip(PER_LAYER, (heads, kv_heads), strict=True))
     model = ModelConfig.from_dict(SMALL | {"head_dim": 16} | lists)
-    config, batches = settings(gradient_checkpointing=level), [make_batch([100, 37, 163])]
+    config, batches = settings(gradient_checkpointing=policy), [make_batch([100, 37, 163])]
     real = measured(model, config, batches, torch.float32).peak
     simulated = simulate_step(model, config, batches, gpu=False, dtype=torch.float32).step
     assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)

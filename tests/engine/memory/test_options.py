@@ -1,4 +1,4 @@
-"""The list of memory options, what a search does with it, and a run that pulls them."""
+"""The list of memory options, what a search does with it, and a run that uses them."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def planner(name: str) -> Callable[[TrainConfig], MemoryPlan]:
     return lambda config: _planned(name, config.model_dump_json())
 
 
-def pulled(config: TrainConfig, gpu: bool = True, tied: bool = False) -> list[tuple[str, object]]:
+def offered(config: TrainConfig, gpu: bool = True, tied: bool = False) -> list[tuple[str, object]]:
     return [(option.setting, option.value) for option in memory_options(config, gpu, tied)]
 
 
 def test_the_list_of_options_is_as_long_as_the_run_allows() -> None:
-    every = pulled(settings())
+    every = offered(settings())
     assert every[0] == ("embedding_on", "host") and every[-1] == ("offload", "weights")
-    assert ("embedding_on", "host") not in pulled(settings(), tied=True)
-    names = {name for name, _ in pulled(settings(), gpu=False)}
+    assert ("embedding_on", "host") not in offered(settings(), tied=True)
+    names = {name for name, _ in offered(settings(), gpu=False)}
     assert names == {"mlp_tile_tokens", "loss_chunk_tokens", "head_precision", "low_memory_decode"}
-    full = pulled(settings(method="full"))
+    full = offered(settings(method="full"))
     assert ("head_precision", "8bit") not in full and ("offload", "weights") not in full
-    assert ("offload", "weights") not in pulled(settings(method="lora"))
+    assert ("offload", "weights") not in offered(settings(method="lora"))
     given = settings(mlp_tile_tokens=256, offload=("checkpoints",), low_memory_decode=True)
-    names = {name for name, _ in pulled(given)}
+    names = {name for name, _ in offered(given)}
     assert names == {"embedding_on", "offload", "loss_chunk_tokens", "head_precision"}
 
 
@@ -86,7 +86,7 @@ def test_layers_share_what_is_left_of_a_budget() -> None:
     levels = layer_policies(choice.plan.config.gradient_checkpointing, choice.plan.layers)
     assert choice.plan.total <= budget
     assert {"full", "selective"} == set(levels)
-    assert list(levels) == sorted(levels)  # full first: their memory is held the longest
+    assert list(levels) == sorted(levels)  # full first: their memory is needed the longest
     more = levels.count("full") - 1
     spec = f"full:{more},selective" if more else "selective"
     assert make(changed(choice.plan.config, gradient_checkpointing=spec)).total > budget
