@@ -86,7 +86,7 @@ class Vocabulary:
             for name in (candidate, self.renamed.get(candidate), ALIASES.get(candidate)):
                 if name is not None and name in self.fields:
                     return name
-        hint = HINTS.get(leaf)
+        hint = HINTS.get(leaf) if "method" in self.fields else None
         if hint is None:
             near = nearest(plain, self.fields) or nearest(leaf, self.fields)
             hint = f"`engine {self.verb} --help` lists the settings"

@@ -158,3 +158,10 @@ def test_the_version_is_that_of_the_project() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert engine.__version__ == project["version"]
+
+
+def test_hints_about_training_are_given_for_training_alone() -> None:
+    with pytest.raises(ConfigError, match="write `method: qlora`"):
+        gather(Vocabulary.of("train", TrainConfig), overrides=["load_in_4bit=true"])
+    with pytest.raises(ConfigError, match="`engine eval --help` lists the settings"):
+        gather(Vocabulary.of("eval", EvalSettings), overrides=["load_in_4bit=true"])
