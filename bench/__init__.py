@@ -1,1 +1,1 @@
-"""Measurements: one script per op and per whole step, and the demonstration."""
+"""Measurements; README.md says which command answers which question."""

@@ -1,4 +1,4 @@
-"""The table of ops beside bitsandbytes and Liger: ``engine bench --against bench.peers``.
+"""The ops beside bitsandbytes and Liger: ``engine bench --against bench.peers``.
 
 Takes the options of ``engine bench``. Without --output the rows and the picture are written to
 ``bench/results``.

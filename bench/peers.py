@@ -22,14 +22,14 @@ from kernels.nf4.weight import NESTED_BLOCK
 
 def baselines(op: str, work: Work) -> dict[str, Call]:
     """Other implementations of `op` on the same inputs, by name."""
-    found: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     for name, package, table in (
         ("bitsandbytes", "bitsandbytes", _BITSANDBYTES),
         ("Liger", "liger_kernel", _LIGER),
     ):
         if op in table and find_spec(package) is not None:
-            found[name] = table[op](work)
-    return found
+            calls[name] = table[op](work)
+    return calls
 
 
 def quant_state(weight: NF4Weight) -> Any:

@@ -1,9 +1,9 @@
-"""Head pruning on a real model: every metric at three fractions, recovery, and the control.
+"""Head pruning of SmolLM2: every metric, recovery, and a baseline.
 
 SmolLM2-135M-Instruct (30 layers of 9 heads over 3 key/value heads) is pruned by each metric of
 `engine prune` in mode zero. Each pruned model is written, read back and evaluated on held-out
 docstrings of the installed Python. The models pruned by `activation` are then fine-tuned with LoRA,
-as `engine forge` does it, and so is the model that was not pruned: the control, which tells how
+as `engine forge` does it, and so is the model that was not pruned: the baseline, which tells how
 much of the gain is the training's and not the recovery's.
 
 Writes bench/results/prune_smollm2.{json,md}. Takes about half an hour on 2 cores; what was done
@@ -71,9 +71,9 @@ def pruned_perplexity(root: Path, metric: Any, fraction: float, data: Path, judg
         fraction=fraction, metric=metric, data=(str(data),), device="cpu", max_length=MAX_LENGTH
     )
     record = prune(str(gguf_path()), target, settings).record
-    found = judge.assess(target)
+    result = judge.assess(target)
     shutil.rmtree(target)
-    return {"perplexity": found["perplexity"], "heads": record["heads"]["removed"]}
+    return {"perplexity": result["perplexity"], "heads": record["heads"]["removed"]}
 
 
 def run(root: Path, steps: int) -> dict[str, Any]:
@@ -107,36 +107,37 @@ def run(root: Path, steps: int) -> dict[str, Any]:
             f"{fraction:g}": results["cycles"][0]["trained"]["perplexity"]
             for fraction, results in forged.items()
         },
-        "control": first["baseline_cycles"][0]["trained"]["perplexity"],
+        "baseline_trained": first["baseline_cycles"][0]["trained"]["perplexity"],
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    heads = found["pruned"][RECOVERED]
+def markdown(results: dict[str, Any]) -> str:
+    heads = results["pruned"][RECOVERED]
     columns = [f"{100 * fraction:.0f} %" for fraction in FRACTIONS]
     keys = [f"{fraction:g}" for fraction in FRACTIONS]
     counts = ", ".join(str(heads[key]["heads"]) for key in keys)
     lines = [
         "# Head pruning of SmolLM2-135M-Instruct",
         "",
-        f"Perplexity on {found['rows']} held-out docstring rows ({found['tokens']} trained tokens)",
+        f"Perplexity on {results['rows']} held-out docstring rows "
+        f"({results['tokens']} trained tokens)",
         f"of models read back from the disk. {counts} of 270 attention heads are pruned, in mode",
         "zero, ranked over all layers. Written by `python -m bench.prune_smollm2`.",
         "",
         f"| | 0 % | {' | '.join(columns)} |",
         f"|---|---|{'---|' * len(columns)}",
     ]
-    for metric, cells in found["pruned"].items():
+    for metric, cells in results["pruned"].items():
         values = " | ".join(f"{cells[key]['perplexity']:.2f}" for key in keys)
-        lines.append(f"| pruned by {metric} | {found['baseline']:.2f} | {values} |")
-    middle = {metric: cells[keys[1]]["perplexity"] for metric, cells in found["pruned"].items()}
+        lines.append(f"| pruned by {metric} | {results['baseline']:.2f} | {values} |")
+    middle = {metric: cells[keys[1]]["perplexity"] for metric, cells in results["pruned"].items()}
     worse = [metric for metric, value in middle.items() if value > middle["random"]]
-    values = " | ".join(f"{found['recovered'][key]:.2f}" for key in keys)
+    values = " | ".join(f"{results['recovered'][key]:.2f}" for key in keys)
     lines += [
-        f"| by {RECOVERED}, then {found['steps']} steps of LoRA | {found['control']:.2f} (control) "
-        f"| {values} |",
+        f"| by {RECOVERED}, then {results['steps']} steps of LoRA "
+        f"| {results['baseline_trained']:.2f} (baseline) | {values} |",
         "",
-        "The control is the model that was not pruned after the same training: what pruning costs",
+        "The baseline is the model that was not pruned after the same training: what pruning costs",
         "after recovery is the distance to it, not to the untrained model.",
         "",
         f"Worse than chance at {columns[1]}: {', '.join(worse) or 'none'}.",
@@ -150,11 +151,11 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/prune-smollm2"))
     parser.add_argument("--steps", type=int, default=60, help="of training, 4 rows each")
     given = parser.parse_args()
-    found = run(given.output_dir, given.steps)
+    results = run(given.output_dir, given.steps)
     RESULTS.mkdir(exist_ok=True)
-    durable.write_json(RESULTS / "prune_smollm2.json", found)
-    durable.write_text(RESULTS / "prune_smollm2.md", markdown(found))
-    print(json.dumps(found, indent=2))
+    durable.write_json(RESULTS / "prune_smollm2.json", results)
+    durable.write_text(RESULTS / "prune_smollm2.md", markdown(results))
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The ops under pytest-benchmark: ``pytest bench --benchmark-only``. No part of the test run.
+"""The ops under pytest-benchmark: ``pytest bench --benchmark-only``.
+
+No part of the test run.
 
 `--benchmark-save` and `--benchmark-compare` follow an op over time on one machine. The limits of
 the machine and other implementations are not looked at here: ``engine bench`` does that.

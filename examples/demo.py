@@ -1,4 +1,4 @@
-"""What `make demo` runs: a real model learns to explain Python's standard library.
+"""What `make demo` runs: a model learns Python's standard library.
 
 Every step is a command that a user could type; each is printed before it runs. The model,
 SmolLM2-135M-Instruct, answers questions about functions it is never trained on, before and after

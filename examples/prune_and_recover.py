@@ -1,4 +1,4 @@
-"""Remove attention heads from a model, win back what it cost, and keep the result.
+"""Remove attention heads, and win back what it cost.
 
     python -m examples.prune_and_recover --model MODEL --data rows.jsonl --heldout heldout.jsonl
 

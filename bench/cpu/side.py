@@ -1,4 +1,4 @@
-"""What the two sides of bench/cpu/train_step.py share: the work, the clock and the memory gauge."""
+"""What both sides of a CPU step share: work, clock, memory."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""A whole QLoRA training step on the CPU, beside transformers + PEFT + bitsandbytes in one run.
+"""A QLoRA step on the CPU beside transformers, PEFT and bitsandbytes.
 
 Every side gets the same model (SmolLM2-135M-Instruct), the same rows (docstrings of the installed
 Python, tokenised once), the same batches of four ragged rows and the same settings: NF4 with double

@@ -1,4 +1,4 @@
-"""Running measurements so that one that fails, hangs or breaks the GPU's context stops no other.
+"""Run measurements in processes, so that one failure stops no other.
 
 Items of a section run one after another in a process of their own, which reports each result as a
 line. A process that dies, says nothing for too long, or reports an error of the device is replaced
@@ -97,7 +97,7 @@ class _Worker:
 
     def outcomes(self, items: Sequence[str], deadline: float, item_seconds: float) -> list[Outcome]:
         """Results until the last item, the process's end, or a silence; one for that too."""
-        found: list[Outcome] = []
+        outcomes: list[Outcome] = []
         allowance = _START_SECONDS
         for item in items:
             started = time.monotonic()
@@ -106,17 +106,17 @@ class _Worker:
             try:
                 line = self._lines.get(timeout=wait)
             except queue.Empty:
-                found.append(Outcome(item, wait, error=f"no result within {wait:.0f} s"))
-                return found
+                outcomes.append(Outcome(item, wait, error=f"no result within {wait:.0f} s"))
+                return outcomes
             if line is None:
                 status = self._process.wait()
-                if not found or not _breaks_context(found[-1].error):
+                if not outcomes or not _breaks_context(outcomes[-1].error):
                     seconds = time.monotonic() - started
                     message = f"the process ended with status {status}"
-                    found.append(Outcome(item, seconds, error=message))
-                return found
-            found.append(Outcome(**json.loads(line)))
-        return found
+                    outcomes.append(Outcome(item, seconds, error=message))
+                return outcomes
+            outcomes.append(Outcome(**json.loads(line)))
+        return outcomes
 
     def end(self) -> None:
         self._process.kill()

@@ -1,4 +1,4 @@
-"""Planned bytes of well-known models, and on a GPU what the same step really allocates.
+"""Planned bytes of known models, and what a GPU really allocates.
 
     python -m bench.gpu.memory                        # plans: 2,048 tokens and the slope per token
     python -m bench.gpu.memory --measure qwen3-0.6b   # needs CUDA: random weights, plan beside

@@ -1,4 +1,4 @@
-"""Where a step's time goes: device time by kind of kernel, launches per layer, waits of the host.
+"""Where a step's time goes: kernels, launches, waits of the host.
 
 One warmed-up step under `torch.profiler`. Launches per layer are the difference between a model of
 four layers and one of two, halved, so that embedding, head and optimiser do not count. Waits are
@@ -92,13 +92,13 @@ def _events(
         step([batch], 2)
         synchronize(device)
         wall = time.perf_counter() - started
-    found: dict[str, tuple[int, float]] = {}
+    by_kernel: dict[str, tuple[int, float]] = {}
     for event in record.key_averages():
         if cuda and not str(event.device_type).endswith("CUDA"):
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total
-        found[event.key] = (int(event.count), float(spent) / 1e6)
-    return found, wall
+        by_kernel[event.key] = (int(event.count), float(spent) / 1e6)
+    return by_kernel, wall
 
 
 def host_waits(

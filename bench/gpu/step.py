@@ -1,4 +1,4 @@
-"""Whole QLoRA steps of this engine on a model with random weights: speed, memory, utilisation.
+"""Whole QLoRA steps on random weights: speed, memory, utilisation.
 
 Every token is trained, the documents are equally long, and LoRA of rank 16 is on all projections.
 Model FLOPs count what the mathematics needs and no recomputation: per token 4 per weight of the

@@ -1,4 +1,4 @@
-"""Everything to learn from a GPU in one command of under nine minutes.
+"""All measurements of a GPU in under nine minutes.
 
     python -m bench.gpu.suite                 needs torch, triton, numpy and safetensors only
     python -m bench.gpu.suite --smoke         the same code on tiny sizes, on a CPU in seconds

@@ -1,4 +1,4 @@
-"""The results of `bench.gpu.suite` as Markdown, from the same data as its JSON."""
+"""The results of `bench.gpu.suite` as Markdown."""
 
 from __future__ import annotations
 
@@ -76,15 +76,15 @@ def _graphs(done: Outcomes) -> str:
     rows = []
     for outcome in done:
         data = outcome["data"]
-        ways = (data["launched"], data["recorded"])
+        steps = (data["launched"], data["recorded"])
         peaks = [
-            "" if way["peak_memory_bytes"] is None else f"{way['peak_memory_bytes'] / 2**30:.2f}"
-            for way in ways
+            "" if step["peak_memory_bytes"] is None else f"{step['peak_memory_bytes'] / 2**30:.2f}"
+            for step in steps
         ]
         rows.append(
             [
                 outcome["item"],
-                *(seconds(way["seconds"]) for way in ways),
+                *(seconds(step["seconds"]) for step in steps),
                 f"{data['speedup']:.2f}",
                 *peaks,
                 f"{data['losses_apart']:.1e}",

@@ -2,7 +2,7 @@
 
 A section lists its items for given options and runs one of them. Options are plain JSON, because
 items run in processes of their own: `smoke` (tiny sizes), `device`, `seconds` per timing, and
-`roofline`, which the first section found, and `peers`, whether to time other libraries' ops.
+`roofline`, which the first section measured, and `peers`, whether to time other libraries' ops.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def dtype_of(options: Options) -> torch.dtype:
 
 
 def _peak(options: Options) -> float | None:
-    found = options.get("roofline")
+    roofline = options.get("roofline")
     name = str(dtype_of(options)).removeprefix("torch.")
-    return None if found is None else found["flops"].get(name)
+    return None if roofline is None else roofline["flops"].get(name)
 
 
 def _settings(options: Options, tokens: int, document: int, dtype: torch.dtype) -> CaseSizes:
@@ -59,8 +59,8 @@ def _cases(model: str, options: Options, settings: CaseSizes) -> list[Case]:
 
 def _run_roofline(_: str, options: Options) -> dict[str, Any]:
     seconds = options["seconds"]
-    found = measure_roofline(device_of(options), budget=seconds, small=options["smoke"])
-    return {"bandwidth": found.bandwidth, "flops": dict(found.flops)}
+    measured = measure_roofline(device_of(options), budget=seconds, small=options["smoke"])
+    return {"bandwidth": measured.bandwidth, "flops": dict(measured.flops)}
 
 
 def _accuracy_dtypes(options: Options) -> tuple[torch.dtype, ...]:
@@ -91,8 +91,8 @@ def _run_accuracy(item: str, options: Options) -> dict[str, Any]:
     if item.startswith("more: "):
         _, op, name = item.split()
         dtype = getattr(torch, name)
-        found = accuracy_more.check(op, device_of(options), dtype, small=options["smoke"])
-        return {"op": op, **found}
+        verdict = accuracy_more.check(op, device_of(options), dtype, small=options["smoke"])
+        return {"op": op, **verdict}
     case = _accuracy_cases(options)[item]
     return {"op": case.op, **accuracy.check_case(case, device_of(options))}
 
@@ -105,11 +105,11 @@ def _op_cases(options: Options) -> dict[str, Case]:
 
 
 def _run_op(item: str, options: Options) -> dict[str, Any]:
-    found = options.get("roofline") or _run_roofline("", options)
+    roofline = options.get("roofline") or _run_roofline("", options)
     row = run_case(
         _op_cases(options)[item],
         device_of(options),
-        Roofline(found["bandwidth"], found["flops"]),
+        Roofline(roofline["bandwidth"], roofline["flops"]),
         budget=options["seconds"],
         baselines=[peers.baselines] if options["peers"] else [],
     )

@@ -82,7 +82,7 @@ VISION = {
 }
 OLD_SPELLING = ("qwen3_moe", "qwen3_next", "smollm3")
 NESTED = {"qwen3_5_vl": "qwen3_5", "qwen3_5_moe_vl": "qwen3_5_moe"}
-KEPT_GRADIENTS = 11_000
+STORED_GRADIENTS = 11_000
 """Elements of stored gradients, at most: they are taken in order, one of each kind of name."""
 
 
@@ -161,12 +161,12 @@ def _chosen(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     kinds: dict[str, str] = {}
     for name in gradients:
         kinds.setdefault("".join(c for c in name if not c.isdigit()), name)
-    found, left = {}, KEPT_GRADIENTS
+    chosen, left = {}, STORED_GRADIENTS
     for name in sorted(kinds.values(), key=lambda name: gradients[name].numel()):
         left -= gradients[name].numel()
         if left >= 0:
-            found[f"grad.{name}"] = gradients[name]
-    return found
+            chosen[f"grad.{name}"] = gradients[name]
+    return chosen
 
 
 def nested_files(model: Any, model_type: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -75,10 +75,10 @@ class _Tape(TorchDispatchMode):
     def note(self, written: list[Tensor]) -> None:
         """Remember what these hold, unless they were made here."""
         for tensor in written:
-            place = _storage(tensor)
-            if place not in self.made and place not in self._before:
+            address = _storage(tensor)
+            if address not in self.made and address not in self._before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
-                self._before[place] = (whole, whole.clone())
+                self._before[address] = (whole, whole.clone())
 
     def launch(self, kernel: Callable[..., Any], args: Any, options: Any) -> None:
         """Record and do one launch of a Triton kernel."""

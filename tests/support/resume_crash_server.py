@@ -51,8 +51,8 @@ def open_store(folder: Path, fault: str) -> CheckpointStore:
 def live(folder: Path, fault: str, pipe: int) -> None:
     """Go on from the newest checkpoint and save until killed."""
     store = open_store(folder, fault)
-    found = store.latest()
-    step = 0 if found is None else found.step
+    newest = store.latest()
+    step = 0 if newest is None else newest.step
     os.write(pipe, struct.pack("<q", -1))
     while True:
         step += 1
@@ -91,17 +91,17 @@ def check(folder: Path, acknowledged: int) -> str:
     """`good`, or what is wrong with the folder that the killed child left."""
     with CheckpointStore(folder) as store:
         try:
-            found = store.latest()
+            newest = store.latest()
         except CheckpointError:
             return "unloadable"
         if list(folder.glob(".bad-*")):
             return "unloadable"
-        step = 0 if found is None else found.step
+        step = 0 if newest is None else newest.step
         if step < acknowledged:
             return "lost"
-        if found is not None:
+        if newest is not None:
             for stem, group in tensors_at(step).items():
-                loaded = found.tensors(stem)
+                loaded = newest.tensors(stem)
                 if any(not torch.equal(loaded[name], group[name]) for name in group):
                     return "wrong"
     return "good"

@@ -35,9 +35,9 @@ def rise(work: Callable[[], object]) -> tuple[int, int]:
     """The highest rise of resident memory during `work`, and the rise that is left by it."""
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
-    kept = work()
+    result = work()
     high, left = status("VmHWM") - before, status("VmRSS") - before
-    del kept
+    del result
     return high, left
 
 
@@ -67,14 +67,14 @@ def write_model(folder: Path, raw: dict[str, object]) -> tuple[Path, Path]:
 
 
 def main(folder: Path, raw: dict[str, object], layers: list[int]) -> None:
-    found = []
+    rises = []
     for count in layers:
         model, adapter = write_model(folder / f"m{count}", raw | {"num_hidden_layers": count})
         merged, _ = rise(partial(merge, model, adapter, folder / f"merged{count}"))
         load = partial(build_model, quantization="nf4", dtype=torch.bfloat16)
         loaded, left = rise(partial(load, open_model_source(model)))
-        found.append({"merge": merged, "load": loaded, "left": left})
-    print(json.dumps(found))
+        rises.append({"merge": merged, "load": loaded, "left": left})
+    print(json.dumps(rises))
 
 
 if __name__ == "__main__":
