@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.source_tree import ROOT, product_sources
+from tests.support.source_tree import product_sources, sources_of
 
 EVERYTHING = ("kernels", "models", "optim", "engine", "cli", "bench", "examples", "tests")
 MOST_FILES, FEWEST_FILES = 14, 3
@@ -51,11 +51,6 @@ ALLOWED = re.compile(
     # Names of other libraries, the user's word `--dry-run`, and the model card of the hub.
     r"dry_run|DryRun|model_card|ModelCard|\w*(?:NotFound|Found)Error|add_place|inplace|in_place"
 )
-
-
-def sources(tops: tuple[str, ...]) -> dict[Path, str]:
-    files = (path for top in tops for path in sorted((ROOT / top).rglob("*.py")))
-    return {path.relative_to(ROOT): path.read_text() for path in files}
 
 
 def words_of(identifier: str) -> list[str]:
@@ -190,7 +185,7 @@ def every_fault(rule: str, files: dict[Path, str]) -> list[str]:
 
 
 def test_no_identifier_holds_a_replaced_word() -> None:
-    faults = every_fault("words", sources(EVERYTHING))
+    faults = every_fault("words", sources_of(EVERYTHING))
     assert not faults, f"{len(faults)} identifiers\n" + "\n".join(faults)
 
 
@@ -215,7 +210,7 @@ def test_class_names_are_unique() -> None:
 
 
 def test_docstrings_begin_with_a_short_line() -> None:
-    files = sources(("kernels", "models", "optim", "engine", "cli", "bench", "examples"))
+    files = sources_of(("kernels", "models", "optim", "engine", "cli", "bench", "examples"))
     lines = {path: first_line(source) for path, source in files.items() if source.strip()}
     assert [str(path) for path, line in lines.items() if not line] == []
     long = {path: line for path, line in lines.items() if len(line.split()) > MOST_WORDS}
@@ -223,7 +218,7 @@ def test_docstrings_begin_with_a_short_line() -> None:
 
 
 def test_folders_and_files_are_small() -> None:
-    files = sources(EVERYTHING)
+    files = sources_of(EVERYTHING)
     folders = Counter(path.parent for path, source in files.items() if source.strip())
     crowded = {str(folder): count for folder, count in folders.items() if count > MOST_FILES}
     product = {path.parts[0] for path in product_sources()} | {"bench"}

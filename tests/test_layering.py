@@ -23,6 +23,7 @@ from tests.support.source_tree import (
     imports,
     module_name,
     product_sources,
+    sources_of,
 )
 
 BELOW = {
@@ -185,6 +186,8 @@ def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
     sources = product_sources()
     assert len(sources) > 200
     assert not folder_faults(sources), "\n".join(folder_faults(sources))
+    around = import_graph(sources | sources_of(("bench", "examples")))
+    assert circles(around) == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -16,10 +16,15 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def sources_of(tops: Iterable[str]) -> dict[Path, str]:
+    """Path relative to the root -> source, of every file below these folders."""
+    files = (path for top in tops for path in sorted((ROOT / top).rglob("*.py")))
+    return {path.relative_to(ROOT): path.read_text() for path in files}
+
+
 def product_sources() -> dict[Path, str]:
     """Path relative to the root -> source, of every file of the product."""
-    files = (path for top in PRODUCT for path in sorted((ROOT / top).rglob("*.py")))
-    return {path.relative_to(ROOT): path.read_text() for path in files}
+    return sources_of(PRODUCT)
 
 
 def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
