@@ -40,6 +40,7 @@ from engine.provenance import version
 from engine.prune import prune
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
+from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class _Forge:
             settings = settings.model_copy(update={"data": (str(self.train_file),)})
         if not target.exists():  # it appears when it is complete
             prune(source, target, settings)
-        record = json.loads((target / PRUNING).read_text())
+        record = read_json_object(target / PRUNING)
         picked = ("metric", "mode", "fraction", "units", "heads", "chosen", "digest")
         return {key: record[key] for key in picked}
 

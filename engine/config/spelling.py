@@ -1,6 +1,5 @@
 """Validators that accept settings in the spellings people use."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from pydantic import BeforeValidator
 
 from engine.config.choices import POLICIES
+from engine.storage import strict_json
 
 DTYPES = {
     "fp32": "float32",
@@ -85,7 +85,7 @@ def json_object(value: Any) -> Any:
     if not isinstance(value, str):
         return {} if value is None else value
     try:
-        return json.loads(value)
+        return strict_json.loads(value)
     except ValueError as error:
         raise ValueError(
             f'should be a JSON object such as {{"enable_thinking": false}}: {error}'

@@ -64,7 +64,7 @@ class Judge:
             "loss": result.loss,
             "tokens": result.tokens,
             "parameters": parameters(source),
-            "heads_off": heads_off(source),
+            "pruned_heads": pruned_heads(source),
             "bytes": size_on_disk(Path(model)),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "samples": [
@@ -79,8 +79,8 @@ def parameters(source: ModelSource) -> int:
     return sum(math.prod(source.shape(name)) for name in source.names())
 
 
-def heads_off(source: ModelSource) -> int:
-    """Heads that are there and contribute nothing."""
+def pruned_heads(source: ModelSource) -> int:
+    """Pruned heads that are still in the weights."""
     pruning = read_pruning(source.path)
     return 0 if pruning is None else sum(len(heads) for heads in pruning.heads.values())
 

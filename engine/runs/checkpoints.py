@@ -18,7 +18,6 @@ a time writes to a store; `DirectoryLock` sees to it. Nothing is promised on net
 """
 
 import errno
-import json
 import logging
 import re
 import secrets
@@ -36,6 +35,7 @@ from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.manifest import read_manifest, verify_files, write_manifest
+from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class CheckpointStore:
         files = tuple(sorted(manifest["files"]))
         if STATE_NAME not in files:
             raise CheckpointError(f"{path} is no training checkpoint: it has no {STATE_NAME}.")
-        state = json.loads((path / STATE_NAME).read_bytes())
+        state = read_json_object(path / STATE_NAME)
         if path.resolve().parent == self.root.resolve():
             self._saved.add(manifest["step"])
         return LoadedCheckpoint(path, manifest["step"], state, files)

@@ -52,18 +52,8 @@ def raw_config(
     `ConfigError` for an architecture or feature that is not supported, and `CheckpointError`
     where the metadata lacks a key or contradicts itself.
     """
-    arch = metadata.get("general.architecture")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise ConfigError(
-            f"{source} holds a model of the architecture {arch!r}; of GGUF files, "
-            f"{', '.join(ARCHITECTURES)} are read. Use the model's Hugging Face directory."
-        )
+    arch = _architecture(metadata, source)
     keys = Keys(metadata, arch, source)
-    if arch not in MIXTURES and keys.integer("expert_count", 0):
-        raise ConfigError(
-            f"{source} holds a mixture of experts of the architecture {arch!r}, which is not "
-            f"supported; of mixtures, {', '.join(MIXTURES)} are read."
-        )
     if "token_embd.weight" not in shapes or len(shapes["token_embd.weight"]) != 2:
         raise CheckpointError(f"{source} has no embedding matrix token_embd.weight.")
     model_type, name_of_class = ARCHITECTURES[arch]
@@ -94,18 +84,40 @@ def raw_config(
     elif arch != "qwen35moe":  # which has no dense layer
         inner = config["moe_intermediate_size"]
         config["intermediate_size"] = keys.integer("feed_forward_length", inner) or inner
-    biased = any(name.endswith(".attn_q.bias") for name in shapes)
-    if arch == "qwen2moe":
-        config["qkv_bias"] = biased
-    elif arch != "qwen2":
-        config["attention_bias"] = biased
-    if arch in ("llama", "smollm3"):
-        config["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
-    elif arch not in HYBRIDS:
-        config["use_sliding_window"] = False
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         config[f"{name}_token_id"] = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    return config
+    return config | _flags(arch, shapes)
+
+
+def _architecture(metadata: Mapping[str, Any], source: str) -> str:
+    """llama.cpp's name of the architecture. Raises `ConfigError` for one that is not supported."""
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise ConfigError(
+            f"{source} holds a model of the architecture {arch!r}; of GGUF files, "
+            f"{', '.join(ARCHITECTURES)} are read. Use the model's Hugging Face directory."
+        )
+    if arch not in MIXTURES and Keys(metadata, arch, source).integer("expert_count", 0):
+        raise ConfigError(
+            f"{source} holds a mixture of experts of the architecture {arch!r}, which is not "
+            f"supported; of mixtures, {', '.join(MIXTURES)} are read."
+        )
+    return arch
+
+
+def _flags(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, bool]:
+    """The biases that the tensors show, and that no attention window is used."""
+    flags = {}
+    biased = any(name.endswith(".attn_q.bias") for name in shapes)
+    if arch == "qwen2moe":
+        flags["qkv_bias"] = biased
+    elif arch != "qwen2":
+        flags["attention_bias"] = biased
+    if arch in ("llama", "smollm3"):
+        flags["mlp_bias"] = "blk.0.ffn_gate.bias" in shapes
+    elif arch not in HYBRIDS:
+        flags["use_sliding_window"] = False
+    return flags
 
 
 def _layers(keys: Keys) -> int:

@@ -77,7 +77,7 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     assert pruned == [first, wanted_units(0.25, before - first)]
     last = results["cycles"][-1]["trained"]
     assert last["perplexity"] < results["cycles"][-1]["pruned"]["perplexity"]
-    assert last["heads_off"] == sum(pruned)
+    assert last["pruned_heads"] == sum(pruned)
     assert results["model"] == last["model"]
     pruning = read_pruning(Path(results["model"]))
     assert pruning is not None
@@ -90,7 +90,7 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     )
     assert again.perplexity == pytest.approx(last["perplexity"], rel=1e-9)
     assert len(results["baseline_cycles"]) == 2
-    assert results["baseline_cycles"][0]["trained"]["heads_off"] == 0
+    assert results["baseline_cycles"][0]["trained"]["pruned_heads"] == 0
     assert not (settings.output_dir / "cycle-1" / "pruned").exists()
     assert json.loads((settings.output_dir / "results.json").read_text()) == results
     text = table(results)
