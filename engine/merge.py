@@ -1,5 +1,6 @@
-"""`engine merge`: W + scale * B @ A in fp32, tensor by tensor.
+"""`engine merge`: add an adapter to the weights, tensor by tensor.
 
+The sum is W + scale * B @ A, in fp32.
 A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.linear.dora`).
 
 By default the sum goes onto the original weights, in the type they have. Merging onto the values

@@ -1,4 +1,4 @@
-"""A benchmark case: one op at one shape, with its operations and bytes.
+"""A benchmark case: one op at one shape, its operations and bytes.
 
 Operations and bytes are the fewest that the op needs: each input read once, each output written
 once, nothing recomputed. A share of the roofline is therefore a share of what no version can beat.

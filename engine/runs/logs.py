@@ -1,4 +1,4 @@
-"""Logging: DEBUG and up to the file, INFO and up to the console.
+"""Logging: everything from DEBUG to the file, from INFO to the console.
 
 Other packages' chatter below WARNING reaches neither. A console that has gone away (`| head`, a
 closed terminal) is given up quietly: it must not end a training run.
