@@ -6,9 +6,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import BenchSettings
 
 if TYPE_CHECKING:
@@ -16,8 +14,6 @@ if TYPE_CHECKING:
 
     from engine.benchmark.case import Case
     from engine.benchmark.runner import Baselines, Measurement
-
-app = typer.Typer(add_completion=False)
 
 
 def bench(call: Call) -> None:
@@ -108,4 +104,4 @@ def _show(rows: Sequence[Measurement], title: str) -> None:
     Console().print(table)
 
 
-add_verb(app, Verb("bench", (BenchSettings,), words="ops"), bench)
+app = make_app((Verb("bench", (BenchSettings,), words="ops"), bench))

@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import DataSettings, DocstringSettings, PreviewSettings
 
 if TYPE_CHECKING:
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from engine.data.examples import Example, ExampleReport
     from engine.data.rows import Row
     from engine.tokenization.tokenizer import Tokenizer
-
-app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 def validate(call: Call) -> None:
@@ -204,7 +200,9 @@ def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer
         console.print(Text(f"trained: {decoded!r}"))
 
 
-for verb, run in (("validate", validate), ("stats", stats)):
-    add_verb(app, Verb(f"data {verb}", (DataSettings,), words="data"), run)
-add_verb(app, Verb("data preview", (PreviewSettings,), words="data", json=False), preview)
-add_verb(app, Verb("data docstrings", (DocstringSettings,), json=False), docstrings)
+app = make_app(
+    (Verb("data validate", (DataSettings,), words="data"), validate),
+    (Verb("data stats", (DataSettings,), words="data"), stats),
+    (Verb("data preview", (PreviewSettings,), words="data", json=False), preview),
+    (Verb("data docstrings", (DocstringSettings,), json=False), docstrings),
+)

@@ -1,10 +1,6 @@
 """`engine doctor`: what this machine and installation can do."""
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
-
-app = typer.Typer(add_completion=False)
+from cli.from_settings import Call, Verb, make_app
 
 _MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
 
@@ -24,4 +20,4 @@ def doctor(call: Call) -> int:
     return int(any(check.status == "problem" for check in checks))
 
 
-add_verb(app, Verb("doctor"), doctor)
+app = make_app((Verb("doctor"), doctor))

@@ -3,12 +3,8 @@
 import dataclasses
 import math
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import EvalSettings
-
-app = typer.Typer(add_completion=False)
 
 
 def evaluate_model(call: Call) -> None:
@@ -28,4 +24,4 @@ def evaluate_model(call: Call) -> None:
         print(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
 
 
-add_verb(app, Verb("eval", (EvalSettings,)), evaluate_model)
+app = make_app((Verb("eval", (EvalSettings,)), evaluate_model))

@@ -1,14 +1,10 @@
 """`engine forge`: prune, fine-tune, judge what was saved, cycle after cycle."""
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.explain import Setting
 from engine.config.sources import build
 from engine.config.task_settings import ForgeJob
 from engine.config.train_config import TrainConfig
-
-app = typer.Typer(add_completion=False)
 
 _SHARED = ("model", "data", "eval_data")
 
@@ -41,8 +37,4 @@ def forge_model(call: Call) -> None:
     print(f"Model: {results['model']}")
 
 
-add_verb(
-    app,
-    Verb("forge", (ForgeJob,), also=(TrainConfig,), presets=True),
-    forge_model,
-)
+app = make_app((Verb("forge", (ForgeJob,), also=(TrainConfig,), presets=True), forge_model))

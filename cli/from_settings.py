@@ -86,8 +86,19 @@ class Verb:
         return Call(given, as_json)
 
 
-def add_verb(app: typer.Typer, verb: Verb, run: Callable[[Call], int | None]) -> None:
-    """Make `run`, whose docstring is the help text, a command of `app`."""
+Run = Callable[[Call], int | None]
+
+
+def make_app(*commands: tuple[Verb, Run]) -> typer.Typer:
+    """An application with these commands; the docstrings of their functions are the help texts."""
+    app = typer.Typer(add_completion=False, no_args_is_help=len(commands) > 1)
+    for verb, run in commands:
+        app.command(name=verb.name.split()[-1])(_command(verb, run))
+    return app
+
+
+def _command(verb: Verb, run: Run) -> Callable[..., int | None]:
+    """`run` as a function with a parameter per option, which is what typer reads."""
     parameters = _parameters(verb)
 
     def command(**typed: Any) -> int | None:
@@ -96,7 +107,7 @@ def add_verb(app: typer.Typer, verb: Verb, run: Callable[[Call], int | None]) ->
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = run.__doc__
-    app.command(name=verb.name.split()[-1])(command)
+    return command
 
 
 def _parameters(verb: Verb) -> list[inspect.Parameter]:

@@ -3,12 +3,8 @@
 import dataclasses
 import sys
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import GenerateSettings
-
-app = typer.Typer(add_completion=False)
 
 
 def generate(call: Call) -> None:
@@ -23,4 +19,4 @@ def generate(call: Call) -> None:
         print(result.text)
 
 
-add_verb(app, Verb("generate", (GenerateSettings,)), generate)
+app = make_app((Verb("generate", (GenerateSettings,)), generate))

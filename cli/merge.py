@@ -1,11 +1,7 @@
 """`engine merge`: write a model with an adapter merged into it."""
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import MergeSettings
-
-app = typer.Typer(add_completion=False)
 
 
 def merge_adapter(call: Call) -> None:
@@ -19,4 +15,4 @@ def merge_adapter(call: Call) -> None:
         print(f"Merged {result.merged} of {result.written.tensors} tensors into: {result.output}")
 
 
-add_verb(app, Verb("merge", (MergeSettings,)), merge_adapter)
+app = make_app((Verb("merge", (MergeSettings,)), merge_adapter))

@@ -6,9 +6,7 @@ Takes every setting of `engine train`; no data and no weights are read.
 import time
 from typing import TYPE_CHECKING, Any
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.choices import GPU_TFLOPS
 from engine.config.task_settings import PlanSettings
 from engine.config.train_config import TrainConfig
@@ -18,8 +16,6 @@ from engine.runs.startup import importing
 if TYPE_CHECKING:
     from engine.memory.estimate import MemoryPlan
     from engine.memory.search import Choice
-
-app = typer.Typer(add_completion=False)
 
 
 def plan(call: Call) -> int:
@@ -97,8 +93,6 @@ def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     return 0
 
 
-add_verb(
-    app,
-    Verb("plan", (PlanSettings, TrainConfig), presets=True, defaults=(("data", ["-"]),)),
-    plan,
+app = make_app(
+    (Verb("plan", (PlanSettings, TrainConfig), presets=True, defaults=(("data", ["-"]),)), plan)
 )

@@ -1,11 +1,7 @@
 """`engine prune`: remove the least important attention heads."""
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import PruneJob
-
-app = typer.Typer(add_completion=False)
 
 
 def prune_heads(call: Call) -> None:
@@ -25,4 +21,4 @@ def prune_heads(call: Call) -> None:
         print(f"Pruned model saved to: {job.output}")
 
 
-add_verb(app, Verb("prune", (PruneJob,)), prune_heads)
+app = make_app((Verb("prune", (PruneJob,)), prune_heads))

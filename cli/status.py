@@ -2,12 +2,8 @@
 
 from pathlib import Path
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import StatusSettings
-
-app = typer.Typer(add_completion=False)
 
 
 def status(call: Call) -> None:
@@ -20,4 +16,4 @@ def status(call: Call) -> None:
         print("\n".join(describe_status(state)))
 
 
-add_verb(app, Verb("status", (StatusSettings,), words="run"), status)
+app = make_app((Verb("status", (StatusSettings,), words="run"), status))

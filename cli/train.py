@@ -1,16 +1,12 @@
 """`engine train`: fine-tune a model by the settings of `TrainConfig`."""
 
-import typer
-
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config.task_settings import TrainOptions
 from engine.config.train_config import TrainConfig
 from engine.runs.startup import importing
 
 # The run directory's own log shows its lines on the console.
 OPENS_LOG = True
-
-app = typer.Typer(add_completion=False)
 
 
 def train(call: Call) -> int:
@@ -31,4 +27,4 @@ def train(call: Call) -> int:
     return 0 if result.status == "Success" else 1
 
 
-add_verb(app, Verb("train", (TrainOptions, TrainConfig), presets=True, json=False), train)
+app = make_app((Verb("train", (TrainOptions, TrainConfig), presets=True, json=False), train))

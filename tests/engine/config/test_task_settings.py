@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cli import main as cli
-from cli.from_settings import Call, Verb, add_verb
+from cli.from_settings import Call, Verb, make_app
 from engine.config import task_settings
 from engine.config.settings import Settings, group_of
 from engine.config.sources import Vocabulary, build, gather
@@ -69,7 +69,6 @@ def flag(name: str, value: Any) -> list[str]:
 
 def typed(tables: tuple[type[Settings], ...], *words: str) -> list[Settings]:
     """What the flags and words of a verb with these tables come to."""
-    import typer
     from typer.main import get_command
 
     read: list[Settings] = []
@@ -78,8 +77,7 @@ def typed(tables: tuple[type[Settings], ...], *words: str) -> list[Settings]:
         """A verb."""
         read.extend(call.read(table) for table in tables)
 
-    app = typer.Typer(add_completion=False)
-    add_verb(app, Verb("verb", tables), run)
+    app = make_app((Verb("verb", tables), run))
     get_command(app).main(args=list(words), prog_name="engine verb", standalone_mode=False)
     return read
 
