@@ -140,7 +140,7 @@ def _is_usage_error(error: BaseException) -> bool:
 def _usage_message(error: Any) -> str:
     option = getattr(error, "option_name", None)
     if option is None or "No such option" not in str(error.message):
-        message = str(error.format_message()).rstrip(".")
+        message = str(error.format_message()).rstrip(".") or "Name one of its commands"
         return message if message.endswith("?") else f"{message}."
     near = difflib.get_close_matches(option, error.possibilities or [], n=1)
     from engine.config.explain import nearest

@@ -19,7 +19,7 @@ from engine.config.task_settings import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.evaluate import evaluate
-from engine.forge import _worse, forge
+from engine.forge import RENAMED, _worse, forge
 from engine.forging.report import draw, samples, table
 from engine.forging.stages import Stages
 from engine.model_sources.pruning_record import read_pruning
@@ -259,3 +259,12 @@ def test_a_pruned_model_learns_from_the_one_it_was(make: Make) -> None:
     plain = forge(make("plain", cycles=1, steps=6))
     assert cycle["pruned"]["perplexity"] == plain["cycles"][0]["pruned"]["perplexity"]
     assert cycle["trained"]["perplexity"] != plain["cycles"][0]["trained"]["perplexity"]
+
+
+def test_a_job_that_an_earlier_version_began_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text('{"control": true, "training": {"mlp_tile_rows": 64}}')
+    present = {"baseline": True, "training": {"mlp_tile_tokens": 64}}
+    job = Stages(tmp_path, present, resume=True, renamed=RENAMED)
+    assert job.run("data", lambda: {"rows": 3}) == {"rows": 3}
+    with pytest.raises(ConfigError, match="baseline was True and is False"):
+        Stages(tmp_path, present | {"baseline": False}, resume=True, renamed=RENAMED)
