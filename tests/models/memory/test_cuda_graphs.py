@@ -188,6 +188,8 @@ def test_training_computes_the_bits_of_launch_by_launch(
     )
     assert got == want
     assert len(set(want)) == len(want)
+    assert recorded.graphs is not None
+    assert recorded.graphs.launched == 0  # another dropout seed needs no other recording
     for one, other in zip(got_adapters, want_adapters, strict=True):
         assert torch.equal(one, other)
 
