@@ -121,7 +121,7 @@ def build_model(
         for part in layout.parts(name, shape):
             source.release(part)
     for layer in model.layers:
-        layer.join_weights()
+        layer.make_weights_adjacent()
     if weights_on_host:
         model.stream_weights()
     _return_freed_memory()

@@ -71,8 +71,8 @@ class Attention(nn.Module):
     def qkv(self) -> tuple[Projection, ...]:
         return (self.q_proj.projection(), self.k_proj.projection(), self.v_proj.projection())
 
-    def joined(self) -> tuple[tuple[Linear, ...], ...]:
-        """The projections that read the same input and want their weights side by side."""
+    def same_input(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input."""
         return ((self.q_proj, self.k_proj, self.v_proj),)
 
     def heads(self, x: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ from models.layers.observer import layer_observer
 class Part(Protocol):
     """A mixer or feed-forward part, which adds itself to its input after a norm of it."""
 
-    def joined(self) -> tuple[tuple[Linear, ...], ...]:
-        """Groups of projections that read the same input and want their weights side by side."""
+    def same_input(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input: their weights are stored adjacently."""
 
     def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
         """x (N, H) -> x plus the part's output (N, H), and all that backward could use."""
@@ -127,12 +127,12 @@ class DecoderLayer(nn.Module):
         """Parameters that want a gradient, in a fixed order."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    def join_weights(self) -> None:
+    def make_weights_adjacent(self) -> None:
         """Lay dense weights that read the same input one after another in memory.
 
         They stay separate parameters, and one matrix product serves them all.
         """
-        for group in (*self.mixer.joined(), *self.mlp.joined()):
+        for group in (*self.mixer.same_input(), *self.mlp.same_input()):
             weights = [linear.weight for linear in group]
             dense = [weight for weight in weights if isinstance(weight, Tensor)]
             if len(dense) < len(group):

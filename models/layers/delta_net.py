@@ -99,8 +99,8 @@ class DeltaNet(nn.Module):
         self.norm = RMSNorm(self.value_dim, config.rms_norm_eps)
         self.out_proj = Linear(values, hidden)
 
-    def joined(self) -> tuple[tuple[Linear, ...], ...]:
-        """The projections that read the same input and want their weights side by side."""
+    def same_input(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input."""
         if self.joint:
             return ()
         return ((self.in_proj_qkv, self.in_proj_z), (self.in_proj_b, self.in_proj_a))

@@ -51,8 +51,8 @@ class MLP(nn.Module):
     def gate_up(self) -> tuple[Projection, Projection]:
         return self.gate_proj.projection(), self.up_proj.projection()
 
-    def joined(self) -> tuple[tuple[Linear, ...], ...]:
-        """The projections that read the same input and want their weights side by side."""
+    def same_input(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input."""
         return ((self.gate_proj, self.up_proj),)
 
     def _operands(self, context: LayerContext) -> SwiGLUMLP:

@@ -57,9 +57,9 @@ class MoE(nn.Module):
         self.shared_expert = MLP(hidden, shared, index) if shared else None
         self.shared_expert_gate = Linear(hidden, 1) if shared else None
 
-    def joined(self) -> tuple[tuple[Linear, ...], ...]:
-        """The projections that read the same input and want their weights side by side."""
-        return () if self.shared_expert is None else self.shared_expert.joined()
+    def same_input(self) -> tuple[tuple[Linear, ...], ...]:
+        """Groups of projections that read the same input."""
+        return () if self.shared_expert is None else self.shared_expert.same_input()
 
     def mixture(self) -> MixtureOfExperts:
         """What `kernels.moe.experts` computes with; shares memory with this module."""

@@ -44,7 +44,7 @@ class ForwardPass:
         """Inside the block, a layer whose weights are offloaded has them on the device."""
         if self.weights is None:
             return nullcontext()
-        return self.weights.present(layer.index, ahead)
+        return self.weights.weights_of(layer.index, ahead)
 
     def note_routing(self, saved: BlockSaved) -> Tensor | None:
         """Add a mixture's counts and sums to `routed`; returns the sums if they were added."""
@@ -63,7 +63,7 @@ class _CheckpointedLayer(torch.autograd.Function):
         if run.inputs is None:
             ctx.save_for_backward(x)
         else:
-            run.inputs.keep(layer.index, x)
+            run.inputs.save(layer.index, x)
         with run.with_weights(layer, 1):
             y, ctx.saved = layer.forward(x, run.context, run.policies[layer.index])
         ctx.layer, ctx.run, ctx.params = layer, run, params

@@ -42,49 +42,49 @@ class OffloadedInputs:
     """The inputs of the layers of one forward pass, by the layers' numbers."""
 
     def __init__(self, device: torch.device, copies: SideCopies) -> None:
-        self._moves = device.type == "cuda"
+        self._is_gpu = device.type == "cuda"
         self._device, self._copies = device, copies
         self._host: dict[int, Tensor] = {}
-        self._leaving: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-        self._coming: dict[int, _Pending] = {}
+        self._outgoing: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        self._incoming: dict[int, _Pending] = {}
 
-    def keep(self, index: int, x: Tensor) -> None:
-        """Take the input of layer `index`. Called in the order of the layers, before each runs."""
-        if not self._moves:
+    def save(self, index: int, x: Tensor) -> None:
+        """Save the input of layer `index`. Called in the order of the layers, before each runs."""
+        if not self._is_gpu:
             self._host[index] = x
             return
-        self._let_go()
-        x = x.contiguous()  # else torch makes a copy on the side stream, where nobody plans for it
+        self._release_outgoing()
+        x = x.contiguous()  # else torch copies it on the side stream, uncounted by plans
         host = host_empty(x)
         event = self._copies.start([(host, x)])
         self._host[index] = host
-        self._leaving = (index, x, event)
+        self._outgoing = (index, x, event)
 
-    def _let_go(self) -> None:
-        """The input before has left by now, or is waited for: its memory may be used again."""
-        if self._leaving is not None:
-            self._copies.wait(self._leaving[2])
-            self._leaving = None
+    def _release_outgoing(self) -> None:
+        """Wait for the copy of the input before; its memory may then be used again."""
+        if self._outgoing is not None:
+            self._copies.wait(self._outgoing[2])
+            self._outgoing = None
 
     def fetch(self, index: int) -> Tensor:
-        """The input of layer `index` again, once; the one below is sent for."""
+        """Return the input of layer `index`, once, and start fetching the one below."""
         host = self._host.pop(index)
-        if not self._moves:
+        if not self._is_gpu:
             return host
-        if self._leaving is not None and self._leaving[0] == index:
-            x = self._leaving[1]  # the last layer's has not gone yet
-            self._let_go()
+        if self._outgoing is not None and self._outgoing[0] == index:
+            x = self._outgoing[1]  # the last layer's is still on the GPU
+            self._release_outgoing()
         else:
-            if index not in self._coming:
-                self._coming[index] = self._send_for(host)
-            x, event = self._coming.pop(index)
+            if index not in self._incoming:
+                self._incoming[index] = self._start_fetch(host)
+            x, event = self._incoming.pop(index)
             self._copies.wait(event)
         below = self._host.get(index - 1)
         if below is not None:
-            self._coming[index - 1] = self._send_for(below)
+            self._incoming[index - 1] = self._start_fetch(below)
         return x
 
-    def _send_for(self, host: Tensor) -> _Pending:
+    def _start_fetch(self, host: Tensor) -> _Pending:
         x = torch.empty(host.shape, dtype=host.dtype, device=self._device)
         return x, self._copies.start([(x, host)])
 
@@ -93,38 +93,38 @@ class WeightStream:
     """Quantised weights of all layers in the host's memory, two layers' at a time on the device."""
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
-        self._moves = device.type == "cuda"
+        self._is_gpu = device.type == "cuda"
         self._device, self._copies = device, SideCopies(device)
         self._holders = [[m for m in layer.modules() if quantized_weights(m)] for layer in layers]
         self._host = [[quantized_weights(m) for m in holders] for holders in self._holders]
-        self._here: dict[int, tuple[list[_Named], torch.cuda.Event | None]] = {}
+        self._on_device: dict[int, tuple[list[_Named], torch.cuda.Event | None]] = {}
 
     @contextmanager
-    def present(self, index: int, ahead: int) -> Iterator[None]:
-        """While entered, layer `index` has its weights; those of layer `index + ahead` follow."""
-        if not self._moves:
+    def weights_of(self, index: int, ahead: int) -> Iterator[None]:
+        """Inside the block layer `index` has its weights; those of `index + ahead` are fetched."""
+        if not self._is_gpu:
             yield
             return
-        for known in self._here.keys() - {index, index + ahead}:
-            # One that was sent for in vain may still be on its way into memory that is freed here.
-            self._copies.wait(self._here.pop(known)[1])
-        if index not in self._here:
-            self._here[index] = self._bring(index)
-        weights, event = self._here[index]
+        for known in self._on_device.keys() - {index, index + ahead}:
+            # A layer fetched in vain may still be being copied into the memory that is freed here.
+            self._copies.wait(self._on_device.pop(known)[1])
+        if index not in self._on_device:
+            self._on_device[index] = self._start_upload(index)
+        weights, event = self._on_device[index]
         self._copies.wait(event)
         following = index + ahead
-        if following not in self._here and 0 <= following < len(self._holders):
-            self._here[following] = self._bring(following)
+        if following not in self._on_device and 0 <= following < len(self._holders):
+            self._on_device[following] = self._start_upload(following)
         for holder, named in zip(self._holders[index], weights, strict=True):
-            _put(holder, named)
+            _set_weights(holder, named)
         del weights
         try:
             yield
         finally:
             for holder, named in zip(self._holders[index], self._host[index], strict=True):
-                _put(holder, named)
+                _set_weights(holder, named)
 
-    def _bring(self, index: int) -> tuple[list[_Named], torch.cuda.Event | None]:
+    def _start_upload(self, index: int) -> tuple[list[_Named], torch.cuda.Event | None]:
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def on_device(x: Tensor) -> Tensor:
@@ -149,8 +149,8 @@ def quantized_weights(module: nn.Module) -> _Named:
     return {}
 
 
-def _put(holder: nn.Module, weights: _Named) -> None:
-    """Give a module other weights, as `quantized_weights` has them."""
+def _set_weights(holder: nn.Module, weights: _Named) -> None:
+    """Give a module weights of the form that `quantized_weights` returns."""
     if isinstance(holder, Experts):
         holder.stored = weights
     elif isinstance(holder, Linear):

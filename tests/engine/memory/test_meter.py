@@ -339,7 +339,7 @@ def test_the_plan_of_other_families_is_what_a_step_takes(
 
     def moving(stream: WeightStream, *args: Any) -> None:
         init(stream, *args)
-        stream._moves = True
+        stream._is_gpu = True
 
     monkeypatch.setattr(WeightStream, "__init__", moving)
     real = measured(model, config, batches, torch.float32).peak

@@ -122,7 +122,7 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def told(self: WeightStream, *args: Any) -> None:
         start(self, *args)
-        self._moves = True
+        self._is_gpu = True
 
     monkeypatch.setattr(WeightStream, "__init__", told)
 

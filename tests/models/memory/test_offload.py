@@ -94,7 +94,7 @@ def moving(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def start(self: Any, *args: Any) -> None:
             build_it(self, *args)
-            self._moves = True
+            self._is_gpu = True
 
         monkeypatch.setattr(kind, "__init__", start)
 
@@ -124,15 +124,15 @@ def test_inputs_come_back_one_layer_ahead_of_their_use(monkeypatch: pytest.Monke
     store = OffloadedInputs(CPU, SideCopies(CPU))
     given = [torch.full((3,), float(index)) for index in range(3)]
     for index, x in enumerate(given):
-        store.keep(index, x)
+        store.save(index, x)
     sent: list[float] = []
-    send_for = OffloadedInputs._send_for
+    send_for = OffloadedInputs._start_fetch
 
     def noted(self: OffloadedInputs, host: Tensor) -> Any:
         sent.append(float(host[0]))
         return send_for(self, host)
 
-    monkeypatch.setattr(OffloadedInputs, "_send_for", noted)
+    monkeypatch.setattr(OffloadedInputs, "_start_fetch", noted)
     assert store.fetch(2) is given[2]  # it never left
     assert sent == [1.0]
     second = store.fetch(1)
@@ -152,16 +152,16 @@ def test_streamed_weights_give_the_same_gradients_and_leave_the_device() -> None
     stream = model.weight_stream
     assert stream is not None
     brought: list[int] = []
-    bring = stream._bring
+    bring = stream._start_upload
     most = 0
 
     def noted(index: int) -> Any:
         nonlocal most
         brought.append(index)
-        most = max(most, len(stream._here) + 1)
+        most = max(most, len(stream._on_device) + 1)
         return bring(index)
 
-    stream._bring = noted  # type: ignore[method-assign]
+    stream._start_upload = noted  # type: ignore[method-assign]
     assert_same_bits(step(model), expected)
     up, down = list(range(LAYERS)), list(range(LAYERS - 2, -1, -1))
     assert brought == up + down  # the last layer stays for its backward pass
@@ -294,9 +294,9 @@ def test_an_input_is_let_go_only_when_its_copy_is_done(monkeypatch: pytest.Monke
     recorder.install(monkeypatch)
     store = OffloadedInputs(CPU, SideCopies(CPU))
     first = torch.ones(2)
-    store.keep(0, first)
-    assert store._leaving is not None and store._leaving[1] is first
-    store.keep(1, torch.zeros(2))
+    store.save(0, first)
+    assert store._outgoing is not None and store._outgoing[1] is first
+    store.save(1, torch.zeros(2))
     assert "compute waits for event 1" in recorder.log
     assert recorder.log.index("compute waits for event 1") < recorder.log.index("event 2 on side")
 
@@ -308,9 +308,9 @@ def test_weights_sent_for_in_vain_are_waited_for_before_they_go(
     recorder = _Recorder()
     recorder.install(monkeypatch)
     stream = WeightStream(build().layers, CPU)
-    with stream.present(0, 1):
+    with stream.weights_of(0, 1):
         pass
     recorder.log.clear()
-    with stream.present(3, -1):
-        assert set(stream._here) == {3, 2}
+    with stream.weights_of(3, -1):
+        assert set(stream._on_device) == {3, 2}
     assert "compute waits for event 2" in recorder.log  # layer 1, which was never used
