@@ -159,7 +159,7 @@ def _annotation(name: str, field: FieldInfo, hidden: bool = False) -> Any:
         rich_help_panel=group_of(field),
         show_default=False,
         hidden=hidden,
-        metavar=None if kind is bool else _metavar(field.annotation),
+        metavar=None if kind is bool else _metavar(field.annotation) + _range(field),
     )
     return Annotated[kind | None, option]
 
@@ -185,3 +185,15 @@ def _metavar(annotation: Any) -> str:
         return "[" + "|".join(map(str, get_args(annotation))) + "]"
     names = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
     return names.get(annotation, "TEXT")
+
+
+def _range(field: FieldInfo) -> str:
+    """The bounds of a number, as ` >=1 <=4096`; bounds that nobody meets are left out."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    bounds = [
+        f" {sign}{value}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if (value := getattr(limit, name, None)) is not None and value < 1 << 32
+    ]
+    return "".join(bounds)

@@ -125,7 +125,7 @@ class HeadChoice(Settings):
     """How many heads are pruned, which ones, and how."""
 
     fraction: Annotated[float, AfterValidator(inner_share)] = setting(
-        ..., "Heads", "share of the heads to prune"
+        ..., "Heads", "share of the heads to prune, between 0 and 1"
     )
     metric: Metric = setting(
         "l2",

@@ -163,3 +163,11 @@ def test_hints_about_training_are_given_for_training_alone() -> None:
         gather(Vocabulary.of("train", TrainConfig), overrides=["load_in_4bit=true"])
     with pytest.raises(ConfigError, match="`engine eval --help` lists the settings"):
         gather(Vocabulary.of("eval", EvalSettings), overrides=["load_in_4bit=true"])
+
+
+def test_help_names_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "--help"], ["generate", "--help"], ["data", "preview", "--help"]):
+        assert cli.main(words) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in ("--keep-checkpoints INTEGER >=2", "--top-p NUMBER >0 <=1", "--row INTEGER >=1"):
+        assert part in text
