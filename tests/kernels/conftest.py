@@ -1,5 +1,6 @@
-"""Where kernel tests run: on the GPU, or in Triton's interpreter on a machine without one.
+"""Fixtures of the kernel tests: device, Triton, accuracy, planted faults.
 
+Kernels run on the GPU, or in Triton's interpreter on a machine without one.
 `tests/conftest.py` switches the interpreter on before any kernel is imported.
 """
 

@@ -1,4 +1,4 @@
-"""A backward pass written by hand cannot be differentiated again, and says so."""
+"""Hand-written backward passes refuse to be differentiated again."""
 
 import ast
 from collections.abc import Callable, Iterator

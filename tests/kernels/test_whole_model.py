@@ -1,4 +1,4 @@
-"""Whole models on the Triton kernels: loss and gradients of an independent implementation."""
+"""Whole models on the Triton kernels against an independent implementation."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One AdamW step on a slab: the written formula, then the moments rounded block by block."""
+"""One AdamW step on a slab against the written formula."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_a_step_with_8_bit_moments_uses_them_before_rounding(rounding: Rounding)
         row += math.ceil(size / ROW)
     torch.testing.assert_close(m_absmax.double(), new_m.abs().amax(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(v_absmax.double(), new_v.amax(1), rtol=1e-6, atol=0)
-    for found, absmax, exact, signed in ((m, m_absmax, new_m, True), (v, v_absmax, new_v, False)):
-        decoded = dequantize_blocks(found, absmax, signed=signed)
+    for result, absmax, exact, signed in ((m, m_absmax, new_m, True), (v, v_absmax, new_v, False)):
+        decoded = dequantize_blocks(result, absmax, signed=signed)
         error = (decoded - exact).abs().amax(1) / exact.abs().amax(1)
         assert error.max() < 0.008
 
@@ -129,11 +129,11 @@ def test_philox_gives_the_published_words() -> None:
     # Known answers of the authors' Random123 library, philox4x32 with 10 rounds.
     assert philox_bits(0, torch.tensor([0])).item() == 0x6627E8D5
     ones = 0xFFFFFFFF
-    found = philox_bits(2**64 - 1, torch.tensor([ones]), ones, ones, ones)
-    assert found.item() == 0x408F276D
-    found = philox_bits(0x299F31D0A4093822, torch.tensor([0x243F6A88]), 0x85A308D3, 0x13198A2E,
+    result = philox_bits(2**64 - 1, torch.tensor([ones]), ones, ones, ones)
+    assert result.item() == 0x408F276D
+    result = philox_bits(0x299F31D0A4093822, torch.tensor([0x243F6A88]), 0x85A308D3, 0x13198A2E,
                         0x03707344)  # fmt: skip
-    assert found.item() == 0xD16CFE09
+    assert result.item() == 0xD16CFE09
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -1,4 +1,4 @@
-"""The dynamic 8-bit map: its entries, both roundings, and blocks of zeros and of tiny numbers."""
+"""The dynamic 8-bit map: entries, roundings, blocks of zeros and tiny numbers."""
 
 from __future__ import annotations
 
@@ -87,9 +87,9 @@ def test_blocks_of_any_magnitude_stay_finite(rounding: Rounding, exponent: int) 
 def test_the_scratch_may_be_the_values_themselves() -> None:
     values = torch.randn(4, 256)
     expected = quantize_blocks(values.clone(), signed=True)
-    found = quantize_blocks(values, signed=True, scratch=values)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
+    overwritten = quantize_blocks(values, signed=True, scratch=values)
+    assert torch.equal(overwritten[0], expected[0])
+    assert torch.equal(overwritten[1], expected[1])
 
 
 def test_an_unknown_rounding_is_refused() -> None:

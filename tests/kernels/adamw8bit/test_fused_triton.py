@@ -1,4 +1,4 @@
-"""The flat AdamW kernels against their torch reference: moments, parameters, norm, bad steps."""
+"""The flat AdamW kernels against their torch reference."""
 
 from __future__ import annotations
 
@@ -223,14 +223,14 @@ def test_a_parameter_without_gradient_stays_and_counts_its_own_steps(
     pair.check()
 
 
-def test_a_gradient_that_moved_in_memory_is_found_again(
+def test_a_gradient_that_moved_in_memory_is_read_there(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = Pair(device, monkeypatch)
-    kept = []
+    old_gradients = []
     for number in range(2):
         pair.step(number)
-        kept.append([param.grad for param in pair.params])
+        old_gradients.append([param.grad for param in pair.params])
     pair.check()
 
 

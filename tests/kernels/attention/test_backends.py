@@ -1,4 +1,4 @@
-"""The GPU's attention back ends, as far as a machine without one can tell.
+"""The GPU's attention back ends, tested without a GPU.
 
 torch's CUDA functions are given CPU implementations here, written from their documented meaning and
 called through torch's dispatcher, which checks every argument against the installed schema. So the

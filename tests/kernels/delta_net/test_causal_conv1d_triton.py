@@ -1,4 +1,4 @@
-"""The Triton kernels of the causal convolution against float64 truth and the torch reference."""
+"""The Triton causal convolution against float64 and the torch reference."""
 
 from collections.abc import Callable
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated RMSNorm against float64 truth and the torch reference."""
+"""The Triton gated RMSNorm against float64 and the torch reference."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""The Triton kernels of the gated delta rule against the plain torch reference."""
+"""The Triton gated delta rule against the torch reference."""
 
 from collections.abc import Callable
 from types import ModuleType

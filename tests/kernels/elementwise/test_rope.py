@@ -1,4 +1,4 @@
-"""Rotary embedding against float64 truth, on the reference and on the Triton kernel."""
+"""Rotary embedding, reference and Triton, against float64."""
 
 from collections.abc import Callable
 from types import ModuleType

@@ -1,4 +1,4 @@
-"""8-bit rows: rounding, single rows, and a head that is made of them."""
+"""8-bit rows: rounding, single rows, and an 8-bit head."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ def test_loss_and_gradient_with_a_head_of_8_bit_rows(
     head = quantize_int8(matrix(vocabulary, 48, dtype))
     labels = torch.randint(0, vocabulary, (70,))
     labels[::4] = -100
-    found = []
+    result = []
     values = torch.randn(70, 48).to(dtype)
     for kind in (None, dtype, torch.float64):
         hidden = values.to(kind or dtype, copy=True).requires_grad_(True)
@@ -64,8 +64,8 @@ def test_loss_and_gradient_with_a_head_of_8_bit_rows(
         loss = linear_cross_entropy(hidden[trained], weight, labels[trained], tokens_per_chunk=32)
         loss.backward()
         assert hidden.grad is not None
-        found.append((loss.detach(), hidden.grad))
-    for ours, plain, truth in zip(*found, strict=True):
+        result.append((loss.detach(), hidden.grad))
+    for ours, plain, truth in zip(*result, strict=True):
         accurate(ours, plain, truth)
 
 
@@ -74,9 +74,9 @@ def test_logits_of_a_head_of_8_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None
     hidden, head = torch.randn(5, 16).double(), quantize_int8(matrix(130, 16))
     expected = hidden @ dequantize_int8(head, torch.float64).T
     torch.testing.assert_close(head_logits(hidden, head), expected, rtol=1e-12, atol=1e-12)
-    room = torch.full((5, 130), float("nan"), dtype=torch.float64)
-    assert head_logits(hidden, head, room) is room
-    torch.testing.assert_close(room, expected, rtol=1e-12, atol=1e-12)
+    buffer = torch.full((5, 130), float("nan"), dtype=torch.float64)
+    assert head_logits(hidden, head, buffer) is buffer
+    torch.testing.assert_close(buffer, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("weight", [torch.ones(3), torch.ones(2, 2, dtype=torch.int32)])

@@ -119,7 +119,7 @@ def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
         return Projection(quantize(randn(out, 128).float()), bias, a, b, 0.7, dropout, m)
 
     group = [adapted(out, rank) for out, rank in zip((64, 32, 32), ranks, strict=True)]
-    found = []
+    outcome = []
     for extend in (False, True):
         monkeypatch.setattr(projection_module, "_extends", lambda device, extend=extend: extend)
         grads: dict[int, Tensor] = {}
@@ -132,12 +132,12 @@ def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
                 part.copy_(y).sin_()
             dx = project_backward(dys, x, group, grads, seed=seed, xa=xa, decoded=decoded)
         assert dx is not None
-        found.append([*ys, dx, *(grads[id(t)] for p in group for t in p.trainable())])
-    for apart, together in zip(*found, strict=True):
+        outcome.append([*ys, dx, *(grads[id(t)] for p in group for t in p.trainable())])
+    for apart, together in zip(*outcome, strict=True):
         assert torch.allclose(apart, together, rtol=2e-4, atol=2e-4)
 
 
-def test_dora_equals_the_textbook_with_its_norm_held_constant() -> None:
+def test_dora_equals_the_textbook_with_a_constant_norm() -> None:
     """Values against the textbook; gradients as in the paper, where the norm is a constant."""
     x = randn(7, 6).requires_grad_(True)
     plain = projection(6, 4, bias=True, train_base=True)

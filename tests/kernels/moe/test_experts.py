@@ -1,4 +1,4 @@
-"""The mixture of experts: routing, values and gradients against a naive loop, auxiliary loss."""
+"""The mixture of experts against a naive loop."""
 
 import math
 from dataclasses import replace
@@ -122,8 +122,8 @@ def test_equals_a_naive_loop_in_values_and_every_gradient(
     dy, dp = torch.randn_like(y), torch.randn_like(prob_sum)
     leaves = [x, *moe.trainable()]
     wanted = torch.autograd.grad((want * dy).sum() + (probabilities * dp).sum(), leaves)
-    found = torch.autograd.grad((y * dy).sum() + (prob_sum * dp).sum(), leaves)
-    for ours, theirs in zip(found, wanted, strict=True):
+    outcome = torch.autograd.grad((y * dy).sum() + (prob_sum * dp).sum(), leaves)
+    for ours, theirs in zip(outcome, wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -141,16 +141,16 @@ def test_gradcheck() -> None:
 
 def test_what_is_trimmed_is_computed_again() -> None:
     moe, x, dy = mixture(), parameter(7, HIDDEN), torch.randn(7, HIDDEN, dtype=torch.float64)
-    found = []
+    outcome = []
     for trim in (False, True):
         with torch.no_grad():
             _, saved = moe_forward(x, moe, seed=3)
             grads: Gradients = {}
-            kept = saved.trim() if trim else saved
-            dx = moe_backward(dy, x, moe, kept, grads, seed=3)
+            remaining = saved.trim() if trim else saved
+            dx = moe_backward(dy, x, moe, remaining, grads, seed=3)
         assert dx is not None
-        found.append([dx, *(grads[id(t)] for t in moe.trainable())])
-    for one, two in zip(*found, strict=True):
+        outcome.append([dx, *(grads[id(t)] for t in moe.trainable())])
+    for one, two in zip(*outcome, strict=True):
         assert torch.equal(one, two)
     assert saved.trim().routing.probabilities is None
     assert saved.trim().inner is None
@@ -158,15 +158,15 @@ def test_what_is_trimmed_is_computed_again() -> None:
 
 def test_parameter_gradients_do_not_depend_on_whether_dx_is_wanted() -> None:
     moe, x, dy = mixture(), parameter(7, HIDDEN), torch.randn(7, HIDDEN, dtype=torch.float64)
-    found = []
+    outcome = []
     for need_dx in (True, False):
         with torch.no_grad():
             _, saved = moe_forward(x, moe)
             grads: Gradients = {}
             dx = moe_backward(dy, x, moe, saved, grads, need_dx=need_dx)
         assert (dx is not None) == need_dx
-        found.append([grads[id(t)] for t in moe.trainable()])
-    for one, two in zip(*found, strict=True):
+        outcome.append([grads[id(t)] for t in moe.trainable()])
+    for one, two in zip(*outcome, strict=True):
         assert torch.equal(one, two)
 
 
@@ -243,9 +243,9 @@ def test_router_gradient_equals_autograd(renormalise: bool) -> None:
     (want,) = torch.autograd.grad(loss, logits)
     with torch.no_grad():
         routing = route(logits, TOP, renormalise)
-        found = route_backward(dw, routing, renormalise, dp)
+        outcome = route_backward(dw, routing, renormalise, dp)
     torch.testing.assert_close(routing.weights, weights)
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(outcome, want)
 
 
 def test_sorted_rows_cover_every_chosen_pair_once() -> None:
@@ -281,10 +281,10 @@ def test_balancing_loss_pools_all_layers_before_the_product() -> None:
     joined = torch.cat([torch.softmax(z, -1) for z in logits])
     hot = F.one_hot(joined.topk(TOP).indices, COUNT).double()
     want = COUNT * (hot.mean(0).sum(0) * joined.mean(0)).sum()
-    found = load_balancing_loss(counts, sums, tokens)
-    torch.testing.assert_close(found, want)
+    outcome = load_balancing_loss(counts, sums, tokens)
+    torch.testing.assert_close(outcome, want)
     for ours, theirs in zip(
-        torch.autograd.grad(found, logits, retain_graph=True),
+        torch.autograd.grad(outcome, logits, retain_graph=True),
         torch.autograd.grad(want, logits),
         strict=True,
     ):
@@ -299,11 +299,11 @@ def test_even_routing_has_a_balancing_loss_of_top_k() -> None:
 def test_balancing_gradient_reaches_the_router_through_the_layer() -> None:
     moe, x = mixture(), parameter(8, HIDDEN)
     _, counts, prob_sum = mixture_of_experts(x, moe)
-    (found,) = torch.autograd.grad(
+    (outcome,) = torch.autograd.grad(
         load_balancing_loss([counts], [prob_sum], 8), moe.router.trainable()
     )
     _, chosen, probabilities = naive(x, moe)
     share = torch.bincount(chosen.flatten(), minlength=COUNT) / 8
     loss = COUNT * (share * probabilities.mean(0)).sum()
     (want,) = torch.autograd.grad(loss, moe.router.trainable())
-    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(outcome, want)

@@ -1,4 +1,4 @@
-"""Linear maps in E versions over sorted rows: values, gradients, every kind of weight."""
+"""Grouped linear maps: values, gradients, every kind of weight."""
 
 from collections.abc import Callable
 
@@ -63,7 +63,7 @@ KINDS: dict[str, Callable[[Tensor], ExpertWeights]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_weight_multiplies_both_ways(kind: str) -> None:
+def test_every_kind_of_weight_multiplies_forward_and_transposed(kind: str) -> None:
     weight = KINDS[kind](torch.randn(COUNT, OUT, IN))
     assert weight_shape(weight) == (COUNT, OUT, IN)
     dense = torch.stack([expert_weight(weight, e, torch.float32).clone() for e in range(COUNT)])

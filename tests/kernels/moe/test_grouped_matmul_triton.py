@@ -1,4 +1,4 @@
-"""The grouped products as one launch each, in the interpreter or on a GPU, against float64."""
+"""The Triton grouped products against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inline PTX of NF4 decoding, executed by an emulator, is the plain formula bit for bit."""
+"""The inline PTX of NF4 decoding, run by an emulator."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_scale_is_rounded_after_the_product_and_after_the_sum() -> None:
 
 
 @pytest.mark.parametrize("dtype", TABLES)
-def test_planar_lookup_is_right_for_every_pair_of_words_in_one_place(dtype: torch.dtype) -> None:
+def test_planar_lookup_is_right_for_every_pair_of_words(dtype: torch.dtype) -> None:
     """All 65,536 words in the lower half with a random one above, then the other way round."""
     scale = scales(65_536 - 13)
     rows = np.arange(65_536)
@@ -110,16 +110,16 @@ def test_column_lookup_joins_the_values_of_two_rows(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TABLES)
-def test_byte_lookup_is_right_for_every_byte_in_every_place(dtype: torch.dtype) -> None:
+def test_byte_lookup_is_right_for_every_byte_at_every_position(dtype: torch.dtype) -> None:
     scale = scales(65_536 - 13)
     rows = np.arange(65_536)
     values = expected(scale, dtype)
     planes = table(scale, dtype)
     generator = np.random.default_rng(4)
     packed = generator.integers(0, 2**32, 65_536, dtype=np.uint64).astype(np.uint32)
-    for place in range(4):
-        every = (rows % 256).astype(np.uint32) << (8 * place)
-        word = ((packed & ~np.uint32(0xFF << (8 * place))) | every).astype(np.uint32)
+    for position in range(4):
+        every = (rows % 256).astype(np.uint32) << (8 * position)
+        word = ((packed & ~np.uint32(0xFF << (8 * position))) | every).astype(np.uint32)
         operands = [word, *planes]
         for index, result in enumerate(run(nf4_decode.WORDS_PTX, 4, operands)):
             byte = (word >> (8 * index)) & 0xFF
@@ -145,7 +145,7 @@ def test_no_output_register_is_written_while_inputs_are_read(ptx: str, constrain
     assert max(operands) < len(constraints.split(","))
 
 
-def test_a_missing_early_clobber_is_found() -> None:
+def test_a_missing_early_clobber_raises() -> None:
     with pytest.raises(PtxError, match="before the last input"):
         check_clobbers(nf4_decode.PLANES_PTX, nf4_decode.LOOKUP_CONSTRAINTS.replace("&", ""))
 

@@ -1,4 +1,4 @@
-"""The Triton kernels decode NF4 to the very bits of the torch reference, for any shape."""
+"""The Triton NF4 decoders give the bits of the reference."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_the_larger_transposed_tile_is_bit_equal_to_the_reference(device: torch.
     assert same_bits(turned, dequantize(weight, torch.bfloat16).T)
 
 
-def test_nothing_beside_the_result_is_written(device: torch.device) -> None:
+def test_nothing_outside_the_result_is_written(device: torch.device) -> None:
     weight = quantize(torch.randn(5, 192, device=device))
     for order in orders(weight):
         buffer = torch.full((2, 5 * 192 + 64), 7.0, dtype=torch.bfloat16, device=device)

@@ -1,4 +1,4 @@
-"""The fused NF4 product is as accurate as torch's own on the decoded weight, in every form."""
+"""The fused NF4 product is as accurate as torch's own."""
 
 from __future__ import annotations
 
@@ -207,14 +207,14 @@ def test_a_planted_fault_in_the_kernel_breaks_the_accuracy_rule(
     weight = weight_of(70, 256, device)
     bias = torch.randn(70, dtype=DTYPE, device=device)
     for module, right in ((nf4_matmul, True), (changed, False)):
-        found = []
+        results = []
         # Split twice, for what a launch leaves to the next.
         for parts in (1, 4, 4):
             x = torch.randn(5, 256, dtype=DTYPE, device=device)
             out = torch.full((5, 70), torch.nan, dtype=DTYPE, device=device)
             module.nf4_matmul(x, weight, bias, out, MatmulPlan(TILE, parts))
-            found.append(within(out, *linear_pair(x, weight, bias)))
-        assert all(found) == right
+            results.append(within(out, *linear_pair(x, weight, bias)))
+        assert all(results) == right
 
 
 def test_arguments_that_do_not_go_together_are_refused(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The planar order is a permutation of bitsandbytes' codes, and the documented one."""
+"""The planar order is a permutation of bitsandbytes' codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The NF4 quantisation kernel gives the reference's bits, and refuses what is not finite."""
+"""The NF4 quantisation kernel gives the reference's bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice between the two NF4 products is a pure function of a table that can be overridden."""
+"""The choice between the two NF4 products is a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NF4: codes are the nearest ones, decoding is the written formula, odd shapes and views work."""
+"""NF4: nearest codes, decoding by formula, odd shapes and views."""
 
 from __future__ import annotations
 
