@@ -71,15 +71,9 @@ def _claim(segments, work, item, KIND: tl.constexpr, ALIGNED: tl.constexpr, ROWS
 
 @jit
 def grad_norm_kernel(
-    segments,
-    work,
-    partials,
-    items,
-    KIND: tl.constexpr,
-    GRAD: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    segments, work, partials, items,
+    KIND: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Partial sums of squares of the gradients of one kind, one per program."""
     program = tl.program_id(0).to(tl.int64)
     # float64, in which squares of finite fp32 gradients cannot overflow.
@@ -105,19 +99,10 @@ def _power(base, exponent):
 
 @jit
 def prepare_kernel(
-    segments,
-    groups,
-    partials,
-    grad_scale,
-    steps,
-    skipped,
-    factors,
-    outcome,
-    segment_count,
-    partial_count,
-    max_norm,
+    segments, groups, partials, grad_scale, steps, skipped, factors, outcome, segment_count,
+    partial_count, max_norm,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """One program: outcome = (norm, gradient factor, finite), step counts, and the factors."""
     lane = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -219,32 +204,12 @@ def _expand(per_row, ROWS: tl.constexpr):
 
 @jit
 def adamw_kernel(
-    segments,
-    work,
-    factors,
-    outcome,
-    steps,
-    m_rows,
-    v_rows,
-    m_absmax,
-    v_absmax,
-    m_map,
-    v_map,
-    m_cells,
-    v_cells,
-    m_thresholds,
-    v_thresholds,
-    seed,
-    KIND: tl.constexpr,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    MASTER: tl.constexpr,
-    QUANTIZED: tl.constexpr,
-    NEAREST: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    segments, work, factors, outcome, steps, m_rows, v_rows, m_absmax, v_absmax, m_map, v_map,
+    m_cells, v_cells, m_thresholds, v_thresholds, seed,
+    KIND: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    QUANTIZED: tl.constexpr, NEAREST: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """A work item: its parameters and moments move by one step, unless `outcome` says no."""
     item = tl.program_id(0).to(tl.int64)
     if tl.load(outcome + 2) == 0.0:

@@ -145,30 +145,15 @@ def adamw_flat_(
     with on_device(moments.steps):
         for number, kind in enumerate(table.kinds):
             launch(grad_norm_kernel, (programs,))(
-                table.entries,
-                table.work,
-                partials[number * programs :],
-                items,
-                KIND=number,
-                GRAD=getattr(tl, DTYPES[kind.grad]),
-                ALIGNED=table.aligned,
-                ROWS=WORK_ROWS,
-                num_warps=NUM_WARPS,
-            )
+                table.entries, table.work, partials[number * programs :], items,
+                KIND=number, GRAD=getattr(tl, DTYPES[kind.grad]), ALIGNED=table.aligned,
+                ROWS=WORK_ROWS, num_warps=NUM_WARPS,
+            )  # fmt: skip
         launch(prepare_kernel, (1,))(
-            table.entries,
-            groups,
-            partials,
-            grad_scale,
-            moments.steps,
-            moments.skipped,
-            factors,
-            outcome,
-            count,
-            len(partials),
-            min(max_norm, torch.finfo(torch.float32).max),
+            table.entries, groups, partials, grad_scale, moments.steps, moments.skipped, factors,
+            outcome, count, len(partials), min(max_norm, torch.finfo(torch.float32).max),
             BLOCK=PREPARE_BLOCK,
-        )
+        )  # fmt: skip
         for number in range(len(table.kinds)):
             for quantized in (True, False):
                 _launch_update(
@@ -197,30 +182,13 @@ def _launch_update(
     m_cells, m_thresholds = magnitude_tables(True, device)
     v_cells, v_thresholds = magnitude_tables(False, device)
     launch(adamw_kernel, (items,))(
-        table.entries,
-        table.work[skip:],
-        factors,
-        outcome,
-        moments.steps,
-        m,
-        v,
-        moments.m_absmax,
-        moments.v_absmax,
-        dynamic_map(True, device),
-        dynamic_map(False, device),
+        table.entries, table.work[skip:], factors, outcome, moments.steps, m, v, moments.m_absmax,
+        moments.v_absmax, dynamic_map(True, device), dynamic_map(False, device),
         m_cells if nearest else grid_table(True, device),
-        v_cells if nearest else grid_table(False, device),
-        m_thresholds,
-        v_thresholds,
+        v_cells if nearest else grid_table(False, device), m_thresholds, v_thresholds,
         stochastic_seed or 0,
-        KIND=number,
-        PARAM=getattr(tl, DTYPES[kind.param]),
-        GRAD=getattr(tl, DTYPES[kind.grad]),
-        MASTER=kind.master,
-        QUANTIZED=quantized,
-        NEAREST=nearest,
+        KIND=number, PARAM=getattr(tl, DTYPES[kind.param]), GRAD=getattr(tl, DTYPES[kind.grad]),
+        MASTER=kind.master, QUANTIZED=quantized, NEAREST=nearest,
         STOCHASTIC=stochastic_seed is not None and kind.param == torch.bfloat16,
-        ALIGNED=table.aligned,
-        ROWS=WORK_ROWS,
-        num_warps=NUM_WARPS,
-    )
+        ALIGNED=table.aligned, ROWS=WORK_ROWS, num_warps=NUM_WARPS,
+    )  # fmt: skip

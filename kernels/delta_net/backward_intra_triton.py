@@ -41,39 +41,10 @@ UNIT_ROWS = 16
 
 @jit
 def pairs_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    v,
-    g,
-    beta,
-    d_out,
-    writes,
-    d_errors,
-    through,
-    lower,
-    dv,
-    dg,
-    dbeta,
-    starts,
-    ends,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    d_row,
-    d_head,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, q_rstd, k, k_rstd, v, g, beta, d_out, writes, d_errors, through, lower, dv, dg, dbeta,
+    starts, ends, heads, group, q_row, q_head, k_row, k_head, v_row, v_head, d_row, d_head, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     i = tl.arange(0, 64)
     strength = load_scalars(beta, row, inside, head, heads)
@@ -120,33 +91,10 @@ def pairs_kernel(
 
 @jit
 def query_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    g,
-    d_out,
-    states,
-    through,
-    dq,
-    dg,
-    starts,
-    ends,
-    tokens,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    d_row,
-    d_head,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, q_rstd, k, k_rstd, g, d_out, states, through, dq, dg, starts, ends, tokens, heads, group,
+    q_row, q_head, k_row, k_head, d_row, d_head, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -176,36 +124,10 @@ def query_kernel(
 
 @jit
 def key_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    g,
-    beta,
-    states,
-    writes,
-    d_errors,
-    d_ends,
-    through,
-    lower,
-    dk,
-    dg,
-    dbeta,
-    starts,
-    ends,
-    tokens,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, q_rstd, k, k_rstd, g, beta, states, writes, d_errors, d_ends, through, lower, dk, dg, dbeta,
+    starts, ends, tokens, heads, group, q_row, q_head, k_row, k_head, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     part = tl.program_id(2).to(tl.int64)
     column = part * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -257,20 +179,9 @@ def key_kernel(
 
 @jit
 def unit_backward_kernel(
-    x,
-    rstd,
-    dy,
-    dx,
-    tokens,
-    heads,
-    group,
-    x_row,
-    x_head,
-    scale,
-    KEY: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x, rstd, dy, dx, tokens, heads, group, x_row, x_head, scale,
+    KEY: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     key_head = tl.program_id(1).to(tl.int64)
     inside = row < tokens

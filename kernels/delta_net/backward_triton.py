@@ -41,29 +41,10 @@ from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 @jit
 def writes_backward_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    g,
-    d_out,
-    out,
-    starts,
-    ends,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    d_row,
-    d_head,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, q_rstd, k, k_rstd, g, d_out, out, starts, ends, heads, group, q_row, q_head, k_row, k_head,
+    d_row, d_head, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     _, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     queries, keys = q + key_head * q_head, k + key_head * k_head
@@ -81,36 +62,11 @@ def writes_backward_kernel(
 
 @jit
 def reverse_scan_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    g,
-    beta,
-    inverse,
-    d_out,
-    d_writes,
-    d_final,
-    d_errors,
-    d_ends,
-    d_initial,
-    bounds,
-    first,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    d_row,
-    d_head,
-    scale,
-    FINAL: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q, q_rstd, k, k_rstd, g, beta, inverse, d_out, d_writes, d_final, d_errors, d_ends, d_initial,
+    bounds, first, heads, group, q_row, q_head, k_row, k_head, d_row, d_head, scale,
+    FINAL: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):
+):  # fmt: skip
     column, head, document, start, end, at_document, element, in_state = document_state(
         bounds, heads, KEY, VALUE, BLOCK_K, BLOCK_V
     )

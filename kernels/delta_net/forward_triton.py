@@ -93,21 +93,9 @@ def _step(x, a, solved, which: tl.constexpr, PRECISION: tl.constexpr):
 
 @jit
 def inverse_kernel(
-    k,
-    k_rstd,
-    g,
-    beta,
-    out,
-    starts,
-    ends,
-    heads,
-    group,
-    k_row,
-    k_head,
-    KEY: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    k, k_rstd, g, beta, out, starts, ends, heads, group, k_row, k_head,
+    KEY: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     chunk = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     key_head = head // group
@@ -172,30 +160,11 @@ def inverse_kernel(
 
 @jit
 def scan_kernel(
-    k,
-    k_rstd,
-    v,
-    g,
-    beta,
-    inverse,
-    initial,
-    states,
-    writes,
-    final,
-    bounds,
-    first,
-    heads,
-    group,
-    k_row,
-    k_head,
-    v_row,
-    v_head,
-    INITIAL: tl.constexpr,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    k, k_rstd, v, g, beta, inverse, initial, states, writes, final, bounds, first, heads, group,
+    k_row, k_head, v_row, v_head,
+    INITIAL: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
-):
+):  # fmt: skip
     column, head, document, start, end, at_document, element, in_state = document_state(
         bounds, heads, KEY, VALUE, BLOCK_K, BLOCK_V
     )
@@ -236,28 +205,10 @@ def scan_kernel(
 
 @jit
 def output_kernel(
-    q,
-    q_rstd,
-    k,
-    k_rstd,
-    g,
-    states,
-    writes,
-    out,
-    starts,
-    ends,
-    heads,
-    group,
-    q_row,
-    q_head,
-    k_row,
-    k_head,
-    scale,
-    KEY: tl.constexpr,
-    VALUE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    q, q_rstd, k, k_rstd, g, states, writes, out, starts, ends, heads, group, q_row, q_head, k_row,
+    k_head, scale,
+    KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     chunk, head, key_head, row, inside = chunk_tokens(starts, ends, group)
     column = tl.program_id(2).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     scores = tl.zeros((64, 64), tl.float32)

@@ -51,17 +51,9 @@ def _joined(q: Tensor, k: Tensor) -> Tensor | None:
 
 @jit
 def _rotate_heads(
-    source_ptr,
-    target_ptr,
-    cos,
-    sin,
-    head,
-    heads,
-    half,
-    source_head,
-    target_head,
+    source_ptr, target_ptr, cos, sin, head, heads, half, source_head, target_head,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     # Both halves are loaded before either is stored: the target may be the source.
     column = tl.arange(0, BLOCK)[None, :]
     inside = (head < heads)[:, None] & (column < half)
@@ -77,29 +69,10 @@ def _rotate_heads(
 
 @jit
 def rope_kernel(
-    q_ptr,
-    k_ptr,
-    q_out_ptr,
-    k_out_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_heads,
-    k_heads,
-    half,
-    q_token,
-    q_head,
-    k_token,
-    k_head,
-    q_out_token,
-    q_out_head,
-    k_out_token,
-    k_out_head,
-    cos_token,
-    sin_token,
-    INVERSE: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    q_ptr, k_ptr, q_out_ptr, k_out_ptr, cos_ptr, sin_ptr, q_heads, k_heads, half, q_token, q_head,
+    k_token, k_head, q_out_token, q_out_head, k_out_token, k_out_head, cos_token, sin_token,
+    INVERSE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
@@ -114,30 +87,15 @@ def rope_kernel(
     q_groups = tl.cdiv(q_heads, HEADS)
     if group < q_groups:
         _rotate_heads(
-            q_ptr + token * q_token,
-            q_out_ptr + token * q_out_token,
-            cos,
-            sin,
-            group * HEADS + tl.arange(0, HEADS),
-            q_heads,
-            half,
-            q_head,
-            q_out_head,
-            BLOCK,
-        )
+            q_ptr + token * q_token, q_out_ptr + token * q_out_token, cos, sin,
+            group * HEADS + tl.arange(0, HEADS), q_heads, half, q_head, q_out_head, BLOCK,
+        )  # fmt: skip
     else:
         _rotate_heads(
-            k_ptr + token * k_token,
-            k_out_ptr + token * k_out_token,
-            cos,
-            sin,
-            (group - q_groups) * HEADS + tl.arange(0, HEADS),
-            k_heads,
-            half,
-            k_head,
-            k_out_head,
+            k_ptr + token * k_token, k_out_ptr + token * k_out_token, cos, sin,
+            (group - q_groups) * HEADS + tl.arange(0, HEADS), k_heads, half, k_head, k_out_head,
             BLOCK,
-        )
+        )  # fmt: skip
 
 
 def tile(half: int, heads: int) -> tuple[int, int, int]:

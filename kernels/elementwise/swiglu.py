@@ -62,16 +62,9 @@ def swiglu_forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOC
 
 @jit
 def swiglu_backward_kernel(
-    dh_ptr,
-    gate_ptr,
-    up_ptr,
-    width,
-    dh_row,
-    gate_row,
-    up_row,
-    KEEP_H: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dh_ptr, gate_ptr, up_ptr, width, dh_row, gate_row, up_row,
+    KEEP_H: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

@@ -72,28 +72,11 @@ def _finish(out, row, inside, column, width, ldo, acc, scale, ACCUMULATE: tl.con
 
 @jit
 def dense_kernel(
-    x,
-    weight,
-    out,
-    gather,
-    offsets,
-    tile_expert,
-    tile_row,
-    experts,
-    width,
-    depth,
-    ldx,
-    ldo,
-    w_expert,
-    w_depth,
-    w_width,
-    scale,
-    GATHER: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    x, weight, out, gather, offsets, tile_expert, tile_row, experts, width, depth, ldx, ldo,
+    w_expert, w_depth, w_width, scale,
+    GATHER: tl.constexpr, ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     # The grid is as large as it could need to be, for the host does not know the number of tiles.
@@ -137,32 +120,12 @@ def _planes(
 
 @jit
 def nf4_kernel(
-    x,
-    codes,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    out,
-    gather,
-    offsets,
-    tile_expert,
-    tile_row,
-    experts,
-    width,
-    depth,
-    ldx,
-    ldo,
-    scale,
-    GATHER: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DTYPE: tl.constexpr,
+    x, codes, absmax, value_map, nested, offset, out, gather, offsets, tile_expert, tile_row,
+    experts, width, depth, ldx, ldo, scale,
+    GATHER: tl.constexpr, ACCUMULATE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
     PTX: tl.constexpr,
-):
+):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     expert = tl.load(tile_expert + tile).to(tl.int64)
     if expert >= experts:
@@ -198,32 +161,12 @@ def nf4_kernel(
 
 @jit
 def nf4_transposed_kernel(
-    x,
-    codes,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    out,
-    gather,
-    offsets,
-    tile_expert,
-    tile_row,
-    experts,
-    width,
-    depth,
-    ldx,
-    ldo,
-    scale,
-    GATHER: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    DTYPE: tl.constexpr,
+    x, codes, absmax, value_map, nested, offset, out, gather, offsets, tile_expert, tile_row,
+    experts, width, depth, ldx, ldo, scale,
+    GATHER: tl.constexpr, ACCUMULATE: tl.constexpr, NESTED: tl.constexpr,
+    NESTED_SHIFT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
     PTX: tl.constexpr,
-):
+):  # fmt: skip
     """One block of 64 columns of the weight a program; the reduction runs over its rows."""
     tile = tl.program_id(0).to(tl.int64)
     expert = tl.load(tile_expert + tile).to(tl.int64)
@@ -256,23 +199,10 @@ def nf4_transposed_kernel(
 
 @jit
 def outer_kernel(
-    a,
-    b,
-    out,
-    a_gather,
-    b_gather,
-    offsets,
-    height,
-    width,
-    lda,
-    ldb,
-    scale,
-    A_GATHER: tl.constexpr,
-    B_GATHER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    a, b, out, a_gather, b_gather, offsets, height, width, lda, ldb, scale,
+    A_GATHER: tl.constexpr, B_GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-):
+):  # fmt: skip
     expert = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(2).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)

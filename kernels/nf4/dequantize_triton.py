@@ -50,27 +50,11 @@ def dequantize_reference(weight: AnyNF4, dtype: torch.dtype) -> Tensor:
 
 @jit
 def dequantize_flat_kernel(
-    packed,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    out,
-    numel,
-    columns,
-    ldo,
-    first_chunk,
-    last_chunk,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SCALE_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    WORDS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    packed, absmax, value_map, nested, offset, out, numel, columns, ldo, first_chunk, last_chunk,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr, SCALE_SHIFT: tl.constexpr,
+    NESTED: tl.constexpr, WORDS: tl.constexpr, TRANSPOSED: tl.constexpr, DTYPE: tl.constexpr,
     PTX: tl.constexpr,
-):
+):  # fmt: skip
     """bitsandbytes' order: chunks of CHUNK elements, of which ROWS * STEPS per program.
 
     WORDS reads 8 codes and stores two 16-bit values at once: for whole chunks, and `packed` and
@@ -106,27 +90,11 @@ def dequantize_flat_kernel(
 
 @jit
 def dequantize_planar_kernel(
-    codes,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    out,
-    rows,
-    blocks,
-    first_row,
-    last_row,
-    first_block,
-    last_block,
-    ldo,
-    ROWS: tl.constexpr,
-    STEPS: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    WORDS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PTX: tl.constexpr,
-):
+    codes, absmax, value_map, nested, offset, out, rows, blocks, first_row, last_row, first_block,
+    last_block, ldo,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, NESTED_SHIFT: tl.constexpr, NESTED: tl.constexpr,
+    WORDS: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """Planar order: a program decodes ROWS rows of STEPS neighbouring blocks of 64 columns.
 
     WORDS decodes and stores two 16-bit values at once, and takes an `out` aligned to 4 bytes and an
@@ -170,24 +138,11 @@ def dequantize_planar_kernel(
 
 @jit
 def dequantize_transposed_kernel(
-    codes,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    out,
-    rows,
-    blocks,
-    first_row,
-    last_row,
-    first_block,
+    codes, absmax, value_map, nested, offset, out, rows, blocks, first_row, last_row, first_block,
     ldo,
-    ROWS: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, NESTED_SHIFT: tl.constexpr, NESTED: tl.constexpr, DTYPE: tl.constexpr,
     PTX: tl.constexpr,
-):
+):  # fmt: skip
     """Planar order, out (columns, rows): a program decodes ROWS rows of one block of 64 columns.
 
     PTX decodes two rows at once, to 16 bits. `codes` is aligned to 8 bytes.
@@ -354,26 +309,14 @@ def _launch_flat(
     steps = tile.steps if words else 1
     with on_device(out):
         launch(dequantize_flat_kernel, (cdiv(last - first, tile.rows * steps),))(
-            weight.packed,
-            weight.absmax,
-            *nested_arguments(weight),
-            out,
-            weight.numel(),
-            weight.shape[-1] if weight.shape else 1,
-            weight.shape[0] if weight.shape else 1,
-            first,
+            weight.packed, weight.absmax, *nested_arguments(weight), out, weight.numel(),
+            weight.shape[-1] if weight.shape else 1, weight.shape[0] if weight.shape else 1, first,
             last,
-            ROWS=tile.rows,
-            STEPS=steps,
-            CHUNK=chunk,
+            ROWS=tile.rows, STEPS=steps, CHUNK=chunk,
             SCALE_SHIFT=(weight.block_size // chunk).bit_length() - 1,
-            NESTED=weight.nested_absmax is not None,
-            WORDS=words,
-            TRANSPOSED=transposed,
-            DTYPE=triton_dtype(out.dtype),
-            PTX=not INTERPRETED,
-            num_warps=tile.warps,
-        )
+            NESTED=weight.nested_absmax is not None, WORDS=words, TRANSPOSED=transposed,
+            DTYPE=triton_dtype(out.dtype), PTX=not INTERPRETED, num_warps=tile.warps,
+        )  # fmt: skip
 
 
 def _in_words(out: Tensor) -> bool:

@@ -61,31 +61,11 @@ def nf4_linear_reference(x: Tensor, weight: AnyNF4, bias: Tensor | None = None) 
 
 @jit
 def nf4_matmul_kernel(
-    x,
-    codes,
-    absmax,
-    value_map,
-    nested,
-    offset,
-    bias,
-    out,
-    partial,
-    counters,
-    m,
-    rows,
-    columns,
-    ldx,
-    ldo,
-    parts,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NESTED_SHIFT: tl.constexpr,
-    NESTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PTX: tl.constexpr,
-):
+    x, codes, absmax, value_map, nested, offset, bias, out, partial, counters, m, rows, columns,
+    ldx, ldo, parts,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NESTED_SHIFT: tl.constexpr, NESTED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
     """One tile of out^T (rows, m), over one of `parts` shares of the columns.
 
     Grid (tiles, parts). Neighbouring programs share rows of the weight, so it is read once.
@@ -260,31 +240,13 @@ def nf4_matmul(
     partial, counters = _split_buffers(tile, tiles, plan.split_k, x.device) if split else (x, x)
     with on_device(x):
         launch(nf4_matmul_kernel, (tiles, plan.split_k))(
-            x,
-            weight.codes,
-            weight.absmax,
-            *nested_arguments(weight),
-            x if bias is None else bias,
-            out,
-            partial,
-            counters,
-            m,
-            rows,
-            columns,
-            x.stride(0),
-            out.stride(0),
-            plan.split_k,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            NESTED_SHIFT=nested_shift(weight),
-            NESTED=weight.nested_absmax is not None,
-            HAS_BIAS=bias is not None,
-            SPLIT=split,
-            DTYPE=triton_dtype(x.dtype),
-            PTX=not INTERPRETED,
-            num_warps=tile.warps,
+            x, weight.codes, weight.absmax, *nested_arguments(weight), x if bias is None else bias,
+            out, partial, counters, m, rows, columns, x.stride(0), out.stride(0), plan.split_k,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, NESTED_SHIFT=nested_shift(weight),
+            NESTED=weight.nested_absmax is not None, HAS_BIAS=bias is not None, SPLIT=split,
+            DTYPE=triton_dtype(x.dtype), PTX=not INTERPRETED, num_warps=tile.warps,
             num_stages=tile.stages,
-        )
+        )  # fmt: skip
 
 
 def _check(x: Tensor, weight: AnyNF4, width: int) -> None:

@@ -24,14 +24,9 @@ _SMALLEST_SCALE = tl.constexpr(1e-38)
 
 @jit
 def quantize_nf4_kernel(
-    w,
-    thresholds,
-    packed,
-    absmax,
-    numel,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    w, thresholds, packed, absmax, numel,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
     """BLOCKS blocks of BLOCK elements per program."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     index = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -70,12 +65,6 @@ def quantize_whole_blocks(
     blocks = max(1, TILE // block_size)
     with on_device(flat):
         launch(quantize_nf4_kernel, (cdiv(count, blocks),))(
-            flat,
-            thresholds,
-            packed,
-            absmax,
-            count * block_size,
-            BLOCK=block_size,
-            BLOCKS=blocks,
-            num_warps=NUM_WARPS,
-        )
+            flat, thresholds, packed, absmax, count * block_size,
+            BLOCK=block_size, BLOCKS=blocks, num_warps=NUM_WARPS,
+        )  # fmt: skip
