@@ -29,16 +29,10 @@ from kernels.linear.projection import Decoded, Projection, decode, output_column
 Seeds = tuple[Seed | None, Seed | None]
 """Seeds of the dropout before gate and up, and of that before down; None means no dropout."""
 
+DecodedMLP = tuple[Decoded | None, Decoded | None]
+"""Gate and up, and down, as dense weights; None where a product decodes its own."""
 
-@dataclass(frozen=True)
-class DecodedMLP:
-    """Dense weights that are decoded already, or None where each product decodes its own."""
-
-    gate_up: Decoded | None = None
-    down: Decoded | None = None
-
-
-NOT_DECODED = DecodedMLP()
+NOT_DECODED: DecodedMLP = (None, None)
 
 
 @dataclass(frozen=True)
@@ -71,7 +65,7 @@ class SwiGLUMLP:
         if self.one_weight_at_a_time:
             return NOT_DECODED
         gate_up = decode((self.gate, self.up), dtype)
-        return DecodedMLP(gate_up, decode((self.down,), dtype, self.down_slot))
+        return gate_up, decode((self.down,), dtype, self.down_slot)
 
 
 @dataclass(frozen=True)
@@ -98,7 +92,7 @@ def mlp_inner(
     outputs: list[Tensor] = []
     xa = None
     for group in mlp.products():
-        ys, xa = project(x, group, mlp.seeds[0], decoded.gate_up)
+        ys, xa = project(x, group, mlp.seeds[0], decoded[0])
         outputs += ys
     gate, up = outputs
     return MLPActivations(gate, up, None if mlp.one_weight_at_a_time else xa, strength)
@@ -130,7 +124,7 @@ def mlp_backward(
 
     dx is None without `need_dx`, d_strength without a strength. `inner` is overwritten.
     """
-    d_inner, d_strength = _down_backward(dy, mlp, inner, grads, decoded.down)
+    d_inner, d_strength = _down_backward(dy, mlp, inner, grads, decoded[1])
     d_outputs = iter(swiglu_backward_(d_inner, inner.gate, inner.up))
     del d_inner
     dx: Tensor | None = None
@@ -142,7 +136,7 @@ def mlp_backward(
             grads,
             seed=mlp.seeds[0],
             xa=inner.adapter_input,
-            decoded=decoded.gate_up,
+            decoded=decoded[0],
             need_dx=need_dx,
         )
         dx = addend if dx is None or addend is None else dx.add_(addend)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit.dynamic_map import dynamic_map
-from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4_DTYPES, NF4Weight
+from kernels.nf4.planar import decoded_tensor
+from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 from kernels.runtime.scratch import scratch
 from kernels.runtime.simulation import equal_parts, once_per_shape
 
@@ -54,23 +55,10 @@ def dequantize_rows(
         raise ValueError(f"rows {start}:{stop} lie outside a weight of {rows} rows")
     per_row = weight.numel() // rows
     shape = (stop - start, *weight.shape[1:]) if weight.shape else ()
-    count = (stop - start) * per_row
-    if dtype is None:
-        dtype = weight.dtype if out is None else out.dtype
-    if dtype not in NF4_DTYPES:
-        raise ValueError(f"NF4 decodes to float32, bfloat16 or float16, got {dtype}")
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=weight.device)
-    elif out.numel() != count or out.dtype != dtype or out.device != weight.device:
-        raise ValueError(
-            f"out holds {out.numel()} {out.dtype} values on {out.device}, "
-            f"expected {count} of {dtype} on {weight.device}"
-        )
-    elif not out.is_contiguous():
-        raise ValueError("out must be contiguous")
+    out = decoded_tensor(shape, weight, dtype, out)
     with torch.no_grad():
         _decode(weight, start * per_row, out.view(-1))
-    return out.view(shape)
+    return out
 
 
 @functools.cache

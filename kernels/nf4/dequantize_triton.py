@@ -33,7 +33,7 @@ from kernels.nf4.decode_ptx import (
     decode_planes,
     decode_words,
 )
-from kernels.nf4.planar import BLOCK, AnyNF4, PlanarNF4Weight, from_planar
+from kernels.nf4.planar import BLOCK, AnyNF4, PlanarNF4Weight, decoded_tensor, from_planar
 from kernels.nf4.tiles import dequantize_tile, transposed_tile
 from kernels.nf4.weight import NESTED_BLOCK, NF4Weight
 from kernels.runtime.device import architecture, multiprocessors
@@ -205,25 +205,12 @@ def nf4_dequantize(
     `transposed` a weight (N, K) is returned as a contiguous (K, N). Raises ValueError for another
     dtype and where `out` does not fit.
     """
-    if dtype is None:
-        dtype = weight.dtype if out is None else out.dtype
-    if dtype not in _TRITON_DTYPES:
-        raise ValueError(f"NF4 decodes to float32, bfloat16 or float16, got {dtype}")
     if transposed and len(weight.shape) != 2:
         raise ValueError(f"only a 2-D weight can be transposed, got shape {weight.shape}")
     shape = weight.shape[::-1] if transposed else weight.shape
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=weight.device)
-    elif out.numel() != weight.numel() or out.dtype != dtype or out.device != weight.device:
-        raise ValueError(
-            f"out holds {out.numel()} {out.dtype} values on {out.device}, "
-            f"expected {weight.numel()} of {dtype} on {weight.device}"
-        )
-    elif not out.is_contiguous():
-        raise ValueError("out must be contiguous")
-    out = out.view(shape)
+    out = decoded_tensor(shape, weight, dtype, out)
     if not use_triton(out):
-        plain = dequantize_reference(weight, dtype)
+        plain = dequantize_reference(weight, out.dtype)
         return out.copy_(plain.T if transposed else plain)
     if isinstance(weight, PlanarNF4Weight):
         dequantize_planar(weight, out, transposed=transposed)

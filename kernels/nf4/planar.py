@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.nf4.weight import NF4Tensors, NF4Weight
+from kernels.nf4.weight import NF4_DTYPES, NF4Tensors, NF4Weight
 from kernels.runtime.simulation import equal_parts, once_per_shape
 
 BLOCK = 64
@@ -55,6 +55,34 @@ class PlanarNF4Weight(NF4Tensors):
 
 AnyNF4 = NF4Weight | PlanarNF4Weight
 """An NF4 weight in either order."""
+
+
+def decoded_tensor(
+    shape: tuple[int, ...],
+    weight: AnyNF4,
+    dtype: torch.dtype | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`out` in the given shape, or a new tensor without it, to decode (part of) `weight` to.
+
+    `dtype` defaults to that of `out`, then to the weight's. Raises ValueError where `out` does not
+    fit.
+    """
+    if dtype is None:
+        dtype = weight.dtype if out is None else out.dtype
+    if dtype not in NF4_DTYPES:
+        raise ValueError(f"NF4 decodes to float32, bfloat16 or float16, got {dtype}")
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=weight.device)
+    count = math.prod(shape)
+    if out.numel() != count or out.dtype != dtype or out.device != weight.device:
+        raise ValueError(
+            f"out holds {out.numel()} {out.dtype} values on {out.device}, "
+            f"expected {count} of {dtype} on {weight.device}"
+        )
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    return out.view(shape)
 
 
 def has_planar_order(weight: NF4Weight) -> bool:

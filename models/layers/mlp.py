@@ -127,6 +127,6 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
         activated = swiglu_forward(inner.gate, inner.up)
         del inner
         down, seed = (part.down,), part.seeds[1]
-        return project(activated, down, seed, decoded.down, part.down_slot)[0][0]
+        return project(activated, down, seed, decoded[1], part.down_slot)[0][0]
 
     return forward_in_tiles(x1, norm, tile_tokens, forward)

@@ -21,7 +21,7 @@ from engine.benchmark.random_weights import random_decoder
 from engine.data.examples import Example
 from engine.data.loader import collate
 from engine.training.step import TrainingStep
-from kernels.delta_net.chunks import chunk_layout
+from kernels.delta_net.reference import chunk_layout
 from kernels.delta_net.tiles import chunk_table
 from kernels.elementwise.swiglu import swiglu_forward
 from kernels.moe.grouped_matmul import planar_experts

@@ -19,9 +19,8 @@ from kernels.delta_net import (
 from kernels.delta_net import backward_intra_triton as gated_delta_triton_intra
 from kernels.delta_net import backward_triton as gated_delta_triton_backward
 from kernels.delta_net import forward_triton as gated_delta_triton
-from kernels.delta_net.chunks import chunk_layout, in_chunks
 from kernels.delta_net.forward_triton import invert
-from kernels.delta_net.reference import decay_matrix, triangular_inverse
+from kernels.delta_net.reference import chunk_layout, decay_matrix, in_chunks, triangular_inverse
 from kernels.delta_net.tiles import MAX_SIZE, prepare, tile
 
 BOUNDS = (0, 65, 66, 100)
