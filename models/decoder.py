@@ -167,12 +167,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Cross-entropy of the next token, summed over trained tokens, divided by `num_items`.
 
-        The batch may lie anywhere; nothing here waits for the device. `num_items` defaults to the
-        trained tokens of this batch; give that of the whole accumulated batch when this is one of
-        several micro-batches. `loss_scale` multiplies the result, inside the head's products,
-        where float16 gradients could vanish otherwise. With a router loss its balancing loss is
-        added. With a `teacher` of the same vocabulary its distribution is learnt in place of the
-        tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
+        A batch in host memory is sent to the device; the host does not wait. `num_items` is by
+        default the trained tokens of this batch; give that of the whole accumulated batch when
+        this is one of several micro-batches. `loss_scale` multiplies the result, inside the head's
+        products, where float16 gradients could vanish otherwise. With a router loss its balancing
+        loss is added. With a `teacher` of the same vocabulary its distribution is learnt in place
+        of the tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
         """
         here = batch.to(self.device, self.ids_device)
         items = max(1, batch.trained_tokens) if num_items is None else num_items

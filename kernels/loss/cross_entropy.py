@@ -8,7 +8,7 @@ For rows z (n, V) and targets y (n,):
 Arithmetic is fp32 (fp64 for fp64) between load and store. The kernel gives a row to one program,
 which reads it twice: once with a running maximum and sum (Milakov & Gimelshein 2018, arXiv
 1805.02867), once to write the gradient. A target outside the vocabulary yields a NaN loss: nothing
-here waits for the device to check it.
+here waits for the device to check it. The reference raises `ValueError` on a CPU.
 """
 
 from __future__ import annotations
