@@ -1,4 +1,4 @@
-"""Cross-entropy of one chunk of logits, with the gradient written over the logits.
+"""Cross-entropy of a chunk of logits; the gradient overwrites them.
 
 For rows z (n, V) and targets y (n,):
 

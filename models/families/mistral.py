@@ -1,4 +1,4 @@
-"""Mistral 7B and its descendants: every layer has the sliding window, if there is one."""
+"""Mistral 7B and its descendants: a sliding window on every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all layers of a forward pass read, and the settings of a step."""
+"""What all layers of a pass read, and a step's settings."""
 
 from __future__ import annotations
 

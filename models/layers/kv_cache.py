@@ -1,4 +1,4 @@
-"""Keys, values and states of the tokens that one sequence has so far.
+"""Keys, values and states of the tokens of one sequence.
 
 An attention layer stores keys and values, a Gated DeltaNet layer a state of fixed size.
 """

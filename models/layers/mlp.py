@@ -24,7 +24,7 @@ from kernels.linear.swiglu_mlp import (
 )
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
+from models.layers.token_tiles import TokenTile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
@@ -94,7 +94,7 @@ class MLP(nn.Module):
             assert dh is not None
             return norm.backward(dh, x1, rstd, grads).add_(dy)
 
-        def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
+        def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
             part = _of_tile(mlp, tile)
             inner = mlp_inner(h, part, decoded)
             dh, _ = mlp_backward(dy, h, part, inner, grads, decoded=decoded)
@@ -110,7 +110,7 @@ def _tile_tokens(context: LayerContext, x1: Tensor) -> int | None:
     return settings.mlp_tile_tokens or (x1.shape[0] if settings.low_memory_decode else None)
 
 
-def _of_tile(mlp: SwiGLUMLP, tile: Tile) -> SwiGLUMLP:
+def _of_tile(mlp: SwiGLUMLP, tile: TokenTile) -> SwiGLUMLP:
     first, second = mlp.seeds
     return replace(mlp, seeds=(tile.seed(first), tile.seed(second)))
 
@@ -119,7 +119,7 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
     """x1 (N, H) -> y (N, H); every weight is decoded once for all tiles where that is allowed."""
     decoded = mlp.decode(x1.dtype)
 
-    def forward(h: Tensor, tile: Tile) -> Tensor:
+    def forward(h: Tensor, tile: TokenTile) -> Tensor:
         part = _of_tile(mlp, tile)
         inner = mlp_inner(h, part, decoded)
         # Each tensor is freed as soon as the next one exists: this is what tiles are for.

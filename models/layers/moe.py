@@ -29,7 +29,7 @@ from models.layers.context import LayerContext
 from models.layers.experts import Experts
 from models.layers.linear import Linear, RMSNorm
 from models.layers.mlp import MLP
-from models.layers.token_tiles import Tile, backward_in_tiles, forward_in_tiles
+from models.layers.token_tiles import TokenTile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
@@ -88,7 +88,7 @@ class MoE(nn.Module):
         experts = ExpertsSaved.of(choose(h, moe)).trim()
         del h
 
-        def forward(h: Tensor, tile: Tile) -> Tensor:
+        def forward(h: Tensor, tile: TokenTile) -> Tensor:
             routing = experts.routing.part(tile.tokens)
             return moe_output(h, moe, routing, tile.seed(seed))[0]
 
@@ -113,7 +113,7 @@ class MoE(nn.Module):
             assert dh is not None
             return norm.backward(dh, x1, rstd, grads).add_(dy)
 
-        def backward(dy: Tensor, h: Tensor, tile: Tile, grads: Gradients) -> Tensor:
+        def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
             part, own = experts.part(tile.tokens), tile.seed(seed)
             dh = moe_backward(dy, h, moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
             assert dh is not None

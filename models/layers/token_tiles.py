@@ -28,7 +28,7 @@ _SEED_BITS = (1 << 63) - 1
 
 
 @dataclass(frozen=True)
-class Tile:
+class TokenTile:
     """Consecutive tokens, and the tile's number."""
 
     index: int
@@ -49,18 +49,18 @@ class _Sums(dict[int, Tensor]):
         super().__setitem__(key, gradient if before is None else before.add_(gradient))
 
 
-Forward = Callable[[Tensor, Tile], Tensor]
+Forward = Callable[[Tensor, TokenTile], Tensor]
 """f: h (n, H) of a tile -> f(h) (n, H)."""
 
-Backward = Callable[[Tensor, Tensor, Tile, Gradients], Tensor]
+Backward = Callable[[Tensor, Tensor, TokenTile, Gradients], Tensor]
 """dy (n, H), h (n, H) of a tile -> dh (n, H); sets the gradient of every trainable parameter."""
 
 
-def token_tiles(count: int, tile_tokens: int) -> Iterable[Tile]:
+def token_tiles(count: int, tile_tokens: int) -> Iterable[TokenTile]:
     """The tiles of `count` tokens; the last may be short."""
     starts = enumerate(range(0, count, tile_tokens))
     return equal_parts(
-        Tile(at, slice(first, min(first + tile_tokens, count))) for at, first in starts
+        TokenTile(at, slice(first, min(first + tile_tokens, count))) for at, first in starts
     )
 
 

@@ -71,7 +71,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Segment:
+class LayerSegment:
     """Consecutive layers that are recorded together."""
 
     layers: tuple[DecoderLayer, ...]
@@ -91,7 +91,7 @@ class _RecordedPass:
     """Forward and backward pass of all segments for batches of one size."""
 
     def __init__(
-        self, segments: Sequence[Segment], sizes: Sizes, x: Tensor, run: ForwardPass
+        self, segments: Sequence[LayerSegment], sizes: Sizes, x: Tensor, run: ForwardPass
     ) -> None:
         rows, width = sizes.tokens, x.shape[1]
         self.segments, self.sizes = segments, sizes
@@ -200,7 +200,7 @@ class LayerGraphs:
     def __init__(self, layers: Sequence[DecoderLayer], recorder: Recorder | None) -> None:
         self.recorder = recorder
         self.parts = _parts(layers)
-        self.segments = [part for part in self.parts if isinstance(part, Segment)]
+        self.segments = [part for part in self.parts if isinstance(part, LayerSegment)]
         # What makes autograd ask for the gradients of layers whose input wants none.
         self.anchor = torch.zeros((), requires_grad=True)
         self.repeated = self.launched = 0
@@ -221,7 +221,7 @@ class LayerGraphs:
             self.launched += 1
         numbers = iter(range(len(self.segments)))
         for part in self.parts:
-            if isinstance(part, Segment):
+            if isinstance(part, LayerSegment):
                 x = _RecordedSegment.apply(x, self.anchor, self, current, next(numbers))
             else:
                 x = run_layer(x, part, run)
@@ -245,8 +245,8 @@ class LayerGraphs:
         return fresh
 
 
-def _parts(layers: Sequence[DecoderLayer]) -> list[Segment | DecoderLayer]:
-    parts: list[Segment | DecoderLayer] = []
+def _parts(layers: Sequence[DecoderLayer]) -> list[LayerSegment | DecoderLayer]:
+    parts: list[LayerSegment | DecoderLayer] = []
     run: list[DecoderLayer] = []
     for layer in (*layers, None):
         if layer is not None and recordable(layer):
@@ -254,7 +254,7 @@ def _parts(layers: Sequence[DecoderLayer]) -> list[Segment | DecoderLayer]:
             continue
         if run:
             params = [p for member in run for p in member.trainable()]
-            parts.append(Segment(tuple(run), GradientBuffer(params)))
+            parts.append(LayerSegment(tuple(run), GradientBuffer(params)))
             run = []
         if layer is not None:
             parts.append(layer)

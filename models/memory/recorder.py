@@ -1,4 +1,4 @@
-"""Record what a function launches on a GPU, to repeat it with one call.
+"""Record a function's GPU launches, to repeat them with one call.
 
 A recording repeats the same kernels on the same addresses with the same numbers. Source: the CUDA
 programming guide, "CUDA Graphs"; `torch.cuda.CUDAGraph`, whose graphs may share one pool of memory
