@@ -14,7 +14,7 @@ device. Copying them into flat buffers would cost as much traffic as the step it
 uploaded again only when an address changes. A program owns a `work` item, up to four rows of 256
 elements of one parameter, so that all it reads from tables are scalars.
 
-Codes are found by two lookups (`kernels.adamw8bit.dynamic_map.magnitude_tables`) instead of a
+Codes come from two lookups (`kernels.adamw8bit.dynamic_map.magnitude_tables`) instead of a
 binary search.
 """
 

@@ -11,7 +11,7 @@ chunks run in parallel.
     unit_backward    rows, Hk                     q and dq, or k and dk    gradient before the norm
 
 The first three each write shares of dg and dbeta. dg is a running sum of dG: in fp32 the
-cancellation of its terms costs nothing beside the rounding of 16-bit operands.
+cancellation of its terms costs nothing compared with the rounding of 16-bit operands.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def causal_conv1d_forward_kernel(
         x = tl.load(x_ptr + row * x_row + column, mask=inside, other=0.0)
         x0 = x.to(tl.float32)
         if STATE:
-            # Inputs from before a document come from its state: loaded anew, not shifted along.
+            # Inputs from before a document come from its state: loaded each time, not shifted.
             document = tl.load(document_ptr + row, mask=row < tokens, other=0)
             x1 = _before(
                 x_ptr, state_ptr, row, position, document, column, inside, x_row, channels, depth,
@@ -185,7 +185,7 @@ def causal_conv1d_backward_kernel(
 def tile(channels: int, dweight: bool = False) -> tuple[int, int]:
     """Channels of one program (a power of two) and its warps.
 
-    With four sums for dweight beside everything else a thread has registers for fewer channels.
+    With four more sums, those of dweight, a thread has registers for fewer channels.
     """
     return min(256, next_power_of_2(channels)), 4 if dweight else 2
 

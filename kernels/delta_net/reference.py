@@ -35,7 +35,7 @@ from kernels.delta_net.operands import (
 class ChunkLayout:
     """Where the tokens of packed documents lie in chunks that restart at every document.
 
-    Documents are ordered by length, longest first, and chunks by their place in the document, so
+    Documents are ordered by length, longest first, and chunks by their number in the document, so
     that step s of the scan over chunks is the contiguous range `steps[s]` and touches the first
     rows of the state. `slots` (N,) is the chunk row of every token; `order` (D,) is the document
     in each row of the state.

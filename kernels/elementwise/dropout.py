@@ -5,7 +5,7 @@ two rounds of a 32-bit finaliser (multiply, xor-shift), and the element survives
 at least p * 2^32. No state is advanced, so forward, recompute and backward draw the same mask,
 and a resumed run draws the mask of the run that was interrupted. The Triton kernel and the torch
 reference draw the same bits. Both read the seed from the device's memory where it lies there, so
-that a recorded launch (a CUDA graph) draws anew when the seed is written anew.
+that a recorded launch (a CUDA graph) draws another mask when another seed is written.
 
     bits = mix(mix(low32(index) ^ low32(seed)) + high32(index) + high32(seed)),   y = x / (1 - p)
 

@@ -41,7 +41,7 @@ class SwiGLUMLP:
 
     `down_slot` is the scratch that down is decoded into: with a slot of its own, gate and up stay
     decoded meanwhile. With `one_weight_at_a_time` no two decoded weights exist together: gate and
-    up become two products, and every product decodes its weight anew.
+    up become two products, and every product decodes its weight again.
     """
 
     gate: Projection

@@ -110,7 +110,7 @@ class ExpertsSaved:
         return ExpertsSaved(self.routing.part(tokens), self.counts, self.prob_sum)
 
     def trim(self) -> ExpertsSaved:
-        """Only the choice of experts, so that what backward computes again cannot choose anew."""
+        """Only the choice of experts, which backward must not make again."""
         return replace(self, routing=self.routing.trim(), inner=None, shared=None)
 
 

@@ -177,6 +177,7 @@ _SCALE_CONSTRAINTS = tl.constexpr(SCALE_CONSTRAINTS)
 @jit
 def nested_scale(value, nested, offset, PTX: tl.constexpr):
     """value * nested + offset in fp32 with two roundings."""
+    # One fused multiply-add would round once; bitsandbytes rounds twice.
     if PTX:
         return tl.inline_asm_elementwise(
             _SCALE,
@@ -280,6 +281,8 @@ def decode_pair(packed, scale, DTYPE: tl.constexpr):
 @jit
 def decode_planes(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """planar words int16 (R, C), scale fp32 (R, 1) -> the four planes (R, C) in DTYPE."""
+    # pack=2: two neighbouring codes of a row share a register, and so do the two values of a
+    # result, which is how tensor cores read them.
     if PTX and tl.bfloat16 == DTYPE:
         t0, t1, t2, t3, t4, t5, t6, t7 = _byte_planes(scale, DTYPE)
         return tl.inline_asm_elementwise(
@@ -316,6 +319,7 @@ def decode_columns(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
 
     They are j, 16 + j, 32 + j, 48 + j, and then their right neighbours.
     """
+    # pack=2: a thread's rows in pairs, whose values of one column leave in one register.
     if PTX:
         t0, t1, t2, t3, t4, t5, t6, t7 = _byte_planes(scale, DTYPE)
         c0, c1, c2, c3, c4, c5, c6, c7 = tl.inline_asm_elementwise(
