@@ -1,4 +1,4 @@
-"""Cross-entropy of a chunk of logits; the gradient overwrites them.
+"""Cross-entropy of logits, with the gradient written over them.
 
 For rows z (n, V) and targets y (n,):
 
