@@ -25,7 +25,7 @@ LAYOUT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class Segment:
+class ParameterRows:
     """Where the moments of parameter `index` lie: `rows` rows from `row` of one kind of buffer."""
 
     index: int
@@ -50,12 +50,12 @@ class FlatState:
 
     def __init__(self, params: Sequence[Tensor], min_8bit_size: int, masters: bool) -> None:
         device = params[0].device
-        self.segments: list[Segment] = []
+        self.segments: list[ParameterRows] = []
         rows = {True: 0, False: 0}
         for index, param in enumerate(params):
             quantized = param.numel() >= min_8bit_size
             count = -(-param.numel() // ROW)
-            segment = Segment(index, param.numel(), quantized, rows[quantized], count)
+            segment = ParameterRows(index, param.numel(), quantized, rows[quantized], count)
             self.segments.append(segment)
             rows[quantized] += count
 
@@ -200,7 +200,7 @@ def check_loadable(what: str, own: Mapping[str, Tensor], other: Mapping[str, Ten
             raise ValueError(f"{what}: {name} holds NaN or infinity")
 
 
-def slabs(segments: Sequence[Segment]) -> list[Slab]:
+def slabs(segments: Sequence[ParameterRows]) -> list[Slab]:
     """Cut the rows of `segments` into slabs of at most `SLAB_ROWS` rows without gaps."""
     cut: list[Slab] = []
     pieces: list[Piece] = []

@@ -9,9 +9,10 @@ tensors claim to lie on one, so the code for GPUs runs: Triton kernels are not l
 their callers allocate is counted; storages are rounded up to the caching allocator's 512 bytes;
 attention is torch's flash attention, whose backward holds an fp32 dQ.
 
-Tensors are meta tensors, not torch's fake ones: autograd runs their backward in the calling thread
+Tensors are meta tensors, not torch's fake ones. Autograd runs their backward in the calling thread
 on every build of torch, so the context variables of `kernels.runtime` and torch's modes, which
-belong to a thread, hold in backward too. Other threads see nothing of a simulation.
+belong to a thread, hold in backward too, and other threads see nothing of a simulation. Fake
+tensors that say cuda want a build with CUDA for that, and take seven times as long for an op.
 """
 
 from __future__ import annotations
