@@ -394,13 +394,3 @@ def test_torchs_own_shape_functions_accept_the_flash_calls() -> None:
         assert saved[0].shape == (4, 196)
         grads = flash.backward(out, q, k, k, out, saved, settings)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-
-
-def test_meta_tensors_pass_without_a_trial() -> None:
-    q = torch.empty(196, 4, 64, dtype=torch.bfloat16, device="meta")
-    settings = AttentionSettings(plan_of(PACKED), None, 0.1)
-    assert select(q, q, settings).name == "flash"
-    assert select(q.float(), q, settings).name == "documents"
-    out, saved = attention_forward(q, q, q, dataclasses.replace(settings, backend="flash"))
-    assert out.shape == q.shape
-    assert len(saved) == 3
