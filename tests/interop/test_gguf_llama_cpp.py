@@ -27,7 +27,7 @@ def most_likely(path: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
     server = xllamacpp.Server(parameters)
     address = urlparse(server.listening_address)
     connection = http.client.HTTPConnection(str(address.hostname), address.port)
-    found = []
+    likely = []
     for ids in prompts:
         body = {"prompt": ids, "n_predict": 1, "n_probs": 8, "temperature": 0}
         headers = {"Content-Type": "application/json"}
@@ -35,10 +35,10 @@ def most_likely(path: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
         answer = json.loads(connection.getresponse().read())
         # A stop token leaves no text, and the server then tells no probabilities.
         steps = answer.get("completion_probabilities", [])
-        found.append({t["id"]: t["logprob"] for step in steps for t in step["top_logprobs"]})
+        likely.append({t["id"]: t["logprob"] for step in steps for t in step["top_logprobs"]})
     connection.close()
     del server
-    return found
+    return likely
 
 
 @torch.no_grad()

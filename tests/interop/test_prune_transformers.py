@@ -52,12 +52,12 @@ def test_pruned_models_load_with_equal_logits(
         assert counts == ((2, 2) if granularity == "head" else (2, 1))
 
 
-def listen(index: int, found: dict[int, torch.Tensor]) -> Any:
+def listen(index: int, scores: dict[int, torch.Tensor]) -> Any:
     """A hook that keeps what a module is given, with its gradient, under `index`."""
 
     def hook(module: Any, arguments: Any) -> None:
         arguments[0].retain_grad()
-        found[index] = arguments[0]
+        scores[index] = arguments[0]
 
     return hook
 
@@ -91,8 +91,8 @@ def test_scores_are_those_of_transformers_activations_and_gradients(family: str)
             lengths[index] += added.norm(dim=2).sum(0)
             slopes[index] += (x.detach() * x.grad)[0].unflatten(1, (4, dim)).sum((0, 2)).abs()
     want = lengths / sum(map(len, rows)), slopes / sum(len(row) - 1 for row in rows)
-    found = activations(model, [0, 1], examples), gradients(model, [0, 1], examples)
-    for ours, theirs in zip(found, want, strict=True):
+    scores = activations(model, [0, 1], examples), gradients(model, [0, 1], examples)
+    for ours, theirs in zip(scores, want, strict=True):
         assert torch.allclose(torch.stack(ours).float(), theirs, rtol=2e-4)
 
 

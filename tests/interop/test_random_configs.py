@@ -235,11 +235,11 @@ def test_a_random_model_is_that_of_transformers(name: str, tmp_path: Path) -> No
     with torch.no_grad():
         assert float((model(ids) - theirs.logits).abs().max()) <= tolerance
     assert float((loss - theirs.loss).abs()) <= 1e-6
-    wanted, found = gradients(other), gradients(model)
-    assert set(wanted) == set(found)
+    wanted, slopes = gradients(other), gradients(model)
+    assert set(wanted) == set(slopes)
     for path, gradient in wanted.items():
         # A bias of keys that are not rotated moves all scores alike, and has no gradient.
-        error = float((found[path] - gradient).norm())
+        error = float((slopes[path] - gradient).norm())
         assert error <= 1e-4 * float(gradient.norm()) + 1e-7, path
     bounds = torch.tensor([0, 33, 70], dtype=torch.int32)
     with torch.no_grad():

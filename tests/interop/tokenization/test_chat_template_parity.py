@@ -17,7 +17,7 @@ from engine.tokenization.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.interop
 
-TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
+TEMPLATES = Path(__file__).parents[2] / "fixtures" / "templates"
 SOURCES = {path.stem: path.read_text() for path in TEMPLATES.glob("*.jinja")}
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|eot_id|>", "<|begin_of_text|>"]
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}

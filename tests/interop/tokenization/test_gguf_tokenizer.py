@@ -99,9 +99,9 @@ def llama_cpp(smollm2_gguf: Path) -> Iterator[http.client.HTTPConnection]:
 
 def post(connection: http.client.HTTPConnection, path: str, body: object) -> dict[str, object]:
     connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    found = json.loads(connection.getresponse().read())
-    assert isinstance(found, dict)
-    return found
+    answer = json.loads(connection.getresponse().read())
+    assert isinstance(answer, dict)
+    return answer
 
 
 def test_ids_equal_llama_cpp(
