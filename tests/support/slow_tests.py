@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 LIST = Path(__file__).with_suffix(".txt")
-LIMIT = 0.8
+LIMIT = 0.6
 _LINE = re.compile(r"^\s*([\d.]+)s (?:setup|call|teardown)\s+(tests/\S+?\.py::[^\[\s]+)")
 
 
