@@ -32,7 +32,7 @@ FRAGMENTATION = 0.05
 """Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
 
 _FEW_LAYERS = (4, 5)
-_PASSING = ("checkpoints", "block working set", "loss", "gradients")
+_PASSING = ("saved activations", "block working set", "loss", "gradients")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ OWNERS = (
     "adapters",
     "gradients",
     "optimiser",
-    "checkpoints",
+    "saved activations",
     "block working set",
     "loss",
     "loss chunk",

@@ -61,7 +61,7 @@ class _StepObserver(LayerObserver, OptimizerObserver, ScratchObserver):
 
     def forward_ends(self, layer: int) -> None:
         """What is left of the working set is saved for backward; the loss may be next."""
-        self._meter.hand_over(self._work, "checkpoints")
+        self._meter.hand_over(self._work, "saved activations")
         self._meter.owner = "loss"
         self._meter.begin("loss")
 

@@ -311,7 +311,7 @@ def test_tiles_hold_the_inner_activations_of_one_tile(policy: str, build: Build)
             step(model, settings)
         owners = meter.segments["backward", 2].owners
         work.append(owners["block working set"])
-        saved.append(owners["checkpoints"])
+        saved.append(owners["saved activations"])
     one = inner * chosen * 8  # of a token, as wide as its experts
     # gate, up, their product and its gradient; under policy "none" gate and up are saved, of the
     # layers below too.
