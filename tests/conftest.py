@@ -19,6 +19,11 @@ import torch
 # The tensors here are small: more threads would only wait for each other.
 torch.set_num_threads(1)
 
+# torch lists the functions that obey `with torch.device(...)` once, at its first use: it must list
+# the real ones, not those that `poisoned_memory` puts in their stead, or meta models take memory.
+with torch.device("meta"):
+    assert torch.empty(1).is_meta
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SLOW_TESTS = Path(__file__).parent / "support" / "slow_tests.txt"
 PEERS = ("transformers", "peft", "bitsandbytes", "xllamacpp")
@@ -84,7 +89,7 @@ def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 
     def allocate_poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = allocate(*args, **kwargs)
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             return tensor
         with torch.no_grad():
             if tensor.is_floating_point() or tensor.is_complex():

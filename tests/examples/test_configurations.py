@@ -21,11 +21,6 @@ USABLE = 0.9
 """Share of a GPU's memory that a plan may need: the rest is the driver's and the desktop's."""
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory() -> None:
-    """Leave uninitialised memory alone: filling what a plan never touches takes gigabytes."""
-
-
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans of these models need no network: their shapes are known by name."""
