@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -28,6 +28,14 @@ from optim.flat_state import FlatState, Slab, check_loadable, slabs
 from optim.observer import optimizer_observer
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
+
+
+class RoundingOptions(TypedDict, total=False):
+    """The last keyword arguments of `AdamW8bit`; `Precision` says what they mean."""
+
+    low_precision: LowPrecision
+    seed: int
+    rounding: Rounding | None
 
 
 @dataclass(frozen=True)
@@ -53,14 +61,12 @@ class Precision:
         return self.seed if self.low_precision == "stochastic" else None
 
 
-DEFAULT_PRECISION = Precision()
-
-
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW with decoupled weight decay and block-wise 8-bit moments.
 
     All parameters must be contiguous, of floating point, and on one device; they are updated in
-    place. A parameter without a gradient is left out of a step, as in torch.
+    place. A parameter without a gradient is left out of a step, as in torch. The keywords
+    `low_precision`, `seed` and `rounding` are those of `Precision`.
 
     `grad_norm` is the norm that the last step clipped by, on the device, or None.
     """
@@ -74,8 +80,7 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         block_size: int = ROW,
         min_8bit_size: int = 4096,
-        *,
-        precision: Precision = DEFAULT_PRECISION,
+        **rounding: Unpack[RoundingOptions],
     ) -> None:
         if lr < 0.0 or eps < 0.0 or weight_decay < 0.0:
             raise ValueError(
@@ -86,7 +91,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if block_size != ROW:
             raise ValueError(f"moments are quantised in blocks of {ROW}, got {block_size}")
         self._min_8bit_size = min_8bit_size
-        self._precision = precision
+        self._precision = Precision(**rounding)
         self.grad_norm: Tensor | None = None
         self._flat: FlatState | None = None
         self._tables: dict[tuple[int, ...] | None, SegmentTable] = {}

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bench.gpu.step import clear
 from engine.benchmark.case import Case, Tensors
-from optim import AdamW8bit, Precision
+from optim import AdamW8bit
 
 EXACT = ("nf4_quantize", "nf4_dequantize", "nf4_dequantize_transposed")
 _POISON_BYTES = 4 << 30
@@ -80,7 +80,7 @@ def check_optimizer(device: torch.device) -> dict[str, Any]:
     results = []
     for where in (device, torch.device("cpu")):
         params = [value.to(where, copy=True).requires_grad_() for value in start]
-        optimizer = AdamW8bit(params, lr=1e-3, precision=Precision(rounding="nearest"))
+        optimizer = AdamW8bit(params, lr=1e-3, rounding="nearest")
         for step in grads:
             for param, grad in zip(params, step, strict=True):
                 param.grad = grad.to(where, copy=True)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optim import AdamW8bit, Precision, lr_at
-from optim.adamw8bit import DEFAULT_PRECISION
+from optim import AdamW8bit, lr_at
 
 pytestmark = pytest.mark.interop
 
@@ -34,10 +33,10 @@ def gradient(index: int, step: int, like: Tensor) -> Tensor:
 
 
 def run_both(
-    shapes: list[tuple[int, ...]], dtype: torch.dtype, precision: Precision = DEFAULT_PRECISION
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, **ours_only: str
 ) -> tuple[AdamW8bit, list[nn.Parameter], bitsandbytes.optim.AdamW8bit, list[nn.Parameter]]:
     ours, theirs = make_params(shapes, dtype), make_params(shapes, dtype)
-    optimizer = AdamW8bit(ours, lr=1e-3, weight_decay=0.01, precision=precision)
+    optimizer = AdamW8bit(ours, lr=1e-3, weight_decay=0.01, **ours_only)  # type: ignore[arg-type]
     reference = bitsandbytes.optim.AdamW8bit(theirs, lr=1e-3, weight_decay=0.01)
     for step in range(STEPS):
         rate = lr_at(step, base=1e-3, warmup=5, total=STEPS)
@@ -72,8 +71,6 @@ def test_small_parameters_keep_equal_moments_and_follow_within_rounding() -> Non
 
 
 def test_the_comparison_notices_the_other_rounding() -> None:
-    optimizer, ours, reference, theirs = run_both(
-        SHAPES[:1], torch.float32, precision=Precision(rounding="nearest")
-    )
+    optimizer, ours, reference, theirs = run_both(SHAPES[:1], torch.float32, rounding="nearest")
     mine, peer = optimizer.state[ours[0]], reference.state[theirs[0]]
     assert not torch.equal(mine["exp_avg"], peer["state1"].view(-1))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kernels.adamw8bit import dynamic_map
-from optim import AdamW8bit, Precision
+from optim import AdamW8bit
 from optim.flat_state import slabs
 
 SHAPES = [(64, 64), (16, 576), (192, 16), (1,), (4095,), (4096,), (100, 101), (3, 5, 700)]
@@ -150,7 +150,7 @@ def through_tensors(source: AdamW8bit, target: AdamW8bit) -> None:
 def test_a_resumed_run_ends_with_the_same_bits(
     carry: Callable[[AdamW8bit, AdamW8bit], None], low_precision: Any, dtype: torch.dtype
 ) -> None:
-    options: dict[str, Any] = {"lr": 1e-3, "precision": Precision(low_precision, 5)}
+    options: dict[str, Any] = {"lr": 1e-3, "low_precision": low_precision, "seed": 5}
     whole = make_params(SHAPES, dtype)
     straight = AdamW8bit(whole, **options)
     train(straight, whole, range(12))
@@ -301,7 +301,7 @@ def test_an_fp32_master_keeps_updates_that_bf16_would_lose() -> None:
     exact = [nn.Parameter(plain[0].detach().float())]
     roundings: list[Any] = ["nearest", "master", "stochastic"]
     optimizers = [
-        AdamW8bit(params, precision=Precision(rounding), **options)
+        AdamW8bit(params, low_precision=rounding, **options)
         for params, rounding in zip((plain, mastered, random), roundings, strict=True)
     ]
     reference = AdamW8bit(exact, **options)
@@ -338,7 +338,7 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(ValueError):
             AdamW8bit(params, **options)
     with pytest.raises(ValueError, match="low_precision"):
-        Precision("up")  # type: ignore[arg-type]
+        AdamW8bit(params, low_precision="up")  # type: ignore[arg-type]
     strided = [nn.Parameter(torch.zeros(4, 6).t())]
     strided[0].grad = torch.zeros(6, 4)
     with pytest.raises(ValueError, match="contiguous"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import AdamW8bit, Precision, StepInBackward
+from optim import AdamW8bit, StepInBackward
 from optim.clip import global_norm
 
 # 8-bit and fp32 moments, and lengths that are no multiples of a row.
@@ -83,8 +83,8 @@ def assert_same(
     ("dtype", "options"),
     [
         (torch.float32, {}),
-        (torch.bfloat16, {"precision": Precision("stochastic", 12345678901)}),
-        (torch.bfloat16, {"precision": Precision("master")}),
+        (torch.bfloat16, {"low_precision": "stochastic", "seed": 12345678901}),
+        (torch.bfloat16, {"low_precision": "master"}),
         (torch.float32, {"min_8bit_size": 1 << 62}),
     ],
 )

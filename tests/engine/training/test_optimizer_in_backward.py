@@ -36,7 +36,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
-from optim import AdamW8bit, Precision
+from optim import AdamW8bit
 
 Rows = Callable[..., Path]
 SHAPE: dict[str, Any] = {
@@ -117,7 +117,7 @@ def compare(raw: dict[str, Any], dtype: torch.dtype, policy: str, **options: Any
     ("dtype", "options"),
     [
         (torch.float32, {}),
-        (torch.bfloat16, {"precision": Precision("stochastic", 7)}),
+        (torch.bfloat16, {"low_precision": "stochastic", "seed": 7}),
         (torch.bfloat16, {}),
     ],
 )

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels.adamw8bit import fused_triton as adamw8bit_flat
 from kernels.adamw8bit import launch as adamw8bit_launch
 from kernels.adamw8bit.dynamic_map import FIRST_CELL, Rounding, magnitude_tables, midpoints
-from optim import AdamW8bit, Precision
+from optim import AdamW8bit
 
 pytestmark = pytest.mark.usefixtures("triton_on")
 
@@ -96,7 +96,7 @@ def test_steps_equal_the_reference(
         device,
         monkeypatch,
         lambda: make_params(device, dtype),
-        precision=Precision(rounding=rounding),
+        rounding=rounding,
     )
     for number in range(3):
         pair.step(number)
@@ -110,7 +110,7 @@ def test_bf16_parameters_follow_as_in_the_reference(
     def make() -> list[Tensor]:
         return make_params(device, torch.bfloat16)
 
-    pair = Pair(device, monkeypatch, make, precision=Precision(low_precision, 12345678901))
+    pair = Pair(device, monkeypatch, make, low_precision=low_precision, seed=12345678901)
     start = [param.detach().clone() for param in pair.params]
     for number in range(2):
         pair.step(number)
@@ -265,7 +265,7 @@ def test_a_wrong_table_is_noticed(
         return tables.flip(0) if isinstance(tables, Tensor) else (tables[0].roll(40), tables[1])
 
     monkeypatch.setattr(adamw8bit_launch, fault, wrong)
-    pair = Pair(device, monkeypatch, precision=Precision(rounding="nearest"))
+    pair = Pair(device, monkeypatch, rounding="nearest")
     for number in range(2):
         pair.step(number)
     with pytest.raises(AssertionError):
@@ -305,9 +305,7 @@ def test_a_planted_fault_in_the_kernels_is_noticed(
         # A factor off by an ulp may change the code of a moment whose terms cancel: the norm, and
         # the clipping to it, are looked at after a single step.
         for steps, options in ((2, {}), (1, {"max_norm": 0.5})):
-            pair = Pair(
-                device, monkeypatch, make, precision=Precision("master", rounding="nearest")
-            )
+            pair = Pair(device, monkeypatch, make, low_precision="master", rounding="nearest")
             for number in range(steps):
                 pair.step(number, **options)
             try:
