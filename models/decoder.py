@@ -134,7 +134,8 @@ class Decoder(nn.Module):
         and on boundaries that do not fit.
         """
         self._check_ids(input_ids)
-        x = self.hidden_states(PackedBatch.of(input_ids, cu_seqlens=cu_seqlens))
+        batch = PackedBatch.of(input_ids, cu_seqlens=cu_seqlens)
+        x = self.hidden_states(batch.to(self.device, self.ids_device))
         return self._logits(self.model.norm(x)).view(*input_ids.shape, -1)
 
     def loss(
@@ -174,19 +175,19 @@ class Decoder(nn.Module):
         loss is added. With a `teacher` of the same vocabulary its distribution is learnt in place
         of the tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
         """
-        here = batch.to(self.device, self.ids_device)
+        batch = batch.to(self.device, self.ids_device)
         items = max(1, batch.trained_tokens) if num_items is None else num_items
         divisor = items / loss_scale
         factor = self.router_loss if settings.router_loss is None else settings.router_loss
         routed: Routed | None = [] if factor else None
-        x = self.hidden_states(here, settings, routed)
-        trained = self.model.norm(x.index_select(0, here.trained))
+        x = self.hidden_states(batch, settings, routed)
+        trained = self.model.norm(x.index_select(0, batch.trained))
         chunk = settings.loss_chunk_tokens
         if teacher is not None:
             loss = self._distillation(trained, teacher, batch, divisor, chunk)
         else:
             head = self.head_weight()
-            loss = linear_cross_entropy(trained, head, here.targets, divisor, chunk)
+            loss = linear_cross_entropy(trained, head, batch.targets, divisor, chunk)
         if not routed:
             return loss
         # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
@@ -201,11 +202,10 @@ class Decoder(nn.Module):
         settings: StepSettings = DEFAULT_SETTINGS,
         routed: Routed | None = None,
     ) -> Tensor:
-        """The last layer's output (N, H), before the final norm.
+        """The last layer's output (N, H), before the final norm, of a batch on the device.
 
         Each mixture adds to the list `routed`, if there is one.
         """
-        batch = batch.to(self.device, self.ids_device)
         run = self._pass(batch, settings, routed)
         x: Tensor = self.model.embed_tokens(batch.input_ids)
         if self.graphs is not None and torch.is_grad_enabled():

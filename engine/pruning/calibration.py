@@ -101,7 +101,7 @@ def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) 
     with observe_layers(watch):
         for group in by_tokens(examples, _TOKENS_PER_BATCH):
             batch = collate(group)
-            model.hidden_states(batch)
+            model.hidden_states(batch.to(model.device, model.ids_device))
             tokens += int(batch.input_ids.numel())
     return [watch.sums[layer].cpu() / max(tokens, 1) for layer in layers]
 
