@@ -5,6 +5,7 @@ Both modes are torch's own extension points: they are entered for a block, in on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ ASSUMED_GPU = SimulatedGPU(GPU)
 _DEVICE, _IS_CUDA, _IS_CPU = torch.Tensor.device, torch.Tensor.is_cuda, torch.Tensor.is_cpu
 
 
-class _OnDevice(TorchFunctionMode):
+class _OnDevice(TorchFunctionMode, ABC):
     """A mode that holds in backward too.
 
     While torch calls a mode's handler the mode is off, so `Tensor.backward` would run without it.
@@ -42,9 +43,9 @@ class _OnDevice(TorchFunctionMode):
                 )  # fmt: skip
         return self.answer(func, args, dict(kwargs or {}))
 
+    @abstractmethod
     def answer(self, func: Any, args: Any, options: dict[str, Any]) -> Any:
         """The result of one of torch's functions."""
-        raise NotImplementedError
 
 
 class OnGPU(_OnDevice):
