@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -89,11 +90,10 @@ def _python() -> Iterator[Check]:
 def _torch() -> Iterator[Check]:
     import torch
 
-    major, minor = (int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    recent = (major, minor) >= (2, 6)
+    recent = _at_least(torch.__version__, (2, 7))
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     text = f"{torch.__version__}, {built}, {torch.get_num_threads()} CPU threads"
-    yield Check("torch", "ok" if recent else "problem", text + ("" if recent else "; needs 2.6"))
+    yield Check("torch", "ok" if recent else "problem", text + ("" if recent else "; needs 2.7"))
     level = torch.backends.cpu.get_cpu_capability()
     yield Check("cpu", "ok", f"{os.cpu_count()} cores, {level}")
 
@@ -102,7 +102,16 @@ def _triton() -> Iterator[Check]:
     if importlib.util.find_spec("triton") is None:
         yield Check("triton", "note", "not installed; the torch reference is used everywhere")
         return
-    yield Check("triton", "ok", str(installed("triton")))
+    text = installed("triton") or "unknown"
+    # Triton 3.2 aborts the process as it compiles two of the kernels.
+    recent = _at_least(text, (3, 3))
+    yield Check("triton", "ok" if recent else "problem", text + ("" if recent else "; needs 3.3"))
+
+
+def _at_least(text: str, least: tuple[int, int]) -> bool:
+    """Whether a version's first two numbers are at least these."""
+    numbers = re.match(r"(\d+)\.(\d+)", text)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= least
 
 
 def _cuda() -> Iterator[Check]:
