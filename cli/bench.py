@@ -76,7 +76,9 @@ def _baselines(name: str) -> Baselines:
     from engine.errors import ConfigError
 
     try:
-        offer: Baselines = importlib.import_module(name).baselines
+        module = importlib.import_module(name)
+        # `contenders` is the function's earlier name.
+        offer: Baselines = getattr(module, "contenders", None) or module.baselines
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"--against {name} is no module with a function baselines(op, work): {error}."

@@ -38,9 +38,18 @@ class Settings(BaseModel):
 
     def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**with_present_names(values, self.renamed))
+            super().__init__(**self._renamed(values))
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
+
+    def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` under their fields' present names; those within a value are not keys of ours."""
+        for earlier, present in self.renamed.items():
+            if earlier in values and present in values:
+                raise ConfigError(
+                    f"`{earlier}` is the earlier name of `{present}`; both were given: remove one."
+                )
+        return {self.renamed.get(key, key): value for key, value in values.items()}
 
     def __hash__(self) -> int:
         """Of the values as JSON: a mapping among them has no hash of its own."""

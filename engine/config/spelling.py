@@ -107,11 +107,12 @@ def size_in_bytes(value: Any) -> Any:
 
 
 def shard_size(value: Any) -> Any:
-    """`"5"` and 5.0 as 5 GB, `"900MB"` as that, and an integer as bytes."""
+    """`"5"`, 5 and 5.0 as 5 GB, `"900MB"` as that, and an integer from 1,000 on as bytes."""
     if isinstance(value, str):
-        plain = re.fullmatch(r"\s*\d*\.?\d+\s*", value)
+        plain = re.fullmatch(r"\s*\d*\.?\d+(e[+-]?\d+)?\s*", value)
         return int(float(value) * _GIGABYTE) if plain else _bytes(value)
-    return int(value * _GIGABYTE) if isinstance(value, float) else value
+    gigabytes = isinstance(value, float) or (type(value) is int and 0 < value < 1000)
+    return int(value * _GIGABYTE) if gigabytes else value
 
 
 def _bytes(text: str) -> int:
@@ -134,7 +135,9 @@ def none_is_unset(value: Any) -> Any:
 
 
 def layer_numbers(value: Any) -> Any:
-    """`"0,1,-1"` as the numbers of layers."""
+    """`"0,1,-1"`, or one number, as the numbers of layers."""
+    if type(value) is int:
+        return (value,)
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
     try:

@@ -91,7 +91,7 @@ class Sampling(Settings):
     top_p: float = setting(1.0, "Sampling", "the likeliest tokens of this mass", gt=0, le=1)
     top_k: int = setting(0, "Sampling", "only the k likeliest; 0 is all", ge=0)
     repetition_penalty: float = setting(1.0, "Sampling", "1 is none", gt=0)
-    seed: int = setting(0, "Sampling", "of the drawing", ge=0)
+    seed: int = setting(0, "Sampling", "of the drawing")
 
 
 class GenerateSettings(Sampling, OneModel):

@@ -28,7 +28,7 @@ def table(results: dict[str, Any]) -> str:
     """One line a model: perplexity against the baseline, heads, parameters, size, speed."""
     base = results["baseline"]["perplexity"]
     lines = [
-        f"{'model':<18} {'perplexity':>10} {'change':>8} {'pruned':>10} {'parameters':>12} "
+        f"{'model':<20} {'perplexity':>10} {'change':>8} {'pruned':>10} {'parameters':>12} "
         f"{'on disk':>11} {'tokens/s':>8}"
     ]
     for name, removed, judged in _rows(results):
@@ -38,7 +38,7 @@ def table(results: dict[str, Any]) -> str:
         size = "" if judged["bytes"] is None else gib(judged["bytes"])
         speed = "" if judged["tokens_per_second"] is None else f"{judged['tokens_per_second']:.1f}"
         lines.append(
-            f"{name:<18} {told:>10} {change:>8} {removed:>10} {judged['parameters']:>12,} "
+            f"{name:<20} {told:>10} {change:>8} {removed:>10} {judged['parameters']:>12,} "
             f"{size:>11} {speed:>8}".rstrip()
         )
     return "\n".join(lines)

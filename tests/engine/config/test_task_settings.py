@@ -171,3 +171,23 @@ def test_help_names_the_range_of_a_number(capsys: pytest.CaptureFixture[str]) ->
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for part in ("--keep-checkpoints INTEGER >=2", "--top-p NUMBER >0 <=1", "--row INTEGER >=1"):
         assert part in text
+
+
+@pytest.mark.parametrize(("given", "layers"), [(1, (1,)), (-1, (-1,)), ("0,-1", (0, -1))])
+def test_one_layer_is_a_list_of_layers_too(given: Any, layers: tuple[int, ...]) -> None:
+    assert PruneSettings(fraction=0.5, protect=given).protect == layers
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [(5, 5 * 10**9), ("5", 5 * 10**9), ("1e1", 10**10), (60_000, 60_000)]
+)
+def test_a_small_number_of_a_shard_is_in_gigabytes(given: Any, size: int) -> None:
+    assert PruneSettings(fraction=0.5, max_shard_size=given).max_shard_size == size
+
+
+def test_earlier_names_are_those_of_settings_and_not_of_what_is_in_them() -> None:
+    kwargs = {"decode_singly": 1}
+    config = TrainConfig(model="m", data="d", chat_template_kwargs=kwargs, decode_singly=True)
+    assert (config.chat_template_kwargs, config.low_memory_decode) == (kwargs, True)
+    with pytest.raises(ConfigError, match="earlier name of `mlp_tile_tokens`"):
+        TrainConfig(model="m", data="d", mlp_tile_rows=32, mlp_tile_tokens=64)
