@@ -72,6 +72,12 @@ class Vocabulary:
             renamed |= table.renamed
         return cls(verb, fields, renamed)
 
+    def is_mapping(self, key: str) -> bool:
+        """Whether `key` names a setting whose value is a mapping, and no group of settings."""
+        plain = key.replace("-", "_").lower()
+        field = self.fields.get(self.renamed.get(plain, plain))
+        return field is not None and isinstance(field.default, dict)
+
     def field_for(self, key: str, source: str) -> str:
         """The field that `key` names: itself, an alias, or the end of a dotted path in a group.
 
@@ -183,7 +189,7 @@ def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1 should hold `key: value` lines and holds something else.")
-        return _collect(_walk(loader, node, ()), path, known)
+        return _collect(_walk(loader, node, (), known), path, known)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from None
     except (ValueError, RecursionError) as error:
@@ -193,14 +199,15 @@ def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
 
 
 def _walk(
-    loader: _Loader, node: yaml.MappingNode, above: tuple[str, ...]
+    loader: _Loader, node: yaml.MappingNode, above: tuple[str, ...], known: Vocabulary
 ) -> Iterator[tuple[str, Any, int]]:
     """Dotted key, value and line of every leaf under `node`."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         path = (*above, str(key_node.value))
-        if isinstance(value_node, yaml.MappingNode) and value_node.tag == _PLAIN_MAPPING:
-            yield from _walk(loader, value_node, path)
+        group = isinstance(value_node, yaml.MappingNode) and value_node.tag == _PLAIN_MAPPING
+        if group and not known.is_mapping(path[-1]):
+            yield from _walk(loader, value_node, path, known)
         else:
             value = loader.construct_object(value_node, deep=True)
             yield ".".join(path), value, line

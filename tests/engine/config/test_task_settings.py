@@ -191,3 +191,11 @@ def test_earlier_names_are_those_of_settings_and_not_of_what_is_in_them() -> Non
     assert (config.chat_template_kwargs, config.low_memory_decode) == (kwargs, True)
     with pytest.raises(ConfigError, match="earlier name of `mlp_tile_tokens`"):
         TrainConfig(model="m", data="d", mlp_tile_rows=32, mlp_tile_tokens=64)
+
+
+def test_a_mapping_may_be_written_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    lines = ("model: m", "data: d", "chat_template_kwargs:", "  enable_thinking: false")
+    file.write_text("\n".join((*lines, "  depth: {most: 3}")))
+    config = build(TrainConfig, gather(Vocabulary.of("train", TrainConfig), file))
+    assert config.chat_template_kwargs == {"enable_thinking": False, "depth": {"most": 3}}
