@@ -186,8 +186,8 @@ def test_a_small_number_of_a_shard_is_in_gigabytes(given: Any, size: int) -> Non
 
 
 def test_earlier_names_are_those_of_settings_and_not_of_what_is_in_them() -> None:
-    kwargs = {"decode_singly": 1}
-    config = TrainConfig(model="m", data="d", chat_template_kwargs=kwargs, decode_singly=True)
+    kwargs: dict[str, Any] = {"decode_singly": True}
+    config = TrainConfig(model="m", data="d", chat_template_kwargs=kwargs, **kwargs)
     assert (config.chat_template_kwargs, config.low_memory_decode) == (kwargs, True)
     with pytest.raises(ConfigError, match="earlier name of `mlp_tile_tokens`"):
         TrainConfig(model="m", data="d", mlp_tile_rows=32, mlp_tile_tokens=64)
