@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS, Metric
-from engine.config.task_settings import ForgeSettings, PruneSettings
+from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.forge import forge
 from engine.forging.assess import Judge

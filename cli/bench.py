@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import BenchSettings
+from engine.config.tasks.workflow import BenchSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import DataSettings, DocstringSettings, PreviewSettings
+from engine.config.tasks.workflow import DataSettings, DocstringSettings, PreviewSettings
 
 if TYPE_CHECKING:
     from rich.console import Console

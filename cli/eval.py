@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import EvalSettings
+from engine.config.tasks.inference import EvalSettings
 
 
 def evaluate_model(call: Call) -> None:

@@ -3,7 +3,7 @@
 from cli.from_settings import Call, Verb, make_app
 from engine.config.explain import Setting
 from engine.config.sources import build
-from engine.config.task_settings import ForgeJob
+from engine.config.tasks.pruning import ForgeJob
 from engine.config.train_config import TrainConfig
 
 _SHARED = ("model", "data", "eval_data")

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import GenerateSettings
+from engine.config.tasks.inference import GenerateSettings
 
 
 def generate(call: Call) -> None:

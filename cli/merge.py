@@ -1,7 +1,7 @@
 """`engine merge`: write a model with an adapter merged into it."""
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import MergeSettings
+from engine.config.tasks.inference import MergeSettings
 
 
 def merge_adapter(call: Call) -> None:

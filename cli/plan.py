@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call, Verb, make_app
 from engine.config.choices import GPU_TFLOPS
-from engine.config.task_settings import PlanSettings
+from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.runs.startup import importing

@@ -1,7 +1,7 @@
 """`engine prune`: remove the least important attention heads."""
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import PruneJob
+from engine.config.tasks.pruning import PruneJob
 
 
 def prune_heads(call: Call) -> None:

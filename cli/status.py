@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import StatusSettings
+from engine.config.tasks.workflow import StatusSettings
 
 
 def status(call: Call) -> None:

@@ -1,7 +1,7 @@
 """`engine train`: fine-tune a model by the settings of `TrainConfig`."""
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.task_settings import TrainOptions
+from engine.config.tasks.workflow import TrainOptions
 from engine.config.train_config import TrainConfig
 from engine.runs.startup import importing
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
-from engine.config.task_settings import ForgeSettings
+from engine.config.tasks.pruning import ForgeSettings
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings

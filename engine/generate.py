@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engine.config.task_settings import GenerateSettings
+from engine.config.tasks.inference import GenerateSettings
 from engine.device import resolve_device
 from engine.inference.generation import GenerateResult, complete, prompt_ids, stop_ids_of
 from engine.inference.loading import load_decoder

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.errors import ConfigError
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.interface.model_source import ModelSource

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import engine
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.evaluate import evaluate
 from engine.merge import merge
 from engine.prune import prune

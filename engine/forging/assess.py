@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.task_settings import Sampling
+from engine.config.tasks.inference import Sampling
 from engine.data.dataset import load_rows
 from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype

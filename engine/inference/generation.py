@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from engine.config.task_settings import Sampling
+from engine.config.tasks.inference import Sampling
 from engine.errors import ConfigError
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

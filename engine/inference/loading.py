@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.config.task_settings import OneModel
+from engine.config.tasks.inference import OneModel
 from engine.device import resolve_device, resolve_dtype
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import attach_adapter, build_model

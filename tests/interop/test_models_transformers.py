@@ -10,7 +10,7 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from engine.config.task_settings import Sampling
+from engine.config.tasks.inference import Sampling
 from engine.inference.generation import generate_ids, prompt_ids
 from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from engine.config.choices import Granularity, PruneMode
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
 from engine.prune import prune

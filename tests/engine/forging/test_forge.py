@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from engine import forge as recipe
-from engine.config.task_settings import ForgeSettings, PruneSettings
+from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.evaluate import evaluate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.errors import DataError
 from engine.model_sources.load_model import load_model

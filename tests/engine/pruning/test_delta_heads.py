@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.errors import ConfigError
 from engine.model_sources.load_model import load_model

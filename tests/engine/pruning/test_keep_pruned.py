@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import engine.finetune
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.finetune import train

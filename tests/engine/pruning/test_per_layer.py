@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.finetune import train

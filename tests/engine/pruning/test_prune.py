@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.config.task_settings import PruneSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.open import open_model_source

@@ -9,24 +9,20 @@ import pytest
 
 from cli import main as cli
 from cli.from_settings import Call, Verb, make_app
-from engine.config import task_settings
 from engine.config.settings import Settings, group_of
 from engine.config.sources import Vocabulary, build, gather
-from engine.config.task_settings import (
-    EvalSettings,
-    ForgeJob,
-    GenerateSettings,
-    PlanSettings,
-    PruneJob,
-    PruneSettings,
-)
+from engine.config.tasks import inference, pruning, workflow
+from engine.config.tasks.inference import EvalSettings, GenerateSettings
+from engine.config.tasks.pruning import ForgeJob, PruneJob, PruneSettings
+from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from tests.support.source_tree import ROOT
 
 TABLES = [
     table
-    for table in vars(task_settings).values()
+    for module in (inference, pruning, workflow)
+    for table in vars(module).values()
     if isinstance(table, type) and issubclass(table, Settings) and table.model_fields
 ]
 NEEDED = {"model": "m", "data": "d.jsonl"}

@@ -1,0 +1,101 @@
+"""Settings of eval, generate and merge, which run one model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from engine.config.choices import MAX_SHARD_SIZE, ComputeType, MergeOnto, Quantization, StoredType
+from engine.config.settings import Settings, setting
+from engine.config.spelling import (
+    DEVICE,
+    DTYPES,
+    as_text,
+    json_object,
+    none_is_unset,
+    one_or_many,
+    shard_size,
+    spelled,
+)
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
+
+
+class Machine(Settings):
+    """Where a model runs and how its weights are stored."""
+
+    quantize: Annotated[Quantization | None, BeforeValidator(none_is_unset)] = setting(
+        None, "Machine", "quantise the model's weights as they load: nf4 or int8"
+    )
+    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE)
+    dtype: Annotated[ComputeType, spelled(DTYPES)] = setting("auto", "Machine", "compute type")
+
+
+class OneModel(Machine):
+    """A model to load, with or without an adapter."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"template_kwargs": "chat_template_kwargs"}
+
+    model: Annotated[str, BeforeValidator(as_text)] = setting(
+        ..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1
+    )
+    adapter: Path | None = setting(None, "Model", "adapter to put on the model")
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
+        {}, "Model", 'further variables of the chat template: {"enable_thinking": false}'
+    )
+
+
+class EvalSettings(OneModel):
+    """`engine eval`."""
+
+    data: Paths = setting(..., "Data", "JSONL or JSON file(s) of rows", repeat=True, min_length=1)
+    batch_size: int | None = setting(
+        None, "Data", "rows at a time; bounds memory, not the result", ge=1
+    )
+    max_length: int = setting(2048, "Data", "longest example in tokens", ge=8)
+    min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
+    category: str | None = setting(None, "Data", "only rows of this category")
+    limit_rows: int | None = setting(None, "Data", "only the first N rows", ge=1)
+
+
+class Sampling(Settings):
+    """How the next token is drawn. `temperature` 0 takes the most likely one.
+
+    The order is Hugging Face's: repetition penalty (Keskar et al. 2019, arXiv 1909.05858), then
+    temperature, then the `top_k` most likely, then the smallest set of mass `top_p` (Holtzman et
+    al. 2020, arXiv 1904.09751).
+    """
+
+    temperature: float = setting(0.0, "Sampling", "0 takes the likeliest token", ge=0)
+    top_p: float = setting(1.0, "Sampling", "the likeliest tokens of this mass", gt=0, le=1)
+    top_k: int = setting(0, "Sampling", "only the k likeliest; 0 is all", ge=0)
+    repetition_penalty: float = setting(1.0, "Sampling", "1 is none", gt=0)
+    seed: int = setting(0, "Sampling", "of the drawing")
+
+
+class GenerateSettings(Sampling, OneModel):
+    """`engine generate`."""
+
+    prompt: str = setting(..., "Text", "what to answer; - reads standard input")
+    system: str | None = setting(None, "Text", "system message")
+    raw: bool = setting(False, "Text", "go on from the prompt, without the chat template")
+    max_new_tokens: int = setting(128, "Text", "longest answer", ge=1)
+    stop: Paths = setting((), "Text", "end before this text", repeat=True)
+
+
+class MergeSettings(Settings):
+    """`engine merge`."""
+
+    model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    adapter: Path = setting(..., "Model", "adapter to merge")
+    output: Path = setting(..., "Output", "new directory for the merged model")
+    onto: MergeOnto = setting(
+        "original", "Output", "the weights as they are, or as 4-bit training saw them"
+    )
+    dtype: Annotated[StoredType | None, spelled(DTYPES)] = setting(
+        None, "Output", "type of all tensors; by default each keeps its own"
+    )
+    max_shard_size: Annotated[int, BeforeValidator(shard_size)] = setting(
+        MAX_SHARD_SIZE, "Output", "largest file, in GB (10^9 bytes) or with a unit", ge=1000
+    )

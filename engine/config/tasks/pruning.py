@@ -1,0 +1,165 @@
+"""Settings of `engine prune` and `engine forge`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, model_validator
+
+from engine.config.choices import MAX_SHARD_SIZE, Granularity, HeadKind, Metric, PruneMode, Scope
+from engine.config.settings import Settings, setting
+from engine.config.spelling import inner_share, layer_numbers, shard_size
+from engine.config.tasks.inference import Machine, Paths
+from engine.config.train_config import TrainConfig
+
+
+class HeadChoice(Settings):
+    """How many heads are pruned, which ones, and how."""
+
+    fraction: Annotated[float, AfterValidator(inner_share)] = setting(
+        ..., "Heads", "share of the heads to prune, between 0 and 1"
+    )
+    metric: Metric = setting(
+        "l2",
+        "Heads",
+        "l2: norm of the head's weights; ov: norm of its value-output product; activation and "
+        "gradient: measured on --data; random: a baseline",
+    )
+    scope: Scope = setting("global", "Heads", "rank all heads together, or those of each layer")
+    granularity: Granularity = setting(
+        "head", "Heads", "single heads, or key/value heads with all that read them"
+    )
+    min_heads: int = setting(1, "Heads", "heads to leave in every layer", ge=1)
+    min_kv_heads: int = setting(1, "Heads", "key/value heads to leave in every layer", ge=1)
+    protect: Annotated[tuple[int, ...], BeforeValidator(layer_numbers)] = setting(
+        (), "Heads", "layers to leave alone, such as 0,1,-1 (-1 is the last)"
+    )
+    per_layer: bool = setting(
+        False,
+        "Heads",
+        "with structural: another number from each layer. Only this engine loads it.",
+    )
+    allow_shortfall: bool = setting(False, "Heads", "prune fewer where the rules allow no more")
+    calibration_rows: int = setting(
+        64, "Heads", "rows that activation and gradient are measured on", ge=1
+    )
+
+
+class PruneSettings(HeadChoice, Machine):
+    """Everything that decides which heads are pruned; `protect` counts from the end below 0.
+
+    With `per_layer` a structural cut may take another number out of each layer; no other program
+    loads what is written then.
+
+    `data`, `calibration_rows`, `max_length`, `device` and `dtype` are of the metrics that run the
+    model; with `quantize` the values are scored that a model quantised so computes with.
+    """
+
+    mode: PruneMode = setting(
+        "zero",
+        "Heads",
+        "zero: same shapes, zeros; mask: whole weights and a mask next to them; structural: "
+        "smaller weights, the same in every layer",
+    )
+    heads: HeadKind = setting(
+        "attention", "Heads", "those of attention, or of DeltaNet layers, by their own rules"
+    )
+    data: Paths = setting((), "Heads", "calibration rows (JSONL or JSON)", repeat=True)
+    max_length: int = setting(512, "Heads", "longest calibration row in tokens", ge=8)
+    seed: int = setting(0, "Heads", "of the metric random", ge=0)
+    max_shard_size: Annotated[int, BeforeValidator(shard_size)] = setting(
+        MAX_SHARD_SIZE, "Output", "largest file, in GB (10^9 bytes) or with a unit", ge=1000
+    )
+
+    def __init__(self, /, **values: Any) -> None:
+        """Takes each setting in any of its spellings, so not as its declared type only."""
+        super().__init__(**values)
+
+    @model_validator(mode="after")
+    def _per_layer_is_structural(self) -> Self:
+        if self.per_layer and (self.mode, self.heads) != ("structural", "attention"):
+            raise ValueError(
+                "--per-layer lets a structural cut take another number of attention heads out of "
+                "each layer: it goes with --mode structural, and not with --heads delta"
+            )
+        return self
+
+
+class PruneJob(PruneSettings):
+    """`engine prune`: the settings, the model and where the pruned one goes."""
+
+    model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    output: Path | None = setting(None, "Output", "new directory for the pruned model")
+    report_only: bool = setting(False, "Output", "score and choose; write nothing")
+
+    @model_validator(mode="after")
+    def _writes_or_reports(self) -> Self:
+        if (self.output is None) != self.report_only:
+            raise ValueError(
+                "give --output for the pruned model, or --report-only to write nothing: one of them"
+            )
+        return self
+
+
+class ForgeCycles(Settings):
+    """What a job of pruning and recovery does, apart from how it prunes and trains."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"control": "baseline"}
+
+    output_dir: Path = setting(..., "Job", "where everything goes")
+    cycles: int = setting(1, "Job", "times to prune and train", ge=1)
+    baseline: bool = setting(
+        False, "Job", "also train as much without pruning, as a baseline to compare with"
+    )
+    distill: bool = setting(
+        False, "Job", "learn the unpruned model's probabilities, not the tokens"
+    )
+    keep_pruned: bool = setting(False, "Job", "keep the pruned models that were trained on")
+    domain: str | None = setting(
+        None,
+        "Data",
+        "instead of --data: docstrings, a file of rows, or a folder with train.jsonl and "
+        "heldout.jsonl",
+    )
+    heldout: float = setting(0.1, "Data", "share of --data held out", ge=0.001, le=0.9)
+    heldout_rows: int | None = setting(None, "Data", "judge by the first N held-out rows", ge=1)
+    samples: int = setting(3, "Data", "held-out questions to answer", ge=0)
+
+
+class ForgeSettings(ForgeCycles):
+    """One job, for Python.
+
+    `training` holds model, rows and everything else that a fine-tuning of one cycle needs; its
+    output directory is not used. `pruning.fraction` is of the heads that are left, in every cycle.
+    """
+
+    training: TrainConfig
+    pruning: PruneSettings
+
+
+class ForgeJob(ForgeCycles, HeadChoice):
+    """`engine forge`: one flat table; how to fine-tune comes from `TrainConfig`."""
+
+    model: str = setting(..., "Data", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    data: Paths = setting((), "Data", "rows to train on", repeat=True)
+    eval_data: Paths = setting((), "Data", "rows held out", repeat=True)
+    metric: Metric = setting(
+        "activation", "Heads", "what makes a head important; see `engine prune`"
+    )
+    mode: Literal["zero", "structural"] = setting(
+        "zero", "Heads", "zero: same shapes; structural: smaller weights"
+    )
+    resume: bool = setting(False, "Job", "go on with a job")
+
+    @model_validator(mode="after")
+    def _one_source_of_rows(self) -> Self:
+        if (self.domain is None) == (not self.data):
+            raise ValueError("give rows with --data, or a data set with --domain: one of them")
+        return self
+
+    def settings(self, training: TrainConfig) -> ForgeSettings:
+        """The job with its fine-tuning, whose seed, length and machine are the pruning's too."""
+        chosen = {name: getattr(self, name) for name in HeadChoice.model_fields}
+        same = {name: getattr(training, name) for name in ("seed", "max_length", "device", "dtype")}
+        own = {name: getattr(self, name) for name in ForgeCycles.model_fields}
+        return ForgeSettings(**own, training=training, pruning=PruneSettings(**chosen, **same))

@@ -1,0 +1,94 @@
+"""Settings of plan, bench, status and data, and the options of train."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator
+
+from engine.config.choices import GPU_TFLOPS
+from engine.config.settings import Settings, setting
+from engine.config.spelling import BAD_LINES, DEVICE, json_object
+from engine.config.tasks.inference import Paths
+
+
+class TrainOptions(Settings):
+    """What `engine train` does with its `TrainConfig`."""
+
+    dry_run: bool = setting(False, "Run", "show the resolved run and the first rows, then end")
+
+
+class PlanSettings(Settings):
+    """What `engine plan` shows of a `TrainConfig`."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"card": "gpu"}
+
+    max_context: bool = setting(False, "Plan", "the longest row for GPUs of 6 to 141 GB")
+    gpu: str | None = setting(
+        None, "Plan", f"for the time: {', '.join(GPU_TFLOPS)}, or its TFLOP/s as a number"
+    )
+    sizes: bool = setting(False, "Plan", "the models known by name, and their parameters")
+
+
+class BenchSettings(Settings):
+    """`engine bench`."""
+
+    ops: Paths = setting((), "Measurement", "ops to measure; all by default", repeat=True)
+    model: Paths = setting(
+        (),
+        "Measurement",
+        "whose shapes; by default llama-3.1-8b, qwen3-8b, qwen3-4b and llama-3.3-70b, on a CPU "
+        "smollm2-135m",
+        repeat=True,
+    )
+    tokens: int = setting(0, "Measurement", "tokens at once; 0 chooses", ge=0)
+    device: str = setting("auto", "Measurement", "auto, cpu or cuda", pattern=DEVICE)
+    budget: float = setting(0.2, "Measurement", "seconds to spend on one timing", ge=0)
+    compile: bool = setting(False, "Measurement", "also time torch.compile of the plain form")
+    against: Paths = setting(
+        (), "Measurement", "module with `baselines(op, work)`, such as bench.peers", repeat=True
+    )
+    output: Path | None = setting(None, "Output", "folder for ops.json and roofline.png")
+
+
+class StatusSettings(Settings):
+    """`engine status`."""
+
+    run: str = setting("", "Run", "run directory, or a run's name under runs/; else the newest")
+    tail: int = setting(0, "Run", "also show the log's last lines", ge=0)
+
+
+class DataSettings(Settings):
+    """`engine data validate` and `engine data stats`."""
+
+    data: Paths = setting((), "Data", "data files, or a folder with a train.jsonl", repeat=True)
+    model: str | None = setting(None, "Data", "also render and tokenise as for this model")
+    max_length: int = setting(2048, "Data", "longest example in tokens", ge=2)
+    min_rating: int | None = setting(
+        None, "Data", "leave out rows rated lower, or not at all", ge=1, le=5
+    )
+    category: Paths = setting((), "Data", "only rows of this category", repeat=True)
+    bad_lines: str = setting(
+        "fail",
+        "Data",
+        "fail: stop at a bad row; skip, or skip:5%: leave it out and count it",
+        pattern=BAD_LINES,
+    )
+
+
+class PreviewSettings(DataSettings):
+    """`engine data preview`."""
+
+    row: int = setting(1, "Data", "the first row to show, counted from 1", ge=1)
+    count: int = setting(1, "Data", "rows to show", ge=1)
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
+        {}, "Data", 'further variables of the chat template: {"enable_thinking": false}'
+    )
+
+
+class DocstringSettings(Settings):
+    """`engine data docstrings`."""
+
+    output_dir: Path = setting(..., "Data", "where train.jsonl and heldout.jsonl go")
+    limit: int | None = setting(None, "Data", "most rows of both together", ge=2)
+    heldout_fraction: float = setting(0.15, "Data", "share of modules to hold out", ge=0, le=0.9)
