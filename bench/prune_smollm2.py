@@ -21,11 +21,11 @@ from typing import Any
 from engine.config.choices import METRICS, Metric
 from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
-from engine.forge import forge
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
-from engine.prune import prune
 from engine.storage import durable
+from engine.verbs.forge import forge
+from engine.verbs.prune import prune
 from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"

@@ -10,7 +10,7 @@ def doctor(call: Call) -> int:
 
     Exit status 1 if something keeps the engine from training at all.
     """
-    from engine.doctor import examine
+    from engine.verbs.doctor import examine
 
     checks = examine()
     if not call.print_json([check.__dict__ for check in checks]):

@@ -12,7 +12,7 @@ def generate(call: Call) -> None:
     settings = call.read(GenerateSettings)
     if settings.prompt == "-":
         settings = settings.model_copy(update={"prompt": sys.stdin.read()})
-    from engine.generate import answer
+    from engine.verbs.generate import answer
 
     result = answer(settings)
     if not call.print_json(dataclasses.asdict(result)):

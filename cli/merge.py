@@ -7,7 +7,7 @@ from engine.config.tasks.inference import MergeSettings
 def merge_adapter(call: Call) -> None:
     """Merge an adapter into its base model, tensor by tensor, as a Hugging Face directory."""
     settings = call.read(MergeSettings)
-    from engine.merge import merge
+    from engine.verbs.merge import merge
 
     result = merge(**dict(settings))
     figures = {"merged": result.merged, "tensors": result.written.tensors}

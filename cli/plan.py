@@ -29,7 +29,7 @@ def plan(call: Call) -> int:
         return _show_sizes(call)
     settings = call.read(TrainConfig)
     with importing():
-        from engine.plan import PlanReport, Target, find_target
+        from engine.verbs.plan import PlanReport, Target, find_target
 
     target: Target = find_target(settings)
     rate = _rate(options.gpu) if options.gpu else target.rate()

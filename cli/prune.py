@@ -10,8 +10,8 @@ def prune_heads(call: Call) -> None:
     Writes a complete model directory with pruning.json and a heat map of head importance.
     """
     job = call.read(PruneJob)
-    from engine.prune import prune
     from engine.pruning.report import table
+    from engine.verbs.prune import prune
 
     result = prune(job.model, job.output, job)
     if call.print_json(result.record | {"output": str(job.output) if job.output else None}):

@@ -16,12 +16,12 @@ def train(call: Call) -> int:
     """
     settings = call.read(TrainConfig)
     with importing():
-        from engine import finetune
+        from engine.verbs import train as run
 
     if call.read(TrainOptions).dry_run:
-        print(finetune.dry_run(settings))
+        print(run.dry_run(settings))
         return 0
-    result = finetune.train(settings)
+    result = run.train(settings)
     if result.adapter_path is not None:
         print(f"Trained adapter saved to: {result.adapter_path}")
     return 0 if result.status == "Success" else 1

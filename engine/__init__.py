@@ -24,10 +24,10 @@ if TYPE_CHECKING:
         EngineError,
         MemoryPlanError,
     )
-    from engine.finetune import TrainResult, train
-    from engine.generate import generate_text
     from engine.model_sources.load_model import load_model
     from engine.provenance import __version__
+    from engine.verbs.generate import generate_text
+    from engine.verbs.train import TrainResult, train
 
 _HOME = {
     "__version__": "engine.provenance",
@@ -37,9 +37,9 @@ _HOME = {
     "CheckpointError": "engine.errors",
     "DataError": "engine.errors",
     "MemoryPlanError": "engine.errors",
-    "train": "engine.finetune",
-    "TrainResult": "engine.finetune",
-    "generate_text": "engine.generate",
+    "train": "engine.verbs.train",
+    "TrainResult": "engine.verbs.train",
+    "generate_text": "engine.verbs.generate",
     "load_model": "engine.model_sources.load_model",
 }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import engine
-from engine.merge import merge
+from engine.verbs.merge import merge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,9 +4,10 @@
 
 A package may import those below it; models and optim do not know each other; nothing imports tests,
 bench or examples. Inside a package, a folder is a room: no two rooms import each other, no rooms
-and no modules form a circle, and what lies directly in `engine` (a file per verb), `models` or
-`cli` stands above the rooms, but for the few ground files that everybody may import. The rules are
-read off the syntax trees, so an import inside a function or under `TYPE_CHECKING` counts too.
+and no modules form a circle, and what lies directly in `engine`, `models` or `cli` stands above the
+rooms, but for the few ground files that everybody may import. No room imports `engine.verbs`. The
+rules are read off the syntax trees, so an import inside a function or under `TYPE_CHECKING` counts
+too.
 """
 
 import ast
@@ -154,6 +155,7 @@ GROUND = {
     "optim": set[str](),
 }
 """Files directly in a package that its rooms may import: each is a room of its own."""
+VERBS = "engine.verbs"
 
 
 def folder_of(module: str, folders: set[str]) -> str:
@@ -177,6 +179,11 @@ def folder_faults(sources: Mapping[Path, str]) -> list[str]:
             f"{module} imports {target}, which stands above its room"
             for target, other in others.items()
             if home != package == other
+        ]
+        faults += [
+            f"{module} imports {target}, a verb, which stands above its room"
+            for target, other in others.items()
+            if other == VERBS and home not in (VERBS, package)
         ]
         reached[home] |= set(others.values()) - {home, *GROUND}
     return faults + [f"rooms in a circle: {' -> '.join(circle)}" for circle in circles(reached)]
@@ -223,6 +230,10 @@ def test_no_modules_and_no_rooms_import_each_other_in_a_circle() -> None:
             "rooms in a circle",
         ),
         ({"engine/a/x.py": "from engine.train import f", "engine/train.py": ""}, "stands above"),
+        (
+            {"engine/a/x.py": "import engine.verbs.train", "engine/verbs/train.py": ""},
+            "a verb, which stands above",
+        ),
         (
             {
                 "engine/errors.py": "import engine.a.x",

@@ -246,9 +246,9 @@ def test_train_hands_over_what_it_was_given(
         def dry_run(config: TrainConfig) -> str:
             return f"would train {config.model}"
 
-    monkeypatch.setitem(sys.modules, "engine.finetune", Finetune)
+    monkeypatch.setitem(sys.modules, "engine.verbs.train", Finetune)
     # Imported before, the module is an attribute of its package as well.
-    monkeypatch.setattr("engine.finetune", Finetune, raising=False)
+    monkeypatch.setattr("engine.verbs.train", Finetune, raising=False)
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: d\nseed: 1\npacking: true\n")
     words = ["train", str(file), "--seed", "2", "--no-packing", "--batch-size", "8", "--data", "a"]
@@ -274,7 +274,7 @@ def test_doctor_looks_at_everything_and_can_answer_in_json() -> None:
 def test_a_foreign_package_named_kernels_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from engine.doctor import examine
+    from engine.verbs.doctor import examine
 
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("")

@@ -7,7 +7,7 @@ import torch
 
 from engine.benchmark.runner import default_settings
 from engine.device import multiplies_bfloat16, resolve_dtype
-from engine.doctor import examine
+from engine.verbs.doctor import examine
 
 GPUS = {"T4": (7, 5), "V100": (7, 0), "A100": (8, 0), "RTX 4090": (8, 9), "H200": (9, 0)}
 
@@ -35,7 +35,7 @@ def test_auto_is_bfloat16_only_where_the_gpu_multiplies_it(
 def test_doctor_refuses_a_triton_that_aborts(
     text: str, enough: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.doctor.installed", lambda name: text)
+    monkeypatch.setattr("engine.verbs.doctor.installed", lambda name: text)
     (check,) = (check for check in examine() if check.name == "triton")
     assert (check.status == "ok") == enough
     assert ("needs 3.3" in check.detail) != enough

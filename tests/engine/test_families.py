@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from engine.config.choices import Quantization
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
-from engine.finetune import train
-from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
+from engine.verbs.merge import merge
+from engine.verbs.train import train
 from models.adapters import adapter_tensors, add_lora, load_adapter_tensors
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from engine.config.train_config import TrainConfig
-from engine.finetune import train
-from engine.merge import merge
 from engine.model_sources.load_model import load_model
+from engine.verbs.merge import merge
+from engine.verbs.train import train
 from models.adapters import adapter_tensors
 
 pytestmark = pytest.mark.interop

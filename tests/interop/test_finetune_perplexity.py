@@ -16,10 +16,10 @@ from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import docstring_pairs
 from engine.data.examples import Example, build_examples
-from engine.evaluate import evaluate
-from engine.finetune import train
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
+from engine.verbs.evaluate import evaluate
+from engine.verbs.train import train
 
 pytestmark = pytest.mark.interop
 LONGEST = 128

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError
-from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.open import open_model_source
+from engine.verbs.merge import merge
 
 pytestmark = pytest.mark.interop
 

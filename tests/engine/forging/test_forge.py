@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from engine import forge as recipe
 from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
-from engine.evaluate import evaluate
-from engine.forge import RENAMED, _worse, forge
 from engine.forging.report import draw, samples, table
 from engine.forging.stages import Stages
 from engine.model_sources.pruning_record import read_pruning
 from engine.pruning.selection import wanted_units
+from engine.verbs import forge as recipe
+from engine.verbs.evaluate import evaluate
+from engine.verbs.forge import RENAMED, _worse, forge
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., ForgeSettings]

@@ -12,12 +12,12 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
-from engine.finetune import train
 from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_policy
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
+from engine.verbs.train import train
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
@@ -136,7 +136,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     monkeypatch: pytest.MonkeyPatch,
     policies_planned: list[tuple[str, str]],
 ) -> None:
-    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
     config = TrainConfig(
         model=str(tiny_model),
         data=[str(write_rows(8))],

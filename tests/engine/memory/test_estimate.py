@@ -14,13 +14,13 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
-from engine.finetune import train
 from engine.memory.budget import require_space
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import PARAMETERS, preset_config
 from engine.memory.search import changed, choose, longest, smallest
 from engine.memory.simulate.meter import MemoryMeter
+from engine.verbs.train import train
 from kernels.runtime.scratch import release
 from models.tensor_names import expected_tensors
 
@@ -266,7 +266,7 @@ def test_full_fine_tuning_is_held_to_its_budget_and_measured(
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
     with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
         train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
 

@@ -12,11 +12,11 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
-from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed, choose, context_table, smallest
+from engine.verbs.train import train
 from models.layers.context import layer_policies
 
 GB = 10**9
@@ -241,7 +241,7 @@ def test_policies_for_another_number_of_layers_are_refused_before_weights_are_re
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.finetune.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
     with pytest.raises(ConfigError, match="for 5 layers; there are 2"):
         run(
             tiny_model,

@@ -13,8 +13,8 @@ import torch
 
 from engine.memory.model_shapes import preset_config
 from engine.memory.simulate.meter import MemoryMeter
-from engine.merge import host_peak
 from engine.model_sources.load_model import _PART, _all_finite
+from engine.verbs.merge import host_peak
 from models.config.model_config import ModelConfig
 from models.tensor_names import PROJECTIONS, expected_tensors
 

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.finetune import train
 from engine.memory.estimate import plan
-from engine.merge import merge
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
-from engine.prune import prune
+from engine.verbs.merge import merge
+from engine.verbs.prune import prune
+from engine.verbs.train import train
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

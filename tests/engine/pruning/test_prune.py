@@ -16,8 +16,8 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsFile
-from engine.prune import prune
 from engine.pruning.heat_map import HEAT_MAP
+from engine.verbs.prune import prune
 
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]

@@ -17,8 +17,8 @@ from engine.provenance import git_commit, version
 from engine.runs.directory import RunDirectory, name_run
 from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.signals import Interrupted
-from engine.status import describe_status, find_run, read_status
 from engine.storage.lock import DirectoryLock, is_locked
+from engine.verbs.status import describe_status, find_run, read_status
 
 
 def config(folder: Path, **values: Any) -> TrainConfig:
@@ -170,7 +170,7 @@ def test_the_console_shows_messages_but_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with RunDirectory(config(tmp_path)):
-        log = logging.getLogger("engine.finetune")
+        log = logging.getLogger("engine.verbs.train")
         log.debug("detail")
         log.info("news")
         try:

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from engine.config.choices import MergeOnto, Quantization
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.finetune import train
-from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
+from engine.verbs.merge import merge
+from engine.verbs.train import train
 from models.adapters import adapter_tensors, add_lora
 from models.layers.context import StepSettings
 from models.layers.linear import Linear

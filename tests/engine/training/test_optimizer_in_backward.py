@@ -14,7 +14,6 @@ import torch
 from cli import main as cli
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
-from engine.finetune import train
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import apply_options, memory_options
@@ -31,6 +30,7 @@ from engine.training.loop import (
 )
 from engine.training.step import TrainingStep
 from engine.training.trainable import check_run, make_in_backward
+from engine.verbs.train import train
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

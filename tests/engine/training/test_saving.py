@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engine.config.train_config import TrainConfig
-from engine.finetune import train
 from engine.storage.manifest import MANIFEST_NAME, write_manifest
+from engine.verbs.train import train
 
 PRESENT = {earlier_name[1]: earlier_name[0] for earlier_name in TrainConfig.renamed.items()}
 

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-import engine.finetune
+import engine.verbs.train
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, DataError
-from engine.evaluate import evaluate
-from engine.finetune import dry_run, train
-from engine.merge import merge
 from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.prepare import prepare
+from engine.verbs.evaluate import evaluate
+from engine.verbs.merge import merge
+from engine.verbs.train import dry_run, train
 
 Rows = Callable[..., Path]
 
@@ -157,7 +157,7 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bytes(
                 if self.requested is not None:
                     raise Interrupted(15, message)
 
-        monkeypatch.setattr(engine.finetune, "StopSignals", Stops)
+        monkeypatch.setattr(engine.verbs.train, "StopSignals", Stops)
         resume = {} if number == 0 else {"resume": "auto"}
         settings = config(tiny_model, data, tmp_path / "parts", **changes, **resume)
         if stop is None:

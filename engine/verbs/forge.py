@@ -30,17 +30,17 @@ from engine.data.docstrings import write_docstrings
 from engine.data.loader import split_heldout
 from engine.data.rows import Row
 from engine.errors import ConfigError
-from engine.finetune import train
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
-from engine.merge import merge
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
-from engine.prune import prune
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
+from engine.verbs.merge import merge
+from engine.verbs.prune import prune
+from engine.verbs.train import train
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.merge import merge
 from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
 from engine.model_sources.hf_directory import HFDirectory
+from engine.verbs.merge import merge
 from kernels.nf4 import dequantize, quantize
 
 Golden = Callable[[str], Path]

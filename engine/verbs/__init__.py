@@ -1,0 +1,1 @@
+"""What the program does: one file per verb of the command line."""
