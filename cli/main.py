@@ -56,9 +56,6 @@ _USERS_ERRNOS = frozenset(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
-    # Threads that wait by spinning take the cores from those that work wherever another program
-    # runs too; on an idle machine both are equally fast. OpenMP reads this as torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]

@@ -3,19 +3,12 @@
 Takes every setting of `engine train`; no data and no weights are read.
 """
 
-import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.choices import GPU_TFLOPS
 from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
-from engine.errors import ConfigError
 from engine.runs.startup import importing
-
-if TYPE_CHECKING:
-    from engine.memory.estimate import MemoryPlan
-    from engine.memory.search import Choice
 
 
 def plan(call: Call) -> int:
@@ -29,21 +22,11 @@ def plan(call: Call) -> int:
         return _show_sizes(call)
     settings = call.read(TrainConfig)
     with importing():
-        from engine.verbs.plan import PlanReport, Target, find_target
-
-    target: Target = find_target(settings)
-    rate = _rate(options.gpu) if options.gpu else target.rate()
+        from engine.verbs.plan import find_target
+        from engine.verbs.plan import plan as plan_run
     if options.max_context:
-        return _show_contexts(settings, target, call)
-    started = time.perf_counter()
-    choice: Choice | None = None
-    if settings.memory_budget is not None:
-        from engine.memory.search import choose
-
-        choice = choose(settings, settings.memory_budget, target.plan)
-    planned: MemoryPlan = target.plan(settings) if choice is None else choice.plan
-    seconds = time.perf_counter() - started
-    report = PlanReport(target, planned, choice, rate, seconds)
+        return _show_contexts(settings, find_target(settings), call)
+    report = plan_run(settings, options.gpu)
     if not call.print_json(report.as_dict()):
         print(report.text())
     return 0
@@ -61,22 +44,6 @@ def _show_sizes(call: Call) -> int:
         print(f"{name:<24}{PARAMETERS[name]:>17,}  {shape}")
     print("Of models that also see pictures or predict further tokens, the decoder is counted.")
     return 0
-
-
-def _rate(gpu: str) -> float:
-    """Operations per second of a GPU by its name or number."""
-    if gpu.lower() in GPU_TFLOPS:
-        return GPU_TFLOPS[gpu.lower()] * 1e12
-    try:
-        rate = float(gpu)
-    except ValueError:
-        rate = 0.0
-    if not 0 < rate < 1e6:
-        raise ConfigError(
-            f"--gpu is {gpu!r}; it should be one of {', '.join(GPU_TFLOPS)}, or a number of "
-            "TFLOP/s."
-        )
-    return rate * 1e12
 
 
 def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:

@@ -6,8 +6,16 @@
     logits = model(input_ids)                               # (B, T) -> (B, T, V)
     loss = model.loss(input_ids, labels)                    # labels unshifted, -100 not trained
     result = engine.train(engine.TrainConfig(model=..., data=..., output_dir=...))
+    engine.evaluate(model, data, adapter).perplexity
+    engine.generate(model, "What does zip() do?", adapter).text
+    engine.merge(model, adapter, output)
+    engine.prune(model, output, fraction=0.1)
+    engine.forge(model=..., data=..., output_dir=..., fraction=0.1, max_steps=100)
+    engine.plan(engine.TrainConfig(...)).text()
 
-Names are imported when they are first used, so that `engine --help` needs no torch.
+One function per verb; its keyword arguments are the settings that `engine VERB --help` lists, and a
+wrong one raises `ConfigError`. Names are imported when they are first used, so that `engine --help`
+needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +23,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from engine.runs.startup import wait_quietly
+
 if TYPE_CHECKING:
+    from engine.config.tasks.pruning import ForgeSettings, PruneSettings
     from engine.config.train_config import TrainConfig
     from engine.errors import (
         CheckpointError,
@@ -26,39 +37,67 @@ if TYPE_CHECKING:
     )
     from engine.model_sources.load_model import load_model
     from engine.provenance import __version__
-    from engine.verbs.generate import generate_text
+    from engine.verbs.evaluate import evaluate
+    from engine.verbs.forge import forge
+    from engine.verbs.generate import generate
+    from engine.verbs.merge import merge
+    from engine.verbs.plan import plan
+    from engine.verbs.prune import prune
     from engine.verbs.train import TrainResult, train
+
+# Here, because every way into the engine comes by here before torch is imported.
+wait_quietly()
 
 _HOME = {
     "__version__": "engine.provenance",
     "TrainConfig": "engine.config.train_config",
+    "PruneSettings": "engine.config.tasks.pruning",
+    "ForgeSettings": "engine.config.tasks.pruning",
     "EngineError": "engine.errors",
     "ConfigError": "engine.errors",
     "CheckpointError": "engine.errors",
     "DataError": "engine.errors",
     "MemoryPlanError": "engine.errors",
+    "load_model": "engine.model_sources.load_model",
     "train": "engine.verbs.train",
     "TrainResult": "engine.verbs.train",
-    "generate_text": "engine.verbs.generate",
-    "load_model": "engine.model_sources.load_model",
+    "evaluate": "engine.verbs.evaluate",
+    "generate": "engine.verbs.generate",
+    "merge": "engine.verbs.merge",
+    "prune": "engine.verbs.prune",
+    "forge": "engine.verbs.forge",
+    "plan": "engine.verbs.plan",
 }
+_EARLIER = {"generate_text": "generate"}
 
 __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
     "EngineError",
+    "ForgeSettings",
     "MemoryPlanError",
+    "PruneSettings",
     "TrainConfig",
     "TrainResult",
     "__version__",
-    "generate_text",
+    "evaluate",
+    "forge",
+    "generate",
     "load_model",
+    "merge",
+    "plan",
+    "prune",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    name = _EARLIER.get(name, name)
     if name not in _HOME:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import engine
-from engine.verbs.merge import merge
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -47,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loss = model.loss(ids, labels=ids)  # labels unshifted; -100 where nothing is trained
     print(f"logits {tuple(logits.shape)}, loss {float(loss):.3f}")
 
-    answer = engine.generate_text(given.model, "What does zip() do?", result.adapter_path)
+    answer = engine.generate(given.model, "What does zip() do?", result.adapter_path)
     print(answer.text)
 
     # A model of its own, which any program loads: the adapter merged into the original weights.
     assert result.adapter_path is not None
-    merge(given.model, result.adapter_path, given.output / "merged")
+    engine.merge(given.model, result.adapter_path, given.output / "merged")
     print(f"merged model in {given.output / 'merged'}")
 
 

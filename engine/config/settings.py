@@ -1,7 +1,7 @@
 """The base class of all tables of settings."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
@@ -54,6 +54,21 @@ class Settings(BaseModel):
     def __hash__(self) -> int:
         """Of the values as JSON: a mapping among them has no hash of its own."""
         return hash(self.model_dump_json())
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def given_settings(table: type[S], whole: S | None, options: Mapping[str, Any]) -> S:
+    """A table that a caller gave whole, or as `options`. Raises `ConfigError` for both at once."""
+    if whole is None:
+        return table(**options)
+    if options:
+        raise ConfigError(
+            f"{', '.join(options)} came beside a whole {table.__name__}: put them into it, or give "
+            "every setting by itself."
+        )
+    return whole
 
 
 def with_present_names(value: Any, renamed: Mapping[str, str]) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config.tasks.inference import Sampling
 from engine.data.dataset import load_rows
 from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
@@ -25,7 +24,8 @@ from engine.tokenization.tokenizer import load_tokenizer
 class Judge:
     """The same questions to every model: held-out rows and prompts.
 
-    `prompts` are answered with `max_new_tokens` at `temperature`, from `seed`.
+    `prompts` are answered greedily with at most `max_new_tokens`: an answer drawn at random says
+    more of the draw than of the model.
     """
 
     heldout: Path
@@ -34,8 +34,6 @@ class Judge:
     device: str
     dtype: str
     max_new_tokens: int = 48
-    temperature: float = 0.7
-    seed: int = 0
 
     def assess(self, model: str | Path) -> dict[str, Any]:
         """Perplexity over trained tokens, samples, speed, and size of the model in a directory."""
@@ -53,7 +51,6 @@ class Judge:
                 prompt_ids(tokenizer, prompt),
                 max_new_tokens=self.max_new_tokens,
                 stop_ids=stop_ids_of(source, tokenizer),
-                sampling=Sampling(temperature=self.temperature, seed=self.seed),
             )
             for prompt in self.prompts
         ]

@@ -36,14 +36,9 @@ _REQUIRED = {
 }
 _EXTRAS = {
     "gguf": ("gguf",),
-    "data": ("pyarrow",),
-    "sql": ("sqlalchemy",),
     "plot": ("matplotlib",),
-    "serve": ("starlette", "uvicorn"),
-    "gpu": ("pynvml",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
-    "eval": ("lm_eval",),
 }
 _GIB = 2**30
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
-from engine.config.tasks.pruning import ForgeSettings
+from engine.config.settings import Settings, given_settings
+from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings
@@ -68,12 +69,34 @@ def identity(settings: ForgeSettings) -> dict[str, Any]:
     }
 
 
-def forge(settings: ForgeSettings, *, resume: bool = False) -> dict[str, Any]:
+def job_settings(options: Mapping[str, Any]) -> ForgeSettings:
+    """One flat table of `ForgeJob`'s settings, and of `TrainConfig`'s for each fine-tuning."""
+    job = ForgeJob(**{key: value for key, value in options.items() if key in _names(ForgeJob)})
+    training = {key: value for key, value in options.items() if key not in _OWN}
+    return job.settings(TrainConfig(**{"data": ["-"], **training}))
+
+
+def _names(table: type[Settings]) -> set[str]:
+    return {*table.model_fields, *table.renamed}
+
+
+_OWN = _names(ForgeJob) - {"model", "data", "eval_data"}
+
+
+def forge(
+    settings: ForgeSettings | None = None, *, resume: bool = False, **options: Any
+) -> dict[str, Any]:
     """Run the job and return what `results.json` holds.
 
+    The settings are given whole, or one by one as `options`: those of `engine forge` and, for each
+    fine-tuning, those of `engine train`: `fraction=0.1, cycles=2, max_steps=100`.
     Raises `ConfigError` for settings that cannot be met or that differ from those of the job in the
     directory, and what pruning, training and evaluation raise.
     """
+    if settings is None:
+        settings = job_settings(options)
+    elif options:
+        settings = given_settings(ForgeSettings, settings, options)
     job = Stages(settings.output_dir, identity(settings), resume=resume, renamed=RENAMED)
     lock = DirectoryLock(settings.output_dir)
     try:
@@ -94,7 +117,6 @@ class _Forge:
             max_length=config.max_length,
             device=config.device,
             dtype=config.dtype,
-            seed=config.seed,
         )
 
     def run(self) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 
 
-def generate_text(
+def generate(
     model: str | Path, prompt: str, adapter: str | Path | None = None, **options: Any
 ) -> GenerateResult:
-    """Answer one prompt. `options` are the other settings of `GenerateSettings`."""
+    """Answer one prompt. `options` are the other settings of `GenerateSettings`.
+
+    Raises as `answer`.
+    """
     given: dict[str, Any] = {"model": model, "prompt": prompt, "adapter": adapter}
     return answer(GenerateSettings(**given, **options))
 

@@ -12,11 +12,13 @@ import torch
 from engine.config.choices import GPU_TFLOPS
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
+from engine.errors import ConfigError
 from engine.memory.auto_policy import resolve_policy
-from engine.memory.estimate import MemoryPlan, plan
+from engine.memory.estimate import MemoryPlan
+from engine.memory.estimate import plan as plan_memory
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import preset_config
-from engine.memory.search import Choice, Planner, changed
+from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.trainable import check_policies, targets_of
 from models.config.model_config import ModelConfig
@@ -66,7 +68,7 @@ def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfi
     if config.gradient_checkpointing == "auto":
         config = changed(config, gradient_checkpointing=_auto_policy(model, gpu, dtype, config))
     check_policies(config, model.num_hidden_layers)
-    return plan(model, config, gpu=gpu, dtype=dtype, stored=stored)
+    return plan_memory(model, config, gpu=gpu, dtype=dtype, stored=stored)
 
 
 def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
@@ -74,6 +76,37 @@ def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: Trai
     if gpu and config.memory_budget is None and not torch.cuda.is_available():
         return "selective"
     return resolve_policy(model, config, torch.device("cuda" if gpu else "cpu"), dtype)
+
+
+def plan(config: TrainConfig, gpu: str | None = None) -> PlanReport:
+    """Plan a run: its memory, and the time of a step on `gpu` (a name or TFLOP/s).
+
+    With a memory budget the fastest settings that fit are chosen. Raises `ConfigError` for a model
+    or GPU that is not known, `MemoryPlanError` where nothing fits the budget.
+    """
+    target = find_target(config)
+    rate = rate_of(gpu) if gpu else target.rate()
+    started, choice = time.perf_counter(), None
+    if config.memory_budget is not None:
+        choice = choose(config, config.memory_budget, target.plan)
+    planned = target.plan(config) if choice is None else choice.plan
+    return PlanReport(target, planned, choice, rate, time.perf_counter() - started)
+
+
+def rate_of(gpu: str) -> float:
+    """Operations per second of a GPU by its name or number."""
+    if gpu.lower() in GPU_TFLOPS:
+        return GPU_TFLOPS[gpu.lower()] * 1e12
+    try:
+        rate = float(gpu)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate < 1e6:
+        raise ConfigError(
+            f"--gpu is {gpu!r}; it should be one of {', '.join(GPU_TFLOPS)}, or a number of "
+            "TFLOP/s."
+        )
+    return rate * 1e12
 
 
 def compute_dtype(config: TrainConfig, gpu: bool) -> torch.dtype:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
+from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
 from engine.errors import ConfigError
 from engine.model_sources.export import WrittenModel, write_directory
@@ -53,12 +54,19 @@ class PruneResult:
     written: WrittenModel | None
 
 
-def prune(model: str | Path, output: str | Path | None, settings: PruneSettings) -> PruneResult:
+def prune(
+    model: str | Path,
+    output: str | Path | None,
+    settings: PruneSettings | None = None,
+    **options: Any,
+) -> PruneResult:
     """Prune `model` into the new folder `output`; without one only score and choose.
 
+    The settings are given whole, or one by one as `options`: `fraction=0.1, metric="activation"`.
     Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
     `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
     """
+    settings = given_settings(PruneSettings, settings, options)
     if settings.metric in METRICS_WITH_DATA and not settings.data:
         raise ConfigError(
             f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "

@@ -24,6 +24,7 @@ from engine.runs.directory import RunDirectory
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
+from engine.runs.startup import spinning_advice
 from engine.runs.trackers import Trackers, require_trackers
 from engine.training.loop import (
     Progress,
@@ -244,6 +245,9 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     require_trackers(config.report_to)
     device = resolve_device(config.device)
     check_run(config, None, device, resolve_dtype(config.dtype, device))
+    advice = spinning_advice()
+    if device.type == "cpu" and torch.get_num_threads() > 1 and advice is not None:
+        log.warning("%s", advice)
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:

@@ -298,15 +298,3 @@ def test_status_answers_for_a_run_in_words_and_json(
     assert cli.main(["status", str(tmp_path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["step"], answer["state"], answer["alive"]) == (5, "died", False)
-
-
-@pytest.mark.parametrize(("given", "answer"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_leave_the_cores_to_others_unless_told_otherwise(
-    given: str | None, answer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
-    assert cli.main(["--version"]) == 0
-    assert os.environ["OMP_WAIT_POLICY"] == answer
-    monkeypatch.delenv("OMP_WAIT_POLICY")
