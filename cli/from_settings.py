@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from typer.core import TyperCommand
 
 from engine.config.explain import Setting
 from engine.config.presets import SUMMARIES
@@ -91,10 +92,30 @@ Run = Callable[[Call], int | None]
 
 def make_app(*commands: tuple[Verb, Run]) -> typer.Typer:
     """An application with these commands; the docstrings of their functions are the help texts."""
-    app = typer.Typer(add_completion=False, no_args_is_help=len(commands) > 1)
+    app = typer.Typer(
+        add_completion=False, no_args_is_help=len(commands) > 1, rich_markup_mode=None
+    )
     for verb, run in commands:
-        app.command(name=verb.name.split()[-1])(_command(verb, run))
+        summary = (inspect.getdoc(run) or "").partition("\n")[0]
+        command = app.command(verb.name.split()[-1], cls=_PlainHelp, short_help=summary)
+        command(_command(verb, run))
     return app
+
+
+class _PlainHelp(TyperCommand):
+    """Help as plain text under headings, where every option's name is whole at any width."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options by their headings; a long name has a line to itself."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                heading = getattr(parameter, "rich_help_panel", None) or "Options"
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records, col_max=26)
 
 
 def _command(verb: Verb, run: Run) -> Callable[..., int | None]:
@@ -118,12 +139,14 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
         metavar, text = f"{verb.words.upper()} KEY=VALUE", f"{field.description}; then settings."
     common = {
         "words": Annotated[list[str] | None, typer.Argument(metavar=metavar, help=text)],
-        "config": Annotated[Path | None, typer.Option(help="Configuration file (YAML).")],
+        "config": Annotated[
+            Path | None, typer.Option(metavar="PATH", help="Configuration file (YAML).")
+        ],
     }
     if verb.presets:
         summaries = "; ".join(f"{name}: {text}" for name, text in SUMMARIES.items())
         text = f"Starting point, under the file and the flags. {summaries}"
-        common["preset"] = Annotated[str | None, typer.Option(help=text)]
+        common["preset"] = Annotated[str | None, typer.Option(metavar="NAME", help=text)]
     if verb.json:
         text = "Print one JSON object instead."
         common["as_json"] = Annotated[bool, typer.Option("--json", help=text)]

@@ -38,6 +38,22 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("cli.doctor", "what this machine and installation can do"),
 }
 
+# What other programs call the verbs.
+_OTHER_NAMES = {
+    **dict.fromkeys(("finetune", "fine_tune", "sft", "fit", "learn", "lora", "qlora"), "train"),
+    **dict.fromkeys(("evaluate", "evaluation", "perplexity", "test", "score"), "eval"),
+    **dict.fromkeys(
+        ("chat", "infer", "inference", "run", "predict", "ask", "complete"), "generate"
+    ),
+    **dict.fromkeys(("fuse", "merge_lora", "merge_adapter", "export", "save"), "merge"),
+    **dict.fromkeys(("estimate", "memory", "vram", "dry_run"), "plan"),
+    **dict.fromkeys(("preprocess", "dataset", "validate", "inspect", "prepare"), "data"),
+    **dict.fromkeys(("benchmark", "profile"), "bench"),
+    **dict.fromkeys(("env", "info", "check", "diagnose"), "doctor"),
+    **dict.fromkeys(("ps", "runs", "watch", "progress", "logs"), "status"),
+    "version": "--version",
+}
+
 # The user can put these right: no space, no permission, a read-only or missing path.
 _USERS_ERRNOS = frozenset(
     {
@@ -82,11 +98,19 @@ def _dispatch(words: list[str]) -> int:
     verb = words[0]
     if verb not in VERBS:
         what = "option" if verb.startswith("-") else "verb"
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-        meant = f" Did you mean `engine {near[0]}`?" if near else ""
-        _complain(f"There is no {what} {verb!r}.{meant} Verbs: {', '.join(VERBS)}.")
+        _complain(f"There is no {what} {verb!r}.{_meant(verb)} Verbs: {', '.join(VERBS)}.")
         return 2
     return _run(verb, words[1:])
+
+
+def _meant(word: str) -> str:
+    """What somebody who typed `word` for a verb may have meant, as a sentence."""
+    other = _OTHER_NAMES.get(word.lstrip("-").replace("-", "_").lower())
+    if other is not None:
+        return f" That is `engine {other}` here."
+    near = difflib.get_close_matches(word, VERBS, n=1, cutoff=0.7)
+    near = near or difflib.get_close_matches(word, ("--help", "--version"), n=1, cutoff=0.7)
+    return f" Did you mean `engine {near[0]}`?" if near else ""
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -139,13 +163,17 @@ def _usage_message(error: Any) -> str:
     if option is None or "No such option" not in str(error.message):
         message = str(error.format_message()).rstrip(".") or "Name one of its commands"
         return message if message.endswith("?") else f"{message}."
-    near = difflib.get_close_matches(option, error.possibilities or [], n=1)
+    near = difflib.get_close_matches(option, error.possibilities or [], n=1, cutoff=0.75)
+    from engine.config.aliases import HINTS
     from engine.config.explain import nearest
 
     settings = {parameter.name: parameter for parameter in error.ctx.command.params}
     field = nearest(option.lstrip("-").replace("-", "_"), settings)
     near = [f"--{field.replace('_', '-')}"] if field else near
-    return f"There is no option {option}." + (f" Did you mean {near[0]}?" if near else "")
+    if near:
+        return f"There is no option {option}. Did you mean {near[0]}?"
+    hint = HINTS.get(option.lstrip("-").replace("-", "_")) if "method" in settings else None
+    return f"There is no option {option}" + (f": {hint}." if hint else ".")
 
 
 def _failed(error: BaseException) -> int:

@@ -19,9 +19,12 @@ class Setting:
 
 
 def nearest(name: str, known: Mapping[str, Any]) -> str | None:
-    """The known name (or the field of the known alias) that looks most like `name`."""
+    """The known name (or the field of the known alias) that looks much like `name`.
+
+    Below this likeness a suggestion misleads: `deepspeed` is no misspelt `seed`.
+    """
     names = [*known, *(alias for alias, field in ALIASES.items() if field in known)]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return ALIASES.get(close[0], close[0]) if close else None
 
 

@@ -175,12 +175,6 @@ class TrainConfig(Settings):
     optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = setting(
         "adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments"
     )
-    optimizer_in_backward: bool = setting(
-        False,
-        "Length and memory",
-        "method full: update each layer as its gradients come, so that they never exist all at "
-        "once; needs --max-grad-norm 0 and --accumulate 1",
-    )
     nonfinite: str = setting(
         "stop",
         "Optimisation",
@@ -188,58 +182,64 @@ class TrainConfig(Settings):
         pattern=r"^(stop|skip:[1-9]\d{0,5})$",
     )
 
-    epochs: int = setting(1, "Length and memory", "passes over the data", ge=1, le=100_000)
+    epochs: int = setting(1, "Steps and batches", "passes over the data", ge=1, le=100_000)
     max_steps: Annotated[int | None, BeforeValidator(minus_one_is_none)] = setting(
-        None, "Length and memory", "stop after this many steps, whatever --epochs says", ge=1
+        None, "Steps and batches", "stop after this many steps, whatever --epochs says", ge=1
     )
-    batch_size: int = setting(4, "Length and memory", "examples per micro-batch", ge=1, le=65_536)
-    accumulate: int = setting(1, "Length and memory", "micro-batches per step", ge=1, le=65_536)
+    batch_size: int = setting(4, "Steps and batches", "examples per micro-batch", ge=1, le=65_536)
+    accumulate: int = setting(1, "Steps and batches", "micro-batches per step", ge=1, le=65_536)
     max_length: int = setting(
         2048,
-        "Length and memory",
+        "Steps and batches",
         "longest example in tokens; longer ones are cut",
         ge=8,
         le=1 << 20,
     )
     packing: bool = setting(
-        False, "Length and memory", "fill micro-batches of --batch-size x --max-length tokens"
+        False, "Steps and batches", "fill micro-batches of --batch-size x --max-length tokens"
     )
     gradient_checkpointing: Annotated[str, BeforeValidator(checkpointing_policies)] = setting(
         "auto",
-        "Length and memory",
+        "Memory",
         "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
         "little as memory allows",
         pattern=rf"^(auto|({POLICY}:[1-9]\d*,)*{POLICY}(:[1-9]\d*)?)$",
     )
     mlp_tile_tokens: int | None = setting(
-        None, "Length and memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
+        None, "Memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
     low_memory_decode: bool = setting(
-        False, "Length and memory", "decode one weight at a time, not a group of them"
+        False, "Memory", "decode one weight at a time, not a group of them"
     )
     loss_chunk_tokens: int = setting(
-        256, "Length and memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
+        256, "Memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
     )
     head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = setting(
-        "16bit", "Length and memory", "frozen output head: the compute type, or 8-bit rows"
+        "16bit", "Memory", "frozen output head: the compute type, or 8-bit rows"
     )
     embedding_on: Annotated[EmbeddingOn, spelled({"cpu": "host"})] = setting(
         "device",
-        "Length and memory",
+        "Memory",
         "where a frozen embedding is; host: a batch's rows are copied",
     )
     offload: Annotated[tuple[Offload, ...], BeforeValidator(comma_list)] = setting(
         (),
-        "Length and memory",
+        "Memory",
         "what a GPU keeps in host memory: checkpoints (inputs), weights",
+    )
+    optimizer_in_backward: bool = setting(
+        False,
+        "Memory",
+        "method full: update each layer as its gradients come, so that they never exist all at "
+        "once; needs --max-grad-norm 0 and --accumulate 1",
     )
     cuda_graphs: bool = setting(
         False,
-        "Length and memory",
+        "Memory",
         "repeat recorded launches of the layers, for small models that wait for the host",
     )
     memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
-        None, "Length and memory", "most memory to use, such as 8GiB; refused if it cannot hold"
+        None, "Memory", "most memory to use, such as 8GiB; refused if it cannot hold"
     )
 
     device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE)

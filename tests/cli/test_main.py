@@ -76,15 +76,20 @@ def test_help_and_mistakes_need_no_torch(words: list[str]) -> None:
     assert done.stderr.splitlines()[-1].startswith("False ")
 
 
-def test_the_help_of_train_lists_every_setting_with_its_default() -> None:
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_the_help_of_train_lists_every_setting_with_its_default(
+    columns: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from engine.config.train_config import TrainConfig
 
+    monkeypatch.setenv("COLUMNS", columns)
     done = engine("train", "--help")
     assert done.returncode == 0
-    for name in TrainConfig.model_fields:
-        assert f"--{name.replace('_', '-')}" in done.stdout
+    names = {word for line in done.stdout.splitlines() for word in line.split()[:1]}
+    assert {f"--{name.replace('_', '-')}" for name in TrainConfig.model_fields} <= names
+    text = " ".join(done.stdout.split())
     for part in ("(default: 16)", "(default: 0.0002)", "qlora|lora|full", "cpu-demo", "--dry-run"):
-        assert part in done.stdout
+        assert part in text
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,14 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "parts"),
     [
         (["trian"], ["no verb 'trian'", "Did you mean `engine train`?"]),
+        (["chat"], ["no verb 'chat'", "That is `engine generate` here."]),
+        (["version"], ["That is `engine --version` here."]),
+        (["--verison"], ["no option '--verison'", "Did you mean `engine --version`?"]),
+        (["deepspeed"], ["no verb 'deepspeed'. Verbs: "]),
+        (["train", "--deepspeed", "z3.json"], ["no option --deepspeed: a run is one process"]),
+        (["train", "deepspeed=z3.json"], ["no setting `deepspeed`; a run is one process"]),
+        (["train", "num_layers=3"], ["no setting `num_layers`; an adapter is put on every layer"]),
+        (["train", "load_best_model_at_end=true"], ["every run saves its last weights"]),
         (["--verbose"], ["no option '--verbose'"]),
         (["train", "--learning-rat", "1"], ["no option --learning-rat", "--learning-rate"]),
         (["train", "--micro-batch-size", "1"], ["Did you mean --batch-size?"]),

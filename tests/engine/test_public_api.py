@@ -81,10 +81,10 @@ def test_wrong_settings_are_named(tiny_model: Path, tmp_path: Path) -> None:
 
 def python(code: str, **variables: str) -> str:
     """What a new Python prints."""
-    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    present = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True,
-        env=kept | {"PYTHONPATH": str(ROOT)} | variables,
+        env=present | {"PYTHONPATH": str(ROOT)} | variables,
     )  # fmt: skip
     return done.stdout.strip()
 
