@@ -14,6 +14,7 @@ import torch
 
 from engine.config.choices import MAX_SHARD_SIZE
 from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
@@ -90,7 +91,7 @@ def write_directory(
         if len(shards) > 1:
             metadata = {"total_parameters": parameters, "total_size": total}
             durable.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-        _write_small_files(source, folder, wanted)
+        _write_small_files(source, folder, _main_type(shards))
         if write_more is not None:
             write_more(folder)
     return WrittenModel(output, len(sizes), parameters, len(shards), total)
@@ -154,14 +155,16 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(2**20))
 
 
-def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype | None) -> None:
-    config = dict(source.raw_config)
-    if dtype is not None:
-        key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
-        config[key] = str(dtype).removeprefix("torch.")
-        text = config.get("text_config")
-        if isinstance(text, dict) and key in text:
-            config["text_config"] = text | {key: config[key]}
+def _main_type(shards: list[_Shard]) -> torch.dtype:
+    """The type of most weights."""
+    elements: dict[torch.dtype, int] = {}
+    for kind, shape in (part for shard in shards for part in shard.values()):
+        elements[kind] = elements.get(kind, 0) + torch.Size(shape).numel()
+    return max(elements, key=lambda kind: elements[kind])
+
+
+def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+    config = complete_config(source.raw_config, source.config, dtype)
     durable.write_json(folder / "config.json", config)
     if source.generation_config:
         durable.write_json(folder / "generation_config.json", source.generation_config)

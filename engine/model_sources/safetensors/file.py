@@ -59,6 +59,8 @@ class SafetensorsFile:
         """
         entry = self._entry(name)
         width = entry.dtype.itemsize
+        if entry.start == entry.stop:
+            return torch.empty(entry.shape, dtype=entry.dtype)
         if entry.start % width:
             raw = torch.frombuffer(
                 self._map, dtype=torch.uint8, offset=entry.start, count=entry.stop - entry.start

@@ -76,10 +76,10 @@ def read_header(
             "Copy or download it again."
         )
     raw = handle.read(length)
-    if not raw.startswith(b"{"):
+    if not raw.lstrip(b" \t\r\n").startswith(b"{"):
         raise CheckpointError(f"{source}: its safetensors header does not start with '{{'.")
     header = parse_object(raw, f"{source} (its safetensors header)")
-    metadata = _metadata(header.pop("__metadata__", {}), source)
+    metadata = _metadata(header.pop("__metadata__", None), source)
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{source} names {len(header)} tensors; at most {MAX_TENSORS} fit.")
     base = 8 + length
@@ -127,6 +127,8 @@ def lay_out(
 
 
 def _metadata(value: Any, source: str) -> dict[str, str]:
+    if value is None:
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise CheckpointError(f"{source}: its __metadata__ does not map strings to strings.")
     return value
@@ -137,10 +139,10 @@ def _entry(name: str, value: Any, base: int, source: str) -> TensorEntry:
         raise CheckpointError(
             f"{source}: {name[:80]!r} cannot name a tensor; expected letters, digits and _ . -"
         )
-    if not isinstance(value, dict) or set(value) != _ENTRY_KEYS:
+    if not isinstance(value, dict) or not set(value) >= _ENTRY_KEYS:
         raise CheckpointError(
             f"{source}: tensor {name!r} is described by {str(value)[:80]}; expected an object with "
-            "exactly dtype, shape and data_offsets."
+            "dtype, shape and data_offsets."
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if dtype not in DTYPES:
@@ -148,10 +150,10 @@ def _entry(name: str, value: Any, base: int, source: str) -> TensorEntry:
             f"{source}: tensor {name!r} has the type {str(dtype)[:40]}; this program reads "
             f"{', '.join(DTYPES)}. Convert the model to BF16 or F16."
         )
-    if not _integers(shape, 1, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
+    if not _integers(shape, 0, MAX_DIMENSION) or len(shape) > MAX_DIMENSIONS:
         raise CheckpointError(
             f"{source}: tensor {name!r} has the shape {str(shape)[:80]}; expected at most "
-            f"{MAX_DIMENSIONS} whole numbers from 1 to {MAX_DIMENSION}."
+            f"{MAX_DIMENSIONS} whole numbers from 0 to {MAX_DIMENSION}."
         )
     if not _integers(offsets, 0, 2**62) or len(offsets) != 2:
         raise CheckpointError(
