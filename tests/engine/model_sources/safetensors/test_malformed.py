@@ -140,7 +140,7 @@ def test_the_well_formed_file_of_these_cases_is_accepted(tmp_path: Path) -> None
         json.dumps({"a": entry(), "b": entry(shape=[0, 3], offsets=[24, 24])}).encode(),
         json.dumps({"a": entry()}).encode() + b" \n\n",
     ],
-    ids=["white space before", "no metadata", "another key", "an empty tensor", "white space after"],
+    ids=["space before", "no metadata", "another key", "an empty tensor", "space after"],
 )
 def test_what_the_library_reads_is_read(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "a"
