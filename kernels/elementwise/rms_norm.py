@@ -66,27 +66,51 @@ def _backward_reference(
 
 
 def rms_norm_forward(
-    x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    zero_centered: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """x (..., H), weight (H,) -> y (..., H) in the dtype of x, rstd (..., 1) in fp32 or wider.
 
-    Raises `ValueError` on a GPU where H does not fit the weight or `rms_norm_triton.MAX_WIDTH`.
+    `out` receives y and may be x itself; its rows may be those of a wider matrix, whose other
+    columns stay as they are. Raises `ValueError` on a GPU where H does not fit the weight or
+    `rms_norm_triton.MAX_WIDTH`, or where `out` does not fit x.
     """
     if use_triton(x):
-        y, _, rstd = rms_norm_triton.forward(x, None, weight, eps, zero_centered)
+        y, _, rstd = rms_norm_triton.forward(x, None, weight, eps, zero_centered, out)
         return y, rstd
-    return _forward_reference(x, weight, eps, zero_centered)
+    y, rstd = _forward_reference(x, weight, eps, zero_centered)
+    return _into(out, y), rstd
 
 
 def add_rms_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    zero_centered: bool = False,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """norm(x + residual), the sum itself (both (..., H), dtype of x), and rstd (..., 1)."""
+    """norm(x + residual), the sum itself (both (..., H), dtype of x), and rstd (..., 1).
+
+    One launch: the sum is read from registers. `out` receives the norm and `total` the sum; `total`
+    may be x or residual itself, and the rows of either may be those of a wider matrix. Raises
+    `ValueError` as `rms_norm_forward` does.
+    """
     if use_triton(x):
-        return rms_norm_triton.forward(x, residual, weight, eps, zero_centered)
-    total = (x + residual).to(x.dtype)
+        return rms_norm_triton.forward(x, residual, weight, eps, zero_centered, out, total)
+    total = _into(total, (x + residual).to(x.dtype))
     y, rstd = _forward_reference(total, weight, eps, zero_centered)
-    return y, total, rstd
+    return _into(out, y), total, rstd
+
+
+def _into(out: Tensor | None, value: Tensor) -> Tensor:
+    return value if out is None else out.copy_(value)
 
 
 def rms_norm_backward(
@@ -103,14 +127,15 @@ def rms_norm_backward(
     """Gradients with respect to x (shape and dtype of x) and, if asked for, weight (H,).
 
     `dresidual` (..., H), the gradient that reaches x past the norm, is added to dx before it is
-    rounded. `out` receives dx and may be dy itself; its rows may be strided.
+    rounded, in the same launch. `out` receives dx and may be dy or dresidual itself; the rows of
+    any of them may be strided.
     """
     if use_triton(x):
         return rms_norm_triton.backward(
             dy, x, weight, rstd, need_dweight, zero_centered, dresidual, out
         )
     dx, dweight = _backward_reference(dy, x, weight, rstd, need_dweight, zero_centered, dresidual)
-    return (dx if out is None else out.copy_(dx)), dweight
+    return _into(out, dx), dweight
 
 
 class _RMSNorm(torch.autograd.Function):

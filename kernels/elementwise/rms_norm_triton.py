@@ -35,7 +35,7 @@ def _rows(step, part, groups, GROUPED: tl.constexpr, ROWS: tl.constexpr):
 @jit
 def rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
-    groups, width, eps, x_outer, x_inner, r_outer, r_inner,
+    groups, width, eps, x_outer, x_inner, r_outer, r_inner, y_outer, y_inner, sum_outer, sum_inner,
     GROUPED: tl.constexpr, ADD: tl.constexpr, ZERO_CENTERED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,9 @@ def rms_norm_forward_kernel(
         r = tl.load(residual_ptr + start[:, None] + column, mask=inside, other=0.0)
         # The norm reads the rounded sum: it is what the rest of the model sees.
         x = (x.to(tl.float32) + r.to(tl.float32)).to(dtype)
-        tl.store(sum_ptr + row[:, None] * width + column, x, mask=inside)
+        # Stored after both are loaded: the sum may lie over either.
+        start = outer * sum_outer + inner * sum_inner
+        tl.store(sum_ptr + start[:, None] + column, x, mask=inside)
     wide = x.to(tl.float32)
     mean = tl.sum(wide * wide, axis=1) * (1.0 / width)
     rstd = tl.rsqrt(mean + eps)
@@ -66,13 +68,14 @@ def rms_norm_forward_kernel(
         y = xhat * (weight.to(tl.float32) + 1.0)
     else:
         y = xhat.to(dtype).to(tl.float32) * weight.to(dtype).to(tl.float32)
-    tl.store(y_ptr + row[:, None] * width + column, y.to(dtype), mask=inside)
+    start = outer * y_outer + inner * y_inner
+    tl.store(y_ptr + start[:, None] + column, y.to(dtype), mask=inside)
 
 
 @jit
 def _tile_gradients(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, step, part,
-    groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
+    groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner, r_outer, r_inner,
     GROUPED: tl.constexpr, ADD: tl.constexpr, ZERO_CENTERED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +103,8 @@ def _tile_gradients(
     dx = (wdy - xhat * mean) * rstd
     if ADD:
         # Added before the rounding, not to a rounded dx in another launch.
-        above = tl.load(dresidual_ptr + row[:, None] * width + column, mask=inside, other=0.0)
+        start = outer * r_outer + inner * r_inner
+        above = tl.load(dresidual_ptr + start[:, None] + column, mask=inside, other=0.0)
         dx += above.to(tl.float32)
     start = outer * dx_outer + inner * dx_inner
     tl.store(dx_ptr + start[:, None] + column, dx.to(x.dtype), mask=inside)
@@ -111,6 +115,7 @@ def _tile_gradients(
 def rms_norm_backward_kernel(
     dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, partial_ptr,
     steps, groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
+    r_outer, r_inner,
     GROUPED: tl.constexpr, ADD: tl.constexpr, ZERO_CENTERED: tl.constexpr, DWEIGHT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -120,6 +125,7 @@ def rms_norm_backward_kernel(
         _tile_gradients(
             dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, program, part,
             groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
+            r_outer, r_inner,
             GROUPED, ADD, ZERO_CENTERED, ROWS, BLOCK,
         )  # fmt: skip
     else:
@@ -131,6 +137,7 @@ def rms_norm_backward_kernel(
             share = _tile_gradients(
                 dy_ptr, x_ptr, weight_ptr, rstd_ptr, dresidual_ptr, dx_ptr, program * 0 + step,
                 part, groups, width, dy_outer, dy_inner, x_outer, x_inner, dx_outer, dx_inner,
+                r_outer, r_inner,
                 GROUPED, ADD, ZERO_CENTERED, ROWS, BLOCK,
             )  # fmt: skip
             dweight += tl.sum(share, axis=0)
@@ -158,14 +165,19 @@ def rms_norm_dweight_kernel(
     tl.store(partial, tl.sum(dweight, axis=0), mask=column < width)
 
 
-def tile(width: int, groups: int, itemsize: int, dweight: bool = False) -> tuple[int, int, int]:
+def tile(
+    width: int, groups: int, itemsize: int, *, backward: bool = False, dweight: bool = False
+) -> tuple[int, int, int]:
     """Rows of one program, its block (both powers of two) and warps.
 
     The share of a thread is the largest for which no configuration spills a register.
     """
     block = next_power_of_2(width)
     rows = min(max(1, 2048 // block), next_power_of_2(max(1, groups)))
-    share = 16 if dweight else 8 if itemsize > 2 else 32
+    if itemsize > 2 and not dweight or dweight and block <= 256:
+        share = 8
+    else:
+        share = 16 if backward or width > 8192 else 32
     return rows, block, min(32, max(4, rows * block // (32 * share)))
 
 
@@ -207,16 +219,34 @@ def _checked_width(x: Tensor, weight: Tensor) -> int:
     return width
 
 
+def _target(given: Tensor | None, like: Tensor, name: str) -> Tensor:
+    """Where a result goes: `given`, which must be writable in place, or new memory."""
+    if given is None:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    if given.shape != like.shape or given.dtype != like.dtype or _rowwise(given) is not given:
+        raise ValueError(
+            f"{name} is {tuple(given.shape)} {given.dtype} with strides {given.stride()}; expected "
+            f"{tuple(like.shape)} {like.dtype} with the elements of a row adjacent"
+        )
+    return given
+
+
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    zero_centered: bool,
+    out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     width = _checked_width(x, weight)
+    y = _target(out, x, "out")
+    total = y if residual is None else _target(total, x, "total")
     x = _rowwise(x)
     other = x if residual is None else _rowwise(residual)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = y if residual is None else torch.empty_like(y)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-    grouped, outer, groups, strides = _layout(x, other)
+    grouped, outer, groups, strides = _layout(x, other, y, total)
     rows, block, warps = tile(width, groups, x.itemsize)
     tiles = cdiv(groups, rows)
     if x.numel():
@@ -240,18 +270,13 @@ def backward(
     out: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     width = _checked_width(x, weight)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if dx.shape != x.shape or _rowwise(dx) is not dx:
-        raise ValueError(
-            f"out is {tuple(dx.shape)} with strides {dx.stride()}; expected {tuple(x.shape)} with "
-            "the elements of a row adjacent"
-        )
+    dx = _target(out, x, "out")
     dy, x = _rowwise(dy), _rowwise(x)
-    above = dy if dresidual is None else dresidual.contiguous()
+    above = dy if dresidual is None else _rowwise(dresidual)
     rstd = rstd.contiguous()
-    grouped, outer, groups, strides = _layout(dy, x, dx)
+    grouped, outer, groups, strides = _layout(dy, x, dx, above)
     fused = need_dweight and width <= FUSED_DWEIGHT_WIDTH
-    rows, block, warps = tile(width, groups, x.itemsize, fused)
+    rows, block, warps = tile(width, groups, x.itemsize, backward=True, dweight=fused)
     tiles = cdiv(groups, rows)
     steps, parts = (outer, tiles) if grouped else (tiles, 1)
     programs, partial = steps, rstd

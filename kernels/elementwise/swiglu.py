@@ -3,7 +3,9 @@
     s = sigmoid(g):   dup = dh * g s,   dgate = dh * up * s (1 + g (1 - s))
 
 The backward pass overwrites gate and up with their gradients: after it nobody needs their values.
-gate and up may be column blocks of one (N, 2I) matrix. Arithmetic is fp32 between load and store.
+It may leave h in the memory of dh, for the gradients of what read h, so that forward's h is neither
+saved nor computed by a launch of its own. All tensors may be column blocks of wider matrices, such
+as one (N, 2I) matrix of gate and up. Arithmetic is fp32 between load and store.
 Source: Shazeer 2020, arXiv 2002.05202.
 """
 
@@ -47,7 +49,9 @@ def _backward_reference_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> 
 
 
 @jit
-def swiglu_forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOCK: tl.constexpr):
+def swiglu_forward_kernel(
+    gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, h_row, BLOCK: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -57,7 +61,7 @@ def swiglu_forward_kernel(gate_ptr, up_ptr, h_ptr, width, gate_row, up_row, BLOC
     wide = gate.to(tl.float32)
     # Where exp overflows, the quotient is 0, which is silu's limit.
     h = wide / (1.0 + tl.exp(-wide)) * up
-    tl.store(h_ptr + row * width + column, h.to(gate.dtype), mask=inside)
+    tl.store(h_ptr + row * h_row + column, h.to(gate.dtype), mask=inside)
 
 
 @jit
@@ -99,14 +103,14 @@ def _check(gate: Tensor, *others: Tensor) -> None:
             )
 
 
-def _forward_triton(gate: Tensor, up: Tensor) -> Tensor:
-    _check(gate, up)
-    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+def _forward_triton(gate: Tensor, up: Tensor, out: Tensor | None) -> Tensor:
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    _check(gate, up, h)
     block, warps = tile(gate.shape[1])
     if h.numel():
         with on_device(gate):
             launch(swiglu_forward_kernel, (gate.shape[0], cdiv(gate.shape[1], block)))(
-                gate, up, h, gate.shape[1], gate.stride(0), up.stride(0),
+                gate, up, h, gate.shape[1], gate.stride(0), up.stride(0), h.stride(0),
                 BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return h
@@ -123,9 +127,16 @@ def _backward_triton_(dh: Tensor, gate: Tensor, up: Tensor, keep_h: bool) -> Non
             )  # fmt: skip
 
 
-def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """gate, up (N, I) -> h (N, I), contiguous, in the dtype of gate."""
-    return _forward_triton(gate, up) if use_triton(gate) else _forward_reference(gate, up)
+def swiglu_forward(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """gate, up (N, I) -> h (N, I) in the dtype of gate: contiguous, or `out`.
+
+    The rows of `out` may be those of a wider matrix, whose other columns stay as they are; it may
+    be gate or up itself. Raises `ValueError` on a GPU where the shapes differ or columns lie apart.
+    """
+    if use_triton(gate):
+        return _forward_triton(gate, up, out)
+    h = _forward_reference(gate, up)
+    return h if out is None else out.copy_(h)
 
 
 def swiglu_backward_(
@@ -133,7 +144,8 @@ def swiglu_backward_(
 ) -> tuple[Tensor, Tensor]:
     """Overwrite gate and up (N, I) with their gradients for dh (N, I).
 
-    dh is used as scratch; with `keep_h` it holds h = silu(gate) * up afterwards.
+    With `keep_h`, dh holds h = silu(gate) * up afterwards, as `swiglu_forward` rounds it; else it
+    stays as it is. The rows of each may be those of a wider matrix.
     """
     run = _backward_triton_ if use_triton(gate) else _backward_reference_
     run(dh, gate, up, keep_h)

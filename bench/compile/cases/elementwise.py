@@ -48,7 +48,7 @@ def _norm_forward() -> Iterator[CompileCase]:
                 "groups": "i32",
                 "width": "i32",
                 "eps": "fp32",
-                **_strides("x", "r"),
+                **_strides("x", "r", "y", "sum"),
             },
             constexprs={
                 "GROUPED": width <= 256,
@@ -68,7 +68,9 @@ def _norm_backward() -> Iterator[CompileCase]:
     for width, dtype, dweight in product(NORM_WIDTHS, DTYPES, (False, True)):
         if dweight and width > rms_norm_triton.FUSED_DWEIGHT_WIDTH:
             continue
-        rows, block, warps = rms_norm_triton.tile(width, _groups(width), ITEMSIZES[dtype], dweight)
+        rows, block, warps = rms_norm_triton.tile(
+            width, _groups(width), ITEMSIZES[dtype], backward=True, dweight=dweight
+        )
         tensors = ("dy_ptr", "x_ptr", "weight_ptr", "dresidual_ptr", "dx_ptr")
         yield CompileCase(
             kernel=rms_norm_triton.rms_norm_backward_kernel,
@@ -81,7 +83,7 @@ def _norm_backward() -> Iterator[CompileCase]:
                 "steps": "i32",
                 "groups": "i32",
                 "width": "i32",
-                **_strides("dy", "x", "dx"),
+                **_strides("dy", "x", "dx", "r"),
             },
             constexprs={
                 "GROUPED": width <= 256,
@@ -151,7 +153,7 @@ def _swiglu() -> Iterator[CompileCase]:
             config=dtype,
             signature={
                 **dict.fromkeys(("gate_ptr", "up_ptr", "h_ptr"), f"*{dtype}"),
-                **dict.fromkeys(("width", "gate_row", "up_row"), "i32"),
+                **dict.fromkeys(("width", "gate_row", "up_row", "h_row"), "i32"),
             },
             constexprs={"BLOCK": block},
             num_warps=warps,
@@ -172,7 +174,7 @@ def _swiglu() -> Iterator[CompileCase]:
             num_warps=warps,
             elements=block,
             architectures=_architectures(dtype),
-            checked=dtype == "bf16" and not keep_h,
+            checked=dtype == "bf16",
         )
 
 

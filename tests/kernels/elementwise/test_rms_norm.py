@@ -133,6 +133,88 @@ def test_dx_may_be_written_over_strided_dy(way: str, device: torch.device) -> No
     assert torch.equal(matrix[:, [*range(32), *range(128, 160)]], around)
 
 
+def wider(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A matrix of NaN with 16 spare columns, and its first `width` columns."""
+    matrix = torch.full((rows, width + 16), torch.nan, dtype=dtype, device=device)
+    return matrix, matrix[:, :width]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 63), (63, 257), (5, 2000)])
+@pytest.mark.parametrize("add", [False, True])
+def test_a_norm_is_written_into_columns_of_a_wider_matrix(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    add: bool,
+    way: str,
+    device: torch.device,
+    accurate: Accurate,
+) -> None:
+    x, r = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1], device=device).to(dtype)
+    plain = formula(x, r if add else None, weight, False)
+    truth = formula(x.double(), r.double() if add else None, weight.double(), False)
+    (matrix, out), (summed, total) = (wider(*shape, dtype, device) for _ in range(2))
+    if add:
+        y, given, _ = rms_norm.add_rms_norm_forward(x, r, weight, EPS, out=out, total=total)
+        accurate(total, plain[1], truth[1])
+        assert given.data_ptr() == total.data_ptr()
+        assert summed[:, shape[1] :].isnan().all()
+    else:
+        y, _ = rms_norm.rms_norm_forward(x, weight, EPS, out=out)
+    assert y.data_ptr() == out.data_ptr()
+    accurate(out, plain[0], truth[0])
+    assert matrix[:, shape[1] :].isnan().all()
+
+
+@pytest.mark.parametrize("over", ["x", "residual"])
+def test_the_sum_may_be_written_over_an_addend(over: str, way: str, device: torch.device) -> None:
+    given = {
+        "x": torch.randn(9, 257, device=device),
+        "residual": torch.randn(9, 257, device=device),
+    }
+    weight = torch.randn(257, device=device)
+    want = rms_norm.add_rms_norm_forward(**given, weight=weight, eps=EPS)
+    got = rms_norm.add_rms_norm_forward(**given, weight=weight, eps=EPS, total=given[over])
+    assert got[1].data_ptr() == given[over].data_ptr()
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_residual_gradient_is_added_before_dx_is_rounded(
+    dtype: torch.dtype, way: str, device: torch.device, accurate: Accurate
+) -> None:
+    x, dy, above = (torch.randn(63, 257, device=device).to(dtype) for _ in range(3))
+    weight = torch.randn(257, device=device).to(dtype)
+
+    def plain(kind: torch.dtype) -> Tensor:
+        leaf = x.to(kind).detach().requires_grad_(True)
+        outputs = formula(leaf, None, weight.to(kind), False)
+        return torch.autograd.grad(outputs, leaf, [dy.to(kind), above.to(kind)])[0]
+
+    _, rstd = rms_norm.rms_norm_forward(x, weight, EPS)
+    for over in (None, dy, above):
+        matrices = [wider(63, 257, dtype, device) for _ in range(2)]
+        (_, gradient), (spare, residual) = matrices
+        gradient.copy_(dy)
+        residual.copy_(above)
+        out = {id(dy): gradient, id(above): residual}.get(id(over))
+        dx, _ = rms_norm.rms_norm_backward(gradient, x, weight, rstd, dresidual=residual, out=out)
+        assert out is None or dx.data_ptr() == out.data_ptr()
+        accurate(dx, plain(dtype), plain(torch.float64))
+        assert spare[:, 257:].isnan().all()
+
+
+def test_a_result_that_does_not_fit_is_refused(triton_on: None, device: torch.device) -> None:
+    x, weight = torch.randn(4, 8, device=device), torch.ones(8, device=device)
+    for out in (x[:3], x.half(), torch.empty(8, 4, device=device).T):
+        with pytest.raises(ValueError, match="out is"):
+            rms_norm.rms_norm_forward(x, weight, EPS, out=out)
+    with pytest.raises(ValueError, match="total is"):
+        rms_norm.add_rms_norm_forward(x, x, weight, EPS, total=x[:3])
+
+
 def test_weight_gradient_of_many_rows_uses_every_row_once(
     way: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +271,10 @@ def test_reference_passes_gradcheck(centered: bool) -> None:
         ("dx = (wdy - xhat * mean) * rstd", "dx = wdy * rstd"),
         ("wdy = dy * factor", "wdy = dy"),
         ("return dy * xhat", "return dy"),
+        (
+            "tl.store(sum_ptr + start[:, None] + column, x,",
+            "tl.store(sum_ptr + start[:, None] + column, r,",
+        ),
         ("        dx += above", "        dx += 0 * above"),
         ("block = next_power_of_2(width)", "block = next_power_of_2(width) // 2"),
     ],
@@ -206,3 +292,26 @@ def test_a_planted_fault_breaks_the_rule(
     monkeypatch.setattr(rms_norm, "rms_norm_triton", mutant(rms_norm_triton, old, new))
     with pytest.raises(AssertionError):
         check(accurate, (5, 96), torch.float32, device, add=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("start = outer * y_outer + inner * y_inner", "start = outer * groups + inner * width"),
+        ("start = outer * sum_outer + inner * sum_inner", "start = outer + inner * width"),
+    ],
+)
+def test_a_planted_fault_of_pitch_breaks_the_rule(
+    old: str,
+    new: str,
+    triton_on: None,
+    device: torch.device,
+    accurate: Accurate,
+    mutant: Mutant,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rms_norm, "rms_norm_triton", mutant(rms_norm_triton, old, new))
+    with pytest.raises(AssertionError):
+        test_a_norm_is_written_into_columns_of_a_wider_matrix(
+            (5, 96), torch.float32, True, "triton", device, accurate
+        )

@@ -78,6 +78,42 @@ def test_dh_survives_unless_h_replaces_it(way: str, device: torch.device) -> Non
     assert torch.equal(dh, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 63), (63, 257), (2, 2049)])
+def test_everything_may_lie_in_wider_matrices(
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    way: str,
+    device: torch.device,
+    accurate: Accurate,
+) -> None:
+    rows, width = shape
+    values = [(torch.randn(shape, device=device) * 3).to(dtype) for _ in range(3)]
+    matrices = [
+        torch.full((rows, width + 16), torch.nan, device=device, dtype=dtype) for _ in "gudh"
+    ]
+    gate, up, dh, h = (matrix[:, :width] for matrix in matrices)
+    for part, value in zip((gate, up, dh), values, strict=True):
+        part.copy_(value)
+    wanted = zip(plain(*values, dtype), plain(*values, torch.float64), strict=True)
+    assert swiglu.swiglu_forward(gate, up, out=h).data_ptr() == h.data_ptr()
+    swiglu.swiglu_backward_(dh, gate, up, keep_h=True)
+    for mine, (other, truth) in zip((h, gate, up), wanted, strict=True):
+        accurate(mine, other, truth)
+    torch.testing.assert_close(dh, h, rtol=1e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    for matrix in matrices:
+        assert matrix[:, width:].isnan().all()
+
+
+def test_h_may_be_written_over_gate_or_up(way: str, device: torch.device) -> None:
+    gate, up = (torch.randn(5, 33, device=device) for _ in range(2))
+    want = swiglu.swiglu_forward(gate, up)
+    for index in range(2):
+        pair = [gate.clone(), up.clone()]
+        swiglu.swiglu_forward(*pair, out=pair[index])
+        assert torch.equal(pair[index], want)
+
+
 def test_the_many_row_blocks_of_the_reference_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, up, dh = (torch.randn(50, 7) for _ in range(3))
     whole = swiglu.swiglu_backward_(dh, gate.clone(), up.clone())
