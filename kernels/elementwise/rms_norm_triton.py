@@ -174,7 +174,7 @@ def tile(
     """
     block = next_power_of_2(width)
     rows = min(max(1, 2048 // block), next_power_of_2(max(1, groups)))
-    if itemsize > 2 and not dweight or dweight and block <= 256:
+    if (itemsize > 2 and not dweight) or (dweight and block <= 256):
         share = 8
     else:
         share = 16 if backward or width > 8192 else 32

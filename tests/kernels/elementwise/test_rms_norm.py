@@ -169,14 +169,11 @@ def test_a_norm_is_written_into_columns_of_a_wider_matrix(
 
 @pytest.mark.parametrize("over", ["x", "residual"])
 def test_the_sum_may_be_written_over_an_addend(over: str, way: str, device: torch.device) -> None:
-    given = {
-        "x": torch.randn(9, 257, device=device),
-        "residual": torch.randn(9, 257, device=device),
-    }
-    weight = torch.randn(257, device=device)
-    want = rms_norm.add_rms_norm_forward(**given, weight=weight, eps=EPS)
-    got = rms_norm.add_rms_norm_forward(**given, weight=weight, eps=EPS, total=given[over])
-    assert got[1].data_ptr() == given[over].data_ptr()
+    x, residual, weight = (torch.randn(size, device=device) for size in ((9, 257), (9, 257), 257))
+    want = rms_norm.add_rms_norm_forward(x, residual, weight, EPS)
+    total = x if over == "x" else residual
+    got = rms_norm.add_rms_norm_forward(x, residual, weight, EPS, total=total)
+    assert got[1].data_ptr() == total.data_ptr()
     for one, other in zip(got, want, strict=True):
         assert torch.equal(one, other)
 

@@ -88,14 +88,14 @@ def test_everything_may_lie_in_wider_matrices(
     accurate: Accurate,
 ) -> None:
     rows, width = shape
-    values = [(torch.randn(shape, device=device) * 3).to(dtype) for _ in range(3)]
+    g, u, d = ((torch.randn(shape, device=device) * 3).to(dtype) for _ in range(3))
     matrices = [
         torch.full((rows, width + 16), torch.nan, device=device, dtype=dtype) for _ in "gudh"
     ]
     gate, up, dh, h = (matrix[:, :width] for matrix in matrices)
-    for part, value in zip((gate, up, dh), values, strict=True):
+    for part, value in zip((gate, up, dh), (g, u, d), strict=True):
         part.copy_(value)
-    wanted = zip(plain(*values, dtype), plain(*values, torch.float64), strict=True)
+    wanted = zip(plain(g, u, d, dtype), plain(g, u, d, torch.float64), strict=True)
     assert swiglu.swiglu_forward(gate, up, out=h).data_ptr() == h.data_ptr()
     swiglu.swiglu_backward_(dh, gate, up, keep_h=True)
     for mine, (other, truth) in zip((h, gate, up), wanted, strict=True):
