@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.config.tasks.inference import Sampling
 from engine.errors import ConfigError
+from engine.inference.streaming import TextStream
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.kv_cache import KVCache
@@ -124,26 +125,34 @@ def complete(
     stop_ids: frozenset[int],
     stop: Sequence[str] = (),
     sampling: Sampling | None = None,
+    on_text: Callable[[str], None] | None = None,
 ) -> GenerateResult:
-    """Generate and decode, ending before the first of the strings in `stop`."""
+    """Generate and decode, ending before the first of the strings in `stop`.
+
+    `on_text` takes every new piece of the answer; together they are its text.
+    """
     started, ids, reason = time.perf_counter(), list[int](), "length"
-    text = ""
+    stream = TextStream(tokenizer.decode, stop)
+    text = None
     for token in generate_ids(
         model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
     ):
-        ids.append(token)
         if token in stop_ids:
             reason = "stop"
-            text = tokenizer.decode(ids[:-1])
-            break
-        if stop:
             text = tokenizer.decode(ids)
-            cuts = [text.find(mark) for mark in stop if mark and mark in text]
-            if cuts:
-                text, reason = text[: min(cuts)], "stop"
-                break
-    if reason == "length":
-        text = tokenizer.decode(ids)
+            ids.append(token)
+            break
+        ids.append(token)
+        piece = stream.push(token)
+        if piece and on_text is not None:
+            on_text(piece)
+        if stream.stopped():
+            text, reason = stream.text, "stop"
+            break
+    text = tokenizer.decode(ids) if text is None else text
+    rest = stream.finish(text)
+    if rest and on_text is not None:
+        on_text(rest)
     seconds = max(time.perf_counter() - started, 1e-9)
     return GenerateResult(text, len(prompt_ids), len(ids), reason, len(ids) / seconds)
 

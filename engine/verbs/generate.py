@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ def generate(
     return answer(GenerateSettings(**given, **options))
 
 
-def answer(settings: GenerateSettings) -> GenerateResult:
+def answer(
+    settings: GenerateSettings, on_text: Callable[[str], None] | None = None
+) -> GenerateResult:
     """Answer the prompt of `settings`; with `raw` its text goes on without the chat template.
+
+    `on_text` takes every new piece of the answer as it comes.
 
     Raises `ConfigError` for a prompt that does not fit, `CheckpointError` for a model that cannot
     be read.
@@ -42,4 +47,5 @@ def answer(settings: GenerateSettings) -> GenerateResult:
         stop_ids=stop_ids_of(source, tokenizer),
         stop=settings.stop,
         sampling=settings,
+        on_text=on_text,
     )
