@@ -49,7 +49,8 @@ class Verb:
     """A verb: its tables, and how its words and common options are read.
 
     `also` are tables that files and words reach but that have no flags. `words` is the setting
-    that plain words belong to; without one a word may name the configuration file.
+    that plain words belong to; without one a word may name the configuration file. `optional` are
+    settings that something else says where they are not given.
     """
 
     name: str
@@ -59,12 +60,22 @@ class Verb:
     presets: bool = False
     json: bool = True
     defaults: tuple[tuple[str, Any], ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def flags(self) -> dict[str, FieldInfo]:
+        """The settings that have a flag, by name."""
+        fields = dict(Vocabulary.of(self.name, *self.tables).fields)
+        changed = {
+            name: FieldInfo.merge_field_infos(fields[name], default=None) for name in self.optional
+        }
+        return fields | changed
 
     def read(self, typed: dict[str, Any]) -> Call:
         """Everything that was given, from what was typed. Raises `ConfigError`."""
         config, plain, overrides = typed.pop("config"), list[str](), list[str]()
+        known = Vocabulary.of(self.name, *self.tables, *self.also)
         for word in typed.pop("words") or []:
-            if "=" in word and not (self.words and Path(word).exists()):
+            if "=" in word and not (self.words and _is_path(word, known)):
                 overrides.append(word)
             elif self.words:
                 plain.append(word)
@@ -77,14 +88,28 @@ class Verb:
                 )
         preset, as_json = typed.pop("preset", None), typed.pop("as_json", False)
         flags = {key: value for key, value in typed.items() if value not in (None, [], ())}
-        known = Vocabulary.of(self.name, *self.tables, *self.also)
         if self.words and plain:
             several = is_repeated(known.fields[self.words])
-            flags[self.words] = [*plain, *flags.get(self.words, [])] if several else " ".join(plain)
+            given_words = [*plain, *flags.get(self.words, [])] if several else plain
+            if not several and len(plain) > 1:
+                raise ConfigError(
+                    f"engine {self.name} takes one {self.words}, and {len(plain)} were named: "
+                    f"{', '.join(plain)}. Name one of them; a name with spaces needs quotes."
+                )
+            flags[self.words] = given_words if several else plain[0]
         given = gather(known, config, preset=preset, flags=flags, overrides=overrides)
         for name, value in self.defaults:
             given.setdefault(name, Setting(value, "default"))
         return Call(given, as_json)
+
+
+def _is_path(word: str, known: Vocabulary) -> bool:
+    """Whether a word with an equals sign is a path, which may be missing, and no setting."""
+    key = word.partition("=")[0]
+    plain = key.replace("-", "_").replace(".", "_").lower()
+    return (
+        Path(word).exists() or "/" in key or (plain not in known.fields and "." in Path(word).name)
+    )
 
 
 Run = Callable[[Call], int | None]
@@ -151,8 +176,9 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
         text = "Print one JSON object instead."
         common["as_json"] = Annotated[bool, typer.Option("--json", help=text)]
     known = Vocabulary.of(verb.name, *verb.tables)
-    must = {group_of(field) for field in known.fields.values() if field.is_required()}
-    ordered = sorted(known.fields.items(), key=lambda item: group_of(item[1]) not in must)
+    fields = verb.flags()
+    must = {group_of(field) for field in fields.values() if field.is_required()}
+    ordered = sorted(fields.items(), key=lambda item: group_of(item[1]) not in must)
     flags = {name: _annotation(name, field) for name, field in ordered}
     flags |= {
         earlier: _annotation(earlier, known.fields[name], hidden=True)

@@ -1,7 +1,7 @@
 """The command line: `engine VERB ...`.
 
-A verb is a module with a typer application named `app`, imported only when the verb is used, so
-that help and a mistyped verb are answered at once and without torch.
+A verb is a module with a typer application named `app`, or as `module:name` says, imported only
+when the verb is used, so that help and a mistyped verb are answered at once and without torch.
 
 Exit status: 0 done; 1 a fault of the program; 2 something the user can put right, told in one
 paragraph; 128 + n stopped by signal n. Tracebacks go to a log file and not to the terminal, unless
@@ -25,21 +25,18 @@ from typing import Any
 from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("cli.training.train", "fine-tune a model: QLoRA, LoRA or every weight"),
-    "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
-    "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
-    "generate": ("cli.models.generate", "answer a prompt"),
-    "merge": ("cli.models.merge", "write a model with an adapter merged into its weights"),
-    "prune": ("cli.models.prune", "remove the least important attention heads"),
-    "forge": ("cli.models.forge", "prune, fine-tune and judge, cycle after cycle"),
-    "data": ("cli.tools.data", "check, show and make training data"),
-    "bench": ("cli.tools.bench", "time the kernels against this machine's limits"),
-    "status": ("cli.training.status", "how far a run is, and whether it is alive"),
-    "import-config": (
-        "cli.training.import_config",
-        "another trainer's settings as ours",
-    ),
-    "doctor": ("cli.tools.doctor", "what this machine and installation can do"),
+    "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
+    "resume": ("cli.train:resume_app", "go on with a run that was stopped"),
+    "plan": ("cli.plan", "what a run will need, before it allocates anything"),
+    "eval": ("cli.eval", "perplexity of a model, with or without an adapter"),
+    "generate": ("cli.generate", "answer a prompt"),
+    "merge": ("cli.merge", "write a model with an adapter merged into its weights"),
+    "prune": ("cli.prune", "remove the least important attention heads"),
+    "forge": ("cli.forge", "prune, fine-tune and judge, cycle after cycle"),
+    "data": ("cli.data", "check, show and make training data"),
+    "bench": ("cli.bench", "time the kernels against this machine's limits"),
+    "status": ("cli.status", "how far a run is, and whether it is alive"),
+    "doctor": ("cli.doctor", "what this machine and installation can do"),
 }
 
 # What other programs call the verbs.
@@ -121,7 +118,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     leave_quickly()
     try:
         with importing():
-            module = importlib.import_module(VERBS[verb][0])
+            module = importlib.import_module(VERBS[verb][0].partition(":")[0])
         with nullcontext() if getattr(module, "OPENS_LOG", False) else _console_log():
             return _invoke(module, verb, arguments)
     except BrokenPipeError:
@@ -143,7 +140,7 @@ def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
     """Run a verb's typer application, which returns its exit status or None."""
     from typer.main import get_command
 
-    command = get_command(module.app)
+    command = get_command(getattr(module, VERBS[verb][0].partition(":")[2] or "app"))
     status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
     return status if isinstance(status, int) else 0
 
@@ -237,7 +234,7 @@ def _console_log() -> Iterator[None]:
 
 def help_text() -> str:
     """What `engine --help` prints."""
-    verbs = "\n".join(f"  {verb:<14} {text}" for verb, (_, text) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
     return textwrap.dedent(
         """\
         Usage: engine VERB [OPTIONS]

@@ -22,6 +22,7 @@ class RunSettings(Protocol):
     teacher: str | None
     eval_data: tuple[str, ...]
     heldout: float
+    eval_every: int
     output_dir: Path | None
     run_id: str | None
     resume: str | None
@@ -100,6 +101,12 @@ RULES = (
         lambda c, _: bool(c.eval_data) and c.heldout > 0,
         "eval_data and heldout both say which rows are held out.",
         "Set one of them, not both",
+    ),
+    Rule(
+        "eval_every",
+        lambda c, _: c.eval_every > 0 and not c.eval_data and not c.heldout,
+        "eval_every {c.eval_every} evaluates held-out rows, and there are none.",
+        "Give --eval-data FILE or --heldout 0.1, or leave out --eval-every",
     ),
     Rule(
         "teacher",

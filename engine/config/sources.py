@@ -9,7 +9,7 @@ them). A key that appears twice, in one mapping or under two of its names, is an
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -29,13 +29,29 @@ _LONGEST_FILE = 1 << 20
 _PLAIN_MAPPING = "tag:yaml.org,2002:map"
 
 
+_YAML_1_1 = (":bool", ":float", ":int", ":timestamp")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of numbers and booleans, on PyYAML's safe loader."""
+    """YAML 1.2's idea of numbers and booleans, on PyYAML's safe loader; dates are texts."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(_YAML_1_1)]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """Decimal whatever zeros it begins with; 0o17 and 0xf as they say."""
+        text = str(self.construct_scalar(node))
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
+    list("-+0123456789"),
+)
 
 
 _Loader.add_implicit_resolver(
@@ -51,8 +67,13 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back: quotes each text that would be something else there."""
+
+    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
 S = TypeVar("S", bound=Settings)
-V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -141,7 +162,13 @@ def gather(
     settings |= written
     for key, value in (flags or {}).items():
         source = "--" + key.replace("_", "-")
-        settings[known.renamed.get(key, key)] = Setting(value, source)
+        field = known.renamed.get(key, key)
+        first = settings.get(field)
+        if first is not None and first.source.startswith("--"):
+            raise ConfigError(
+                f"{first.source} and {source} are two names of one setting; give it once."
+            )
+        settings[field] = Setting(value, source)
     for text in overrides:
         settings |= _read_override(text, known)
     limit = settings.get("max_steps")
@@ -176,20 +203,6 @@ def find_preset(name: str) -> dict[str, Any]:
 
 def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
     """The settings in a YAML (or JSON) file, by field name. Raises `ConfigError`."""
-    return _read(path, lambda loader, node: _collect(_walk(loader, node, (), known), path, known))
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The values of a YAML (or JSON) file as they are, whatever its keys. Raises `ConfigError`."""
-
-    def values(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-        return {str(key): value for key, value in loader.construct_document(node).items()}
-
-    return _read(path, values)
-
-
-def _read(path: Path, use: Callable[[_Loader, yaml.MappingNode], dict[str, V]]) -> dict[str, V]:
-    """What `use` makes of the mapping in a YAML file. Raises `ConfigError`."""
     try:
         if path.stat().st_size > _LONGEST_FILE:
             raise ConfigError(f"{path} is over 1 MiB, too long for a configuration file.")
@@ -204,7 +217,7 @@ def _read(path: Path, use: Callable[[_Loader, yaml.MappingNode], dict[str, V]]) 
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1 should hold `key: value` lines and holds something else.")
-        return use(loader, node)
+        return _collect(_walk(loader, node, (), known), path, known)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from None
     except (ValueError, RecursionError) as error:
@@ -268,5 +281,5 @@ def _read_override(text: str, known: Vocabulary) -> dict[str, Setting]:
 
 
 def dump_yaml(config: TrainConfig) -> str:
-    """The whole configuration as YAML that `load_config` reads back to an equal one."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    """The configuration without its verbs, as YAML that `load_config` reads back."""
+    return str(yaml.dump(config.stored(), Dumper=_Dumper, sort_keys=False, allow_unicode=True))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def json_object(value: Any) -> Any:
         raise ValueError(
             f'should be a JSON object such as {{"enable_thinking": false}}: {error}'
         ) from error
+
+
+def iso_date(value: Any) -> Any:
+    """A date, or a date and time, as text in ISO form."""
+    if isinstance(value, date):
+        return value.isoformat()
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value).isoformat()
+        except ValueError as error:
+            raise ValueError("should be a date such as 2026-01-31 or 2026-01-31T12:00") from error
+    return value
 
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)

@@ -37,6 +37,7 @@ from engine.config.spelling import (
     PRECISIONS,
     checkpointing_policies,
     comma_list,
+    iso_date,
     json_object,
     minus_one_is_none,
     one_or_many,
@@ -64,6 +65,25 @@ _NOT_TRAJECTORY = frozenset(
         "plot",
     }
 )
+# What the digests of a run's manifest say more of than a name can, and how long a run is.
+_KNOWN_OTHERWISE = frozenset(
+    {
+        "data",
+        "epochs",
+        "eval_data",
+        "init_adapter",
+        "max_steps",
+        "model",
+        "revision",
+        "teacher",
+        "template_date",
+        "threads",
+    }
+)
+VERBS = ("resume", "overwrite")
+"""Settings that say what to do now, and are no part of what a run is."""
+NO_DATA = ("-",)
+"""Stands for the rows where a plan is made without any."""
 
 
 class TrainConfig(Settings):
@@ -114,12 +134,18 @@ class TrainConfig(Settings):
         {}, "Model and data", 'further variables of the chat template: {"enable_thinking": false}'
     )
 
+    template_date: Annotated[str | None, BeforeValidator(iso_date)] = setting(
+        None,
+        "Model and data",
+        "what the chat template takes for the present, such as 2026-01-31; by default the start",
+    )
+
     output_dir: Path | None = setting(None, "Run", "run directory; by default runs/<run-id>")
     run_id: str | None = setting(
         None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
     )
     resume: str | None = setting(
-        None, "Run", "auto, or a checkpoint directory: go on from there", min_length=1
+        None, "Run", "auto, or a run or checkpoint directory: go on from there", min_length=1
     )
     overwrite: bool = setting(False, "Run", "replace an earlier run in the same directory")
     checkpoint_every: int = setting(
@@ -311,3 +337,25 @@ class TrainConfig(Settings):
     def trajectory(self) -> dict[str, Any]:
         """The settings that decide the weights: a resumed run must have the same ones."""
         return self.model_dump(mode="json", exclude=set(_NOT_TRAJECTORY))
+
+    def other_trajectory(self, saved: Mapping[str, Any], names: bool) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ from a `saved` trajectory's, with both values.
+
+        What was added since it was saved had its default then. The length of a run is left out,
+        and so are the names of what it reads unless `names` asks for them: digests know better.
+        """
+        length = {"epochs", "max_steps", "template_date"}
+        ignored = length | {"threads"} if names else _KNOWN_OTHERWISE
+        mine = self.trajectory()
+        fields = type(self).model_fields
+        before = {key: saved.get(key, fields[key].default) for key in mine}
+        before = {key: list(v) if isinstance(v, tuple) else v for key, v in before.items()}
+        return {
+            key: (before[key], value)
+            for key, value in mine.items()
+            if key not in ignored and before[key] != value
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """The settings as a run's records hold them: JSON values, without `VERBS`."""
+        return self.model_dump(mode="json", exclude=set(VERBS))

@@ -9,8 +9,12 @@ from engine.model_sources.load_model import attach_adapter, build_model
 from models.decoder import Decoder
 
 
-def load_decoder(source: ModelSource, settings: OneModel) -> Decoder:
+def load_decoder(
+    source: ModelSource, settings: OneModel, *, double_quant: bool = True, head_8bit: bool = False
+) -> Decoder:
     """The weights of `source` on the device of `settings`, quantised and adapted as asked.
+
+    `double_quant` and `head_8bit` are as in `build_model`.
 
     Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
@@ -18,6 +22,8 @@ def load_decoder(source: ModelSource, settings: OneModel) -> Decoder:
     decoder = build_model(
         source,
         quantization=settings.quantize,
+        double_quant=double_quant,
+        head_8bit=head_8bit,
         device=device,
         dtype=resolve_dtype(settings.dtype, device),
     )

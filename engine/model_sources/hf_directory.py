@@ -1,12 +1,9 @@
-"""A Hugging Face model directory: config.json, safetensors, tokenizer and template files.
+"""A Hugging Face model directory, safetensors included.
 
 Weights are one `model.safetensors`, or shards that `model.safetensors.index.json` names in its
 `weight_map`. The index is only believed as far as it can be checked: every value must be the plain
 name of a file in this directory, and every tensor must really stand in the shard it names, with the
 shape that the configuration asks for. Pickles are never read.
-
-Of chat templates, `chat_template.jinja` wins over the key in `tokenizer_config.json`, which wins
-over `chat_template.json`, as in transformers.
 """
 
 from __future__ import annotations
@@ -18,58 +15,31 @@ from typing import Any
 
 import torch
 
-from engine.errors import CheckpointError, ConfigError, listing
-from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
+from engine.errors import CheckpointError, listing
+from engine.model_sources.interface.checks import match_tensors, quick_digest
+from engine.model_sources.model_files import ModelFiles, folder_hint
 from engine.model_sources.safetensors.file import SafetensorsFile
-from engine.storage.safe_files import (
-    MIB,
-    is_pickle,
-    read_json_object,
-    read_regular,
-    read_text,
-    refuse_pickle,
-)
+from engine.storage.safe_files import is_pickle, read_json_object, refuse_pickle
 from models.config.model_config import ModelConfig
 from models.tensor_layout import Layout, carried_prefixes
 from models.tensor_names import expected_tensors
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
 # A buffer that old files carry and that follows from the configuration.
 _DERIVED = ".rotary_emb.inv_freq"
-_TEMPLATE_LIMIT = MIB
 
 
-class HFDirectory:
-    """The model in folder `path`; see `ModelSource` for its methods.
+class HFDirectory(ModelFiles):
+    """The model in folder `path`, weights included; see `ModelSource` for its methods.
 
     Raises `ConfigError` for a missing or unusable config.json, and `CheckpointError` for weights
     that are missing, damaged or of another model.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        config_path = self.path / "config.json"
-        if not self.path.is_dir() or not config_path.exists():
-            raise ConfigError(
-                f"{self.path} holds no config.json, so it is not a Hugging Face model directory."
-                f"{_hint(self.path)}"
-            )
-        self.raw_config = read_json_object(config_path, ConfigError)
-        self.config = read_config(self.raw_config, str(config_path))
-        self.generation_config = self._optional_json("generation_config.json")
+        super().__init__(path)
         self._files = self._open_weights()
         if _has_own_head(self.raw_config, self.config, self._files):
             self.config = replace(self.config, tie_word_embeddings=False)
@@ -90,33 +60,6 @@ class HFDirectory:
     def release(self, name: str) -> None:
         self._file(name).release(name)
 
-    def tokenizer_json(self) -> str | None:
-        path = self.path / "tokenizer.json"
-        return read_text(path, limit=256 * MIB) if path.exists() else None
-
-    def tokenizer_model(self) -> Path | None:
-        path = self.path / "tokenizer.model"
-        return path if path.exists() else None
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        return self._optional_json("tokenizer_config.json")
-
-    def chat_template(self) -> str | None:
-        jinja = self.path / "chat_template.jinja"
-        if jinja.exists():
-            return read_text(jinja, _TEMPLATE_LIMIT)
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            value = self._optional_json(name).get("chat_template")
-            if value is not None:
-                return _default_template(value, self.path / name)
-        return None
-
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
-        extra = sorted(self.path.glob("additional_chat_templates/*.jinja"))
-        names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
-        names += [str(path.relative_to(self.path)) for path in extra]
-        return {name: read_regular(self.path / name, 256 * MIB) for name in names}
-
     def digest(self) -> str:
         return quick_digest(self.raw_config, [file.path for file in self._files])
 
@@ -124,10 +67,6 @@ class HFDirectory:
         if name not in self._home:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
         return self._home[name]
-
-    def _optional_json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        return read_json_object(path, ConfigError) if path.exists() else {}
 
     def _open_weights(self) -> list[SafetensorsFile]:
         if (self.path / WEIGHTS).exists():
@@ -140,7 +79,7 @@ class HFDirectory:
             refuse_pickle(pickles[0])
         raise CheckpointError(
             f"{self.path} holds a config.json and no weights: neither {WEIGHTS} nor {INDEX} is "
-            f"there.{_hint(self.path)} Download the model's safetensors files."
+            f"there.{folder_hint(self.path)} Download the model's safetensors files."
         )
 
 
@@ -210,26 +149,3 @@ def _select(
             "Take the model's original 16-bit files."
         )
     return {name: home[name] for name in expected} | carried
-
-
-def _default_template(value: Any, source: Path) -> str:
-    """The template of a `chat_template` value: a text, or a list of {name, template}."""
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    if not isinstance(value, str) or len(value) > _TEMPLATE_LIMIT:
-        raise ConfigError(
-            f"{source}: chat_template is neither a text nor a list with one named 'default'."
-        )
-    return value
-
-
-def _hint(folder: Path) -> str:
-    """A sentence about what `folder` holds instead of a model, empty if nothing telling."""
-    if not folder.is_dir():
-        return f" There is no folder {folder}." if not folder.exists() else ""
-    if (folder / "adapter_config.json").exists():
-        return " It holds a LoRA adapter: name its base model here, and the adapter as adapter."
-    if len(list(folder.glob("*.gguf"))) > 1:
-        return " It holds several GGUF files: name one of them."
-    return ""

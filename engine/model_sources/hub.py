@@ -34,11 +34,12 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _GGUF_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)")
 
 
-def resolve(model: str, revision: str | None = None) -> Path:
+def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder or `.gguf` file that `model` names, downloading it if it has to be.
 
     `model` is a path, a hub id such as `org/name`, or a file of one, `org/name/file.gguf`;
-    `revision` is a branch, tag or commit of the hub. Raises `ConfigError` where there is no such
+    `revision` is a branch, tag or commit of the hub; without `weights` the small files are enough.
+    Raises `ConfigError` where there is no such
     thing, or it cannot be reached.
     """
     path = Path(model).expanduser()
@@ -52,7 +53,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
             f"There is no file or folder {model!r}, and it is not a hub id, which looks like "
             "organisation/name. Check the path."
         )
-    return _fetch(model, revision, None)
+    return _fetch(model, revision, None, weights)
 
 
 def fetch_config(repository: str, revision: str | None = None) -> Path:
@@ -60,21 +61,21 @@ def fetch_config(repository: str, revision: str | None = None) -> Path:
     return _fetch(repository, revision, "config.json")
 
 
-def _fetch(repository: str, revision: str | None, file: str | None) -> Path:
+def _fetch(repository: str, revision: str | None, file: str | None, weights: bool = True) -> Path:
     """From the cache if it is complete there, else from the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     wanted = repository if revision is None else f"{repository} at {revision}"
     try:
-        cached = _call(repository, revision, file, local_files_only=True)
-        if file is not None or _complete(cached):
+        cached = _call(repository, revision, file, weights, local_files_only=True)
+        if file is not None or _complete(cached, weights):
             return cached
     except LocalEntryNotFoundError:
         cached = None
     except HFValidationError as error:
         raise ConfigError(f"{repository!r} is neither a path nor a hub id: {error}.") from error
     try:
-        return _call(repository, revision, file, local_files_only=False)
+        return _call(repository, revision, file, weights, local_files_only=False)
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         state = "is not in the cache" if cached is None else "is only partly in the cache"
@@ -86,7 +87,12 @@ def _fetch(repository: str, revision: str | None, file: str | None) -> Path:
 
 
 def _call(
-    repository: str, revision: str | None, file: str | None, *, local_files_only: bool
+    repository: str,
+    revision: str | None,
+    file: str | None,
+    weights: bool,
+    *,
+    local_files_only: bool,
 ) -> Path:
     import huggingface_hub
 
@@ -101,16 +107,21 @@ def _call(
             repository,
             revision=revision,
             allow_patterns=list(_ALLOWED),
-            ignore_patterns=list(_IGNORED),
+            ignore_patterns=[*_IGNORED, *([] if weights else ["*.safetensors"])],
             local_files_only=local_files_only,
         )
     )
 
 
-def _complete(folder: Path) -> bool:
-    """Whether a snapshot in the cache holds a configuration and every weight file it names."""
+def _complete(folder: Path, weights: bool) -> bool:
+    """Whether a snapshot in the cache holds a configuration and every weight file it names.
+
+    Without `weights`, whether it holds a configuration and a tokenizer.
+    """
     if not (folder / "config.json").exists():
         return False
+    if not weights:
+        return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return (folder / "model.safetensors").exists()

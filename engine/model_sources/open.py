@@ -8,7 +8,8 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.gguf.source import GGUFSource
 from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.hub import resolve
-from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.model_source import ModelDescription, ModelSource
+from engine.model_sources.model_files import ModelFiles
 from engine.model_sources.pruning_record import masked
 from engine.storage.safe_files import is_pickle, read_head, refuse_pickle
 
@@ -28,6 +29,18 @@ def open_model_source(model: str | Path, revision: str | None = None) -> ModelSo
     if len(lone) == 1 and not (path / "config.json").exists():
         return GGUFSource(lone[0])
     return masked(HFDirectory(path))
+
+
+def describe_model(model: str | Path, revision: str | None = None) -> ModelDescription:
+    """Configuration, tokenizer and templates of a model, without its weights.
+
+    Of a hub id only the small files are downloaded; of a GGUF file, which is one with its weights,
+    the header is read. Raises as `open_model_source` does.
+    """
+    path = resolve(str(model), revision, weights=False)
+    if path.is_dir() and (path / "config.json").exists():
+        return ModelFiles(path)
+    return open_model_source(path)
 
 
 def _refuse_other_files(path: Path) -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
+from engine.runs.output import CHECKPOINT, require_space
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.manifest import read_manifest, verify_files, write_manifest
@@ -40,11 +41,9 @@ from engine.storage.safe_files import read_json_object
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
-_LEFTOVER = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}|\.del-checkpoint-\d+-[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}|\.del-.+-[0-9a-f]{8}")
 _STEM = re.compile(r"[\w-]+(?:/[\w-]+)*")
 _ATTEMPTS = 3
-_MARGIN = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class CheckpointStore:
 
     def load(self, path: Path) -> LoadedCheckpoint:
         """The checkpoint in folder `path`, every file verified. Raises `CheckpointError`."""
-        named = _CHECKPOINT.fullmatch(path.name)
+        named = CHECKPOINT.fullmatch(path.name)
         manifest = read_manifest(path, int(named[1]) if named else None)
         verify_files(path, manifest)
         files = tuple(sorted(manifest["files"]))
@@ -168,7 +167,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that there are folders of, ascending, whether they verify or not."""
-        matches = (_CHECKPOINT.fullmatch(entry.name) for entry in self.root.iterdir())
+        matches = (CHECKPOINT.fullmatch(entry.name) for entry in self.root.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def path_of(self, step: int) -> Path:
@@ -224,13 +223,7 @@ class CheckpointStore:
         size = sum(
             t.numel() * t.element_size() for group in tensors.values() for t in group.values()
         )
-        need = int(1.05 * size) + _MARGIN
-        free = shutil.disk_usage(self.root).free
-        if free < need:
-            raise CheckpointError(
-                f"The disk of {self.root} has {free >> 20} MiB free and a checkpoint needs "
-                f"{need >> 20} MiB. Free some space, or name an --output-dir on another disk."
-            )
+        require_space(self.root, size)
 
     def _retire(self) -> None:
         for step in self.steps()[: -self.keep]:

@@ -6,7 +6,11 @@ closed terminal) is given up quietly: it must not end a training run.
 
 import logging
 import sys
+from io import TextIOWrapper
+from logging.handlers import MemoryHandler
 from pathlib import Path
+
+from engine.storage.safe_files import append_regular
 
 OWN_LOGGERS = ("engine", "cli", "models", "optim", "kernels")
 
@@ -37,7 +41,15 @@ class ConsoleHandler(logging.Handler):
             self.closed = True
 
 
+_LONGEST_WAIT = 1 << 16
+"""Lines that wait for a log file at most."""
+
+
 class _FileHandler(logging.FileHandler):
+    def _open(self) -> TextIOWrapper:
+        """Never through a link, and no pipe that would wait for a reader."""
+        return append_regular(Path(self.baseFilename), errors=self.errors or "strict")
+
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is found, and reported, by what the run has to write, not by its log."""
 
@@ -45,20 +57,14 @@ class _FileHandler(logging.FileHandler):
 class RunLog:
     """The handlers of one run, from construction until `close` puts back what was before.
 
-    `console_level` None keeps the console silent. A second `RunLog` while one is open would write
-    every line twice. Raises `OSError` if the file cannot be opened.
+    Lines wait in memory until `open_file` names the file. `console_level` None keeps the console
+    silent. A second `RunLog` while one is open would write every line twice.
     """
 
-    def __init__(self, path: Path, console_level: str | None = "INFO") -> None:
-        file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        file.setLevel(logging.DEBUG)
-        file.addFilter(_ours)
-        file.setFormatter(
-            logging.Formatter(
-                "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%F %T"
-            )
-        )
-        self._handlers: list[logging.Handler] = [file]
+    def __init__(self, console_level: str | None = "INFO") -> None:
+        self._waiting = MemoryHandler(_LONGEST_WAIT, logging.CRITICAL + 1, flushOnClose=False)
+        self._waiting.addFilter(_ours)
+        self._handlers: list[logging.Handler] = [self._waiting]
         if console_level is not None:
             self._handlers.append(ConsoleHandler(console_level))
         self._levels = {name: logging.getLogger(name).level for name in OWN_LOGGERS}
@@ -67,6 +73,35 @@ class RunLog:
         for handler in self._handlers:
             logging.getLogger().addHandler(handler)
         logging.captureWarnings(True)
+
+    def open_file(self, path: Path) -> None:
+        """Append to `path` from now on, and first the lines so far.
+
+        Raises `OSError` if it cannot be opened, or is no regular file, or a link.
+        """
+        file = _FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        file.setLevel(logging.DEBUG)
+        file.addFilter(_ours)
+        file.setFormatter(
+            logging.Formatter(
+                "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%F %T"
+            )
+        )
+        self._waiting.setTarget(file)
+        self._waiting.flush()
+        self._drop(self._waiting)
+        self._handlers.append(file)
+        logging.getLogger().addHandler(file)
+
+    def close_file(self) -> None:
+        """Stop writing to the file; the console goes on."""
+        for handler in [h for h in self._handlers if isinstance(h, logging.FileHandler)]:
+            self._drop(handler)
+
+    def _drop(self, handler: logging.Handler) -> None:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+        self._handlers.remove(handler)
 
     def close(self) -> None:
         """Remove the handlers and restore the levels; a second call does nothing."""

@@ -191,8 +191,11 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def plot_loss(run_directory: Path) -> Path | None:
-    """Draw `loss.png` from the run's metrics; None, with a line in the log, if it cannot be."""
+def plot_loss(run_directory: Path, heldout_before: float | None = None) -> Path | None:
+    """Draw `loss.png` from the run's metrics; None, with a line in the log, if it cannot be.
+
+    `heldout_before` is the held-out loss before the first step.
+    """
     lines = read_metrics(run_directory / "metrics.jsonl")
     points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:
@@ -209,6 +212,8 @@ def plot_loss(run_directory: Path) -> Path | None:
     heldout = [
         (line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None
     ]
+    if heldout_before is not None:
+        heldout.insert(0, (0, heldout_before))
     if heldout:
         axes.plot(*zip(*heldout, strict=True), "o-", color="tab:orange", label="held-out loss")
     axes.set(xlabel="step", ylabel="loss (nats per trained token)", title=run_directory.name)

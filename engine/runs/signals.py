@@ -25,10 +25,14 @@ class Interrupted(SystemExit):
     not catch it ends with the right status.
     """
 
-    def __init__(self, number: int, message: str = "") -> None:
+    def __init__(self, number: int, message: str = "", step: int | None = None) -> None:
         super().__init__(128 + number)
-        self.number = number
+        self.number, self.step = number, step
         self.message = message or f"Stopped by {signal.Signals(number).name}."
+
+    def facts(self) -> dict[str, Any]:
+        """For a run's summary: the signal, and the step whose checkpoint was written, or None."""
+        return {"signal": signal.Signals(self.number).name, "step": self.step}
 
     def __str__(self) -> str:
         return self.message
@@ -81,11 +85,6 @@ class StopSignals:
     def request(self, number: int) -> None:
         """Ask for a stop as the signal `number` would."""
         self._number = number
-
-    def raise_if_requested(self, message: str = "") -> None:
-        """Raise `Interrupted` if a stop was asked for; to be called after the checkpoint."""
-        if self._number is not None:
-            raise Interrupted(self._number, message)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._number is not None:

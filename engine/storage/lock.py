@@ -23,16 +23,21 @@ except ImportError:  # Windows has no flock; a run there has no guard against a 
 LOCK_NAME = ".lock"
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 _ATTEMPTS = 10
+# Never through a link, and no pipe that would wait.
+_CAUTION = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
 class DirectoryLock:
-    """Holds `<directory>/.lock` from construction until `release`. Raises `ConfigError`."""
+    """Holds `<directory>/.lock` from construction until `release`. Raises `ConfigError`.
 
-    def __init__(self, directory: Path) -> None:
+    Without `sign` the file's bytes stay as they are until `sign` is called.
+    """
+
+    def __init__(self, directory: Path, *, sign: bool = True) -> None:
         self.path = directory / LOCK_NAME
         self._descriptor: int | None = None
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _CAUTION, 0o666)
             if fcntl is not None and not self._take():
                 holder = read_holder(directory)
                 who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
@@ -40,9 +45,8 @@ class DirectoryLock:
                     f"Another run{who} is writing to {directory}. Wait for it to end, or choose "
                     "another directory with --output-dir."
                 )
-            note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, note, 0)
+            if sign:
+                self.sign()
         except OSError as error:
             self.release()
             raise ConfigError(
@@ -67,6 +71,13 @@ class DirectoryLock:
                 return True
         return False
 
+    def sign(self) -> None:
+        """Write down who holds the lock."""
+        assert self._descriptor is not None
+        note = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, note, 0)
+
     @property
     def locked(self) -> bool:
         """Whether this object still holds the lock."""
@@ -88,7 +99,23 @@ class DirectoryLock:
 def read_holder(directory: Path) -> dict[str, Any] | None:
     """Process id and host that were last written to the lock, or None where there are none."""
     note = json_object_or_empty(directory / LOCK_NAME)
-    return note if {"pid", "host"} <= note.keys() else None
+    if not {"pid", "host"} <= note.keys() or not _may_live(note):
+        return None
+    return note
+
+
+def _may_live(note: dict[str, Any]) -> bool:
+    """Whether the process of a note may hold a lock: one of this host that has ended does not."""
+    pid = note["pid"]
+    if note["host"] != socket.gethostname() or os.name != "posix" or not isinstance(pid, int):
+        return True
+    try:
+        os.kill(max(pid, 1), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def is_locked(directory: Path) -> bool:

@@ -9,8 +9,10 @@ link itself stands in.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,6 +48,19 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise CheckpointError(f"{path} is not a regular file; a model holds regular files only.")
     return descriptor
+
+
+def append_regular(path: Path, errors: str = "strict") -> TextIOWrapper:
+    """Open `path` to append UTF-8 text; made if missing, never followed if a link.
+
+    Raises `OSError` for a link, a pipe or a device.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (_READ_ONLY & ~os.O_RDONLY)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "a", encoding="utf-8", errors=errors)
 
 
 def read_regular(path: Path, limit: int) -> bytes:

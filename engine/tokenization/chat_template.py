@@ -59,6 +59,7 @@ class ChatTemplate:
             the BOS token.
         name: what errors call the template.
         limits: what one rendering may use.
+        now: date and time in ISO form that `strftime_now` gives; by default the present.
 
     Raises:
         DataError: the template is too large, or jinja2 is too old to run it safely. A template
@@ -73,6 +74,7 @@ class ChatTemplate:
         end_tokens: Sequence[str] = (),
         name: str = "The chat template",
         limits: Limits | None = None,
+        now: str | None = None,
     ) -> None:
         if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
             raise DataError(
@@ -88,7 +90,12 @@ class ChatTemplate:
         self.special_tokens = dict(special_tokens or {})
         ends = end_tokens or _default_ends(self.special_tokens)
         self._finder = SpanFinder(source, ends)
-        self._process = TemplateProcess(source, self.special_tokens, limits or Limits(), name)
+        self._process = TemplateProcess(source, self.special_tokens, limits or Limits(), name, now)
+
+    @property
+    def reads_clock(self) -> bool:
+        """Whether the template may write the date or the time."""
+        return "strftime_now" in self.source
 
     def render(
         self,

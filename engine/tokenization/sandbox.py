@@ -66,7 +66,12 @@ class TemplateProcess:
     """A running template process. Not safe to share between processes; threads take turns."""
 
     def __init__(
-        self, source: str, variables: Mapping[str, str], limits: Limits, name: str
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        limits: Limits,
+        name: str,
+        now: str | None = None,
     ) -> None:
         self._name, self._limits = name, limits
         self._lock = threading.Lock()
@@ -74,6 +79,7 @@ class TemplateProcess:
         self._start = {
             "source": source,
             "variables": dict(variables),
+            "now": now,
             "cpu_seconds": limits.cpu_seconds,
             "memory_bytes": limits.memory_bytes,
             "output_chars": limits.output_chars,

@@ -8,7 +8,8 @@ stopped by the limits this process sets on itself, and by the parent, which wait
 
 It reads one request a line on standard input, JSON, and answers each with one line:
 
-    {"source": TEXT, "variables": {..}, "cpu_seconds": N, "memory_bytes": N, "output_chars": N}
+    {"source": TEXT, "variables": {..}, "now": ISO DATE AND TIME | null, "cpu_seconds": N,
+     "memory_bytes": N, "output_chars": N}
     {"messages": [..], "tools": [..] | null, "kwargs": {..}, "jobs": [JOB, ..]}
 
 A job renders the first `count` messages, with or without the generation prompt, after what
@@ -131,12 +132,20 @@ def _tojson(
     )
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+class _StrftimeNow:
+    """`strftime_now` for templates: the present, or a fixed time so that a text can be repeated."""
+
+    __slots__ = ("_fixed",)
+
+    def __init__(self, fixed: str | None) -> None:
+        self._fixed = None if fixed is None else datetime.fromisoformat(fixed)
+
+    def __call__(self, form: str) -> str:
+        return (self._fixed or datetime.now()).strftime(form)
 
 
-def build_environment() -> ImmutableSandboxedEnvironment:
-    """Jinja as Hugging Face sets it up for chat templates."""
+def build_environment(now: str | None = None) -> ImmutableSandboxedEnvironment:
+    """Jinja as Hugging Face sets it up for chat templates; `now` fixes what `strftime_now` says."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -144,7 +153,7 @@ def build_environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = _StrftimeNow(now)
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     return environment
@@ -175,8 +184,10 @@ def _allow_cpu(seconds: int) -> None:
 class Renderer:
     """One compiled template with the variables that every rendering gets."""
 
-    def __init__(self, source: str, variables: dict[str, Any], output_chars: int) -> None:
-        self.environment = build_environment()
+    def __init__(
+        self, source: str, variables: dict[str, Any], output_chars: int, now: str | None = None
+    ) -> None:
+        self.environment = build_environment(now)
         self.template = self.environment.from_string(source)
         self.variables = variables
         self.output_chars = output_chars
@@ -253,7 +264,9 @@ def serve() -> None:
     _limit_process(start["memory_bytes"])
     _allow_cpu(start["cpu_seconds"])
     try:
-        renderer = Renderer(start["source"], start["variables"], start["output_chars"])
+        renderer = Renderer(
+            start["source"], start["variables"], start["output_chars"], start["now"]
+        )
     except Exception as error:
         _reply(describe(error))
         return

@@ -18,7 +18,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.runs.metrics import Eta, StepMetrics, peak_memory_bytes
-from engine.runs.signals import StopSignals
+from engine.runs.signals import Interrupted, StopSignals
 from engine.training.step import StepResult, TrainingStep
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
@@ -36,7 +36,10 @@ class NonFiniteError(EngineError):
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What the loop needs of a run's configuration. `total_steps` counts optimizer steps."""
+    """What the loop needs of a run's configuration. `total_steps` counts optimizer steps.
+
+    `go_on` is the command that goes on with the run after a stop.
+    """
 
     total_steps: int
     learning_rate: float
@@ -45,6 +48,7 @@ class TrainerSettings:
     nonfinite_limit: int = 0
     checkpoint_every: int = 0
     eval_every: int = 0
+    go_on: str = "--resume auto"
 
 
 @dataclass
@@ -142,13 +146,15 @@ class Trainer:
         while progress.step < settings.total_steps:
             self._one_step()
             due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
-            stopping = self.signals.requested is not None
-            if due or stopping or progress.step == settings.total_steps:
+            stop = self.signals.requested  # read once: a signal may come at any moment
+            if due or stop is not None or progress.step == settings.total_steps:
                 self.hooks.save(progress)
-            if progress.step < settings.total_steps:
-                self.signals.raise_if_requested(
+            if progress.step < settings.total_steps and stop is not None:
+                raise Interrupted(
+                    stop,
                     f"Stopped after step {progress.step} of {settings.total_steps}; a checkpoint "
-                    "is written. Go on with --resume auto."
+                    f"is written. Go on with {settings.go_on}.",
+                    step=progress.step,
                 )
         return progress
 

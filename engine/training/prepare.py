@@ -1,20 +1,24 @@
-"""Prepare a run without weights: open files, tokenise rows, plan batches."""
+"""Prepare a run without weights: check it, tokenise rows, plan batches."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from engine.config.train_config import TrainConfig
-from engine.data.dataset import ReadReport, load_rows, read_rows
+from engine.data.dataset import ReadReport, data_files, read_rows
 from engine.data.examples import Example, ExampleReport, build_examples, check_ids
 from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
+from engine.model_sources.adapter.peft import Pairs
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.open import open_model_source
+from engine.model_sources.open import describe_model, open_model_source
+from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
+from engine.training.checks import check_adapter_base, check_model, check_request, check_run
 from models.config.model_config import ModelConfig
 from models.layers.packed_batch import PackedBatch
 
@@ -26,11 +30,10 @@ class Prepared:
     config: TrainConfig
     model_source: ModelSource
     tokenizer: Tokenizer
-    examples: list[Example]
-    heldout: list[Example]
+    rows: RowSet
     plan: BatchPlan
-    read: ReadReport
-    report: ExampleReport
+    digests: dict[str, str]
+    init: Pairs | None = None
     steps_per_epoch: int = field(init=False)
     total_steps: int = field(init=False)
 
@@ -39,16 +42,33 @@ class Prepared:
         self.steps_per_epoch = math.ceil(self.plan.steps_per_epoch / config.accumulate)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
 
+    @property
+    def examples(self) -> list[Example]:
+        """The examples to train on."""
+        return self.rows.examples
+
+    @property
+    def heldout(self) -> list[Example]:
+        """The examples that are held out."""
+        return self.rows.heldout
+
+    @property
+    def identity(self) -> RunIdentity:
+        """Which run this is."""
+        return RunIdentity(self.config, self.digests, self.steps_per_epoch)
+
     def row_counts(self) -> dict[str, int]:
         """What became of the rows of the files, for the summary."""
         return {
-            "rows_read": self.read.read,
-            "rows_skipped": len(self.read.skipped),
-            "rows_filtered": self.read.filtered,
-            "rows_truncated": self.report.truncated,
-            "rows_dropped": len(self.report.dropped),
+            "rows_read": self.rows.read.read,
+            "rows_skipped": len(self.rows.read.skipped),
+            "rows_filtered": self.rows.read.filtered,
+            "rows_truncated": self.rows.report.truncated,
+            "rows_dropped": len(self.rows.report.dropped),
             "rows_trained": len(self.examples),
             "rows_heldout": len(self.heldout),
+            "heldout_rows_skipped": len(self.rows.read_heldout.skipped),
+            "heldout_rows_dropped": len(self.rows.report_heldout.dropped),
         }
 
     def batches(self, step: int) -> tuple[list[PackedBatch], float]:
@@ -64,46 +84,93 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = None) -> Prepared:
-    """Open the model's files and tokenise the data; no weight is read.
+    """Check the run, tokenise its rows and open the model's files; no weight is read.
 
+    The weight files are opened last, when all that can be known without them is known to be good.
     `check` is given the model's shape before any row is read, and may refuse it. Raises
     `ConfigError`, `CheckpointError` or `DataError`.
     """
-    source = open_model_source(config.model, config.revision)
+    machine = check_request(config)
+    described = describe_model(config.model, config.revision)
+    init = check_model(config, described.config, machine)
     if check is not None:
-        check(source.config)
-    tokenizer = load_tokenizer(source)
+        check(described.config)
+    tokenizer = load_tokenizer(described, config.template_date)
+    rows = read_examples(config, tokenizer, described.config.vocab_size)
+    source = open_model_source(config.model, config.revision)
+    digests = _digests(config, source, tokenizer)
+    check_adapter_base(config, digests["base"])
+    check_run(config, source.config, *machine)
+    return Prepared(config, source, tokenizer, rows, _plan(config, rows.examples), digests, init)
+
+
+@dataclass
+class RowSet:
+    """The rows of a run as examples, those held out, and what became of the others."""
+
+    examples: list[Example]
+    heldout: list[Example]
+    read: ReadReport
+    read_heldout: ReadReport
+    report: ExampleReport
+    report_heldout: ExampleReport
+
+
+def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> RowSet:
+    """Read and tokenise the rows to train on and those held out.
+
+    Raises `DataError` naming a row that cannot be used, where `bad_lines` does not allow it.
+    """
     rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
-    rows = rows[: config.limit_rows]
-    heldout_rows = load_rows(list(config.eval_data)) if config.eval_data else []
+    rows, heldout_rows, read_heldout = rows[: config.limit_rows], list[Row](), ReadReport()
+    if config.eval_data:
+        heldout_rows, read_heldout = read_rows(list(config.eval_data), bad_lines=config.bad_lines)
     if config.heldout:
         rows, heldout_rows = split_heldout(rows, config.heldout, config.seed)
-    rows = [_with_system(row, config.system_prompt) for row in rows]
-    heldout_rows = [_with_system(row, config.system_prompt) for row in heldout_rows]
-    bad_rows = "fail" if config.bad_lines == "fail" else "skip"
     render = partial(
         build_examples,
         tokenizer=tokenizer,
         max_length=config.max_length,
         template_kwargs=config.chat_template_kwargs,
-        bad_rows=bad_rows,
+        bad_rows="fail" if config.bad_lines == "fail" else "skip",
     )
-    examples, report = render(rows)
-    heldout: list[Example] = []
+    examples, report = render([with_system(row, config.system_prompt) for row in rows])
+    heldout, report_heldout = list[Example](), ExampleReport()
     if heldout_rows:
-        heldout, _ = render(heldout_rows)
-    check_ids([*examples, *heldout], source.config.vocab_size)
-    plan = BatchPlan(
+        heldout, report_heldout = render(
+            [with_system(row, config.system_prompt) for row in heldout_rows]
+        )
+    check_ids([*examples, *heldout], vocab_size)
+    return RowSet(examples, heldout, read, read_heldout, report, report_heldout)
+
+
+def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
+    return BatchPlan(
         examples,
         batch_size=config.batch_size,
         seed=config.seed,
         packing=config.packing,
         max_length=config.max_length,
     )
-    return Prepared(config, source, tokenizer, examples, heldout, plan, read, report)
 
 
-def _with_system(row: Row, prompt: str | None) -> Row:
+def _digests(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer) -> dict[str, str]:
+    """What decides a run's rows and weights, by name (`engine.runs.identity`)."""
+    template = tokenizer.chat_template.source.encode(errors="surrogatepass")
+    digests = {
+        "base": source.digest(),
+        "data": digest_files(data_files(list(config.data))),
+        "template": hashlib.sha256(template).hexdigest(),
+        "tokenizer": tokenizer_digest(source.tokenizer_files()),
+    }
+    if config.eval_data:
+        digests["eval_data"] = digest_files(data_files(list(config.eval_data)))
+    if config.teacher is not None:
+        digests["teacher"] = open_model_source(config.teacher).digest()
+    return digests
+
+
+def with_system(row: Row, prompt: str | None) -> Row:
     """The row with a system message in front, unless it has one."""
     if prompt is None or any(message["role"] == "system" for message in row.messages):
         return row

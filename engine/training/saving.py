@@ -6,12 +6,10 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.config.settings import with_present_names
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.model_sources.adapter.peft import save_adapter
@@ -19,7 +17,8 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.provenance import version
-from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
+from engine.runs.checkpoints import CheckpointStore
+from engine.runs.identity import RunIdentity, require_same_run, warmup_of
 from engine.storage import durable
 from engine.training.loop import Progress, new_progress
 from engine.training.trainable import BASE_FILE, adapter_config
@@ -31,16 +30,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Going:
+    """How a run goes on, whatever the machine or a new length would choose by now."""
+
+    policy: str
+    warmup_steps: int
+
+
+@dataclass(frozen=True)
 class RunState:
-    """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
+    """The part of a run that a checkpoint holds: weights, optimizer, and which run it is."""
 
-    `digest` is that of the base model.
-    """
-
-    config: TrainConfig
+    identity: RunIdentity
     model: Decoder
     optimizer: AdamW8bit
-    digest: str
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the run."""
+        return self.identity.config
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
@@ -52,8 +60,8 @@ class RunState:
             for part, tensor in zip(PARTS, tensors, strict=False)
         }
 
-    def save(self, checkpoints: CheckpointStore, progress: Progress, policy: str) -> None:
-        """Write a checkpoint of the run as it stands, with its checkpointing policy."""
+    def save(self, checkpoints: CheckpointStore, progress: Progress, going: Going) -> None:
+        """Write a checkpoint of the run as it stands."""
         checkpoints.save(
             progress.step,
             {
@@ -63,22 +71,22 @@ class RunState:
             {
                 "progress": progress.state(),
                 "trajectory": self.config.trajectory(),
-                "checkpointing": policy,
-                "base": self.digest,
+                "checkpointing": going.policy,
+                "warmup_steps": going.warmup_steps,
+                "base": self.identity.digests["base"],
             },
         )
 
-    def resume(self, checkpoints: CheckpointStore) -> tuple[Progress, str | None]:
+    def resume(self, checkpoints: CheckpointStore, going: Going) -> tuple[Progress, Going]:
         """Where the run goes on, its weights and optimizer restored, as `--resume` asks for.
 
-        With it the checkpointing policy of the checkpoint; None for a fresh start.
-
-        Raises `CheckpointError` for a checkpoint of another run.
+        With it how it goes on: as the checkpoint says, or `going` for a fresh start. Raises
+        `CheckpointError` for a checkpoint of another run.
         """
         loaded = checkpoints.resume(self.config.resume)
         if loaded is None:
-            return new_progress(self.model), None
-        self._require_same_run(loaded)
+            return new_progress(self.model), going
+        require_same_run(loaded.state, self.identity, loaded.path)
         saved = loaded.tensors("weights")
         own = self.weights()
         if saved.keys() != own.keys():
@@ -90,17 +98,8 @@ class RunState:
         state = loaded.state
         log.info("Going on from %s", loaded.path)
         # Earlier versions wrote the policy under "recompute".
-        return Progress(**state["progress"]), state.get("checkpointing") or state["recompute"]
-
-    def _require_same_run(self, loaded: LoadedCheckpoint) -> None:
-        state = with_present_names(loaded.state, TrainConfig.renamed)
-        for key, mine in (("trajectory", self.config.trajectory()), ("base", self.digest)):
-            if state.get(key) != mine:
-                raise CheckpointError(
-                    f"{loaded.path} belongs to another run: {_difference(state.get(key), mine)}. "
-                    "Go on with the settings and model it was started with, or start a new run "
-                    "in another --output-dir."
-                )
+        policy = state.get("checkpointing") or state["recompute"]
+        return Progress(**state["progress"]), Going(policy, warmup_of(state, self.identity))
 
     def write_output(self, source: ModelSource, directory: Path) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""
@@ -112,13 +111,6 @@ class RunState:
             return target
         target = directory / "adapter"
         save_adapter(target, adapter_config(self.config, source), adapter_tensors(self.model))
-        base = {"digest": self.digest, "engine_version": version()}
+        base = {"digest": self.identity.digests["base"], "engine_version": version()}
         durable.write_json(target / BASE_FILE, base)
         return target
-
-
-def _difference(saved: Any, mine: Any) -> str:
-    if not isinstance(saved, dict) or not isinstance(mine, dict):
-        return "its base model has other weights"
-    keys = [key for key in mine if saved.get(key) != mine[key]]
-    return "; ".join(f"{key} was {saved.get(key)!r} and is {mine[key]!r}" for key in keys[:4])

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from engine.config.rules import Facts, check
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_dtype
-from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
+from engine.errors import ConfigError
+from engine.model_sources.adapter.peft import AdapterConfig, Pairs
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.model_sources.open import open_model_source
-from engine.storage.safe_files import read_json_object
-from models.adapters import add_lora, load_adapter_tensors, scale_of, target_modules
+from models.adapters import add_lora, load_adapter_tensors, target_modules
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
-from models.layers.context import StepSettings, layer_policies
-from models.memory.cuda_graphs import recordable
+from models.layers.context import StepSettings
 from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups
 
@@ -31,67 +26,6 @@ log = logging.getLogger(__name__)
 
 BASE_FILE = "base.json"
 """Beside an adapter: the digest of the base that it was trained on."""
-
-
-def check_init_adapter(config: TrainConfig, model: ModelConfig, digest: str) -> Pairs | None:
-    """The tensors of `init_adapter`, if there is one and it is of this base, rank and targets.
-
-    Raises `CheckpointError` naming every mismatch.
-    """
-    if config.init_adapter is None:
-        return None
-    adapter, tensors = load_adapter(config.init_adapter)
-    wrong = []
-    base = _base_digest(config.init_adapter)
-    if base is not None and base != digest:
-        wrong.append(f"it was trained on another base ({adapter.base_model_name_or_path})")
-    elif base is None and not _same_model(adapter.base_model_name_or_path, config.model):
-        wrong.append(f"its base is {adapter.base_model_name_or_path}, this run's {config.model}")
-    if adapter.r != config.lora_rank:
-        wrong.append(f"its rank is {adapter.r}, --lora-rank is {config.lora_rank}")
-    # An adapter of experts has the root of rsLoRA in its alpha, so the scales are compared.
-    scale = scale_of(config.lora_rank, config.lora_alpha, config.use_rslora)
-    if not math.isclose(adapter.scale, scale):
-        wrong.append(
-            f"its alpha is {adapter.lora_alpha:g} (rslora {adapter.use_rslora}), this run's "
-            f"{config.lora_alpha:g} (rslora {config.use_rslora})"
-        )
-    if adapter.use_dora != config.use_dora:
-        wrong.append(f"its use_dora is {adapter.use_dora}, this run's {config.use_dora}")
-    targets = {path.rsplit(".", 1)[-1] for path in tensors}
-    wanted = set(targets_of(config, model))
-    if targets != wanted:
-        wrong.append(f"it adapts {_listed(targets)}, --target-modules is {_listed(wanted)}")
-    if wrong:
-        raise CheckpointError(
-            f"The adapter {config.init_adapter} cannot be trained on from here: "
-            f"{'; '.join(wrong)}. Give the settings it was trained with, or leave out "
-            "--init-adapter to start a new one."
-        )
-    return tensors
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def _base_digest(adapter: Path) -> str | None:
-    path = adapter / BASE_FILE
-    if not path.is_file():
-        return None
-    try:
-        return str(read_json_object(path)["digest"])
-    except (CheckpointError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); delete it to go on by the base's name alone."
-        ) from error
-
-
-def _same_model(left: str, right: str) -> bool:
-    """Whether two names of a model mean the same: equal paths, or the same last part."""
-    if not left:
-        return True
-    return Path(left).resolve() == Path(right).resolve() or Path(left).name == Path(right).name
 
 
 def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
@@ -149,20 +83,11 @@ def step_settings(config: TrainConfig) -> StepSettings:
     )
 
 
-def load_teacher(config: TrainConfig, student: ModelConfig, device: torch.device) -> Decoder | None:
-    """The model of `config.teacher`, loaded as the run's own base is; None where there is none.
-
-    Raises `CheckpointError` where its vocabulary is another.
-    """
+def load_teacher(config: TrainConfig, device: torch.device) -> Decoder | None:
+    """The model of `config.teacher`, loaded as the run's own base is; None where there is none."""
     if config.teacher is None:
         return None
     source = open_model_source(config.teacher)
-    theirs, ours = source.config.vocab_size, student.vocab_size
-    if theirs != ours:
-        raise CheckpointError(
-            f"The teacher {config.teacher} has a vocabulary of {theirs}, the model one of {ours}; "
-            "probabilities can only be compared over the same tokens."
-        )
     log.info("learning from %s", config.teacher)
     return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
@@ -176,27 +101,6 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
         eps=config.eps,
         min_8bit_size=4096 if config.optimizer == "adamw8bit" else 1 << 62,
     )
-
-
-def check_run(
-    config: TrainConfig, model: ModelConfig | None, device: torch.device, dtype: torch.dtype
-) -> None:
-    """Raises `ConfigError` where the settings do not fit the model, if known, or the machine."""
-    facts = Facts(device=device.type, dtype=str(dtype).removeprefix("torch."))
-    if model is not None:
-        facts = replace(
-            facts,
-            model_type=model.model_type,
-            tied=model.tie_word_embeddings,
-            recordable=_recordable(model) if config.cuda_graphs else None,
-        )
-    check(config, facts)
-
-
-def _recordable(model: ModelConfig) -> bool:
-    """Whether CUDA graphs can hold any layer of the model."""
-    with torch.device("meta"):
-        return any(map(recordable, Decoder(model).layers))
 
 
 def make_in_backward(
@@ -224,11 +128,3 @@ def adapter_config(config: TrainConfig, source: ModelSource) -> AdapterConfig:
         use_dora=config.use_dora,
         fused_experts=FAMILIES[source.config.model_type].fused_adapters,
     )
-
-
-def check_policies(config: TrainConfig, layers: int) -> None:
-    """Raises `ConfigError` where the checkpointing policies are not those of this many layers."""
-    try:
-        layer_policies(config.gradient_checkpointing, layers)
-    except ValueError as error:
-        raise ConfigError(f"--gradient-checkpointing: {error}.") from error

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.inference import EvalSettings
-from engine.data.dataset import load_rows
+from engine.data.dataset import data_files, read_rows
 from engine.data.examples import build_examples, check_ids
+from engine.data.loader import split_heldout
+from engine.data.rows import Row
 from engine.device import resolve_device
 from engine.inference.loading import load_decoder
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
+from engine.training.prepare import with_system
+from models.layers.context import StepSettings
 
 
 def evaluate(
@@ -38,15 +42,31 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     not depend on it. Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
     resolve_device(settings.device)  # refused before any file is read
+    data_files(settings.data)
     source = open_model_source(settings.model)
-    rows = load_rows(settings.data, min_rating=settings.min_rating, category=settings.category)
     examples, _ = build_examples(
-        rows[: settings.limit_rows],
-        load_tokenizer(source),
+        _rows(settings),
+        load_tokenizer(source, settings.template_date),
         settings.max_length,
         template_kwargs=settings.chat_template_kwargs,
+        bad_rows="fail" if settings.bad_lines == "fail" else "skip",
     )
     check_ids(examples, source.config.vocab_size)
-    decoder = load_decoder(source, settings)
+    head_8bit = settings.head_precision == "8bit"
+    decoder = load_decoder(
+        source, settings, double_quant=settings.double_quant, head_8bit=head_8bit
+    )
     tokens = settings.batch_size * settings.max_length if settings.batch_size else TOKENS_PER_BATCH
-    return evaluate_examples(decoder, examples, tokens)
+    how = StepSettings(
+        loss_chunk_tokens=settings.loss_chunk_tokens, mlp_tile_tokens=settings.mlp_tile_tokens
+    )
+    return evaluate_examples(decoder, examples, tokens, how)
+
+
+def _rows(settings: EvalSettings) -> list[Row]:
+    """The rows to evaluate, chosen as `engine train` chooses those that it holds out."""
+    rows, _ = read_rows(settings.data, settings.min_rating, settings.category, settings.bad_lines)
+    rows = rows[: settings.limit_rows]
+    if settings.heldout:
+        rows = split_heldout(rows, settings.heldout, settings.seed)[1]
+    return [with_system(row, settings.system_prompt) for row in rows]

@@ -20,7 +20,8 @@ from engine.memory.find_model import find_model
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
-from engine.training.trainable import check_policies, targets_of
+from engine.training.checks import check_model, check_request
+from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count
 
@@ -51,13 +52,17 @@ def find_target(config: TrainConfig) -> Target:
     """The model and machine of these settings.
 
     `--device auto` means this machine, and a CUDA GPU where the model is named by a preset.
-    Raises `ConfigError`.
+    Everything that `engine train` checks without weights is checked (`engine.training.checks`).
+    Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
-    model, stored = find_model(config.model, config.revision)
     if config.device == "auto":
         gpu = torch.cuda.is_available() or preset_config(config.model) is not None
     else:
         gpu = config.device.startswith("cuda")
+    runs_on = torch.device("cuda" if gpu else "cpu"), compute_dtype(config, gpu)
+    check_request(config, runs_on)
+    model, stored = find_model(config.model, config.revision)
+    check_model(config, model, runs_on, disk=config.output_dir is not None)
     machine = "a CUDA GPU" if gpu else "the CPU"
     planner = partial(_plan, model, gpu, stored)
     return Target(f"{config.model} on {machine}", model, gpu, stored, planner)
@@ -67,7 +72,6 @@ def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfi
     dtype = compute_dtype(config, gpu)
     if config.gradient_checkpointing == "auto":
         config = changed(config, gradient_checkpointing=_auto_policy(model, gpu, dtype, config))
-    check_policies(config, model.num_hidden_layers)
     return plan_memory(model, config, gpu=gpu, dtype=dtype, stored=stored)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
+from engine.runs.commands import command_of
 from engine.runs.metrics import describe_seconds, read_metrics
 from engine.storage.lock import is_locked, read_holder
 from engine.storage.safe_files import json_object_or_empty
@@ -43,7 +44,8 @@ def _last_change(run: Path) -> float:
 def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     """State, progress and the last step of a run. Raises `CheckpointError` for damaged metrics.
 
-    `state` is running, finished, failed, or died (no process, no summary: killed or lost).
+    `state` is running, finished, stopped at a step (by a signal, after its checkpoint), failed, or
+    died (no process, no summary: killed or lost).
     """
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if line.get("loss") is not None or "lr" in line]
@@ -57,6 +59,10 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
         state = "finished" if summary.get("status") == "Success" else "failed"
     else:
         state = "died"
+    stopped = summary.get("stopped")
+    stopped_at = stopped.get("step") if isinstance(stopped, dict) else None
+    if state == "failed" and isinstance(stopped_at, int):
+        state = f"stopped at step {stopped_at}"
     status: dict[str, Any] = {
         "run": str(run),
         "state": state,
@@ -107,7 +113,9 @@ def describe_status(status: dict[str, Any]) -> list[str]:
         rows.append(("checkpoints", ", ".join(map(str, status["checkpoints"]))))
     if status["output_path"]:
         rows.append(("output", status["output_path"]))
-    if status["error_message"]:
+    if status["checkpoints"] and status["state"] not in ("running", "finished"):
+        rows.append(("go on with", command_of("resume", Path(status["run"]))))
+    if status["error_message"] and not status["state"].startswith("stopped"):
         rows.append(("error", status["error_message"]))
     return [f"{label:<14} {value}" for label, value in rows] + list(status.get("log", []))
 

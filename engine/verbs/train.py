@@ -20,12 +20,14 @@ from engine.device import resolve_device, resolve_dtype
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
 from engine.pruning.keep_pruned import hold_pruned
-from engine.runs.directory import RunDirectory
+from engine.runs.commands import command_of, next_steps, repeat_heldout
+from engine.runs.directory import RunDirectory, dated
+from engine.runs.identity import check_identity
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
+from engine.runs.output import check_earlier, name_run
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
-from engine.runs.startup import spinning_advice
-from engine.runs.trackers import Trackers, require_trackers
+from engine.runs.trackers import Trackers
 from engine.training.loop import (
     Progress,
     Trainer,
@@ -33,12 +35,9 @@ from engine.training.loop import (
     TrainerSettings,
 )
 from engine.training.prepare import Prepared, prepare
-from engine.training.saving import RunState
+from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
-    check_init_adapter,
-    check_policies,
-    check_run,
     load_teacher,
     make_in_backward,
     make_optimizer,
@@ -73,7 +72,6 @@ def _with_policy(
     With them the plan of the largest step, if the choice needed one.
     """
     if config.gradient_checkpointing != "auto":
-        check_policies(config, prepared.model_source.config.num_hidden_layers)
         return config, None
     from engine.memory.auto_policy import planned_policy
     from engine.memory.budget import largest_step
@@ -115,35 +113,38 @@ class _Run:
         self.directory, self.prepared, self.stack = directory, prepared, stack
         self.config = directory.config
         self.device = resolve_device(self.config.device)
-        self.digest = prepared.model_source.digest()
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = _with_policy(self.config, prepared, self.device, dtype)
         self.budget = _budget(prepared, settings, self.device, dtype, planned)
-        check_run(self.config, prepared.model_source.config, self.device, dtype)
-        init = check_init_adapter(self.config, self.prepared.model_source.config, self.digest)
         self.model = build_for(self.config, prepared.model_source, self.device, dtype)
-        self.trainable = make_trainable(self.model, settings, init)
+        self.trainable = make_trainable(self.model, settings, prepared.init)
         self.settings = step_settings(settings)
         self.optimizer = make_optimizer(self.model, self.config)
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
-        self.state = RunState(self.config, self.model, self.optimizer, self.digest)
-        self.progress, policy = self.state.resume(directory.checkpoints)
-        if policy is not None:
-            self.settings = replace(self.settings, checkpointing=policy)
+        self.state = RunState(prepared.identity, self.model, self.optimizer)
+        fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
+        self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
+        self.settings = replace(self.settings, checkpointing=self.going.policy)
 
     def evaluate(self) -> EvalResult:
         return evaluate_examples(self.model, self.prepared.heldout, settings=self.settings)
 
     def evaluate_before(self) -> dict[str, float]:
-        """Perplexity of the held-out rows at the start of a run; nothing without such rows."""
-        if not self.prepared.heldout or self.progress.step > 0:
+        """Perplexity and loss of the held-out rows at the start; nothing without such rows.
+
+        A run that goes on has them from its manifest.
+        """
+        if not self.prepared.heldout:
             return {}
-        perplexity = self.evaluate().perplexity
-        log.info("held-out perplexity before training: %.3f", perplexity)
-        return {"heldout_perplexity_before": perplexity}
+        if self.progress.step > 0:
+            return self.directory.facts("heldout_perplexity_before", "heldout_loss_before")
+        before = self.evaluate()
+        log.info("held-out perplexity before training: %.3f", before.perplexity)
+        figures = {"heldout_perplexity_before": before.perplexity}
+        return figures | {"heldout_loss_before": before.loss}
 
     def evaluate_after(self) -> dict[str, float]:
         """Perplexity and loss of the held-out rows at the end; nothing without such rows."""
@@ -187,7 +188,7 @@ class _Run:
                 config.report_to,
                 directory.path,
                 config.run_id,
-                config.model_dump(mode="json"),
+                config.stored(),
                 first_step=start + 1,
             )
         )
@@ -202,7 +203,8 @@ class _Run:
 
         def save(progress: Progress) -> None:
             metrics.sync()
-            self.state.save(directory.checkpoints, progress, self.settings.checkpointing)
+            self.state.save(directory.checkpoints, progress, self.going)
+            directory.reached_checkpoint()
 
         hooks = TrainerHooks(save, report, self._heldout_figures if prepared.heldout else None)
         if self.budget is not None:
@@ -219,7 +221,7 @@ class _Run:
             self.settings,
             self.config.max_grad_norm,
             self.config.seed,
-            load_teacher(self.config, self.prepared.model_source.config, self.device),
+            load_teacher(self.config, self.device),
             self.in_backward,
         )
 
@@ -229,51 +231,70 @@ class _Run:
             total_steps=total_steps,
             learning_rate=config.learning_rate,
             lr_schedule=config.lr_schedule,
-            warmup_steps=config.warmup(total_steps),
+            warmup_steps=self.going.warmup_steps,
             nonfinite_limit=config.nonfinite_limit,
             checkpoint_every=config.checkpoint_every,
             eval_every=config.eval_every,
+            go_on=f"`{command_of('resume', self.directory.path)}`",
         )
 
 
 def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """Run a fine-tuning from start to end; on any failure the directory's summary says why.
 
-    Raises children of `EngineError` for what the user can fix, and `Interrupted` (an exit status)
-    when a signal stopped the run after a checkpoint.
+    A start that is refused writes nothing into a run that stands there. Raises children of
+    `EngineError` for what the user can fix, and `Interrupted` (an exit status) when a signal
+    stopped the run after a checkpoint.
     """
-    require_trackers(config.report_to)
-    device = resolve_device(config.device)
-    check_run(config, None, device, resolve_dtype(config.dtype, device))
-    advice = spinning_advice()
-    if device.type == "cpu" and torch.get_num_threads() > 1 and advice is not None:
-        log.warning("%s", advice)
     if config.threads:
         torch.set_num_threads(config.threads)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = prepare(directory.config, partial(_require_space, directory.config))
+        prepared = _checked(directory.config)
+        directory.open()
         run = _Run(directory, prepared, stack)
+        directory.begin()
+        before = run.evaluate_before()
         directory.write_manifest(
-            base_digest=run.digest,
+            base_digest=prepared.digests["base"],
+            digests=prepared.digests,
             trainable_parameters=run.trainable,
             rows=len(prepared.examples),
             total_steps=prepared.total_steps,
+            **before,
         )
         log.info(
             "%s: %d trainable parameters, %d rows, %d steps",
             config.method, run.trainable, len(prepared.examples), prepared.total_steps,
         )  # fmt: skip
-        before = run.evaluate_before()
         progress = run.train()
         after = run.evaluate_after()
         output = run.state.write_output(prepared.model_source, directory.path)
         figures = run.figures(progress) | before | after
         if config.plot:
-            plot_loss(directory.path)
-        directory.write_summary("Success", output_path=output, metrics=figures)
+            plot_loss(directory.path, before.get("heldout_loss_before"))
+        shown = directory.config
+        if not prepared.tokenizer.chat_template.reads_clock:
+            shown = shown.model_copy(update={"template_date": None})
+        commands = next_steps(shown, output)
+        directory.write_summary(
+            "Success",
+            output_path=output,
+            metrics=figures,
+            next=commands,
+            repeat_heldout=repeat_heldout(shown, output),
+        )
         log.info("Saved: %s", output)
+        log.info("Next:\n%s", "\n".join(f"  {line}" for line in commands))
     adapter = None if config.method == "full" else output
     return TrainResult(directory.path, adapter, figures, "Success", output)
+
+
+def _checked(config: TrainConfig) -> Prepared:
+    """Everything that can be known before a weight is read; `config` has its directory and date."""
+    check_earlier(config)
+    prepared = prepare(config, partial(_require_space, config))
+    check_identity(prepared.identity)
+    return prepared
 
 
 def dry_run(config: TrainConfig, rows: int = 2) -> str:
@@ -284,14 +305,10 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """
     from engine.config.sources import dump_yaml
 
-    require_trackers(config.report_to)
+    prepared = _checked(dated(name_run(config)))
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    check_run(config, None, device, dtype)
-    prepared = prepare(config)
-    check_init_adapter(config, prepared.model_source.config, prepared.model_source.digest())
-    check_run(config, prepared.model_source.config, device, dtype)
-    lines = [dump_yaml(config).rstrip(), "", prepared.report.describe()]
+    lines = [dump_yaml(config).rstrip(), "", prepared.rows.report.describe()]
     lines.append(
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "
         f"{device} in {str(dtype).removeprefix('torch.')}; {len(prepared.heldout)} rows held out"

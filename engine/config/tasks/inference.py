@@ -6,12 +6,22 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import MAX_SHARD_SIZE, ComputeType, MergeOnto, Quantization, StoredType
+from engine.config.choices import (
+    MAX_SHARD_SIZE,
+    ComputeType,
+    HeadPrecision,
+    MergeOnto,
+    Quantization,
+    StoredType,
+)
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
+    BAD_LINES,
     DEVICE,
     DTYPES,
+    PRECISIONS,
     as_text,
+    iso_date,
     json_object,
     none_is_unset,
     one_or_many,
@@ -57,6 +67,36 @@ class EvalSettings(OneModel):
     min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
     category: str | None = setting(None, "Data", "only rows of this category")
     limit_rows: int | None = setting(None, "Data", "only the first N rows", ge=1)
+    heldout: float = setting(
+        0.0,
+        "Data",
+        "only the rows that `engine train --heldout` would hold out",
+        ge=0,
+        lt=1,
+    )
+    seed: int = setting(42, "Data", "of the choice of held-out rows", ge=0, lt=1 << 63)
+    bad_lines: str = setting(
+        "fail",
+        "Data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=BAD_LINES,
+    )
+    system_prompt: str | None = setting(
+        None, "Data", "system message put before rows that have none"
+    )
+    template_date: Annotated[str | None, BeforeValidator(iso_date)] = setting(
+        None, "Data", "what the chat template takes for the present, such as 2026-01-31"
+    )
+    double_quant: bool = setting(True, "Machine", "quantise the NF4 scales again")
+    head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = setting(
+        "16bit", "Machine", "output head: the compute type, or 8-bit rows"
+    )
+    loss_chunk_tokens: int = setting(
+        256, "Machine", "evaluated tokens per chunk of the loss", ge=1, le=1 << 20
+    )
+    mlp_tile_tokens: int | None = setting(
+        None, "Machine", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
+    )
 
 
 class Sampling(Settings):

@@ -15,8 +15,8 @@ import torch
 from models.config.model_config import ModelConfig
 
 
-class ModelSource(Protocol):
-    """A pretrained model on disk. Tensors are read one at a time, on the CPU."""
+class ModelDescription(Protocol):
+    """A pretrained model without its weights: configuration, tokenizer and templates."""
 
     @property
     def path(self) -> Path:
@@ -34,6 +34,25 @@ class ModelSource(Protocol):
     def generation_config(self) -> dict[str, Any]:
         """The parsed generation_config.json, or what it would hold; empty where unknown."""
 
+    def tokenizer_json(self) -> str | None:
+        """The serialised `tokenizers` tokenizer, or None where the source has none."""
+
+    def tokenizer_model(self) -> Path | None:
+        """The SentencePiece file, or None where the source has none."""
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """`tokenizer_config.json`, empty where there is none."""
+
+    def chat_template(self) -> str | None:
+        """The Jinja text of the default chat template, or None where the source has none."""
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        """Relative name -> content of every other file of a model saved from this one."""
+
+
+class ModelSource(ModelDescription, Protocol):
+    """A pretrained model on disk. Tensors are read one at a time, on the CPU."""
+
     def names(self) -> list[str]:
         """Names of the tensors: those that `models.tensor_names.expected_tensors` lists for the
         file's layout, then those of other parts (`models.tensor_layout.carried_prefixes`)."""
@@ -49,21 +68,6 @@ class ModelSource(Protocol):
 
     def release(self, name: str) -> None:
         """Say that no view of tensor `name` is in use, so that its pages can leave memory."""
-
-    def tokenizer_json(self) -> str | None:
-        """The serialised `tokenizers` tokenizer, or None where the source has none."""
-
-    def tokenizer_model(self) -> Path | None:
-        """The SentencePiece file, or None where the source has none."""
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        """`tokenizer_config.json`, empty where there is none."""
-
-    def chat_template(self) -> str | None:
-        """The Jinja text of the default chat template, or None where the source has none."""
-
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
-        """Relative name -> content of every other file of a model saved from this one."""
 
     def digest(self) -> str:
         """SHA-256 in hexadecimal that tells this model from another; see `quick_digest`."""

@@ -14,6 +14,7 @@ IN_BACKWARD = {"optimizer_in_backward": True, "method": "full", "max_grad_norm":
 BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"warmup_ratio": 0.1, "warmup_steps": 3}, Facts()),
     ({"eval_data": ("e",), "heldout": 0.1}, Facts()),
+    ({"eval_every": 5}, Facts()),
     ({"teacher": "t", "method": "full"}, Facts()),
     ({"teacher": "t", "memory_budget": 1 << 30}, Facts()),
     ({"method": "full", "init_adapter": "a"}, Facts()),

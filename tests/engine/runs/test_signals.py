@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 # A loop of steps that takes signals as the trainer does and tells what it does.
 LOOP = """
 import sys, time
-from engine.runs.signals import StopSignals
+from engine.runs.signals import Interrupted, StopSignals
 
 with StopSignals() as stop:
     print("ready", flush=True)
@@ -24,7 +24,7 @@ with StopSignals() as stop:
         time.sleep(float(sys.argv[1]))
         if stop.requested is not None:
             print("checkpoint", flush=True)
-            stop.raise_if_requested("stopped as asked")
+            raise Interrupted(stop.requested, "stopped as asked")
 print("end", flush=True)
 """
 

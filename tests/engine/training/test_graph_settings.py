@@ -9,7 +9,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
-from engine.training.trainable import check_run
+from engine.training.checks import check_run
 from models.config.model_config import ModelConfig
 
 GPU = torch.device("cuda")

@@ -21,15 +21,10 @@ from engine.memory.search import changed, choose, smallest
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
 from engine.runs.metrics import read_metrics
-from engine.training.loop import (
-    NonFiniteError,
-    Progress,
-    Trainer,
-    TrainerHooks,
-    TrainerSettings,
-)
+from engine.training.checks import check_run
+from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.step import TrainingStep
-from engine.training.trainable import check_run, make_in_backward
+from engine.training.trainable import make_in_backward
 from engine.verbs.train import train
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig

@@ -153,10 +153,6 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bytes(
                 done = read_metrics(tmp_path / "parts" / "metrics.jsonl")
                 return 15 if self.at is not None and done and done[-1]["step"] >= self.at else None
 
-            def raise_if_requested(self, message: str = "") -> None:
-                if self.requested is not None:
-                    raise Interrupted(15, message)
-
         monkeypatch.setattr(engine.verbs.train, "StopSignals", Stops)
         resume = {} if number == 0 else {"resume": "auto"}
         settings = config(tiny_model, data, tmp_path / "parts", **changes, **resume)

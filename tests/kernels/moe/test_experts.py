@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.linear.adapters import Gradients
+from kernels.linear.lora import Gradients
 from kernels.linear.projection import Projection
 from kernels.moe.experts import (
     MixtureOfExperts,

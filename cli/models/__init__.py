@@ -1,1 +1,0 @@
-"""The verbs that take a model and use it or write another."""

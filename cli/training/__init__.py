@@ -1,1 +1,0 @@
-"""The verbs around a run: settings, plan, training, how far it is."""

@@ -1,1 +1,0 @@
-"""Configurations of other training programs, translated into settings of `TrainConfig`."""

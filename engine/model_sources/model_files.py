@@ -1,0 +1,100 @@
+"""The small files of a Hugging Face directory: configuration, tokenizer, templates.
+
+Of chat templates, `chat_template.jinja` wins over the key in `tokenizer_config.json`, which wins
+over `chat_template.json`, as in transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError
+from engine.model_sources.interface.checks import read_config
+from engine.storage.safe_files import MIB, read_json_object, read_regular, read_text
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATE_LIMIT = MIB
+
+
+class ModelFiles:
+    """What the folder `path` says of its model without its weights, which are not looked for.
+
+    Raises `ConfigError` for a missing or unusable config.json.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        config_path = self.path / "config.json"
+        if not self.path.is_dir() or not config_path.exists():
+            raise ConfigError(
+                f"{self.path} holds no config.json, so it is not a Hugging Face model directory."
+                f"{folder_hint(self.path)}"
+            )
+        self.raw_config = read_json_object(config_path, ConfigError)
+        self.config = read_config(self.raw_config, str(config_path))
+        self.generation_config = self._optional_json("generation_config.json")
+
+    def tokenizer_json(self) -> str | None:
+        path = self.path / "tokenizer.json"
+        return read_text(path, limit=256 * MIB) if path.exists() else None
+
+    def tokenizer_model(self) -> Path | None:
+        path = self.path / "tokenizer.model"
+        return path if path.exists() else None
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        return self._optional_json("tokenizer_config.json")
+
+    def chat_template(self) -> str | None:
+        jinja = self.path / "chat_template.jinja"
+        if jinja.exists():
+            return read_text(jinja, _TEMPLATE_LIMIT)
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            value = self._optional_json(name).get("chat_template")
+            if value is not None:
+                return _default_template(value, self.path / name)
+        return None
+
+    def tokenizer_files(self) -> dict[str, bytes | Path]:
+        extra = sorted(self.path.glob("additional_chat_templates/*.jinja"))
+        names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
+        names += [str(path.relative_to(self.path)) for path in extra]
+        return {name: read_regular(self.path / name, 256 * MIB) for name in names}
+
+    def _optional_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return read_json_object(path, ConfigError) if path.exists() else {}
+
+
+def _default_template(value: Any, source: Path) -> str:
+    """The template of a `chat_template` value: a text, or a list of {name, template}."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if not isinstance(value, str) or len(value) > _TEMPLATE_LIMIT:
+        raise ConfigError(
+            f"{source}: chat_template is neither a text nor a list with one named 'default'."
+        )
+    return value
+
+
+def folder_hint(folder: Path) -> str:
+    """A sentence about what `folder` holds instead of a model, empty if nothing telling."""
+    if not folder.is_dir():
+        return f" There is no folder {folder}." if not folder.exists() else ""
+    if (folder / "adapter_config.json").exists():
+        return " It holds a LoRA adapter: name its base model here, and the adapter as adapter."
+    if len(list(folder.glob("*.gguf"))) > 1:
+        return " It holds several GGUF files: name one of them."
+    return ""

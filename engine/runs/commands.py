@@ -1,0 +1,97 @@
+"""Commands for the next step, with real paths, to be pasted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.config.tasks.inference import EvalSettings
+from engine.config.train_config import TrainConfig
+
+
+def command(verb: str, options: Mapping[str, Any]) -> str:
+    """`engine VERB --option value ...`, quoted for a shell; options without a value are left out.
+
+    A list gives its option once for each item, True the bare option and False `--no-option`.
+    """
+    words = ["engine", verb]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if item is not None and item != {}:
+                text = json.dumps(item) if isinstance(item, dict) else str(item)
+                words += [flag, text]
+    return shlex.join(words)
+
+
+def command_of(verb: str, directory: Path) -> str:
+    """`engine VERB DIRECTORY`, quoted for a shell."""
+    return shlex.join(["engine", verb, str(directory)])
+
+
+def continued(config: TrainConfig, run: Path, steps: int | None = None) -> str:
+    """The command that trains on from a run's result, in a new directory, for so many steps."""
+    result = run / ("model" if config.method == "full" else "adapter")
+    target = run.with_name(f"{run.name}-2")
+    if config.method == "full":
+        asked: dict[str, Any] = {"model": result}
+    else:
+        asked = {"model": config.model, "init_adapter": result}
+    asked = {"config": run / "config.yaml"} | asked
+    return command(
+        "train", asked | {"output_dir": target, "run_id": target.name, "max_steps": steps}
+    )
+
+
+def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
+    """The `engine eval` that gives the run's held-out figure again; None without such rows."""
+    if not config.eval_data and not config.heldout:
+        return None
+    split = not config.eval_data
+    options: dict[str, Any] = {
+        **_model(config, output),
+        "quantize": "nf4" if config.method == "qlora" else None,
+        "data": config.data if split else config.eval_data,
+        "max_length": config.max_length,
+        "heldout": config.heldout if split else None,
+        "seed": config.seed if split else None,
+        "min_rating": config.min_rating if split else None,
+        "category": config.category if split else None,
+        "limit_rows": config.limit_rows if split else None,
+        "bad_lines": config.bad_lines,
+        "system_prompt": config.system_prompt,
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "template_date": config.template_date,
+        "double_quant": config.double_quant,
+        "head_precision": config.head_precision,
+        "loss_chunk_tokens": config.loss_chunk_tokens,
+        "mlp_tile_tokens": config.mlp_tile_tokens,
+        "dtype": config.dtype,
+        "device": config.device,
+    }
+    defaults = {name: field.default for name, field in EvalSettings.model_fields.items()}
+    return command("eval", {k: v for k, v in options.items() if v != defaults.get(k)})
+
+
+def next_steps(config: TrainConfig, output: Path) -> list[str]:
+    """What one does after a run: evaluate, ask, and merge (an adapter) or quantise nothing."""
+    evaluated = repeat_heldout(config, output)
+    if evaluated is None:
+        evaluated = command("eval", _model(config, output) | {"data": "HELDOUT.jsonl"})
+    steps = [evaluated, command("generate", _model(config, output) | {"prompt": "Hello!"})]
+    if config.method != "full":
+        merged = output.with_name("merged")
+        steps.append(command("merge", _model(config, output) | {"output": merged}))
+    return steps
+
+
+def _model(config: TrainConfig, output: Path) -> dict[str, Any]:
+    if config.method == "full":
+        return {"model": output}
+    return {"model": config.model, "adapter": output}

@@ -1,0 +1,33 @@
+"""Small runs for tests, and everything that a folder holds."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from engine.config.train_config import TrainConfig
+
+
+def small_run(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+    """Settings of 6 steps of two rows on a CPU, with `changes`."""
+    plain: dict[str, Any] = {
+        "model": str(model),
+        "data": str(data),
+        "output_dir": output,
+        "max_steps": 6,
+        "batch_size": 2,
+        "max_length": 96,
+        "learning_rate": 5e-3,
+        "device": "cpu",
+        "plot": False,
+        "checkpoint_every": 2,
+    }
+    return TrainConfig(**(plain | changes))
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Name -> digest of every file under a folder, hidden ones too."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
