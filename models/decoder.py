@@ -22,7 +22,6 @@ from models.layers.context import (
     DEFAULT_SETTINGS,
     LayerContext,
     StepSettings,
-    dropout_seeds,
     layer_policies,
 )
 from models.layers.experts import ExpertAdapter
@@ -251,15 +250,15 @@ class Decoder(nn.Module):
         )
         positions = torch.arange(batch.tokens, device=bounds.device) - starts
         cos, sin = self.rotary(positions, self.dtype)
-        seeds = None
+        key = None
         if self.training and settings.dropout_seed is not None and self._drops():
-            seeds = dropout_seeds(settings.dropout_seed, len(self.layers), self.device)
+            key = torch.full((), settings.dropout_seed, dtype=torch.int64, device=self.device)
         inputs = None
         if settings.offload_inputs and torch.is_grad_enabled():
             self._copies = self._copies or SideCopies(self.device)
             inputs = OffloadedInputs(self.device, self._copies)
         policies = layer_policies(settings.checkpointing, len(self.layers))
-        context = LayerContext(cos, sin, plan, seeds, settings=settings)
+        context = LayerContext(cos, sin, plan, key, settings=settings)
         return ForwardPass(context, policies, inputs, self.weight_stream, routed)
 
     def _drops(self) -> bool:

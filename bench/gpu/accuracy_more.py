@@ -19,7 +19,7 @@ from bench.gpu.step import clear
 from engine.benchmark.case import Tensors, gradients, leaf
 from kernels.attention import AttentionPlan
 from kernels.delta_net import gated_delta
-from kernels.elementwise.dropout import dropout
+from kernels.elementwise.dropout import Seed, dropout
 from kernels.elementwise.rms_norm import rms_norm
 from kernels.nf4 import quantize
 from kernels.nf4.dequantize_triton import nf4_dequantize
@@ -66,7 +66,7 @@ def _dropout(
     device: torch.device, dtype: torch.dtype, small: bool
 ) -> tuple[Tensors, Function, bool]:
     x = _random(device, dtype, *((7, 33) if small else (4001, 4096)))
-    return {"x": x}, lambda t: {"y": dropout(t["x"], 0.1, 0x1234_5678_9ABC)}, False
+    return {"x": x}, lambda t: {"y": dropout(t["x"], 0.1, Seed(0x1234_5678_9ABC))}, False
 
 
 def _layouts(

@@ -22,6 +22,7 @@ from engine.runs.identity import RunIdentity, require_same_run, warmup_of
 from engine.storage import durable
 from engine.training.loop import Progress, new_progress
 from engine.training.trainable import BASE_FILE, adapter_config
+from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
 from optim import AdamW8bit
@@ -74,6 +75,7 @@ class RunState:
                 "checkpointing": going.policy,
                 "warmup_steps": going.warmup_steps,
                 "base": self.identity.digests["base"],
+                "dropout": GENERATOR,
             },
         )
 
@@ -97,6 +99,12 @@ class RunState:
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
         state = loaded.state
         log.info("Going on from %s", loaded.path)
+        if self.config.lora_dropout > 0.0 and state.get("dropout") != GENERATOR:
+            log.warning(
+                "%s was written by a version that drew dropout masks by another generator (%s, now "
+                "%s): what follows is trained as well, but not to the bits of the run that stopped",
+                *(loaded.path, state.get("dropout", "earlier"), GENERATOR),
+            )
         # Earlier versions wrote the policy under "recompute".
         policy = state.get("checkpointing") or state["recompute"]
         return Progress(**state["progress"]), Going(policy, warmup_of(state, self.identity))

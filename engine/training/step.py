@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.runtime.random import derived_seed
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -38,8 +39,8 @@ class StepResult:
 
 
 def dropout_seed(seed: int, step: int, micro: int) -> int:
-    """Seed of one micro-batch's dropout: a pure function of the run's seed and its position."""
-    return (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro + 1) & ((1 << 62) - 1)
+    """Key of one micro-batch's dropout: a pure function of the run's seed and its position."""
+    return derived_seed(seed, step, micro)
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def lora_mlp(
     x: Tensor, gate: Projection, up: Projection, down: Projection, seed: Seed | None = None
 ) -> Tensor:
     """down(silu(gate(x)) * up(x)) for x (N, in), saving x and the two inner activations only."""
-    mlp = SwiGLUMLP(gate, up, down, (seed, None if seed is None else seed + 1))
+    mlp = SwiGLUMLP(gate, up, down, (seed, None if seed is None else seed.at(1)))
     params = [t for projection in mlp.projections() for t in projection.trainable()]
     y: Tensor = _LoraMLP.apply(x, mlp, *params)
     return y

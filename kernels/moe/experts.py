@@ -37,8 +37,8 @@ from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
 from kernels.moe.router import Routing, route, route_backward
 
-SEEDS = 4
-"""Consecutive dropout seeds one mixture uses: experts' and shared expert's two sites each."""
+SITES = 4
+"""Consecutive dropout sites of one mixture: experts' and shared expert's two each."""
 
 _Pair = tuple[Tensor, Tensor]
 
@@ -53,7 +53,8 @@ class SharedExpert:
     weight: Projection | None = None
 
     def mlp(self, seed: Seed | None) -> SwiGLUMLP:
-        return SwiGLUMLP(self.gate, self.up, self.down, (_seed(seed, 2), _seed(seed, 3)))
+        seeds = (None, None) if seed is None else (seed.at(2), seed.at(3))
+        return SwiGLUMLP(self.gate, self.up, self.down, seeds)
 
     def projections(self) -> list[Projection]:
         return [p for p in (self.gate, self.up, self.down, self.weight) if p is not None]
@@ -114,14 +115,18 @@ class ExpertsSaved:
         return replace(self, routing=self.routing.trim(), inner=None, shared=None)
 
 
-def _seed(seed: Seed | None, site: int) -> Seed | None:
-    return None if seed is None else seed + site
+def _expert_seed(seed: Seed | None, site: int, moe: MixtureOfExperts) -> Seed | None:
+    """Of the experts' rows, of which every token has `top_k`."""
+    return None if seed is None else seed.at(site, seed.first_row * moe.top_k)
 
 
 def moe_forward(
     x: Tensor, moe: MixtureOfExperts, seed: Seed | None = None
 ) -> tuple[Tensor, ExpertsSaved]:
-    """y (N, H) for x (N, H). `seed` None means no dropout; seed to seed + SEEDS - 1 are used."""
+    """y (N, H) for x (N, H). `seed` None means no dropout.
+
+    With one its site and the next SITES - 1 are used.
+    """
     routing = choose(x, moe)
     y, inner, shared = moe_output(x, moe, routing, seed)
     return y, ExpertsSaved.of(routing, inner, shared)
@@ -138,9 +143,11 @@ def moe_output(
 ) -> tuple[Tensor, Tensor, _Pair | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
     groups = routing.groups
-    inner, _ = grouped_project(Gathered(x, routing.tokens), moe.inner, groups, seed=_seed(seed, 0))
+    inner, _ = grouped_project(
+        Gathered(x, routing.tokens), moe.inner, groups, seed=_expert_seed(seed, 0, moe)
+    )
     h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
-    out, _ = grouped_project(h, (moe.down,), groups, seed=_seed(seed, 1))
+    out, _ = grouped_project(h, (moe.down,), groups, seed=_expert_seed(seed, 1, moe))
     y = routing.combine(out)
     if moe.shared is None:
         return y, inner, None
@@ -213,7 +220,9 @@ def _experts_backward(
     """d_weights (N, k), fp32 or wider, and dx (N, H) of the experts."""
     groups, tokens, weights = routing.groups, routing.tokens, routing.sorted_weights()
     if inner is None:
-        inner, _ = grouped_project(Gathered(x, tokens), moe.inner, groups, seed=_seed(seed, 0))
+        inner, _ = grouped_project(
+            Gathered(x, tokens), moe.inner, groups, seed=_expert_seed(seed, 0, moe)
+        )
     h = _halves_swiglu(inner)
     adjoint = grouped_project_backward(
         Gathered(dy, tokens),
@@ -221,7 +230,7 @@ def _experts_backward(
         (moe.down,),
         groups,
         grads,
-        seed=_seed(seed, 1),
+        seed=_expert_seed(seed, 1, moe),
     )
     assert adjoint is not None
     sorted_d_weights = (adjoint.to(weights.dtype) * h).sum(1)
@@ -234,7 +243,7 @@ def _experts_backward(
         moe.inner,
         groups,
         grads,
-        seed=_seed(seed, 0),
+        seed=_expert_seed(seed, 0, moe),
         need_dx=need_dx,
     )
     combined = None if dx is None else routing.combine(dx)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
+from kernels.elementwise.dropout import Seed
 from models.layers.kv_cache import KVCache
 
 POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
 
 _SITES = 6
-_SEED_BITS = (1 << 63) - 1
 
 
 def layer_policies(text: str, layers: int) -> tuple[str, ...]:
@@ -45,7 +44,8 @@ class StepSettings:
     """How one step is computed. All but the last two change time and memory, not gradients.
 
     With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
-    activation under any checkpointing policy (`models.layers.token_tiles`). With
+    activation under any checkpointing policy (`models.layers.token_tiles`); experts sort their rows
+    within a tile, so that dropout, if any, then drops other elements of them. With
     `low_memory_decode` no more than one decoded weight, or one group of those that attention reads
     together, exists at a time, and attention goes over its heads in parts. `checkpointing` is a
     policy for all layers or one for each (`layer_policies`). With `offload_inputs` the layers'
@@ -53,7 +53,7 @@ class StepSettings:
     bounds the tokens whose logits exist at a time; None lets the loss choose.
 
     `router_loss` is the factor of the router's load balancing loss; None is the model's own.
-    `dropout_seed` turns the dropout of adapters on in training mode.
+    `dropout_seed`, 63 bits, turns the dropout of adapters on in training mode.
     """
 
     mlp_tile_tokens: int | None = None
@@ -73,30 +73,21 @@ class StepSettings:
 DEFAULT_SETTINGS = StepSettings()
 
 
-def dropout_seeds(seed: int, layers: int, device: torch.device) -> Tensor:
-    """Seeds (layers * 6,) int64 of every dropout site: a pure function of seed, layer and site."""
-    sites = torch.arange(layers * _SITES, device=device)
-    return sites.add_((seed * 1_000_003) & _SEED_BITS).bitwise_and_(_SEED_BITS)
-
-
 @dataclass(frozen=True)
 class LayerContext:
     """What every layer reads besides its input, made once per forward pass.
 
-    cos, sin (N, rotary_dim / 2); `dropout_seeds` None means no dropout. With a `cache` the tokens
-    are the next ones of one cached sequence.
+    cos, sin (N, rotary_dim / 2); `dropout_key` int64 (), None means no dropout. With a `cache` the
+    tokens are the next ones of one cached sequence.
     """
 
     cos: Tensor
     sin: Tensor
     plan: AttentionPlan
-    dropout_seeds: Tensor | None = None
+    dropout_key: Tensor | None = None
     cache: KVCache | None = None
     settings: StepSettings = DEFAULT_SETTINGS
 
-    def seed(self, layer: int, site: int) -> Tensor | None:
-        """Seed of one dropout site, int64 without dimensions.
-
-        Sites 0 and 1 are the mixer's, 2 to 5 the feed-forward part's.
-        """
-        return None if self.dropout_seeds is None else self.dropout_seeds[layer * _SITES + site]
+    def seed(self, layer: int, site: int) -> Seed | None:
+        """Seed of one dropout site: 0 and 1 are the mixer's, 2 to 5 the feed-forward part's."""
+        return None if self.dropout_key is None else Seed(self.dropout_key, layer * _SITES + site)

@@ -23,22 +23,18 @@ from kernels.linear.lora import Gradients
 from kernels.runtime.simulation import equal_parts
 from models.layers.linear import RMSNorm
 
-_SEED_STEP = 0x5851F42D4C957F2D
-_SEED_BITS = (1 << 63) - 1
-
 
 @dataclass(frozen=True)
 class TokenTile:
-    """Consecutive tokens, and the tile's number."""
+    """Consecutive tokens."""
 
-    index: int
     tokens: slice
 
     def seed(self, seed: Seed | None) -> Seed | None:
-        """The seed of a dropout site in this tile; in the first tile it is `seed` itself."""
-        if seed is None:
-            return None
-        return (seed + (self.index * _SEED_STEP & _SEED_BITS)) & _SEED_BITS
+        """The seed of a dropout site whose rows begin with this tile's: they draw what the whole
+        draws there.
+        """
+        return None if seed is None else seed.at(0, first_row=self.tokens.start)
 
 
 class _Sums(dict[int, Tensor]):
@@ -58,9 +54,9 @@ Backward = Callable[[Tensor, Tensor, TokenTile, Gradients], Tensor]
 
 def token_tiles(count: int, tile_tokens: int) -> Iterable[TokenTile]:
     """The tiles of `count` tokens; the last may be short."""
-    starts = enumerate(range(0, count, tile_tokens))
     return equal_parts(
-        TokenTile(at, slice(first, min(first + tile_tokens, count))) for at, first in starts
+        TokenTile(slice(first, min(first + tile_tokens, count)))
+        for first in range(0, count, tile_tokens)
     )
 
 

@@ -7,7 +7,7 @@ needs nothing of autograd: the forward and the backward pass of consecutive laye
 after the other on buffers at fixed addresses, and one autograd node stands for all of these layers.
 
 What changes from batch to batch lies in those buffers: the layers' input, cos and sin, document
-boundaries, dropout seeds. A recording serves one size, so a batch is padded to one of few
+boundaries, dropout key. A recording serves one size, so a batch is padded to one of few
 (`Sizes`): with a document of zeros at the end, whose gradients are zero, and with empty documents.
 Every batch is padded alike, whether its launches are recorded or not, so that a run that is stopped
 and resumed computes the same bits.
@@ -101,7 +101,7 @@ class _RecordedPass:
         self.needs_input = [x.requires_grad or segment.first > 0 for segment in segments]
         self.cu_seqlens = torch.empty(sizes.documents + 1, dtype=torch.int32, device=x.device)
         context, self.policies = run.context, run.policies
-        plan, seeds = context.plan, context.dropout_seeds
+        plan, key = context.plan, context.dropout_key
         self.context = replace(
             context,
             cos=context.cos.new_zeros(rows, context.cos.shape[1]),
@@ -109,7 +109,7 @@ class _RecordedPass:
             plan=plan
             if sizes.equal
             else AttentionPlan.within(self.cu_seqlens, sizes.longest, plan.frugal),
-            dropout_seeds=None if seeds is None else seeds.clone(),
+            dropout_key=None if key is None else key.clone(),
         )
         self._saved: dict[int, list[tuple[Tensor, BlockSaved]]] = {}
         self._scratch: list[Tensor] = []
@@ -125,8 +125,8 @@ class _RecordedPass:
             known = context.plan.count + 1
             self.cu_seqlens[:known].copy_(context.plan.cu_seqlens)
             self.cu_seqlens[known:].fill_(self.sizes.tokens)
-        if own.dropout_seeds is not None and context.dropout_seeds is not None:
-            own.dropout_seeds.copy_(context.dropout_seeds)
+        if own.dropout_key is not None and context.dropout_key is not None:
+            own.dropout_key.copy_(context.dropout_key)
 
     def record(self, recorder: Recorder) -> None:
         """Record every segment, in the order in which they are repeated."""
@@ -230,8 +230,8 @@ class LayerGraphs:
     def _pass(self, x: Tensor, run: ForwardPass) -> _RecordedPass:
         """The pass for this batch, recorded while fewer than `SIZES` are."""
         context = run.context
-        sizes, silent = Sizes.of(context.plan, x.shape[0]), context.dropout_seeds is None
-        settings = replace(context.settings, dropout_seed=None)  # the seeds lie in a buffer
+        sizes, silent = Sizes.of(context.plan, x.shape[0]), context.dropout_key is None
+        settings = replace(context.settings, dropout_seed=None)  # the key lies in a buffer
         key = (sizes, run.policies, settings, x.requires_grad, silent)
         known = self._passes.get(key)
         if known is not None:

@@ -5,6 +5,7 @@ Kernels run on the GPU, or in Triton's interpreter on a machine without one.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -73,7 +74,9 @@ def mutant(tmp_path: Path) -> Callable[[ModuleType, str, str], ModuleType]:
         assert spec is not None
         assert spec.loader is not None
         changed = module_from_spec(spec)
+        sys.modules[path.stem] = changed  # where dataclasses look for their module
         spec.loader.exec_module(changed)
+        del sys.modules[path.stem]
         return changed
 
     return load

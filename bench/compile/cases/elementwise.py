@@ -203,22 +203,23 @@ def _cross_entropy() -> Iterator[CompileCase]:
 
 
 def _dropout() -> Iterator[CompileCase]:
-    for dtype in DTYPES:
+    sizes = ("rows", "width", "x_row", "first_row", "site", "threshold")
+    for dtype, width in product(DTYPES, (576, 14336)):
+        rows, block, warps = dropout.tile(width)
         yield CompileCase(
             kernel=dropout.dropout_kernel,
             name="dropout",
-            config=dtype,
+            config=f"{dtype} block {block}",
             signature={
                 **dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}"),
-                "seed_ptr": "*i64",
-                "numel": "i32",
+                "key_ptr": "*i64",
+                **dict.fromkeys(sizes, "i32"),
                 "scale": "fp32",
-                "threshold": "i32",
             },
-            constexprs={"BLOCK": dropout.BLOCK},
-            num_warps=4,
-            elements=dropout.BLOCK,
-            unaligned=frozenset(("seed_ptr", "threshold")),
+            constexprs={"ROWS": rows, "BLOCK": block},
+            num_warps=warps,
+            elements=8 * rows * block,
+            unaligned=frozenset(("key_ptr", "threshold", "first_row", "site", "rows")),
             architectures=_architectures(dtype),
             checked=dtype == "bf16",
         )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.elementwise.dropout import Seed
 from kernels.linear import lora as lora_module
 from kernels.linear import projection as projection_module
 from kernels.linear.dora import adapted_row_norms
@@ -78,8 +79,8 @@ def test_dropout_is_the_same_mask_in_both_directions() -> None:
     x = randn(9, 6).requires_grad_(True)
     p = Projection(randn(4, 6), None, randn(2, 6).requires_grad_(True), randn(4, 2), 1.0, 0.4)
     p.lora_b.requires_grad_(True)  # type: ignore[union-attr]
-    assert torch.autograd.gradcheck(lambda x, *_: lora_linear(x, p, 11), (x, *p.trainable()))
-    assert not torch.equal(lora_linear(x, p, 11), lora_linear(x, p, 12))
+    assert torch.autograd.gradcheck(lambda x, *_: lora_linear(x, p, Seed(11)), (x, *p.trainable()))
+    assert not torch.equal(lora_linear(x, p, Seed(11)), lora_linear(x, p, Seed(12)))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
     dora: bool, ranks: tuple[int, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a GPU does: one product for base and adapters, in either direction."""
-    x, seed = randn(9, 128).float(), 11 if dropout else None
+    x, seed = randn(9, 128).float(), Seed(11) if dropout else None
 
     def adapted(out: int, rank: int) -> Projection:
         a = randn(rank, 128).float().requires_grad_(True) if rank else None

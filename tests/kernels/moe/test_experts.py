@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.elementwise.dropout import Seed
 from kernels.linear.lora import Gradients
 from kernels.linear.projection import Projection
 from kernels.moe.experts import (
@@ -144,10 +145,10 @@ def test_what_is_trimmed_is_computed_again() -> None:
     outcome = []
     for trim in (False, True):
         with torch.no_grad():
-            _, saved = moe_forward(x, moe, seed=3)
+            _, saved = moe_forward(x, moe, seed=Seed(3))
             grads: Gradients = {}
             remaining = saved.trim() if trim else saved
-            dx = moe_backward(dy, x, moe, remaining, grads, seed=3)
+            dx = moe_backward(dy, x, moe, remaining, grads, seed=Seed(3))
         assert dx is not None
         outcome.append([dx, *(grads[id(t)] for t in moe.trainable())])
     for one, two in zip(*outcome, strict=True):
@@ -197,11 +198,12 @@ def test_gradients_with_dropout_are_those_of_the_masked_forward_pass() -> None:
     moe, x = with_dropout(mixture(), 0.3), parameter(3, HIDDEN)
     leaves = [x, *moe.trainable()]
     assert torch.autograd.gradcheck(
-        lambda *_: mixture_of_experts(x, moe, seed=11)[0], leaves, fast_mode=True
+        lambda *_: mixture_of_experts(x, moe, seed=Seed(11))[0], leaves, fast_mode=True
     )
     with torch.no_grad():
         first, again, other, plain = (
-            mixture_of_experts(x, moe, seed=seed)[0] for seed in (11, 11, 12, None)
+            mixture_of_experts(x, moe, seed=None if key is None else Seed(key))[0]
+            for key in (11, 11, 12, None)
         )
     assert torch.equal(first, again)
     assert not torch.allclose(first, other)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.elementwise.dropout import Seed
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.lora import Gradients
 from kernels.moe.gathered import Gathered
@@ -181,7 +182,7 @@ def test_without_dx_the_parameter_gradients_are_the_same() -> None:
 
 def test_dropout_is_drawn_alike_in_both_directions() -> None:
     maps = projections(2, dropout=0.4)
-    rows, seed = torch.randint(0, 4, (ROWS,)), 5
+    rows, seed = torch.randint(0, 4, (ROWS,)), Seed(5)
     x = randn(4, IN)
     with torch.no_grad():
         y, lows = grouped_project(Gathered(x, rows), maps, groups(), seed=seed)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 from weakref import ref
 
 import pytest
@@ -17,6 +18,7 @@ from engine.training.step import TrainingStep
 from kernels import attention
 from kernels.attention.backends import Backend
 from kernels.attention.documents import AttentionPlan, AttentionSettings
+from kernels.elementwise.dropout import Seed
 from kernels.runtime import scratch
 from kernels.runtime.triton_support import HAS_TRITON
 from models.config.model_config import ModelConfig
@@ -212,7 +214,7 @@ def test_kernels_are_repeated_too(open_attention: None, monkeypatch: pytest.Monk
             assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("forgotten", ["cos", "boundaries", "seeds"])
+@pytest.mark.parametrize("forgotten", ["cos", "boundaries", "key"])
 def test_what_is_not_written_anew_is_seen(
     forgotten: str, open_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +224,7 @@ def test_what_is_not_written_anew_is_seen(
         saved = {
             "cos": self.context.cos,
             "boundaries": self.cu_seqlens,
-            "seeds": self.context.dropout_seeds,
+            "key": self.context.dropout_key,
         }[forgotten]
         before = saved.clone()
         right(self, context)
@@ -239,7 +241,13 @@ def test_a_layer_that_makes_the_host_wait_is_not_recorded(
     open_attention: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = LayerContext.seed
-    monkeypatch.setattr(LayerContext, "seed", lambda *site: int(cast(Tensor, right(*site))))
+
+    def reading(*site: Any) -> Seed:
+        seed = right(*site)
+        assert seed is not None
+        return replace(seed, key=int(seed.key))
+
+    monkeypatch.setattr(LayerContext, "seed", reading)
     with pytest.raises(RuntimeError, match="host wait"):
         losses(model_of(torch.float32, 0.2), LaunchTape())
 
