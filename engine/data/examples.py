@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.tokenization.loss_spans import ConversationError, Span
+from engine.tokenization.messages import ConversationError
 from engine.tokenization.tokenizer import Offsets, Tokenizer
+from engine.tokenization.turn_edges import Span
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,16 @@ from typing import Any
 import jinja2
 
 from engine.errors import DataError
-from engine.tokenization.loss_spans import ConversationError, Span, SpanFinder
-from engine.tokenization.sandbox import MAX_SOURCE_BYTES, Job, Limits, TemplateProcess
+from engine.tokenization.loss_spans import LocatedTurns, SpanFinder
+from engine.tokenization.messages import REASONING_KEYS, ConversationError
+from engine.tokenization.sandbox import (
+    MAX_SOURCE_BYTES,
+    Job,
+    Limits,
+    TemplateInput,
+    TemplateProcess,
+)
+from engine.tokenization.turn_edges import Span
 
 CHATML = """\
 {%- for message in messages %}
@@ -44,7 +52,6 @@ PLAIN = """\
 """
 """Used for any other tokenizer without a template: prompt, line break, response, end token."""
 
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _OLDEST_JINJA = (3, 1, 6)
 
 
@@ -119,7 +126,7 @@ class ChatTemplate:
         """
         plain = plain_messages(messages)
         job = Job(len(plain), add_generation_prompt)
-        rendered = self._process.render(plain, tools, kwargs, [job])[0]
+        rendered = self._process.render(TemplateInput(plain, tools, kwargs), [job])[0]
         if rendered.error is not None:
             raise ConversationError(
                 f"The chat template refuses the conversation: {rendered.error}. Change the "
@@ -136,17 +143,29 @@ class ChatTemplate:
     ) -> tuple[str, list[Span]]:
         """The conversation with the character spans [start, end) of what is trained.
 
-        Every span ends with its end-of-turn token. See `trained_spans`.
+        See `locate`, which also tells what the template leaves out.
+        """
+        located = self.locate(messages, tools=tools, **kwargs)
+        return located.text, located.spans
+
+    def locate(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> LocatedTurns:
+        """Render a conversation and find what is trained in it.
+
+        Every span ends with its end-of-turn token. See `loss_spans`.
 
         Raises:
             ConversationError: the template refuses this conversation, or does not show where a
                 trained message stands and ends.
             DataError: the template is not valid or was stopped.
         """
-        plain = plain_messages(messages)
-        return self._finder.find(
-            plain, lambda jobs: self._process.render(plain, tools, kwargs, jobs)
-        )
+        conversation = TemplateInput(plain_messages(messages), tools, kwargs)
+        return self._finder.find(conversation, self._process.render)
 
     def close(self) -> None:
         """End the helper process; rendering again starts a new one."""
@@ -162,7 +181,7 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     result = []
     for message in messages:
         plain = {key: value for key, value in message.items() if value is not None}
-        reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
+        reasoning = next((plain[key] for key in REASONING_KEYS if key in plain), None)
         if reasoning is not None:
             plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
         result.append(plain)

@@ -1,30 +1,32 @@
 """Find the loss spans of a rendered conversation.
 
 These are, for every assistant message that contributes, what the model itself would write: the text
-after the generation prompt up to and including the end-of-turn token, and nothing after it. Three
-methods, in order of preference:
+after the generation prompt up to and including the end-of-turn token, and nothing after it.
 
-1. The template marks it with `{% generation %}`.
-2. Prefixes: messages[:i] with the generation prompt give the start, messages[:i+1] the end, if
-   both texts are prefixes of the whole.
-3. A stand-in: what the message says is exchanged for a marker; what stands before and after the
-   marker is compared with the whole text. This serves templates that treat the last turn
-   differently (Qwen3 drops earlier reasoning) or have no generation prompt (Mistral).
+The conversation is rendered once as it is and once with markers in what its messages say (see
+`markers`); the markers of an answer tell its part of the text. What stands around the markers is
+compared with renderings of the conversation's beginning (see `turn_edges`): once for every kind of
+turn, however many turns there are. So the cost is linear in the length of the conversation.
+
+Where a template marks what the model writes with `{% generation %}`, the spans are what its tags
+and the answers' parts have in common; a role header inside the tags is not trained.
 
 Token ids are never looked at: a padding token that equals the end token changes nothing here.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from engine.errors import DataError
-from engine.tokenization.messages import contributes_to_loss, has_text
-from engine.tokenization.sandbox import Job, Rendered
+from engine.tokenization.marked_text import MarkedText, missing, read_marked
+from engine.tokenization.markers import Marking, mark
+from engine.tokenization.messages import ConversationError, contributes_to_loss, has_text
+from engine.tokenization.sandbox import Job, Rendered, TemplateInput
+from engine.tokenization.turn_edges import EdgeFinder, EndTokens, Span, past_space
 
-Span = tuple[int, int]
-Render = Callable[[list[Job]], list[Rendered]]
+Render = Callable[[TemplateInput, list[Job]], list[Rendered]]
 
 _ADVICE = (
     "Put {% generation %} and {% endgeneration %} around what the assistant writes in the "
@@ -32,8 +34,20 @@ _ADVICE = (
 )
 
 
-class ConversationError(DataError):
-    """One conversation does not fit the chat template; others may."""
+@dataclass(frozen=True)
+class LocatedTurns:
+    """A rendered conversation.
+
+    Attributes:
+        text: as the model reads it.
+        spans: what is trained, as [start, end) of characters, in order.
+        left_out: what messages say and the template does not show: 'content', 'reasoning',
+            'name' or 'argument' (of tool calls), for each message that lacks something.
+    """
+
+    text: str
+    spans: list[Span]
+    left_out: Mapping[int, set[str]] = field(default_factory=dict)
 
 
 class SpanFinder:
@@ -46,192 +60,154 @@ class SpanFinder:
 
     def __init__(self, source: str, end_tokens: Sequence[str]) -> None:
         self.tagged = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
-        self._has_generation_prompt = "add_generation_prompt" in source
-        # Longest first: where one token is the beginning of another, the longer one is meant.
-        self._ends = tuple(sorted({t for t in end_tokens if t}, key=lambda t: (-len(t), t)))
-        self._end_pattern = re.compile("|".join(map(re.escape, self._ends)) or r"(?!)")
+        self._has_prompt = "add_generation_prompt" in source
+        self._ends = EndTokens(end_tokens)
 
-    def find(self, messages: Sequence[Mapping[str, Any]], render: Render) -> tuple[str, list[Span]]:
+    def find(self, conversation: TemplateInput, render: Render) -> LocatedTurns:
         """Render a conversation and find what is trained in it.
 
         Args:
-            messages: the conversation.
-            render: does jobs on the same conversation.
-
-        Returns:
-            the whole text, and the loss spans in order, as [start, end) of characters.
+            conversation: what the template is given.
+            render: does jobs on a conversation.
 
         Raises:
             ConversationError: the template refuses the conversation, or hides where a trained
                 message stands or ends.
         """
-        if self.tagged:
-            whole = _whole(render([Job(len(messages))])[0])
-            spans = _tagged_spans(messages, whole)
-        else:
-            whole, spans = self._untagged(messages, render)
-        closed = [self._close(whole.text, *span) for span in spans]
-        self._refuse_hidden(messages, whole.text, closed)
-        if any(before[1] > after[0] for before, after in pairwise(closed)):
-            raise ConversationError(f"The chat template mixes the turns with each other. {_ADVICE}")
-        return whole.text, closed
-
-    def _untagged(
-        self, messages: Sequence[Mapping[str, Any]], render: Render
-    ) -> tuple[Rendered, list[Span]]:
-        count = len(messages)
+        messages = conversation.messages
         turns = [index for index, message in enumerate(messages) if contributes_to_loss(message)]
-        jobs = [Job(turn, generation_prompt=True) for turn in turns]
-        jobs += [Job(turn + 1) for turn in turns if turn + 1 < count]
-        whole, *parts = render([Job(count), *jobs])
-        text = _whole(whole).text
-        befores, afters = parts[: len(turns)], [*parts[len(turns) :], whole]
-        spans: list[Span] = []
-        for turn, before, after in zip(turns, befores, afters, strict=False):
-            start = len(before.text) if self._is_start(before, text) else None
-            end = len(after.text) if after.error is None and text.startswith(after.text) else None
-            if start is None or end is None or end <= start:
-                start, end = self._by_stand_in(messages, turn, text, (start, end), render)
-            spans.append((start, end))
-        return whole, spans
-
-    def _is_start(self, before: Rendered, text: str) -> bool:
-        return (
-            self._has_generation_prompt
-            and before.error is None
-            and bool(before.text)
-            and text.startswith(before.text)
-        )
-
-    def _by_stand_in(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        turn: int,
-        text: str,
-        known: tuple[int | None, int | None],
-        render: Render,
-    ) -> Span:
-        """Method 3 of the module's docstring for one message; `known` is what method 2 gave."""
-        marker = _marker(text)
-        counts = dict.fromkeys((len(messages), turn + 1))
-        swapped = render([Job(count, replace=(turn, marker)) for count in counts])
-        around = [_around(rendered, marker) for rendered in swapped]
-        start, end = known
-        if start is None:
-            # Where following tool results cannot do without the call, the shorter text serves.
-            head = next((head for head, tail in around if tail is not None), None)
-            start = None if head is None else _agreed(head, text)
-        if start is None:
-            raise _lost(turn)
-        if end is None or end <= start:
-            end = self._end_in_tail(text, around[0][1])
-        if end is None or end <= start:
-            raise _unended(turn)
-        return start, end
-
-    def _end_in_tail(self, text: str, tail: str | None) -> int | None:
-        """Where a turn ends in `text`, of which `tail` is what follows the turn's content."""
-        match = None if tail is None else self._end_pattern.match(tail.lstrip())
-        if tail is None or match is None:
-            return None
-        rest = tail.lstrip()[match.end() :]
-        return len(text) - len(rest) if text.endswith(rest) else None
-
-    def _refuse_hidden(
-        self, messages: Sequence[Mapping[str, Any]], text: str, spans: Sequence[Span]
-    ) -> None:
-        """Refuse a template that leaves out what a message says: only its end would contribute."""
-        turns = [index for index, message in enumerate(messages) if contributes_to_loss(message)]
-        if len(turns) != len(spans):
-            return
-        for turn, (start, end) in zip(turns, spans, strict=True):
-            message, shown = messages[turn], text[start:end]
-            words = self._end_pattern.sub("", shown).strip()
-            calls = message.get("tool_calls") or ()
-            if (calls or has_text(message.get("content"))) and not words:
-                raise ConversationError(
-                    f"The chat template leaves out what messages[{turn}] says, so that only its "
-                    "end would be learnt. Use a template that knows this kind of message."
-                )
-            if not all(_call_name(call) in shown for call in calls):
-                raise ConversationError(
-                    f"The chat template leaves out the tool calls of messages[{turn}]. Use a "
-                    "template that knows tool calls, or remove the row."
-                )
-
-    def _close(self, text: str, start: int, end: int) -> Span:
-        """Move the end of a span to just behind its end-of-turn token."""
-        inside = len(text[:end].rstrip())
-        if text.endswith(self._ends, start, inside) and inside > start:
-            return start, inside
-        behind = end + len(text[end:]) - len(text[end:].lstrip())
-        match = self._end_pattern.match(text, behind)
-        if match is None:
-            shown = text[max(start, end - 30) : end + 30]
-            raise ConversationError(
-                f"The chat template ends an assistant turn with no end-of-turn token (at "
-                f"{shown!r}), so the model would never learn to stop. {_ADVICE}"
+        for marking in Marking:
+            marked = mark(messages, marking)
+            given = replace(conversation, marked=marked.messages)
+            edges = EdgeFinder(messages, turns, marked, self._ends, self._has_prompt)
+            count = len(messages)
+            whole, shown, *parts = render(
+                given, [Job(count), Job(count, marked=True), *edges.jobs()]
             )
-        return start, match.end()
+            if whole.error is not None:
+                raise _refused(whole.error)
+            text = read_marked(shown.text, marked)
+            if shown.error is None and text.plain == whole.text:
+                break
+        else:
+            if not self.tagged:
+                raise _lost(turns[0])
+            return LocatedTurns(whole.text, self._by_order(messages, whole))
+        edges.compare(text, parts, lambda jobs: render(given, jobs))
+        left_out = missing(text, marked)
+        for turn in turns:
+            _refuse_hidden(turn, messages[turn], turn in text.turns, left_out.get(turn, set()))
+        spans = self._by_tags(whole, text, turns, edges) if self.tagged else []
+        if not self.tagged:
+            spans = [_span(turn, text, edges) for turn in turns]
+        if any(before[1] > after[0] for before, after in pairwise(spans)):
+            raise _mixed()
+        return LocatedTurns(whole.text, spans, left_out)
 
+    def _by_tags(
+        self, whole: Rendered, text: MarkedText, turns: Sequence[int], edges: EdgeFinder
+    ) -> list[Span]:
+        """What the template's tags enclose of the turns that contribute."""
+        spans: list[Span] = []
+        tags = sorted(whole.spans)
+        number = 0
+        for turn in turns:
+            first = text.start(turn) if turn in text.turns else len(text.plain)
+            start = edges.starts.get(turn, first)
+            end = edges.ends.get(turn, text.end(turn) if turn in text.turns else start)
+            own: list[Span] = []
+            while number < len(tags) and tags[number][0] < max(end, start + 1):
+                own.append((max(start, tags[number][0]), tags[number][1]))
+                number += 1
+            own = _joined([(a, b) for a, b in own if a < b])
+            if own:
+                last = self._close(whole.text, *own.pop(), edges.ends.get(turn, 0))
+                spans += [(a, self._trim(whole.text, a, b)) for a, b in own] + [last]
+        if not spans:
+            raise ConversationError(
+                "The chat template's generation tags enclose nothing in this conversation. "
+                + _ADVICE
+            )
+        return spans
 
-def _call_name(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return str(function.get("name", ""))
-
-
-def _whole(rendered: Rendered) -> Rendered:
-    if rendered.error is not None:
-        raise ConversationError(
-            f"The chat template refuses the conversation: {rendered.error}. Change the messages "
-            "to the order and roles that the model's template knows, or remove the row."
-        )
-    return rendered
-
-
-def _tagged_spans(messages: Sequence[Mapping[str, Any]], whole: Rendered) -> list[Span]:
-    spans = list(whole.spans)
-    answers = [message for message in messages if message["role"] == "assistant"]
-    untrained = [not contributes_to_loss(message) for message in answers]
-    if any(untrained):
+    def _by_order(self, messages: Sequence[Mapping[str, Any]], whole: Rendered) -> list[Span]:
+        """What the tags enclose, where the turns cannot be found: one tag for each, in order."""
+        spans = list(whole.spans)
+        answers = [message for message in messages if message["role"] == "assistant"]
         if len(spans) != len(answers):
             raise ConversationError(
                 f"The chat template marks {len(spans)} generated parts for {len(answers)} "
-                "assistant messages, so those with weight 0 cannot be told from the others."
+                f"assistant messages, and changes what they say, so that their parts cannot be "
+                f"told apart. {_ADVICE}"
             )
-        spans = [span for span, skip in zip(spans, untrained, strict=True) if not skip]
-    if not spans:
+        return [
+            self._close(whole.text, *span)
+            for span, message in zip(spans, answers, strict=True)
+            if contributes_to_loss(message)
+        ]
+
+    def _trim(self, text: str, start: int, end: int) -> int:
+        """The end of a span, without white space behind an end-of-turn token."""
+        inside = len(text[start:end].rstrip()) + start
+        return inside if text.endswith(self._ends.texts, start, inside) else end
+
+    def _close(self, text: str, start: int, end: int, known: int = 0) -> Span:
+        """Move the end of a span to just behind its end-of-turn token, `known` if that is near."""
+        if known >= end and not self._ends.pattern.sub("", text[end:known]).strip():
+            return start, known
+        inside = start + len(text[start:end].rstrip())
+        if text.endswith(self._ends.texts, start, inside) and inside > start:
+            return start, inside
+        match = self._ends.pattern.match(text, past_space(text, end))
+        if match is None:
+            raise _unended(text, start, end)
+        return start, match.end()
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans in order, those that touch as one."""
+    result: list[Span] = []
+    for start, end in spans:
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], end)
+        else:
+            result.append((start, end))
+    return result
+
+
+def _span(turn: int, text: MarkedText, edges: EdgeFinder) -> Span:
+    if turn in text.unclear or turn not in edges.starts:
+        raise _lost(turn)
+    start = edges.starts[turn]
+    if edges.ends.get(turn, 0) <= start:
+        raise _unended(text.plain, start, text.end(turn) if turn in text.turns else start)
+    return start, edges.ends[turn]
+
+
+def _refuse_hidden(turn: int, message: Mapping[str, Any], shown: bool, left_out: set[str]) -> None:
+    """Refuse a template that leaves out what a message says: only its end would contribute."""
+    calls = message.get("tool_calls")
+    if (calls or has_text(message.get("content"))) and not shown:
         raise ConversationError(
-            "The chat template's generation tags enclose nothing in this conversation. " + _ADVICE
+            f"The chat template leaves out what messages[{turn}] says, so that only its "
+            "end would be learnt. Use a template that knows this kind of message."
         )
-    return spans
+    if calls and "name" in left_out:
+        raise ConversationError(
+            f"The chat template leaves out the tool calls of messages[{turn}]. Use a "
+            "template that knows tool calls, or remove the row."
+        )
 
 
-def _marker(text: str) -> str:
-    """A word that is not in the text and that no template takes for markup."""
-    number = 0
-    while (marker := f"standin{number}marker") in text:
-        number += 1
-    return marker
+def _refused(complaint: str) -> ConversationError:
+    return ConversationError(
+        f"The chat template refuses the conversation: {complaint}. Change the messages "
+        "to the order and roles that the model's template knows, or remove the row."
+    )
 
 
-def _around(rendered: Rendered, marker: str) -> tuple[str, str | None]:
-    """What stands before and after the marker; no tail unless it occurs exactly once."""
-    head, separator, tail = rendered.text.partition(marker)
-    usable = rendered.error is None and separator and marker not in tail
-    return head, tail if usable else None
-
-
-def _agreed(head: str, text: str) -> int | None:
-    """Length of `head` if `text` begins with it, white space at its end aside."""
-    if text.startswith(head):
-        return len(head)
-    start = len(head.rstrip())
-    if not text.startswith(head[:start]):
-        return None
-    while start < len(text) and text[start] == head[start]:
-        start += 1
-    return start
+def _mixed() -> ConversationError:
+    return ConversationError(f"The chat template mixes the turns with each other. {_ADVICE}")
 
 
 def _lost(turn: int) -> ConversationError:
@@ -241,8 +217,9 @@ def _lost(turn: int) -> ConversationError:
     )
 
 
-def _unended(turn: int) -> ConversationError:
+def _unended(text: str, start: int, end: int) -> ConversationError:
+    shown = text[max(start, end - 30) : end + 30]
     return ConversationError(
-        f"The chat template ends messages[{turn}] with no end-of-turn token, so the model would "
-        f"never learn to stop. {_ADVICE}"
+        f"The chat template ends an assistant turn with no end-of-turn token (at "
+        f"{shown!r}), so the model would never learn to stop. {_ADVICE}"
     )

@@ -3,6 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from engine.errors import DataError
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names a message's reasoning is given under; templates read the first two."""
+
+
+class ConversationError(DataError):
+    """One conversation does not fit the chat template or its limits; others may."""
+
 
 def contributes_to_loss(message: Mapping[str, Any]) -> bool:
     """Whether a message contributes to the loss.

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ import jinja2
 import markupsafe
 
 from engine.errors import DataError
+from engine.tokenization.messages import ConversationError
 
 MAX_SOURCE_BYTES = 256 * 2**10
 _KERNEL_LIMITS_CPU = find_spec("resource") is not None
+_CHARS_PER_SECOND = 50_000
+_BYTES_PER_CHAR = 64
+_OUTPUT_PER_CHAR = 16
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 
@@ -43,14 +47,42 @@ class Limits:
     memory_bytes: int = 512 * 2**20
     output_chars: int = 32 * 2**20
 
+    def for_request(self, size: int) -> "Limits":
+        """The limits of a request of `size` characters: a longer conversation may use more."""
+        seconds = size // _CHARS_PER_SECOND
+        return Limits(
+            self.cpu_seconds + seconds,
+            self.wall_seconds + seconds,
+            self.memory_bytes + _BYTES_PER_CHAR * size,
+            self.output_chars + _OUTPUT_PER_CHAR * size,
+        )
+
 
 @dataclass(frozen=True)
 class Job:
-    """One rendering: of the first `count` messages, with the words of one exchanged or none."""
+    """One rendering: of the first `count` messages, then of one more answer where one is given."""
 
     count: int
     generation_prompt: bool = False
-    replace: tuple[int, str] | None = None
+    marked: bool = False
+    answer: Any = None
+
+
+@dataclass(frozen=True)
+class TemplateInput:
+    """What a template is given.
+
+    Attributes:
+        messages: as templates get them.
+        tools: JSON schemas of callable tools.
+        kwargs: further variables.
+        marked: the messages with markers, for jobs that ask for them.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    marked: list[dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,46 +108,41 @@ class TemplateProcess:
         self._name, self._limits = name, limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._start = {
-            "source": source,
-            "variables": dict(variables),
-            "now": now,
-            "cpu_seconds": limits.cpu_seconds,
-            "memory_bytes": limits.memory_bytes,
-            "output_chars": limits.output_chars,
-        }
+        self._start = json.dumps({"source": source, "variables": dict(variables), "now": now})
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None,
-        kwargs: Mapping[str, Any],
+        conversation: TemplateInput,
         jobs: list[Job],
     ) -> list[Rendered]:
         """Do several renderings of one conversation.
 
         Raises:
-            DataError: the template is not valid, broke a limit, or tried to leave the sandbox.
-                What a template says about one conversation comes back as `Rendered.error`.
+            ConversationError: the template broke a limit on this conversation.
+            DataError: the template is not valid, or tried to leave the sandbox. What it says
+                about one conversation comes back as `Rendered.error`.
         """
-        request = {
-            "messages": messages,
-            "tools": tools,
-            "kwargs": dict(kwargs),
-            "jobs": [
-                {
-                    "count": job.count,
-                    "generation_prompt": job.generation_prompt,
-                    "replace": job.replace,
-                }
-                for job in jobs
-            ],
-        }
+        request = json.dumps(
+            {
+                "messages": conversation.messages,
+                "marked": conversation.marked,
+                "tools": conversation.tools,
+                "kwargs": conversation.kwargs,
+                "jobs": [vars(job) for job in jobs],
+            }
+        )
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._launch()
-                self._check(self._exchange(self._process, self._start))
-            answers = self._exchange(self._process, request)
+                answer = self._exchange(self._process, self._start, self._limits)
+                if answer is None:
+                    raise self._unusable(self._process)
+                self._check(answer)
+            limits = self._limits.for_request(len(request))
+            answers = self._exchange(self._process, request, limits)
+            if answers is None:
+                _end(self._process)
+                raise self._stopped(limits)
         return [self._check(answer) for answer in answers]
 
     def close(self) -> None:
@@ -149,56 +176,40 @@ class TemplateProcess:
         weakref.finalize(self, _end, process)
         return process
 
-    def _exchange(self, process: subprocess.Popen[str], request: Any) -> Any:
-        """Send one line and wait for one; a process that dies or overruns is a DataError."""
+    def _exchange(self, process: subprocess.Popen[str], line: str, limits: Limits) -> Any:
+        """Send limits and one line, and wait for one; None from a process that died or overran."""
         assert process.stdin is not None
         assert process.stdout is not None
-        with self._clock(process):
+        with _clock(process, limits.wall_seconds):
             try:
-                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.write(f"{json.dumps(vars(limits))}\n{line}\n")
                 process.stdin.flush()
-                line = process.stdout.readline()
+                answer = process.stdout.readline()
             except BrokenPipeError:
-                line = ""
-        if not line.endswith("\n"):
-            raise self._stopped(process)
-        return json.loads(line)
+                answer = ""
+        return json.loads(answer) if answer.endswith("\n") else None
 
-    @contextmanager
-    def _clock(self, process: subprocess.Popen[str]) -> Iterator[None]:
-        """Kill the process when it takes too long, where the kernel does not limit its CPU time.
-
-        A template computes and never waits, so where there is a CPU limit the clock would add
-        nothing but the start of a thread for every row.
-        """
-        if _KERNEL_LIMITS_CPU:
-            yield
-            return
-        timer = threading.Timer(self._limits.wall_seconds, process.kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _stopped(self, process: subprocess.Popen[str]) -> DataError:
-        """Why a process gave no answer, told by how it ended."""
+    def _unusable(self, process: subprocess.Popen[str]) -> DataError:
+        """Why a process that was just started says nothing."""
         try:
             status = process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            status = None
+            status = 0
         _end(process)
-        if status is not None and status > 0:
-            return DataError(
-                f"{self._name} could not be rendered: the process that renders templates ended "
-                f"with status {status}. Check that this Python can import jinja2."
-            )
+        if status <= 0:
+            return self._stopped(self._limits)
         return DataError(
-            f"{self._name} was stopped: it used more than {self._limits.cpu_seconds} s of "
-            f"processor time or {self._limits.memory_bytes >> 20} MiB of memory for one "
+            f"{self._name} could not be rendered: the process that renders templates ended "
+            f"with status {status}. Check that this Python can import jinja2."
+        )
+
+    def _stopped(self, limits: Limits) -> ConversationError:
+        return ConversationError(
+            f"{self._name} was stopped: it used more than {limits.cpu_seconds} s of "
+            f"processor time or {limits.memory_bytes >> 20} MiB of memory for one "
             "conversation. Templates are programs that come with the model and run inside "
-            "limits; use a template that ends, or a model from a source you trust."
+            "limits, which grow with the conversation; use a template that ends, or a model from "
+            "a source you trust."
         )
 
     def _check(self, answer: dict[str, Any]) -> Rendered:
@@ -213,7 +224,7 @@ class TemplateProcess:
                 "hostile. Do not use it, or replace its chat_template."
             )
         if kind == "limit":
-            raise DataError(
+            raise ConversationError(
                 f"{self._name} broke a limit of the sandbox that templates run in: {message}. "
                 "Use a template that writes the conversation and nothing else."
             )
@@ -222,6 +233,25 @@ class TemplateProcess:
                 f"{self._name} is not a valid Jinja template: {message}. Fix the template."
             )
         return Rendered(error=message)
+
+
+@contextmanager
+def _clock(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
+    """Kill the process when it takes too long, where the kernel does not limit its CPU time.
+
+    A template computes and never waits, so where there is a CPU limit the clock would add
+    nothing but the start of a thread for every row.
+    """
+    if _KERNEL_LIMITS_CPU:
+        yield
+        return
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -6,14 +6,15 @@ Jinja's immutable sandbox with the settings, filters and globals that Hugging Fa
 Python's objects; what a sandbox cannot stop (a gigabyte string, a loop without end, recursion) is
 stopped by the limits this process sets on itself, and by the parent, which waits only so long.
 
-It reads one request a line on standard input, JSON, and answers each with one line:
+It reads two lines of JSON on standard input for a request, its limits and the request itself (first
+the template, then conversations), and answers each with one line:
 
-    {"source": TEXT, "variables": {..}, "now": ISO DATE AND TIME | null, "cpu_seconds": N,
-     "memory_bytes": N, "output_chars": N}
-    {"messages": [..], "tools": [..] | null, "kwargs": {..}, "jobs": [JOB, ..]}
+    {"cpu_seconds": N, "memory_bytes": N, "output_chars": N}
+    {"source": TEXT, "variables": {..}, "now": ISO DATE AND TIME | null}
+    {"messages": [..], "marked": [..] | null, "tools": [..] | null, "kwargs": {..}, "jobs": [JOB]}
 
-A job renders the first `count` messages, with or without the generation prompt, after what
-message `replace[0]` says (tool calls too) was exchanged for the text `replace[1]`. Its answer is
+A job renders the first `count` messages (or, where it says `marked`, of that list), with or without
+the generation prompt; a text under `answer` is added as one more assistant message. The reply is
 {"text": .., "spans": [[start, end], ..]} (what the template put between its generation tags) or
 {"error": kind, "message": ..}. Only the standard library and jinja2 are imported.
 """
@@ -163,12 +164,12 @@ def _limit_process(memory_bytes: int) -> None:
     """No more memory than this, no byte written to a file, no core dump."""
     if resource is None:
         return
-    for kind, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        memory_bytes = min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, hard))
+    for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):
+        resource.setrlimit(kind, (0, 0))
 
 
 def _allow_cpu(seconds: int) -> None:
@@ -184,21 +185,17 @@ def _allow_cpu(seconds: int) -> None:
 class Renderer:
     """One compiled template with the variables that every rendering gets."""
 
-    def __init__(
-        self, source: str, variables: dict[str, Any], output_chars: int, now: str | None = None
-    ) -> None:
+    def __init__(self, source: str, variables: dict[str, Any], now: str | None) -> None:
         self.environment = build_environment(now)
         self.template = self.environment.from_string(source)
         self.variables = variables
-        self.output_chars = output_chars
+        self.output_chars = 0
 
     def answer(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         """Do one job of a request; a fault of the template becomes part of the answer."""
-        messages = request["messages"][: job["count"]]
-        if job["replace"] is not None:
-            index, text = job["replace"]
-            messages = list(messages)
-            messages[index] = _with_content(messages[index], text)
+        messages = request["marked" if job["marked"] else "messages"][: job["count"]]
+        if job["answer"] is not None:
+            messages.append({"role": "assistant", "content": job["answer"]})
         variables = {
             **self.variables,
             **request["kwargs"],
@@ -222,15 +219,6 @@ class Renderer:
                 if tracker.length > self.output_chars:
                     raise _OutputTooLong(f"more than {self.output_chars} characters of output")
             return "".join(pieces), tracker.spans
-
-
-def _with_content(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message saying only `text`: the text replaces its tool calls."""
-    content: Any = text
-    if isinstance(message.get("content"), list):
-        content = [{"type": "text", "text": text}]
-    others = {key: value for key, value in message.items() if key != "tool_calls"}
-    return {**others, "content": content}
 
 
 def describe(error: BaseException) -> dict[str, Any]:
@@ -258,22 +246,31 @@ def _reply(answer: Any) -> None:
     sys.stdout.flush()
 
 
+def _next_request() -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Limits, already set, and the request that they are for; None at the end of the input."""
+    line = sys.stdin.readline()
+    if not line:
+        return None
+    limits = json.loads(line)
+    _limit_process(limits["memory_bytes"])
+    _allow_cpu(limits["cpu_seconds"])
+    return limits, json.loads(sys.stdin.readline())
+
+
 def serve() -> None:
-    """Compile the template of the first line, then answer a line for every further line."""
-    start = json.loads(sys.stdin.readline())
-    _limit_process(start["memory_bytes"])
-    _allow_cpu(start["cpu_seconds"])
+    """Compile the template of the first request, then answer every further one."""
+    first = _next_request()
+    if first is None:
+        return
     try:
-        renderer = Renderer(
-            start["source"], start["variables"], start["output_chars"], start["now"]
-        )
+        renderer = Renderer(**first[1])
     except Exception as error:
         _reply(describe(error))
         return
     _reply({"ready": True})
-    for line in sys.stdin:
-        _allow_cpu(start["cpu_seconds"])
-        request = json.loads(line)
+    while (following := _next_request()) is not None:
+        limits, request = following
+        renderer.output_chars = limits["output_chars"]
         _reply([renderer.answer(request, job) for job in request["jobs"]])
 
 

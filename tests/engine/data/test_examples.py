@@ -11,7 +11,7 @@ from tokenizers.processors import ByteLevel
 from engine.data.examples import Example, build_examples, check_ids, trained_mask
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.tokenization.loss_spans import ConversationError
+from engine.tokenization.messages import ConversationError
 from engine.tokenization.tokenizer import Tokenizer
 
 FAMILIES = ("chatml", "llama3", "qwen2_5", "qwen3", "mistral")

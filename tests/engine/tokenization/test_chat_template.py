@@ -15,7 +15,7 @@ from engine.tokenization.chat_template import (
     default_template,
     plain_messages,
 )
-from engine.tokenization.loss_spans import ConversationError
+from engine.tokenization.messages import ConversationError
 from engine.tokenization.sandbox import MAX_SOURCE_BYTES, Limits
 
 ROOT = Path(__file__).parents[3]

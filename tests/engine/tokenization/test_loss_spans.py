@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.tokenization.chat_template import ChatTemplate
-from engine.tokenization.loss_spans import ConversationError
+from engine.tokenization.messages import ConversationError
 from engine.tokenization.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -137,7 +137,7 @@ def test_generation_tags_inside_each_other_are_refused() -> None:
         "{% generation %}{% generation %}{{ messages[1].content }}</s>{% endgeneration %}"
         "</s>{% endgeneration %}"
     )
-    messages = say("Q", "A", "Q", "A")
+    messages = say("Q", "A")
     with pytest.raises(ConversationError, match="mixes the turns"):
         ChatTemplate(source, {"eos_token": "</s>"}).render_with_spans(messages)
 
@@ -151,8 +151,16 @@ REFUSED = [
     ),
     ("{% for m in messages %}{{ m.role + '</s>' }}{% endfor %}", "cannot be found|leaves out"),
     ("{{ messages[1].content }}{{ messages[1].content }}</s>", "cannot be found"),
-    ("{% generation %}{% endgeneration %}x", "end-of-turn"),
-    ("{% if false %}{% generation %}x{% endgeneration %}{% endif %}</s>", "enclose nothing"),
+    ("{% generation %}{% endgeneration %}x", "leaves out"),
+    (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "stop",
+    ),
+    (
+        "{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}"
+        "{% if false %}{% generation %}x{% endgeneration %}{% endif %}",
+        "enclose nothing",
+    ),
 ]
 
 
