@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.benchmark.case import Work, leaf
+from engine.benchmark.cases.case import Work, leaf
 from engine.benchmark.timing import Call
 from kernels.adamw8bit.dynamic_map import dynamic_map
 from kernels.nf4 import NF4_CODE, NF4Weight

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from engine.benchmark.case import Case
+from engine.benchmark.cases.case import Case
 from engine.benchmark.runner import all_cases, default_settings
 from engine.benchmark.timing import synchronize
 

@@ -12,7 +12,7 @@ from engine.config.tasks.workflow import BenchSettings
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from engine.benchmark.case import Case
+    from engine.benchmark.cases.case import Case
     from engine.benchmark.runner import Baselines, Measurement
 
 

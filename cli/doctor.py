@@ -1,15 +1,29 @@
 """`engine doctor`: what this machine and installation can do."""
 
-from cli.from_settings import Call, Verb, make_app
+from __future__ import annotations
 
-_MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL"}
+import sys
+from typing import TYPE_CHECKING
+
+from cli.from_settings import Call, Verb, make_app
+from engine.config.tasks.workflow import DoctorSettings
+
+if TYPE_CHECKING:
+    from engine.selfcheck.report import CheckResult
+
+_MARKS = {"ok": "ok  ", "note": "note", "problem": "FAIL", "not run": "----"}
 
 
 def doctor(call: Call) -> int:
     """Check Python, torch, Triton, CUDA, memory, disk, package versions and extras.
 
-    Exit status 1 if something keeps the engine from training at all.
+    With --gpu or --interpret check that every kernel computes what it should, each in a process of
+    its own, and name the way around those that do not. Exit status 1 if something keeps the engine
+    from training at all, or if a check fails.
     """
+    settings = call.read(DoctorSettings)
+    if settings.gpu or settings.interpret or settings.only:
+        return _self_check(call, settings)
     from engine.verbs.doctor import examine
 
     checks = examine()
@@ -20,4 +34,30 @@ def doctor(call: Call) -> int:
     return int(any(check.status == "problem" for check in checks))
 
 
-app = make_app((Verb("doctor"), doctor))
+def _self_check(call: Call, settings: DoctorSettings) -> int:
+    from engine.selfcheck.report import check_machine, chosen_checks, failures
+
+    names = chosen_checks(settings.only)
+    machine, running = check_machine(settings, names, figures=call.as_json)
+    results = []
+    for result in running:
+        results.append(result)
+        if not call.as_json:
+            _show(result, max(map(len, names)))
+    wrong = failures(results)
+    everything = {"machine": machine, "passed": not wrong, "checks": [r.plain() for r in results]}
+    if not call.print_json(everything):
+        ok = sum(result.status == "ok" for result in results)
+        print(f"{ok} passed, {len(wrong)} failed, {len(results) - ok - len(wrong)} not run.")
+    return int(bool(wrong))
+
+
+def _show(result: CheckResult, width: int) -> None:
+    mark = _MARKS.get(result.status, result.status)
+    print(f"{mark}  {result.name:<{width}}  {result.seconds:5.1f} s  {result.detail}")
+    if result.remedy:
+        print(f"      {'':<{width}}           way around: {result.remedy}")
+    sys.stdout.flush()
+
+
+app = make_app((Verb("doctor", (DoctorSettings,)), doctor))

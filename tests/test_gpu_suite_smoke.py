@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import accuracy, suite_sections
-from bench.gpu.isolation import run_apart, run_here
+from bench.gpu import suite_sections
 from bench.gpu.suite import main
-from engine.benchmark import ops_elementwise
+from engine.benchmark.cases import elementwise
+from engine.selfcheck import accuracy
+from engine.selfcheck.isolation import run_apart, run_here
 from kernels.elementwise.swiglu import swiglu_forward
 
 SECTIONS = ["roofline", "accuracy", "steps", "graphs", "profile", "ops"]
@@ -56,7 +57,7 @@ def test_a_wrong_kernel_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        ops_elementwise, "swiglu_forward", lambda gate, up: swiglu_forward(gate, up) * (1 + 1e-3)
+        elementwise, "swiglu_forward", lambda gate, up: swiglu_forward(gate, up) * (1 + 1e-3)
     )
     assert main(["--smoke", "--output", str(tmp_path), "--sections", "accuracy"]) == 1
     capsys.readouterr()

@@ -16,15 +16,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu.step import (
-    StepSpec,
-    build,
-    clear,
-    configuration,
-    random_batch,
-    with_layers,
-)
-from engine.benchmark.timing import synchronize
+from bench.gpu.step import StepSpec, build, random_batch
+from engine.benchmark.cases.shapes import configuration
+from engine.benchmark.timing import clear, synchronize
 from models.config.model_config import ModelConfig
 
 KINDS = (
@@ -59,7 +53,7 @@ def profile_step(
         kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + seconds
     ordered = sorted(events.items(), key=lambda entry: -entry[1][1])
     fewer, more = (
-        sum(count for count, _ in _events(with_layers(config, n), spec, device, dtype)[0].values())
+        sum(count for count, _ in _events(config.with_layers(n), spec, device, dtype)[0].values())
         for n in (2, 4)
     )
     return {
@@ -108,7 +102,7 @@ def host_waits(
     config = configuration(spec.model, small)
     counts = {}
     for layers in (2, 4):
-        step = build(with_layers(config, layers), spec, device, dtype)
+        step = build(config.with_layers(layers), spec, device, dtype)
         batch = random_batch(config, spec, device)
         for number in range(2):
             step([batch], number)

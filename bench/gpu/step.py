@@ -8,7 +8,6 @@ weight, and 3.5 times causal attention's forward pass.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -17,14 +16,13 @@ from typing import Any
 
 import torch
 
-from engine.benchmark.ops_elementwise import adapter_shapes
-from engine.benchmark.ops_layer import linear_parameters
-from engine.benchmark.ops_matmul import attention_flops
-from engine.benchmark.random_weights import random_decoder
-from engine.benchmark.timing import synchronize
-from engine.memory.model_shapes import preset_config, unknown_model
+from engine.benchmark.cases.elementwise import adapter_shapes
+from engine.benchmark.cases.layer import linear_parameters
+from engine.benchmark.cases.matmul import attention_flops
+from engine.benchmark.cases.random_weights import random_decoder
+from engine.benchmark.cases.shapes import configuration
+from engine.benchmark.timing import clear, synchronize
 from engine.training.step import TrainingStep
-from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -64,32 +62,6 @@ class StepSpec:
         return self.documents * self.length
 
 
-def configuration(model: str, small: bool) -> ModelConfig:
-    """A preset's shape, or one of the same family that a processor core can run."""
-    config = preset_config(model)
-    if config is None:
-        raise unknown_model(model)
-    if not small:
-        return config
-    return replace(
-        config,
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        layer_types=config.layer_types[:2],
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-
-
-def with_layers(config: ModelConfig, layers: int) -> ModelConfig:
-    """The same model with another number of layers."""
-    kinds = (config.layer_types * layers)[:layers]
-    return replace(config, num_hidden_layers=layers, layer_types=kinds)
-
-
 def random_batch(config: ModelConfig, spec: StepSpec, device: torch.device) -> PackedBatch:
     """Random tokens, all of them trained but the first of each document."""
     ids = torch.randint(0, config.vocab_size, (spec.documents, spec.length), device=device)
@@ -119,14 +91,6 @@ def build(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     policy = StepSettings(checkpointing=spec.policy)
     return TrainingStep(model, AdamW8bit(trained, lr=1e-4), policy, max_grad_norm=1.0)
-
-
-def clear(device: torch.device) -> None:
-    """Forget what an earlier measurement left, so that its memory is not counted here."""
-    gc.collect()
-    release()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def measure_step(

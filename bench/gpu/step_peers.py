@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bench.gpu.step import RANK, StepSpec, clear, configuration, model_flops, summary
-from engine.benchmark.timing import synchronize
+from bench.gpu.step import RANK, StepSpec, model_flops, summary
+from engine.benchmark.cases.shapes import configuration
+from engine.benchmark.timing import clear, synchronize
 from engine.provenance import installed
 from models.config.model_config import ModelConfig
 

@@ -7,7 +7,7 @@ Sections: the machine's limits; accuracy of every op at real sizes against float
 steps of 8B models with random weights; steps of small batches from CUDA graphs beside the same
 launch by launch; where a step's time goes; the same steps through transformers + PEFT +
 bitsandbytes where they are installed; and the table of ops. Each has a share of the time, and
-unused time passes on. Items run in processes of their own (`bench.gpu.isolation`): one
+unused time passes on. Items run in processes of their own (`engine.selfcheck.isolation`): one
 that fails is recorded with its error and the others go on. After every section the results so far
 are written as `gpu_suite.json` and `gpu_suite.md`, to --output, else to $OUT if it is set, else to
 `bench/results`. Exit status 1 where an item failed.
@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from bench.gpu.isolation import Outcome, run_apart, run_here
 from bench.gpu.suite_report import render
 from bench.gpu.suite_sections import SECTIONS
 from engine.provenance import measured_on
+from engine.selfcheck.isolation import Outcome, run_apart, run_here
 
 _ITEM_SECONDS = 90.0
 _MODULE = "bench.gpu.suite_sections"

@@ -14,14 +14,17 @@ from typing import Any
 import torch
 
 from bench import peers
-from bench.gpu import accuracy, accuracy_more, profile_step, step, step_peers
-from bench.gpu.step import StepSpec, configuration
-from engine.benchmark.case import Case, CaseSizes
+from bench.gpu import profile_step, step, step_peers
+from bench.gpu.step import StepSpec
+from engine.benchmark.cases.case import Case, CaseSizes
+from engine.benchmark.cases.shapes import configuration
 from engine.benchmark.roofline import Roofline, measure_roofline
 from engine.benchmark.runner import all_cases, default_models, default_settings, run_case
+from engine.selfcheck.accuracy import check_case, check_layouts
 
 Options = Mapping[str, Any]
 LLAMA, QWEN = "llama-3.1-8b", "qwen3-8b"
+ACCURACY_MODELS = (LLAMA, QWEN, "qwen3-30b-a3b", "qwen3-next-80b-a3b")
 OP_MODELS = default_models(torch.device("cuda"))
 
 
@@ -71,8 +74,7 @@ def _accuracy_dtypes(options: Options) -> tuple[torch.dtype, ...]:
 
 def _accuracy_items(options: Options) -> list[str]:
     names = [str(dtype).removeprefix("torch.") for dtype in _accuracy_dtypes(options)]
-    more = [f"more: {op} {name}" for name in names for op in accuracy_more.OPS]
-    return [*_accuracy_cases(options), *more]
+    return [*_accuracy_cases(options), *(f"layouts {name}" for name in names)]
 
 
 def _accuracy_cases(options: Options) -> dict[str, Case]:
@@ -80,21 +82,20 @@ def _accuracy_cases(options: Options) -> dict[str, Case]:
     return {
         case.name: case
         for dtype in _accuracy_dtypes(options)
-        for model in (LLAMA, QWEN)
+        for model in ACCURACY_MODELS
         for case in _cases(model, options, _settings(options, tokens, tokens // 2 + 1, dtype))
-        if model == LLAMA or case.op == "decoder_layer"
+        if model != QWEN or case.op == "decoder_layer"
     }
 
 
 def _run_accuracy(item: str, options: Options) -> dict[str, Any]:
     torch.manual_seed(0)
-    if item.startswith("more: "):
-        _, op, name = item.split()
-        dtype = getattr(torch, name)
-        verdict = accuracy_more.check(op, device_of(options), dtype, small=options["smoke"])
-        return {"op": op, **verdict}
+    if item.startswith("layouts "):
+        rows, columns = (33, 128) if options["smoke"] else (4097, 4096)
+        dtype = getattr(torch, item.split()[1])
+        return {"op": "layouts", **check_layouts(rows, columns, device_of(options), dtype)}
     case = _accuracy_cases(options)[item]
-    return {"op": case.op, **accuracy.check_case(case, device_of(options))}
+    return {"op": case.op, **check_case(case, device_of(options))}
 
 
 def _op_cases(options: Options) -> dict[str, Case]:

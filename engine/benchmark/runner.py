@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from engine.benchmark import ops_elementwise, ops_layer, ops_matmul
-from engine.benchmark.case import Case, CaseSizes, Work
+from engine.benchmark.cases import adapters, elementwise, layer, matmul, mixture
+from engine.benchmark.cases.case import Case, CaseSizes, Work
 from engine.benchmark.roofline import Roofline
-from engine.benchmark.timing import Call, Timing, measure
+from engine.benchmark.timing import Call, Timing, clear, measure
 from engine.device import resolve_dtype
 from engine.errors import ConfigError
 from engine.memory.model_shapes import preset_config, unknown_model
-from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 
 Baselines = Callable[[str, Work], Mapping[str, Call]]
@@ -43,7 +42,18 @@ OPS = (
     "cross_entropy",
     "adamw8bit",
     "decoder_layer",
+    "dropout",
+    *adapters.VARIANTS,
+    "int8_head",
+    "linear_distillation",
+    "mixture",
+    "gated_delta",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "rms_norm_zero_centred",
 )
+_DENSE_MLP = ("lora_mlp", "swiglu", "swiglu_grad", "decoder_layer")
+_PLAIN_ATTENTION = ("lora_qkv", "rope", "adamw8bit", "decoder_layer", *adapters.VARIANTS)
 
 
 @dataclass
@@ -102,15 +112,21 @@ def default_settings(device: torch.device, tokens: int | None = None) -> CaseSiz
 def all_cases(model: str, settings: CaseSizes, config: ModelConfig | None = None) -> Iterator[Case]:
     """Every case at the shapes of `config`, or of the preset `model`.
 
-    Raises `ConfigError` for an unknown preset and for one with experts or DeltaNet.
+    A mixture has cases of its experts in place of those of a dense feed-forward part, and a model
+    with Gated DeltaNet those of its mixer. Raises `ConfigError` for an unknown preset.
     """
     config = config or preset_config(model)
     if config is None:
         raise unknown_model(model)
-    if config.num_experts or "linear_attention" in config.layer_types:
-        raise ConfigError(f"{model} is no dense model; the benchmarks have ops of dense models.")
-    for module in (ops_matmul, ops_elementwise, ops_layer):
-        yield from module.cases(model, config, settings)
+    absent: set[str] = set()
+    if config.num_experts:
+        absent |= {*_DENSE_MLP, "adamw8bit"}
+    if "linear_attention" in config.layer_types:
+        absent |= set(_PLAIN_ATTENTION)
+    for module in (matmul, elementwise, layer, adapters, mixture):
+        for case in module.cases(model, config, settings):
+            if case.op not in absent:
+                yield case
 
 
 def chosen_ops(names: Sequence[str]) -> tuple[str, ...]:
@@ -133,9 +149,7 @@ def run_case(
     baselines: Sequence[Baselines] = (),
 ) -> Measurement:
     """Measure one case, plain torch and the other implementations."""
-    release()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    clear(device)
     work = case.make(device)
     mine = work.copies()
     taken = measure(lambda: work.ours(mine), device, budget=budget, before=_restore(work, mine))

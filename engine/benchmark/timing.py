@@ -8,12 +8,15 @@ Medians with the 20th and 80th percentile, as `triton.testing.do_bench` gives th
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.runtime.scratch import release
 
 Call = Callable[[], object]
 _LEAST, _MOST = 5, 200
@@ -36,6 +39,14 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device's work, if it has any of its own."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clear(device: torch.device) -> None:
+    """Forget what an earlier measurement left, so that its memory is not counted here."""
+    gc.collect()
+    release()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measure(

@@ -42,3 +42,9 @@ MAX_SHARD_SIZE = 5 * 10**9
 
 GPU_TFLOPS = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.0}
 """Tera-operations per second that dense bf16 products reach on a GPU; the key is its name."""
+
+DETERMINISTIC = (
+    "equal runs give equal bits on a GPU too, more slowly; refused by name where an op has no such "
+    "form. On a CPU they do anyway, with equal --threads"
+)
+"""Help of the setting that training and running a model share."""

@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from engine.config.choices import (
+    DETERMINISTIC,
     TARGET_PRESETS,
     ComputeType,
     EmbeddingOn,
@@ -145,7 +146,11 @@ class TrainConfig(Settings):
         None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
     )
     resume: str | None = setting(
-        None, "Run", "auto, or a run or checkpoint directory: go on from there", min_length=1
+        None,
+        "Run",
+        "auto, or a run or checkpoint directory: go on from there, to the same bits on a CPU, and "
+        "on a GPU with --deterministic",
+        min_length=1,
     )
     overwrite: bool = setting(False, "Run", "replace an earlier run in the same directory")
     checkpoint_every: int = setting(
@@ -273,6 +278,7 @@ class TrainConfig(Settings):
     seed: int = setting(
         42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
     )
+    deterministic: bool = setting(False, "Machine", DETERMINISTIC)
     threads: int | None = setting(None, "Machine", "CPU threads", ge=1, le=4096)
 
     def __init__(self, /, **values: Any) -> None:

@@ -16,6 +16,7 @@ from engine.inference.loading import load_decoder
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
+from engine.training.determinism import deterministic
 from engine.training.prepare import with_system
 from models.layers.context import StepSettings
 
@@ -41,7 +42,7 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     `batch_size` only bounds memory (rows of up to `max_length` tokens at a time); the result does
     not depend on it. Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
-    resolve_device(settings.device)  # refused before any file is read
+    device = resolve_device(settings.device)  # refused before any file is read
     data_files(settings.data)
     source = open_model_source(settings.model)
     examples, _ = build_examples(
@@ -53,14 +54,15 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     )
     check_ids(examples, source.config.vocab_size)
     head_8bit = settings.head_precision == "8bit"
-    decoder = load_decoder(
-        source, settings, double_quant=settings.double_quant, head_8bit=head_8bit
-    )
     tokens = settings.batch_size * settings.max_length if settings.batch_size else TOKENS_PER_BATCH
     how = StepSettings(
         loss_chunk_tokens=settings.loss_chunk_tokens, mlp_tile_tokens=settings.mlp_tile_tokens
     )
-    return evaluate_examples(decoder, examples, tokens, how)
+    with deterministic(device, settings.deterministic):
+        decoder = load_decoder(
+            source, settings, double_quant=settings.double_quant, head_8bit=head_8bit
+        )
+        return evaluate_examples(decoder, examples, tokens, how)
 
 
 def _rows(settings: EvalSettings) -> list[Row]:

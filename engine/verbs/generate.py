@@ -12,6 +12,7 @@ from engine.inference.generation import GenerateResult, complete, prompt_ids, st
 from engine.inference.loading import load_decoder
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
+from engine.training.determinism import deterministic
 
 
 def generate(
@@ -35,17 +36,18 @@ def answer(
     Raises `ConfigError` for a prompt that does not fit, `CheckpointError` for a model that cannot
     be read.
     """
-    resolve_device(settings.device)  # refused before any file is read
+    device = resolve_device(settings.device)  # refused before any file is read
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
     kwargs = settings.chat_template_kwargs
-    return complete(
-        load_decoder(source, settings),
-        tokenizer,
-        prompt_ids(tokenizer, settings.prompt, settings.system, settings.raw, kwargs),
-        max_new_tokens=settings.max_new_tokens,
-        stop_ids=stop_ids_of(source, tokenizer),
-        stop=settings.stop,
-        sampling=settings,
-        on_text=on_text,
-    )
+    with deterministic(device, settings.deterministic):
+        return complete(
+            load_decoder(source, settings),
+            tokenizer,
+            prompt_ids(tokenizer, settings.prompt, settings.system, settings.raw, kwargs),
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=stop_ids_of(source, tokenizer),
+            stop=settings.stop,
+            sampling=settings,
+            on_text=on_text,
+        )

@@ -28,6 +28,7 @@ from engine.runs.output import check_earlier, name_run
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers
+from engine.training.determinism import deterministic
 from engine.training.loop import (
     Progress,
     Trainer,
@@ -251,6 +252,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
         prepared = _checked(directory.config)
         directory.open()
+        stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         run = _Run(directory, prepared, stack)
         directory.begin()
         before = run.evaluate_before()
@@ -292,7 +294,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
 def _checked(config: TrainConfig) -> Prepared:
     """Everything that can be known before a weight is read; `config` has its directory and date."""
     check_earlier(config)
-    prepared = prepare(config, partial(_require_space, config))
+    with deterministic(resolve_device(config.device), config.deterministic):
+        prepared = prepare(config, partial(_require_space, config))
     check_identity(prepared.identity)
     return prepared
 

@@ -41,7 +41,8 @@ class Backend:
 
     `forward(q, k, v, settings)` returns (out, saved);
     `backward(do, q, k, v, out, saved, settings)` returns (dq, dk, dv); where it `writes` it takes
-    three tensors `into` which it writes instead.
+    three tensors `into` which it writes instead. Where it `repeats`, its backward pass gives equal
+    bits for equal inputs in torch's deterministic mode.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Backend:
     backward: Callable[..., AttentionGradients]
     suits: Callable[[Tensor, Tensor, AttentionSettings], bool]
     writes: bool = False
+    repeats: bool = False
 
 
 def _batched(x: Tensor, plan: AttentionPlan) -> Tensor:
@@ -243,9 +245,11 @@ BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_suits),
-        Backend("flash", _flash_forward, _flash_backward, _flash_suits, writes=True),
-        Backend("efficient", _efficient_forward, _efficient_backward, _efficient_suits),
-        Backend("documents", documents_forward, documents_backward, _documents_suit),
+        Backend("flash", _flash_forward, _flash_backward, _flash_suits, True, True),
+        Backend(
+            "efficient", _efficient_forward, _efficient_backward, _efficient_suits, repeats=True
+        ),
+        Backend("documents", documents_forward, documents_backward, _documents_suit, repeats=True),
     )
 }
 """By name, the fastest first."""

@@ -3,7 +3,9 @@
 Nothing is decided by a version: a back end is used for a type, head count, head dimension and
 device only after it solved a small problem of that kind, forward and backward, and agreed with
 plain arithmetic (documents apart, window exact). That costs a few small launches once per process.
-cuDNN goes before flash only where torch's own chooser prefers it for this problem.
+cuDNN goes before flash only where torch's own chooser prefers it for this problem. In torch's
+deterministic mode only back ends whose backward pass repeats its bits are taken, and tried for that
+too.
 `ENGINE_ATTENTION=name` chooses on purpose, without a trial: what cannot run then raises. `explain`
 says what each back end answered.
 """
@@ -38,9 +40,10 @@ class TrialKind:
     head_dim: int
     windowed: bool
     open: bool = False
+    repeats: bool = False
 
 
-_TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
+TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 """Of the largest value. A leak between documents or a window off by one is an error near 1."""
 
 
@@ -74,6 +77,7 @@ def trial(name: str, kind: TrialKind) -> str:
     try:
         out, saved = backend.forward(q, k, v, given)
         got = (out, *backend.backward(do, q, k, v, out, saved, given))
+        again = backend.backward(do, q, k, v, out, saved, given) if kind.repeats else got[1:]
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
@@ -83,8 +87,10 @@ def trial(name: str, kind: TrialKind) -> str:
     want = (truth, *documents_backward(do, q, k, v, truth, [], settings))
     for value, true, what in zip(got, want, ("out", "dq", "dk", "dv"), strict=True):
         worst = float((value.cpu().double() - true).abs().max() / true.abs().max())
-        if not worst <= _TOLERANCE[kind.dtype]:
+        if not worst <= TOLERANCE[kind.dtype]:
             return f"{what} is wrong by {worst:.1e} of its largest value"
+    if not all(torch.equal(a, b) for a, b in zip(got[1:], again, strict=True)):
+        return "its backward pass does not repeat its bits"
     return "ok"
 
 
@@ -101,13 +107,18 @@ def _torch_prefers_cudnn(kind: TrialKind) -> bool:
 
 
 def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> TrialKind:
-    return TrialKind(q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_)
+    repeats = torch.are_deterministic_algorithms_enabled()
+    return TrialKind(
+        q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_, repeats
+    )
 
 
 def _works(backend: Backend, kind: TrialKind) -> bool:
     gpu = simulated_gpu()
     if gpu is not None:
         return backend.name in gpu.attention
+    if kind.repeats and not backend.repeats:
+        return False
     if backend.name == "documents":
         return True
     if backend.name == "cudnn" and not _torch_prefers_cudnn(kind):
@@ -129,6 +140,11 @@ def select(q: Tensor, k: Tensor, settings: AttentionSettings) -> Backend:
     if forced:
         if forced not in BACKENDS:
             raise ValueError(f"ENGINE_ATTENTION is {forced!r}; expected one of {list(BACKENDS)}")
+        if torch.are_deterministic_algorithms_enabled() and not BACKENDS[forced].repeats:
+            raise ValueError(
+                f"ENGINE_ATTENTION is {forced!r}, whose backward pass does not repeat its bits; "
+                f"deterministic runs take one of {[b.name for b in BACKENDS.values() if b.repeats]}"
+            )
         return BACKENDS[forced]
     if q.is_meta:
         return BACKENDS["flash" if BACKENDS["flash"].suits(q, k, settings) else "documents"]

@@ -42,13 +42,17 @@ class Scoped(Generic[T]):
 
 @dataclass(frozen=True)
 class SimulatedGPU:
-    """The GPU that a simulation assumes. `attention` names the back ends that work on it."""
+    """The GPU that a simulation assumes. `attention` names the back ends that work on it.
+
+    Where it `repeats`, the run is in torch's deterministic mode.
+    """
 
     device: torch.device
     architecture: int = 80
     multiprocessors: int = 108
     attention: tuple[str, ...] = ("flash", "documents")
     multiplies_into_fp32: bool = True
+    repeats: bool = False
 
 
 class Simulation(Protocol):

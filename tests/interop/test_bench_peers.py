@@ -5,8 +5,9 @@ import torch
 
 from bench import peers
 from bench.gpu import step_peers
-from bench.gpu.step import StepSpec, configuration
-from engine.benchmark.case import CaseSizes, Work
+from bench.gpu.step import StepSpec
+from engine.benchmark.cases.case import CaseSizes, Work
+from engine.benchmark.cases.shapes import configuration
 from engine.benchmark.runner import all_cases
 
 pytestmark = pytest.mark.interop

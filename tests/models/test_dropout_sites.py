@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.cases.random_weights import random_decoder
 from engine.training.step import TrainingStep
 from kernels.elementwise.dropout import Seed, dropout, keep_mask
 from kernels.linear import lora

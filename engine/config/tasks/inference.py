@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator
 
 from engine.config.choices import (
+    DETERMINISTIC,
     MAX_SHARD_SIZE,
     ComputeType,
     HeadPrecision,
@@ -54,6 +55,7 @@ class OneModel(Machine):
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
         {}, "Model", 'further variables of the chat template: {"enable_thinking": false}'
     )
+    deterministic: bool = setting(False, "Machine", DETERMINISTIC)
 
 
 class EvalSettings(OneModel):

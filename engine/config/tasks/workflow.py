@@ -1,4 +1,4 @@
-"""Settings of plan, bench, status and data, and the options of train."""
+"""Settings of plan, bench, status, doctor, data, and train's options."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +62,22 @@ class StatusSettings(Settings):
 
     run: str = setting("", "Run", "run directory, or a run's name under runs/; else the newest")
     tail: int = setting(0, "Run", "also show the log's last lines", ge=0)
+
+
+class DoctorSettings(Settings):
+    """`engine doctor`."""
+
+    gpu: bool = setting(
+        False,
+        "Checks",
+        "check every kernel and mechanism on the GPU, in about a minute, and measure its rates",
+    )
+    interpret: bool = setting(
+        False, "Checks", "the same checks in Triton's interpreter, on the CPU, in some minutes"
+    )
+    only: Paths = setting((), "Checks", "only these checks, by name", repeat=True)
+    device: str = setting("auto", "Checks", "which GPU: auto or cuda:N", pattern=DEVICE)
+    seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0)
 
 
 class DataSettings(Settings):

@@ -126,7 +126,7 @@ class SimulatedMeter(MemoryMeter):
             return _healthy(args[0].dtype)
         if func is _ATEN._flash_attention_backward.default:
             results = sum(x.numel() * x.itemsize for x in args[1:4])
-            self.bump(results + _flash_workspace(args[1], args[2], args[6]))
+            self.bump(results + _flash_workspace(args[1], args[2], args[6], self.gpu))
         kind = _kind(func)
         if kind == "in place":
             return args[0] if func._schema.returns else None
@@ -272,13 +272,20 @@ def _without_data(x: Any) -> Any:
     return x
 
 
-def _flash_workspace(q: Tensor, k: Tensor, boundaries: Tensor) -> int:
+def _flash_workspace(
+    q: Tensor, k: Tensor, boundaries: Tensor, gpu: SimulatedGPU | None = None
+) -> int:
     """What FlashAttention-2's backward holds inside, for q (N, Hq, D) and k (N, Hkv, D).
 
     dQ and a row sum in fp32, 128 rows more for each document, and where heads are grouped dK and dV
-    for every query head (`mha_varlen_bwd` in torch's flash_api.cpp).
+    for every query head (`mha_varlen_bwd` in torch's flash_api.cpp). To repeat its bits it adds up
+    dQ in as many buffers as fill the multiprocessors.
     """
     tokens, heads, dim = q.shape
-    rows = (tokens + 128 * (boundaries.numel() - 1)) * heads
+    documents = boundaries.numel() - 1
+    rows = (tokens + 128 * documents) * heads
+    copies = 1
+    if gpu is not None and gpu.repeats:
+        copies = -(-gpu.multiprocessors // (documents * heads))
     expanded = 0 if heads == k.shape[1] else 2 * tokens * heads * dim * q.itemsize
-    return rows * (-(-dim // 32) * 32) * 4 + rows * 4 + expanded
+    return copies * rows * (-(-dim // 32) * 32) * 4 + rows * 4 + expanded

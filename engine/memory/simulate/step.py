@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -113,7 +113,7 @@ def simulate_step(
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = SimulatedMeter(ASSUMED_GPU if gpu else None)
+    meter = SimulatedMeter(replace(ASSUMED_GPU, repeats=config.deterministic) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
         _make_tables(device)

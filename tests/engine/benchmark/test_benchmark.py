@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.benchmark.case import Case, CaseSizes, Work
-from engine.benchmark.random_weights import random_decoder, random_nf4
+from engine.benchmark.cases.adapters import VARIANTS
+from engine.benchmark.cases.case import Case, CaseSizes, Work
+from engine.benchmark.cases.random_weights import random_decoder, random_nf4
+from engine.benchmark.cases.shapes import configuration
 from engine.benchmark.report import seconds, write
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.runner import OPS, all_cases, chosen_ops, run_case
 from engine.benchmark.timing import measure
 from engine.errors import ConfigError
+from engine.selfcheck.accuracy import check_case
+from engine.selfcheck.kernels import DENSE, HYBRID, MIXTURE
 from kernels.nf4 import dequantize
 from kernels.nf4.matmul import nf4_linear
 from kernels.nf4.planar import PlanarNF4Weight, from_planar
@@ -67,10 +71,35 @@ def test_the_lower_of_the_two_ceilings_binds() -> None:
 
 
 def test_every_op_has_a_case_and_every_case_a_name() -> None:
-    cases = list(all_cases("tiny", CaseSizes(16, torch.float32, document=8), tiny()))
-    assert {case.op for case in cases} == set(OPS)
-    assert len({case.name for case in cases}) == len(cases)
-    assert all(case.flops > 0 and case.nbytes > 0 for case in cases)
+    sizes = CaseSizes(16, torch.float32, document=8)
+    shapes = [tiny(), *(configuration(name, small=True) for name in (MIXTURE, HYBRID))]
+    cases = [list(all_cases("tiny", sizes, shape)) for shape in shapes]
+    assert {case.op for group in cases for case in group} == set(OPS)
+    for group in cases:
+        assert len({case.name for case in group}) == len(group)
+        assert all(case.flops > 0 and case.nbytes > 0 for case in group)
+    assert not {"lora_mlp", "swiglu", "decoder_layer"} & {case.op for case in cases[1]}
+    assert "rope" not in {case.op for case in cases[2]}
+
+
+@pytest.mark.parametrize(
+    ("model", "op"),
+    [
+        *((DENSE, op) for op in ("dropout", *VARIANTS, "int8_head", "linear_distillation")),
+        (MIXTURE, "mixture"),
+        *((HYBRID, op) for op in ("gated_delta", "causal_conv1d", "rms_norm_zero_centred")),
+        (HYBRID, "gated_rms_norm"),
+    ],
+)
+def test_a_case_computes_what_its_plain_form_does(model: str, op: str) -> None:
+    sizes = CaseSizes(14, torch.float32, document=9)
+    shape = configuration(model, small=True)
+    case = next(case for case in all_cases(model, sizes, shape) if case.op == op)
+    verdict = check_case(case, CPU)
+    assert verdict["outputs"]
+    assert verdict["passed"], verdict
+    work = case.make(CPU)
+    assert sorted(work.ours(work.copies())) == sorted(work.plain(work.tensors))
 
 
 def test_the_case_of_a_product_counts_its_work() -> None:

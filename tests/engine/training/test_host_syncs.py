@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.cases.random_weights import random_decoder
 from engine.data.examples import Example
 from engine.data.loader import collate
 from engine.training.step import TrainingStep

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.cases.random_weights import random_decoder
 from engine.training.step import TrainingStep
 from kernels import attention
 from kernels.attention.backends import Backend

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.cases.random_weights import random_decoder
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed
 from engine.model_sources.load_model import load_model

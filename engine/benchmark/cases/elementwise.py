@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from engine.benchmark import plain
-from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
+from engine.benchmark.cases import plain
+from engine.benchmark.cases.case import Case, CaseSizes, Tensors, Work, gradients, leaf
 from kernels.elementwise.rms_norm import add_rms_norm_forward, rms_norm_backward, rms_norm_forward
 from kernels.elementwise.rope import rope_qk_
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.benchmark import plain
-from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
-from engine.benchmark.ops_elementwise import adapter_shapes, normal
-from engine.benchmark.ops_matmul import attention_flops, flat
-from engine.benchmark.random_weights import random_decoder
+from engine.benchmark.cases import plain
+from engine.benchmark.cases.case import Case, CaseSizes, Tensors, Work, gradients, leaf
+from engine.benchmark.cases.elementwise import adapter_shapes, normal
+from engine.benchmark.cases.matmul import attention_flops, flat
+from engine.benchmark.cases.random_weights import random_decoder
 from kernels.attention import AttentionPlan
 from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig

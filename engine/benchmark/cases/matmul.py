@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.benchmark import plain
-from engine.benchmark.case import Case, CaseSizes, Tensors, Work, gradients, leaf
-from engine.benchmark.ops_elementwise import normal
-from engine.benchmark.random_weights import random_nf4, random_projection
+from engine.benchmark.cases import plain
+from engine.benchmark.cases.case import Case, CaseSizes, Tensors, Work, gradients, leaf
+from engine.benchmark.cases.elementwise import normal
+from engine.benchmark.cases.random_weights import random_nf4, random_projection
 from kernels.attention import (
     AttentionPlan,
     AttentionSettings,

@@ -43,10 +43,12 @@ def nf4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
     return (pairs[:, 0] << 4) | pairs[:, 1], absmax
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) times weight."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, zero_centered: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) times weight, or times 1 + weight and rounded once."""
     wide = _wide(x)
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if zero_centered:
+        return (normed * (1.0 + _wide(weight))).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
@@ -83,3 +85,18 @@ def lora(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tenso
     """A linear map with a LoRA pair."""
     low = functional.linear(x, a.to(x.dtype))
     return functional.linear(x, weight) + functional.linear(low, b.to(x.dtype)) * scale
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bounds: Sequence[int]) -> Tensor:
+    """silu of the depthwise convolution of x (N, C) by weight (C, J), each document for itself."""
+    wide, taps = _wide(x), _wide(weight).unsqueeze(1)
+    parts = []
+    for start, end in pairwise(bounds):
+        padded = functional.pad(wide[start:end].T, (weight.shape[1] - 1, 0))
+        parts.append(functional.conv1d(padded.unsqueeze(0), taps, groups=x.shape[1])[0].T)
+    return functional.silu(torch.cat(parts)).to(x.dtype)
+
+
+def gated_rms_norm(o: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """(w * rms(o)) * silu(z), the product in fp32 or wider."""
+    return (functional.silu(_wide(z)) * rms_norm(o, weight, eps)).to(o.dtype)

@@ -1,0 +1,1 @@
+"""The ops that are measured and checked, at the shapes of models."""

@@ -1,0 +1,1 @@
+"""What `engine doctor --gpu` runs: kernels and mechanisms against the truth."""
