@@ -36,6 +36,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data": ("cli.data", "check, show and make training data"),
     "bench": ("cli.bench", "time the kernels against this machine's limits"),
     "status": ("cli.status", "how far a run is, and whether it is alive"),
+    "import-config": ("cli.import_config", "another trainer's configuration as one of ours"),
     "doctor": ("cli.doctor", "what this machine and installation can do"),
 }
 
@@ -234,7 +235,7 @@ def _console_log() -> Iterator[None]:
 
 def help_text() -> str:
     """What `engine --help` prints."""
-    verbs = "\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items())
+    verbs = "\n".join(f"  {verb:<14} {text}" for verb, (_, text) in VERBS.items())
     return textwrap.dedent(
         """\
         Usage: engine VERB [OPTIONS]

@@ -25,6 +25,7 @@ Optimizer = Literal["adamw8bit", "adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+Program = Literal["axolotl", "llama-factory", "trl", "mlx-lm"]
 TARGET_PRESETS = ("all", "attn", "qv")
 """Names for sets of projections; `models.adapters` resolves them."""
 

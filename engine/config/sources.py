@@ -9,7 +9,7 @@ them). A key that appears twice, in one mapping or under two of its names, is an
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -74,6 +74,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 S = TypeVar("S", bound=Settings)
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,20 @@ def find_preset(name: str) -> dict[str, Any]:
 
 def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
     """The settings in a YAML (or JSON) file, by field name. Raises `ConfigError`."""
+    return _read(path, lambda loader, node: _collect(_walk(loader, node, (), known), path, known))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The values of a YAML (or JSON) file as they are, whatever its keys. Raises `ConfigError`."""
+
+    def values(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+        return {str(key): value for key, value in loader.construct_document(node).items()}
+
+    return _read(path, values)
+
+
+def _read(path: Path, use: Callable[[_Loader, yaml.MappingNode], dict[str, V]]) -> dict[str, V]:
+    """What `use` makes of the mapping in a YAML file. Raises `ConfigError`."""
     try:
         if path.stat().st_size > _LONGEST_FILE:
             raise ConfigError(f"{path} is over 1 MiB, too long for a configuration file.")
@@ -217,7 +232,7 @@ def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
             return {}
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:1 should hold `key: value` lines and holds something else.")
-        return _collect(_walk(loader, node, (), known), path, known)
+        return use(loader, node)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from None
     except (ValueError, RecursionError) as error:

@@ -82,7 +82,7 @@ def test_the_help_of_train_lists_every_setting_with_its_default(
 ) -> None:
     from engine.config.train_config import TrainConfig
 
-    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setitem(ENVIRONMENT, "COLUMNS", columns)
     done = engine("train", "--help")
     assert done.returncode == 0
     names = {word for line in done.stdout.splitlines() for word in line.split()[:1]}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import GPU_TFLOPS
+from engine.config.choices import GPU_TFLOPS, Program
 from engine.config.settings import Settings, setting
 from engine.config.spelling import BAD_LINES, DEVICE, json_object
 from engine.config.tasks.inference import Paths
@@ -34,6 +34,18 @@ class PlanSettings(Settings):
         None, "Plan", f"for the time: {', '.join(GPU_TFLOPS)}, or its TFLOP/s as a number"
     )
     sizes: bool = setting(False, "Plan", "the models known by name, and their parameters")
+
+
+class ImportSettings(Settings):
+    """`engine import-config`."""
+
+    file: Path = setting(..., "Import", "configuration of another training program (YAML)")
+    program: Program | None = setting(
+        None, "Import", "whose configuration it is; by default its keys tell"
+    )
+    output: Path | None = setting(
+        None, "Import", "new file for the settings; by default they are printed"
+    )
 
 
 class BenchSettings(Settings):

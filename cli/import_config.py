@@ -1,0 +1,36 @@
+"""`engine import-config`: another program's configuration as a file for `engine train`."""
+
+import sys
+
+from cli.from_settings import Call, Verb, make_app
+from engine.config.tasks.workflow import ImportSettings
+
+
+def import_config(call: Call) -> None:
+    """Translate a configuration of axolotl, LLaMA-Factory, TRL or mlx-lm into settings of ours.
+
+    What has no counterpart here is listed, with the reason.
+    """
+    settings = call.read(ImportSettings)
+    from engine.storage import durable
+    from engine.verbs import import_config as verb
+
+    result = verb.import_config(settings.file, settings.program)
+    text, refusal = verb.as_yaml(result, settings.file), verb.refusal(result)
+    if settings.output is not None:
+        durable.refuse_occupied(settings.output)
+        durable.write_text(settings.output, text)
+    answer = {"program": result.program, "settings": result.values(), "missing": result.missing}
+    if call.print_json(answer | {"needless": result.needless, "refusal": refusal}):
+        return
+    if settings.output is None:
+        print(text, end="")
+    else:
+        print("\n".join(verb.notes(result)).strip())
+        print(f"\nSettings of {result.program} saved to: {settings.output}")
+        print(f"Next: engine train --config {settings.output} --dry-run")
+    if refusal is not None:
+        print(f"engine train will ask for more: {refusal}", file=sys.stderr)
+
+
+app = make_app((Verb("import-config", (ImportSettings,), words="file"), import_config))

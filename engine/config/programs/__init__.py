@@ -1,0 +1,1 @@
+"""Configurations of other training programs, translated into settings of `TrainConfig`."""

@@ -1,0 +1,136 @@
+"""Keys of transformers' TrainingArguments, which LLaMA-Factory and TRL share."""
+
+from engine.config.programs.translation import (
+    ADAMW,
+    KERNELS,
+    NEVER_PADDED,
+    NOTHING_UPLOADED,
+    ONE_PROCESS,
+    SCHEDULES,
+    Source,
+    checkpointing,
+    compute_type,
+)
+
+_SAME = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "save_total_limit": "keep_checkpoints",
+    "logging_steps": "log_every",
+    "max_steps": "max_steps",
+    "adam_epsilon": "eps",
+    "overwrite_output_dir": "overwrite",
+    "run_name": "run_id",
+}
+_DEFAULTS = {
+    "per_device_train_batch_size": ("batch_size", 8),
+    "gradient_accumulation_steps": ("accumulate", 1),
+    "learning_rate": ("learning_rate", 5e-5),
+    "weight_decay": ("weight_decay", 0.0),
+    "max_grad_norm": ("max_grad_norm", 1.0),
+}
+_NEEDLESS = {
+    "rows are tokenised before the first step": (
+        "dataloader_num_workers",
+        "dataloader_pin_memory",
+        "preprocessing_num_workers",
+        "dataset_num_proc",
+        "overwrite_cache",
+    ),
+    "evaluation chooses its batches; its result does not depend on them": (
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+    ),
+    ONE_PROCESS: ("ddp_timeout", "ddp_find_unused_parameters", "local_rank"),
+    "a run always trains, and evaluates what is held out": ("do_train", "do_eval"),
+    "weights are always saved without the optimizer's state beside the checkpoints": (
+        "save_only_model",
+        "save_safetensors",
+    ),
+    "what happens here anyway": ("logging_first_step", "logging_dir", "disable_tqdm"),
+    KERNELS: ("use_liger_kernel", "enable_liger_kernel", "attn_implementation", "flash_attn"),
+    NEVER_PADDED: ("group_by_length", "pad_to_multiple_of"),
+    "unused keys of a row are reported": ("remove_unused_columns",),
+    "code from a model's folder is never run": ("trust_remote_code",),
+    "products of fp32 are exact here": ("tf32",),
+    "a checkpointed layer is computed by this engine's own code": (
+        "gradient_checkpointing_kwargs",
+    ),
+}
+_MISSING = {
+    "deepspeed": ONE_PROCESS,
+    "fsdp": ONE_PROCESS,
+    "fsdp_config": ONE_PROCESS,
+    "push_to_hub": NOTHING_UPLOADED,
+    "hub_model_id": NOTHING_UPLOADED,
+    "load_best_model_at_end": "the last weights are saved; checkpoints are in the run's folder",
+    "metric_for_best_model": "the last weights are saved; checkpoints are in the run's folder",
+    "neftune_noise_alpha": "noise on embeddings is not implemented",
+    "label_smoothing_factor": "label smoothing is not implemented",
+    "lr_scheduler_kwargs": "a schedule has no further parameters",
+    "optim_args": "the optimizer has `betas`, `eps` and `weight_decay`",
+    "resume_from_checkpoint": "`engine train --resume auto` goes on with a run of this engine",
+}
+
+
+def training_arguments(source: Source) -> None:
+    """Take every key of TrainingArguments that is there, and its defaults where it is not."""
+    source.copy(_SAME)
+    for key, (setting, default) in _DEFAULTS.items():
+        if key in source.left:
+            source.put(setting, source.take(key), key)
+        else:
+            source.default(setting, default)
+    source.whole("num_train_epochs", "epochs", 3.0)
+    source.choose("optim", "optimizer", ADAMW, "adamw_torch")
+    source.choose("lr_scheduler_type", "lr_schedule", SCHEDULES, "linear")
+    _warmup(source)
+    betas = (source.take("adam_beta1", 0.9), source.take("adam_beta2", 0.999))
+    if betas != (0.9, 0.999):
+        source.put("betas", list(betas), "adam_beta1, adam_beta2")
+    checkpointing(source)
+    compute_type(source)
+    _strategy(source, "save_strategy", "save_steps", "checkpoint_every")
+    _strategy(source, "eval_strategy", "eval_steps", "eval_every", "evaluation_strategy")
+    _trackers(source)
+    for why, keys in _NEEDLESS.items():
+        source.drop(keys, why)
+    source.miss_if_asked(_MISSING)
+
+
+def _warmup(source: Source) -> None:
+    ratio, steps, key = source.take("warmup_ratio"), source.take("warmup_steps"), "warmup_ratio"
+    if steps is not None and 0 < float(steps) < 1:
+        ratio, steps, key = steps, None, "warmup_steps"
+    if steps:
+        source.put("warmup_steps", int(steps), "warmup_steps")
+    elif ratio:
+        source.put("warmup_ratio", float(ratio), key)
+    else:
+        source.default("warmup_steps", 0)
+
+
+def _strategy(source: Source, key: str, steps_key: str, setting: str, earlier: str = "") -> None:
+    """`save_strategy` and the like: never, after epochs, or after so many steps."""
+    strategy, steps = source.take(key), source.take(steps_key)
+    if earlier and strategy is None:
+        strategy = source.take(earlier)
+    if strategy in ("no", False):
+        return
+    if strategy == "epoch":
+        source.miss(key, f"`{setting}` counts steps, not epochs")
+    elif steps is not None and float(steps) >= 1:
+        source.put(setting, int(steps), steps_key)
+    elif steps is not None:
+        source.miss(steps_key, f"`{setting}` counts steps, not a share of the run")
+
+
+def _trackers(source: Source) -> None:
+    asked = source.take("report_to")
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    known = [name for name in names if name in ("tensorboard", "wandb")]
+    if known:
+        source.put("report_to", known, "report_to")
+    others = [name for name in names if name not in ("tensorboard", "wandb", "none", "all")]
+    if others:
+        source.miss("report_to", f"there is no tracker {', '.join(others)}")

@@ -1,0 +1,117 @@
+"""LLaMA-Factory's YAML files."""
+
+from pathlib import Path
+from typing import Any
+
+from engine.config.programs.hugging_face import training_arguments
+from engine.config.programs.translation import KERNELS, Source, Translation, heldout
+from engine.storage import strict_json
+
+_SAME = {
+    "model_name_or_path": "model",
+    "adapter_name_or_path": "init_adapter",
+    "model_revision": "revision",
+    "max_samples": "limit_rows",
+    "default_system": "system_prompt",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+    "plot_loss": "plot",
+}
+_MISSING = {
+    "mask_history": "every assistant turn is trained, not the last alone",
+    "train_on_prompt": "only the assistant's turns are trained",
+    "additional_target": "embeddings and head are not trained beside an adapter",
+    "freeze_trainable_layers": "single layers are not trained alone",
+    "loraplus_lr_ratio": "both matrices of an adapter have one learning rate",
+    "pissa_init": "adapters start at zero",
+    "resize_vocab": "the vocabulary stays",
+    "new_special_tokens": "the vocabulary stays",
+    "use_badam": "the optimizer is AdamW",
+    "use_galore": "the optimizer is AdamW",
+    "use_adam_mini": "the optimizer is AdamW",
+    "use_llama_pro": "blocks are not added",
+    "rope_scaling": "rotary parameters come from config.json",
+    "image_max_pixels": "only text is read",
+    "video_max_pixels": "only text is read",
+    "streaming": "rows are read before the first step",
+    "tokenized_path": "rows are tokenised anew",
+    "dpo": "preferences are not trained",
+    "ref_model": "preferences are not trained",
+}
+
+
+def translate(given: dict[str, Any], folder: Path) -> Translation:
+    """The settings of one file, whose relative paths are those of `folder`."""
+    source = Source("LLaMA-Factory", given)
+    _method(source)
+    source.copy(_SAME)
+    _data(source, folder)
+    if source.take("packing") or source.left.get("neat_packing"):
+        source.put("packing", True, "packing")
+    source.take("neat_packing")
+    source.put("max_length", source.take("cutoff_len", 2048), "cutoff_len")
+    thinking = source.take("enable_thinking")
+    if thinking is not None:
+        kwargs = {"enable_thinking": bool(thinking)}
+        source.put("chat_template_kwargs", kwargs, "enable_thinking")
+    heldout(source, "val_size")
+    training_arguments(source)
+    source.drop(("template", "tool_format"), "the model's own template (engine data preview)")
+    source.drop(("use_unsloth", "use_unsloth_gc", "shift_attn", "mixture_of_depths"), KERNELS)
+    source.drop(("quantization_method", "quantization_type", "upcast_layernorm"), "NF4 is built in")
+    source.drop(("dataset_dir", "cache_dir", "media_dir", "mix_strategy"), "paths name the files")
+    source.miss_if_asked(_MISSING)
+    return source.finish()
+
+
+def _method(source: Source) -> None:
+    stage = source.take("stage", "sft")
+    if stage != "sft":
+        source.miss("stage", f"{stage!r}: rows are fine-tuned on (sft), and nothing else")
+    kind = source.take("finetuning_type", "lora")
+    bits = source.take("quantization_bit")
+    double = source.take("double_quantization", True)
+    if kind == "full":
+        source.put("method", "full", "finetuning_type")
+        return
+    if kind != "lora":
+        source.miss("finetuning_type", f"{kind!r}: there are adapters (lora) and full fine-tuning")
+    if bits not in (None, 4):
+        source.miss("quantization_bit", f"{bits} bits: a quantised base has 4 (NF4)")
+    source.put("method", "lora" if bits is None else "qlora", "finetuning_type, quantization_bit")
+    if not double:
+        source.put("double_quant", False, "double_quantization")
+    rank = source.take("lora_rank", 8)
+    source.put("lora_rank", rank, "lora_rank")
+    source.put("lora_alpha", source.take("lora_alpha", 2 * int(rank)), "lora_alpha")
+    source.put("lora_dropout", source.take("lora_dropout", 0.0), "lora_dropout")
+    source.put("target_modules", source.take("lora_target", "all"), "lora_target")
+
+
+def _data(source: Source, folder: Path) -> None:
+    where = folder / str(source.left.get("dataset_dir", "data"))
+    for key, setting in (("dataset", "data"), ("eval_dataset", "eval_data")):
+        names = source.take(key)
+        if names is None:
+            continue
+        listed = names.split(",") if isinstance(names, str) else list(names)
+        files = [_file_of(source, key, str(name).strip(), where) for name in listed]
+        source.put(setting, files, key)
+
+
+def _file_of(source: Source, key: str, name: str, where: Path) -> str:
+    """The file of a data set, which dataset_info.json names."""
+    try:
+        table = strict_json.loads((where / "dataset_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        table = {}
+    entry = table.get(name, {}) if isinstance(table, dict) else {}
+    if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
+        if entry.get("columns") or entry.get("ranking"):
+            source.miss(
+                f"{key}: {name}",
+                "dataset_info.json renames its columns; rows here are read by their own keys",
+            )
+        return str(where / entry["file_name"])
+    source.miss(f"{key}: {name}", f"{where}/dataset_info.json names no file of it: write the path")
+    return name

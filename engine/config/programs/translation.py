@@ -1,0 +1,158 @@
+"""What becomes of another program's configuration, key by key."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A setting of ours, and the key (or the default) of the other program that it comes from."""
+
+    value: Any
+    origin: str
+
+
+@dataclass
+class Translation:
+    """Our settings; keys that need none, with the reason; keys without a counterpart."""
+
+    program: str
+    settings: dict[str, Translated] = field(default_factory=dict)
+    needless: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """The settings as `TrainConfig` takes them."""
+        return {name: entry.value for name, entry in self.settings.items()}
+
+
+class Source:
+    """A configuration that is read key by key; what nobody took is reported as unknown.
+
+    A key with no value (null) is one that its program does not see either.
+    """
+
+    def __init__(self, program: str, given: Mapping[str, Any]) -> None:
+        self.result = Translation(program)
+        self.left = {key: value for key, value in given.items() if value is not None}
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key, which counts as read from now on."""
+        return self.left.pop(key, default)
+
+    def put(self, setting: str, value: Any, origin: str) -> None:
+        """Set one of ours; what came first stays."""
+        self.result.settings.setdefault(setting, Translated(value, origin))
+
+    def default(self, setting: str, value: Any) -> None:
+        """Set one of ours to what the other program does where nothing is said."""
+        self.put(setting, value, f"{self.result.program}'s default")
+
+    def copy(self, table: Mapping[str, str]) -> None:
+        """Take keys whose values mean the same under our name."""
+        for key, setting in table.items():
+            if key in self.left:
+                self.put(setting, self.take(key), key)
+
+    def choose(self, key: str, setting: str, table: Mapping[str, Any], default: str) -> None:
+        """Take a key whose values have other names here; one without any is missing."""
+        asked = key in self.left
+        value = str(self.take(key, default)).lower()
+        if value in table:
+            origin = key if asked else f"{self.result.program}'s default"
+            self.put(setting, table[value], origin)
+        else:
+            self.miss(key, f"there is no {value!r} for `{setting}`; its default stays")
+
+    def miss(self, key: str, why: str) -> None:
+        """Report a key whose wish is not met."""
+        self.result.missing[key] = why
+
+    def miss_if_asked(self, table: Mapping[str, str]) -> None:
+        """Report keys without a counterpart where they ask for something: not false, 0 or empty."""
+        for key, why in table.items():
+            if key in self.left:
+                if self.take(key) in (False, 0, "", "no", "none", [], {}):
+                    self.result.needless[key] = "it asks for nothing"
+                else:
+                    self.miss(key, why)
+
+    def drop(self, keys: Iterable[str], why: str) -> None:
+        """Take keys that need no counterpart."""
+        for key in keys:
+            if key in self.left:
+                self.take(key)
+                self.result.needless[key] = why
+
+    def whole(self, key: str, setting: str, default: float) -> None:
+        """A number of epochs, which here is whole: a part of one is rounded up."""
+        asked = key in self.left
+        value = float(self.take(key, default))
+        whole = max(1, int(-(-value // 1)))
+        self.put(setting, whole, key if asked else f"{self.result.program}'s default")
+        if whole != value:
+            self.miss(key, f"`{setting}` is a whole number: {value:g} became {whole}")
+
+    def finish(self) -> Translation:
+        """The translation; keys that nobody took are unknown."""
+        made = self.result.settings
+        if "eval_every" in made and not {"heldout", "eval_data"} & made.keys():
+            self.miss(made.pop("eval_every").origin, "no rows are held out to evaluate on")
+        for key, value in self.left.items():
+            self.miss(key, f"this key ({str(value)[:60]}) is not known here")
+        return self.result
+
+
+def compute_type(source: Source) -> None:
+    """`bf16` and `fp16`, which most programs have."""
+    bf16, fp16 = source.take("bf16"), source.take("fp16")
+    if bf16 in (True, "true", "full"):
+        source.put("dtype", "bfloat16", "bf16")
+    elif fp16 in (True, "true"):
+        source.put("dtype", "float16", "fp16")
+    elif bf16 == "auto" or fp16 == "auto":
+        source.put("dtype", "auto", "bf16")
+    elif bf16 is False and fp16 in (False, None):
+        source.put("dtype", "float32", "bf16")
+
+
+def checkpointing(source: Source, key: str = "gradient_checkpointing") -> None:
+    """Recomputation: how much of it does not change a result, only memory and time."""
+    asked = source.take(key)
+    if asked in (False, "false"):
+        source.put("gradient_checkpointing", "none", key)
+    elif asked is not None:
+        source.put("gradient_checkpointing", "auto", key)
+
+
+def heldout(source: Source, key: str) -> None:
+    """A share of the rows held out; a number of rows has no counterpart."""
+    value = source.take(key)
+    if value is None or float(value) == 0:
+        return
+    if float(value) < 1:
+        source.put("heldout", float(value), key)
+    else:
+        source.miss(key, f"{value} rows: `heldout` is a share of the rows, such as 0.05")
+
+
+ADAMW = {
+    **dict.fromkeys(
+        ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8bit", "adamw_torch_8bit"),
+        "adamw8bit",
+    ),
+    **dict.fromkeys(
+        ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), "adamw"
+    ),
+}
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
+ONE_PROCESS = "a run is one process; for less memory, `memory_budget` or `offload`"
+KERNELS = "the kernels are fused already"
+NEVER_PADDED = "rows are never padded"
+NOTHING_UPLOADED = "nothing is uploaded"
