@@ -10,7 +10,7 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from cli.bench import app
+from cli.tools.bench import app
 
 RESULTS = Path(__file__).parent / "results"
 

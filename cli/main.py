@@ -25,19 +25,19 @@ from typing import Any
 from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
-    "train": ("cli.train", "fine-tune a model: QLoRA, LoRA or every weight"),
-    "resume": ("cli.train:resume_app", "go on with a run that was stopped"),
-    "plan": ("cli.plan", "what a run will need, before it allocates anything"),
-    "eval": ("cli.eval", "perplexity of a model, with or without an adapter"),
-    "generate": ("cli.generate", "answer a prompt"),
-    "merge": ("cli.merge", "write a model with an adapter merged into its weights"),
-    "prune": ("cli.prune", "remove the least important attention heads"),
-    "forge": ("cli.forge", "prune, fine-tune and judge, cycle after cycle"),
-    "data": ("cli.data", "check, show and make training data"),
-    "bench": ("cli.bench", "time the kernels against this machine's limits"),
-    "status": ("cli.status", "how far a run is, and whether it is alive"),
-    "import-config": ("cli.import_config", "another trainer's configuration as one of ours"),
-    "doctor": ("cli.doctor", "what this machine and installation can do"),
+    "train": ("cli.training.train", "fine-tune a model: QLoRA, LoRA or every weight"),
+    "resume": ("cli.training.train:resume_app", "go on with a run that was stopped"),
+    "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
+    "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
+    "generate": ("cli.models.generate", "answer a prompt"),
+    "merge": ("cli.models.merge", "write a model with an adapter merged into its weights"),
+    "prune": ("cli.models.prune", "remove the least important attention heads"),
+    "forge": ("cli.models.forge", "prune, fine-tune and judge, cycle after cycle"),
+    "data": ("cli.tools.data", "check, show and make training data"),
+    "bench": ("cli.tools.bench", "time the kernels against this machine's limits"),
+    "status": ("cli.training.status", "how far a run is, and whether it is alive"),
+    "import-config": ("cli.training.import_config", "another trainer's settings as ours"),
+    "doctor": ("cli.tools.doctor", "what this machine and installation can do"),
 }
 
 # What other programs call the verbs.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from cli.bench import app
+from cli.tools.bench import app
 from engine.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from engine.config.programs.translation import (
     NOTHING_UPLOADED,
     ONE_PROCESS,
     SCHEDULES,
-    Source,
+    GivenKeys,
     Translation,
     checkpointing,
     compute_type,
@@ -138,7 +138,7 @@ _SHAPES = ("alpaca", "chat_template", "sharegpt", "input_output", "context_qa", 
 
 def translate(given: dict[str, Any], folder: Path) -> Translation:
     """The settings of one file, whose relative paths are those of `folder`."""
-    source = Source("axolotl", given)
+    source = GivenKeys("axolotl", given)
     _method(source)
     source.copy(_SAME)
     for key, (setting, default) in _DEFAULTS.items():
@@ -174,7 +174,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     return source.finish()
 
 
-def _method(source: Source) -> None:
+def _method(source: GivenKeys) -> None:
     adapter, four = source.take("adapter"), source.take("load_in_4bit", False)
     eight = source.take("load_in_8bit", False)
     source.drop(("qlora_sharded_model_loading",), ONE_PROCESS)
@@ -196,7 +196,7 @@ def _method(source: Source) -> None:
         source.put("target_modules", "qv", "PEFT's default")
 
 
-def _special_tokens(source: Source) -> None:
+def _special_tokens(source: GivenKeys) -> None:
     """A padding token needs nothing; another may end a turn."""
     given = dict(source.take("special_tokens") or {})
     if given.pop("pad_token", None) is not None:
@@ -205,7 +205,7 @@ def _special_tokens(source: Source) -> None:
         source.miss("special_tokens", "special tokens come from the model's own files")
 
 
-def _optimizer_arguments(source: Source) -> None:
+def _optimizer_arguments(source: GivenKeys) -> None:
     """Betas and epsilon, alone or in `optim_args`, a mapping or `a=1,b=2`."""
     given = source.take("optim_args") or {}
     if isinstance(given, str):
@@ -222,7 +222,7 @@ def _optimizer_arguments(source: Source) -> None:
         source.miss("optim_args", f"the optimizer has no {', '.join(map(str, given))}")
 
 
-def _path_of(source: Source, key: str, entry: Any) -> str:
+def _path_of(source: GivenKeys, key: str, entry: Any) -> str:
     """The file of one data set; what its entry says beyond that is checked."""
     entry = dict(entry) if isinstance(entry, dict) else {"path": entry}
     path = str(entry.get("path", ""))

@@ -1,4 +1,4 @@
-"""Keys of transformers' TrainingArguments, which LLaMA-Factory and TRL share."""
+"""GivenKeys of transformers' TrainingArguments, which LLaMA-Factory and TRL share."""
 
 from engine.config.programs.translation import (
     ADAMW,
@@ -7,7 +7,7 @@ from engine.config.programs.translation import (
     NOTHING_UPLOADED,
     ONE_PROCESS,
     SCHEDULES,
-    Source,
+    GivenKeys,
     checkpointing,
     compute_type,
 )
@@ -73,7 +73,7 @@ _MISSING = {
 }
 
 
-def training_arguments(source: Source) -> None:
+def training_arguments(source: GivenKeys) -> None:
     """Take every key of TrainingArguments that is there, and its defaults where it is not."""
     source.copy(_SAME)
     for key, (setting, default) in _DEFAULTS.items():
@@ -98,7 +98,7 @@ def training_arguments(source: Source) -> None:
     source.miss_if_asked(_MISSING)
 
 
-def _warmup(source: Source) -> None:
+def _warmup(source: GivenKeys) -> None:
     ratio, steps, key = source.take("warmup_ratio"), source.take("warmup_steps"), "warmup_ratio"
     if steps is not None and 0 < float(steps) < 1:
         ratio, steps, key = steps, None, "warmup_steps"
@@ -110,7 +110,7 @@ def _warmup(source: Source) -> None:
         source.default("warmup_steps", 0)
 
 
-def _strategy(source: Source, key: str, steps_key: str, setting: str, earlier: str = "") -> None:
+def _strategy(source: GivenKeys, key: str, steps_key: str, setting: str, earlier: str = "") -> None:
     """`save_strategy` and the like: never, after epochs, or after so many steps."""
     strategy, steps = source.take(key), source.take(steps_key)
     if earlier and strategy is None:
@@ -125,7 +125,7 @@ def _strategy(source: Source, key: str, steps_key: str, setting: str, earlier: s
         source.miss(steps_key, f"`{setting}` counts steps, not a share of the run")
 
 
-def _trackers(source: Source) -> None:
+def _trackers(source: GivenKeys) -> None:
     asked = source.take("report_to")
     names = [asked] if isinstance(asked, str) else list(asked or ())
     known = [name for name in names if name in ("tensorboard", "wandb")]

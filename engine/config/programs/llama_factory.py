@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.programs.hugging_face import training_arguments
-from engine.config.programs.translation import KERNELS, Source, Translation, heldout
+from engine.config.programs.translation import KERNELS, GivenKeys, Translation, heldout
 from engine.storage import strict_json
 
 _SAME = {
@@ -42,7 +42,7 @@ _MISSING = {
 
 def translate(given: dict[str, Any], folder: Path) -> Translation:
     """The settings of one file, whose relative paths are those of `folder`."""
-    source = Source("LLaMA-Factory", given)
+    source = GivenKeys("LLaMA-Factory", given)
     _method(source)
     source.copy(_SAME)
     _data(source, folder)
@@ -64,7 +64,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     return source.finish()
 
 
-def _method(source: Source) -> None:
+def _method(source: GivenKeys) -> None:
     stage = source.take("stage", "sft")
     if stage != "sft":
         source.miss("stage", f"{stage!r}: rows are fine-tuned on (sft), and nothing else")
@@ -88,7 +88,7 @@ def _method(source: Source) -> None:
     source.put("target_modules", source.take("lora_target", "all"), "lora_target")
 
 
-def _data(source: Source, folder: Path) -> None:
+def _data(source: GivenKeys, folder: Path) -> None:
     where = folder / str(source.left.get("dataset_dir", "data"))
     for key, setting in (("dataset", "data"), ("eval_dataset", "eval_data")):
         names = source.take(key)
@@ -99,7 +99,7 @@ def _data(source: Source, folder: Path) -> None:
         source.put(setting, files, key)
 
 
-def _file_of(source: Source, key: str, name: str, where: Path) -> str:
+def _file_of(source: GivenKeys, key: str, name: str, where: Path) -> str:
     """The file of a data set, which dataset_info.json names."""
     try:
         table = strict_json.loads((where / "dataset_info.json").read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from engine.config.programs.translation import (
     ADAMW,
     KERNELS,
     NEVER_PADDED,
-    Source,
+    GivenKeys,
     Translation,
     checkpointing,
 )
@@ -16,7 +16,7 @@ from engine.config.programs.translation import (
 
 def translate_trl(given: dict[str, Any], folder: Path) -> Translation:
     """A file of `trl sft --config`, whose relative paths are those of `folder`."""
-    source = Source("TRL", given)
+    source = GivenKeys("TRL", given)
     source.copy({"model_name_or_path": "model", "model_revision": "revision"})
     _trl_adapter(source)
     name = source.take("dataset_name")
@@ -48,7 +48,7 @@ def translate_trl(given: dict[str, Any], folder: Path) -> Translation:
     return source.finish()
 
 
-def _trl_adapter(source: Source) -> None:
+def _trl_adapter(source: GivenKeys) -> None:
     if not source.take("use_peft", False):
         source.put("method", "full", "use_peft")
         return
@@ -66,7 +66,7 @@ def _trl_adapter(source: Source) -> None:
 
 def translate_mlx(given: dict[str, Any], folder: Path) -> Translation:
     """A file of `mlx_lm.lora --config`, whose relative paths are those of `folder`."""
-    source = Source("mlx-lm", given)
+    source = GivenKeys("mlx-lm", given)
     source.copy(
         {
             "model": "model",
@@ -117,7 +117,7 @@ def translate_mlx(given: dict[str, Any], folder: Path) -> Translation:
     return source.finish()
 
 
-def _mlx_adapter(source: Source) -> None:
+def _mlx_adapter(source: GivenKeys) -> None:
     layers = source.take("num_layers", 16)
     if layers != -1:
         source.miss("num_layers", f"an adapter is put on every layer, not the last {layers}")

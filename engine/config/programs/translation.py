@@ -27,7 +27,7 @@ class Translation:
         return {name: entry.value for name, entry in self.settings.items()}
 
 
-class Source:
+class GivenKeys:
     """A configuration that is read key by key; what nobody took is reported as unknown.
 
     A key with no value (null) is one that its program does not see either.
@@ -104,7 +104,7 @@ class Source:
         return self.result
 
 
-def compute_type(source: Source) -> None:
+def compute_type(source: GivenKeys) -> None:
     """`bf16` and `fp16`, which most programs have."""
     bf16, fp16 = source.take("bf16"), source.take("fp16")
     if bf16 in (True, "true", "full"):
@@ -117,7 +117,7 @@ def compute_type(source: Source) -> None:
         source.put("dtype", "float32", "bf16")
 
 
-def checkpointing(source: Source, key: str = "gradient_checkpointing") -> None:
+def checkpointing(source: GivenKeys, key: str = "gradient_checkpointing") -> None:
     """Recomputation: how much of it does not change a result, only memory and time."""
     asked = source.take(key)
     if asked in (False, "false"):
@@ -126,7 +126,7 @@ def checkpointing(source: Source, key: str = "gradient_checkpointing") -> None:
         source.put("gradient_checkpointing", "auto", key)
 
 
-def heldout(source: Source, key: str) -> None:
+def heldout(source: GivenKeys, key: str) -> None:
     """A share of the rows held out; a number of rows has no counterpart."""
     value = source.take(key)
     if value is None or float(value) == 0:

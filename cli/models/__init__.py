@@ -1,0 +1,1 @@
+"""The verbs that take a model and use it or write another."""

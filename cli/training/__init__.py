@@ -1,0 +1,1 @@
+"""The verbs around a run: settings, plan, training, how far it is."""
