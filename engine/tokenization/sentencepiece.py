@@ -4,16 +4,18 @@ One machinery then serves every model: special tokens cut out of the text before
 byte fallback, offsets, batches on all cores. The `sentencepiece` library reads the file and is
 asked, at load, whether both give the same ids; if they do not, the file is refused.
 
-A space is put before the text as transformers' `LlamaTokenizer` does it: `legacy: true` in
-tokenizer_config.json puts one before every piece of text between special tokens, otherwise only
-before the very first (`legacy: false`, the default), and `add_prefix_space: false` before none; a
-text that begins with a space gets no second one.
+Where a space goes before the text, `legacy` in tokenizer_config.json says. `true`, the default, is
+what the library does and Llama 1 and 2 were trained with: one before every piece of text between
+special tokens, even where the text begins with a space. `false` is what transformers does for it:
+one before the very first piece only, and none where it begins with a space. `add_prefix_space:
+false` puts none anywhere.
 
 The library does not tell a user-defined piece from a normal one, nor which algorithm the model
 uses, so those few fields are read from the file itself (a protocol buffer:
 https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto).
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,7 @@ class ModelFile:
         algorithm: 1 for Unigram, 2 for BPE.
         byte_fallback: unknown characters become byte pieces.
         unknown_id: id of the unknown piece.
+        special_ids: ids of `bos_token`, `eos_token`, `unk_token` and `pad_token`, where defined.
         charsmap: precompiled normalisation rules, empty for the identity.
         adds_prefix_space: a space is put before the text.
         merges_spaces: runs of spaces become one, and spaces at the ends are dropped.
@@ -58,12 +61,29 @@ class ModelFile:
     algorithm: int = _UNIGRAM
     byte_fallback: bool = False
     unknown_id: int = 0
+    special_ids: dict[str, int] = field(default_factory=dict)
     charsmap: bytes = b""
     adds_prefix_space: bool = True
     merges_spaces: bool = True
 
 
-def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
+@dataclass(frozen=True)
+class SentencePieceTokenizer:
+    """A rebuilt tokenizer, and what its file says beyond the pieces.
+
+    Attributes:
+        backend: gives the ids of the `sentencepiece` library, with special tokens cut out.
+        special_tokens: `bos_token`, `eos_token`, `unk_token`, `pad_token` of the file.
+        adds_bos: a text starts with BOS where tokenizer_config.json does not say: so for BPE, as
+            in Llama's own tokenizer and llama.cpp.
+    """
+
+    backend: Tokenizer
+    special_tokens: dict[str, str]
+    adds_bos: bool
+
+
+def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> SentencePieceTokenizer:
     """Build the tokenizer of a SentencePiece file.
 
     Args:
@@ -86,17 +106,20 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> Tokenizer:
             f"{path}: a SentencePiece model of type {model.algorithm} (word or character); only "
             "BPE and Unigram models are supported. Provide a tokenizer.json instead."
         )
-    prefix = bool(config.get("add_prefix_space", model.adds_prefix_space))
-    tokenizer = _build(model, prefix, legacy=bool(config.get("legacy", False)))
-    if prefix and model.adds_prefix_space:
+    prefix = config.get("add_prefix_space")
+    prefix = model.adds_prefix_space if prefix is None else bool(prefix)
+    legacy = config.get("legacy")
+    tokenizer = _build(model, prefix, legacy=legacy is None or bool(legacy))
+    if prefix == model.adds_prefix_space:
         _compare(tokenizer, processor, path)
     added = [
-        AddedToken(piece, special=kind == _CONTROL, normalized=False)
+        AddedToken(piece, special=kind == _CONTROL, normalized=kind == _USER_DEFINED)
         for piece, kind in zip(model.pieces, model.types, strict=True)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
-    return tokenizer
+    named = {name: model.pieces[index] for name, index in model.special_ids.items()}
+    return SentencePieceTokenizer(tokenizer, named, model.algorithm == _BPE)
 
 
 def _read(processor: Any, data: bytes) -> ModelFile:
@@ -105,6 +128,11 @@ def _read(processor: Any, data: bytes) -> ModelFile:
         pieces=[processor.id_to_piece(index) for index in range(count)],
         scores=[processor.get_score(index) for index in range(count)],
         unknown_id=processor.unk_id(),
+        special_ids={
+            f"{name}_token": index
+            for name in ("bos", "eos", "unk", "pad")
+            if 0 <= (index := getattr(processor, f"{name}_id")()) < count
+        },
     )
     for number, value in _fields(data):
         if number == 1:
@@ -171,23 +199,52 @@ def _build(model: ModelFile, prefix: bool, legacy: bool) -> Tokenizer:
     else:
         scored = list(zip(model.pieces, model.scores, strict=True))
         tokenizer = Tokenizer(Unigram(scored, model.unknown_id, model.byte_fallback))
-    steps: list[Any] = []
-    if model.charsmap:
-        steps.append(normalizers.Precompiled(model.charsmap))
-    if model.merges_spaces:
-        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    steps = _normalisation(model)
+    if legacy and model.merges_spaces:
+        steps.append(normalizers.Replace(Regex(r"\A "), ""))
+    if prefix and legacy:
+        steps += [_prepend(model), normalizers.Replace(" ", SPACE)]
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement=SPACE, prepend_scheme="first" if prefix else "never", split=False
+        )
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
-    scheme = ("always" if legacy else "first") if prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement=SPACE, prepend_scheme=scheme, split=False
-    )
     back: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         back.append(decoders.Strip(content=" ", left=1))
     tokenizer.decoder = decoders.Sequence(back)
     return tokenizer
+
+
+def _normalisation(model: ModelFile) -> list[Any]:
+    """Normalizers that do what the file's charsmap and `remove_extra_whitespaces` ask for."""
+    steps: list[Any] = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.merges_spaces:
+        # One leading space stays for `legacy: false`: Metaspace adds no second one to it, and after
+        # a special token it is the only sign of a space.
+        steps.append(normalizers.Replace(Regex(f"[ {SPACE}]+\\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    return steps
+
+
+def _prepend(model: ModelFile) -> Any:
+    """The normalizer that puts the library's space before a text that is not empty.
+
+    Tokens that are matched in normalised text are normalised themselves, and must stay as they
+    are to be recognised.
+    """
+    whole = [
+        piece
+        for piece, kind in zip(model.pieces, model.types, strict=True)
+        if kind == _USER_DEFINED
+    ]
+    if not whole:
+        return normalizers.Prepend(SPACE)
+    names = "|".join(re.escape(piece) for piece in whole)
+    return normalizers.Replace(Regex(rf"\A(?!(?:{names})\z)(?=(?m:.|\n))"), SPACE)
 
 
 def _merges(model: ModelFile, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """One tokenizer for every model: `tokenizer.json`, or a SentencePiece `tokenizer.model`.
 
-Ids equal those of transformers: tokens that tokenizer_config.json adds are added; what stands
+Ids equal those of transformers: `special_tokens` reads what the other files add; what stands
 around a text is decided by the post-processor of a tokenizer.json, and by `add_bos_token` and
 `add_eos_token` of tokenizer_config.json for a tokenizer.model (which has none). What the tokenizer
 puts before and after a text is separate from the encoding itself, so that a rendered
@@ -14,22 +14,17 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
-from engine.storage.strict_json import parse_object
 from engine.tokenization.chat_template import ChatTemplate, default_template
+from engine.tokenization.special_tokens import (
+    add_declared,
+    matched_as_written,
+    read_declared,
+)
 
 if TYPE_CHECKING:
     from engine.model_sources.interface.model_source import ModelDescription
 
 Offsets = list[tuple[int, int]]
-_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class Tokenizer:
@@ -171,10 +166,15 @@ class Tokenizer:
         return None if token is None else self._vocabulary.get(token)
 
     def _add_missing(self) -> None:
-        """Named special tokens are cut out of every text, even where the file forgot to say so."""
+        """Named special tokens are cut out of every text, even where the file forgot to say so.
+
+        Those that are there already keep their flags.
+        """
+        present = {token.content for token in self._backend.get_added_tokens_decoder().values()}
         named = [
             AddedToken(text, special=True, normalized=False)
             for text in dict.fromkeys(self.special_tokens.values())
+            if text not in present
         ]
         self._backend.add_special_tokens(named)
 
@@ -220,18 +220,23 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
     elif model_file is not None:
         from engine.tokenization.sentencepiece import load_sentencepiece
 
-        backend = load_sentencepiece(model_file, config)
-        add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
+        pieces = load_sentencepiece(model_file, config)
+        backend = pieces.backend
+        config = {**pieces.special_tokens, **config}
+        add_bos, add_eos = config.get("add_bos_token"), bool(config.get("add_eos_token"))
+        add_bos = pieces.adds_bos if add_bos is None else bool(add_bos)
     else:
         raise CheckpointError(
             f"{where}: the model has no tokenizer; expected a tokenizer.json or a SentencePiece "
             "tokenizer.model in the folder of the weights. Copy it from the model it was made from."
         )
-    _add_declared(backend, config, files, where)
-    named = _named_tokens(config, files)
+    declared = read_declared(config, files, backend)
+    if model_file is not None:
+        declared = matched_as_written(declared, backend)
+    add_declared(backend, declared, where)
     return Tokenizer(
         backend,
-        named,
+        declared.names,
         source.chat_template(),
         add_bos=add_bos,
         add_eos=add_eos,
@@ -248,53 +253,3 @@ def _from_json(serialised: str, where: str) -> Backend:
             f"{where}: the tokenizer.json cannot be used ({str(error)[:300]}). Fetch it again, or "
             "install the `tokenizers` release that wrote it."
         ) from error
-
-
-def _add_declared(
-    backend: Backend, config: Mapping[str, Any], files: Mapping[str, Any], where: str
-) -> None:
-    """Tokens that tokenizer_config.json (or added_tokens.json) declares and the file lacks."""
-    declared: dict[int, AddedToken] = {}
-    extra = _read_json(files, "added_tokens.json")
-    for text, index in extra.items():
-        declared[int(index)] = AddedToken(text, special=False)
-    for key, entry in (config.get("added_tokens_decoder") or {}).items():
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        given = {flag: bool(entry[flag]) for flag in flags if flag in entry}
-        declared[int(key)] = AddedToken(entry["content"], **given)
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for index in sorted(declared):
-        token = declared[index]
-        if token.content in present:
-            continue
-        backend.add_tokens([token])
-        got = backend.token_to_id(token.content)
-        if got != index:
-            raise CheckpointError(
-                f"{where}: the token {token.content!r} is declared with the id {index}, but the "
-                f"vocabulary gives it {got}; the tokenizer's files do not belong together. Fetch "
-                "all of them again."
-            )
-
-
-def _named_tokens(config: Mapping[str, Any], files: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens of tokenizer_config.json, else of special_tokens_map.json."""
-    merged = {**_read_json(files, "special_tokens_map.json"), **config}
-    extra = merged.get("extra_special_tokens")
-    if isinstance(extra, dict):
-        merged = {**extra, **merged}
-    keys = [*_NAMES, *sorted(key for key in merged if key.endswith("_token") and key not in _NAMES)]
-    named = {}
-    for key in keys:
-        value = merged.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            named[key] = text
-    return named
-
-
-def _read_json(files: Mapping[str, Any], name: str) -> dict[str, Any]:
-    source = files.get(name)
-    if source is None:
-        return {}
-    return parse_object(source if isinstance(source, bytes) else source.read_bytes(), name)

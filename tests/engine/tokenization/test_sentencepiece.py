@@ -1,5 +1,6 @@
 """SentencePiece files give the ids that the `sentencepiece` library gives."""
 
+import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ import sentencepiece
 
 from engine.errors import CheckpointError
 from engine.tokenization.sentencepiece import load_sentencepiece
+from tests.support.tokenizer_folder import TokenizerFolder
 
 WORDS = [
     "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "naïve",
@@ -52,6 +54,33 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+def at_the_ends(texts: list[str]) -> list[str]:
+    """The texts, each with spaces, marks or a user-defined piece before or behind it."""
+    rng = random.Random(7)
+    pieces = [" ", "  ", "▁", " ▁", "\n", "\t ", "<tool>", " <tool>", "<tool> "]
+    ends = [rng.choice(pieces) + text for text in texts]
+    return ["", " ", "   ", "▁", "\n", *texts, *ends, *(t + rng.choice(pieces) for t in texts)]
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+@pytest.mark.parametrize("merges_spaces", [False, True])
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+@pytest.mark.parametrize("prefix", [False, True])
+def test_spaces_at_both_ends_are_those_of_the_library(
+    algorithm: str, merges_spaces: bool, rule: str, prefix: bool, train: Any
+) -> None:
+    path = train(
+        model_type=algorithm,
+        remove_extra_whitespaces=merges_spaces,
+        normalization_rule_name=rule,
+        add_dummy_prefix=prefix,
+    )
+    ours = load_sentencepiece(path, {}).backend
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    for text in at_the_ends(sentences(120, 4)):
+        assert ours.encode(text).ids == list(theirs.encode(text)), text
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,7 +94,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Any:
 )
 def test_ids_equal_those_of_the_library(options: dict[str, Any], train: Any) -> None:
     path = train(**options)
-    ours = load_sentencepiece(path, {})
+    ours = load_sentencepiece(path, {}).backend
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
     for text in sentences(400, 2):
         assert ours.encode(text).ids == list(theirs.encode(text)), text
@@ -77,15 +106,15 @@ def test_real_mistral_vocabulary_gives_the_ids_of_the_library() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("mistral-common is not installed (pip install --no-deps mistral-common)")
     path = Path(spec.submodule_search_locations[0]) / "data" / "tokenizer.model.v1"
-    ours = load_sentencepiece(path, {})
+    ours = load_sentencepiece(path, {}).backend
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    for text in [*sentences(1000, 3), "x\n    return 1\n        y  = 2"]:
+    for text in at_the_ends([*sentences(600, 3), "x\n    return 1\n        y  = 2"]):
         assert ours.encode(text).ids == list(theirs.encode(text)), text
 
 
 def test_special_tokens_are_cut_out_and_bytes_fall_back(train: Any) -> None:
     path = train(model_type="bpe")
-    tokenizer = load_sentencepiece(path, {})
+    tokenizer = load_sentencepiece(path, {}).backend
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     encoding = tokenizer.encode("<s>hello<tool> 𓀀</s><ctl>")
     tokens = encoding.tokens
@@ -102,13 +131,43 @@ def test_the_space_before_the_text_follows_the_configuration(train: Any) -> None
     path = train(model_type="bpe")
 
     def tokens(text: str, **config: Any) -> str:
-        return "".join(load_sentencepiece(path, config).encode(text).tokens)
+        return "".join(load_sentencepiece(path, config).backend.encode(text).tokens)
 
-    assert tokens("a</s>b") == "▁a</s>b"
+    assert tokens("a</s>b") == tokens("a</s>b", legacy=True) == "▁a</s>▁b"
     assert tokens("a</s>b", legacy=False) == "▁a</s>b"
-    assert tokens("a</s>b", legacy=True) == "▁a</s>▁b"
     assert tokens("a</s>b", add_prefix_space=False) == "a</s>b"
-    assert tokens("<s>a b") == "<s>a▁b"
+    assert tokens("<s>a b") == "<s>▁a▁b"
+    assert tokens("<s>a b", legacy=False) == "<s>a▁b"
+    assert tokens(" a</s> b") == "▁▁a</s>▁▁b"
+    assert tokens(" a</s> b", legacy=False) == "▁a</s>▁b"
+
+
+def test_the_file_alone_names_its_control_pieces_and_puts_bos_before_a_text(
+    train: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="bpe").read_bytes())
+    tokenizer = TokenizerFolder(tmp_path).load()
+    assert tokenizer.special_tokens == {
+        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+    }  # fmt: skip
+    assert tokenizer.encode("a")[0] == tokenizer.bos_token_id == 1
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert TokenizerFolder(tmp_path).load().encode("a") == tokenizer.encode("a")[1:]
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="unigram").read_bytes())
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert TokenizerFolder(tmp_path).load().prefix_ids == []
+
+
+def test_added_tokens_are_matched_wherever_they_stand(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="bpe").read_bytes())
+    plain = TokenizerFolder(tmp_path).load()
+    size = plain.vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|end|>": size}))
+    for flags in ({}, {"added_tokens_decoder": {str(size): {"content": "<|end|>"}}}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(flags))
+        tokenizer = TokenizerFolder(tmp_path).load()
+        a = plain.encode("a")[1:]
+        assert tokenizer.encode("a<|end|>a") == [1, *a, size, *a]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00" * 64, b"no model at all", None])

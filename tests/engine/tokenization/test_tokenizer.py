@@ -88,15 +88,19 @@ def test_truncation_and_padding_stored_in_the_file_are_not_applied(backend_json:
     assert tokenizer.encode_batch_with_offsets([text, ""]) == [(ids, offsets), ([], [])]
 
 
-def test_named_special_tokens_come_from_either_file(backend_json: str) -> None:
+def test_special_tokens_map_wins_over_the_configuration_unless_that_lists_all(
+    backend_json: str,
+) -> None:
     special_map = json.dumps({"bos_token": "<|endoftext|>", "pad_token": {"content": "</s>"}})
-    tokenizer = load(backend_json, BASE, {"special_tokens_map.json": special_map.encode()})
+    files = {"special_tokens_map.json": special_map.encode()}
+    tokenizer = load(backend_json, BASE, files)
     assert tokenizer.special_tokens == {
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+        "bos_token": "<|endoftext|>", "eos_token": "</s>", "pad_token": "</s>",
     }  # fmt: skip
     assert tokenizer.pad_token_id == tokenizer.token_to_id("</s>") == tokenizer.eos_token_id
-    assert tokenizer.id_to_token(tokenizer.bos_token_id or 0) == "<s>"
     assert tokenizer.bos_token_id in tokenizer.special_ids
+    complete = load(backend_json, {**BASE, "added_tokens_decoder": {}}, files)
+    assert complete.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
 def test_declared_tokens_are_added_and_must_get_their_ids(
@@ -105,14 +109,55 @@ def test_declared_tokens_are_added_and_must_get_their_ids(
     size = load(backend_json, {}).vocab_size
     added = tmp_path / "added_tokens.json"
     added.write_text(json.dumps({"<tool>": size}))
+    tokenizer = load(backend_json, BASE, {"added_tokens.json": added})
+    assert tokenizer.encode("<tool>x") == [size, *tokenizer.encode("x")]
     token = {"content": "<new>", "special": True, "normalized": False}
-    config = {**BASE, "added_tokens_decoder": {str(size + 1): token}}
+    config = {**BASE, "added_tokens_decoder": {str(size): token}}
     tokenizer = load(backend_json, config, {"added_tokens.json": added})
-    assert tokenizer.encode("<tool><new>") == [size, size + 1]
-    assert tokenizer.vocab_size == size + 2
-    assert tokenizer.decode([size, size + 1]) == "<tool>"
+    assert tokenizer.encode("<new>") == [size]
+    assert tokenizer.vocab_size == size + 1
+    assert tokenizer.decode([size]) == ""
     with pytest.raises(CheckpointError, match=rf"declared with the id {size + 1}"):
-        load(backend_json, config)
+        load(backend_json, {**BASE, "added_tokens_decoder": {str(size + 1): token}})
+
+
+def test_other_ids_for_tokens_that_exist_are_said_and_the_vocabulary_holds(
+    backend_json: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load(backend_json, BASE)
+    config = {**BASE, "added_tokens_decoder": {"3": {"content": "</s>", "special": True}}}
+    assert load(backend_json, config).encode("a</s>") == plain.encode("a</s>")
+    assert "1 added tokens are declared with other ids" in caplog.text
+
+
+def test_naming_a_token_again_leaves_its_flags(backend_json: str) -> None:
+    serialised = json.loads(backend_json)
+    for token in serialised["added_tokens"]:
+        token["rstrip"] = token["content"] == "</s>"
+        token["single_word"] = token["content"] == "<s>"
+    text = json.dumps(serialised)
+    tokenizer = load(text, BASE)
+    assert tokenizer.encode("</s>  a") == [tokenizer.eos_token_id, *tokenizer.encode("a")]
+    assert tokenizer.bos_token_id not in tokenizer.encode("a<s>b")
+
+
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("in_map", [False, True])
+def test_tokens_that_are_only_listed_as_special_are_special(
+    backend_json: str, key: str, in_map: bool
+) -> None:
+    size = load(backend_json, {}).vocab_size
+    listed = {key: ["<act>", "</act>"]}
+    files = {"special_tokens_map.json": json.dumps(listed).encode()} if in_map else {}
+    tokenizer = load(backend_json, BASE if in_map else {**BASE, **listed}, files)
+    assert tokenizer.encode("<act></act>") == [size, size + 1]
+    assert {size, size + 1} <= tokenizer.special_ids
+
+
+@pytest.mark.parametrize("value", [3, {"text": "<s>"}, [1]])
+def test_what_is_no_token_is_refused_by_name(backend_json: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"for eos_token; expected a text, or an object"):
+        load(backend_json, {"eos_token": value})
 
 
 def test_a_model_without_a_template_gets_the_documented_one(backend_json: str) -> None:
