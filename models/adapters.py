@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.linear.decode import decode_weight
 from kernels.linear.dora import adapted_row_norms
-from kernels.linear.projection import decode_weight
 from models.decoder import Decoder
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear

@@ -32,7 +32,7 @@ from engine.model_sources.load_model import build_model
 from engine.pruning.scores import LayerScores, checked, output_grams, weight_scores
 from engine.tokenization.tokenizer import load_tokenizer
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_forward
-from kernels.linear.projection import decode_weight
+from kernels.linear.decode import decode_weight
 from models.decoder import Decoder
 from models.head_slices import HeadSlices, layer_heads
 from models.layers.block import Mixer

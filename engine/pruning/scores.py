@@ -30,8 +30,8 @@ from torch import Tensor
 from engine.config.choices import HeadKind, Metric, Quantization
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
+from kernels.linear.decode import decode_weight
 from kernels.linear.int8 import quantize_int8
-from kernels.linear.projection import decode_weight
 from kernels.nf4 import quantize
 from models.head_slices import AttentionHeads, DeltaHeads, HeadSlices, layer_heads
 from models.tensor_layout import path_in_file

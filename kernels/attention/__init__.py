@@ -33,6 +33,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "cached_attention",
+    "writes_gradients",
 ]
 
 _CPU = Backend("cpu", cpu_forward, cpu_backward, lambda q, k, settings: q.is_cpu, writes=True)
@@ -53,6 +54,15 @@ def attention_forward(
     The second value holds a back end's own tensors (log-sum-exp, generator state).
     """
     return _backend(q, k, settings).forward(q, k, v, settings)
+
+
+def writes_gradients(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
+    """Whether `attention_backward` saves memory by writing where it is told to.
+
+    Else a back end makes gradients in memory of its own, which are copied there afterwards; what
+    comes next may as well read them where they are.
+    """
+    return settings.plan.frugal or _backend(q, k, settings).name == "cpu"
 
 
 def attention_backward(

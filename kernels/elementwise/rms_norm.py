@@ -104,7 +104,10 @@ def add_rms_norm_forward(
     """
     if use_triton(x):
         return rms_norm_triton.forward(x, residual, weight, eps, zero_centered, out, total)
-    total = _into(total, (x + residual).to(x.dtype))
+    if total is None:
+        total = (x + residual).to(x.dtype)
+    else:
+        torch.add(x, residual, out=total)
     y, rstd = _forward_reference(total, weight, eps, zero_centered)
     return _into(out, y), total, rstd
 

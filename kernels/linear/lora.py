@@ -4,24 +4,25 @@ For projections i with weight W_i (out_i, in), bias b_i and adapter A_i (r, in),
 
     z_i = x W_i^T + s_i (x~ A_i^T) B_i^T,     x~ = dropout(x),     y_i = c_i * z_i + b_i
 
-    P_i = s_i dz_i B_i,   dz_i = c_i * dy_i
-    dx  = sum_i dz_i W_i + dropout(sum_i P_i A_i)
-    dA_i = P_i^T x~,   dB_i = s_i dz_i^T (x~ A_i^T),   dW_i = dz_i^T x,   db_i = sum dy_i
-
 c_i is 1 but for DoRA (`kernels.linear.dora`). W_i may be NF4 or 8-bit rows: it is decoded into
-reused scratch and never saved. All A_i that read the same x form one skinny product.
+reused scratch and never saved. `kernels.linear.lora_backward` has the gradients.
 
-On a GPU the adapter costs no pass of its own over inputs or outputs. The scratch is one matrix
+On a GPU the adapters of a group are two joint matrices (`kernels.linear.adapters`) a, all A_i one
+below the other, and b, the s_i B_i on a diagonal, so that x~ a^T is one skinny product. Beside
+decoded weights they form one matrix
 
     [ W_1  s_1 B_1            ]
-    [ W_2            s_2 B_2  ]        E (sum out + sum r, in + sum r)
+    [ W_2            s_2 B_2  ]        E (sum out + spare, in + spare)
     [ A_1                     ]
     [ A_2                     ]
 
-so that [x | x~ A^T] times the upper rows of E is every z_i in one product, and [dz | P] times its
-left columns is dx. On a CPU, where decoding wants contiguous rows, the adapter's skinny products
-are added instead. Source: Hu et al. 2021 (LoRA, arXiv 2106.09685); Dettmers et al. 2023 (QLoRA,
-arXiv 2305.14314).
+so that [x | x~ a^T] times the upper rows of E is every z_i in one product. x lies in a matrix with
+spare columns (`Columns`) if whoever made it foresaw that, as norms and SwiGLU do in a decoder
+block. Else the narrower side decides: x is copied into such a matrix where it is narrower than the
+outputs, and where it is not, x~ a^T b^T is added to them by a product of its own.
+
+On a CPU, where decoding wants contiguous rows, each adapter's products are added by themselves.
+Source: Hu et al. 2021 (LoRA, arXiv 2106.09685); Dettmers et al. 2023 (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
@@ -33,60 +34,55 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.elementwise.dropout import Seed, dropout
-from kernels.linear.dora import magnitude_gradient, row_scale
-from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from kernels.elementwise.dropout import Seed
+from kernels.linear.adapters import Adapters, Gradients
+from kernels.linear.columns import (
+    Columns,
+    input_columns,
+    matrix_of,
+    output_columns,
+    stacked,
+)
+from kernels.linear.decode import Decoded, decode, join
+from kernels.linear.dora import row_scale
+from kernels.linear.lora_backward import adapter_input, project_backward, split_ranks
+from kernels.linear.projection import Projection
 from kernels.nf4.matmul import fused_pays, nf4_linear
 from kernels.nf4.planar import PlanarNF4Weight
 
-Gradients = dict[int, Tensor]
-"""id of a trainable tensor -> its gradient."""
-
-
-def _stacked(parts: Sequence[Tensor], dim: int) -> Tensor | None:
-    """The one matrix of which `parts` are consecutive rows (dim 0) or columns (dim 1), if any."""
-    first = parts[0]
-    step = first.stride(dim)
-    offset = first.storage_offset()
-    for part in parts:
-        same = (
-            part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and part.stride() == first.stride()
-            and part.shape[1 - dim] == first.shape[1 - dim]
-            and part.storage_offset() == offset
-        )
-        if not same:
-            return None
-        offset += part.shape[dim] * step
-    shape = list(first.shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return first.as_strided(shape, first.stride(), first.storage_offset())
+__all__ = ["Gradients", "lora_linear", "lora_qkv", "project", "project_backward"]
 
 
 def project(
-    x: Tensor,
+    x: Tensor | Columns,
     projections: Sequence[Projection],
     seed: Seed | None = None,
     decoded: Decoded | None = None,
     slot: str = "wide",
-) -> tuple[list[Tensor], Tensor | None]:
-    """y_i (N, out_i) for x (N, in), as column blocks of one matrix, and x~ A^T (N, sum r).
+    *,
+    spare: bool = True,
+) -> tuple[Columns, Tensor | None]:
+    """y_i (N, out_i) for x (N, in), as column blocks of one matrix, and x~ A^T for backward.
 
     `seed` None means no dropout (evaluation). `decoded` are weights already at hand; without them
     few rows on a GPU are multiplied by the codes directly (`kernels.nf4.matmul`), and otherwise the
-    weights are decoded into the scratch of `slot`.
+    weights are decoded into the scratch of `slot`. Without `spare` the outputs get no columns that
+    only backward uses, for outputs whose memory holds no gradient later.
     """
-    xa = adapter_input(x, projections, seed)
-    ys = list(output_columns(x.shape[0], projections, x))
-    if decoded is None and _without_decoding(x, projections):
-        for y, projection in zip(ys, projections, strict=True):
+    matrix = matrix_of(x)
+    ys = output_columns(matrix.shape[0], projections, matrix, spare=spare)
+    if decoded is None and _without_decoding(matrix, projections):
+        for y, projection in zip(ys.parts, projections, strict=True):
             assert isinstance(projection.weight, PlanarNF4Weight)
-            nf4_linear(x, projection.weight, out=y)
-        _add_adapters(xa, projections, ys)
+            nf4_linear(matrix, projection.weight, out=y)
+        adapters = join(projections, matrix.dtype, matrix.device, slot)
+        xa = adapter_input(matrix, projections, seed, adapters)
+        _add_adapters(xa, projections, ys, adapters)
     else:
-        decoded = decoded or decode(projections, x.dtype, slot)
+        decoded = decoded or decode(projections, matrix.dtype, slot)
+        xa = adapter_input(matrix, projections, seed, decoded.adapters)
         _multiply(x, xa, projections, decoded, ys)
-    for index, (y, projection) in enumerate(zip(ys, projections, strict=True)):
+    for index, (y, projection) in enumerate(zip(ys.parts, projections, strict=True)):
         if projection.magnitude is not None:
             assert decoded is not None
             y.mul_(row_scale(decoded.weights[index], projection).to(y.dtype))
@@ -104,185 +100,54 @@ def _without_decoding(x: Tensor, projections: Sequence[Projection]) -> bool:
 
 
 def _multiply(
-    x: Tensor,
+    x: Tensor | Columns,
     xa: Tensor | None,
     projections: Sequence[Projection],
     decoded: Decoded,
-    ys: Sequence[Tensor],
+    ys: Columns,
 ) -> None:
     """ys = z_i, in one product where the weights lie one below the other."""
-    out, joined = _stacked(ys, 1), _stacked(decoded.weights, 0)
-    assert out is not None
     if decoded.extended is not None and xa is not None:
-        torch.mm(torch.cat((x, xa), 1), decoded.forward_matrix().T, out=out)
-        return
+        own = _with_spare(x, projections, ys)
+        if own is not None:
+            own.spare(xa.shape[1]).copy_(xa)
+            extended = own.extended(xa.shape[1])
+            torch.mm(extended, decoded.forward_matrix().T, out=ys.matrix)
+            return
+    matrix, joined = matrix_of(x), stacked(decoded.weights, 0)
     if joined is not None:
-        torch.mm(x, joined.T, out=out)
+        torch.mm(matrix, joined.T, out=ys.matrix)
     else:
-        for y, weight in zip(ys, decoded.weights, strict=True):
-            torch.mm(x, weight.T, out=y)
-    _add_adapters(xa, projections, ys)
+        for y, weight in zip(ys.parts, decoded.weights, strict=True):
+            torch.mm(matrix, weight.T, out=y)
+    _add_adapters(xa, projections, ys, decoded.adapters)
+
+
+def _with_spare(
+    x: Tensor | Columns, projections: Sequence[Projection], ys: Columns
+) -> Columns | None:
+    """x with spare columns: its own, or a copy where that moves fewer bytes than adding to ys."""
+    if isinstance(x, Columns):
+        return x
+    if x.shape[1] >= ys.width:
+        return None
+    own = input_columns(x, projections)
+    if own is not None:
+        own.matrix.copy_(x)
+    return own
 
 
 def _add_adapters(
-    xa: Tensor | None, projections: Sequence[Projection], ys: Sequence[Tensor]
+    xa: Tensor | None, projections: Sequence[Projection], ys: Columns, adapters: Adapters | None
 ) -> None:
-    for y, projection, low in zip(ys, projections, _split_ranks(xa, projections), strict=True):
+    if xa is None:
+        return
+    if adapters is not None:
+        ys.matrix.addmm_(xa, adapters.b.T)
+        return
+    for y, projection, low in zip(ys.parts, projections, split_ranks(xa, projections), strict=True):
         if projection.lora_b is not None and low is not None:
             y.addmm_(low, projection.lora_b.to(y.dtype).T, alpha=projection.scale)
-
-
-def adapter_input(x: Tensor, projections: Sequence[Projection], seed: Seed | None) -> Tensor | None:
-    """x~ A^T (N, sum of ranks) for all adapters on x, or None without adapters."""
-    stacked = _stacked_a(projections, x.dtype)
-    if stacked is None:
-        return None
-    return _dropped(x, projections, seed) @ stacked.T
-
-
-def _stacked_a(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
-    parts = [p.lora_a.to(dtype) for p in projections if p.lora_a is not None]
-    if not parts:
-        return None
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _dropped(x: Tensor, projections: Sequence[Projection], seed: Seed | None) -> Tensor:
-    p = max(projection.dropout for projection in projections)
-    return x if seed is None else dropout(x, p, seed)
-
-
-def _split_ranks(joined: Tensor | None, projections: Sequence[Projection]) -> list[Tensor | None]:
-    """Column blocks of (N, sum of ranks), one per projection, None where it has no adapter."""
-    if joined is None:
-        return [None] * len(projections)
-    ranks = [0 if p.lora_a is None else int(p.lora_a.shape[0]) for p in projections]
-    parts = joined.split(ranks, 1)
-    return [part if rank else None for part, rank in zip(parts, ranks, strict=True)]
-
-
-def project_backward(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    projections: Sequence[Projection],
-    grads: Gradients,
-    *,
-    seed: Seed | None = None,
-    xa: Tensor | None = None,
-    decoded: Decoded | None = None,
-    need_dx: bool = True,
-) -> Tensor | None:
-    """Adds every wanted parameter gradient to `grads` and returns dx (N, in).
-
-    `xa` is the second value of `project`, recomputed when None. With `need_dx=False` the products
-    with W are skipped: nothing below needs a gradient.
-    """
-    if xa is None:
-        xa = adapter_input(x, projections, seed)
-    dora = any(p.magnitude is not None for p in projections)
-    if decoded is None and (need_dx or dora):
-        decoded = decode(projections, x.dtype)
-    products, dzs = [], list(dys)
-    for index, (dy, projection, low) in enumerate(
-        zip(dys, projections, _split_ranks(xa, projections), strict=True)
-    ):
-        if projection.bias is not None and projection.bias.requires_grad:
-            grads[id(projection.bias)] = dy.sum(0).to(projection.bias.dtype)
-        if projection.magnitude is not None:
-            assert decoded is not None
-            dy = _magnitude_backward(dy, x, low, decoded.weights[index], projection, grads)
-            dzs[index] = dy
-        if isinstance(projection.weight, Tensor) and projection.weight.requires_grad:
-            grads[id(projection.weight)] = (dy.T @ x).to(projection.weight.dtype)
-        if projection.lora_b is None or low is None:
-            continue
-        products.append((dy @ projection.lora_b.to(dy.dtype)).mul_(projection.scale))
-        if projection.lora_b.requires_grad:
-            db = (dy.T @ low).mul_(projection.scale)
-            grads[id(projection.lora_b)] = db.to(projection.lora_b.dtype)
-    low_dy = None if not products else products[0] if len(products) == 1 else torch.cat(products, 1)
-    if low_dy is not None:
-        _adapter_a_gradients(low_dy, x, projections, grads, seed)
-    if not need_dx:
-        return None
-    assert decoded is not None
-    return _input_gradient(dzs, low_dy, projections, decoded, seed)
-
-
-def _magnitude_backward(
-    dy: Tensor,
-    x: Tensor,
-    low: Tensor | None,
-    weight: Tensor,
-    projection: Projection,
-    grads: Gradients,
-) -> Tensor:
-    """dz of dy; the gradient of the magnitude needs z, which is recomputed."""
-    z = x @ weight.T
-    if projection.lora_b is not None and low is not None:
-        z.addmm_(low, projection.lora_b.to(z.dtype).T, alpha=projection.scale)
-    magnitude = projection.magnitude
-    assert magnitude is not None
-    if magnitude.requires_grad:
-        grads[id(magnitude)] = magnitude_gradient(dy, z, weight, projection)
-    return dy * row_scale(weight, projection).to(dy.dtype)
-
-
-def _adapter_a_gradients(
-    low_dy: Tensor,
-    x: Tensor,
-    projections: Sequence[Projection],
-    grads: Gradients,
-    seed: Seed | None,
-) -> None:
-    wanted = [p.lora_a for p in projections if p.lora_a is not None]
-    if not any(a.requires_grad for a in wanted):
-        return
-    da = low_dy.T @ _dropped(x, projections, seed)
-    for a, part in zip(wanted, da.split([int(a.shape[0]) for a in wanted]), strict=True):
-        if a.requires_grad:
-            grads[id(a)] = part.to(a.dtype)
-
-
-def _input_gradient(
-    dys: Sequence[Tensor],
-    low_dy: Tensor | None,
-    projections: Sequence[Projection],
-    decoded: Decoded,
-    seed: Seed | None,
-) -> Tensor:
-    """dx from the outputs' gradients and P = `low_dy` (N, sum r)."""
-    masked = seed is not None and max(p.dropout for p in projections) > 0.0
-    joined = _stacked(dys, 1)
-    if low_dy is not None and not masked and decoded.extended is not None:
-        whole = _with_spare(joined, low_dy.shape[1])
-        if whole is not None:
-            whole[:, -low_dy.shape[1] :] = low_dy
-            return whole @ decoded.backward_matrix()
-    weights = decoded.weights
-    stacked = _stacked(weights, 0)
-    if stacked is not None and joined is not None:
-        dx = joined @ stacked
-    else:
-        dx = dys[0] @ weights[0]
-        for dy, weight in zip(dys[1:], weights[1:], strict=True):
-            dx.addmm_(dy, weight)
-    if low_dy is not None:
-        a = _stacked_a(projections, dx.dtype)
-        assert a is not None
-        if masked:
-            dx += _dropped(low_dy @ a, projections, seed)
-        else:
-            dx.addmm_(low_dy, a)
-    return dx
-
-
-def _with_spare(joined: Tensor | None, spare: int) -> Tensor | None:
-    """`joined` (N, M) widened to the (N, M + spare) that `output_columns` allocated, if it did."""
-    if joined is None or joined.stride() != (joined.shape[1] + spare, 1) or joined.shape[0] < 2:
-        return None
-    shape = (joined.shape[0], joined.shape[1] + spare)
-    return joined.as_strided(shape, joined.stride(), joined.storage_offset())
 
 
 class _Project(torch.autograd.Function):
@@ -290,10 +155,10 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: tuple[Projection, ...], seed: Seed | None, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        ys, xa = project(x, projections, seed)
+        ys, xa = project(x, projections, seed, spare=False)
         ctx.save_for_backward(x, xa)
         ctx.projections, ctx.seed, ctx.params = projections, seed, params
-        return tuple(y.contiguous() for y in ys)
+        return tuple(y.contiguous() for y in ys.parts)
 
     @staticmethod
     @once_differentiable

@@ -1,25 +1,24 @@
-"""Projection, the operand of every linear map, and its decoded weight.
+"""Projection, the operand of every linear map, and groups of them.
 
 A `Projection` is plain, LoRA, DoRA or QLoRA: a weight that is dense or quantised, an optional bias,
-an optional LoRA pair and an optional magnitude. `decode` gives the weights of projections that read
-the same input, decoded one below the other into reused scratch. On a GPU their adapters are part of
-that matrix (see `kernels.linear.lora`).
+an optional LoRA pair and an optional magnitude. Projections that read the same input form a group.
+On a GPU their adapters join the products with their weights (see `kernels.linear.lora`), and
+`GroupLayout` says where each of them lies in the joint matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from kernels.linear.int8 import Int8Weight, dequantize_int8
-from kernels.nf4 import NF4Weight, dequantize
-from kernels.nf4.dequantize_triton import dequantize_planar, nf4_dequantize
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import PlanarNF4Weight
-from kernels.runtime.dispatch import use_triton
-from kernels.runtime.scratch import scratch
 
 QuantizedWeight = NF4Weight | PlanarNF4Weight | Int8Weight
 Weight = Tensor | QuantizedWeight
@@ -44,117 +43,80 @@ class Projection:
     def out_features(self) -> int:
         return int(self.weight.shape[0])
 
+    @property
+    def rank(self) -> int:
+        """That of the adapter; 0 without one."""
+        return 0 if self.lora_a is None else int(self.lora_a.shape[0])
+
     def trainable(self) -> list[Tensor]:
         """The tensors of this projection that want a gradient, in a fixed order."""
         tensors = (self.weight, self.bias, self.lora_a, self.lora_b, self.magnitude)
         return [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
 
 
+ALIGNED = 16
+"""Elements on whose multiples rows, and the columns of each adapter, begin in joint matrices.
+
+16-byte copies, which flash attention and the tensor cores' loads need, and wide stores, which
+Triton makes only of pitches that it knows to be multiples of 16, then do not depend on the rank.
+"""
+
+
+def aligned(columns: int) -> int:
+    """`columns` rounded up to whole `ALIGNED` elements."""
+    return -(-columns // ALIGNED) * ALIGNED
+
+
+def joins_adapters(device: torch.device) -> bool:
+    """Whether adapters join the products with the weights: on a GPU, and where one is interpreted.
+
+    A CPU decodes contiguous rows.
+    """
+    if device.type == "cuda":
+        return True
+    environment = os.environ
+    interpreted = environment.get("ENGINE_INTERPRET") == "1"
+    return interpreted and environment.get("ENGINE_REFERENCE") != "1"
+
+
 @dataclass(frozen=True)
-class Decoded:
-    """The weights of a group as dense matrices, and, where it was built, E of `linear.lora`.
+class GroupLayout:
+    """Where the projections of a group lie among joint rows, and their adapters among columns.
 
-    Valid until scratch of the same slot is asked for again.
+    Projection i has the outputs `first[i]` to `first[i] + outs[i]`, and its adapter the columns
+    `low[i]` to `low[i] + ranks[i]` of `spare`; those that no rank fills are zeros.
     """
 
-    weights: list[Tensor]
-    extended: Tensor | None = None
+    outs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    first: tuple[int, ...]
+    low: tuple[int, ...]
+    spare: int
 
-    def forward_matrix(self) -> Tensor:
-        """Upper rows of E: what [x | x~ A^T] is multiplied by, transposed."""
-        assert self.extended is not None
-        return self.extended[: sum(w.shape[0] for w in self.weights)]
+    @property
+    def rows(self) -> int:
+        """The outputs of all projections."""
+        return self.first[-1] + self.outs[-1]
 
-    def backward_matrix(self) -> Tensor:
-        """Left columns of E: what [dz | P] is multiplied by."""
-        assert self.extended is not None
-        return self.extended[:, : self.weights[0].shape[1]]
-
-
-def decode(
-    projections: Sequence[Projection],
-    dtype: torch.dtype,
-    slot: str = "wide",
-) -> Decoded:
-    """The weights as dense matrices of `dtype`; quantised ones lie one below the other in scratch.
-
-    A decoder block uses two slots, "wide" for the projections that read the block's input and
-    "narrow" for the one that writes its output, so that a backward pass decodes each weight once
-    for recompute and gradient together.
-    """
-    quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
-    if len(quantized) < len(projections):
-        return Decoded([_dense(p.weight, dtype) for p in projections])
-    device, columns = quantized[0].device, quantized[0].shape[1]
-    ranks = [0 if p.lora_a is None else int(p.lora_a.shape[0]) for p in projections]
-    rows = sum(w.shape[0] for w in quantized)
-    extend = sum(ranks) > 0 and _extends(device)
-    extra = sum(ranks) if extend else 0
-    # Rows of E start on 16 bytes, which wide stores and the tensor cores' copies need.
-    pitch = -(-(columns + extra) // 8) * 8 if extend else columns
-    whole = scratch(f"decoded.{slot}", (rows + extra, pitch), dtype, device)
-    weights, row = [], 0
-    for weight in quantized:
-        part = whole[row : row + weight.shape[0], :columns]
-        weights.append(decode_weight(weight, dtype, out=part))
-        row += weight.shape[0]
-    if not extend:
-        return Decoded(weights)
-    extended = whole[:, : columns + extra]
-    _fill_adapters(extended, projections, ranks, rows, columns)
-    return Decoded(weights, extended)
+    def blocks(self) -> Iterator[tuple[int, slice, slice]]:
+        """Number, rows and columns of each adapter."""
+        for index, rank in enumerate(self.ranks):
+            if rank:
+                first, low = self.first[index], self.low[index]
+                yield index, slice(first, first + self.outs[index]), slice(low, low + rank)
 
 
-def _extends(device: torch.device) -> bool:
-    """Whether adapters become part of the base products here; a CPU decodes contiguous rows."""
-    return device.type == "cuda"
+@lru_cache(maxsize=1024)
+def _layout(outs: tuple[int, ...], ranks: tuple[int, ...]) -> GroupLayout:
+    first, low = [0], [0]
+    for out, rank in zip(outs, ranks, strict=True):
+        first.append(first[-1] + out)
+        low.append(low[-1] + aligned(rank))
+    return GroupLayout(outs, ranks, tuple(first[:-1]), tuple(low[:-1]), low[-1])
 
 
-def _fill_adapters(
-    extended: Tensor, projections: Sequence[Projection], ranks: list[int], rows: int, columns: int
-) -> None:
-    """Write s_i B_i and A_i into E, and zeros left and right of the former."""
-    extended[:rows, columns:].zero_()
-    row = low = 0
-    for projection, rank in zip(projections, ranks, strict=True):
-        a, b, height = projection.lora_a, projection.lora_b, projection.out_features
-        if a is not None and b is not None:
-            target = extended[row : row + height, columns + low : columns + low + rank]
-            target.copy_(b).mul_(projection.scale)
-            extended[rows + low : rows + low + rank, :columns].copy_(a)
-        row, low = row + height, low + rank
-
-
-def _dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if isinstance(weight, Tensor) else decode_weight(weight, dtype)
-
-
-def decode_weight(weight: QuantizedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """A quantised weight as a dense matrix (out, in) of `dtype`, in `out` if given.
-
-    The rows of `out` may lie apart.
-    """
-    if isinstance(weight, Int8Weight):
-        return dequantize_int8(weight, dtype, out=out)
-    if dtype == torch.float64:  # NF4 values are fp32 by definition; fp64 is for gradient checks
-        wide = decode_weight(weight, torch.float32).double()
-        return wide if out is None else out.copy_(wide)
-    if out is not None and not out.is_contiguous():
-        if isinstance(weight, PlanarNF4Weight) and use_triton(out):
-            dequantize_planar(weight, out)
-            return out
-        return out.copy_(decode_weight(weight, dtype))
-    if isinstance(weight, NF4Weight) and weight.device.type != "cuda":
-        return dequantize(weight, dtype, out=out)
-    return nf4_dequantize(weight, dtype, out=out)
-
-
-def output_columns(
-    rows: int, projections: Sequence[Projection], like: Tensor
-) -> tuple[Tensor, ...]:
-    """Uninitialised column blocks (rows, out_i) of one matrix, with spare columns for P."""
-    widths = [p.out_features for p in projections]
-    spare = sum(0 if p.lora_a is None else int(p.lora_a.shape[0]) for p in projections)
-    whole = like.new_empty(rows, sum(widths) + (spare if _extends(like.device) else 0))
-    parts: tuple[Tensor, ...] = whole[:, : sum(widths)].split(widths, 1)
-    return parts
+def layout_of(projections: Sequence[Projection]) -> GroupLayout:
+    """The layout of a group."""
+    return _layout(
+        tuple([p.out_features for p in projections]), tuple([p.rank for p in projections])
+    )

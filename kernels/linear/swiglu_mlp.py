@@ -14,7 +14,7 @@ dropout and quantised weights, are those of `kernels.linear.lora`. Source: Shaze
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
-from kernels.linear.lora import Gradients, project, project_backward
-from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns, copied, input_columns
+from kernels.linear.decode import Decoded, decode
+from kernels.linear.lora import project
+from kernels.linear.lora_backward import input_gradient, parameter_gradients, project_backward
+from kernels.linear.projection import Projection
 
 Seeds = tuple[Seed | None, Seed | None]
 """Seeds of the dropout before gate and up, and of that before down; None means no dropout."""
@@ -70,49 +74,63 @@ class SwiGLUMLP:
 
 @dataclass(frozen=True)
 class MLPActivations:
-    """gate and up (N, I) of a forward pass; backward overwrites them.
+    """gate and up (N, I) of a forward pass, in the matrices they were made in.
 
-    `adapter_input` is the second value of `project` for gate and up, recomputed when None;
+    Backward overwrites them. What adapters made of the inputs is recomputed when None:
+    `adapter_input` of gate and up, `down_input` of down (the second values of `project`).
     `strength` (N, 1) scales h.
     """
 
-    gate: Tensor
-    up: Tensor
+    outputs: tuple[Columns, ...]
     adapter_input: Tensor | None = None
+    down_input: Tensor | None = None
     strength: Tensor | None = None
+
+    def gate_up(self) -> tuple[Tensor, Tensor]:
+        """gate and up (N, I), views."""
+        gate, up = (part for columns in self.outputs for part in columns.parts)
+        return gate, up
 
 
 def mlp_inner(
-    x: Tensor,
+    x: Tensor | Columns,
     mlp: SwiGLUMLP,
     decoded: DecodedMLP = NOT_DECODED,
     strength: Tensor | None = None,
 ) -> MLPActivations:
     """gate and up (N, I) of x (N, H)."""
-    outputs: list[Tensor] = []
+    outputs: list[Columns] = []
     xa = None
     for group in mlp.products():
         ys, xa = project(x, group, mlp.seeds[0], decoded[0])
-        outputs += ys
-    gate, up = outputs
-    return MLPActivations(gate, up, None if mlp.one_weight_at_a_time else xa, strength)
+        outputs.append(ys)
+    saved = None if mlp.one_weight_at_a_time else xa
+    return MLPActivations(tuple(outputs), saved, strength=strength)
+
+
+def mlp_activated(inner: MLPActivations, mlp: SwiGLUMLP) -> Tensor | Columns:
+    """h (N, I), which down reads, with spare columns where its adapter joins the product."""
+    gate, up = inner.gate_up()
+    own = input_columns(gate, (mlp.down,))
+    h = swiglu_forward(gate, up, out=None if own is None else own.matrix)
+    if inner.strength is not None:
+        h.mul_(inner.strength.to(h.dtype))
+    return h if own is None else own
 
 
 def mlp_forward(
-    x: Tensor, mlp: SwiGLUMLP, strength: Tensor | None = None
+    x: Tensor | Columns, mlp: SwiGLUMLP, strength: Tensor | None = None
 ) -> tuple[Tensor, MLPActivations]:
     """y (N, H) for x (N, H), and what `mlp_backward` reads."""
     inner = mlp_inner(x, mlp, strength=strength)
-    h = swiglu_forward(inner.gate, inner.up)
-    if strength is not None:
-        h.mul_(strength.to(h.dtype))
-    (y,), _ = project(h, (mlp.down,), mlp.seeds[1], slot=mlp.down_slot)
-    return y, inner
+    h = mlp_activated(inner, mlp)
+    ys, low = project(h, (mlp.down,), mlp.seeds[1], slot=mlp.down_slot, spare=False)
+    return ys.matrix, replace(inner, down_input=low)
 
 
 def mlp_backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | Columns,
     mlp: SwiGLUMLP,
     inner: MLPActivations,
     grads: Gradients,
@@ -124,13 +142,11 @@ def mlp_backward(
 
     dx is None without `need_dx`, d_strength without a strength. `inner` is overwritten.
     """
-    d_inner, d_strength = _down_backward(dy, mlp, inner, grads, decoded[1])
-    d_outputs = iter(swiglu_backward_(d_inner, inner.gate, inner.up))
-    del d_inner
+    d_strength = _down_backward(dy, mlp, inner, grads, decoded[1])
     dx: Tensor | None = None
-    for group in mlp.products():
+    for group, d_outputs in zip(mlp.products(), inner.outputs, strict=True):
         addend = project_backward(
-            [next(d_outputs) for _ in group],
+            d_outputs,
             x,
             group,
             grads,
@@ -149,37 +165,47 @@ def _down_backward(
     inner: MLPActivations,
     grads: Gradients,
     decoded: Decoded | None,
-) -> tuple[Tensor, Tensor | None]:
-    """dh (N, I) of dy (N, H), and the gradient of the strength; h is recomputed."""
-    h, strength = swiglu_forward(inner.gate, inner.up), inner.strength
-    scaled = h if strength is None else h * strength.to(h.dtype)
-    decoded = decoded or decode((mlp.down,), h.dtype, mlp.down_slot)
-    dh = project_backward((dy,), scaled, (mlp.down,), grads, seed=mlp.seeds[1], decoded=decoded)
+) -> Tensor | None:
+    """Gradients of down, gate and up, the latter two in their memory; returns d_strength.
+
+    h is not computed by itself: the gradients of gate and up leave it in the memory of dh, and only
+    then those of down's parameters, which read it, are computed.
+    """
+    down, seed, strength = (mlp.down,), mlp.seeds[1], inner.strength
+    gate, up = inner.gate_up()
+    decoded = decoded or decode(down, dy.dtype, mlp.down_slot)
+    if strength is not None:
+        h = swiglu_forward(gate, up)
+        scaled, low = h * strength.to(h.dtype), inner.down_input
+        dh = project_backward((dy,), scaled, down, grads, seed=seed, xa=low, decoded=decoded)
+        assert dh is not None
+        d_strength = (dh.to(strength.dtype) * h).sum(1, keepdim=True)
+        swiglu_backward_(dh.mul_(strength.to(dh.dtype)), gate, up)
+        return d_strength
+    dh, outputs = input_gradient((dy,), down, seed=seed, decoded=decoded)
     assert dh is not None
-    if strength is None:
-        return dh, None
-    d_strength = (dh.to(strength.dtype) * h).sum(1, keepdim=True)
-    return dh.mul_(strength.to(dh.dtype)), d_strength
+    swiglu_backward_(dh, gate, up, keep_h=True)
+    parameter_gradients(outputs, dh, down, grads, seed=seed, xa=inner.down_input)
+    return None
 
 
 class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: SwiGLUMLP, *params: Tensor) -> Tensor:
         y, inner = mlp_forward(x, mlp)
-        ctx.save_for_backward(x, inner.gate, inner.up, inner.adapter_input)
+        ctx.save_for_backward(x, *inner.gate_up(), inner.adapter_input, inner.down_input)
         ctx.mlp, ctx.params = mlp, params
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, xa = ctx.saved_tensors
+        x, gate, up, xa, low = ctx.saved_tensors
         mlp: SwiGLUMLP = ctx.mlp
         grads: Gradients = {}
         # Saved tensors must survive a backward pass that is asked for again: work on a copy, in
         # the layout with spare columns for P (see `kernels.linear.lora`).
-        fresh = output_columns(x.shape[0], (mlp.gate, mlp.up), x)
-        inner = MLPActivations(fresh[0].copy_(gate), fresh[1].copy_(up), xa)
+        inner = MLPActivations((copied((gate, up), (mlp.gate, mlp.up)),), xa, low)
         dx, _ = mlp_backward(dy, x, mlp, inner, grads, need_dx=ctx.needs_input_grad[0])
         return dx, None, *(grads.get(id(p)) for p in ctx.params)
 

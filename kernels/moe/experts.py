@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
-from kernels.linear.lora import Gradients, project, project_backward
+from kernels.linear.adapters import Gradients
+from kernels.linear.lora import project
+from kernels.linear.lora_backward import project_backward
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import (
     MLPActivations,
@@ -39,8 +41,6 @@ from kernels.moe.router import Routing, route, route_backward
 
 SITES = 4
 """Consecutive dropout sites of one mixture: experts' and shared expert's two each."""
-
-_Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class ExpertsSaved:
     counts: Tensor
     prob_sum: Tensor
     inner: Tensor | None = None
-    shared: _Pair | None = None
+    shared: MLPActivations | None = None
 
     @classmethod
     def of(
-        cls, routing: Routing, inner: Tensor | None = None, shared: _Pair | None = None
+        cls, routing: Routing, inner: Tensor | None = None, shared: MLPActivations | None = None
     ) -> ExpertsSaved:
         """With what is counted over all tokens of an untrimmed choice."""
         assert routing.probabilities is not None
@@ -140,7 +140,7 @@ def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
 
 def moe_output(
     x: Tensor, moe: MixtureOfExperts, routing: Routing, seed: Seed | None = None
-) -> tuple[Tensor, Tensor, _Pair | None]:
+) -> tuple[Tensor, Tensor, MLPActivations | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
     groups = routing.groups
     inner, _ = grouped_project(
@@ -152,7 +152,7 @@ def moe_output(
     if moe.shared is None:
         return y, inner, None
     addend, saved = mlp_forward(x, moe.shared.mlp(seed), _strength(x, moe.shared))
-    return y.add_(addend), inner, (saved.gate, saved.up)
+    return y.add_(addend), inner, saved
 
 
 def _halves(inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,18 +254,16 @@ def _shared_backward(
     dy: Tensor,
     x: Tensor,
     shared: SharedExpert,
-    saved: _Pair | None,
+    saved: MLPActivations | None,
     grads: Gradients,
     seed: Seed | None,
     need_dx: bool,
 ) -> list[Tensor | None]:
     """The two addends of dx (N, H): through the shared expert and through its gate."""
-    mlp, strength = shared.mlp(seed), _strength(x, shared)
-    if saved is None:
-        inner = mlp_inner(x, mlp, strength=strength)
-    else:
-        inner = MLPActivations(*saved, strength=strength)
+    mlp = shared.mlp(seed)
+    inner = saved or mlp_inner(x, mlp, strength=_strength(x, shared))
     dx, d_strength = mlp_backward(dy, x, mlp, inner, grads, need_dx=need_dx)
+    strength = inner.strength
     if strength is None or d_strength is None or shared.weight is None:
         return [dx, None]
     d_logit = (d_strength * strength * (1 - strength)).to(x.dtype)

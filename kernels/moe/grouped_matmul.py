@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from kernels.elementwise.dropout import Seed, dropout
-from kernels.linear.lora import Gradients
-from kernels.linear.projection import Weight, decode_weight
+from kernels.linear.adapters import Gradients
+from kernels.linear.decode import decode_weight
+from kernels.linear.projection import Weight
 from kernels.moe import grouped_matmul_triton
 from kernels.moe.gathered import Gathered
 from kernels.nf4 import NF4Weight, dequantize_rows

@@ -18,10 +18,16 @@ from kernels.attention import (
     attention_backward,
     attention_forward,
     cached_attention,
+    writes_gradients,
 )
-from kernels.elementwise.rope import rope_
-from kernels.linear.lora import Gradients, project, project_backward
-from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from kernels.elementwise.rope import rope_qk_
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns, matrix_of, output_columns
+from kernels.linear.decode import Decoded, decode
+from kernels.linear.lora import project
+from kernels.linear.lora_backward import project_backward
+from kernels.linear.projection import Projection
+from kernels.runtime.dispatch import use_triton
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
@@ -29,7 +35,11 @@ from models.layers.linear import Linear, RMSNorm
 
 @dataclass
 class AttentionSaved:
-    """What backward reads of attention; None where it is recomputed."""
+    """What backward reads of attention; None where it is recomputed.
+
+    `adapter_input` and `output_adapter_input` are what the adapters of q, k, v and of o made of
+    their inputs (the second value of `project`).
+    """
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -37,14 +47,20 @@ class AttentionSaved:
     gate: Tensor | None = None
     out: Tensor | None = None
     lse: list[Tensor] = field(default_factory=list)
+    adapter_input: Tensor | None = None
+    output_adapter_input: Tensor | None = None
 
     def trim(self, policy: str) -> AttentionSaved:
         """Only what `policy` saves."""
-        return self if policy == "none" else AttentionSaved(out=self.out, lse=self.lse)
+        if policy == "none":
+            return self
+        low = self.output_adapter_input
+        return AttentionSaved(out=self.out, lse=self.lse, output_adapter_input=low)
 
     def forget(self) -> None:
         """Free everything: the gradients of q, k and v are there."""
         self.q = self.k = self.v = self.gate = self.out = None
+        self.output_adapter_input = None
         self.lse = []
 
 
@@ -80,7 +96,11 @@ class Attention(nn.Module):
         split: Tensor = x.unflatten(1, (-1, self.head_dim))
         return split
 
-    def _split(self, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def output(self) -> tuple[Projection]:
+        """The projection that writes the mixer's output."""
+        return (self.o_proj.projection(),)
+
+    def _split(self, parts: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Outputs of the three projections as heads of q, k, v and gate, views."""
         q, k, v = (self.heads(part) for part in parts)
         if not self.gated:
@@ -91,48 +111,57 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, context: LayerContext
     ) -> tuple[Tensor, AttentionSaved]:
-        """x (N, H) -> x1 (N, H) and every activation that backward could use."""
+        """x (N, H) -> x1 - x (N, H) and every activation that backward could use."""
         saved = AttentionSaved()
-        h, _ = norm.forward_with_rstd(x)
+        h, _ = norm.forward_for(x, self.qkv())
         self._qkv(h, context, saved, None)
-        q, k = self._rotated(saved, context)
+        del h
+        q, k, _ = self._rotated(saved, context)
         assert saved.v is not None
         if context.cache is not None:
             keys, values = context.cache.append(self.index, k, saved.v)
             saved.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
         else:
             saved.out, saved.lse = attention_forward(q, k, saved.v, self._settings(context))
-        o_proj, seed = (self.o_proj.projection(),), context.seed(self.index, 1)
-        del h
-        y = project(self._gated(saved), o_proj, seed, slot=context.settings.output_scratch)[0][0]
-        return y.add_(x), saved
+        seed, slot = context.seed(self.index, 1), context.settings.output_scratch
+        ys, low = project(self._gated(saved), self.output(), seed, slot=slot, spare=False)
+        saved.output_adapter_input = low
+        return ys.matrix, saved
 
     def _settings(self, context: LayerContext) -> AttentionSettings:
         return AttentionSettings(context.plan, self.window, self.scale)
 
     def _qkv(
-        self, h: Tensor, context: LayerContext, saved: AttentionSaved, decoded: Decoded | None
+        self,
+        h: Tensor | Columns,
+        context: LayerContext,
+        saved: AttentionSaved,
+        decoded: Decoded | None,
     ) -> None:
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
-        ys, _ = project(h, self.qkv(), context.seed(self.index, 0), decoded)
-        saved.q, saved.k, saved.v, saved.gate = self._split(tuple(ys))
+        ys, saved.adapter_input = project(h, self.qkv(), context.seed(self.index, 0), decoded)
+        saved.q, saved.k, saved.v, saved.gate = self._split(ys)
         if self.q_norm is None:
-            self._rotate(saved.q, context)
-            self._rotate(saved.k, context)
+            self._rotate(saved.q, saved.k, context)
 
-    def _rotate(self, x: Tensor, context: LayerContext, inverse: bool = False) -> Tensor:
+    def _rotate(self, q: Tensor, k: Tensor, context: LayerContext, inverse: bool = False) -> None:
         """Rotate the leading elements of every head in place, if this layer does."""
         if self.rotates:
-            rope_(x[..., : 2 * context.cos.shape[1]], context.cos, context.sin, inverse=inverse)
-        return x
+            width = 2 * context.cos.shape[1]
+            q, k = q[..., :width], k[..., :width]
+            rope_qk_(q, k, context.cos, context.sin, inverse=inverse)
 
-    def _rotated(self, saved: AttentionSaved, context: LayerContext) -> tuple[Tensor, Tensor]:
-        """q and k as attention reads them."""
+    def _rotated(
+        self, saved: AttentionSaved, context: LayerContext
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """q and k as attention reads them, and 1 / rms of every head where these are normed."""
         assert saved.q is not None and saved.k is not None
         if self.q_norm is None or self.k_norm is None:
-            return saved.q, saved.k
-        q, k = self.q_norm.forward_with_rstd(saved.q)[0], self.k_norm.forward_with_rstd(saved.k)[0]
-        return self._rotate(q, context), self._rotate(k, context)
+            return saved.q, saved.k, None
+        q, q_rstd = self.q_norm.forward_with_rstd(saved.q)
+        k, k_rstd = self.k_norm.forward_with_rstd(saved.k)
+        self._rotate(q, k, context)
+        return q, k, (q_rstd, k_rstd)
 
     def _gated(self, saved: AttentionSaved) -> Tensor:
         """What o_proj reads: the heads' outputs (N, heads * D), gated where there is a gate."""
@@ -143,7 +172,7 @@ class Attention(nn.Module):
 
     def backward(
         self,
-        dx1: Tensor,
+        dx1: Tensor | Columns,
         x: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -153,55 +182,94 @@ class Attention(nn.Module):
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
         qkv, seed = self.qkv(), context.seed(self.index, 0)
-        h, rstd = norm.forward_with_rstd(x)
+        frugal, recompute = context.settings.low_memory_decode, saved.q is None
         need_dh = need_dx or norm.weight.requires_grad
-        decoded = None
-        if not context.settings.low_memory_decode and (need_dh or saved.q is None):
-            decoded = decode(qkv, x.dtype)
-        if saved.q is None:
+        decoded = decode(qkv, x.dtype) if not frugal and (need_dh or recompute) else None
+        h: Tensor | Columns
+        if recompute:
+            h, rstd = norm.forward_for(x, qkv)
             self._qkv(h, context, saved, decoded)
-        o_proj = (self.o_proj.projection(),)
-        d_out = project_backward(
-            (dx1,),
-            self._gated(saved),
-            o_proj,
-            grads,
-            seed=context.seed(self.index, 1),
-            decoded=decode(o_proj, x.dtype, context.settings.output_scratch),
-        )
-        assert d_out is not None
-        if context.settings.low_memory_decode:
-            del h  # cheap to recompute
-        d_qkv = self._scores_backward(self.heads(d_out), context, saved, grads)
-        del d_out
+            if frugal:
+                del h  # cheap to recompute
+        d_qkv = self._heads_backward(dx1, context, saved, grads)
+        low = saved.adapter_input
         saved.forget()
-        if context.settings.low_memory_decode:
-            h, _ = norm.forward_with_rstd(x)
-        dh = project_backward(d_qkv, h, qkv, grads, seed=seed, decoded=decoded, need_dx=need_dh)
+        if frugal or not recompute:
+            h, rstd = norm.forward_with_rstd(x)
+        dh = project_backward(
+            d_qkv, h, qkv, grads, seed=seed, xa=low, decoded=decoded, need_dx=need_dh
+        )
         del d_qkv, h
         if dh is None:
             return None
-        return norm.backward(dh, x, rstd, grads).add_(dx1)
+        return norm.backward(dh, x, rstd, grads, dresidual=matrix_of(dx1), out=_over(dh))
+
+    def _heads_backward(
+        self,
+        dx1: Tensor | Columns,
+        context: LayerContext,
+        saved: AttentionSaved,
+        grads: Gradients,
+    ) -> Columns:
+        """Gradients of the outputs of q_proj, k_proj and v_proj."""
+        output, slot = self.output(), context.settings.output_scratch
+        d_out = project_backward(
+            dx1 if isinstance(dx1, Columns) else (dx1,),
+            self._gated(saved),
+            output,
+            grads,
+            seed=context.seed(self.index, 1),
+            xa=saved.output_adapter_input,
+            decoded=decode(output, matrix_of(dx1).dtype, slot),
+        )
+        assert d_out is not None
+        return self._scores_backward(self.heads(d_out), context, saved, grads)
 
     def _scores_backward(
         self, d_out: Tensor, context: LayerContext, saved: AttentionSaved, grads: Gradients
-    ) -> tuple[Tensor, ...]:
-        """Gradients of the three projections' outputs, column blocks of one matrix."""
-        q, k = self._rotated(saved, context)
-        raw_q, raw_k, v, out = saved.q, saved.k, saved.v, saved.out
-        assert raw_q is not None and raw_k is not None and v is not None and out is not None
-        parts = output_columns(d_out.shape[0], self.qkv(), d_out)
-        dq, dk, dv, d_gate = self._split(parts)
+    ) -> Columns:
+        """Gradients of the three projections' outputs."""
+        q, k, rstd = self._rotated(saved, context)
+        v, out = saved.v, saved.out
+        assert v is not None and out is not None
+        columns = output_columns(d_out.shape[0], self.qkv(), d_out)
+        dq, dk, dv, d_gate = self._split(columns)
         if d_gate is not None and saved.gate is not None:
             open_ = torch.sigmoid(saved.gate)
             torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
             d_out = d_out * open_
-        settings = self._settings(context)
-        attention_backward(d_out, q, k, v, out, saved.lse, settings, (dq, dk, dv))
-        self._rotate(dq, context, inverse=True)
-        self._rotate(dk, context, inverse=True)
-        if self.q_norm is not None and self.k_norm is not None:
-            for grad, raw, norm in ((dq, raw_q, self.q_norm), (dk, raw_k, self.k_norm)):
-                _, rstd = norm.forward_with_rstd(raw)
-                grad.copy_(norm.backward(grad, raw, rstd, grads))
-        return parts
+        settings, targets = self._settings(context), (dq, dk, dv)
+        given = targets if writes_gradients(q, k, settings) else None
+        made = attention_backward(d_out, q, k, v, out, saved.lse, settings, given)
+        if given is None:
+            dv.copy_(made[2])
+        self._input_gradients((made[0], made[1]), (dq, dk), saved, context, rstd, grads)
+        return columns
+
+    def _input_gradients(
+        self,
+        made: tuple[Tensor, Tensor],
+        targets: tuple[Tensor, Tensor],
+        saved: AttentionSaved,
+        context: LayerContext,
+        rstd: tuple[Tensor, Tensor] | None,
+        grads: Gradients,
+    ) -> None:
+        """Gradients of q and k before rotation and norm, out of `made` into `targets`."""
+        whole = self.rotates and 2 * context.cos.shape[1] == self.head_dim
+        if rstd is None and whole and made[0] is not targets[0]:
+            rope_qk_(*made, context.cos, context.sin, inverse=True, out=targets)
+            return
+        self._rotate(*made, context, inverse=True)
+        norms, raw = (self.q_norm, self.k_norm), (saved.q, saved.k)
+        for index, (grad, target) in enumerate(zip(made, targets, strict=True)):
+            norm, values = norms[index], raw[index]
+            if norm is not None and rstd is not None and values is not None:
+                norm.backward(grad, values, rstd[index], grads, out=target)
+            elif grad is not target:
+                target.copy_(grad)
+
+
+def _over(dh: Tensor) -> Tensor | None:
+    """Where the norm's backward pass writes: a Triton kernel over dh, torch into memory it has."""
+    return dh if use_triton(dh) else None

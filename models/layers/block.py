@@ -11,7 +11,8 @@ not saved. The checkpointing policy says what is saved besides x:
     selective  o, lse, x1                             norms, silu, q, k, v, gate, up
     full       nothing                                all of the above, attention and o_proj
 
-for attention and a dense feed-forward part; Gated DeltaNet and mixtures say what they save in their
+for attention and a dense feed-forward part, and of every adapter whose input is not recomputed the
+product x A^T; Gated DeltaNet and mixtures say what they save in their
 own files. The outputs of down_proj are never recomputed: no gradient reads them. A weight decoded
 for recomputation is reused for the gradient right away.
 
@@ -26,7 +27,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.linear.lora import Gradients
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns
+from kernels.linear.projection import Projection
 from models.config.model_config import ModelConfig
 from models.layers.attention import Attention, AttentionSaved
 from models.layers.context import LayerContext
@@ -43,16 +46,19 @@ class Part(Protocol):
     def same_input(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input: their weights are stored adjacently."""
 
-    def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
-        """x (N, H) -> x plus the part's output (N, H), and all that backward could use."""
-
 
 class Mixer(Part, Protocol):
     """Mixes tokens: attention or Gated DeltaNet."""
 
+    def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
+        """x (N, H) -> what is to be added to x (N, H), and all that backward could use."""
+
+    def output(self) -> tuple[Projection]:
+        """The projection that writes the mixer's output."""
+
     def backward(
         self,
-        dx1: Tensor,
+        dx1: Tensor | Columns,
         x: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -67,6 +73,14 @@ class Mixer(Part, Protocol):
 class FeedForward(Part, Protocol):
     """Works on each token alone: a dense SwiGLU or a mixture of experts."""
 
+    def forward(
+        self, x: Tensor, addend: Tensor, norm: RMSNorm, context: LayerContext, /
+    ) -> tuple[Tensor, Any]:
+        """x and the mixer's output (N, H), which becomes x1 -> y (N, H), and what backward uses.
+
+        The sum is formed here, so that the norm that reads it can form it on the way.
+        """
+
     def backward(
         self,
         dy: Tensor,
@@ -75,9 +89,10 @@ class FeedForward(Part, Protocol):
         context: LayerContext,
         saved: Any,
         grads: Gradients,
+        mixer: tuple[Projection],
         /,
-    ) -> Tensor:
-        """dy (N, H) -> dx1 (N, H)."""
+    ) -> Tensor | Columns:
+        """dy (N, H) -> dx1 (N, H), with spare columns for the mixer's output projection."""
 
 
 @dataclass
@@ -152,12 +167,13 @@ class DecoderLayer(nn.Module):
         return y, saved
 
     def _forward(self, x: Tensor, context: LayerContext, policy: str) -> tuple[Tensor, BlockSaved]:
-        x1, done = self.mixer.forward(x, self.input_layernorm, context)
+        addend, done = self.mixer.forward(x, self.input_layernorm, context)
         layer_observer().mixer_ran(self.index, done)
         # What is not saved is freed before the feed-forward part runs.
         mixer = None if policy == "full" else done.trim(policy)
         del done
-        y, mlp = self.mlp.forward(x1, self.post_attention_layernorm, context)
+        y, mlp = self.mlp.forward(x, addend, self.post_attention_layernorm, context)
+        x1 = addend
         return y, BlockSaved(mixer, x1, mlp).trim(policy)
 
     def backward(
@@ -176,9 +192,11 @@ class DecoderLayer(nn.Module):
         grads: Gradients = {}
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
         if saved.x1 is None:
-            saved.x1, saved.mixer = self.mixer.forward(x, norm1, context)
+            addend, saved.mixer = self.mixer.forward(x, norm1, context)
+            saved.x1 = addend.add_(x)
         assert saved.mixer is not None and saved.mlp is not None
-        dx1 = self.mlp.backward(dy, saved.x1, norm2, context, saved.mlp, grads)
+        output = self.mixer.output()
+        dx1 = self.mlp.backward(dy, saved.x1, norm2, context, saved.mlp, grads, output)
         saved.x1 = saved.mlp = None
         dx = self.mixer.backward(dx1, x, norm1, context, saved.mixer, grads, need_dx)
         return dx, grads

@@ -33,8 +33,12 @@ from kernels.delta_net.causal_conv1d import (
     final_conv_state,
 )
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_backward, gated_rms_norm_forward
-from kernels.linear.lora import Gradients, project, project_backward
-from kernels.linear.projection import Decoded, Projection, decode, output_columns
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns, matrix_of, output_columns
+from kernels.linear.decode import Decoded, decode
+from kernels.linear.lora import project
+from kernels.linear.lora_backward import project_backward
+from kernels.linear.projection import Projection
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.kv_cache import DeltaState
@@ -46,7 +50,8 @@ class DeltaNetSaved:
     """What backward reads; None where it is recomputed.
 
     mixed (N, C) and z (N, Hv, V), b, a (N, Hv) are the projections' outputs, `out` (N, Hv, V) the
-    rule's.
+    rule's. `adapter_input` and `output_adapter_input` are what the adapters of the wide projections
+    and of out_proj made of their inputs (the second value of `project`).
     """
 
     mixed: Tensor | None = None
@@ -55,12 +60,15 @@ class DeltaNetSaved:
     a: Tensor | None = None
     out: Tensor | None = None
     rule: GatedDeltaSaved | None = None
+    adapter_input: Tensor | None = None
+    output_adapter_input: Tensor | None = None
 
     def trim(self, policy: str) -> DeltaNetSaved:
         """Only what `policy` saves."""
         if policy == "none" or self.rule is None:
             return self
-        return DeltaNetSaved(out=self.out, rule=self.rule.trim())
+        low = self.output_adapter_input
+        return DeltaNetSaved(out=self.out, rule=self.rule.trim(), output_adapter_input=low)
 
 
 class Conv1d(nn.Module):
@@ -115,6 +123,10 @@ class DeltaNet(nn.Module):
         narrow = (self.in_proj_ba,) if self.joint else (self.in_proj_b, self.in_proj_a)
         return tuple(linear.projection() for linear in narrow)
 
+    def output(self) -> tuple[Projection]:
+        """The projection that writes the mixer's output."""
+        return (self.out_proj.projection(),)
+
     def _by_key_head(self) -> tuple[int, int, int, int]:
         """Columns of q, k, v and z of one key head in the joint projection."""
         values = self.value_dim * (self.value_heads // self.key_heads)
@@ -123,9 +135,9 @@ class DeltaNet(nn.Module):
     def forward(
         self, x: Tensor, norm: RMSNorm, context: LayerContext
     ) -> tuple[Tensor, DeltaNetSaved]:
-        """x (N, H) -> x1 (N, H) and every activation that backward could use."""
+        """x (N, H) -> x1 - x (N, H) and every activation that backward could use."""
         saved = DeltaNetSaved()
-        h, _ = norm.forward_with_rstd(x)
+        h, _ = norm.forward_for(x, self._wide())
         self._project(h, context, saved, None)
         assert saved.mixed is not None and saved.a is not None and saved.b is not None
         g, beta = gates_forward(saved.a, saved.b, self.A_log, self.dt_bias)
@@ -138,15 +150,21 @@ class DeltaNet(nn.Module):
             saved.out = self._cached(
                 saved.mixed, g, beta, context, context.cache.states[self.index]
             )
-        out_proj, seed = (self.out_proj.projection(),), context.seed(self.index, 1)
-        y = project(self._normed(saved)[0].flatten(1), out_proj, seed, slot="narrow")[0][0]
-        return y.add_(x), saved
+        normed, seed = self._normed(saved)[0].flatten(1), context.seed(self.index, 1)
+        ys, low = project(normed, self.output(), seed, slot="narrow", spare=False)
+        saved.output_adapter_input = low
+        return ys.matrix, saved
 
     def _project(
-        self, h: Tensor, context: LayerContext, saved: DeltaNetSaved, decoded: Decoded | None
+        self,
+        h: Tensor | Columns,
+        context: LayerContext,
+        saved: DeltaNetSaved,
+        decoded: Decoded | None,
     ) -> None:
-        wide, _ = project(h, self._wide(), context.seed(self.index, 0), decoded)
-        narrow, _ = project(h, self._narrow())
+        seed = context.seed(self.index, 0)
+        wide, saved.adapter_input = project(h, self._wide(), seed, decoded)
+        narrow, _ = project(matrix_of(h), self._narrow())
         heads = (self.value_heads, self.value_dim)
         if not self.joint:
             (saved.mixed, z), (saved.b, saved.a) = wide, narrow
@@ -189,7 +207,7 @@ class DeltaNet(nn.Module):
 
     def backward(
         self,
-        dx1: Tensor,
+        dx1: Tensor | Columns,
         x: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -199,7 +217,7 @@ class DeltaNet(nn.Module):
     ) -> Tensor | None:
         """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
         wide, seed = self._wide(), context.seed(self.index, 0)
-        h, rstd = norm.forward_with_rstd(x)
+        h, rstd = norm.forward_for(x, wide)
         need_dh = need_dx or norm.weight.requires_grad
         decoded = decode(wide, x.dtype) if need_dh or saved.mixed is None else None
         if saved.mixed is None:
@@ -207,30 +225,34 @@ class DeltaNet(nn.Module):
         do, dz = self._output_backward(dx1, context, saved, grads)
         d_mixed, db, da = self._rule_backward(do, context, saved, grads)
         dys = self._joined_gradients(d_mixed, dz, x)
-        dh = project_backward(dys, h, wide, grads, seed=seed, decoded=decoded, need_dx=need_dh)
+        low = saved.adapter_input
+        dh = project_backward(
+            dys, h, wide, grads, seed=seed, xa=low, decoded=decoded, need_dx=need_dh
+        )
         narrow = self._narrow()
         d_narrow: tuple[Tensor, ...] = (db, da)
         if self.joint:
             pair = (part.unflatten(1, (self.key_heads, -1)) for part in (db, da))
             d_narrow = (torch.cat(tuple(pair), 2).flatten(1),)
-        d_gates = project_backward(d_narrow, h, narrow, grads, need_dx=need_dh)
+        d_gates = project_backward(d_narrow, matrix_of(h), narrow, grads, need_dx=need_dh)
         if dh is None or d_gates is None:
             return None
-        return norm.backward(dh.add_(d_gates), x, rstd, grads).add_(dx1)
+        return norm.backward(dh.add_(d_gates), x, rstd, grads, dresidual=matrix_of(dx1))
 
     def _output_backward(
-        self, dx1: Tensor, context: LayerContext, saved: DeltaNetSaved, grads: Gradients
+        self, dx1: Tensor | Columns, context: LayerContext, saved: DeltaNetSaved, grads: Gradients
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the rule's output and of z, both (N, Hv, V)."""
         normed, rstd = self._normed(saved)
-        out_proj = (self.out_proj.projection(),)
+        output = self.output()
         d_normed = project_backward(
-            (dx1,),
+            dx1 if isinstance(dx1, Columns) else (dx1,),
             normed.flatten(1),
-            out_proj,
+            output,
             grads,
             seed=context.seed(self.index, 1),
-            decoded=decode(out_proj, dx1.dtype, "narrow"),
+            xa=saved.output_adapter_input,
+            decoded=decode(output, normed.dtype, "narrow"),
         )
         assert d_normed is not None and saved.out is not None and saved.z is not None
         weight = self.norm.weight
@@ -272,8 +294,8 @@ class DeltaNet(nn.Module):
             grads[id(weight)] = d_weight
         return d_mixed, db, da
 
-    def _joined_gradients(self, d_mixed: Tensor, dz: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of the wide projections' outputs, column blocks of one matrix."""
+    def _joined_gradients(self, d_mixed: Tensor, dz: Tensor, like: Tensor) -> Columns:
+        """Gradients of the wide projections' outputs."""
         parts = output_columns(d_mixed.shape[0], self._wide(), like)
         if not self.joint:
             parts[0].copy_(d_mixed)

@@ -6,14 +6,20 @@ and it may carry a LoRA pair; `projection()` is the view of all that which the k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from kernels.elementwise.rms_norm import rms_norm, rms_norm_backward, rms_norm_forward
+from kernels.elementwise.rms_norm import (
+    add_rms_norm_forward,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns, gradient_columns, input_columns
 from kernels.linear.int8 import Int8Weight, rows_int8
-from kernels.linear.lora import Gradients
 from kernels.linear.projection import Projection, Weight
 from kernels.runtime.host_memory import gather_rows
 
@@ -100,8 +106,49 @@ class RMSNorm(nn.Module):
         """x (..., H) -> y (..., H) and rstd (..., 1), which `backward` takes."""
         return rms_norm_forward(x, self.weight, self.eps, zero_centered=self.zero_centered)
 
-    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, grads: Gradients) -> Tensor:
-        """dy (..., H) -> dx (..., H); adds the weight's gradient to `grads` if it is wanted."""
+    def forward_for(
+        self, x: Tensor, group: Sequence[Projection]
+    ) -> tuple[Tensor | Columns, Tensor]:
+        """y (N, H) and rstd (N, 1) for projections that read y: with columns for their adapters."""
+        own = input_columns(x, group)
+        if own is None:
+            return self.forward_with_rstd(x)
+        _, rstd = rms_norm_forward(
+            x, self.weight, self.eps, zero_centered=self.zero_centered, out=own.matrix
+        )
+        return own, rstd
+
+    def add_forward_for(
+        self, x: Tensor, addend: Tensor, group: Sequence[Projection]
+    ) -> Tensor | Columns:
+        """norm(x + addend) (N, H) as `forward_for` gives it; the sum is left in `addend`."""
+        own = input_columns(x, group)
+        y, _, _ = add_rms_norm_forward(
+            x,
+            addend,
+            self.weight,
+            self.eps,
+            zero_centered=self.zero_centered,
+            out=None if own is None else own.matrix,
+            total=addend,
+        )
+        return y if own is None else own
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        grads: Gradients,
+        *,
+        dresidual: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """dy (..., H) -> dx (..., H), with the residual's gradient added where there is one.
+
+        Adds the weight's gradient to `grads` if it is wanted. dx lies in `out` if that is given,
+        which may be dy, x or dresidual.
+        """
         dx, dweight = rms_norm_backward(
             dy,
             x,
@@ -109,10 +156,27 @@ class RMSNorm(nn.Module):
             rstd,
             need_dweight=self.weight.requires_grad,
             zero_centered=self.zero_centered,
+            dresidual=dresidual,
+            out=out,
         )
         if dweight is not None:
             grads[id(self.weight)] = dweight
         return dx
+
+    def backward_for(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rstd: Tensor,
+        grads: Gradients,
+        dresidual: Tensor,
+        group: Sequence[Projection],
+    ) -> Tensor | Columns:
+        """dx (N, H) as `backward` gives it, for projections whose outputs' gradient it is."""
+        own = gradient_columns(dy, group)
+        out = None if own is None else own.matrix
+        dx = self.backward(dy, x, rstd, grads, dresidual=dresidual, out=out)
+        return dx if own is None else own
 
 
 class Embedding(nn.Module):

@@ -12,12 +12,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from kernels.elementwise.swiglu import swiglu_forward
-from kernels.linear.lora import Gradients, project
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns
+from kernels.linear.lora import project
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import (
+    DecodedMLP,
     MLPActivations,
     SwiGLUMLP,
+    mlp_activated,
     mlp_backward,
     mlp_forward,
     mlp_inner,
@@ -29,13 +32,19 @@ from models.layers.token_tiles import TokenTile, backward_in_tiles, forward_in_t
 
 @dataclass
 class MLPSaved:
-    """What backward reads of the feed-forward part; None where it is recomputed."""
+    """What backward reads of the feed-forward part; None where it is recomputed.
+
+    `down_input` is what down's adapter made of its input (the second value of `project`).
+    """
 
     inner: MLPActivations | None = None
+    down_input: Tensor | None = None
 
     def trim(self, policy: str) -> MLPSaved:
         """Only what `policy` saves."""
-        return self if policy == "none" else MLPSaved()
+        if policy == "none":
+            return self
+        return MLPSaved(down_input=self.down_input if policy == "selective" else None)
 
 
 class MLP(nn.Module):
@@ -66,14 +75,19 @@ class MLP(nn.Module):
             settings.low_memory_decode,
         )
 
-    def forward(self, x1: Tensor, norm: RMSNorm, context: LayerContext) -> tuple[Tensor, MLPSaved]:
-        """x1 (N, H) -> y (N, H) and every activation that backward could use."""
-        mlp, tile_tokens = self._operands(context), _tile_tokens(context, x1)
+    def forward(
+        self, x: Tensor, addend: Tensor, norm: RMSNorm, context: LayerContext
+    ) -> tuple[Tensor, MLPSaved]:
+        """x1 = x + addend (N, H) -> y (N, H) and all that backward could use.
+
+        `addend` becomes x1.
+        """
+        mlp, tile_tokens = self._operands(context), _tile_tokens(context, x)
         if tile_tokens is not None:
-            return _forward_in_tiles(x1, norm, mlp, tile_tokens), MLPSaved()
-        h, _ = norm.forward_with_rstd(x1)
+            return _forward_in_tiles(addend.add_(x), norm, mlp, tile_tokens), MLPSaved()
+        h = norm.add_forward_for(x, addend, self.gate_up())
         y, inner = mlp_forward(h, mlp)
-        return y.add_(x1), MLPSaved(MLPActivations(inner.gate, inner.up))
+        return y.add_(addend), MLPSaved(inner, inner.down_input)
 
     def backward(
         self,
@@ -83,16 +97,19 @@ class MLP(nn.Module):
         context: LayerContext,
         saved: MLPSaved,
         grads: Gradients,
-    ) -> Tensor:
-        """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
+        mixer: tuple[Projection],
+    ) -> Tensor | Columns:
+        """dy (N, H) -> dx1 (N, H), with spare columns for `mixer` where its adapter joins products.
+
+        Adds the gradient of every trainable parameter.
+        """
         mlp, tile_tokens = self._operands(context), _tile_tokens(context, x1)
         decoded = mlp.decode(x1.dtype)
         if tile_tokens is None:
-            h, rstd = norm.forward_with_rstd(x1)
-            inner = saved.inner or mlp_inner(h, mlp, decoded)
+            h, rstd, inner = self._inner(x1, norm, mlp, saved, decoded)
             dh, _ = mlp_backward(dy, h, mlp, inner, grads, decoded=decoded)
             assert dh is not None
-            return norm.backward(dh, x1, rstd, grads).add_(dy)
+            return norm.backward_for(dh, x1, rstd, grads, dy, mixer)
 
         def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
             part = _of_tile(mlp, tile)
@@ -102,6 +119,16 @@ class MLP(nn.Module):
             return dh
 
         return backward_in_tiles(dy, x1, norm, tile_tokens, backward, grads)
+
+    def _inner(
+        self, x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, saved: MLPSaved, decoded: DecodedMLP
+    ) -> tuple[Tensor | Columns, Tensor, MLPActivations]:
+        """norm(x1) and its rstd, and the inner activations, recomputed where they are not saved."""
+        if saved.inner is not None:
+            return *norm.forward_with_rstd(x1), saved.inner
+        h, rstd = norm.forward_for(x1, self.gate_up())
+        inner = mlp_inner(h, mlp, decoded)
+        return h, rstd, replace(inner, down_input=saved.down_input)
 
 
 def _tile_tokens(context: LayerContext, x1: Tensor) -> int | None:
@@ -124,9 +151,10 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
         inner = mlp_inner(h, part, decoded)
         # Each tensor is freed as soon as the next one exists: this is what tiles are for.
         del h
-        activated = swiglu_forward(inner.gate, inner.up)
+        activated = mlp_activated(inner, part)
         del inner
         down, seed = (part.down,), part.seeds[1]
-        return project(activated, down, seed, decoded[1], part.down_slot)[0][0]
+        ys, _ = project(activated, down, seed, decoded[1], part.down_slot, spare=False)
+        return ys.matrix
 
     return forward_in_tiles(x1, norm, tile_tokens, forward)

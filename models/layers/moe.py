@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kernels.linear.lora import Gradients
+from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns, matrix_of
+from kernels.linear.projection import Projection
 from kernels.moe.experts import (
     ExpertsSaved,
     MixtureOfExperts,
@@ -77,11 +79,16 @@ class MoE(nn.Module):
             shared,
         )
 
-    def forward(self, x1: Tensor, norm: RMSNorm, context: LayerContext) -> tuple[Tensor, MoESaved]:
-        """x1 (N, H) -> y (N, H) and every activation that backward could use."""
+    def forward(
+        self, x: Tensor, addend: Tensor, norm: RMSNorm, context: LayerContext
+    ) -> tuple[Tensor, MoESaved]:
+        """x1 = x + addend (N, H) -> y (N, H) and all that backward could use; `addend` becomes x1.
+
+        Adapters of experts are products of their own, so h needs no spare columns.
+        """
         moe, seed = self.mixture(), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
-        h, _ = norm.forward_with_rstd(x1)
+        h, x1 = matrix_of(norm.add_forward_for(x, addend, ())), addend
         if tile_tokens is None:
             y, experts = moe_forward(h, moe, seed)
             return y.add_(x1), MoESaved(experts)
@@ -102,8 +109,12 @@ class MoE(nn.Module):
         context: LayerContext,
         saved: MoESaved,
         grads: Gradients,
-    ) -> Tensor:
-        """dy (N, H) -> dx1 (N, H); adds the gradient of every trainable parameter."""
+        mixer: tuple[Projection],
+    ) -> Tensor | Columns:
+        """dy (N, H) -> dx1 (N, H), with spare columns for `mixer` where its adapter joins products.
+
+        Adds the gradient of every trainable parameter.
+        """
         moe, seed = self.mixture(), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
         experts, d_prob_sum = saved.experts, saved.d_prob_sum
@@ -111,7 +122,7 @@ class MoE(nn.Module):
             h, rstd = norm.forward_with_rstd(x1)
             dh = moe_backward(dy, h, moe, experts, grads, seed=seed, d_prob_sum=d_prob_sum)
             assert dh is not None
-            return norm.backward(dh, x1, rstd, grads).add_(dy)
+            return norm.backward_for(dh, x1, rstd, grads, dy, mixer)
 
         def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
             part, own = experts.part(tile.tokens), tile.seed(seed)

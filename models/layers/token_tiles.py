@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.elementwise.dropout import Seed
-from kernels.linear.lora import Gradients
+from kernels.linear.adapters import Gradients
 from kernels.runtime.simulation import equal_parts
 from models.layers.linear import RMSNorm
 
@@ -78,6 +78,6 @@ def backward_in_tiles(
         part, d_part = x1[tile.tokens], dy[tile.tokens]
         h, rstd = norm.forward_with_rstd(part)
         dh = backward(d_part, h, tile, sums)
-        torch.add(norm.backward(dh, part, rstd, sums), d_part, out=part)
+        norm.backward(dh, part, rstd, sums, dresidual=d_part, out=part)
     grads.update(sums)
     return x1

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from kernels.linear.lora import Gradients
+from kernels.linear.adapters import Gradients
 
 _ALIGNED = 64
 """Elements: every gradient starts where wide loads may."""

@@ -18,8 +18,9 @@ from kernels.attention import (
     attention_backward,
     attention_forward,
 )
+from kernels.linear.decode import decode_weight
 from kernels.linear.lora import lora_qkv
-from kernels.linear.projection import Projection, decode_weight
+from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import lora_mlp
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from kernels.nf4 import NF4Weight, quantize

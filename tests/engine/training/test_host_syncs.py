@@ -235,9 +235,9 @@ def test_a_step_of_mixtures_and_hybrids_waits_for_the_device_once(
 def test_a_read_in_a_layer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right = swiglu_forward
 
-    def reading(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def reading(gate: torch.Tensor, up: torch.Tensor, **options: Any) -> torch.Tensor:
         assert float(gate.sum()) < float("inf")
-        return right(gate, up)
+        return right(gate, up, **options)
 
     monkeypatch.setattr("kernels.linear.swiglu_mlp.swiglu_forward", reading)
     few, many = (reads(layers, "none", monkeypatch) for layers in (1, 4))

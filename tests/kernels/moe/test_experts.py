@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.elementwise.dropout import Seed
-from kernels.linear.lora import Gradients
+from kernels.linear.adapters import Gradients
 from kernels.linear.projection import Projection
 from kernels.moe.experts import (
     MixtureOfExperts,

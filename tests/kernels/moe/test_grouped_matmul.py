@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.elementwise.dropout import Seed
+from kernels.linear.adapters import Gradients
 from kernels.linear.int8 import quantize_int8
-from kernels.linear.lora import Gradients
 from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import (
     ExpertProjection,
