@@ -12,7 +12,7 @@ import torch
 from typer.main import get_command
 
 import kernels
-from cli.doctor import app
+from cli.tools.doctor import app
 from engine.errors import ConfigError
 from engine.selfcheck.attention import backend_check
 from engine.selfcheck.checks import CHECKS
