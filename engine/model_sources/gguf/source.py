@@ -103,7 +103,12 @@ class GGUFSource:
 
     @cached_property
     def _tokenizer(self) -> GGUFTokenizer | None:
-        return build_tokenizer(self._file.metadata, self.config.vocab_size, str(self.path))
+        return build_tokenizer(
+            self._file.metadata,
+            self.config.vocab_size,
+            str(self.path),
+            self.path.with_name("tokenizer.json"),
+        )
 
     def _without_prediction(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """`shapes` less those of the layers that predict further tokens, which nothing here runs.

@@ -5,14 +5,24 @@ SentencePiece BPE, which has scores. SentencePiece always joins the neighbours w
 best score, so a list of merges sorted by that score does the same.
 
 Tokens of the type CONTROL become special tokens; those of the type USER_DEFINED are matched whole
-in a text as well, but are ordinary text otherwise.
+in a text as well, but are ordinary text otherwise. A token that the file names as BOS, EOS or
+padding is special only if its type does not call it ordinary: converters take these ids from
+config.json, where they may point at a quotation mark.
+
+As in llama.cpp, a SentencePiece tokenizer puts a space before every piece of text between special
+tokens, also before one that begins with a space.
+
+Where the metadata does not tell how text is cut up, a tokenizer.json can stand in: the one in
+`tokenizer.huggingface.json`, or one that lies beside the file, if its tokens are those of the file.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,9 +38,12 @@ from tokenizers import (
 )
 
 from engine.errors import CheckpointError, ConfigError, listing
-from engine.model_sources.gguf.pre_tokenizers import RULES, Splitting, splitting
+from engine.model_sources.gguf.pre_tokenizers import RULES, UNNAMED, Splitting, splitting
+from engine.model_sources.gguf.stand_in import stand_in
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
+log = logging.getLogger(__name__)
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # What a file writes for an id it does not have.
 _NO_ID = (-1, 2**32 - 1)
 # Tokens that end a turn or a document in the models that have them. A file often names only one as
@@ -68,32 +81,45 @@ class GGUFTokenizer:
 
 
 def build_tokenizer(
-    metadata: Mapping[str, Any], vocab_size: int, source: str
+    metadata: Mapping[str, Any], vocab_size: int, source: str, beside: Path | None = None
 ) -> GGUFTokenizer | None:
     """The tokenizer that `metadata` describes, or None where the file has none.
 
-    `vocab_size` is the number of rows of the embedding, which bounds every id. Raises `ConfigError`
-    for a kind of tokenizer that is not known, and `CheckpointError` for a damaged vocabulary.
+    `vocab_size` is the number of rows of the embedding, which bounds every id; `beside` is where a
+    tokenizer.json may lie. Raises `ConfigError` for a kind of tokenizer that is not known and that
+    no tokenizer.json stands in for, and `CheckpointError` for a damaged vocabulary.
     """
     kind = metadata.get("tokenizer.ggml.model")
     if kind in (None, "none", "no_vocab"):
         return None
-    if kind not in ("gpt2", "llama"):
-        raise ConfigError(
-            f"{source}: its tokenizer is of the kind {kind!r}; 'gpt2' and 'llama' are known."
-        )
     vocabulary = _TokenTable(metadata, vocab_size, source)
-    if kind == "gpt2":
-        tokenizer, add_bos = _byte_level(vocabulary)
-    else:
-        tokenizer, add_bos = _sentencepiece(vocabulary), True
+    try:
+        tokenizer, add_bos = _known_kind(kind, vocabulary)
+    except ConfigError:
+        other = stand_in(vocabulary.tokens, metadata, beside)
+        if other is None:
+            raise
+        tokenizer, add_bos = other, False
     for special in (True, False):
         tokenizer.add_tokens(vocabulary.added_tokens(special))
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
-    _set_template(tokenizer, vocabulary, add_bos, add_eos)
+    if tokenizer.post_processor is None or "tokenizer.ggml.add_bos_token" in metadata:
+        _set_template(tokenizer, vocabulary, add_bos, add_eos)
     config = {"add_bos_token": add_bos, "add_eos_token": add_eos, **vocabulary.config()}
     return GGUFTokenizer(tokenizer.to_str(), config, vocabulary.generation_config())
+
+
+def _known_kind(kind: Any, vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:
+    """The tokenizer, and whether a text starts with BOS unless the file says otherwise."""
+    if kind == "gpt2":
+        return _byte_level(vocabulary)
+    if kind == "llama":
+        return _sentencepiece(vocabulary), True
+    raise ConfigError(
+        f"{vocabulary.source}: its tokenizer is of the kind {kind!r}; 'gpt2' and 'llama' are "
+        "known. Put the model's tokenizer.json beside the file."
+    )
 
 
 class _TokenTable:
@@ -111,6 +137,7 @@ class _TokenTable:
             )
         self.tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         self.types = self.array("token_type", _NORMAL)
+        self._typed = "tokenizer.ggml.token_type" in metadata
         self.ids = {
             name: self._special_id(key)
             for name, key in (
@@ -162,20 +189,31 @@ class _TokenTable:
 
     def added_tokens(self, special: bool) -> list[AddedToken]:
         """The tokens to match whole in a text: control tokens if `special`, else user-defined."""
-        kinds = (_CONTROL, _UNKNOWN) if special else (_USER_DEFINED,)
-        named = {number for number in self.ids.values() if number is not None}
         return [
             AddedToken(text, normalized=False, special=special)
             for number, text in enumerate(self.tokens)
-            if (self.types[number] in kinds and (special or number not in named))
-            or (special and number in named)
+            if (
+                self._is_special(number)
+                if special
+                else self.types[number] == _USER_DEFINED and not self._is_special(number)
+            )
         ]
+
+    def _is_special(self, number: int) -> bool:
+        """Whether the file says so, by type or, if the type does not call it ordinary, by name."""
+        kind = self.types[number]
+        if kind in (_CONTROL, _UNKNOWN) or self.tokens[number] in _STOPS:
+            return True
+        ordinary = self._typed and kind in (_NORMAL, _BYTE)
+        return not ordinary and number in self.ids.values()
 
     def config(self) -> dict[str, Any]:
         """What tokenizer_config.json holds in addition to the flags for BOS and EOS."""
         architecture = self.metadata.get("general.architecture")
         named = {
-            name: self.tokens[number] for name, number in self.ids.items() if number is not None
+            name: self.tokens[number]
+            for name, number in self.ids.items()
+            if number is not None and self._is_special(number)
         }
         length = self.metadata.get(f"{architecture}.context_length")
         return {
@@ -188,11 +226,7 @@ class _TokenTable:
     def generation_config(self) -> dict[str, Any]:
         """The ids that start, pad and end a text; ends are those named and those known by text."""
         named = [self.ids["eos_token"], self._special_id("eot"), self._special_id("eom")]
-        known = [
-            number
-            for number, text in enumerate(self.tokens)
-            if self.types[number] == _CONTROL and text in _STOPS
-        ]
+        known = [number for number, text in enumerate(self.tokens) if text in _STOPS]
         stops = list(dict.fromkeys(number for number in (*named, *known) if number is not None))
         result: dict[str, Any] = {"eos_token_id": stops} if stops else {}
         for name in ("bos", "pad"):
@@ -220,7 +254,14 @@ def _byte_level(vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:
     if rule is None:
         raise ConfigError(
             f"{vocabulary.source}: its pre-tokenizer is {pre!r}, which is not known; "
-            f"known are {', '.join(sorted(RULES))}. Use the model's Hugging Face directory."
+            f"known are {', '.join(sorted(RULES))}. Put the model's tokenizer.json beside the "
+            "file, or use its Hugging Face directory."
+        )
+    if rule is UNNAMED:
+        log.warning(
+            "%s: the file does not name its pre-tokenizer, and nothing else tells it; llama.cpp's "
+            "default is used, which may not be what the model was trained with.",
+            vocabulary.source,
         )
     vocab = vocabulary.mapping(_spellings(vocabulary))
     merges = vocabulary.merges(vocab)
@@ -277,9 +318,10 @@ def _sentencepiece(vocabulary: _TokenTable) -> Tokenizer:
         )
     )
     prefix = bool(vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="first" if prefix else "never", split=False
-    )
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", "▁")]
+    if prefix:
+        spaces.insert(0, normalizers.Prepend("▁"))
+    tokenizer.normalizer = normalizers.Sequence(spaces)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         steps.append(decoders.Strip(content=" ", left=1))

@@ -151,25 +151,80 @@ def test_llama_3_takes_a_whole_word_over_its_merges(tokenizer_metadata: Metadata
     assert pieces(plain, "abc") == ["a", "b", "c"]
 
 
-def test_old_files_without_a_rule_are_recognised_by_their_model(
+@pytest.mark.parametrize(
+    ("rule", "architecture", "first"),
+    [
+        *(("qwen2", name, "<|endoftext|>") for name in ("qwen2", "qwen3", "qwen2moe")),
+        *(("qwen2", name, "<|endoftext|>") for name in ("qwen3moe", "qwen3next")),
+        *(("qwen35", name, "<|endoftext|>") for name in ("qwen35", "qwen35moe")),
+        ("llama-bpe", "llama", "<|begin_of_text|>"),
+        ("llama-bpe", "smollm3", "<|begin_of_text|>"),
+        ("smollm", "llama", "<gh_stars>"),
+    ],
+)
+@pytest.mark.parametrize("pre", [None, "", "default"])
+def test_files_without_a_rule_are_recognised_by_their_model(
+    pre: str | None, rule: str, architecture: str, first: str, tokenizer_metadata: Metadata
+) -> None:
+    values = parsed(tokenizer_metadata)
+    tokens = [first, *values["tokenizer.ggml.tokens"][1:]]
+    values |= {"general.architecture": architecture, "tokenizer.ggml.tokens": tokens}
+    values |= {"tokenizer.ggml.pre": pre}
+    guessed = build_tokenizer(values, 300, "here")
+    assert guessed == build_tokenizer(values | {"tokenizer.ggml.pre": rule}, 300, "here")
+
+
+def test_a_model_that_tells_nothing_gets_the_default_of_llama_cpp_and_a_warning(
+    tokenizer_metadata: Metadata, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer, _ = build(tokenizer_metadata, pre="default")
+    assert tokenizer.pre_tokenizer is not None
+    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str("a=1234 b")]
+    assert words == ["a", "=", "123", "4", "Ġb"]
+    assert "does not name its pre-tokenizer" in caplog.text
+
+
+def test_a_named_token_that_its_type_calls_ordinary_stays_ordinary(
     tokenizer_metadata: Metadata,
 ) -> None:
     values = parsed(tokenizer_metadata)
-    del values["tokenizer.ggml.pre"]
-    rules = {}
-    for name, arch, first in (
-        ("qwen2", "qwen2", "<|endoftext|>"),
-        ("llama-bpe", "llama", "<|begin_of_text|>"),
-        ("gpt-2", "llama", "<|endoftext|>"),
+    quote = values["tokenizer.ggml.tokens"].index('"')
+    tokenizer, built = build(tokenizer_metadata, bos_token_id=quote)
+    ids = tokenizer.encode('say "the"', add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == 'say "the"'
+    assert "bos_token" not in built.config
+    assert built.generation_config["bos_token_id"] == quote
+    untyped, built = build(tokenizer_metadata, token_type=None)
+    assert untyped.encode("a<|im_end|>").tokens == ["a", "<|im_end|>"]
+    assert built.config["eos_token"] == "<|im_end|>"
+
+
+def test_a_tokenizer_json_stands_in_for_an_unknown_rule(
+    tokenizer_metadata: Metadata, tmp_path: Path
+) -> None:
+    known, built = build(tokenizer_metadata, pre="gpt-2")
+    values = parsed(tokenizer_metadata) | {"tokenizer.ggml.pre": "somebody's"}
+    beside = tmp_path / "tokenizer.json"
+    with pytest.raises(ConfigError, match='pre-tokenizer is "somebody\'s"'):
+        build_tokenizer(values, 300, "here", beside)
+    beside.write_text(built.json)
+    inside = values | {"tokenizer.huggingface.json": built.json}
+    for result in (
+        build_tokenizer(values, 300, "here", beside),
+        build_tokenizer(inside, 300, "here"),
+        build_tokenizer(values | {"tokenizer.ggml.model": "own"}, 300, "here", beside),
     ):
-        tokens = [first, *values["tokenizer.ggml.tokens"][1:]]
-        variant = values | {"general.architecture": arch, "tokenizer.ggml.tokens": tokens}
-        guessed = build_tokenizer(variant, 300, "here")
-        named = build_tokenizer(variant | {"tokenizer.ggml.pre": name}, 300, "here")
-        assert guessed == named
-        assert guessed is not None
-        rules[name] = guessed.json
-    assert len(set(rules.values())) == 3
+        assert result is not None
+        text = "<|im_start|>the  12 don't<tool>"
+        assert Tokenizer.from_str(result.json).encode(text).ids == known.encode(text).ids
+        assert result.config == built.config
+    swapped = list(values["tokenizer.ggml.tokens"])
+    swapped[8], swapped[9] = swapped[9], swapped[8]
+    with pytest.raises(ConfigError, match="belongs to another model than this GGUF file: 2 of"):
+        build_tokenizer(values | {"tokenizer.ggml.tokens": swapped}, 300, "here", beside)
+    beside.write_text("{}")
+    with pytest.raises(ConfigError, match="cannot be used as the tokenizer"):
+        build_tokenizer(values, 300, "here", beside)
 
 
 def test_every_rule_is_a_pattern_that_covers_all_text(tokenizer_metadata: Metadata) -> None:
