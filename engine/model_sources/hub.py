@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.model_sources.gguf.parts import part_names
 from engine.storage.safe_files import read_json_object
 
 _ALLOWED = (
@@ -47,7 +48,10 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         return path
     file = _GGUF_IN_REPOSITORY.fullmatch(model)
     if file:
-        return _fetch(file[1], revision, file[2])
+        folder, _, name = file[2].rpartition("/")
+        parts = [f"{folder}/{part}" if folder else part for part in part_names(name)]
+        fetched = {part: _fetch(file[1], revision, part) for part in parts}
+        return fetched[file[2]]
     if _REPOSITORY.fullmatch(model) is None or path.suffix == ".gguf":
         raise ConfigError(
             f"There is no file or folder {model!r}, and it is not a hub id, which looks like "

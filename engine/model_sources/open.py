@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.gguf.parts import lone_model
 from engine.model_sources.gguf.source import GGUFSource
 from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.hub import resolve
@@ -25,9 +26,9 @@ def open_model_source(model: str | Path, revision: str | None = None) -> ModelSo
     if not path.is_dir():
         _refuse_other_files(path)
         return GGUFSource(path)
-    lone = sorted(path.glob("*.gguf"))
-    if len(lone) == 1 and not (path / "config.json").exists():
-        return GGUFSource(lone[0])
+    lone = None if (path / "config.json").exists() else lone_model(path)
+    if lone is not None:
+        return GGUFSource(lone)
     return masked(HFDirectory(path))
 
 

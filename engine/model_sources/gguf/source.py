@@ -1,4 +1,4 @@
-"""`GGUFSource`: the model in a GGUF file.
+"""`GGUFSource`: the model in a GGUF file or its parts.
 
 Tensors get Hugging Face's names, and are dequantised one at a time when they are asked for. F32,
 F16, BF16, Q8_0, Q4_0 and Q4_1 are unpacked here; every other type through the `gguf` package.
@@ -21,6 +21,7 @@ import torch
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.gguf.config import raw_config
 from engine.model_sources.gguf.container import GGUFFile
+from engine.model_sources.gguf.parts import GGUFParts
 from engine.model_sources.gguf.tensor_map import sources
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
 from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
@@ -32,7 +33,7 @@ _BLOCK = re.compile(r"blk\.(\d+)\..+")
 
 
 class GGUFSource:
-    """The model in `path`; see `ModelSource` for its methods.
+    """The model in `path`, a whole file or any of its parts; see `ModelSource` for its methods.
 
     Raises `CheckpointError` for a damaged file or one whose tensors do not match its metadata, and
     `ConfigError` for a model of a kind that is not supported.
@@ -40,7 +41,7 @@ class GGUFSource:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._file = GGUFFile(self.path)
+        self._file = GGUFParts(self.path)
         shapes = {name: info.shape for name, info in self._file.tensors.items()}
         rope_freqs = None
         if _ROPE_FREQS in shapes:
@@ -99,7 +100,7 @@ class GGUFSource:
         return dict(self._tokenizer.files(self.chat_template())) if self._tokenizer else {}
 
     def digest(self) -> str:
-        return quick_digest(self.raw_config, [self.path])
+        return quick_digest(self.raw_config, self._file.paths)
 
     @cached_property
     def _tokenizer(self) -> GGUFTokenizer | None:
@@ -129,7 +130,7 @@ class GGUFSource:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
 
 
-def dequantise(file: GGUFFile, name: str, entry: int | None = None) -> torch.Tensor:
+def dequantise(file: GGUFFile | GGUFParts, name: str, entry: int | None = None) -> torch.Tensor:
     """Tensor `name` of `file` in memory of its own: fp32, or as stored for F32, F16 and BF16.
 
     Only entry `entry` of its first dimension, an expert, where that is given.
@@ -178,7 +179,7 @@ def _nibbles(packed: torch.Tensor) -> torch.Tensor:
 
 
 def _dequantise_with_package(
-    file: GGUFFile, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]
+    file: GGUFFile | GGUFParts, name: str, rows: np.ndarray[Any, np.dtype[np.uint8]]
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     info = file.tensors[name]
     try:

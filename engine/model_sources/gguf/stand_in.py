@@ -1,4 +1,4 @@
-"""A tokenizer.json that stands in for what a GGUF file does not tell."""
+"""A tokenizer.json in place of an unknown GGUF tokenizer."""
 
 from __future__ import annotations
 
