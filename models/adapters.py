@@ -166,27 +166,73 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int |
 
 
 @torch.no_grad()
-def load_adapter_tensors(model: nn.Module, tensors: Mapping[str, tuple[Tensor, ...]]) -> None:
-    """Copy tensors, as `adapter_tensors` gives them, into the adapted projections.
+def attach_lora(
+    model: Decoder,
+    tensors: Mapping[str, tuple[Tensor, ...]],
+    scales: Mapping[str, float],
+    dropout: float = 0.0,
+) -> None:
+    """Freeze the base and give exactly the modules of `tensors` trainable copies of them.
 
-    Raises `ValueError` unless paths and shapes match one to one, listing what does not.
+    `tensors` maps the file's path of a projection to (A, B), under DoRA (A, B, magnitude), and
+    `scales` to the factor of B A. Ranks may differ. Raises `ValueError` listing modules that the
+    model does not have, and shapes that do not fit.
     """
-    own = adapter_tensors(model)
-    if isinstance(model, Decoder):
-        tensors = {path_in_file(model.config, path): parts for path, parts in tensors.items()}
-    wrong = [f"{path} is missing" for path in own if path not in tensors]
-    wrong += [f"{path} is not adapted here" for path in tensors if path not in own]
-    for path in own.keys() & tensors.keys():
-        if len(own[path]) != len(tensors[path]):
-            wrong.append(f"only one of model and adapter has a magnitude (DoRA) on {path}")
-        for part, mine, given in zip(PARTS, own[path], tensors[path], strict=False):
-            if mine.shape != given.shape:
-                wrong.append(
-                    f"{part} of {path} is {tuple(given.shape)}, expected {tuple(mine.shape)}"
-                )
+    layout = Layout(nested=model.config.nested)
+    projections = {layout.path(p): linear for p, linear in linears(model, PROJECTIONS).items()}
+    experts = {
+        layout.path(p): adapter for p, adapter in expert_adapters(model, PROJECTIONS).items()
+    }
+    given = {path_in_file(model.config, path): parts for path, parts in tensors.items()}
+    factors = {path_in_file(model.config, path): scale for path, scale in scales.items()}
+    pairs: dict[str, dict[int, tuple[Tensor, ...]]] = {}
+    wrong = []
+    for path, parts in given.items():
+        owner, expert = _owner_of_expert(path)
+        if path not in projections and owner not in experts:
+            wrong.append(f"{path} is not in the model")
+            continue
+        target = projections[path] if path in projections else experts[owner]
+        wrong += _misfits(path, parts, target.in_features, target.out_features)
+        if path not in projections:
+            pairs.setdefault(owner, {})[expert] = parts
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"adapter does not match: {'; '.join(sorted(wrong)[:5])}{more}")
-    for path, pair in tensors.items():
-        for mine, given in zip(own[path], pair, strict=True):
-            mine.copy_(given)
+    freeze(model)
+    for path in given.keys() & projections.keys():
+        linear = projections[path]
+        linear.scale, linear.dropout = factors[path], dropout
+        a, b, *magnitude = (
+            nn.Parameter(part.to(model.device, torch.float32, copy=True)) for part in given[path]
+        )
+        linear.lora_A, linear.lora_B = a, b
+        linear.lora_magnitude_vector = magnitude[0] if magnitude else None
+    for owner, each in pairs.items():
+        each_scale = {expert: factors[_path_of_expert(owner, expert)] for expert in each}
+        experts[owner].set_pairs(each, each_scale, dropout, model.device)
+
+
+def _owner_of_expert(path: str) -> tuple[str, int]:
+    """`mlp.experts.3.up_proj` -> (`mlp.experts.up_proj`, 3); (path, 0) of anything else."""
+    before, separator, rest = path.partition(".mlp.experts.")
+    number, _, leaf = rest.partition(".")
+    if not separator or not number.isdigit():
+        return path, 0
+    return f"{before}.mlp.experts.{leaf}", int(number)
+
+
+def _path_of_expert(owner: str, expert: int) -> str:
+    before, _, leaf = owner.rpartition(".")
+    return f"{before}.{expert}.{leaf}"
+
+
+def _misfits(path: str, parts: tuple[Tensor, ...], columns: int, rows: int) -> list[str]:
+    """What does not fit of the tensors for a matrix (rows, columns)."""
+    rank = parts[0].shape[0] if parts[0].dim() else 0
+    expected = ((rank, columns), (rows, rank), (rows,))
+    return [
+        f"{name} of {path} is {tuple(part.shape)}, expected {shape}"
+        for name, part, shape in zip(PARTS, parts, expected, strict=False)
+        if tuple(part.shape) != shape
+    ]

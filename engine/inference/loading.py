@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.config.tasks.inference import OneModel
 from engine.device import resolve_device, resolve_dtype
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.load_model import attach_adapter, build_model
+from engine.model_sources.load_model import adapted, attach_adapter, build_model
 from models.decoder import Decoder
 
 
@@ -19,14 +19,15 @@ def load_decoder(
     Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
     device = resolve_device(settings.device)
+    both = None if settings.adapter is None else adapted(source, settings.adapter)
     decoder = build_model(
-        source,
+        both or source,
         quantization=settings.quantize,
         double_quant=double_quant,
         head_8bit=head_8bit,
         device=device,
         dtype=resolve_dtype(settings.dtype, device),
     )
-    if settings.adapter is not None:
-        attach_adapter(decoder, settings.adapter)
+    if both is not None:
+        attach_adapter(decoder, both)
     return decoder

@@ -31,6 +31,8 @@ _IGNORED = (
     "*.pth",
     "*.gguf",
 )
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _GGUF_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)")
 
@@ -63,6 +65,21 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
 def fetch_config(repository: str, revision: str | None = None) -> Path:
     """The `config.json` of a hub id and nothing else of it. Raises `ConfigError`."""
     return _fetch(repository, revision, "config.json")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` looks like organisation/name."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def fetch_adapter(repository: str) -> Path:
+    """The folder with the adapter of a hub id, from the cache if it is there.
+
+    Raises `ConfigError` where there is none, or it cannot be reached.
+    """
+    for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
+        path = _fetch(repository, None, name)
+    return path.parent
 
 
 def _fetch(repository: str, revision: str | None, file: str | None, weights: bool = True) -> Path:

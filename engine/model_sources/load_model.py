@@ -28,7 +28,7 @@ from kernels.nf4 import quantize
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.simulation import equal_parts
-from models.adapters import add_lora, load_adapter_tensors
+from models.adapters import attach_lora
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
@@ -38,7 +38,7 @@ from models.tensor_names import is_quantised, skeleton
 
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig
-    from engine.model_sources.adapter.peft import AdapterConfig
+    from engine.model_sources.adapter.adapted_source import AdaptedSource
 
 _PART = 1 << 22
 
@@ -211,31 +211,21 @@ def _owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device=device, dtype=dtype, copy=True)
 
 
-def attach_adapter(model: Decoder, directory: Path | str) -> AdapterConfig:
-    """Put a saved PEFT adapter on `model` and return its configuration.
+def adapted(source: ModelSource, adapter: Path | str) -> AdaptedSource:
+    """`source` with a saved adapter on it; give it to `build_model`, then to `attach_adapter`.
 
-    Raises `CheckpointError` where its targets or shapes do not fit the model.
+    Raises `CheckpointError` where its modules or shapes do not fit the model.
     """
+    from engine.model_sources.adapter.adapted_source import AdaptedSource
     from engine.model_sources.adapter.peft import load_adapter
+    from engine.model_sources.adapter_path import adapter_path
 
-    config, tensors = load_adapter(Path(directory))
-    try:
-        add_lora(
-            model,
-            rank=config.r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            targets=config.target_modules,
-            use_rslora=config.use_rslora,
-            use_dora=config.use_dora,
-        )
-        load_adapter_tensors(model, tensors)
-    except ValueError as error:
-        raise CheckpointError(
-            f"The adapter {directory} does not fit this model: {error}. Give the model that it "
-            "was trained on."
-        ) from error
-    return config
+    return AdaptedSource(source, load_adapter(adapter_path(adapter)))
+
+
+def attach_adapter(model: Decoder, source: AdaptedSource) -> None:
+    """Put the pairs that stay separate on `model`, which was built from `source`."""
+    attach_lora(model, source.pairs, source.scales, source.adapter.config.lora_dropout)
 
 
 def load_model(
@@ -252,9 +242,10 @@ def load_model(
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize is {quantize!r}; expected None, 'nf4' or 'int8'")
-    decoder = build_model(
-        open_model_source(model), quantization=quantize, device=device, dtype=dtype
-    )
-    if adapter is not None:
-        attach_adapter(decoder, adapter)
+    source = open_model_source(model)
+    if adapter is None:
+        return build_model(source, quantization=quantize, device=device, dtype=dtype)
+    both = adapted(source, adapter)
+    decoder = build_model(both, quantization=quantize, device=device, dtype=dtype)
+    attach_adapter(decoder, both)
     return decoder

@@ -13,12 +13,13 @@ from engine.data.dataset import ReadReport, data_files, read_rows
 from engine.data.examples import Example, ExampleReport, build_examples, check_ids
 from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
-from engine.model_sources.adapter.peft import Pairs
+from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source
 from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
-from engine.training.checks import check_adapter_base, check_model, check_request, check_run
+from engine.training.checks import check_model, check_request, check_run
+from engine.training.init_adapter import open_init_adapter
 from models.config.model_config import ModelConfig
 from models.layers.packed_batch import PackedBatch
 
@@ -33,7 +34,7 @@ class Prepared:
     rows: RowSet
     plan: BatchPlan
     digests: dict[str, str]
-    init: Pairs | None = None
+    init: InitAdapter | None = None
     steps_per_epoch: int = field(init=False)
     total_steps: int = field(init=False)
 
@@ -92,14 +93,14 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     """
     machine = check_request(config)
     described = describe_model(config.model, config.revision)
-    init = check_model(config, described.config, machine)
+    adapter = check_model(config, described.config, machine)
     if check is not None:
         check(described.config)
     tokenizer = load_tokenizer(described, config.template_date)
     rows = read_examples(config, tokenizer, described.config.vocab_size)
     source = open_model_source(config.model, config.revision)
     digests = _digests(config, source, tokenizer)
-    check_adapter_base(config, digests["base"])
+    init = open_init_adapter(config, adapter, source, digests["base"])
     check_run(config, source.config, *machine)
     return Prepared(config, source, tokenizer, rows, _plan(config, rows.examples), digests, init)
 

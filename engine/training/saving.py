@@ -6,6 +6,7 @@ import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +14,16 @@ from torch import Tensor
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.model_sources.adapter.peft import save_adapter
+from engine.model_sources.adapter.provenance import write_base
+from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
-from engine.storage import durable
 from engine.training.loop import Progress, new_progress
-from engine.training.trainable import BASE_FILE, adapter_config
+from engine.training.trainable import adapter_config
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
@@ -40,11 +42,15 @@ class Going:
 
 @dataclass(frozen=True)
 class RunState:
-    """The part of a run that a checkpoint holds: weights, optimizer, and which run it is."""
+    """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
+
+    `init` is an earlier adapter that is trained on.
+    """
 
     identity: RunIdentity
     model: Decoder
     optimizer: AdamW8bit
+    init: InitAdapter | None = None
 
     @property
     def config(self) -> TrainConfig:
@@ -118,7 +124,24 @@ class RunState:
             export_hf_directory(TrainedSource(source, self.model), target)
             return target
         target = directory / "adapter"
-        save_adapter(target, adapter_config(self.config, source), adapter_tensors(self.model))
-        base = {"digest": self.identity.digests["base"], "engine_version": version()}
-        durable.write_json(target / BASE_FILE, base)
+        settings, tensors = adapter_config(self.config, source, self.init), self._adapter_tensors()
+        earlier = None if self.init is None else self.init.source.adapter
+        save_adapter(target, settings, tensors, earlier)
+        write_base(target, self._base_record())
         return target
+
+    def _adapter_tensors(self) -> dict[str, tuple[Tensor, ...]]:
+        """The trained pairs, and those that an earlier adapter has on what is not trained."""
+        trained = adapter_tensors(self.model)
+        return trained if self.init is None else trained | self.init.fixed
+
+    def _base_record(self) -> dict[str, Any]:
+        """On what the adapter was trained: which weights, quantised how, computed in what."""
+        quantised = self.config.method == "qlora"
+        return {
+            "digest": self.identity.digests["base"],
+            "quantization": "nf4" if quantised else None,
+            "double_quant": self.config.double_quant if quantised else None,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "engine_version": version(),
+        }

@@ -10,11 +10,12 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_dtype
 from engine.errors import ConfigError
-from engine.model_sources.adapter.peft import AdapterConfig, Pairs
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.model_sources.open import open_model_source
-from models.adapters import add_lora, load_adapter_tensors, target_modules
+from models.adapters import add_lora, attach_lora, target_modules
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
@@ -23,9 +24,6 @@ from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups
 
 log = logging.getLogger(__name__)
-
-BASE_FILE = "base.json"
-"""Beside an adapter: the digest of the base that it was trained on."""
 
 
 def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
@@ -51,11 +49,16 @@ def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
     return tuple(name for name in names if name in there)
 
 
-def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> int:
-    """Turn on what `config.method` trains and return the number of trainable parameters."""
+def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None) -> int:
+    """Turn on what `config.method` trains and return the number of trainable parameters.
+
+    A new adapter is as the settings say; an earlier one is as its tensors are.
+    """
     if config.method == "full":
         for parameter in model.parameters():
             parameter.requires_grad_(True)
+    elif init is not None:
+        attach_lora(model, init.pairs, init.scales(), config.lora_dropout)
     else:
         add_lora(
             model,
@@ -67,8 +70,6 @@ def make_trainable(model: Decoder, config: TrainConfig, init: Pairs | None) -> i
             seed=config.seed,
             use_dora=config.use_dora,
         )
-        if init is not None:
-            load_adapter_tensors(model, init)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -115,13 +116,16 @@ def make_in_backward(
     return StepInBackward(optimizer, [*(unit for unit in layers if unit), *rest])
 
 
-def adapter_config(config: TrainConfig, source: ModelSource) -> AdapterConfig:
+def adapter_config(
+    config: TrainConfig, source: ModelSource, init: InitAdapter | None
+) -> AdapterConfig:
     """What `adapter_config.json` says of this run's adapter."""
+    targets = list(targets_of(config, source.config)) if init is None else init.target_modules()
     local = Path(config.model).exists()
     return AdapterConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=list(targets_of(config, source.config)),
+        target_modules=targets,
         base_model_name_or_path=str(source.path.resolve()) if local else config.model,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,

@@ -19,16 +19,17 @@ from typing import get_args
 import torch
 
 from engine.config.choices import MAX_SHARD_SIZE, MergeOnto
-from engine.errors import CheckpointError, ConfigError, listing
-from engine.model_sources.adapter.peft import AdapterConfig, Pairs, load_adapter
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.adapter.adapted_source import AdaptedSource
+from engine.model_sources.adapter.peft import load_adapter
+from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.expert_tensors import StoredExperts
 from engine.model_sources.export import WrittenModel, write_directory
-from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.storage import durable
 from kernels.linear.dora import scale_rows_
 from kernels.nf4 import dequantize, quantize
 from models.config.model_config import ModelConfig
-from models.tensor_layout import path_in_file
 from models.tensor_names import expected_tensors, is_quantised
 
 
@@ -66,13 +67,23 @@ def merge(
     """
     if onto not in get_args(MergeOnto):
         raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
-    source = open_model_source(model)
-    config, pairs = load_adapter(Path(adapter))
-    pairs = {path_in_file(source.config, path): pair for path, pair in pairs.items()}
-    _check_fit(source, pairs, Path(adapter))
-    merger = _Merger(source, config, pairs, onto)
+    durable.refuse_occupied(Path(output))
+    path = adapter_path(adapter)
+    source = AdaptedSource(open_model_source(model), load_adapter(path))
+    _require_expressible(source)
+    merger = _Merger(source, onto)
     written = write_directory(source, output, merger, dtype, max_shard_size)
-    return MergeResult(written, merger.merged, merger.requantised)
+    return MergeResult(written, source.folded + merger.merged, merger.requantised)
+
+
+def _require_expressible(source: AdaptedSource) -> None:
+    """Raises `CheckpointError` where no config.json could say what the merged model is."""
+    if source.biased.inexpressible:
+        raise CheckpointError(
+            f"{source.adapter.path} gives {source.biased.inexpressible} of a "
+            f"{source.config.model_type} model a bias (lora_bias), for which its files have no "
+            "key: every program would leave it out. Use the adapter with --adapter instead."
+        )
 
 
 def host_peak(
@@ -97,11 +108,9 @@ def host_peak(
 class _Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once."""
 
-    def __init__(
-        self, source: ModelSource, config: AdapterConfig, pairs: Pairs, onto: MergeOnto
-    ) -> None:
-        self._scale = config.scale
-        self._pairs = {f"{module}.weight": pair for module, pair in pairs.items()}
+    def __init__(self, source: AdaptedSource, onto: MergeOnto) -> None:
+        self._source = source
+        self._pairs = {f"{module}.weight": pair for module, pair in source.pairs.items()}
         self._onto = onto
         self._experts = StoredExperts(source)
         self.merged = 0
@@ -110,10 +119,11 @@ class _Merger:
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if self._experts.fuses(name):
             return self._merge_experts(name, tensor)
-        if self._onto == "dequantised" and self._experts.holds(name):
+        through = self._onto == "dequantised" and name not in self._source.copied
+        if through and self._experts.holds(name):
             tensor = self._experts.through_nf4(name)
             self.requantised += 1
-        elif self._onto == "dequantised" and is_quantised(name):
+        elif through and is_quantised(name):
             tensor = _through_nf4(name, tensor)
             self.requantised += 1
         pair = self._pairs.pop(name, None)
@@ -121,7 +131,8 @@ class _Merger:
             return tensor
         self.merged += 1
         a, b, *magnitude = pair
-        merged = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scale)
+        scale = self._source.scales[name.removesuffix(".weight")]
+        merged = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
         return scale_rows_(merged, magnitude[0]) if magnitude else merged
 
     def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -141,7 +152,7 @@ class _Merger:
         for path, target in self._experts.modules(name, merged).items():
             if path in pairs:
                 a, b, *_ = pairs[path]
-                target.addmm_(b, a, alpha=self._scale)
+                target.addmm_(b, a, alpha=self._source.scales[path])
                 self.merged += 1
         return merged
 
@@ -151,25 +162,3 @@ def _through_nf4(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return dequantize(quantize(tensor), dtype=torch.float32)
     except ValueError as error:
         raise CheckpointError(f"tensor {name} cannot be quantised: {error}.") from error
-
-
-def _check_fit(source: ModelSource, pairs: Pairs, adapter: Path) -> None:
-    """Every pair of the adapter must have a weight of its shape in the model."""
-    shapes = StoredExperts(source).adaptable()
-    strays = [module for module in pairs if module not in shapes]
-    if "lm_head" in strays and source.config.tie_word_embeddings:
-        raise CheckpointError(
-            f"{adapter} adapts lm_head, which {source.path} shares with its embedding; merging "
-            "would change both. Keep this adapter separate."
-        )
-    wrong = [
-        f"{module} has {list(shapes[module])}, the adapter [{b.shape[0]}, {a.shape[1]}]"
-        for module, (a, b, *_) in pairs.items()
-        if module in shapes and shapes[module] != (b.shape[0], a.shape[1])
-    ]
-    if strays or wrong:
-        raise CheckpointError(
-            f"The adapter {adapter} does not fit the model {source.path}. Modules that the "
-            f"model does not have: {listing(strays) or 'none'}. Of another shape: "
-            f"{listing(wrong) or 'none'}. Name the model that the adapter was trained on."
-        )

@@ -21,6 +21,7 @@ from engine.memory.model_shapes import preset_config
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.checks import check_model, check_request
+from engine.training.init_adapter import with_init_adapter
 from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count
@@ -60,6 +61,7 @@ def find_target(config: TrainConfig) -> Target:
     else:
         gpu = config.device.startswith("cuda")
     runs_on = torch.device("cuda" if gpu else "cpu"), compute_dtype(config, gpu)
+    config = with_init_adapter(config)
     check_request(config, runs_on)
     model, stored = find_model(config.model, config.revision)
     check_model(config, model, runs_on, disk=config.output_dir is not None)

@@ -29,6 +29,7 @@ from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers
 from engine.training.determinism import deterministic
+from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import (
     Progress,
     Trainer,
@@ -117,7 +118,8 @@ class _Run:
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = _with_policy(self.config, prepared, self.device, dtype)
         self.budget = _budget(prepared, settings, self.device, dtype, planned)
-        self.model = build_for(self.config, prepared.model_source, self.device, dtype)
+        base = prepared.model_source if prepared.init is None else prepared.init.source
+        self.model = build_for(self.config, base, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, prepared.init)
         self.settings = step_settings(settings)
         self.optimizer = make_optimizer(self.model, self.config)
@@ -125,7 +127,7 @@ class _Run:
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
-        self.state = RunState(prepared.identity, self.model, self.optimizer)
+        self.state = RunState(prepared.identity, self.model, self.optimizer, prepared.init)
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
         self.settings = replace(self.settings, checkpointing=self.going.policy)
@@ -249,6 +251,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    config = with_init_adapter(config)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
         prepared = _checked(directory.config)
         directory.open()
@@ -308,7 +311,8 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """
     from engine.config.sources import dump_yaml
 
-    prepared = _checked(dated(name_run(config)))
+    config = dated(name_run(with_init_adapter(config)))
+    prepared = _checked(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     lines = [dump_yaml(config).rstrip(), "", prepared.rows.report.describe()]

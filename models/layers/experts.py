@@ -9,7 +9,7 @@ pair is never formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,30 @@ class ExpertAdapter(nn.Module):
         b = torch.zeros(self.count, self.out_features, rank)
         self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=seed).to(device))
         self.lora_B = nn.Parameter(b.to(device))
+        self.scale, self.dropout = scale, dropout
+
+    def set_pairs(
+        self,
+        pairs: Mapping[int, tuple[Tensor, ...]],
+        scales: Mapping[int, float],
+        dropout: float,
+        device: torch.device,
+    ) -> None:
+        """Give experts the pairs (A, B) with the factors `scales`, both by their number.
+
+        Ranks may differ: each is filled up with zeros to the largest, and an expert without a pair
+        has zeros alone. Raises `ValueError` for a number that no expert has.
+        """
+        if not all(0 <= expert < self.count for expert in pairs):
+            raise ValueError(f"there is no expert {max(pairs)}; the last is {self.count - 1}")
+        rank, scale = max(int(a.shape[0]) for a, *_ in pairs.values()), next(iter(scales.values()))
+        a_all = torch.zeros(self.count, rank, self.in_features)
+        b_all = torch.zeros(self.count, self.out_features, rank)
+        for expert, (a, b, *_) in pairs.items():
+            a_all[expert, : a.shape[0]] = a
+            # There is one factor for all; that of another goes into its B.
+            b_all[expert, :, : b.shape[1]] = b * (scales[expert] / scale)
+        self.lora_A, self.lora_B = nn.Parameter(a_all.to(device)), nn.Parameter(b_all.to(device))
         self.scale, self.dropout = scale, dropout
 
     def projection(self, weight: ExpertWeights) -> ExpertProjection:

@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from engine.config.choices import Quantization
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
-from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.verbs.merge import merge
 from engine.verbs.train import train
-from models.adapters import adapter_tensors, add_lora, load_adapter_tensors
+from models.adapters import adapter_tensors, add_lora, attach_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
@@ -169,7 +170,8 @@ def test_a_saved_adapter_comes_back(family: str, tmp_path: Path) -> None:
     folder = saved(model, tmp_path / "adapter")
     again = load_model(GOLDEN / family, adapter=folder, dtype=torch.float64).double()
     assert torch.allclose(logits(again), logits(model), atol=1e-4)
-    _, pairs = load_adapter(folder)
+    adapter = load_adapter(folder)
+    _, pairs = adapter.config, adapter.pairs
     nested = family in NESTED
     assert all(path.startswith("model.language_model.layers.") == nested for path in pairs)
 
@@ -227,8 +229,8 @@ def test_an_adapter_of_another_number_of_experts_is_refused(tmp_path: Path) -> N
     pairs = adapter_tensors(model)
     last = "model.layers.1.mlp.experts.6.up_proj"
     pairs[last] = pairs["model.layers.1.mlp.experts.5.up_proj"]
-    with pytest.raises(ValueError, match=r"experts\.6\.up_proj is not adapted here"):
-        load_adapter_tensors(model, pairs)
+    with pytest.raises(ValueError, match="there is no expert 6; the last is 5"):
+        attach_lora(model, pairs, dict.fromkeys(pairs, 1.0))
     config = AdapterConfig(r=3, lora_alpha=6.0, target_modules=list(projections_of(model.config)))
     save_adapter(tmp_path / "adapter", config, pairs)
     with pytest.raises(CheckpointError, match=r"experts\.6\.up_proj"):

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.tasks.inference import Sampling
 from engine.inference.generation import generate_ids, prompt_ids
-from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer

@@ -9,8 +9,8 @@ from kernels.nf4 import quantize
 from models.adapters import (
     adapter_tensors,
     add_lora,
+    attach_lora,
     linears,
-    load_adapter_tensors,
     scale_of,
     target_modules,
 )
@@ -178,14 +178,47 @@ def test_unknown_targets_and_ranks_are_refused_by_name() -> None:
         add_lora(build(), rank=0)
 
 
-def test_loading_tensors_names_every_mismatch() -> None:
+def test_attaching_tensors_names_every_mismatch() -> None:
     model = build()
-    add_lora(model, rank=4, targets="qv")
-    tensors = {path: (a.clone(), b.clone()) for path, (a, b) in adapter_tensors(model).items()}
-    a, b = tensors.pop("model.layers.0.self_attn.q_proj")
-    tensors["model.layers.9.self_attn.q_proj"] = (a, b)
-    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj is missing"):
-        load_adapter_tensors(model, tensors)
+    a, b = torch.ones(4, 64), torch.ones(64, 4)
+    tensors = {
+        "model.layers.9.self_attn.q_proj": (a, b),
+        "model.layers.0.self_attn.k_proj": (a, b),
+        "model.layers.1.self_attn.o_proj": (a, b, torch.ones(3)),
+    }
+    with pytest.raises(ValueError) as caught:
+        attach_lora(model, tensors, dict.fromkeys(tensors, 1.0))
+    for words in (
+        r"model.layers.9.self_attn.q_proj is not in the model",
+        r"lora_B of model.layers.0.self_attn.k_proj is (64, 4), expected (32, 4)",
+        r"lora_magnitude_vector of model.layers.1.self_attn.o_proj is (3,), expected (64,)",
+    ):
+        assert words in str(caught.value)
+    assert not adapter_tensors(model)
+
+
+def test_ranks_and_scales_may_differ_from_module_to_module() -> None:
+    model, plain = build(torch.float64), build(torch.float64)
+    sizes = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 5}
+    generator = torch.Generator().manual_seed(3)
+    shapes = {path: linear.weight.shape for path, linear in linears(model, PROJECTIONS).items()}
+    tensors = {
+        path: (
+            torch.randn(rank, shapes[path][1], generator=generator),
+            torch.randn(shapes[path][0], rank, generator=generator),
+        )
+        for path, rank in sizes.items()
+    }
+    scales = {path: 0.5 * rank for path, rank in sizes.items()}
+    attach_lora(model, tensors, scales)
+    for path, (a, b) in tensors.items():
+        weight = plain.get_submodule(path).weight
+        assert isinstance(weight, torch.Tensor)
+        weight.data += scales[path] * b.double() @ a.double()
+    assert torch.allclose(model(IDS[None]), plain(IDS[None]), atol=1e-9)
+    assert {p for p, parameter in model.named_parameters() if parameter.requires_grad} == {
+        f"{path}.lora_{letter}" for path in sizes for letter in "AB"
+    }
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.safetensors.file import save_file

@@ -16,8 +16,7 @@ that is not adapted has a pair of zeros.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,29 +28,13 @@ PATTERN = r".*\.gate_up_proj"
 Parts = tuple[Tensor, ...]
 
 
-def doubled_alpha(alpha: float, use_rslora: bool) -> float:
-    """The alpha with which a pair of twice the rank has the same scale."""
-    return alpha * (math.sqrt(2.0) if use_rslora else 2.0)
-
-
-def fused_keys(rank: int, alpha: float, use_rslora: bool) -> dict[str, Any]:
+def fused_keys(rank: int, alpha: float) -> dict[str, Any]:
     """What the configuration of an adapter of experts says of them."""
-    double = doubled_alpha(alpha, use_rslora)
     return {
         "target_parameters": list(PARAMETERS),
         "rank_pattern": {PATTERN: 2 * rank},
-        "alpha_pattern": {PATTERN: int(double) if float(double).is_integer() else double},
+        "alpha_pattern": {PATTERN: 2 * alpha},
     }
-
-
-def is_ours(raw: Mapping[str, Any]) -> bool:
-    """Whether the patterns in a configuration are those of `fused_keys`."""
-    rank, alpha = raw.get("r"), raw.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        return False
-    double = doubled_alpha(alpha, bool(raw.get("use_rslora")))
-    patterns = (raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {})
-    return patterns in (({PATTERN: 2 * rank}, {PATTERN: double}), ({}, {}))
 
 
 def fuse(tensors: Mapping[str, Parts]) -> dict[str, Parts]:
@@ -73,23 +56,35 @@ def fuse(tensors: Mapping[str, Parts]) -> dict[str, Parts]:
     return fused
 
 
-def divide(pairs: Mapping[str, Parts], rank: int) -> dict[str, Parts]:
-    """The inverse of `fuse`. Raises `ValueError` where B of gate and up is not block diagonal."""
-    ending = EXPERTS[:-1]
+def divide(
+    pairs: Mapping[str, Parts], rank: Callable[[str], int], parameters: Collection[str]
+) -> tuple[dict[str, Parts], dict[str, str]]:
+    """The inverse of `fuse`: module -> pair, and module -> the parameter whose scale it has.
+
+    `rank` gives the rank of a parameter, and `parameters` are the file's `target_parameters`. Where
+    B of gate and up is not block diagonal, both projections have all of A. Raises `ValueError` for
+    shapes that are no pair of experts.
+    """
     result: dict[str, Parts] = {}
+    sources: dict[str, str] = {}
     for module, parts in pairs.items():
         path = module.removesuffix(".base_layer")
-        if not path.endswith(ending):
-            result[module] = parts
+        if not path.endswith(EXPERTS[:-1]):
+            result[module], sources[module] = parts, module
             continue
-        joint = path != module
-        a, b = _unflattened(parts[0], parts[1], 2 * rank if joint else rank)
-        halves = _halves(module, a, b, rank) if joint else {"down_proj": (a, b)}
+        # The first parameter is wrapped first; alone it has the plain name.
+        down = any(name.endswith("down_proj") for name in parameters)
+        joint = path != module or not down
+        parameter = f"{path}.{'gate_up_proj' if joint else 'down_proj'}"
+        a, b = _unflattened(parts[0], parts[1], rank(parameter))
+        halves = _halves(a, b) if joint else {"down_proj": (a, b)}
         halves = {name: pair for name, pair in halves.items() if bool(pair[0].any())}
         for projection, (half_a, half_b) in halves.items():
             for expert, pair in enumerate(zip(half_a, half_b, strict=True)):
-                result[f"{path}.{expert}.{projection}"] = (pair[0].clone(), pair[1].clone())
-    return result
+                name = f"{path}.{expert}.{projection}"
+                result[name] = (pair[0].clone(), pair[1].clone())
+                sources[name] = parameter
+    return result, sources
 
 
 def _stacked(experts: dict[int, Parts]) -> tuple[Tensor, Tensor]:
@@ -128,12 +123,10 @@ def _unflattened(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return a.unflatten(0, (-1, rank)), b.unflatten(1, (rank, -1)).permute(2, 0, 1)
 
 
-def _halves(module: str, a: Tensor, b: Tensor, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    inner = b.shape[1] // 2
+def _halves(a: Tensor, b: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    inner, rank = b.shape[1] // 2, b.shape[2] // 2
     if bool(b[:, :inner, rank:].any()) or bool(b[:, inner:, :rank].any()):
-        raise ValueError(
-            f"the pair of {module} mixes gate and up, which have pairs of their own here"
-        )
+        return {"gate_proj": (a, b[:, :inner]), "up_proj": (a, b[:, inner:])}
     return {
         "gate_proj": (a[:, :rank], b[:, :inner, :rank]),
         "up_proj": (a[:, rank:], b[:, inner:, rank:]),

@@ -11,129 +11,74 @@ scaled to the length that it gives (`kernels.linear.dora`):
 
     base_model.model.<module>.lora_magnitude_vector   (out,)
 
-Source: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+Source: https://huggingface.co/docs/peft/developer_guides/checkpoint. What else there may be is in
+`engine.model_sources.adapter.contents`, what it does to a model in `adapted_source`.
 
-What is written uses only keys that PEFT has known since early 2024, so that old versions, vLLM and
-llama.cpp read it. What is read may use whatever changes nothing; a feature that changes the
-arithmetic and is not supported here (trained copies of modules, ranks per module, ...) is
-refused by its name, never ignored.
+What is written uses only keys that PEFT has known since early 2024, one rank and one scale, so that
+old versions, vLLM and llama.cpp read it. A feature that changes the arithmetic and cannot be
+computed is refused by its name, never ignored.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.errors import CheckpointError, listing
-from engine.model_sources.adapter.experts import (
-    EXPERTS,
-    PARAMETERS,
-    divide,
-    fuse,
-    fused_keys,
-    is_ours,
-)
+from engine.model_sources.adapter.config import AdapterConfig, from_json, model_card, to_json
+from engine.model_sources.adapter.contents import PREFIX, OtherTensors, Pairs, read_contents
+from engine.model_sources.adapter.experts import EXPERTS, divide, fuse, fused_keys
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.storage import durable
 from engine.storage.safe_files import read_json_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
-_MAGNITUDE = re.compile(r"base_model\.model\.(.+)\.(lora_magnitude_vector)")
+PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 _LEGACY = ("adapter_model.bin", "adapter_model.pt")
-Pairs = dict[str, tuple[torch.Tensor, ...]]
-"""Module path -> (A, B), under DoRA (A, B, magnitude)."""
-# Written as they are, next to the keys of `AdapterConfig`.
-_CONSTANT: dict[str, Any] = {
-    "alpha_pattern": {},
-    "auto_mapping": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "layers_pattern": None,
-    "layers_to_transform": None,
-    "loftq_config": {},
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "modules_to_save": None,
-    "peft_type": "LORA",
-    "rank_pattern": {},
-    "revision": None,
-    "task_type": "CAUSAL_LM",
-}
-# Features that change the arithmetic, unless they have one of the values that switch them off.
-_UNSUPPORTED = (
-    "alora_invocation_tokens",
-    "alpha_pattern",
-    "arrow_config",
-    "fan_in_fan_out",
-    "kasa_config",
-    "layer_replication",
+# Keys of the configuration that belong to tensors which are carried from one adapter to the next.
+_CARRIED_KEYS = (
+    "bias",
+    "ensure_weight_tying",
+    "init_lora_weights",
+    "loftq_config",
     "lora_bias",
     "modules_to_save",
-    "monteclora_config",
-    "rank_pattern",
     "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
 )
-# Initialisations that also change the base weights, which an adapter file does not hold.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_TENSOR_FEATURES = {
-    "lora_embedding_": "LoRA on the embedding",
-    "lora_B.bias": "a bias on LoRA (lora_bias)",
-    "base_layer.": "a copy of a base weight (save_embedding_layers)",
-    "trainable_tokens": "trained single tokens (trainable_token_indices)",
-}
 
 
 @dataclass(frozen=True)
-class AdapterConfig:
-    """The part of adapter_config.json that says what the adapter is.
+class Adapter:
+    """An adapter that was read: `pairs` and their `scales` by module, and all `others`."""
 
-    `target_modules` are suffixes of module names, such as "q_proj". With `fused_experts` the pairs
-    of experts are written as `engine.model_sources.adapter.experts` says.
-    """
-
-    r: int
-    lora_alpha: float
-    target_modules: list[str]
-    base_model_name_or_path: str = ""
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    fused_experts: bool = False
-
-    @property
-    def scale(self) -> float:
-        """The factor of B @ A."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    path: Path
+    config: AdapterConfig
+    pairs: Pairs
+    scales: dict[str, float]
+    others: OtherTensors = field(default_factory=OtherTensors)
 
 
 def save_adapter(
     directory: Path | str,
     config: AdapterConfig,
     tensors: Mapping[str, tuple[torch.Tensor, ...]],
+    carried: Adapter | None = None,
 ) -> None:
     """Write an adapter that PEFT loads into `directory`, replacing one that stands there.
 
     `tensors` maps a module's path to A (r, in), B (out, r) and, under DoRA, the magnitude (out,),
-    which are saved in float32. Raises `CheckpointError` for a tensor that is not finite or of
-    another shape, before anything is written, and if the disk refuses.
+    which are saved in float32. Whatever `carried` holds beside pairs is written as it is. Raises
+    `CheckpointError` for a tensor that is not finite or of another shape, before anything is
+    written, and if the disk refuses.
     """
     directory = Path(directory)
-    flat: dict[str, torch.Tensor] = {}
+    flat = {} if carried is None else _carried_tensors(carried)
     for module, parts in tensors.items():
         _check_parts(module, parts, config, str(directory))
     stored = fuse(tensors) if config.fused_experts else tensors
@@ -146,17 +91,17 @@ def save_adapter(
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise durable.write_error(directory, error) from error
-    durable.write_json(directory / CONFIG, _to_json(config) | _of_experts(config, tensors))
-    durable.write_text(directory / "README.md", _readme(config))
+    keys = _of_experts(config, tensors) | ({} if carried is None else _carried_keys(carried))
+    durable.write_json(directory / CONFIG, to_json(config, keys))
+    durable.write_text(directory / "README.md", model_card(config))
     save_file(dict(sorted(flat.items())), directory / WEIGHTS, {"format": "pt"})
 
 
-def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
-    """Read a PEFT LoRA adapter: its configuration, and module path -> (A, B) in float32.
+def load_adapter(directory: Path | str) -> Adapter:
+    """Read a PEFT LoRA adapter, every tensor in float32.
 
-    Under DoRA a module has (A, B, magnitude). Raises `CheckpointError` for a missing or damaged
-    file, a pickle, a feature that is not supported, a tensor without its partner, or one of another
-    rank than the configuration says.
+    Raises `CheckpointError` for a missing or damaged file, a pickle, a feature that is not
+    supported, a tensor without its partner, or one of another rank than the configuration says.
     """
     directory = Path(directory)
     path = directory / WEIGHTS
@@ -165,84 +110,56 @@ def load_adapter(directory: Path | str) -> tuple[AdapterConfig, Pairs]:
             f"{directory} holds no {CONFIG}, so it is not a LoRA adapter. Name the folder that the "
             "adapter was saved to."
         )
-    config = _from_json(read_json_object(directory / CONFIG), str(directory / CONFIG))
+    config = from_json(read_json_object(directory / CONFIG), str(directory / CONFIG))
     if not path.exists():
         pickles = [name for name in _LEGACY if (directory / name).exists()]
         what = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no weights"
         raise CheckpointError(f"{directory} holds {what}; expected {WEIGHTS}.")
-    pairs = _read_pairs(SafetensorsFile(path))
+    pairs, others = read_contents(SafetensorsFile(path), config.raw)
+    sources = {module: module for module in pairs}
+    for module, parts in pairs.items():
+        if not (config.fused_experts and f"{module}.".endswith((EXPERTS, f"{EXPERTS}base_layer."))):
+            _check_parts(module, parts, config, str(path))
+    _check_others(config, pairs, others, str(path))
     if config.fused_experts:
         try:
-            pairs = divide(pairs, config.r)
+            pairs, sources = divide(pairs, config.rank, config.raw["target_parameters"])
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}.") from error
-    for module, parts in pairs.items():
-        _check_parts(module, parts, config, str(path))
+    scales = {module: config.module_scale(source) for module, source in sources.items()}
     if not config.target_modules:
         suffixes = sorted({module.rpartition(".")[2] for module in pairs})
-        return replace(config, target_modules=suffixes), pairs
-    _check_targets(config.target_modules, list(pairs), str(path))
-    return config, pairs
-
-
-def _read_pairs(file: SafetensorsFile) -> Pairs:
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    odd = []
-    for name in file.keys():  # noqa: SIM118
-        for part, feature in _TENSOR_FEATURES.items():
-            if part in name and f"{EXPERTS}{part}lora_" not in name:
-                raise CheckpointError(
-                    f"{file.path}: tensor {name} belongs to {feature}, which is not supported."
-                )
-        match = _TENSOR.fullmatch(name) or _MAGNITUDE.fullmatch(name)
-        if match is None or not file.dtype(name).is_floating_point:
-            odd.append(f"{name} {list(file.shape(name))}")
-            continue
-        modules.setdefault(match[1], {})[match[2]] = file.tensor(name).to(torch.float32, copy=True)
-    odd += [
-        f"{module} has {' and '.join(parts)} only"
-        for module, parts in modules.items()
-        if not {"lora_A", "lora_B"} <= parts.keys()
-    ]
-    if odd or not modules:
-        raise CheckpointError(
-            f"{file.path} does not hold pairs of lora_A.weight and lora_B.weight alone: "
-            f"{listing(odd) or 'it is empty'}. A trained copy of a module (modules_to_save) or "
-            "another kind of adapter is not supported."
-        )
-    order = ("lora_A", "lora_B", "lora_magnitude_vector")
-    return {
-        module: tuple(parts[part] for part in order if part in parts)
-        for module, parts in modules.items()
-    }
+        config = replace(config, target_modules=suffixes)
+    return Adapter(directory, config, pairs, scales, others)
 
 
 def _names(module: str) -> tuple[str, ...]:
     """The file's names of A, B and magnitude; old and new versions of PEFT agree on them."""
-    path = f"{_PREFIX}{module}"
+    path = f"{PREFIX}{module}"
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_magnitude_vector"
 
 
-def _check_targets(targets: list[str], modules: list[str], source: str) -> None:
-    """Every module must be meant by a target, and every target must have a module."""
-    hits = {
-        module: [target for target in targets if f".{module}".endswith(f".{target}")]
-        for module in modules
+def _carried_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """All tensors of an adapter's file beside pairs of linear layers, under their names there."""
+    file, others = SafetensorsFile(adapter.path / WEIGHTS), adapter.others
+    named = others.modules()
+    pairs = {name for module in adapter.pairs for name in _names(module)}
+    return {
+        name: file.tensor(name).clone()
+        for name in file.keys()  # noqa: SIM118
+        if name not in pairs and any(f".{module}." in name for module in named)
     }
-    strays = [module for module, matched in hits.items() if not matched]
-    unused = sorted(set(targets) - {target for matched in hits.values() for target in matched})
-    if strays or unused:
-        raise CheckpointError(
-            f"{source}: the tensors do not fit target_modules {sorted(targets)}: without a target "
-            f"{listing(strays) or 'none'}; without a tensor {listing(unused) or 'none'}. The two "
-            "files belong to different adapters."
-        )
+
+
+def _carried_keys(adapter: Adapter) -> dict[str, Any]:
+    raw = adapter.config.raw
+    return {key: raw[key] for key in _CARRIED_KEYS if raw.get(key)}
 
 
 def _check_parts(
     module: str, parts: tuple[torch.Tensor, ...], config: AdapterConfig, source: str
 ) -> None:
-    (a, b), magnitude, rank = parts[:2], parts[2:], config.r
+    (a, b), magnitude, rank = parts[:2], parts[2:], config.rank(module)
     if a.dim() != 2 or b.dim() != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
             f"{source}: the adapter of {module} has A {list(a.shape)} and B {list(b.shape)}; "
@@ -259,7 +176,7 @@ def _check_parts(
             f"{source}: lora_magnitude_vector of {module} is {list(magnitude[0].shape)}; expected "
             f"[{b.shape[0]}], one length per row of the weight."
         )
-    for name, tensor in zip(("lora_A", "lora_B", "lora_magnitude_vector"), parts, strict=False):
+    for name, tensor in zip(PARTS, parts, strict=False):
         if not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(
                 f"{source}: {name} of {module} holds values that are not finite. Training "
@@ -267,18 +184,25 @@ def _check_parts(
             )
 
 
-def _to_json(config: AdapterConfig) -> dict[str, Any]:
-    alpha = config.lora_alpha
-    return {
-        **_CONSTANT,
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": config.lora_dropout,
-        "r": config.r,
-        "target_modules": sorted(config.target_modules),
-        "use_dora": config.use_dora,
-        "use_rslora": config.use_rslora,
-    }
+def _check_others(config: AdapterConfig, pairs: Pairs, others: OtherTensors, source: str) -> None:
+    """Features that the configuration switches on have their tensors, and the other way round."""
+    wrong = []
+    for module, parts in others.embeddings.items():
+        a, b, *magnitude = parts
+        rank = config.rank(module)
+        if a.shape[:1] != (rank,) or b.shape[1:] != (rank,):
+            wrong.append(f"{module} has A {list(a.shape)} and B {list(b.shape)}, of rank {rank}")
+        if len(magnitude) != int(config.use_dora):
+            wrong.append(f"use_dora is {config.use_dora}, and {module} says otherwise")
+    biased = {module for module in pairs if EXPERTS not in f"{module}."}
+    if bool(config.raw.get("lora_bias")) != bool(others.biases) or others.biases.keys() - pairs:
+        wrong.append(f"lora_bias is {config.raw.get('lora_bias')}, and the tensors say otherwise")
+    elif others.biases and biased - others.biases.keys():
+        wrong.append(f"lora_B.bias is missing: {listing(sorted(biased - others.biases.keys()))}")
+    if wrong:
+        raise CheckpointError(
+            f"{source}: {'; '.join(wrong)}. The two files belong to different adapters."
+        )
 
 
 def _of_experts(config: AdapterConfig, modules: Mapping[str, Any]) -> dict[str, Any]:
@@ -291,17 +215,12 @@ def _of_experts(config: AdapterConfig, modules: Mapping[str, Any]) -> dict[str, 
     """
     if not any(EXPERTS in name for name in modules):
         return {}
-    if config.fused_experts:
-        fused = fused_keys(config.r, config.lora_alpha, config.use_rslora)
-        return {"lora_dropout": 0.0} | fused
     keys: dict[str, Any] = {"lora_dropout": 0.0}
+    if config.fused_experts:
+        return keys | fused_keys(config.r, config.plain_alpha)
     others = sorted(f"{name}.weight" for name in modules if _beside_experts(f"{name}.weight"))
     if others:
         keys["target_parameters"] = others
-    if config.use_rslora:
-        # PEFT fuses gate and up to twice the rank with twice alpha, which under rsLoRA is another
-        # scale; alpha that has the root in it is right either way.
-        keys |= {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
     return keys
 
 
@@ -310,59 +229,20 @@ def _beside_experts(parameter: str) -> bool:
     return ".mlp." in parameter and parameter.endswith(".weight") and EXPERTS not in parameter
 
 
-def _from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
-    if raw.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"{source}: peft_type is {raw.get('peft_type')!r}; only 'LORA' adapters are supported."
-        )
-    used = [key for key in _UNSUPPORTED if raw.get(key)]
-    parameters = list(map(str, raw.get("target_parameters") or []))
-    fused = bool(parameters) and set(parameters) <= set(PARAMETERS)
-    if fused and is_ours(raw):
-        used = [key for key in used if key not in ("rank_pattern", "alpha_pattern")]
-    elif not all(map(_beside_experts, parameters)):
-        used.append("target_parameters")
-    if raw.get("bias", "none") != "none":
-        used.append("bias")
-    initial = str(raw.get("init_lora_weights", True)).lower()
-    if initial.startswith(_CHANGES_BASE):
-        used.append(f"init_lora_weights={initial}")
-    if used:
-        raise CheckpointError(
-            f"{source}: the adapter uses {', '.join(used)}, which is not supported. Train one "
-            "without it, or merge it with the program that made it."
-        )
-    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= 65_536:
-        raise CheckpointError(f"{source}: r is {rank!r}; expected a rank of at least 1.")
-    for key, value, high in (("lora_alpha", alpha, math.inf), ("lora_dropout", dropout, 1.0)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high:
-            raise CheckpointError(f"{source}: {key} is {value!r}; expected a number from 0.")
-    targets = raw.get("target_modules")
-    # A text is a pattern over module names; the tensors say just as well which modules it means.
-    listed = list(map(str, targets)) if isinstance(targets, list) else []
-    return AdapterConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=listed,
-        base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
-        lora_dropout=float(dropout),
-        use_rslora=bool(raw.get("use_rslora", False)),
-        use_dora=bool(raw.get("use_dora", False)),
-        fused_experts=fused,
-    )
+def uniform(
+    pairs: Mapping[str, tuple[torch.Tensor, ...]], scales: Mapping[str, float], scale: float
+) -> tuple[int, Pairs]:
+    """`pairs` with one rank, the largest, and one `scale`, and that rank.
 
-
-def _readme(config: AdapterConfig) -> str:
-    """The model card that PEFT writes: front matter by which the hub knows what this is."""
-    base = json.dumps(config.base_model_name_or_path)
-    tag = json.dumps(f"base_model:adapter:{config.base_model_name_or_path}")
-    targets = ", ".join(sorted(config.target_modules))
-    return (
-        f"---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\n"
-        f"tags:\n- {tag}\n- lora\n- transformers\n---\n\n# LoRA adapter\n\n"
-        f"Rank {config.r}, alpha {config.lora_alpha}, on {targets} of "
-        f"`{config.base_model_name_or_path}`. Load it with PEFT:\n\n"
-        "    from peft import PeftModel\n"
-        "    model = PeftModel.from_pretrained(base_model, this_folder)\n"
-    )
+    Ranks are filled up with zeros and B carries the quotient of the scales: programs that read
+    neither `rank_pattern` nor `alpha_pattern` compute the same.
+    """
+    rank = max(int(a.shape[0]) for a, *_ in pairs.values())
+    result: Pairs = {}
+    for module, (a, b, *magnitude) in pairs.items():
+        extra = rank - int(a.shape[0])
+        if extra or not math.isclose(scales[module], scale):
+            b = torch.nn.functional.pad(b * (scales[module] / scale), (0, extra))
+            a = torch.nn.functional.pad(a, (0, 0, 0, extra))
+        result[module] = (a, b, *magnitude)
+    return rank, result

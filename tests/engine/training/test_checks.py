@@ -14,7 +14,8 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import EngineError
-from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.open import describe_model
 from engine.training.checks import _adapted_shapes, saved_bytes
 from engine.training.trainable import targets_of

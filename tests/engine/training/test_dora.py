@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from engine.config.choices import MergeOnto, Quantization
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
@@ -110,7 +111,8 @@ def test_every_magnitude_moves_at_the_first_step(
     add_lora(fresh, use_dora=True, seed=42)
     data, run = write_rows(4), tmp_path / "run"
     train(config(tiny_model, data, run, method=method, max_steps=1), console=False)
-    settings, tensors = load_adapter(run / "adapter")
+    adapter = load_adapter(run / "adapter")
+    settings, tensors = adapter.config, adapter.pairs
     assert settings.use_dora
     assert len(tensors) == 14
     for path, (_, b, magnitude) in adapter_tensors(fresh).items():
@@ -145,7 +147,7 @@ def test_a_run_goes_on_from_an_earlier_magnitude(
     train(second, console=False)
     steps = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two")]
     assert steps[1][0]["loss"] < steps[0][0]["loss"]
-    before, after = load_adapter(first)[1], load_adapter(tmp_path / "two" / "adapter")[1]
+    before, after = load_adapter(first).pairs, load_adapter(tmp_path / "two" / "adapter").pairs
     for path, (_, _, magnitude) in before.items():
         change = (after[path][2] - magnitude).abs()
         assert 0 < float(change.max()) <= 5e-3 * 1.01, path
@@ -194,7 +196,7 @@ def test_magnitudes_of_another_model_are_refused(golden: Golden, tmp_path: Path)
     path = "model.layers.{}.self_attn.q_proj"
     parts = (torch.ones(2, 64), torch.ones(32, 2), torch.ones(32))
     save_adapter(tmp_path / "a", settings, {path.format(layer): parts for layer in (0, 1)})
-    words = r"lora_magnitude_vector of model\.layers\.0\.self_attn\.q_proj is \(32,\)"
+    words = r"layers\.0\.self_attn\.q_proj has \[64, 64\], the adapter \[32, 64\]"
     with pytest.raises(CheckpointError, match=words):
         load_model(golden("llama"), adapter=tmp_path / "a")
 

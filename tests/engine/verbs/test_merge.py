@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.peft import AdapterConfig, save_adapter
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.hf_directory import HFDirectory
 from engine.verbs.merge import merge
 from kernels.nf4 import dequantize, quantize
@@ -33,7 +34,7 @@ def write_adapter(
     config = AdapterConfig(
         r=rank,
         lora_alpha=6,
-        target_modules=sorted({module.rpartition(".")[2] for module in modules}),
+        target_modules=sorted(modules),
         **changes,
     )
     pairs = {}
@@ -124,11 +125,19 @@ def test_the_head_can_be_merged_where_it_is_not_tied(golden: Golden, tmp_path: P
     assert torch.allclose(written, (stored + deltas["lm_head.weight"]).float(), atol=1e-6)
 
 
-def test_a_tied_head_is_refused(golden: Golden, tmp_path: Path) -> None:
+def test_a_head_that_was_tied_is_stored_beside_the_embedding(
+    golden: Golden, tmp_path: Path
+) -> None:
     config = AdapterConfig(r=2, lora_alpha=2, target_modules=["lm_head"])
     save_adapter(tmp_path / "a", config, {HEAD: (torch.ones(2, 64), torch.ones(128, 2))})
-    with pytest.raises(CheckpointError, match="shares with its embedding"):
-        merge(golden("llama3"), tmp_path / "a", tmp_path / "out")
+    result = merge(golden("llama3"), tmp_path / "a", tmp_path / "out")
+    merged, base = HFDirectory(tmp_path / "out"), HFDirectory(golden("llama3"))
+    assert not merged.config.tie_word_embeddings
+    assert merged.raw_config["tie_word_embeddings"] is False
+    embedding = base.tensor("model.embed_tokens.weight")
+    assert torch.equal(merged.tensor("model.embed_tokens.weight"), embedding)
+    assert torch.allclose(merged.tensor("lm_head.weight"), embedding + 2.0)
+    assert result.merged == 1
 
 
 def test_adapter_modules_without_a_weight_are_all_named(golden: Golden, tmp_path: Path) -> None:

@@ -183,7 +183,7 @@ def test_training_goes_on_from_an_earlier_adapter(
     train(config(tiny_model, data, tmp_path / "two", init_adapter=first), console=False)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     assert lines[1][0]["loss"] < lines[0][0]["loss"]
-    before, after = load_adapter(first)[1], load_adapter(tmp_path / "two" / "adapter")[1]
+    before, after = load_adapter(first).pairs, load_adapter(tmp_path / "two" / "adapter").pairs
     for path, pair in before.items():
         for old, new in zip(pair, after[path], strict=True):
             assert not torch.equal(old, new), path

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from engine.errors import CheckpointError
-from engine.model_sources.adapter.experts import divide, fuse
-from engine.model_sources.adapter.peft import AdapterConfig, load_adapter, save_adapter
-from engine.model_sources.safetensors.file import SafetensorsFile, save_file
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.experts import PARAMETERS, divide, fuse
+from engine.model_sources.adapter.peft import load_adapter, save_adapter
+from engine.model_sources.safetensors.file import SafetensorsFile
 
 MLP = "model.layers.1.mlp"
 SIZES = {"gate_proj": (12, 8), "up_proj": (12, 8), "down_proj": (8, 12)}
@@ -40,6 +41,13 @@ def same(left: Pairs, right: Pairs) -> bool:
     )
 
 
+def divided(fused: Pairs, rank: int = 3) -> Pairs:
+    def rank_of(parameter: str) -> int:
+        return 2 * rank if parameter.endswith("gate_up_proj") else rank
+
+    return divide(fused, rank_of, PARAMETERS)[0]
+
+
 @pytest.mark.parametrize(
     "projections",
     [("gate_proj", "up_proj", "down_proj"), ("up_proj",), ("down_proj",), ("gate_proj", "up_proj")],
@@ -50,7 +58,7 @@ def test_fused_pairs_come_apart_again(projections: tuple[str, ...]) -> None:
     assert set(fused) == {
         f"{MLP}.experts", f"{MLP}.experts.base_layer", f"{MLP}.shared_expert.up_proj",
     }  # fmt: skip
-    assert same(divide(fused, 3), made)
+    assert same(divided(fused), made)
 
 
 def test_a_fused_pair_is_the_same_map_as_its_experts() -> None:
@@ -63,14 +71,21 @@ def test_a_fused_pair_is_the_same_map_as_its_experts() -> None:
         assert torch.allclose(b[expert] @ a[expert], want, atol=1e-5)
 
 
-def test_a_pair_that_mixes_gate_and_up_is_refused() -> None:
+def test_a_pair_that_mixes_gate_and_up_gives_both_all_of_a() -> None:
     fused = fuse(pairs("gate_proj", "up_proj", "down_proj"))
-    _, b = fused[f"{MLP}.experts.base_layer"]
+    a, b = fused[f"{MLP}.experts.base_layer"]
     b += 1.0
-    with pytest.raises(ValueError, match="mixes gate and up"):
-        divide(fused, 3)
+    joint = b.reshape(24, 6, 4).permute(2, 0, 1) @ a.view(4, 6, 8)
+    apart = divided(fused)
+    for expert in range(4):
+        both = [apart[f"{MLP}.experts.{expert}.{name}"] for name in ("gate_proj", "up_proj")]
+        assert torch.allclose(torch.cat([lb @ la for la, lb in both]), joint[expert], atol=1e-5)
+        assert {la.shape[0] for la, _ in both} == {6}
+
+
+def test_a_pair_of_another_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="no pair of rank 10"):
-        divide(fuse(pairs("gate_proj", "up_proj")), 5)
+        divided(fuse(pairs("gate_proj", "up_proj")), 5)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -87,36 +102,29 @@ def test_an_adapter_of_experts_is_saved_and_read(
     assert raw["lora_dropout"] == 0.0
     assert len(raw["target_parameters"]) == (2 if fused else 1)
     assert bool(raw["rank_pattern"]) == fused
-    loaded, read = load_adapter(tmp_path)
+    adapter = load_adapter(tmp_path)
+    loaded, read = adapter.config, adapter.pairs
     assert loaded.scale == pytest.approx(asked.scale)
     assert same(dict(read), made)
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("rank_pattern", {r".*\.gate_up_proj": 5}),
-        ("alpha_pattern", {"down_proj": 12}),
-        ("target_parameters", ["mlp.experts.gate_up_proj", "mlp.gate.weight"]),
-        ("target_parameters", ["lm_head.weight"]),
-    ],
-)
-def test_other_patterns_and_parameters_are_refused(key: str, value: object, tmp_path: Path) -> None:
+def test_a_pattern_of_another_rank_is_refused(tmp_path: Path) -> None:
     made = pairs("gate_proj", "up_proj", "down_proj")
     save_adapter(tmp_path, config("gate_proj", "up_proj", "down_proj", fused=True), made)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(CheckpointError, match=r"rank_pattern|alpha_pattern|target_parameters"):
+    other = {"rank_pattern": {r".*\.gate_up_proj": 5}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    with pytest.raises(CheckpointError, match="no pair of rank 5"):
         load_adapter(tmp_path)
 
 
-def test_a_mixed_pair_in_a_file_is_an_error_with_its_name(tmp_path: Path) -> None:
+def test_a_pattern_of_another_alpha_is_the_scale_of_its_experts(tmp_path: Path) -> None:
     made = pairs("gate_proj", "up_proj", "down_proj")
     save_adapter(tmp_path, config("gate_proj", "up_proj", "down_proj", fused=True), made)
-    path = tmp_path / "adapter_model.safetensors"
-    file = SafetensorsFile(path)
-    tensors = {name: file.tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    tensors[f"base_model.model.{MLP}.experts.base_layer.lora_B.weight"] += 1.0
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="mixes gate and up"):
-        load_adapter(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    raw["alpha_pattern"] |= {"experts.down_proj": 12}
+    path.write_text(json.dumps(raw))
+    scales = load_adapter(tmp_path).scales
+    assert scales[f"{MLP}.experts.2.down_proj"] == 4.0
+    assert scales[f"{MLP}.experts.2.up_proj"] == scales[f"{MLP}.shared_expert.up_proj"] == 2.0

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError
+from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import (
     CONFIG,
     WEIGHTS,
-    AdapterConfig,
     load_adapter,
     save_adapter,
 )
@@ -54,12 +54,11 @@ def put_tensor(folder: Path, name: str, tensor: torch.Tensor | None) -> None:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    before = config(
-        base_model_name_or_path="a/b", lora_dropout=0.1, use_rslora=True, lora_alpha=0.5
-    )
+    before = config(base_model_name_or_path="a/b", lora_dropout=0.1, lora_alpha=0.5)
     tensors = pairs()
     save_adapter(tmp_path, before, tensors)
-    after, loaded = load_adapter(tmp_path)
+    adapter = load_adapter(tmp_path)
+    after, loaded = adapter.config, adapter.pairs
     assert after == before
     assert loaded.keys() == tensors.keys()
     for module, (a, b) in tensors.items():
@@ -77,7 +76,8 @@ def test_a_magnitude_is_saved_beside_its_pair_and_loaded(tmp_path: Path) -> None
     names = load_file(tmp_path / WEIGHTS).keys()
     assert f"{PREFIX}{Q}.lora_magnitude_vector" in names
     assert len(names) == 6
-    after, loaded = load_adapter(tmp_path)
+    adapter = load_adapter(tmp_path)
+    after, loaded = adapter.config, adapter.pairs
     assert after.use_dora
     for module, parts in tensors.items():
         assert all(torch.equal(a, b) for a, b in zip(loaded[module], parts, strict=True))
@@ -158,7 +158,8 @@ def test_scale(rslora: bool, scale: float) -> None:
 def test_an_adapter_may_be_saved_again(saved: Path) -> None:
     tensors = pairs(2)
     save_adapter(saved, config(r=2), tensors)
-    after, loaded = load_adapter(saved)
+    adapter = load_adapter(saved)
+    after, loaded = adapter.config, adapter.pairs
     assert after.r == 2
     assert torch.equal(loaded[Q][0], tensors[Q][0])
 
@@ -167,19 +168,39 @@ def test_an_adapter_may_be_saved_again(saved: Path) -> None:
 def test_halves_are_loaded_as_float32(saved: Path, dtype: torch.dtype) -> None:
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(saved / WEIGHTS).items()}
     save_file(tensors, saved / WEIGHTS)
-    _, loaded = load_adapter(saved)
+    adapter = load_adapter(saved)
+    _, loaded = adapter.config, adapter.pairs
     assert loaded[Q][0].dtype == torch.float32
     assert torch.equal(loaded[Q][0], tensors[f"{PREFIX}{Q}.lora_A.weight"].float())
 
 
 def test_a_pattern_of_targets_becomes_the_modules_it_meant(saved: Path) -> None:
     edit_config(saved, target_modules=r".*\.(q|v)_proj")
-    assert load_adapter(saved)[0].target_modules == ["q_proj", "v_proj"]
+    assert load_adapter(saved).config.target_modules == ["q_proj", "v_proj"]
+
+
+def test_unknown_keys_are_one_warning(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit_config(saved, some_new_key=3, another={"a": 1}, switched_off=None)
+    assert load_adapter(saved).config.r == 4
+    assert [record.message for record in caplog.records] == [
+        f"{saved / CONFIG}: unknown keys are ignored: another, some_new_key"
+    ]
+
+
+@pytest.mark.parametrize("rank", [4, 5])
+def test_alpha_over_rank_is_the_scale_in_what_is_written(tmp_path: Path, rank: int) -> None:
+    settings = config(r=rank, lora_alpha=6, use_rslora=True)
+    save_adapter(tmp_path, settings, pairs(rank))
+    raw = json.loads((tmp_path / CONFIG).read_text())
+    assert raw["use_rslora"] is False
+    assert raw["lora_alpha"] / raw["r"] == pytest.approx(6 / math.sqrt(rank), rel=1e-12)
+    assert isinstance(raw["lora_alpha"], int) == (rank == 4)
+    assert load_adapter(tmp_path).scales[Q] == pytest.approx(settings.scale, rel=1e-12)
 
 
 def test_keys_of_newer_versions_that_are_switched_off_are_no_obstacle(saved: Path) -> None:
     edit_config(saved, use_qalora=False, corda_config=None, qalora_group_size=16, peft_version="9")
-    assert load_adapter(saved)[0].r == 4
+    assert load_adapter(saved).config.r == 4
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -227,19 +248,22 @@ def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"use_dora": True}, "no lora_magnitude_vector"),
-        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
-        ({"rank_pattern": {"q_proj": 8}}, "uses rank_pattern"),
-        ({"alpha_pattern": {"q_proj": 8}}, "uses alpha_pattern"),
-        ({"bias": "lora_only"}, "uses bias"),
-        ({"lora_bias": True}, "uses lora_bias"),
-        ({"fan_in_fan_out": True}, "uses fan_in_fan_out"),
-        ({"layer_replication": [[0, 2]]}, "uses layer_replication"),
-        ({"trainable_token_indices": [1]}, "uses trainable_token_indices"),
-        ({"target_parameters": ["gate_up_proj"]}, "uses target_parameters"),
+        ({"rank_pattern": {"q_proj": 8}}, "gives the rank 8"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern of 'q_proj' is 0"),
+        ({"rank_pattern": {"(": 8}}, "rank_pattern holds '('"),
+        ({"rank_pattern": 3}, "rank_pattern is 3"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern of 'q_proj' is '8'"),
+        ({"lora_bias": True}, "lora_bias is True"),
+        ({"layer_replication": [[0, 2]]}, "uses layer_replication: it makes a deeper model"),
+        ({"megatron_config": {"a": 1}}, "uses megatron_config"),
+        ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens"),
+        ({"arrow_config": {"top_k": 2}}, "uses arrow_config"),
+        ({"monteclora_config": {"a": 1}}, "uses monteclora_config"),
         ({"init_lora_weights": "pissa_niter_4"}, "uses init_lora_weights=pissa_niter_4"),
-        ({"init_lora_weights": "olora"}, "uses init_lora_weights=olora"),
-        ({"use_qalora": True, "bias": "all"}, "uses use_qalora, bias"),
+        ({"init_lora_weights": "corda"}, "uses init_lora_weights=corda"),
+        ({"use_qalora": True}, "uses use_qalora: QA-LoRA pools"),
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "XLORA"}, "mixes several adapters by a gate"),
         ({"peft_type": None}, "peft_type is None"),
         ({"r": 0}, "r is 0"),
         ({"r": "4"}, "r is '4'"),
@@ -248,9 +272,6 @@ def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
         ({"lora_alpha": -1}, "lora_alpha is -1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
-        ({"target_modules": ["q_proj"]}, f"without a target {V}"),
-        ({"target_modules": ["q_proj", "v_proj", "up_proj"]}, "without a tensor up_proj"),
-        ({"target_modules": ["q_proj", "proj"]}, "without a tensor proj"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_name(
@@ -268,10 +289,12 @@ def test_what_is_not_supported_is_refused_by_its_name(
     [
         (f"{PREFIX}{Q}.lora_magnitude_vector", "use_dora false"),
         (f"{PREFIX}lm_head.lora_magnitude_vector", "lm_head has lora_magnitude_vector only"),
-        (f"{PREFIX}model.embed_tokens.lora_embedding_A", "LoRA on the embedding"),
-        (f"{PREFIX}{Q}.lora_B.bias", "a bias on LoRA"),
-        (f"{PREFIX}model.embed_tokens.base_layer.weight", "a copy of a base weight"),
-        (f"{PREFIX}lm_head.weight", "lm_head.weight [4, 6]"),
+        (f"{PREFIX}model.embed_tokens.lora_embedding_A", "embed_tokens has lora_embedding_A only"),
+        (f"{PREFIX}{Q}.lora_B.bias", "lora_bias is None"),
+        (f"{PREFIX}model.embed_tokens.base_layer.weight", "embed_tokens.weight without a pair"),
+        (f"{PREFIX}{Q}.base_layer.bias", "q_proj.base_layer.bias [4, 6]"),
+        (f"{PREFIX}{Q}.lora_other", "q_proj.lora_other [4, 6]"),
+        (f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", "tokens_delta [4, 6]"),
         (f"{Q}.lora_A.weight", "does not hold pairs"),
         (f"{PREFIX}{Q}.lora_A.default.weight", "does not hold pairs"),
     ],

@@ -1,0 +1,265 @@
+"""A model source as an adapter changes it, apart from separate pairs.
+
+What an adapter does to a model beside W + s B A of its layers' projections is done to the tensors
+as they are read: trained copies of modules (`modules_to_save`), biases, rows of single tokens, LoRA
+on the embedding, the head and small matrices, and what an initialisation takes from the base. The
+projections' pairs are left to the graph (`models.adapters.attach_lora`) or to `engine merge`.
+
+Where the model ties its head to the embedding, PEFT changes the one and leaves the other as it was;
+then the head is a tensor of its own here, unless both are still equal.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, listing
+from engine.model_sources.adapter.biases import BiasedConfig, with_biases, with_key
+from engine.model_sources.adapter.contents import Pairs
+from engine.model_sources.adapter.fit import ModuleNames, check_fit
+from engine.model_sources.adapter.initial import initial_base
+from engine.model_sources.adapter.peft import Adapter
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.view import ModelSourceView
+from kernels.linear.dora import scale_rows_
+from models.tensor_layout import Layout, carried_prefixes
+from models.tensor_names import PROJECTIONS, expected_tensors
+
+log = logging.getLogger(__name__)
+
+HEAD = "lm_head.weight"
+
+
+class AdaptedSource(ModelSourceView):
+    """`base` with all of `adapter` but `pairs`, which have the factors `scales`, by module.
+
+    `folded` counts the tensors that are changed. Raises `CheckpointError` where the adapter does
+    not fit the model.
+    """
+
+    def __init__(self, base: ModelSource, adapter: Adapter) -> None:
+        super().__init__(base)
+        self.adapter = adapter
+        check_fit(adapter, base.config, base.path)
+        self._rename = ModuleNames(base.config, adapter)
+        self._layout = Layout.of_names(base.config, base.names())
+        self._base_names, self._base_tied = set(base.names()), base.config.tie_word_embeddings
+        self.embedding = self._layout.path("model.embed_tokens.weight")
+        everything = self._rename.all(adapter.pairs)
+        self.scales = self._rename.all(adapter.scales)
+        others = adapter.others
+        self.pairs: Pairs = {m: pair for m, pair in everything.items() if _stays_separate(m)}
+        self.folded_pairs: Pairs = {m: p for m, p in everything.items() if m not in self.pairs}
+        self._all_pairs = everything
+        self._embeddings = self._rename.all(others.embeddings)
+        self._bases = self._rename.all(others.bases)
+        self._copies = self._rename.all(others.copies)
+        self._rows = self._rename.all(others.rows)
+        self._set_biases()
+        self._set_vocabulary()
+        self._set_tie()
+        self._names = self._ordered_names()
+        self.folded = len(self._changed())
+        self._require_copies_fit()
+
+    @property
+    def copied(self) -> Collection[str]:
+        """Names of the tensors that the adapter holds whole, which PEFT never quantises."""
+        return self._copies.keys()
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in (self.embedding, HEAD):
+            return (self.config.vocab_size, self.config.hidden_size)
+        if name in self._copies:
+            return tuple(self._copies[name].shape)
+        if name in self._biases:
+            return tuple(self._biases[name].shape)
+        return self.base.shape(self._stored(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        new = name in self._biases and name not in self._base_names
+        return self.base.dtype(f"{name.rpartition('.')[0]}.weight" if new else self._stored(name))
+
+    def release(self, name: str) -> None:
+        if self._stored(name) in self._base_names:
+            self.base.release(self._stored(name))
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor; in float32 where the adapter changes it."""
+        module, _, leaf = name.rpartition(".")
+        if leaf == "bias" and name in self._biases:
+            return self._biased(name)
+        weight = self._copies[name] if name in self._copies else self._below(name)
+        if leaf != "weight":
+            return weight
+        if module in self.folded_pairs:
+            weight = _with_pair(weight, self.folded_pairs[module], self.scales[module])
+        if module in self._embeddings:
+            weight = self._with_embedding(module, weight)
+        return self._with_rows(module, weight)
+
+    def _stored(self, name: str) -> str:
+        """The base's tensor from which `name` comes."""
+        return self.embedding if name == HEAD and HEAD not in self._base_names else name
+
+    def _changed(self) -> set[str]:
+        modules = {*self.folded_pairs, *self._embeddings, *self._rows}
+        initial = self._all_pairs.keys() if self.adapter.config.initial else set()
+        named = {f"{module}.weight" for module in modules | initial}
+        return named | self._copies.keys() | self._bases.keys() | self._biases.keys()
+
+    def _below(self, name: str) -> Tensor:
+        """The tensor below what the adapter adds to it.
+
+        PEFT stores the weights of embedding and head with their pairs, as an initialisation left
+        them; where the two are tied, what it does to the one it does to both.
+        """
+        tied = self._base_tied and name in (self.embedding, HEAD)
+        for key in (name, *((self.embedding, HEAD) if tied else ())):
+            if key in self._bases:
+                return self._bases[key]
+        weight = self.base.tensor(self._stored(name))
+        module = "lm_head" if tied else name.removesuffix(".weight")
+        config = self.adapter.config
+        if not config.initial or module not in self._all_pairs:
+            return weight
+        rank = int(self._all_pairs[module][0].shape[0])
+        return initial_base(weight, config.initial, rank, self.scales[module], config.raw)
+
+    def _with_embedding(self, module: str, weight: Tensor) -> Tensor:
+        a, b, *magnitude = self._embeddings[module]
+        scale = self.adapter.config.module_scale(module)
+        wide = weight.to(torch.float32, copy=True).addmm_(a.T, b.T, alpha=scale)
+        if not magnitude:
+            return wide
+        # PEFT measures the columns of the embedding, not the tokens' rows.
+        lengths: Tensor = torch.linalg.vector_norm(wide, dim=0)
+        return wide.mul_(magnitude[0] / lengths)
+
+    def _with_rows(self, module: str, weight: Tensor) -> Tensor:
+        """`weight` with the trained rows of single tokens; a tied head has the embedding's."""
+        source = module
+        if (
+            module == "lm_head"
+            and module not in self._rows
+            and self.base.config.tie_word_embeddings
+        ):
+            source = self.embedding.removesuffix(".weight")
+        rows = self._rows.get(source)
+        if rows is None:
+            return weight
+        index = self._token_indices(source)
+        if len(index) != len(rows) or max(index) >= len(weight) or min(index) < 0:
+            raise CheckpointError(
+                f"{self.adapter.path}: trainable_token_indices of {source} are {index[:8]}, for "
+                f"{len(rows)} rows of a vocabulary of {len(weight)}."
+            )
+        return weight.to(torch.float32, copy=True).index_copy_(0, torch.tensor(index), rows)
+
+    def _token_indices(self, module: str) -> list[int]:
+        given = self.adapter.config.raw.get("trainable_token_indices") or []
+        if isinstance(given, dict):
+            leaf = module.rpartition(".")[2]
+            given = next((v for k, v in given.items() if k.rpartition(".")[2] == leaf), [])
+        return [index for index in given if isinstance(index, int)]
+
+    def _biased(self, name: str) -> Tensor:
+        module = name.rpartition(".")[0]
+        extra: Tensor = self._biases[name] * self.scales.get(module, 0.0)
+        if name in self._copies:
+            return self._copies[name] + extra
+        return self.base.tensor(name).float() + extra if name in self._base_names else extra
+
+    def _set_biases(self) -> None:
+        """Biases of B are added to those of the base, which gets some where it has none."""
+        given = self._rename.all(self.adapter.others.biases)
+        self._require_biases()
+        self.biased: BiasedConfig = with_biases(self.base, given)
+        self.config, self.raw_config = self.biased.config, self.biased.raw
+        expected = expected_tensors(self.config, self._layout)
+        self._biases = {
+            name: given.get(name.removesuffix(".bias"), torch.zeros(shape))
+            for name, shape in expected.items()
+            if name.endswith(".bias")
+            and (name.removesuffix(".bias") in given or name not in self._base_names)
+        }
+
+    def _require_biases(self) -> None:
+        """Raise where the configuration promises trained biases that are not there."""
+        kind = self.adapter.config.raw.get("bias", "none")
+        own = {n for n in self._base_names if n.endswith("_proj.bias")}
+        if kind == "lora_only":
+            own = {
+                n for n in own if n.removesuffix(".bias") in self._rename.all(self.adapter.pairs)
+            }
+        missing = sorted(own - self._copies.keys()) if kind != "none" else []
+        if missing:
+            raise CheckpointError(
+                f"{self.adapter.path}: bias is {kind!r}, and no bias is there for "
+                f"{listing(missing)}. The two files belong to different adapters."
+            )
+
+    def _set_vocabulary(self) -> None:
+        """The rows of the embedding where the adapter was trained with another vocabulary."""
+        whole = {**self._bases, **self._copies}
+        sizes = {len(whole[name]) for name in (self.embedding, HEAD) if name in whole}
+        size = self.config.vocab_size
+        if sizes <= {size}:
+            return
+        complete = self.embedding in whole and (HEAD in whole or self.config.tie_word_embeddings)
+        if len(sizes) > 1 or not complete:
+            raise CheckpointError(
+                f"{self.adapter.path} was trained with a vocabulary of {sorted(sizes)} tokens, the "
+                f"model has {size}, and the adapter does not hold both embedding and head."
+            )
+        self.config = replace(self.config, vocab_size=sizes.pop())
+        self.raw_config = with_key(self.raw_config, "vocab_size", self.config.vocab_size)
+
+    def _set_tie(self) -> None:
+        if not self.config.tie_word_embeddings:
+            return
+        touched = {*self.folded_pairs, *self._embeddings, *self._rows}
+        touched |= {name.removesuffix(".weight") for name in self._copies}
+        if not touched & {"lm_head", self.embedding.removesuffix(".weight")}:
+            return
+        if not torch.equal(self.tensor(self.embedding), self.tensor(HEAD)):
+            self.config = replace(self.config, tie_word_embeddings=False)
+
+    def _ordered_names(self) -> list[str]:
+        if self.config == self.base.config:
+            return self.base.names()
+        others = carried_prefixes(self.base.config)
+        own = list(expected_tensors(self.config, self._layout))
+        return own + [name for name in self.base.names() if name.startswith(others)]
+
+    def _require_copies_fit(self) -> None:
+        own = expected_tensors(self.config, self._layout)
+        given = {**self._copies, **self._bases}
+        wrong = [
+            f"{name} is {list(tensor.shape)}, in the model {list(own.get(name, ())) or 'nothing'}"
+            for name, tensor in given.items()
+            if own.get(name, () if name != HEAD else tensor.shape) != tuple(tensor.shape)
+        ]
+        if wrong:
+            raise CheckpointError(
+                f"The adapter {self.adapter.path} does not fit the model {self.path}: "
+                f"{listing(wrong)}. Name the model that the adapter was trained on."
+            )
+
+
+def _stays_separate(module: str) -> bool:
+    return ".layers." in module and module.rpartition(".")[2] in PROJECTIONS
+
+
+def _with_pair(weight: Tensor, parts: tuple[Tensor, ...], scale: float) -> Tensor:
+    a, b, *magnitude = parts
+    wide = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
+    return scale_rows_(wide, magnitude[0]) if magnitude else wide

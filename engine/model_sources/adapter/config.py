@@ -1,0 +1,198 @@
+"""adapter_config.json: what an adapter is, read and written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.model_sources.adapter.experts import PARAMETERS
+from engine.model_sources.adapter.keys import initialisation, judge_adapter_keys
+
+# Written as they are, next to the keys of `AdapterConfig`.
+_CONSTANT: dict[str, Any] = {
+    "alpha_pattern": {},
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "rank_pattern": {},
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+}
+_MOST = 65_536
+_LONGEST_PATTERN = 1000
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The part of adapter_config.json that says what the adapter is.
+
+    `target_modules` are suffixes of module names, such as "q_proj". A module's rank and alpha are
+    those of the first pattern that matches its name, else `r` and `lora_alpha`. With
+    `fused_experts` the pairs of experts are written as `engine.model_sources.adapter.experts` says.
+    `raw` is the parsed file; empty for an adapter that was made here.
+    """
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str]
+    base_model_name_or_path: str = ""
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    fused_experts: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def scale(self) -> float:
+        """The factor of B @ A of a module that no pattern names."""
+        return scale_of(self.lora_alpha, self.r, self.use_rslora)
+
+    @property
+    def plain_alpha(self) -> float:
+        """The alpha whose quotient by `r` is the scale; whole where it is."""
+        alpha = self.scale * self.r
+        return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+    @property
+    def initial(self) -> str:
+        """The initialisation that changes the base weights; empty where none does."""
+        return initialisation(self.raw)
+
+    def rank(self, module: str) -> int:
+        """The rank that `module` should have."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def module_scale(self, module: str) -> float:
+        """The factor of B @ A of `module`."""
+        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        return scale_of(alpha, self.rank(module), self.use_rslora)
+
+
+def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
+    """The factor of B @ A."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def to_json(config: AdapterConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the file: conservative keys, and `carried` as it was read elsewhere.
+
+    alpha / r is the scale whatever the configuration calls it, since llama.cpp's converter reads no
+    `use_rslora`.
+    """
+    return {
+        **_CONSTANT,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "lora_alpha": config.plain_alpha,
+        "lora_dropout": config.lora_dropout,
+        "r": config.r,
+        "target_modules": sorted(config.target_modules),
+        "use_dora": config.use_dora,
+        "use_rslora": False,
+        **carried,
+    }
+
+
+def from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
+    """Read a parsed adapter_config.json. Raises `CheckpointError` naming `source` and the key."""
+    judge_adapter_keys(raw, source)
+    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
+    rank = _require_rank("r", rank, source)
+    for key, value, high in (("lora_alpha", alpha, math.inf), ("lora_dropout", dropout, 1.0)):
+        _require_number(key, value, high, source)
+    ranks = _patterns(raw, "rank_pattern", source)
+    alphas = _patterns(raw, "alpha_pattern", source)
+    for pattern, value in ranks.items():
+        _require_rank(f"rank_pattern of {pattern!r}", value, source)
+    for pattern, value in alphas.items():
+        _require_number(f"alpha_pattern of {pattern!r}", value, math.inf, source)
+    targets = raw.get("target_modules")
+    # A text is a pattern over module names; the tensors say just as well which modules it means.
+    listed = list(map(str, targets)) if isinstance(targets, list) else []
+    parameters = list(map(str, raw.get("target_parameters") or []))
+    return AdapterConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=listed,
+        base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
+        lora_dropout=float(dropout),
+        use_rslora=bool(raw.get("use_rslora", False)),
+        use_dora=bool(raw.get("use_dora", False)),
+        fused_experts=any(_ends(PARAMETERS, name) for name in parameters),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        raw=raw,
+    )
+
+
+def _ends(names: tuple[str, ...], name: str) -> bool:
+    return any(f".{full}".endswith(f".{name}") or f".{name}".endswith(full) for full in names)
+
+
+def _patterns(raw: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{source}: {key} is {value!r}; expected an object of patterns.")
+    for pattern in value:
+        compile_pattern(pattern, key, source)
+    return value
+
+
+def compile_pattern(pattern: str, key: str, source: str) -> re.Pattern[str]:
+    """A regular expression over module names. Raises `CheckpointError` for what is none."""
+    try:
+        if len(pattern) > _LONGEST_PATTERN:
+            raise re.error(f"it has {len(pattern)} characters, at most {_LONGEST_PATTERN} are read")
+        return re.compile(rf"(.*\.)?({pattern})$" if key.endswith("_pattern") else pattern)
+    except re.error as error:
+        raise CheckpointError(
+            f"{source}: {key} holds {pattern[:80]!r}, which is no pattern of module names: {error}."
+        ) from error
+
+
+def _require_rank(key: str, rank: Any, source: str) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= _MOST:
+        raise CheckpointError(f"{source}: {key} is {rank!r}; expected a rank of at least 1.")
+    return rank
+
+
+def _require_number(key: str, value: Any, high: float, source: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high:
+        raise CheckpointError(f"{source}: {key} is {value!r}; expected a number from 0.")
+
+
+def model_card(config: AdapterConfig) -> str:
+    """The model card that PEFT writes: front matter by which the hub knows what this is."""
+    base = json.dumps(config.base_model_name_or_path)
+    tag = json.dumps(f"base_model:adapter:{config.base_model_name_or_path}")
+    targets = ", ".join(sorted(config.target_modules))
+    return (
+        f"---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\n"
+        f"tags:\n- {tag}\n- lora\n- transformers\n---\n\n# LoRA adapter\n\n"
+        f"Rank {config.r}, scale {config.scale:g}, on {targets} of "
+        f"`{config.base_model_name_or_path}`. Load it with PEFT:\n\n"
+        "    from peft import PeftModel\n"
+        "    model = PeftModel.from_pretrained(base_model, this_folder)\n"
+    )

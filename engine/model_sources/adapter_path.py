@@ -1,0 +1,53 @@
+"""Resolve the name of an adapter: folder, run or hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.adapter.peft import CONFIG
+from engine.model_sources.hub import fetch_adapter, is_hub_id
+
+_IN_RUN = "adapter"
+
+
+def adapter_path(name: Path | str) -> Path:
+    """The folder or GGUF file of the adapter that `name` means.
+
+    A run's directory means its `adapter/`; what is no path may be a hub id, which is looked up in
+    the cache first. Raises `CheckpointError` for a path that holds no adapter, and `ConfigError`
+    for what is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file() or (path / CONFIG).exists():
+        return path
+    if (path / _IN_RUN / CONFIG).exists():
+        return path / _IN_RUN
+    if path.is_dir():
+        raise CheckpointError(f"{path} holds no {CONFIG}{_instead(path)}")
+    if is_hub_id(str(name)):
+        return fetch_adapter(str(name))
+    raise ConfigError(
+        f"There is no adapter {str(name)!r}: no such folder, and it is not a hub id, which looks "
+        "like organisation/name. Check the path."
+    )
+
+
+def _instead(path: Path) -> str:
+    """What the folder holds in place of an adapter, and what to do."""
+    if (path / "model" / "config.json").exists():
+        return (
+            ": it is the directory of a run that trained all weights. Give its model folder as "
+            f"--model {path / 'model'} instead."
+        )
+    if (path / "config.json").exists() and not (path / "manifest.json").exists():
+        return ": it is a model, not an adapter. Give it as --model."
+    if (path / "manifest.json").exists():
+        return (
+            ", nor does its folder adapter: this run has not saved one yet. Let it finish: engine "
+            f"resume {path}"
+        )
+    inner = sorted(folder.parent for folder in path.glob(f"*/{CONFIG}"))
+    if inner:
+        return f", but {', '.join(map(str, inner[:4]))} do: name one of them."
+    return ", so it is not a LoRA adapter. Name the folder that the adapter was saved to."
