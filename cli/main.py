@@ -27,6 +27,7 @@ from engine.runs.startup import importing, leave_quickly
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.training.train", "fine-tune a model: QLoRA, LoRA or every weight"),
     "resume": ("cli.training.train:resume_app", "go on with a run that was stopped"),
+    "init": ("cli.training.init", "write a configuration for a model, rows and a GPU"),
     "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.models.generate", "answer a prompt"),

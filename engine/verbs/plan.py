@@ -149,6 +149,11 @@ class PlanReport:
     rate: float
     planning_seconds: float
 
+    @property
+    def seconds(self) -> float:
+        """Time of one optimizer step, at best."""
+        return self.plan.seconds(self.rate)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, for programs; bytes are integers."""
         planned, config = self.plan, self.plan.config

@@ -6,9 +6,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import GPU_TFLOPS, Program
+from engine.config.choices import GPU_TFLOPS, Method, Program
 from engine.config.settings import Settings, setting
-from engine.config.spelling import BAD_LINES, DEVICE, json_object
+from engine.config.spelling import BAD_LINES, DEVICE, json_object, size_in_bytes, spelled
 from engine.config.tasks.inference import Paths
 
 
@@ -34,6 +34,21 @@ class PlanSettings(Settings):
         None, "Plan", f"for the time: {', '.join(GPU_TFLOPS)}, or its TFLOP/s as a number"
     )
     sizes: bool = setting(False, "Plan", "the models known by name, and their parameters")
+
+
+class InitSettings(Settings):
+    """`engine init`."""
+
+    model: str = setting(..., "Init", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    data: Paths = setting(..., "Init", "rows to train on", repeat=True, min_length=1)
+    memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
+        None, "Init", "memory of the GPU to train on, such as 12GiB; by default this machine's"
+    )
+    method: Annotated[Method, spelled({})] = setting(
+        "qlora", "Init", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
+    )
+    output: Path = setting(Path("train.yaml"), "Init", "new file for the settings")
+    output_dir: Path = setting(Path("runs/first"), "Init", "where the run will go")
 
 
 class ImportSettings(Settings):
