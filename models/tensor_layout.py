@@ -66,13 +66,15 @@ class Layout:
 
     def assemble(self, name: str, shape: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
         """The graph's parameter `name` from the file's tensors; a copy only where it is divided."""
-        stored = [read(part) for part in self.parts(name, shape)]
-        return stored[0] if len(stored) == 1 else torch.cat(stored).view(shape)
+        parts = self.parts(name, shape)
+        stored = [read(part) for part in parts]
+        # One expert's matrix is divided too: its file has two dimensions.
+        return stored[0] if shape in parts.values() else torch.cat(stored).view(shape)
 
     def divide(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The file's tensors of the graph's parameter `name`, views of `tensor`."""
         parts = self.parts(name, tuple(tensor.shape))
-        if len(parts) == 1:
+        if tuple(tensor.shape) in parts.values():
             return dict.fromkeys(parts, tensor)
         rows = tensor.reshape(-1, tensor.shape[-1]).split([part[0] for part in parts.values()])
         return dict(zip(parts, rows, strict=True))

@@ -41,6 +41,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ONE_EXPERT = {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 20}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 28}
 DELTA = {
@@ -123,6 +124,43 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"qkv_bias": False, "mlp_only_layers": [1]},
     ),
     "one expert a token": ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 1}),
+    "one expert": ("qwen3_moe", ONE_EXPERT),
+    "one expert beside the shared one": (
+        "qwen2_moe",
+        ONE_EXPERT | {"shared_expert_intermediate_size": 28, "norm_topk_prob": True},
+    ),
+    "one expert of a hybrid": (
+        "qwen3_next",
+        ONE_EXPERT | {"shared_expert_intermediate_size": 28} | DELTA | LAYERS,
+    ),
+    "one expert of a decoder with vision": (
+        "qwen3_5_moe_text",
+        ONE_EXPERT | {"shared_expert_intermediate_size": 28} | DELTA | LAYERS,
+    ),
+    "all experts for every token": (
+        "qwen3_moe",
+        EXPERTS | {"num_experts_per_tok": 5, "norm_topk_prob": True},
+    ),
+    "experts of width one": ("qwen3_moe", EXPERTS | {"moe_intermediate_size": 1}),
+    "one of everything": (
+        "qwen3_moe",
+        ONE_EXPERT
+        | {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+        | {"head_dim": 4, "moe_intermediate_size": 1},
+    ),
+    "one layer, one head": (
+        "llama",
+        {"num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+        | {"head_dim": 4, "intermediate_size": 1},
+    ),
+    "one head of a hybrid": (
+        "qwen3_next",
+        SHARED
+        | LAYERS
+        | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 16}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 1}
+        | {"linear_num_value_heads": 1, "partial_rotary_factor": 0.5},
+    ),
     "window on every layer": (
         "qwen3_moe",
         EXPERTS
@@ -192,7 +230,8 @@ def written(raw: dict[str, Any], folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder)
     named = raw.get("architectures")
     kind = getattr(transformers, named[0])._from_config if named else None
-    model = (kind or AutoModelForCausalLM.from_config)(config, attn_implementation="eager")
+    how = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = (kind or AutoModelForCausalLM.from_config)(config, **how)
     centred = raw["model_type"].startswith(("qwen3_next", "qwen3_5"))
     for name, parameter in model.named_parameters():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

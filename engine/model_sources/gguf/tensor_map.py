@@ -86,9 +86,25 @@ class Source:
 def sources(config: ModelConfig, present: Mapping[str, Shape]) -> dict[str, Source]:
     """Name in the hub's layout -> where it is, in a file with the tensors `present`."""
     return {
-        name: _source(config, name, shape, present)
+        name: _without_ones(_source(config, name, shape, present), present)
         for name, shape in expected_tensors(config).items()
     }
+
+
+def _without_ones(source: Source, present: Mapping[str, Shape]) -> Source:
+    """`source` as the file has it: ggml drops outer dimensions of 1, such as that of one expert."""
+    stored = {name: _stored(present, name, shape) for name, shape in source.tensors.items()}
+    if stored == dict(source.tensors):
+        return source
+    one = source.entry is not None
+    shapes = [shape[1:] if one else shape for shape in source.tensors.values()]
+
+    def restore(*parts: Tensor) -> Tensor:
+        views = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return source.restore(*views)
+
+    whole = one and all(len(s) < len(source.tensors[n]) for n, s in stored.items())
+    return Source(stored, restore, None if whole else source.entry)
 
 
 def _source(config: ModelConfig, name: str, shape: Shape, present: Mapping[str, Shape]) -> Source:
@@ -109,9 +125,6 @@ def _source(config: ModelConfig, name: str, shape: Shape, present: Mapping[str, 
     if module.endswith("norm") and config.zero_centered_norm:
         # These families have a norm behind attention where others have one before the MLP.
         return Source({theirs.replace("ffn_norm", "post_attention_norm"): shape}, _less_one)
-    if module == "mlp.shared_expert_gate":
-        stored = _stored(present, theirs, shape)
-        return Source({theirs: stored}, lambda gate: gate.view(1, -1))
     if module in ("self_attn.q_proj", "self_attn.k_proj") and config.model_type in _INTERLEAVED:
         queries = module == "self_attn.q_proj"
         heads = config.num_attention_heads if queries else config.num_key_value_heads
@@ -159,9 +172,8 @@ def _delta_net(
     tiled = config.model_type in _TILED and heads != keys
     group = partial(grouped, key_heads=keys, value_heads=heads)
     if rest == "conv1d.weight":
-        stored = _stored(present, theirs, shape)
         start = 2 * key_rows if tiled else shape[0]
-        return Source({theirs: stored}, lambda taps: group(taps.view(shape), start=start))
+        return Source({theirs: shape}, lambda taps: group(taps, start=start))
     if rest == "A_log":
         return Source({theirs: shape}, lambda a: group(a.neg().log(), start=0 if tiled else heads))
     if not tiled or rest == "norm.weight":

@@ -5,6 +5,8 @@ The files of `tests/fixtures/gguf` were made from the golden checkpoints of the 
 of `qwen2_moe` has random weights of its own, for llama.cpp reads no mixture with a dense layer.
 """
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.export import export_hf_directory
@@ -109,6 +111,7 @@ def write_qwen2_moe(
     change: dict[str, tuple[int, Any] | None] | None = None,
     joint: bool = False,
     drop: str = "never",
+    ones: bool = True,
 ) -> Path:
     """The golden Qwen2-MoE, whose first layer is dense, and behind it a layer of prediction."""
     raw = load_file(golden("qwen2_moe") / "model.safetensors")
@@ -120,8 +123,9 @@ def write_qwen2_moe(
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
         stored[name] = tensor[0] if "gate_inp_shexp" in name else tensor
+    count = config.num_experts
     experts = {
-        kind: [raw[f"model.layers.1.mlp.experts.{n}.{kind}_proj.weight"] for n in range(6)]
+        kind: [raw[f"model.layers.1.mlp.experts.{n}.{kind}_proj.weight"] for n in range(count)]
         for kind in ("gate", "up", "down")
     }
     stacks = {kind: torch.stack(matrices) for kind, matrices in experts.items()}
@@ -142,9 +146,17 @@ def write_qwen2_moe(
         "expert_count": (U32, 6),
         "expert_used_count": (U32, 2),
     } | (change or {})
+
+    def shape_of(tensor: torch.Tensor) -> tuple[int, ...]:
+        """Innermost dimension first."""
+        shape = list(tensor.shape)
+        while not ones and shape[0] == 1:
+            del shape[0]
+        return tuple(shape[::-1])
+
     keys = {f"qwen2moe.{key}": value for key, value in metadata.items() if value is not None}
     tensors = [
-        (name, tuple(tensor.shape)[::-1], 0, None, tensor.numpy().tobytes())
+        (name, shape_of(tensor), 0, None, tensor.numpy().tobytes())
         for name, tensor in stored.items()
         if drop not in name
     ]
@@ -164,6 +176,40 @@ def test_a_mixture_with_a_dense_layer_is_read_without_the_layer_of_prediction(
     assert checkpoint.config.sparse_layers == (False, True)
     by_file = {"bos_token_id": None, "eos_token_id": ()}
     assert checkpoint.config == replace(original.config, **by_file)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("joint", [False, True])
+def test_one_expert_is_read_with_and_without_its_dimension(
+    golden: Golden, gguf_bytes: Pack, tmp_path: Path, joint: bool, dropped: bool
+) -> None:
+    """ggml's own writer leaves out outer dimensions of 1, its Python package writes them."""
+    raw = {
+        name: tensor[:1] if name.endswith("mlp.gate.weight") else tensor
+        for name, tensor in load_file(golden("qwen2_moe") / "model.safetensors").items()
+        if ".experts." not in name or ".experts.0." in name
+    }
+    folder = tmp_path / "model"
+    shutil.copytree(golden("qwen2_moe"), folder)
+    save_file(raw, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_experts": 1, "num_experts_per_tok": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    change: dict[str, tuple[int, Any] | None] = {
+        "expert_count": (U32, 1),
+        "expert_used_count": (U32, 1),
+    }
+    path = write_qwen2_moe(
+        lambda _: folder, gguf_bytes, tmp_path / "a.gguf", change, joint=joint, ones=not dropped
+    )
+    shapes = [info.shape for name, info in GGUFFile(path).tensors.items() if "_exps" in name]
+    assert all(len(shape) == 3 - dropped for shape in shapes)
+    checkpoint, original = GGUFSource(path), HFDirectory(folder)
+    assert checkpoint.names() == original.names()
+    for name in original.names():
+        assert torch.equal(checkpoint.tensor(name), original.tensor(name)), name
+    ids = torch.arange(50)[None]
+    assert torch.equal(load_model(path)(ids), load_model(folder)(ids))
 
 
 @pytest.mark.parametrize(
