@@ -115,12 +115,19 @@ def _multiply(
             torch.mm(extended, decoded.forward_matrix().T, out=ys.matrix)
             return
     matrix, joined = matrix_of(x), stacked(decoded.weights, 0)
+    # An adapter's part is far smaller than the base's: added to a product that is rounded to 16
+    # bits already it would mostly vanish, so there it comes first and the base is added to it.
+    first = xa is not None and ys.matrix.itemsize == 2
+    if first:
+        _add_adapters(xa, projections, ys, decoded.adapters, 0.0)
+    beta = 1.0 if first else 0.0
     if joined is not None:
-        torch.mm(matrix, joined.T, out=ys.matrix)
+        torch.addmm(ys.matrix, matrix, joined.T, beta=beta, out=ys.matrix)
     else:
         for y, weight in zip(ys.parts, decoded.weights, strict=True):
-            torch.mm(matrix, weight.T, out=y)
-    _add_adapters(xa, projections, ys, decoded.adapters)
+            torch.addmm(y, matrix, weight.T, beta=beta, out=y)
+    if not first:
+        _add_adapters(xa, projections, ys, decoded.adapters)
 
 
 def _with_spare(
@@ -138,16 +145,24 @@ def _with_spare(
 
 
 def _add_adapters(
-    xa: Tensor | None, projections: Sequence[Projection], ys: Columns, adapters: Adapters | None
+    xa: Tensor | None,
+    projections: Sequence[Projection],
+    ys: Columns,
+    adapters: Adapters | None,
+    beta: float = 1.0,
 ) -> None:
+    """ys = beta ys + the adapters' parts."""
     if xa is None:
         return
     if adapters is not None:
-        ys.matrix.addmm_(xa, adapters.b.T)
+        torch.addmm(ys.matrix, xa, adapters.b.T, beta=beta, out=ys.matrix)
         return
     for y, projection, low in zip(ys.parts, projections, split_ranks(xa, projections), strict=True):
         if projection.lora_b is not None and low is not None:
-            y.addmm_(low, projection.lora_b.to(y.dtype).T, alpha=projection.scale)
+            b, scale = projection.lora_b.to(y.dtype), projection.scale
+            torch.addmm(y, low, b.T, beta=beta, alpha=scale, out=y)
+        elif beta == 0.0:
+            y.zero_()
 
 
 class _Project(torch.autograd.Function):

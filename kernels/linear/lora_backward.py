@@ -203,20 +203,20 @@ def _input_gradient(
         return dzs.extended(low.shape[1]) @ decoded.backward_matrix()
     weights, joined = decoded.weights, outputs.joined()
     below = stacked(weights, 0)
+    pairs = list(zip(dzs, weights, strict=True))
     if below is not None and joined is not None:
-        dx = joined @ below
-    else:
-        parts = list(dzs)
-        dx = parts[0] @ weights[0]
-        for dz, weight in zip(parts[1:], weights[1:], strict=True):
-            dx.addmm_(dz, weight)
+        pairs = [(joined, below)]
     if low is None:
-        return dx
-    a = _stacked_a(projections, dx.dtype) if outputs.adapters is None else outputs.adapters.a
-    assert a is not None
-    if seed is None:
-        return dx.addmm_(low, a)
-    return dx.add_(dropped(low @ a, projections, seed))
+        dz, weight = pairs.pop(0)
+        dx = dz @ weight
+    else:  # first, because it is small: see `kernels.linear.lora._multiply`
+        joint = outputs.adapters
+        a = _stacked_a(projections, low.dtype) if joint is None else joint.a
+        assert a is not None
+        dx = dropped(low @ a, projections, seed)
+    for dz, weight in pairs:
+        dx.addmm_(dz, weight)
+    return dx
 
 
 def parameter_gradients(

@@ -210,3 +210,45 @@ def test_a_wrong_scale_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lora_module, "_stacked_a", lambda ps, dtype: ps[0].lora_a * 1.01)
     assert not torch.allclose(project(x, (p,))[0][0], honest)
     assert torch.allclose(honest, textbook(x, p))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_small_adapter_is_not_rounded_away_in_16_bits(missing: bool) -> None:
+    """Added to a rounded product, what is under half a unit in the last place would vanish."""
+
+    def narrow(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=G).bfloat16()
+
+    rows, width, rank = 96, 256, 4
+    x = narrow(rows, width)
+    group = tuple(
+        Projection(
+            narrow(width, width),
+            None,
+            None if missing and index == 0 else narrow(rank, width),
+            None if missing and index == 0 else narrow(width, rank) * 2.0**-11,
+        )
+        for index in range(2)
+    )
+    ys, _ = project(x, group)
+    for y, p in zip(ys.parts, group, strict=True):
+        assert isinstance(p.weight, Tensor)
+        base = x.double() @ p.weight.double().T
+        if p.lora_a is None or p.lora_b is None:
+            assert torch.allclose(y.double(), base, rtol=2**-8, atol=0.1)
+            continue
+        part = x.double() @ p.lora_a.double().T @ p.lora_b.double().T
+        assert part.std() < 2.0**-8 * base.std()
+        share = float(((y.double() - base) * part).sum() / part.square().sum())
+        assert abs(share - 1.0) < 0.2
+    dys = [narrow(rows, width) for _ in group]
+    dx = project_backward(dys, x, group, {})
+    assert dx is not None
+    base, part = torch.zeros(rows, width).double(), torch.zeros(rows, width).double()
+    for dy, p in zip(dys, group, strict=True):
+        assert isinstance(p.weight, Tensor)
+        base += dy.double() @ p.weight.double()
+        if p.lora_a is not None and p.lora_b is not None:
+            part += dy.double() @ p.lora_b.double() @ p.lora_a.double()
+    share = float(((dx.double() - base) * part).sum() / part.square().sum())
+    assert abs(share - 1.0) < 0.2
