@@ -20,6 +20,8 @@ from torch.optim.optimizer import ParamsT
 from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
 from kernels.adamw8bit.dynamic_map import Rounding
 from kernels.adamw8bit.launch import SegmentTable, adamw_flat_
+from kernels.adamw8bit.step_compiled import adamw_rows_
+from kernels.runtime.cores import use_compiled
 from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.simulation import once_per_shape
@@ -180,7 +182,10 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         active = list(grads)
         for members, update in self._runs(active):
-            for slab in self._plan(members):
+            compiled = _compiled_members(flat, members, params, grads, update)
+            _step_compiled(flat, compiled, params, grads, update, grad_scale)
+            rest = tuple(i for i in members if i not in compiled) if compiled else members
+            for slab in self._plan(rest):
                 _step_slab(flat, slab, params, grads, update, grad_scale)
         flat.steps[active] += 1
 
@@ -300,6 +305,46 @@ class AdamW8bit(torch.optim.Optimizer):
             plan = slabs(sorted(segments, key=lambda s: (s.quantized, s.row)))
             self._plans[members] = plan
         return plan
+
+
+def _compiled_members(
+    flat: FlatState,
+    members: tuple[int, ...],
+    params: list[Tensor],
+    grads: Mapping[int, Tensor],
+    update: Update,
+) -> dict[int, int]:
+    """The first row of each of `members` whose step can be the compiled loop."""
+    if update.rounding != "grid" or not use_compiled(flat.m_codes):
+        return {}
+    exact = torch.float32
+    return {
+        i: flat.segments[i].row
+        for i in members
+        if flat.segments[i].quantized
+        and params[i].dtype == grads[i].dtype == exact
+        and grads[i].is_contiguous()
+    }
+
+
+def _step_compiled(
+    flat: FlatState,
+    rows: Mapping[int, int],
+    params: list[Tensor],
+    grads: Mapping[int, Tensor],
+    update: Update,
+    grad_scale: float | Tensor,
+) -> None:
+    if not rows or flat.m_codes.is_meta:
+        return
+    adamw_rows_(
+        [params[i].detach() for i in rows],
+        [grads[i] for i in rows],
+        list(rows.values()),
+        flat.flat_moments(),
+        update,
+        float(grad_scale),
+    )
 
 
 def _slab_memory(flat: FlatState, slab: Slab, params: list[Tensor], *_: object) -> object:

@@ -36,7 +36,8 @@ BELOW = {
 }
 OWN = {*BELOW, "tests", "bench", "examples"}
 ARITHMETIC_ONLY = {"kernels", "models", "optim"}
-ARITHMETIC_LIBRARIES = {"torch", "triton", "numpy", "safetensors"}
+# numba and llvmlite are optional: kernels.runtime.cores asks for them.
+ARITHMETIC_LIBRARIES = {"torch", "triton", "numpy", "safetensors", "numba", "llvmlite"}
 PEERS = {
     "accelerate",
     "bitsandbytes",

@@ -35,6 +35,7 @@ _REQUIRED = {
     "psutil": "psutil",
 }
 _EXTRAS = {
+    "cpu": ("numba",),
     "gguf": ("gguf",),
     "plot": ("matplotlib",),
     "tensorboard": ("tensorboard",),

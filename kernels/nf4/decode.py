@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.nf4.decode_compiled import COMPILED_DTYPES, decode_whole_blocks
 from kernels.nf4.planar import decoded_tensor
 from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
+from kernels.runtime.cores import use_compiled
 from kernels.runtime.scratch import scratch
 from kernels.runtime.simulation import equal_parts, once_per_shape
 
@@ -24,6 +26,7 @@ _GRAIN = 1 << 15
 _CPU_SLAB = 2 * _GRAIN
 _CUDA_SLAB = 1 << 22
 _SCALES_AT_ONCE = 1 << 15
+_SCALES_COMPILED = 1 << 18
 
 
 def dequantize(
@@ -86,7 +89,7 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
         _decode_blocks(weight, begin - skew, block)
         out[:head].copy_(block[skew:])
         begin, out = begin + head, out[head:]
-    span = _SCALES_AT_ONCE * block_size
+    span = (_SCALES_COMPILED if use_compiled(out) else _SCALES_AT_ONCE) * block_size
     for at in equal_parts(range(0, out.numel(), span)):
         _decode_blocks(weight, begin + at, out[at : at + span])
 
@@ -94,16 +97,26 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
 def _decode_blocks(weight: NF4Weight, begin: int, out: Tensor) -> None:
     """Decode into the flat `out` from `begin`, which lies on a block boundary."""
     n, block_size = out.numel(), weight.block_size
+    scales = _decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
+    if use_compiled(out) and out.dtype in COMPILED_DTYPES:
+        whole = n // block_size
+        if not out.is_meta:
+            codes = weight.packed[begin // 2 : begin // 2 + whole * block_size // 2]
+            decode_whole_blocks(codes, scales[:whole], block_size, out[: whole * block_size])
+        done = whole * block_size
+        begin, out, scales = begin + done, out[done:], scales[whole:]
+    if not out.numel():
+        return
     if out.dtype == torch.float32 and out.data_ptr() % 8 == 0:
-        scales = _decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
         _look_up(weight, begin, scales, out)
         return
     slab = _GRAIN if out.is_cpu else _CUDA_SLAB
-    for at in equal_parts(range(0, n, slab)):
-        target = out[at : at + slab]
+    factors = torch.split(scales, slab // block_size)
+    for target, factor in equal_parts(zip(torch.split(out, slab), factors, strict=True)):
         exact = scratch("nf4 slab", (target.numel(),), torch.float32, out.device)
-        _decode_blocks(weight, begin + at, exact)
+        _look_up(weight, begin, factor, exact)
         target.copy_(exact)
+        begin += target.numel()
 
 
 def _look_up(weight: NF4Weight, begin: int, scales: Tensor, out: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.benchmark.cases.random_weights import random_decoder
 from engine.training.step import TrainingStep
 from kernels.elementwise.dropout import Seed, dropout, keep_mask
-from kernels.linear import lora
+from kernels.linear import lora_backward
 from kernels.moe import grouped_matmul
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -38,7 +38,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[Draw]:
         drawn.append((int(seed.key), seed.site, seed.first_row, x.shape[0], x.shape[1]))
         return dropout(x, p, seed)
 
-    for module in (lora, grouped_matmul):
+    for module in (lora_backward, grouped_matmul):
         monkeypatch.setattr(module, "dropout", recording)
     return drawn
 
