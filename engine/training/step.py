@@ -86,7 +86,8 @@ class TrainingStep:
             raise ValueError(
                 "steps in backward take one micro-batch, unclipped, at a loss scale of 1"
             )
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
         for micro, batch in enumerate(batches):
             part = self.model.batch_loss(

@@ -49,7 +49,7 @@ def pairs_of(projections: Sequence[Projection]) -> list[tuple[Tensor, Tensor, fl
 
 def pack(projections: Sequence[Projection], adapters: Adapters) -> None:
     """Write every element of `adapters`."""
-    pairs = [(a.detach(), b.detach(), scale) for a, b, scale in pairs_of(projections)]
+    pairs = pairs_of(projections)
     if use_triton(adapters.a):
         pack_triton(pairs, adapters.layout, adapters.a, adapters.b)
     else:
@@ -61,8 +61,8 @@ def _pack_reference(pairs: Sequence[tuple[Tensor, Tensor, float]], adapters: Ada
     adapters.a.zero_()
     adapters.b.zero_()
     for (a, b, scale), (_, rows, columns) in zip(pairs, layout.blocks(), strict=True):
-        adapters.a[columns].copy_(a)
-        adapters.b[rows, columns].copy_(b * scale)
+        adapters.a[columns].copy_(a.detach())
+        adapters.b[rows, columns].copy_(b.detach() * scale)
 
 
 def unpack(

@@ -9,6 +9,8 @@ from its column block, so up to three adapters, and the zeros around them, take 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -135,29 +137,49 @@ def unpack_kernel(
             _unpack_a(a2, a_ptr, own, low, x, rank, columns, a_row)
 
 
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: its three adapters, the first of its columns, its grid, and its numbers."""
+
+    adapters: tuple[int, ...]
+    low: int
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _launches(layout: GroupLayout, columns: int) -> tuple[_Launch, ...]:
+    """The launches that go over all column blocks, for pairs with so many inputs."""
+    adapters = list(layout.blocks())
+    tiles = cdiv(layout.rows, ROWS) + cdiv(columns, WIDTH)
+    launches = []
+    for at in range(0, len(adapters), _AT_ONCE):
+        some = adapters[at : at + _AT_ONCE]
+        starts = [part.start // ALIGNED for _, _, part in some]
+        blocks = cdiv(some[-1][2].stop, ALIGNED) - starts[0]
+        bounds = [*(start - starts[0] for start in starts[1:]), _NONE, _NONE]
+        # Adapters that are not there stand for the first one; no column block is theirs.
+        indices = (*range(at, at + len(some)), *[at] * (_AT_ONCE - len(some)))
+        some = [adapters[index] for index in indices]
+        ranks = (part.stop - part.start for _, _, part in some)
+        first = (rows.start for _, rows, _ in some)
+        heights = (rows.stop - rows.start for _, rows, _ in some)
+        numbers = (*ranks, *first, *heights, *bounds[:2], layout.rows, columns)
+        launches.append(_Launch(indices, starts[0] * ALIGNED, (tiles, blocks), numbers))
+    return tuple(launches)
+
+
 def _launch(
     kernel: object, pairs: Sequence[Pair], layout: GroupLayout, a: Tensor, b: Tensor
 ) -> None:
     """Launch over the column blocks of up to three adapters at a time."""
-    blocks_of = list(layout.blocks())
-    columns = a.shape[1]
-    tiles = cdiv(layout.rows, ROWS) + cdiv(columns, WIDTH)
-    for at in range(0, len(pairs), _AT_ONCE):
-        some, where = list(pairs[at : at + _AT_ONCE]), blocks_of[at : at + _AT_ONCE]
-        starts = [part.start // ALIGNED for _, _, part in where]
-        blocks = cdiv(where[-1][2].stop, ALIGNED) - starts[0]
-        bounds = [start - starts[0] for start in starts[1:]] + [_NONE, _NONE]
-        while len(some) < _AT_ONCE:
-            some.append(some[0])
-            where.append(where[0])
-        low = starts[0] * ALIGNED
+    for one in _launches(layout, a.shape[1]):
+        p0, p1, p2 = (pairs[index] for index in one.adapters)
+        a_part, b_part = (a[one.low :], b[:, one.low :]) if one.low else (a, b)
         with on_device(a):
-            launch(kernel, (tiles, blocks))(
-                *(pair[0] for pair in some), *(pair[1] for pair in some), a[low:], b[:, low:],
-                *(pair[2] for pair in some), *(pair[0].shape[0] for pair in some),
-                *(rows.start for _, rows, _ in where),
-                *(rows.stop - rows.start for _, rows, _ in where), *bounds[:2], layout.rows,
-                columns, a.stride(0), b.stride(0),
+            launch(kernel, one.grid)(
+                p0[0], p1[0], p2[0], p0[1], p1[1], p2[1], a_part, b_part, p0[2], p1[2], p2[2],
+                *one.numbers, a.stride(0), b.stride(0),
                 ROWS=ROWS, WIDTH=WIDTH, BLOCK=ALIGNED, num_warps=WARPS,
             )  # fmt: skip
 
@@ -171,13 +193,6 @@ def unpack_triton(
     da: Tensor, db: Tensor, pairs: Sequence[Pair], layout: GroupLayout
 ) -> list[tuple[Tensor, Tensor]]:
     """dA_i and dB_i in the dtypes of the pairs, out of da (spare, in) and db (sum out, spare)."""
-    made = [
-        (
-            torch.empty(a.shape, dtype=a.dtype, device=a.device),
-            torch.empty(b.shape, dtype=b.dtype, device=b.device),
-            scale,
-        )
-        for a, b, scale in pairs
-    ]
+    made = [(torch.empty_like(a), torch.empty_like(b), scale) for a, b, scale in pairs]
     _launch(unpack_kernel, made, layout, da, db)
     return [(a, b) for a, b, _ in made]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ class Columns:
     parts: tuple[Tensor, ...]
     width: int
 
-    @property
+    @cached_property
     def matrix(self) -> Tensor:
         """All blocks (N, sum of widths)."""
         return self.parts[0] if len(self.parts) == 1 else self.whole[:, : self.width]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ class Projection:
     dropout: float = 0.0
     magnitude: Tensor | None = None
 
-    @property
+    @cached_property
     def out_features(self) -> int:
         return int(self.weight.shape[0])
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """That of the adapter; 0 without one."""
         return 0 if self.lora_a is None else int(self.lora_a.shape[0])

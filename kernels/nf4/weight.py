@@ -65,7 +65,8 @@ class NF4Tensors:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.tensors().values())).device
+        absmax: Tensor = vars(self)["absmax"]
+        return absmax.device
 
     @property
     def nbytes(self) -> int:

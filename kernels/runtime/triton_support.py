@@ -77,11 +77,14 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+_AS_IT_IS = nullcontext()
+
+
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of `tensor` the current one: Triton launches on the current device."""
     if tensor.is_cuda and tensor.device.index != current_index():
         return torch.cuda.device(tensor.device)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def launch(kernel: Any, grid: tuple[int, ...], operations: float = 0.0) -> Callable[..., Any]:

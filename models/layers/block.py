@@ -140,7 +140,8 @@ class DecoderLayer(nn.Module):
 
     def trainable(self) -> list[Tensor]:
         """Parameters that want a gradient, in a fixed order."""
-        return [p for p in self.parameters() if p.requires_grad]
+        owned = (p for module in self.modules() for p in module._parameters.values())
+        return [p for p in owned if p is not None and p.requires_grad]
 
     def make_weights_adjacent(self) -> None:
         """Lay dense weights that read the same input one after another in memory.

@@ -59,23 +59,36 @@ class Linear(nn.Module):
                 f"expected {(self.out_features, self.in_features)}"
             )
         self._parameters.pop("weight", None)
-        self.__dict__.pop("weight", None)
+        for name in ("weight", "_known", "_made_of"):  # the memory of the old one is to be freed
+            self.__dict__.pop(name, None)
         if isinstance(weight, Tensor):
             self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         else:
             self.__dict__["weight"] = weight
 
     def projection(self) -> Projection:
-        """What `kernels.linear.lora` computes with; shares memory with this module."""
-        return Projection(
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
+        """What `kernels.linear.lora` computes with; shares memory with this module.
+
+        The same object as before while the module has the same tensors and numbers.
+        """
+        own, parameters = self.__dict__, self._parameters
+        weight = parameters.get("weight")
+        tensors = (
+            own["weight"] if weight is None else weight,
+            parameters["bias"],
+            parameters["lora_A"],
+            parameters["lora_B"],
             self.scale,
             self.dropout,
-            self.lora_magnitude_vector,
+            parameters["lora_magnitude_vector"],
         )
+        known: Projection | None = own.get("_known")
+        if known is None or any(
+            new is not old for new, old in zip(tensors, own["_made_of"], strict=True)
+        ):
+            known = Projection(*tensors)
+            own["_known"], own["_made_of"] = known, tensors
+        return known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
         super()._apply(fn, recurse)
