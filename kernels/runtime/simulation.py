@@ -67,8 +67,8 @@ class Simulation(Protocol):
     def some(self, parts: Sequence[T]) -> Iterator[T]:
         """Enough of many equal parts to meet all the memory that they take."""
 
-    def count_operations(self, operations: float) -> None:
-        """Add the floating-point operations of a kernel that is not launched."""
+    def launch(self, kernel: Any, operations: float) -> Callable[..., Any]:
+        """What is called in place of a launch of a Triton kernel, which does so many operations."""
 
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor that lies in the host's memory."""

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 from engine.memory.simulate.meter import SCRATCH, MemoryMeter
-from kernels.runtime.simulation import SimulatedGPU
+from kernels.runtime.simulation import SimulatedGPU, nothing
 
 _ATEN = torch.ops.aten
 META = torch.device("meta")
@@ -76,9 +76,10 @@ class SimulatedMeter(MemoryMeter):
             if index == 1:
                 self.flops += (self.flops - before) * max(0, len(parts) - 3)
 
-    def count_operations(self, operations: float) -> None:
-        """Add the operations of a kernel that is not launched."""
+    def launch(self, kernel: Any, operations: float) -> Callable[..., Any]:
+        """Nothing is launched, and outputs stay as they were allocated; operations are counted."""
         self.flops += operations
+        return nothing
 
     def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor in the host's memory, which beside a GPU's is counted apart."""

@@ -1,0 +1,63 @@
+"""Launches and bytes of one layer of an 8B model, forward and backward, at 4 x 4096 tokens."""
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from kernels.elementwise.swiglu import swiglu_forward
+from models.layers.linear import RMSNorm
+from tests.support.launch_counter import per_layer
+
+QLORA = {"method": "qlora", "gradient_checkpointing": "none"}
+MODEL = "llama-3.1-8b"
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "launches", "units"),
+    [
+        (MODEL, {}, 69, 96.5),
+        (MODEL, {"lora_rank": 8}, 69, 96.5),
+        (MODEL, {"gradient_checkpointing": "selective"}, 76, 101.0),
+        (MODEL, {"gradient_checkpointing": "full"}, 89, 112.5),
+        (MODEL, {"method": "lora"}, 59, 128.5),
+        ("qwen2.5-7b", {}, 72, 125.0),
+        ("qwen3-8b", {}, 76, 100.5),
+    ],
+)
+def test_a_layer_takes_no_more_launches_and_bytes(
+    model: str,
+    changes: dict[str, Any],
+    launches: int,
+    units: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is asked of QLoRA without recomputation is 110 launches and 115 units."""
+    counted, moved = per_layer(model, monkeypatch, **(QLORA | changes))
+    assert counted.total() <= launches, counted
+    assert sum(moved.values()) <= units, moved
+    assert min(counted["mm"], counted["unpack_kernel"], counted["_flash_attention_backward"]) > 0
+
+
+def test_an_operation_and_a_launch_more_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, moved = per_layer(MODEL, monkeypatch, **QLORA)
+    right = RMSNorm.backward
+
+    def wasteful(norm: RMSNorm, dy: Tensor, *args: Any, **options: Any) -> Tensor:
+        return right(norm, dy.clone(), *args, **options)
+
+    monkeypatch.setattr(RMSNorm, "backward", wasteful)
+    counted, more = per_layer(MODEL, monkeypatch, **QLORA)
+    assert (counted - before) == {"clone": 2}
+    # A copy reads and writes every token's hidden state once, for each of the two norms.
+    assert sum(more.values()) - sum(moved.values()) == pytest.approx(4.0)
+
+    def twice(gate: Tensor, up: Tensor, **options: Any) -> Tensor:
+        swiglu_forward(gate, up)
+        return swiglu_forward(gate, up, **options)
+
+    monkeypatch.setattr(RMSNorm, "backward", right)
+    monkeypatch.setattr("kernels.linear.swiglu_mlp.swiglu_forward", twice)
+    counted, more = per_layer(MODEL, monkeypatch, **QLORA)
+    assert (counted - before) == {"swiglu_forward_kernel": 1}
+    assert sum(more.values()) - sum(moved.values()) == pytest.approx(3 * 3.5)
