@@ -170,7 +170,8 @@ def grouped_matmul(
     x = Gathered.of(x)
     if out is None:
         out_features = weight_shape(weight)[2 if transpose else 1]
-        out, accumulate = x.matrix.new_empty(groups.rows, out_features), False
+        out = grouped_matmul_triton.aligned_empty((groups.rows, out_features), x.matrix)
+        accumulate = False
     if _in_one_launch(x.matrix, weight):
         assert isinstance(weight, Tensor | PlanarNF4Weight)
         grouped_matmul_triton.matmul(
@@ -279,10 +280,10 @@ def grouped_project_backward(
         if a is None or b is None or low is None:
             continue
         if b.requires_grad:
-            grads[id(b)] = grouped_outer(part, low, groups, scale=scale).to(b.dtype)
+            grads[id(b)] = grouped_outer(part, low, groups, scale=scale).to(b.dtype).contiguous()
         low_dy = grouped_matmul(part, b, groups, transpose=True, scale=scale)
         if a.requires_grad:
-            grads[id(a)] = grouped_outer(low_dy, dropped, groups).to(a.dtype)
+            grads[id(a)] = grouped_outer(low_dy, dropped, groups).to(a.dtype).contiguous()
         if need_dx and dropped is x:
             dx = _add_transposed(dx, low_dy, a, groups)
         elif need_dx:
@@ -304,7 +305,7 @@ def _weight_gradient(
     """dW: one (E, out, in), or one (out, in) for every expert of a tuple that has rows."""
     if isinstance(weight, Tensor):
         if weight.requires_grad:
-            grads[id(weight)] = grouped_outer(dy, x, groups).to(weight.dtype)
+            grads[id(weight)] = grouped_outer(dy, x, groups).to(weight.dtype).contiguous()
     elif isinstance(weight, tuple):
         for expert, part in groups.filled():
             one = weight[expert]

@@ -28,6 +28,7 @@ from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, o
 BLOCK_M = 64
 BLOCK_N = 128
 BLOCK_K = 64
+_ALIGNED = 16
 
 
 def tile_table(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ def nf4_transposed_kernel(
 
 @jit
 def outer_kernel(
-    a, b, out, a_gather, b_gather, offsets, height, width, lda, ldb, scale,
+    a, b, out, a_gather, b_gather, offsets, height, width, lda, ldb, ldo, scale,
     A_GATHER: tl.constexpr, B_GATHER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -221,7 +222,7 @@ def outer_kernel(
         right = tl.load(b + b_row[:, None] * ldb + q[None, :], mask=b_mask, other=0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     acc *= scale
-    target = out + (expert * height + p)[:, None] * width + q[None, :]
+    target = out + (expert * height + p)[:, None] * ldo + q[None, :]
     tl.store(
         target, acc.to(out.dtype.element_ty), mask=(p < height)[:, None] & (q < width)[None, :]
     )
@@ -229,6 +230,22 @@ def outer_kernel(
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Uninitialised, in the dtype of `like`.
+
+    Rows begin on a multiple of 16 elements whatever the rank is, for wide loads and stores.
+    """
+    pitch = cdiv(shape[-1], _ALIGNED) * _ALIGNED
+    return like.new_empty((*shape[:-1], pitch))[..., : shape[-1]]
+
+
+def _in_dtype(weight: Tensor, like: Tensor) -> Tensor:
+    """A weight in the dtype of `like`; a copy has aligned rows."""
+    if weight.dtype == like.dtype:
+        return weight
+    return aligned_empty(tuple(weight.shape), like).copy_(weight)
 
 
 def _width(size: int, most: int) -> int:
@@ -260,7 +277,7 @@ def matmul(
     count, operations = tiles[0].shape[0], 2.0 * out.shape[0] * out_features * in_features
     with on_device(x):
         if isinstance(weight, Tensor):
-            weight = weight.to(x.dtype)
+            weight = _in_dtype(weight, x)
             steps = weight.stride() if transpose else (weight.stride(0), *weight.stride()[:0:-1])
             block_n = _width(width, BLOCK_N)
             launch(dense_kernel, (count, cdiv(width, block_n)), operations)(
@@ -293,7 +310,7 @@ def outer(left: Gathered, right: Gathered, offsets: Tensor, scale: float) -> Ten
     a, b = _adjacent(left.matrix), _adjacent(right.matrix)
     a_rows, b_rows = left.rows, right.rows
     experts, height, width = offsets.shape[0] - 1, a.shape[1], b.shape[1]
-    out = torch.empty(experts, height, width, dtype=a.dtype, device=a.device)
+    out = aligned_empty((experts, height, width), a)
     block_p, block_q = _width(height, 64), _width(width, 64)
     grid = (experts, cdiv(height, block_p), cdiv(width, block_q))
     gathered = [rows.shape[0] for rows in (a_rows, b_rows) if rows is not None]
@@ -301,8 +318,8 @@ def outer(left: Gathered, right: Gathered, offsets: Tensor, scale: float) -> Ten
     with on_device(a):
         launch(outer_kernel, grid, operations)(
             a, b, out, a if a_rows is None else a_rows, b if b_rows is None else b_rows, offsets,
-            height, width, a.stride(0), b.stride(0), scale, A_GATHER=a_rows is not None,
-            B_GATHER=b_rows is not None, BLOCK_M=BLOCK_K, BLOCK_P=block_p, BLOCK_Q=block_q,
-            num_warps=4, num_stages=3,
+            height, width, a.stride(0), b.stride(0), out.stride(1), scale,
+            A_GATHER=a_rows is not None, B_GATHER=b_rows is not None, BLOCK_M=BLOCK_K,
+            BLOCK_P=block_p, BLOCK_Q=block_q, num_warps=4, num_stages=3,
         )  # fmt: skip
     return out

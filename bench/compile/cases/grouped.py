@@ -110,7 +110,7 @@ def _outer() -> Iterator[CompileCase]:
                 **dict.fromkeys(("a", "b", "out"), f"*{dtype}"),
                 **dict.fromkeys(("a_gather", "b_gather"), "*i64"),
                 "offsets": "*i32",
-                **dict.fromkeys(("height", "width", "lda", "ldb"), "i32"),
+                **dict.fromkeys(("height", "width", "lda", "ldb", "ldo"), "i32"),
                 "scale": "fp32",
             },
             constexprs={
