@@ -30,6 +30,8 @@ def generate(call: Call) -> int:
         raise
     if not call.print_json(dataclasses.asdict(result)):
         print()
+        if result.sampling is not None:
+            print(result.sampling, file=sys.stderr)
         if result.finish_reason == "length":
             print(
                 f"The answer was cut after {result.completion_tokens} tokens; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,24 +14,29 @@ from torch import Tensor
 from engine.config.tasks.inference import Sampling
 from engine.errors import ConfigError
 from engine.inference.streaming import TextStream
+from engine.model_sources.interface.stops import adapter_stops, stops_of
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.kv_cache import KVCache
 
 if TYPE_CHECKING:
-    from engine.model_sources.interface.model_source import ModelSource
+    from engine.model_sources.interface.model_source import ModelDescription
     from engine.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """What came out: `finish_reason` is "stop" (a stop token or string) or "length"."""
+    """What came out: `finish_reason` is "stop" (a stop token or string) or "length".
+
+    `sampling` says what of generation_config.json was used, if anything.
+    """
 
     text: str
     prompt_tokens: int
     completion_tokens: int
     finish_reason: str
     tokens_per_second: float
+    sampling: str | None = None
 
 
 def next_token(
@@ -54,6 +60,8 @@ def next_token(
         # A token stays if the mass before it is below top_p, so the most likely always does.
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
+    if sampling.min_p > 0:
+        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
     return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
@@ -106,14 +114,20 @@ def _refuse_stretching(config: ModelConfig, tokens: int) -> None:
         )
 
 
-def stop_ids_of(source: ModelSource, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end an answer: those of generation_config.json, config.json and the tokenizer."""
-    listed = source.generation_config.get("eos_token_id")
-    ids = set(listed if isinstance(listed, list) else [] if listed is None else [listed])
-    ids |= set(source.config.eos_token_id)
+def stop_ids_of(
+    source: ModelDescription, tokenizer: Tokenizer, adapter: Path | None = None
+) -> frozenset[int]:
+    """Ids that end an answer, by generation_config.json, config.json, tokenizer and adapter."""
+    ids = {*stops_of(source), *(() if adapter is None else adapter_stops(adapter))}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)
+
+
+def _with_special(stop: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of those stop strings that hold special tokens, which decoding leaves out."""
+    encoded = [tokenizer.encode(mark, add_special_tokens=False) for mark in stop if mark]
+    return [ids for ids in encoded if not tokenizer.special_ids.isdisjoint(ids)]
 
 
 def complete(
@@ -132,6 +146,7 @@ def complete(
     `on_text` takes every new piece of the answer; together they are its text.
     """
     started, ids, reason = time.perf_counter(), list[int](), "length"
+    endings = _with_special(stop, tokenizer)
     stream = TextStream(tokenizer.decode, stop)
     text = None
     for token in generate_ids(
@@ -143,6 +158,11 @@ def complete(
             ids.append(token)
             break
         ids.append(token)
+        ending = next((e for e in endings if ids[-len(e) :] == e), None)
+        if ending is not None:
+            reason = "stop"
+            text = tokenizer.decode(ids[: -len(ending)])
+            break
         piece = stream.push(token)
         if piece and on_text is not None:
             on_text(piece)

@@ -171,6 +171,11 @@ def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype) ->
     pruning = read_pruning(source.path)
     if pruning is not None:  # fine-tuning what is written here must know which heads are pruned
         durable.write_json(folder / PRUNING, carried(pruning))
+    write_tokenizer(source, folder)
+
+
+def write_tokenizer(source: ModelSource, folder: Path) -> None:
+    """Write the files of a model's tokenizer and its chat templates, byte by byte."""
     for name, content in source.tokenizer_files().items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)

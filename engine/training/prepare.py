@@ -13,6 +13,7 @@ from engine.data.dataset import ReadReport, data_files, read_rows
 from engine.data.examples import Example, ExampleReport, build_examples, check_ids
 from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
+from engine.data.taught_stops import taught_stops
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source
@@ -52,6 +53,12 @@ class Prepared:
     def heldout(self) -> list[Example]:
         """The examples that are held out."""
         return self.rows.heldout
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that the rows teach as the end of an answer."""
+        special = self.tokenizer.special_ids
+        return taught_stops(self.examples, special, self.config.max_length)
 
     @property
     def identity(self) -> RunIdentity:

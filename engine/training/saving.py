@@ -16,12 +16,14 @@ from engine.errors import CheckpointError
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.adapter.provenance import write_base
 from engine.model_sources.adapter.starting_point import InitAdapter
-from engine.model_sources.export import export_hf_directory
+from engine.model_sources.export import export_hf_directory, write_tokenizer
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.stops import GENERATION_CONFIG, adapter_stops, with_stops
 from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
+from engine.storage import durable
 from engine.training.loop import Progress, new_progress
 from engine.training.trainable import adapter_config
 from kernels.elementwise.dropout import GENERATOR
@@ -44,13 +46,15 @@ class Going:
 class RunState:
     """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
 
-    `init` is an earlier adapter that is trained on.
+    `init` is an earlier adapter that is trained on; `stops` are the ids that the rows teach as the
+    end of an answer.
     """
 
     identity: RunIdentity
     model: Decoder
     optimizer: AdamW8bit
     init: InitAdapter | None = None
+    stops: tuple[int, ...] = ()
 
     @property
     def config(self) -> TrainConfig:
@@ -82,6 +86,7 @@ class RunState:
                 "warmup_steps": going.warmup_steps,
                 "base": self.identity.digests["base"],
                 "dropout": GENERATOR,
+                "stop_token_ids": list(self.stops),
             },
         )
 
@@ -121,13 +126,18 @@ class RunState:
             target = directory / "model"
             if target.exists():  # of a run that had ended and was resumed
                 shutil.rmtree(target)
-            export_hf_directory(TrainedSource(source, self.model), target)
+            export_hf_directory(TrainedSource(source, self.model, self.stops), target)
             return target
         target = directory / "adapter"
         settings, tensors = adapter_config(self.config, source, self.init), self._adapter_tensors()
         earlier = None if self.init is None else self.init.source.adapter
         save_adapter(target, settings, tensors, earlier)
         write_base(target, self._base_record())
+        earlier_stops = () if earlier is None else adapter_stops(earlier.path)
+        generation = with_stops(source, (*earlier_stops, *self.stops))
+        if generation:
+            durable.write_json(target / GENERATION_CONFIG, generation)
+        write_tokenizer(source, target)
         return target
 
     def _adapter_tensors(self) -> dict[str, tuple[Tensor, ...]]:

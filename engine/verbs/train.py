@@ -127,7 +127,9 @@ class _Run:
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
-        self.state = RunState(prepared.identity, self.model, self.optimizer, prepared.init)
+        self.state = RunState(
+            prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops
+        )
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
         self.settings = replace(self.settings, checkpointing=self.going.policy)

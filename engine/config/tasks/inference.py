@@ -106,18 +106,22 @@ class Sampling(Settings):
 
     The order is Hugging Face's: repetition penalty (Keskar et al. 2019, arXiv 1909.05858), then
     temperature, then the `top_k` most likely, then the smallest set of mass `top_p` (Holtzman et
-    al. 2020, arXiv 1904.09751).
+    al. 2020, arXiv 1904.09751), then what is at least `min_p` times as likely as the likeliest
+    (Nguyen et al. 2024, arXiv 2407.01082).
     """
 
     temperature: float = setting(0.0, "Sampling", "0 takes the likeliest token", ge=0)
     top_p: float = setting(1.0, "Sampling", "the likeliest tokens of this mass", gt=0, le=1)
     top_k: int = setting(0, "Sampling", "only the k likeliest; 0 is all", ge=0)
+    min_p: float = setting(
+        0.0, "Sampling", "only tokens at least this share as likely as the likeliest", ge=0, le=1
+    )
     repetition_penalty: float = setting(1.0, "Sampling", "1 is none", gt=0)
     seed: int = setting(0, "Sampling", "of the drawing")
 
 
 class GenerateSettings(Sampling, OneModel):
-    """`engine generate`."""
+    """`engine generate`. Sampling that is not given is that of generation_config.json, if any."""
 
     prompt: str = setting(..., "Text", "what to answer; - reads standard input")
     system: str | None = setting(None, "Text", "system message")

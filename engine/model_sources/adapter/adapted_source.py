@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from engine.model_sources.adapter.fit import ModuleNames, check_fit
 from engine.model_sources.adapter.initial import initial_base
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.stops import adapter_stops, with_stops
 from engine.model_sources.interface.view import ModelSourceView
 from kernels.linear.dora import scale_rows_
 from models.tensor_layout import Layout, carried_prefixes
@@ -66,6 +68,11 @@ class AdaptedSource(ModelSourceView):
         self._names = self._ordered_names()
         self.folded = len(self._changed())
         self._require_copies_fit()
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """That of the model, with the ends of an answer that the adapter was taught."""
+        return with_stops(self.base, adapter_stops(self.adapter.path))
 
     @property
     def copied(self) -> Collection[str]:

@@ -1,0 +1,60 @@
+"""Token ids that end an answer, from files and from training.
+
+A run may teach another end than the model had: a base model that ends at `<|endoftext|>`, trained
+with a ChatML template, ends its answers with `<|im_end|>`. Whatever such a run leaves behind lists
+both in generation_config.json, where transformers, vLLM and this engine read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.model_sources.interface.model_source import ModelDescription
+from engine.storage.safe_files import read_json_object
+
+GENERATION_CONFIG = "generation_config.json"
+_EOS = "eos_token_id"
+
+
+def stops_of(source: ModelDescription) -> tuple[int, ...]:
+    """The ids that end an answer, by generation_config.json and then config.json of the model."""
+    return _once(_ids(source.generation_config.get(_EOS)), source.config.eos_token_id)
+
+
+def adapter_stops(directory: Path) -> tuple[int, ...]:
+    """The ids that end an answer, by the generation_config.json of an adapter; none without it."""
+    path = directory / GENERATION_CONFIG
+    return _ids(read_json_object(path, CheckpointError).get(_EOS)) if path.is_file() else ()
+
+
+def with_stops(source: ModelDescription, stops: Iterable[int]) -> dict[str, Any]:
+    """The generation_config.json of a model that was taught to end its answers with `stops`.
+
+    That of `source`, unless an id is new to it. Ids that the model had stay.
+    """
+    present = dict(source.generation_config)
+    before = stops_of(source)
+    listed = _once(before, stops)
+    if listed == before:
+        return present
+    if not present:  # where there is a file, transformers asks config.json no more
+        ids = {"bos_token_id": source.config.bos_token_id, "pad_token_id": _pad(source.raw_config)}
+        present = {name: index for name, index in ids.items() if index is not None}
+    return present | {_EOS: list(listed) if len(listed) > 1 else listed[0]}
+
+
+def _pad(raw_config: Mapping[str, Any]) -> int | None:
+    value = raw_config.get("pad_token_id")
+    return value if isinstance(value, int) else None
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    listed = value if isinstance(value, list) else [value]
+    return tuple(index for index in listed if isinstance(index, int) and index >= 0)
+
+
+def _once(*groups: Iterable[int]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(index for group in groups for index in group))
