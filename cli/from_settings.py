@@ -48,9 +48,9 @@ class Call:
 class Verb:
     """A verb: its tables, and how its words and common options are read.
 
-    `also` are tables that files and words reach but that have no flags. `words` is the setting
-    that plain words belong to; without one a word may name the configuration file. `optional` are
-    settings that something else says where they are not given.
+    `also` are tables whose flags the help leaves out. `words` is the setting that plain words
+    belong to; without one a word may name the configuration file. `optional` are settings that
+    something else says where they are not given.
     """
 
     name: str
@@ -184,6 +184,12 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
         earlier: _annotation(earlier, known.fields[name], hidden=True)
         for earlier, name in known.renamed.items()
         if name in known.fields
+    }
+    others = Vocabulary.of(verb.name, *verb.also).fields
+    flags |= {
+        name: _annotation(name, field, hidden=True)
+        for name, field in others.items()
+        if name not in flags
     }
     return [
         inspect.Parameter(

@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from engine.config.spelling import DTYPES
 from engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,11 +58,24 @@ def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if multiplies_bfloat16(device) else torch.float16
+    dtype = named_dtype(name, device)
+    if dtype == torch.float16 and device.type == "cpu":
+        raise ConfigError("--dtype float16 does not work on a CPU; use float32 or bfloat16.")
+    return dtype
+
+
+def named_dtype(dtype: "torch.dtype | str", device: "torch.device") -> "torch.dtype":
+    """A compute type by itself or by one of its names; `auto` is as `resolve_dtype` has it."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = DTYPES.get(dtype.lower(), dtype.lower())
+    if name == "auto":
+        return resolve_dtype("auto", device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in names:
-        raise ConfigError(f"--dtype is {name!r}; it should be auto, {', '.join(names)}.")
-    if names[name] == torch.float16 and device.type == "cpu":
-        raise ConfigError("--dtype float16 does not work on a CPU; use float32 or bfloat16.")
+        raise ConfigError(f"--dtype is {dtype!r}; it should be auto, {', '.join(names)}.")
     return names[name]
 
 

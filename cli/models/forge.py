@@ -17,6 +17,7 @@ def forge_model(call: Call) -> None:
     Held-out perplexity is that of models read back from the disk. A cycle that makes the model
     worse by more than 10 % and 1.0 is the last. A job that was stopped goes on with --resume.
     """
+    call.given.update(_as_forge_has_it(call.given))
     job = call.read(ForgeJob)
     own = ForgeJob.model_fields.keys() - set(_SHARED)
     given = {"data": Setting(["-"], "--domain")}
@@ -35,6 +36,21 @@ def forge_model(call: Call) -> None:
     if results["stopped"]:
         print(results["stopped"])
     print(f"Model: {results['model']}")
+
+
+def _as_forge_has_it(given: dict[str, Setting]) -> dict[str, Setting]:
+    """Values that a training's file has and a job of forge says otherwise.
+
+    A run that holds nothing out says `heldout: 0`, and one that goes on where it can says
+    `resume: auto`, or null.
+    """
+    changed = {}
+    share, resume = given.get("heldout"), given.get("resume")
+    if share is not None and not share.source.startswith("--") and share.value in (0, None):
+        changed["heldout"] = Setting(ForgeJob.model_fields["heldout"].default, share.source)
+    if resume is not None and resume.value in (None, "auto"):
+        changed["resume"] = Setting(resume.value == "auto", resume.source)
+    return changed
 
 
 app = make_app((Verb("forge", (ForgeJob,), also=(TrainConfig,), presets=True), forge_model))

@@ -98,8 +98,16 @@ def preview(call: Call) -> None:
 def docstrings(call: Call) -> None:
     """Make prompt/response rows from the Python standard library's docstrings."""
     from engine.data.docstrings import write_docstrings
+    from engine.errors import ConfigError
 
     asked = call.read(DocstringSettings)
+    names = ("train.jsonl", "heldout.jsonl")
+    taken = [name for name in names if (asked.output_dir / name).exists()]
+    if taken:
+        raise ConfigError(
+            f"{asked.output_dir} holds {' and '.join(taken)} already, which would be replaced. "
+            "Move it away, or choose another --output-dir."
+        )
     train, rows, heldout, others = write_docstrings(
         asked.output_dir, asked.limit, asked.heldout_fraction
     )

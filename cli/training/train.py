@@ -34,6 +34,7 @@ def _train(call: Call) -> int:
     result = run.train(settings)
     if result.adapter_path is not None:
         print(f"Trained adapter saved to: {result.adapter_path}")
+    print("Next:", *result.next, sep="\n  ")
     return 0 if result.status == "Success" else 1
 
 

@@ -1,6 +1,7 @@
 """Error messages for settings: name, source, and what was expected."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,21 @@ def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setti
     if fault["type"] == "extra_forbidden":
         near = nearest(field, fields)
         return f"there is no setting `{field}`" + (f"; did you mean `{near}`" if near else "")
+    message = _expected(fault, fields.get(field)) or message
     given = settings.get(field)
     value = repr(given.value if given is not None else fault["input"])
     source = f" ({given.source})" if given is not None else ""
     return f"`{field}` = {value if len(value) <= 80 else value[:77] + '...'}{source}: {message}"
+
+
+def _expected(fault: Any, field: Any) -> str | None:
+    """What a setting takes, where pydantic shows a pattern, or leaves out that it may be unset."""
+    if fault["type"] == "string_pattern_mismatch":
+        shown = getattr(field, "json_schema_extra", None) or {}
+        expected = shown.get("expected")
+        return f"should be {expected}" if expected else None
+    if fault["type"] == "literal_error":
+        choices = [choice.strip("'") for choice in re.findall(r"'[^']*'", fault["msg"])]
+        choices += ["none"] if getattr(field, "default", 0) is None else []
+        return f"should be {', '.join(choices[:-1])} or {choices[-1]}" if choices[1:] else None
+    return None

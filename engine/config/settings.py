@@ -11,12 +11,21 @@ from engine.config.explain import describe
 from engine.errors import ConfigError
 
 
-def setting(default: Any, group: str, text: str, *, repeat: bool = False, **limits: Any) -> Any:
+def setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    repeat: bool = False,
+    expected: str = "",
+    **limits: Any,
+) -> Any:
     """A field of a table: its default (`...` if it must be given), heading, help and range.
 
-    `repeat` makes its flag one that may be given several times. `limits` are pydantic's.
+    `repeat` makes its flag one that may be given several times, and `expected` says in words what a
+    `pattern` takes. `limits` are pydantic's.
     """
-    shown: JsonDict = {"group": group, "repeat": repeat}
+    shown: JsonDict = {"group": group, "repeat": repeat, "expected": expected}
     return Field(default, description=text, json_schema_extra=shown, **limits)
 
 

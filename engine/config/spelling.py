@@ -34,6 +34,8 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
     """A validator that replaces the other spellings in `table`, whatever their case."""
 
     def replace(value: Any) -> Any:
+        if type(value).__name__ == "dtype":  # torch.float32, without importing torch
+            value = str(value).removeprefix("torch.")
         if isinstance(value, str | bool):
             text = str(value).strip().lower()
             return table.get(text, text)
@@ -43,7 +45,9 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
 
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+DEVICES = "auto, cpu, cuda or cuda:1 (the second GPU)"
 BAD_LINES = r"^(fail|skip|skip:\d+(\.\d+)?%)$"
+BAD_LINES_WORDS = "fail, skip or skip:5% (stop when more than 5 % are bad)"
 POLICY = f"({'|'.join(POLICIES)})"
 
 

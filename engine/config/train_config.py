@@ -31,7 +31,9 @@ from engine.config.rules import Facts, broken
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     BAD_LINES,
+    BAD_LINES_WORDS,
     DEVICE,
+    DEVICES,
     DTYPES,
     OPTIMIZERS,
     POLICY,
@@ -125,6 +127,7 @@ class TrainConfig(Settings):
         "Model and data",
         "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
         pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
     )
     limit_rows: int | None = setting(None, "Model and data", "only the first N rows", ge=1)
     system_prompt: str | None = setting(
@@ -143,7 +146,11 @@ class TrainConfig(Settings):
 
     output_dir: Path | None = setting(None, "Run", "run directory; by default runs/<run-id>")
     run_id: str | None = setting(
-        None, "Run", "name of the run; by default the time and the model", pattern=r"^[\w.+-]+$"
+        None,
+        "Run",
+        "name of the run; by default the time and the model",
+        pattern=r"^[\w.+-]+$",
+        expected="letters, digits and any of . _ + - without spaces",
     )
     resume: str | None = setting(
         None,
@@ -211,6 +218,7 @@ class TrainConfig(Settings):
         "Optimisation",
         "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
         pattern=r"^(stop|skip:[1-9]\d{0,5})$",
+        expected="stop, or skip:5 (stop after 5 in a row)",
     )
 
     epochs: int = setting(1, "Steps and batches", "passes over the data", ge=1, le=100_000)
@@ -235,6 +243,7 @@ class TrainConfig(Settings):
         "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
         "little as memory allows",
         pattern=rf"^(auto|({POLICY}:[1-9]\d*,)*{POLICY}(:[1-9]\d*)?)$",
+        expected="auto, none, selective or full, or policies by layer such as full:20,none",
     )
     mlp_tile_tokens: int | None = setting(
         None, "Memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
@@ -273,7 +282,7 @@ class TrainConfig(Settings):
         None, "Memory", "most memory to use, such as 8GiB; refused if it cannot hold"
     )
 
-    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE)
+    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES)
     dtype: Annotated[ComputeType, spelled(DTYPES)] = setting("auto", "Machine", "compute type")
     seed: int = setting(
         42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63

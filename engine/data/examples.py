@@ -269,7 +269,8 @@ def _judge(report: ExampleReport, max_length: int) -> None:
             f"raise the length limit (now {max_length} tokens; the longest row has "
             f"{report.longest}) or fix the rows."
         )
-    loss = dropped > _WARN_DROPPED * report.rows or report.truncated
+    # Rows that are cut are counted, here and in the summary; rows that are lost are a warning.
+    loss = dropped > _WARN_DROPPED * report.rows
     log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())
     for reason in report.dropped[:20]:
         log.warning("dropped %s", reason)

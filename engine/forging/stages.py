@@ -38,24 +38,11 @@ class Stages:
         Raises `ConfigError` where a job is there and `resume` was not asked for, where it has other
         settings, and where the directory cannot be made.
         """
+        check_job(directory, settings, resume=resume, renamed=renamed)
         self.directory = directory
-        try:
-            (directory / "stages").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"The directory {directory} cannot be made ({error.strerror}). Choose another with "
-                "--output-dir."
-            ) from None
-        job = directory / JOB
-        if not job.exists():
-            durable.write_json(job, settings)
-        elif not resume:
-            raise ConfigError(
-                f"{directory} holds a job already. Go on with it with --resume, or choose another "
-                "--output-dir."
-            )
-        else:
-            _refuse_other(job, settings, renamed or {})
+        make_directory(directory / "stages")
+        if not (directory / JOB).exists():
+            durable.write_json(directory / JOB, settings)
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The result of the stage `name`, from its file if it is done."""
@@ -66,6 +53,39 @@ class Stages:
         log.info("%s: begins", name)
         durable.write_json(path, work())
         return _read(path)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a folder and those above it. Raises `ConfigError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The directory {directory} cannot be made ({error.strerror}). Choose another with "
+            "--output-dir."
+        ) from None
+
+
+def check_job(
+    directory: Path,
+    settings: dict[str, Any],
+    *,
+    resume: bool,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse a job that `directory` holds already, unless it is this one and goes on. Only reads.
+
+    Raises `ConfigError`.
+    """
+    job = directory / JOB
+    if not job.exists():
+        return
+    if not resume:
+        raise ConfigError(
+            f"{directory} holds a job already. Go on with it with --resume, or choose another "
+            "--output-dir."
+        )
+    _refuse_other(job, settings, renamed or {})
 
 
 def _refuse_other(job: Path, settings: dict[str, Any], renamed: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.config.choices import MAX_SHARD_SIZE
+from engine.config.spelling import DTYPES as SPELLINGS
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
@@ -101,8 +102,8 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A type that models are saved in, by itself or by name. Raises `ConfigError`."""
     if dtype is None or dtype in DTYPES.values():
         return dtype if isinstance(dtype, torch.dtype) else None
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
+    if isinstance(dtype, str) and (name := SPELLINGS.get(dtype.lower(), dtype)) in DTYPES:
+        return DTYPES[name]
     raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 

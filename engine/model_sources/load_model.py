@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.config.choices import QUANTIZATIONS, Quantization
 from engine.config.rules import TIED_EMBEDDING
+from engine.device import named_dtype, resolve_device
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -233,19 +234,23 @@ def load_model(
     quantize: Quantization | None = None,
     adapter: str | Path | None = None,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Decoder:
     """Load a model for use: a Hugging Face directory, a hub id or a `.gguf` file.
+
+    `dtype` may be a name: float32, bfloat16 (or bf16), float16, or auto as the command line has it.
 
     Needs `config.json` and weights, no tokenizer. With an `adapter` its pairs stay separate and
     trainable. Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
     if quantize not in (None, *QUANTIZATIONS):
         raise ConfigError(f"quantize is {quantize!r}; expected None, 'nf4' or 'int8'")
+    where = resolve_device(device) if isinstance(device, str) else device
+    kind = named_dtype(dtype, where)
     source = open_model_source(model)
     if adapter is None:
-        return build_model(source, quantization=quantize, device=device, dtype=dtype)
+        return build_model(source, quantization=quantize, device=where, dtype=kind)
     both = adapted(source, adapter)
-    decoder = build_model(both, quantization=quantize, device=device, dtype=dtype)
+    decoder = build_model(both, quantization=quantize, device=where, dtype=kind)
     attach_adapter(decoder, both)
     return decoder

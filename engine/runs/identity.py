@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.settings import with_present_names
+from engine.config.tasks.commands import continued
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.runs.commands import continued
 from engine.runs.output import CHECKPOINT
 from engine.storage import durable
 from engine.storage.safe_files import json_object_or_empty

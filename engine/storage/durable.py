@@ -22,6 +22,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -92,6 +93,7 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
     temporary = temporary_beside(target)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_leftovers(target)
         temporary.mkdir()
     published = False
     try:
@@ -105,6 +107,28 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
         if not published:
             # The failure that led here is the one to report, not what else it leaves undeletable.
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep_leftovers(target: Path) -> None:
+    """Delete what processes that have ended left of this same output."""
+    pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX + target.name[:80])}-(\d+)-[0-9a-f]{{8}}")
+    for entry in target.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and entry.is_dir() and not process_lives(int(match[1])):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def process_lives(pid: int) -> bool:
+    """Whether a process of this machine has this number; True where that cannot be told."""
+    if os.name != "posix" or pid < 1:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def refuse_occupied(target: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import ConfigError
+from engine.storage.durable import process_lives
 from engine.storage.safe_files import json_object_or_empty
 
 try:
@@ -107,15 +108,9 @@ def read_holder(directory: Path) -> dict[str, Any] | None:
 def _may_live(note: dict[str, Any]) -> bool:
     """Whether the process of a note may hold a lock: one of this host that has ended does not."""
     pid = note["pid"]
-    if note["host"] != socket.gethostname() or os.name != "posix" or not isinstance(pid, int):
+    if note["host"] != socket.gethostname() or not isinstance(pid, int):
         return True
-    try:
-        os.kill(max(pid, 1), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return process_lives(pid)
 
 
 def is_locked(directory: Path) -> bool:

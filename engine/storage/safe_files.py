@@ -4,7 +4,8 @@ A model folder may come from anywhere. Only regular files are opened (a pipe or 
 or never end), never through a symbolic link, with one exception: the hub's cache keeps
 `models--org--name/snapshots/<commit>/file` as links into `models--org--name/blobs`, so a link is
 followed where its target stays inside that one `models--...` folder, or inside the folder that the
-link itself stands in.
+link itself stands in. A folder of links into the hub's cache is read as well: what is there was
+downloaded under its own name.
 """
 
 from __future__ import annotations
@@ -138,6 +139,9 @@ def _within_model(path: Path) -> Path:
     cache = hub_cache_folder(path.parent)
     if cache is not None:
         roots.append(cache)
+    store = hub_cache_folder(target.parent, ("blobs", "snapshots"))
+    if store is not None:
+        roots.append(store)
     if not any(target.is_relative_to(root) for root in roots):
         raise CheckpointError(
             f"{path} is a symbolic link to {target}, outside the model's folder. Put the file "
@@ -146,10 +150,10 @@ def _within_model(path: Path) -> Path:
     return target
 
 
-def hub_cache_folder(folder: Path) -> Path | None:
-    """The `models--org--name` folder if `folder` lies in one of its snapshots, else None."""
+def hub_cache_folder(folder: Path, parts: tuple[str, ...] = ("snapshots",)) -> Path | None:
+    """The `models--org--name` folder if `folder` lies in one of its `parts`, else None."""
     absolute = folder.resolve()
     for snapshots in (absolute, *absolute.parents):
-        if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        if snapshots.name in parts and snapshots.parent.name.startswith("models--"):
             return snapshots.parent
     return None

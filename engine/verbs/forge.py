@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,23 @@ from typing import Any
 from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import Settings, given_settings
 from engine.config.tasks.pruning import ForgeJob, ForgeSettings
-from engine.config.train_config import TrainConfig
+from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings
 from engine.data.loader import split_heldout
 from engine.data.rows import Row
 from engine.errors import ConfigError
 from engine.forging.assess import Judge
-from engine.forging.stages import Stages
-from engine.model_sources.open import open_model_source
+from engine.forging.stages import JOB, Stages, check_job, make_directory
+from engine.model_sources.open import describe_model, open_model_source
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
+from engine.runs.checkpoints import sweep
+from engine.runs.summary import summed_up_on_failure, write_summary
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
+from engine.training.checks import check_model, check_request
 from engine.verbs.merge import merge
 from engine.verbs.prune import prune
 from engine.verbs.train import train
@@ -97,12 +101,66 @@ def forge(
         settings = job_settings(options)
     elif options:
         settings = given_settings(ForgeSettings, settings, options)
-    job = Stages(settings.output_dir, identity(settings), resume=resume, renamed=RENAMED)
-    lock = DirectoryLock(settings.output_dir)
-    try:
-        return _Forge(settings, job).run()
-    finally:
-        lock.release()
+    started, root = time.time(), settings.output_dir
+    known = identity(settings)
+    _check(settings)
+    check_job(root, known, resume=resume, renamed=RENAMED)
+    make_directory(root)
+    parameters = settings.model_dump(mode="json")
+    with DirectoryLock(root), summed_up_on_failure(root, "forge", parameters, started):
+        for folder in (root, root / "data", root / "stages", *root.glob("cycle-*")):
+            sweep(folder)
+        results = _Forge(settings, Stages(root, known, resume=resume, renamed=RENAMED)).run()
+        write_summary(
+            root,
+            "forge",
+            parameters,
+            started=started,
+            metrics=_figures(results),
+            output_path=Path(results["model"]),
+        )
+    return results
+
+
+def _figures(results: dict[str, Any]) -> dict[str, Any]:
+    """What the summary says of a job: the perplexities in order, and why it ended early."""
+    cycles = results["cycles"]
+    return {
+        "perplexity_before": results["baseline"]["perplexity"],
+        "perplexities_pruned": [cycle["pruned"]["perplexity"] for cycle in cycles],
+        "perplexities_trained": [cycle["trained"]["perplexity"] for cycle in cycles],
+        "cycles": len(cycles),
+        "stopped": results["stopped"],
+    }
+
+
+def _check(settings: ForgeSettings) -> None:
+    """Check what needs no weights before anything is written, and that no input is an output."""
+    config, data = settings.training, settings.output_dir / "data"
+    files = [data / "train.jsonl", data / "heldout.jsonl"]
+    named = [settings.domain, *config.data, *config.eval_data]
+    inputs = [Path(name).resolve() for name in named if name is not None and name not in DOMAINS]
+    inputs += [path / file.name for path in inputs for file in files]
+    taken = [str(file) for file in files if file.resolve() in inputs]
+    if not taken and not (settings.output_dir / JOB).exists():
+        taken = [str(file) for file in files if file.exists()]
+    if taken:
+        raise ConfigError(
+            f"{', '.join(taken)} stands where the job would write its own rows. Choose another "
+            "--output-dir."
+        )
+    rows = settings.domain is None
+    checked = config.model_copy(
+        update={
+            "output_dir": settings.output_dir,
+            "data": config.data if rows else NO_DATA,
+            "resume": "auto",
+        }
+    )
+    machine = check_request(checked)
+    check_model(checked, describe_model(config.model, config.revision).config, machine)
+    if not rows and settings.domain not in DOMAINS:
+        domain_files(str(settings.domain))
 
 
 class _Forge:
@@ -247,6 +305,11 @@ def _domain(domain: str | None, folder: Path) -> list[Path]:
     if domain == "docstrings":
         train, _, heldout, _ = write_docstrings(folder / "docstrings")
         return [train, heldout]
+    return domain_files(domain)
+
+
+def domain_files(domain: str) -> list[Path]:
+    """The one or two files of a data set that is named by a path. Raises `ConfigError`."""
     path = Path(domain)
     if path.is_file():
         return [path]

@@ -11,10 +11,11 @@ of the quantisation kept in; the original weights are closer to what the base mo
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -26,6 +27,7 @@ from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.expert_tensors import StoredExperts
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.open import open_model_source
+from engine.runs.summary import write_summary
 from engine.storage import durable
 from kernels.linear.dora import scale_rows_
 from kernels.nf4 import dequantize, quantize
@@ -65,6 +67,7 @@ def merge(
     Raises `ConfigError` for an occupied output or an unknown option, and `CheckpointError` where an
     adapter tensor finds no weight of its shape, a result is not finite, or the disk refuses.
     """
+    started = time.time()
     if onto not in get_args(MergeOnto):
         raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
     durable.refuse_occupied(Path(output))
@@ -72,7 +75,21 @@ def merge(
     source = AdaptedSource(open_model_source(model), load_adapter(path))
     _require_expressible(source)
     merger = _Merger(source, onto)
-    written = write_directory(source, output, merger, dtype, max_shard_size)
+    parameters: dict[str, Any] = {"model": model, "adapter": adapter, "output": output}
+    parameters |= {"onto": onto, "dtype": dtype, "max_shard_size": max_shard_size}
+
+    def write_more(folder: Path) -> None:
+        merged = source.folded + merger.merged
+        write_summary(
+            folder,
+            "merge",
+            parameters,
+            started=started,
+            metrics={"merged": merged, "requantised": merger.requantised},
+            output_path=Path(output),
+        )
+
+    written = write_directory(source, output, merger, dtype, max_shard_size, write_more)
     return MergeResult(written, source.folded + merger.merged, merger.requantised)
 
 

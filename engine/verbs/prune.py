@@ -7,7 +7,8 @@ appears under its name when it is complete: a model directory with `pruning.json
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from engine.pruning.heat_map import HEAT_MAP, draw
 from engine.pruning.report import LOADS_IN, all_pruned, describe
 from engine.pruning.scores import LayerScores, prunable_heads, weight_scores
 from engine.pruning.selection import Rules, Selection, select
+from engine.runs.summary import write_summary
 from engine.storage import durable
 from models.head_slices import HeadSlices
 
@@ -66,6 +68,7 @@ def prune(
     Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
     `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
     """
+    started = time.time()
     settings = given_settings(PruneSettings, settings, options)
     if settings.metric in METRICS_WITH_DATA and not settings.data:
         raise ConfigError(
@@ -98,7 +101,20 @@ def prune(
         record["data"] = list(settings.data)
     if output is None:
         return PruneResult(record, None)
-    return _write(source, Path(output), settings, scored, choice, record)
+    parameters = settings.model_dump(mode="json") | {"model": model, "output": output}
+
+    def sum_up(folder: Path) -> None:
+        figures = {"heads": record["heads"], "metric": settings.metric, "mode": settings.mode}
+        write_summary(
+            folder,
+            "prune",
+            parameters,
+            started=started,
+            metrics=figures,
+            output_path=Path(output),
+        )
+
+    return _write(source, Path(output), settings, (scored, choice, record), sum_up)
 
 
 def _rules(settings: PruneSettings, layers: int) -> Rules:
@@ -150,10 +166,10 @@ def _write(
     source: ModelSource,
     output: Path,
     settings: PruneSettings,
-    scored: list[LayerScores],
-    choice: Selection,
-    record: dict[str, Any],
+    chosen: tuple[list[LayerScores], Selection, dict[str, Any]],
+    sum_up: Callable[[Path], None],
 ) -> PruneResult:
+    scored, choice, record = chosen
     layers = [s.heads for s in scored]
     pruned = all_pruned(scored, choice.heads)
     mode = settings.mode
@@ -168,6 +184,7 @@ def _write(
         durable.write_json(folder / PRUNING, record)
         title = f"{settings.metric}: {choice.removed_heads} heads pruned"
         draw(scored, choice.heads, title, folder / HEAT_MAP)
+        sum_up(folder)
 
     written = write_directory(source, output, zero, None, settings.max_shard_size, write_more)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)

@@ -7,13 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.config.tasks.commands import command_of
 from engine.errors import ConfigError
-from engine.runs.commands import command_of
+from engine.forging.stages import JOB
 from engine.runs.metrics import describe_seconds, read_metrics
+from engine.runs.output import CHECKPOINT
+from engine.runs.summary import SUMMARY
 from engine.storage.lock import is_locked, read_holder
 from engine.storage.safe_files import json_object_or_empty
 
 _RUN_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "pipeline.log")
+_PRUNING = "pruning.json"
+_MARKS = (*_RUN_FILES, JOB, _PRUNING)
+"""What a directory holds that a run, a job of forge, or a verb that writes a model has made."""
 
 
 def find_run(name: str, root: Path) -> Path:
@@ -23,10 +29,10 @@ def find_run(name: str, root: Path) -> Path:
     """
     if name:
         for candidate in (Path(name), root / name):
-            if any((candidate / file).exists() for file in _RUN_FILES):
+            if any((candidate / file).exists() for file in _MARKS):
                 return candidate
         raise ConfigError(
-            f"{name!r} is no run directory: expected one of {', '.join(_RUN_FILES)} in it or in "
+            f"{name!r} is no run directory: expected one of {', '.join(_MARKS)} in it or in "
             f"{root / name}."
         )
     runs = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
@@ -47,22 +53,17 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     `state` is running, finished, stopped at a step (by a signal, after its checkpoint), failed, or
     died (no process, no summary: killed or lost).
     """
+    if not (run / "metrics.jsonl").exists():
+        other = _other_verb(run)
+        if other is not None:
+            return other
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if line.get("loss") is not None or "lr" in line]
     last = steps[-1] if steps else {}
     summary = json_object_or_empty(run / "summary.json")
     manifest = json_object_or_empty(run / "manifest.json")
     alive = is_locked(run)
-    if alive:
-        state = "running"
-    elif summary:
-        state = "finished" if summary.get("status") == "Success" else "failed"
-    else:
-        state = "died"
-    stopped = summary.get("stopped")
-    stopped_at = stopped.get("step") if isinstance(stopped, dict) else None
-    if state == "failed" and isinstance(stopped_at, int):
-        state = f"stopped at step {stopped_at}"
+    state = _state(alive, summary)
     status: dict[str, Any] = {
         "run": str(run),
         "state": state,
@@ -82,8 +83,62 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     return status
 
 
+def _state(alive: bool, summary: dict[str, Any]) -> str:
+    if alive:
+        return "running"
+    if not summary:
+        return "died"
+    if summary.get("status") == "Success":
+        return "finished"
+    stopped = summary.get("stopped")
+    if not isinstance(stopped, dict):
+        return "failed"
+    step = stopped.get("step")
+    return f"stopped at step {step}" if isinstance(step, int) else "stopped"
+
+
+def _other_verb(folder: Path) -> dict[str, Any] | None:
+    """The status of what another verb than train made, or is making, in `folder`."""
+    summary = json_object_or_empty(folder / SUMMARY)
+    verb = summary.get("verb")
+    if (folder / JOB).exists():
+        verb = "forge"
+    elif (folder / _PRUNING).exists() and verb is None:
+        verb = "prune"
+    if verb in (None, "train"):
+        return None
+    alive = is_locked(folder)
+    status: dict[str, Any] = {
+        "run": str(folder),
+        "verb": verb,
+        "state": "finished" if verb == "prune" and not summary else _state(alive, summary),
+        "alive": alive,
+        "process": read_holder(folder) if alive else None,
+        "parameters": summary.get("parameters", {}),
+        "metrics": summary.get("metrics", {}),
+        "output_path": summary.get("output_path") or (None if verb == "forge" else str(folder)),
+        "error_message": summary.get("error_message") if not alive else None,
+        "wall_seconds": summary.get("wall_seconds"),
+    }
+    if verb == "forge":
+        status |= _job(folder)
+    return status
+
+
+def _job(folder: Path) -> dict[str, Any]:
+    """Stages of a job that are done, in order, and the run that is going on, if any."""
+    done = sorted((folder / "stages").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    runs = [path.parent for path in folder.glob("*/run/.lock") if is_locked(path.parent)]
+    return {
+        "stages": [path.stem for path in done],
+        "training": read_status(runs[0]) if runs else None,
+    }
+
+
 def describe_status(status: dict[str, Any]) -> list[str]:
     """The status as lines for a terminal."""
+    if "verb" in status:
+        return _describe_other(status)
     last, total = status["last"], status["total_steps"]
     who = status["process"]
     state = status["state"] + (f" (process {who['pid']} on {who['host']})" if who else "")
@@ -120,6 +175,39 @@ def describe_status(status: dict[str, Any]) -> list[str]:
     return [f"{label:<14} {value}" for label, value in rows] + list(status.get("log", []))
 
 
+def _describe_other(status: dict[str, Any]) -> list[str]:
+    who = status["process"]
+    state = status["state"] + (f" (process {who['pid']} on {who['host']})" if who else "")
+    rows = [(status["verb"], status["run"]), ("state", state)]
+    model = status["parameters"].get("model")
+    if model is not None:
+        rows.append(("model", str(model)))
+    if status.get("stages"):
+        rows.append(("stages done", ", ".join(status["stages"])))
+    for name, value in status["metrics"].items():
+        if value not in (None, [], {}):
+            rows.append((name.replace("_", " "), _short(value)))
+    if status["wall_seconds"] is not None:
+        rows.append(("took", describe_seconds(status["wall_seconds"])))
+    if status["output_path"]:
+        rows.append(("output", status["output_path"]))
+    if status["error_message"]:
+        rows.append(("error", status["error_message"]))
+    width = max(len(label) for label, _ in rows)
+    lines = [f"{label:<{width}} {value}" for label, value in rows]
+    if status.get("training"):
+        lines += ["", *describe_status(status["training"])]
+    return lines
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _bar(step: int, total: int | None, width: int = 24) -> str:
     if not total:
         return ""
@@ -128,8 +216,8 @@ def _bar(step: int, total: int | None, width: int = 24) -> str:
 
 
 def _checkpoints(run: Path) -> list[int]:
-    names = [entry.name.removeprefix("checkpoint-") for entry in run.glob("checkpoint-*")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    matches = [CHECKPOINT.fullmatch(entry.name) for entry in run.glob("checkpoint-*")]
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def _age(path: Path) -> float | None:

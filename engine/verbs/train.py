@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.config.tasks.commands import command_of, next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
 from engine.pruning.keep_pruned import hold_pruned
-from engine.runs.commands import command_of, next_steps, repeat_heldout
 from engine.runs.directory import RunDirectory, dated
 from engine.runs.identity import check_identity
 from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
@@ -57,13 +57,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run left. `adapter_path` is None after full fine-tuning, which saves `model/`."""
+    """What a run left. `adapter_path` is None after full fine-tuning, which saves `model/`.
+
+    `next` are commands for the next steps: evaluate, generate, merge.
+    """
 
     run_directory: Path
     adapter_path: Path | None
     metrics: dict[str, Any]
     status: str
     output_path: Path | None = None
+    next: tuple[str, ...] = ()
 
 
 def _with_policy(
@@ -291,9 +295,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
             repeat_heldout=repeat_heldout(shown, output),
         )
         log.info("Saved: %s", output)
-        log.info("Next:\n%s", "\n".join(f"  {line}" for line in commands))
     adapter = None if config.method == "full" else output
-    return TrainResult(directory.path, adapter, figures, "Success", output)
+    return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands))
 
 
 def _checked(config: TrainConfig) -> Prepared:

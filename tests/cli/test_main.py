@@ -248,6 +248,7 @@ def test_train_hands_over_what_it_was_given(
     class Result:
         adapter_path = tmp_path / "adapter"
         status = "Success"
+        next = ("engine eval",)
 
     class Finetune:
         @staticmethod
@@ -269,7 +270,8 @@ def test_train_hands_over_what_it_was_given(
     (config,) = seen
     assert (config.seed, config.packing, config.batch_size) == (2, False, 3)
     assert (config.data, config.lora_rank) == (("a", "b"), 4)
-    assert capsys.readouterr().out == f"Trained adapter saved to: {tmp_path / 'adapter'}\n"
+    saved = f"Trained adapter saved to: {tmp_path / 'adapter'}"
+    assert capsys.readouterr().out.splitlines() == [saved, "Next:", "  engine eval"]
     assert cli.main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out == "would train m\n"
     assert len(seen) == 1

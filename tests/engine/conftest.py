@@ -11,6 +11,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from engine.tokenization.tokenizer import Tokenizer
+from engine.verbs.train import train
+from tests.support.small_runs import small_run
 from tests.support.tiny_model import write_tiny_model, write_tokenizer
 
 TEMPLATES = Path(__file__).parents[1] / "fixtures" / "templates"
@@ -58,6 +60,14 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def ended(tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path) -> Path:
+    """The directory of a run of 6 steps; beside it `other.jsonl`, whose rows are of no kind."""
+    train(small_run(tiny_model, write_rows(9), tmp_path / "run"), console=False)
+    (tmp_path / "other.jsonl").write_text('{"left": 1}\n')
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,9 @@ from engine.config.choices import (
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     BAD_LINES,
+    BAD_LINES_WORDS,
     DEVICE,
+    DEVICES,
     DTYPES,
     PRECISIONS,
     as_text,
@@ -39,7 +41,7 @@ class Machine(Settings):
     quantize: Annotated[Quantization | None, BeforeValidator(none_is_unset)] = setting(
         None, "Machine", "quantise the model's weights as they load: nf4 or int8"
     )
-    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE)
+    device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES)
     dtype: Annotated[ComputeType, spelled(DTYPES)] = setting("auto", "Machine", "compute type")
 
 
@@ -82,6 +84,7 @@ class EvalSettings(OneModel):
         "Data",
         "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
         pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
     )
     system_prompt: str | None = setting(
         None, "Data", "system message put before rows that have none"

@@ -8,7 +8,15 @@ from pydantic import BeforeValidator
 
 from engine.config.choices import GPU_TFLOPS, Method, Program
 from engine.config.settings import Settings, setting
-from engine.config.spelling import BAD_LINES, DEVICE, json_object, size_in_bytes, spelled
+from engine.config.spelling import (
+    BAD_LINES,
+    BAD_LINES_WORDS,
+    DEVICE,
+    DEVICES,
+    json_object,
+    size_in_bytes,
+    spelled,
+)
 from engine.config.tasks.inference import Paths
 
 
@@ -75,7 +83,9 @@ class BenchSettings(Settings):
         repeat=True,
     )
     tokens: int = setting(0, "Measurement", "tokens at once; 0 chooses", ge=0)
-    device: str = setting("auto", "Measurement", "auto, cpu or cuda", pattern=DEVICE)
+    device: str = setting(
+        "auto", "Measurement", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES
+    )
     budget: float = setting(0.2, "Measurement", "seconds to spend on one timing", ge=0)
     compile: bool = setting(False, "Measurement", "also time torch.compile of the plain form")
     against: Paths = setting(
@@ -103,7 +113,9 @@ class DoctorSettings(Settings):
         False, "Checks", "the same checks in Triton's interpreter, on the CPU, in some minutes"
     )
     only: Paths = setting((), "Checks", "only these checks, by name", repeat=True)
-    device: str = setting("auto", "Checks", "which GPU: auto or cuda:N", pattern=DEVICE)
+    device: str = setting(
+        "auto", "Checks", "which GPU: auto or cuda:N", pattern=DEVICE, expected=DEVICES
+    )
     seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0)
 
 
@@ -122,6 +134,7 @@ class DataSettings(Settings):
         "Data",
         "fail: stop at a bad row; skip, or skip:5%: leave it out and count it",
         pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
     )
 
 

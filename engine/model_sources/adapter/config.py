@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError
@@ -185,14 +186,23 @@ def _require_number(key: str, value: Any, high: float, source: str) -> None:
 
 def model_card(config: AdapterConfig) -> str:
     """The model card that PEFT writes: front matter by which the hub knows what this is."""
-    base = json.dumps(config.base_model_name_or_path)
-    tag = json.dumps(f"base_model:adapter:{config.base_model_name_or_path}")
+    name = public_name(config.base_model_name_or_path)
+    base, tag = json.dumps(name), json.dumps(f"base_model:adapter:{name}")
     targets = ", ".join(sorted(config.target_modules))
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\n"
         f"tags:\n- {tag}\n- lora\n- transformers\n---\n\n# LoRA adapter\n\n"
         f"Rank {config.r}, scale {config.scale:g}, on {targets} of "
-        f"`{config.base_model_name_or_path}`. Load it with PEFT:\n\n"
+        f"`{name}`. Load it with PEFT:\n\n"
         "    from peft import PeftModel\n"
         "    model = PeftModel.from_pretrained(base_model, this_folder)\n"
     )
+
+
+def public_name(model: str) -> str:
+    """A model's name for others to read: its hub id if there is one, else its last part."""
+    cached = re.search(r"models--([\w.\-]+?)--([\w.\-]+)/snapshots/", model)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    path = Path(model)
+    return path.name if path.is_absolute() or path.exists() else model

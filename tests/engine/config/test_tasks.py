@@ -14,7 +14,7 @@ from engine.config.sources import Vocabulary, build, gather
 from engine.config.tasks import inference, pruning, workflow
 from engine.config.tasks.inference import EvalSettings, GenerateSettings
 from engine.config.tasks.pruning import ForgeJob, PruneJob, PruneSettings
-from engine.config.tasks.workflow import PlanSettings
+from engine.config.tasks.workflow import BenchSettings, DataSettings, PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from tests.support.source_tree import ROOT
@@ -195,3 +195,41 @@ def test_a_mapping_may_be_written_as_one(tmp_path: Path) -> None:
     file.write_text("\n".join((*lines, "  depth: {most: 3}")))
     config = build(TrainConfig, gather(Vocabulary.of("train", TrainConfig), file))
     assert config.chat_template_kwargs == {"enable_thinking": False, "depth": {"most": 3}}
+
+
+@pytest.mark.parametrize(
+    ("table", "given", "expected"),
+    [
+        (EvalSettings, {"device": "gpu"}, "should be auto, cpu, cuda or cuda:1"),
+        (DataSettings, {"bad_lines": "foo"}, "should be fail, skip or skip:5%"),
+        (EvalSettings, {"bad_lines": "skip5"}, "should be fail, skip or skip:5%"),
+        (EvalSettings, {"quantize": "nf8"}, "should be nf4, int8 or none"),
+        (BenchSettings, {"device": "mps"}, "should be auto, cpu, cuda or cuda:1"),
+        (TrainConfig, {"gradient_checkpointing": "ful"}, "none, selective or full"),
+        (TrainConfig, {"nonfinite": "ignore"}, "should be stop, or skip:5"),
+        (TrainConfig, {"run_id": "a b"}, "letters, digits"),
+        (TrainConfig, {"device": "tpu"}, "should be auto, cpu, cuda or cuda:1"),
+        (TrainConfig, {"bad_lines": "5%"}, "should be fail, skip or skip:5%"),
+        (TrainConfig, {"method": "dora"}, "should be qlora, lora or full"),
+    ],
+)
+def test_a_wrong_value_is_answered_by_the_choices_and_no_pattern(
+    table: type[Settings], given: dict[str, Any], expected: str
+) -> None:
+    needed = {name: value for name, value in NEEDED.items() if name in table.model_fields}
+    message = told(table, **(needed | given))
+    assert expected in message
+    assert "pattern" not in message
+
+
+def test_every_pattern_of_a_setting_is_said_in_words() -> None:
+    patterns = 0
+    tables: list[type[Settings]] = [TrainConfig, *TABLES]
+    for table in tables:
+        for name, field in table.model_fields.items():
+            if any(getattr(limit, "pattern", None) for limit in field.metadata):
+                patterns += 1
+                extra = field.json_schema_extra
+                assert isinstance(extra, dict), name
+                assert extra["expected"], name
+    assert patterns >= 9

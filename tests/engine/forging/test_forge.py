@@ -248,7 +248,7 @@ def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--domain is 'nowhere'"):
         forge(make(domain="nowhere"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be written to"):
         forge(make("file/job"))
 
 

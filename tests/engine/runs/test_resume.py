@@ -216,7 +216,7 @@ def test_more_steps_of_another_schedule_name_the_way(stopped: Path, tiny_model: 
 
 
 def test_the_command_that_trains_on_works(ended: Path, tiny_model: Path) -> None:
-    from engine.runs.commands import continued
+    from engine.config.tasks.commands import continued
 
     words = continued(resume_config(ended), ended, 3).split()[2:]
     from cli import main as cli

@@ -137,3 +137,18 @@ def test_a_pickle_is_known_by_name_and_by_its_first_bytes(
 ) -> None:
     (tmp_path / name).write_bytes(content)
     assert is_pickle(tmp_path / name) is expected
+
+
+def test_a_folder_of_links_into_the_hubs_cache_is_read(tmp_path: Path) -> None:
+    """As `ln -s` and earlier downloads with `--local-dir` make them."""
+    blobs = tmp_path / "hub" / "models--org--name" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123abcd").write_text('{"a": 1}')
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").symlink_to(blobs / "0123abcd")
+    assert read_json_object(folder / "config.json") == {"a": 1}
+    (folder / "other.json").symlink_to(tmp_path / "hub" / "secret")
+    (tmp_path / "hub" / "secret").write_text("{}")
+    with pytest.raises(CheckpointError, match="outside the model's folder"):
+        read_json_object(folder / "other.json")

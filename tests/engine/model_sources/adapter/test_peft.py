@@ -344,3 +344,19 @@ def test_a_broken_configuration_is_named_with_its_place(saved: Path) -> None:
     (saved / CONFIG).write_text('{"r": 4,}')
     with pytest.raises(CheckpointError, match=r"adapter_config\.json:1:9"):
         load_adapter(saved)
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("/home/me/models/Qwen3-8B", "Qwen3-8B"),
+        ("/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b", "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+    ],
+)
+def test_the_card_holds_no_path_of_this_machine(base: str, shown: str, tmp_path: Path) -> None:
+    pairs = {"model.layers.0.self_attn.q_proj": (torch.ones(2, 4), torch.ones(4, 2))}
+    save_adapter(tmp_path, AdapterConfig(2, 4, ["q_proj"], base), pairs)
+    text = (tmp_path / "README.md").read_text()
+    assert f'base_model: "{shown}"' in text
+    assert "/home" not in text

@@ -80,10 +80,10 @@ def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
 
 
 def next_steps(config: TrainConfig, output: Path) -> list[str]:
-    """What one does after a run: evaluate, ask, and merge (an adapter) or quantise nothing."""
+    """What one does after a run: evaluate, ask, and merge an adapter."""
     evaluated = repeat_heldout(config, output)
     if evaluated is None:
-        evaluated = command("eval", _model(config, output) | {"data": "HELDOUT.jsonl"})
+        evaluated = command("eval", _model(config, output) | {"data": config.data})
     steps = [evaluated, command("generate", _model(config, output) | {"prompt": "Hello!"})]
     if config.method != "full":
         merged = output.with_name("merged")
