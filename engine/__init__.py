@@ -23,7 +23,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from engine.runs.startup import wait_quietly
+from engine.runs.startup import let_segments_grow, wait_quietly
 
 if TYPE_CHECKING:
     from engine.config.tasks.pruning import ForgeSettings, PruneSettings
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 # Here, because every way into the engine comes by here before torch is imported.
 wait_quietly()
+let_segments_grow()
 
 _HOME = {
     "__version__": "engine.provenance",

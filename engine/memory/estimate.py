@@ -17,6 +17,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.memory.simulate.meter import Peak, Segment
 from engine.memory.simulate.step import SimulatedStep, simulate_step
+from kernels.runtime.device import architecture as device_architecture
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
 from models.layers.packed_batch import PackedBatch
@@ -25,8 +26,11 @@ CUDA_CONTEXT = 480 * 2**20
 """Bytes that a CUDA process holds outside torch's allocator: context, kernels, libraries. A reserve
 that is assumed; it is between 300 and 600 MiB on the GPUs and drivers in use."""
 
-CUBLAS_WORKSPACE = 32 * 2**20
-"""cuBLAS's workspace of one stream on Hopper, the largest default; 8 MiB on earlier GPUs."""
+_CUBLAS_HANDLES = 2
+"""The thread that runs forward has one, and so has autograd's, which runs backward."""
+
+_CUBLAS_HOPPER, _CUBLAS_EARLIER = 32 * 2**20, 8 * 2**20 + 2**17
+"""Workspace that torch gives a handle, from compute capability 9.0 on and before."""
 
 FRAGMENTATION = 0.05
 """Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
@@ -82,6 +86,18 @@ class MemoryPlan:
     def seconds(self, flops_per_second: float) -> float:
         """Time of one step at a GPU's real rate of matrix products."""
         return self.flops / flops_per_second
+
+
+def cublas_workspace(deterministic: bool = False, architecture: int | None = None) -> int:
+    """Bytes of both threads' cuBLAS workspaces, which torch's allocator holds.
+
+    Of a GPU of this `architecture` (capability as major * 10 + minor), by default the one that is
+    here, else one with the largest. A `deterministic` run asks for 32 MiB on every GPU.
+    """
+    if architecture is None and torch.cuda.is_available():
+        architecture = device_architecture(torch.device("cuda"))
+    large = architecture is None or architecture >= 90 or deterministic
+    return _CUBLAS_HANDLES * (_CUBLAS_HOPPER if large else _CUBLAS_EARLIER)
 
 
 def workload(config: TrainConfig) -> Workload:
@@ -159,7 +175,7 @@ def _plan_of(
         passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
         reserve = {
             "CUDA context": CUDA_CONTEXT,
-            "cuBLAS workspace": CUBLAS_WORKSPACE,
+            "cuBLAS workspace": cublas_workspace(config.deterministic),
             "allocator's holes": int(FRAGMENTATION * passing),
         }
     micro = config.accumulate / len(work.micro_batches)

@@ -111,3 +111,12 @@ def combinations(
         time *= 1.0 + sum(option.cost for option in options[:count])
         priced.append((time, policy, size, count))
     return [(policy, size, count) for _, policy, size, count in sorted(priced)]
+
+
+def flag(name: str, value: object) -> str:
+    """A setting as the command line takes it: `--name value`, or `--name`, or `--no-name`."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return option if value else f"--no-{option[2:]}"
+    text = (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
+    return f"{option} {text}"

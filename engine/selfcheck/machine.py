@@ -6,7 +6,7 @@ import torch
 
 from engine.benchmark.roofline import measure_roofline
 from engine.selfcheck.options import CheckOptions, Finding, failed, passed
-from kernels.runtime.host_memory import SideCopies, host_copy, host_empty
+from kernels.runtime.host_memory import SideCopies, host_buffer, host_copy, paged_bytes
 
 _MIB = 2**20
 _COPIES = 16
@@ -20,7 +20,7 @@ def check_side_copies(options: CheckOptions) -> Finding:
     for number in range(_COPIES):
         x = torch.zeros(_MIB, device=device)
         x += number
-        host = host_empty(x)
+        host = host_buffer(x)
         events.append(copies.start([(host, x)]))
         hosts.append(host)
         copies.wait(events[-1])
@@ -43,7 +43,9 @@ def check_pinned(options: CheckOptions) -> Finding:
     if options.device.type == "cuda" and not host.is_pinned():
         return failed("host memory for copies is not pinned: copies do not overlap with kernels")
     taken = host.untyped_storage().nbytes()
-    return passed(f"{host.nbytes} bytes asked for, {taken} taken")
+    if taken > paged_bytes(host.nbytes):
+        return failed(f"{taken} bytes of pinned memory are taken for {host.nbytes}")
+    return passed(f"{host.nbytes} bytes asked for, {paged_bytes(host.nbytes)} taken")
 
 
 def check_allocator_limit(options: CheckOptions) -> Finding:

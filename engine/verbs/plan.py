@@ -18,6 +18,7 @@ from engine.memory.estimate import MemoryPlan
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import preset_config
+from engine.memory.options import flag
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.checks import check_model, check_request
@@ -241,10 +242,7 @@ class PlanReport:
             return []
         lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
         for name, (before, after) in self.choice.changes.items():
-            option = f"--{name.replace('_', '-')}"
-            off = f"--no-{option[2:]}" if after is False else f"{option} {_text(after)}"
-            given = option if after is True else off
-            lines.append(f"  {given}  (asked for {_text(before)})")
+            lines.append(f"  {flag(name, after)}  (asked for {_text(before)})")
         return lines
 
 

@@ -7,7 +7,7 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,16 @@ def _budget(
     from engine.memory.budget import MemoryBudget
 
     return MemoryBudget(prepared, config, device, dtype, planned)
+
+
+def _explained(config: TrainConfig, prepared: Prepared) -> AbstractContextManager[None]:
+    """Around a run whose device may run out of memory: the error says what would fit."""
+    from engine.memory.budget import largest_step
+    from engine.memory.out_of_memory import explained
+
+    device = resolve_device(config.device)
+    dtype, model = resolve_dtype(config.dtype, device), prepared.model_source.config
+    return explained(model, config, device, dtype, largest_step(prepared))
 
 
 class _Run:
@@ -262,6 +272,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         prepared = _checked(directory.config)
         directory.open()
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
+        stack.enter_context(_explained(directory.config, prepared))
         run = _Run(directory, prepared, stack)
         directory.begin()
         before = run.evaluate_before()

@@ -70,8 +70,8 @@ class Simulation(Protocol):
     def launch(self, kernel: Any, operations: float) -> Callable[..., Any]:
         """What is called in place of a launch of a Triton kernel, which does so many operations."""
 
-    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A tensor that lies in the host's memory."""
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> Tensor:
+        """A tensor that lies in the host's memory and takes `taken` bytes of it."""
 
     def stays_on_host(self, tensor: Tensor) -> None:
         """`tensor` lies in the host's memory, though it does not say so."""

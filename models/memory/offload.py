@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear.projection import QuantizedWeight
-from kernels.runtime.host_memory import SideCopies, host_copy, host_empty
+from kernels.runtime.host_memory import SideCopies, host_buffer, host_copy
 from models.layers.experts import Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.layers.observer import layer_observer
@@ -55,7 +55,7 @@ class OffloadedInputs:
             return
         self._release_outgoing()
         x = x.contiguous()  # else torch copies it on the side stream, uncounted by plans
-        host = host_empty(x)
+        host = host_buffer(x)
         event = self._copies.start([(host, x)])
         self._host[index] = host
         self._outgoing = (index, x, event)

@@ -81,13 +81,13 @@ class SimulatedMeter(MemoryMeter):
         self.flops += operations
         return nothing
 
-    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> Tensor:
         """A tensor in the host's memory, which beside a GPU's is counted apart."""
         if self.gpu is None:
             return torch.empty(tuple(shape), dtype=dtype, device="meta")
         with self.shapes_only():
             tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
-        self._count_on_host(tensor)
+        self._count_on_host(tensor, taken)
         return tensor
 
     def stays_on_host(self, tensor: Tensor) -> None:
@@ -99,9 +99,8 @@ class SimulatedMeter(MemoryMeter):
         """Nothing that is made inside is counted."""
         return cast(AbstractContextManager[Any], _disable_current_modes())
 
-    def _count_on_host(self, tensor: Tensor) -> None:
+    def _count_on_host(self, tensor: Tensor, size: int) -> None:
         self.ignore([tensor])
-        size = tensor.untyped_storage().nbytes()
         self.host += size
         self.host_high = max(self.host, self.host_high)
 

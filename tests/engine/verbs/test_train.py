@@ -10,15 +10,17 @@ import torch
 
 import engine.verbs.train
 from engine.config.train_config import TrainConfig
-from engine.errors import CheckpointError, ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError, MemoryPlanError
 from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.prepare import prepare
+from engine.training.step import TrainingStep
 from engine.verbs.evaluate import evaluate
 from engine.verbs.merge import merge
 from engine.verbs.train import dry_run, train
+from kernels.runtime.simulation import simulation
 
 Rows = Callable[..., Path]
 
@@ -332,6 +334,24 @@ def test_dense_weights_of_one_input_are_one_matrix_product(tiny_model: Path) -> 
     starts = [w.data_ptr() for w in weights if isinstance(w, torch.Tensor)]
     sizes = [w.nbytes for w in weights if isinstance(w, torch.Tensor)]
     assert starts == [starts[0], starts[0] + sizes[0], starts[0] + sizes[0] + sizes[1]]
+
+
+def test_a_device_that_runs_out_of_memory_is_explained_and_noted(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = TrainingStep.__call__
+
+    def fills(step: TrainingStep, *arguments: Any, **options: Any) -> Any:
+        if simulation() is not None:
+            return real(step, *arguments, **options)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(TrainingStep, "__call__", fills)
+    with pytest.raises(MemoryPlanError, match=r"Planned were .*Settings that are planned with"):
+        train(config(tiny_model, write_rows(4), tmp_path / "run"), console=False)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "Failure"
+    assert "Tried to allocate 9.00 GiB" in summary["error_message"]
 
 
 def test_bad_rows_stop_a_run_or_are_left_out_and_counted(

@@ -46,7 +46,7 @@ class Recording:
         self.operations += operations
         return lambda *args, **options: None
 
-    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
 
     def stays_on_host(self, tensor: Tensor) -> None: ...

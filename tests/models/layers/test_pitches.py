@@ -118,7 +118,7 @@ class Pitches(TorchDispatchMode):
     def some(self, parts: Sequence[Any]) -> Iterator[Any]:
         return iter(parts)
 
-    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def host_tensor(self, shape: Sequence[int], dtype: torch.dtype, taken: int) -> Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
 
     def stays_on_host(self, tensor: Tensor) -> None: ...
