@@ -235,7 +235,8 @@ def _help(field: FieldInfo) -> str:
 def _metavar(annotation: Any) -> str:
     """How an option's value is written in the help: a choice, or a word for its type."""
     if get_origin(annotation) in (Union, types.UnionType):
-        return _metavar(get_args(annotation)[0])
+        kinds = [_metavar(kind) for kind in get_args(annotation) if kind is not types.NoneType]
+        return "|".join(kinds)
     if str(annotation).startswith("typing.Literal"):
         return "[" + "|".join(map(str, get_args(annotation))) + "]"
     names = {int: "INTEGER", float: "NUMBER", Path: "PATH"}

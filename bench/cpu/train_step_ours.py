@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.cpu.side import Row, Work, measure
+from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.data.examples import Example
 from engine.data.loader import collate
@@ -51,7 +52,9 @@ def main(work_file: Path, result_file: Path) -> None:
         gradient_checkpointing=work.policy,
     )
     policy = checkpointing_policy(config, work)
-    settings = StepSettings(checkpointing=policy, loss_chunk_tokens=config.loss_chunk_tokens)
+    settings = StepSettings(
+        checkpointing=policy, loss_chunk_tokens=given_chunk(config.loss_chunk_tokens)
+    )
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW8bit(trained, lr=work.learning_rate, weight_decay=0.01)

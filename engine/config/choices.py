@@ -18,6 +18,7 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 ComputeType = Literal["auto", "float32", "bfloat16", "float16"]
 StoredType = Literal["float32", "bfloat16", "float16"]
+Auto = Literal["auto"]
 HeadPrecision = Literal["16bit", "8bit"]
 EmbeddingOn = Literal["device", "host"]
 Offload = Literal["checkpoints", "weights"]

@@ -4,11 +4,11 @@ import re
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import POLICIES
+from engine.config.choices import POLICIES, Auto
 from engine.storage import strict_json
 
 DTYPES = {
@@ -42,6 +42,29 @@ def spelled(table: Mapping[str, str]) -> BeforeValidator:
         return value
 
     return BeforeValidator(replace)
+
+
+def auto_or_number(least: int, most: int) -> BeforeValidator:
+    """A validator of `auto`, or of a whole number inside bounds."""
+
+    def read(value: Any) -> int | str:
+        text = str(value).strip().lower()
+        if text == "auto":
+            return text
+        if text.isdecimal() and least <= int(text) <= most:
+            return int(text)
+        raise ValueError(f"expected auto or a whole number from {least} to {most}")
+
+    return BeforeValidator(read)
+
+
+ChunkTokens = Annotated[Auto | int, auto_or_number(1, 1 << 20)]
+"""Tokens of a chunk of the loss; auto is `kernels.loss.linear_cross_entropy.chunk_tokens`."""
+
+
+def given_chunk(value: Auto | int) -> int | None:
+    """The number that was asked for; None where the loss chooses."""
+    return None if value == "auto" else int(value)
 
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"

@@ -38,6 +38,7 @@ from engine.config.spelling import (
     OPTIMIZERS,
     POLICY,
     PRECISIONS,
+    ChunkTokens,
     checkpointing_policies,
     comma_list,
     iso_date,
@@ -251,8 +252,10 @@ class TrainConfig(Settings):
     low_memory_decode: bool = setting(
         False, "Memory", "decode one weight at a time, not a group of them"
     )
-    loss_chunk_tokens: int = setting(
-        256, "Memory", "trained tokens per chunk of the loss", ge=1, le=1 << 20
+    loss_chunk_tokens: ChunkTokens = setting(
+        "auto",
+        "Memory",
+        "trained tokens per chunk of the loss; auto: 1,024 or a multiple on a GPU, 64 MiB on a CPU",
     )
     head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = setting(
         "16bit", "Memory", "frozen output head: the compute type, or 8-bit rows"

@@ -15,10 +15,12 @@ import math
 import torch
 
 from engine.config.choices import POLICIES
+from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.search import changed
 from engine.memory.simulate.meter import gib
+from kernels.loss.linear_cross_entropy import chunk_tokens
 from kernels.runtime.device import free_memory as device_free_memory
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
@@ -38,7 +40,16 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _estimate(model: ModelConfig, config: TrainConfig, work: Workload, dtype: torch.dtype) -> int:
+def chunk_of(config: TrainConfig, model: ModelConfig, dtype: torch.dtype, gpu: bool) -> int:
+    """Trained tokens in a chunk of the loss, chosen as the loss itself chooses where it is auto."""
+    return given_chunk(config.loss_chunk_tokens) or chunk_tokens(
+        model.vocab_size, dtype.itemsize, gpu=gpu
+    )
+
+
+def _estimate(
+    model: ModelConfig, config: TrainConfig, work: Workload, dtype: torch.dtype, gpu: bool
+) -> int:
     """More bytes than a run without recompute needs: dense weights, states, all activations."""
     heads = model.num_attention_heads + 2 * model.num_key_value_heads
     inner, hidden = model.intermediate_size, model.hidden_size
@@ -48,7 +59,7 @@ def _estimate(model: ModelConfig, config: TrainConfig, work: Workload, dtype: to
     trained = weights if config.method == "full" else config.lora_rank * model.num_hidden_layers * (
         2 * hidden + heads * model.head_dim + inner
     ) * 8  # fmt: skip
-    logits = config.loss_chunk_tokens * model.vocab_size
+    logits = chunk_of(config, model, dtype, gpu) * model.vocab_size
     activations = tokens * layer * (model.num_hidden_layers + 2)
     return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * activations
 
@@ -85,7 +96,7 @@ def planned_policy(
         free = free_memory(device) if free is None else free
         limit = int(free * FREE_SHARE[device.type])
     work = work or workload(config)
-    if 2 * _estimate(model, config, work, dtype) < limit:
+    if 2 * _estimate(model, config, work, dtype, device.type == "cuda") < limit:
         return "none", None
 
     def made(policy: str) -> MemoryPlan:

@@ -8,6 +8,7 @@ the gradients but the 8-bit head, which rounds the head once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from itertools import product
 
 from engine.config.choices import POLICIES
 from engine.config.rules import Facts, allows
+from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 
 NAMES = (
@@ -32,7 +34,8 @@ NAMES = (
 )
 """The settings that a search may change, in the order in which they are shown."""
 
-_WIDE_TILE, _NARROW_TILE, _FEW_ROWS = 2048, 512, 64
+_WIDE_TILE, _NARROW_TILE = 2048, 512
+_SHORT_CHUNK, _SHORTEST_CHUNK = 256, 64
 
 _RECOMPUTING = {"none": 0.0, "selective": 0.3, "full": 0.35}
 _HALVED_BATCH = 0.03
@@ -53,7 +56,8 @@ def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOpt
     Offloading is for a GPU only. `engine.config.rules` says which settings the run's others and a
     tied embedding allow.
     """
-    tile, rows = config.mlp_tile_tokens, config.loss_chunk_tokens
+    tile = config.mlp_tile_tokens
+    rows = given_chunk(config.loss_chunk_tokens) or math.inf
     facts = Facts(tied=tied)
     weights = (*config.offload, "weights")
     can = partial(allows, config, facts)
@@ -62,7 +66,8 @@ def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOpt
         (can(optimizer_in_backward=True), MemoryOption("optimizer_in_backward", True, 0.005)),
         (gpu, MemoryOption("offload", "checkpoints", 0.01)),
         (tile is None or tile > _WIDE_TILE, MemoryOption("mlp_tile_tokens", _WIDE_TILE, 0.01)),
-        (rows > _FEW_ROWS, MemoryOption("loss_chunk_tokens", _FEW_ROWS, 0.02)),
+        (gpu and rows > _SHORT_CHUNK, MemoryOption("loss_chunk_tokens", _SHORT_CHUNK, 0.005)),
+        (rows > _SHORTEST_CHUNK, MemoryOption("loss_chunk_tokens", _SHORTEST_CHUNK, 0.02)),
         (can(head_precision="8bit"), MemoryOption("head_precision", "8bit", 0.02)),
         (tile is None or tile > _NARROW_TILE, MemoryOption("mlp_tile_tokens", _NARROW_TILE, 0.03)),
         (True, MemoryOption("low_memory_decode", True, 0.15)),

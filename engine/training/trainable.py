@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_dtype
 from engine.errors import ConfigError
@@ -80,7 +81,7 @@ def step_settings(config: TrainConfig) -> StepSettings:
         offload_inputs="checkpoints" in config.offload,
         mlp_tile_tokens=config.mlp_tile_tokens,
         low_memory_decode=config.low_memory_decode,
-        loss_chunk_tokens=config.loss_chunk_tokens,
+        loss_chunk_tokens=given_chunk(config.loss_chunk_tokens),
     )
 
 

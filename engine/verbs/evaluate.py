@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.config.spelling import given_chunk
 from engine.config.tasks.inference import EvalSettings
 from engine.data.dataset import data_files, read_rows
 from engine.data.examples import build_examples, check_ids
@@ -56,7 +57,8 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     head_8bit = settings.head_precision == "8bit"
     tokens = settings.batch_size * settings.max_length if settings.batch_size else TOKENS_PER_BATCH
     how = StepSettings(
-        loss_chunk_tokens=settings.loss_chunk_tokens, mlp_tile_tokens=settings.mlp_tile_tokens
+        loss_chunk_tokens=given_chunk(settings.loss_chunk_tokens),
+        mlp_tile_tokens=settings.mlp_tile_tokens,
     )
     with deterministic(device, settings.deterministic):
         decoder = load_decoder(

@@ -13,7 +13,7 @@ from engine.config.choices import GPU_TFLOPS
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError
-from engine.memory.auto_policy import resolve_policy
+from engine.memory.auto_policy import chunk_of, resolve_policy
 from engine.memory.estimate import MemoryPlan
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.find_model import find_model
@@ -165,6 +165,7 @@ class PlanReport:
             "dtype": str(planned.dtype).removeprefix("torch."),
             "parameters": parameter_count(self.target.model),
             "settings": {name: getattr(config, name) for name in _SHOWN},
+            "loss_chunk_tokens": self._chunk(),
             "peaks": {
                 name: {"bytes": peak.bytes, "owners": _present(peak.owners)}
                 for name, peak in self._peaks()
@@ -186,6 +187,16 @@ class PlanReport:
             "planning_seconds": self.planning_seconds,
         }
 
+    def _chunk(self) -> int:
+        """Trained tokens in a chunk of the loss."""
+        planned = self.plan
+        return chunk_of(planned.config, self.target.model, planned.dtype, planned.gpu)
+
+    def _shown(self, name: str) -> str:
+        value = getattr(self.plan.config, name)
+        chosen = f" ({self._chunk()})" if (name, value) == ("loss_chunk_tokens", "auto") else ""
+        return f"{_text(value)}{chosen}"
+
     def _merging(self) -> int | None:
         """Host memory for merging what the run trains; None after full fine-tuning."""
         config = self.plan.config
@@ -204,7 +215,7 @@ class PlanReport:
         """The table that `engine plan` prints."""
         planned, config = self.plan, self.plan.config
         settings = ", ".join(
-            f"{name} {_text(getattr(config, name))}"
+            f"{name} {self._shown(name)}"
             for name in _SHOWN
             if name in _ALWAYS_SHOWN or getattr(config, name) != _default(name)
         )

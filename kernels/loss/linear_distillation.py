@@ -18,7 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.loss.linear_cross_entropy import Head, head_gradient, head_logits
+from kernels.loss.linear_cross_entropy import (
+    Head,
+    chunk_tokens,
+    head_gradient,
+    head_logits,
+)
 
 
 class _LinearDistillation(torch.autograd.Function):
@@ -61,14 +66,15 @@ def linear_distillation(
     teacher_hidden: Tensor,
     teacher_weight: Head,
     num_items: float | None = None,
-    tokens_per_chunk: int = 256,
+    tokens_per_chunk: int | None = None,
 ) -> Tensor:
     """KL divergence of the student's next-token distribution from the teacher's, a scalar.
 
     hidden (n, H) and teacher_hidden (n, H') are those of the trained tokens, weight (V, H) and
     teacher_weight (V, H') the frozen heads. The sum over tokens is divided by `num_items`, by
-    default n. Memory holds two chunks of logits. Returns fp32 or wider. Raises `ValueError` where
-    the vocabularies or the numbers of tokens differ, or the head wants a gradient.
+    default n. Memory holds two chunks of logits, each of `tokens_per_chunk` tokens, by default as
+    many as in `linear_cross_entropy`. Returns fp32 or wider. Raises `ValueError` where the
+    vocabularies or the numbers of tokens differ, or the head wants a gradient.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -87,6 +93,6 @@ def linear_distillation(
         teacher_hidden,
         teacher_weight,
         float(max(1, hidden.shape[0]) if num_items is None else num_items),
-        tokens_per_chunk,
+        tokens_per_chunk or chunk_tokens(weight.shape[0], hidden.itemsize, gpu=hidden.is_cuda),
     )
     return loss

@@ -23,6 +23,7 @@ from engine.config.spelling import (
     DEVICES,
     DTYPES,
     PRECISIONS,
+    ChunkTokens,
     as_text,
     iso_date,
     json_object,
@@ -96,8 +97,8 @@ class EvalSettings(OneModel):
     head_precision: Annotated[HeadPrecision, spelled(PRECISIONS)] = setting(
         "16bit", "Machine", "output head: the compute type, or 8-bit rows"
     )
-    loss_chunk_tokens: int = setting(
-        256, "Machine", "evaluated tokens per chunk of the loss", ge=1, le=1 << 20
+    loss_chunk_tokens: ChunkTokens = setting(
+        "auto", "Machine", "evaluated tokens per chunk of the loss; auto as in training"
     )
     mlp_tile_tokens: int | None = setting(
         None, "Machine", "tokens at a time in the feed-forward part", ge=16, le=1 << 20

@@ -233,3 +233,21 @@ def test_every_pattern_of_a_setting_is_said_in_words() -> None:
                 assert isinstance(extra, dict), name
                 assert extra["expected"], name
     assert patterns >= 9
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [("auto", "auto"), ("AUTO", "auto"), ("1024", 1024), (1, 1), (1 << 20, 1 << 20)],
+)
+@pytest.mark.parametrize("table", [TrainConfig, EvalSettings])
+def test_a_chunk_of_the_loss_is_auto_or_a_number(table: Any, given: object, read: object) -> None:
+    needed = NEEDED if table is TrainConfig else {"model": "m", "data": ["d"]}
+    assert table(**needed, loss_chunk_tokens=given).loss_chunk_tokens == read
+    assert table(**needed).loss_chunk_tokens == "auto"
+
+
+@pytest.mark.parametrize("given", [0, -1, "many", "1.5", 2**21, True, None])
+def test_another_chunk_of_the_loss_is_refused_in_one_sentence(given: object) -> None:
+    words = told(TrainConfig, **NEEDED, loss_chunk_tokens=given)
+    assert words.count("loss_chunk_tokens") == 1
+    assert "expected auto or a whole number from 1 to 1048576" in words

@@ -12,12 +12,13 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
-from engine.memory.auto_policy import FREE_SHARE, _estimate, resolve_policy
+from engine.memory.auto_policy import FREE_SHARE, _estimate, chunk_of, resolve_policy
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
 from engine.verbs.train import train
+from kernels.loss.linear_cross_entropy import chunk_tokens
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
@@ -63,7 +64,25 @@ def test_the_estimate_that_saves_a_plan_is_no_less_than_the_plan(shape: ModelCon
     for method in ("qlora", "lora", "full"):
         config = settings(gradient_checkpointing="none", method=method)
         exact = plan(shape, config, gpu=True, dtype=torch.bfloat16, work=WORK)
-        assert _estimate(shape, config, WORK, torch.bfloat16) >= exact.allocated
+        assert _estimate(shape, config, WORK, torch.bfloat16, gpu=True) >= exact.allocated
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_plan_estimate_and_loss_take_the_same_chunk(shape: ModelConfig, gpu: bool) -> None:
+    work, dtype = Workload(((4096, 4096),)), torch.bfloat16
+    auto = settings(gradient_checkpointing="full")
+    chunk = chunk_of(auto, shape, dtype, gpu)
+    assert chunk == chunk_tokens(shape.vocab_size, 2, gpu=gpu) < work.tokens
+
+    def made(config: TrainConfig) -> MemoryPlan:
+        return plan(shape, config, gpu=gpu, dtype=dtype, work=work)
+
+    whole = made(auto).step
+    assert whole == made(changed(auto, loss_chunk_tokens=chunk)).step
+    more = made(changed(auto, loss_chunk_tokens=2 * chunk)).step
+    # The logits, and on a GPU 4 bytes a token for the kernel that reads them.
+    assert 0 <= more.bytes - whole.bytes - chunk * shape.vocab_size * 2 <= 4 * chunk
+    assert chunk_of(changed(auto, loss_chunk_tokens=48), shape, dtype, gpu) == 48
 
 
 def test_a_resumed_run_keeps_its_policy(

@@ -142,9 +142,18 @@ def test_reference_passes_gradcheck() -> None:
 
 
 def test_chunks_keep_to_their_budget() -> None:
-    assert chunk_tokens(49152, 4) == 64 * 2**20 // (49152 * 4)
-    assert chunk_tokens(10**9, 4) == 64
-    assert chunk_tokens(1000, 2, budget=2_000_000) == 1000
+    for itemsize in (2, 4):
+        assert chunk_tokens(49152, itemsize, gpu=False) == 64 * 2**20 // (49152 * 4)
+        assert chunk_tokens(10**9, itemsize, gpu=False) == 64
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 32000, 49152, 128256, 151936, 262144, 10**7])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_gpu_takes_multiples_of_1024_tokens(vocab_size: int, itemsize: int) -> None:
+    tokens = chunk_tokens(vocab_size, itemsize, gpu=True)
+    assert tokens % 1024 == 0
+    assert tokens == 1024 or tokens * vocab_size * itemsize <= 256 * 2**20
+    assert (tokens + 1024) * vocab_size * itemsize > 256 * 2**20
 
 
 class Counted(TorchDispatchMode):
