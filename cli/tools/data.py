@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.tasks.workflow import DataSettings, DocstringSettings, PreviewSettings
+from engine.config.tasks.workflow import (
+    DataSettings,
+    DocstringSettings,
+    PreviewSettings,
+    ValidateSettings,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,13 +25,35 @@ if TYPE_CHECKING:
 
 def validate(call: Call) -> None:
     """Read every row as training would, and tell what would be left out."""
-    settings = call.read(DataSettings)
+    settings = call.read(ValidateSettings)
     rows, read = _read(settings)
     report = None
     if settings.model is not None:
         report = _build(rows, *_tokenizer(settings.model), settings)[1]
-    if call.print_json({"read": dataclasses.asdict(read), "examples": _asdict(report)}):
-        return
+    if not call.print_json({"read": dataclasses.asdict(read), "examples": _asdict(report)}):
+        _print_findings(rows, read, report)
+    if settings.strict:
+        _refuse_losses(read, report)
+
+
+def _refuse_losses(read: "ReadReport", report: "ExampleReport | None") -> None:
+    """What `--strict` refuses: anything of a row that training would not use."""
+    from engine.errors import DataError
+
+    losses = read.notes()
+    if read.skipped:
+        losses.append(f"{len(read.skipped):,} rows are bad.")
+    if report is not None:
+        losses += report.notes()
+        if report.dropped:
+            losses.append(f"{len(report.dropped):,} rows are dropped.")
+        if report.truncated:
+            losses.append(f"{report.truncated:,} rows are truncated.")
+    if losses:
+        raise DataError(f"Not all of the data would be used (--strict): {' '.join(losses)}")
+
+
+def _print_findings(rows: list["Row"], read: "ReadReport", report: "ExampleReport | None") -> None:
     for line in read.skipped:
         print(f"skipped {line}")
     print(
@@ -87,8 +114,7 @@ def preview(call: Call) -> None:
             _print_messages(console, item)
         return
     tokenizer, vocab_size = _tokenizer(settings.model)
-    kwargs = settings.chat_template_kwargs
-    examples, report = _build(chosen, tokenizer, vocab_size, settings, kwargs)
+    examples, report = _build(chosen, tokenizer, vocab_size, settings)
     for example in examples:
         _print_example(console, example, tokenizer)
     for line in report.dropped:
@@ -122,10 +148,10 @@ def _read(settings: DataSettings) -> tuple[list["Row"], "ReadReport"]:
 
 
 def _tokenizer(model: str) -> tuple["Tokenizer", int]:
-    from engine.model_sources.open import open_model_source
+    from engine.model_sources.open import describe_model
     from engine.tokenization.tokenizer import load_tokenizer
 
-    source = open_model_source(model)
+    source = describe_model(model)
     return load_tokenizer(source), source.config.vocab_size
 
 
@@ -134,13 +160,15 @@ def _build(
     tokenizer: "Tokenizer",
     vocab_size: int,
     settings: DataSettings,
-    kwargs: dict[str, Any] | None = None,
 ) -> tuple[list["Example"], "ExampleReport"]:
     from engine.data.examples import build_examples, check_ids
 
-    bad_rows = "fail" if settings.bad_lines == "fail" else "skip"
     examples, report = build_examples(
-        rows, tokenizer, settings.max_length, template_kwargs=kwargs, bad_rows=bad_rows
+        rows,
+        tokenizer,
+        settings.max_length,
+        template_kwargs=settings.chat_template_kwargs,
+        bad_rows=settings.bad_lines,
     )
     check_ids(examples, vocab_size)
     return examples, report
@@ -209,7 +237,7 @@ def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer
 
 
 app = make_app(
-    (Verb("data validate", (DataSettings,), words="data"), validate),
+    (Verb("data validate", (ValidateSettings,), words="data"), validate),
     (Verb("data stats", (DataSettings,), words="data"), stats),
     (Verb("data preview", (PreviewSettings,), words="data", json=False), preview),
     (Verb("data docstrings", (DocstringSettings,), json=False), docstrings),

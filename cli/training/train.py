@@ -29,7 +29,13 @@ def _train(call: Call) -> int:
         from engine.verbs import train as run
 
     if call.read(TrainOptions).dry_run:
-        print(run.dry_run(settings))
+        from engine.runs.logs import RunLog
+
+        log = RunLog("WARNING")
+        try:
+            print(run.dry_run(settings))
+        finally:
+            log.close()
         return 0
     result = run.train(settings)
     if result.adapter_path is not None:

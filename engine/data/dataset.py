@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from engine.data.fields import RowFault
 from engine.data.json_lines import BadLine, Located, read_values
-from engine.data.rows import Row, RowFault, parse_row
+from engine.data.rows import Row, is_row, parse_row
 from engine.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class ReadReport:
         below_rating: rows left out for a rating under the minimum.
         unrated: rows left out because a minimum was asked for and they have no rating.
         other_category: rows left out because of their category.
+        unused: keys that nothing reads, with the number of rows that have them; those of
+            messages as `messages[].key`.
     """
 
     read: int = 0
@@ -71,11 +74,23 @@ class ReadReport:
     below_rating: int = 0
     unrated: int = 0
     other_category: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
 
     @property
     def filtered(self) -> int:
         """Good rows that a filter left out."""
         return self.below_rating + self.unrated + self.other_category
+
+    def notes(self) -> list[str]:
+        """What was read and is not used, a line for each."""
+        if not self.unused:
+            return []
+        ordered = sorted(self.unused.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"'{key}' ({count:,} rows)" for key, count in ordered]
+        note = f"Keys of the data that are not used: {', '.join(counts)}."
+        if any("[]." in key for key in self.unused):
+            note += " Those of messages only reach the chat template."
+        return [note]
 
 
 def load_rows(
@@ -112,12 +127,15 @@ def read_rows(
     rows: list[Row] = []
     report = ReadReport()
     for file in files:
-        for item in read_values(file):
+        for item in read_values(file, is_row):
             report.read += 1
             row = _make_row(item) if isinstance(item, Located) else item
             if isinstance(row, BadLine):
                 _count_bad(row, policy, report)
-            elif _passes(row, min_rating, categories, report):
+                continue
+            for key in row.unused:
+                report.unused[key] = report.unused.get(key, 0) + 1
+            if _passes(row, min_rating, categories, report):
                 rows.append(row)
     _refuse_nothing(rows, files, report, policy)
     if report.skipped or report.filtered:
@@ -125,6 +143,8 @@ def read_rows(
             "Of %d rows, %d bad ones were skipped and %d filtered out; %d are left.",
             report.read, len(report.skipped), report.filtered, len(rows),
         )  # fmt: skip
+    for note in report.notes():
+        log.warning("%s", note)
     return rows, report
 
 

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.data.dataset import BadLines
+from engine.data.rendering import render_row
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.tokenization.messages import ConversationError
+from engine.tokenization.loss_spans import LocatedTurns
+from engine.tokenization.messages import ConversationError, LimitError
 from engine.tokenization.tokenizer import Offsets, Tokenizer
 from engine.tokenization.turn_edges import Span
 
@@ -26,6 +29,17 @@ log = logging.getLogger(__name__)
 
 _BATCH = 256
 _WARN_DROPPED, _MOST_DROPPED = 0.01, 0.5
+_MOST_STOPPED = 8
+"""Rows of a batch on which the template may be stopped; each costs seconds."""
+
+_LEFT_OUT = {
+    "reasoning": "reasoning",
+    "content": "text",
+    "argument": "tool calls' arguments",
+    "name": "tool calls",
+    "system": "system prompt",
+    "tools": "tools",
+}
 
 
 class Example:
@@ -100,6 +114,10 @@ class ExampleReport:
         truncated: rows that lost tokens to the length limit.
         truncated_tokens: tokens they lost.
         dropped: `file:line: reason` of each row that became no example.
+        misfits: how many of those do not fit the chat template.
+        left_out: what the chat template does not show: 'reasoning', 'content', 'argument',
+            'system' or 'tools', and in how many messages (of tools: rows).
+        left_out_first: the first row of each.
     """
 
     rows: int = 0
@@ -110,6 +128,26 @@ class ExampleReport:
     truncated: int = 0
     truncated_tokens: int = 0
     dropped: list[str] = field(default_factory=list)
+    misfits: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    left_out_first: dict[str, str] = field(default_factory=dict)
+
+    def count_left_out(self, source: str, located: LocatedTurns) -> None:
+        """Count what a row lost to the template; a function's name is refused elsewhere."""
+        kinds = [kind for kinds in located.left_out.values() for kind in kinds]
+        for kind in [*kinds, *(["tools"] if located.ignores_tools else [])]:
+            self.left_out[kind] = self.left_out.get(kind, 0) + 1
+            self.left_out_first.setdefault(kind, source)
+
+    def notes(self) -> list[str]:
+        """What the template left out, a line for each kind."""
+        return [
+            f"The chat template leaves out the {_LEFT_OUT[kind]} of {count:,} "
+            f"{'rows' if kind == 'tools' else 'messages'} (first in {self.left_out_first[kind]}): "
+            "the model neither reads nor learns that. Use a template that shows it, or remove it "
+            "from the rows."
+            for kind, count in sorted(self.left_out.items())
+        ]
 
     def describe(self) -> str:
         """The report as one line."""
@@ -139,7 +177,8 @@ def build_examples(
         tokenizer: of the model that will be trained.
         max_length: most tokens of one example.
         template_kwargs: further variables of the chat template, such as `enable_thinking`.
-        bad_rows: 'fail' to stop at a row that does not fit the chat template, 'skip' to drop it.
+        bad_rows: 'fail' to stop at a row that does not fit the chat template, 'skip' to drop it,
+            'skip:5%' to stop if more than that are dropped (see `BadLines.parse`).
 
     Raises:
         DataError: a row does not fit the chat template; the template is broken; or more than half
@@ -149,13 +188,18 @@ def build_examples(
         raise DataError(f"A row of {max_length} tokens teaches nothing; allow at least 2.")
     examples: list[Example] = []
     report = ExampleReport(rows=len(rows))
+    policy = BadLines.parse(bad_rows)
     for start in range(0, len(rows), _BATCH):
-        rendered = _render(rows[start : start + _BATCH], tokenizer, template_kwargs or {}, bad_rows)
+        batch = rows[start : start + _BATCH]
+        rendered = _render(batch, tokenizer, template_kwargs or {}, policy)
         usable = [item for item in rendered if not isinstance(item, str)]
         report.dropped += [item for item in rendered if isinstance(item, str)]
-        encoded = tokenizer.encode_batch_with_offsets([text for _, text, _ in usable])
-        for (row, text, spans), (ids, offsets) in zip(usable, encoded, strict=True):
+        report.misfits += len(rendered) - len(usable)
+        encoded = tokenizer.encode_batch_with_offsets([located.text for _, located in usable])
+        for (row, located), (ids, offsets) in zip(usable, encoded, strict=True):
             _refuse_double_bos(row, ids, tokenizer)
+            report.count_left_out(row.source, located)
+            text, spans = located.text, located.spans
             mask = trained_mask(offsets, spans)
             example = _cut(ids, mask, max_length, row.source, report)
             if example is None:
@@ -165,7 +209,7 @@ def build_examples(
             report.tokens += len(example)
             report.trained_tokens += example.trained_tokens
     report.examples = len(examples)
-    _judge(report, max_length)
+    _judge(report, max_length, policy)
     return examples, report
 
 
@@ -181,13 +225,14 @@ def trained_mask(offsets: Offsets, spans: Sequence[Span]) -> npt.NDArray[np.bool
         space no characters, only a position: such a token belongs to the text before it.
     """
     characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    mask = np.zeros(len(characters), dtype=np.bool_)
+    if not len(spans):
+        return np.zeros(len(characters), dtype=np.bool_)
+    first, last = np.array(spans, dtype=np.int64).T
     starts, ends = characters[:, 0], characters[:, 1]
-    empty = starts == ends
-    for start, end in spans:
-        covers = (starts < end) & (ends > start)
-        mask |= np.where(empty, (starts > start) & (starts <= end), covers)
-    return mask
+    # The last span that begins before a token ends is the only one that it can cover, or follow.
+    span = np.searchsorted(first, ends, side="left") - 1
+    until = np.where(span >= 0, last[span], -1)
+    return np.where(starts == ends, starts <= until, starts < until)
 
 
 def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
@@ -208,23 +253,27 @@ def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
 
 
 def _render(
-    rows: Sequence[Row], tokenizer: Tokenizer, kwargs: Mapping[str, Any], bad_rows: str
-) -> list[tuple[Row, str, list[Span]] | str]:
+    rows: Sequence[Row], tokenizer: Tokenizer, kwargs: Mapping[str, Any], policy: BadLines
+) -> list[tuple[Row, LocatedTurns] | str]:
     """Text and spans of each row, or why it was left out."""
-    rendered: list[tuple[Row, str, list[Span]] | str] = []
+    rendered: list[tuple[Row, LocatedTurns] | str] = []
+    stopped = 0
     for row in rows:
         try:
-            text, spans = tokenizer.chat_template.render_with_spans(
-                row.messages, tools=row.tools, **kwargs
-            )
+            located = render_row(row, tokenizer.chat_template, kwargs)
         except ConversationError as error:
-            if bad_rows != "skip":
-                raise ConversationError(f"{row.source}: {error}") from error
+            stopped += isinstance(error, LimitError)
+            if not policy.skip or stopped > _MOST_STOPPED:
+                raise ConversationError(
+                    f"{row.source}: {error} `--bad-lines skip` leaves such rows out."
+                    if not policy.skip
+                    else f"{row.source}: {error} It is the {stopped}th such row."
+                ) from error
             rendered.append(f"{row.source}: {error}")
             continue
         except DataError as error:
             raise DataError(f"{row.source}: {error}") from error
-        rendered.append((row, text, spans))
+        rendered.append((row, located))
     return rendered
 
 
@@ -260,8 +309,13 @@ def _without_label(row: Row, text: str, spans: Sequence[Span], max_length: int) 
     return f"{row.source}: the answer begins beyond the first {max_length} tokens"
 
 
-def _judge(report: ExampleReport, max_length: int) -> None:
+def _judge(report: ExampleReport, max_length: int, policy: BadLines) -> None:
     dropped = len(report.dropped)
+    if report.misfits > policy.at_most * report.rows:
+        raise DataError(
+            f"{report.misfits} of {report.rows} rows do not fit the chat template, more than the "
+            f"{100 * policy.at_most:.4g} % that may be skipped; the first is {report.dropped[0]}"
+        )
     if report.rows and (report.examples == 0 or dropped > _MOST_DROPPED * report.rows):
         raise DataError(
             f"{dropped} of {report.rows} rows have no trained token, the first of them "
@@ -274,3 +328,5 @@ def _judge(report: ExampleReport, max_length: int) -> None:
     log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())
     for reason in report.dropped[:20]:
         log.warning("dropped %s", reason)
+    for note in report.notes():
+        log.warning("%s", note)

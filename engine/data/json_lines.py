@@ -1,23 +1,32 @@
 """Read JSON values with their positions from a file.
 
-The file is JSON Lines or one array, plain or gzipped. The first character that is not white space
-tells which: '[' begins an array. A line that is broken does not hide the lines after it; a broken
-array ends there.
+The file is JSON Lines, one array, one object that holds the array, or JSON values printed over
+several lines; plain or gzipped. The first character that is not white space tells which: '['
+begins an array, and a first line that is no whole value begins one of several lines. A line that is
+broken does not hide the lines after it; a broken array ends there.
 """
 
 import gzip
+import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from engine.data.file_kinds import advice, foreign_kind, with_article
 from engine.errors import DataError
 from engine.storage import strict_json
 
 MAX_ROW_BYTES = 16 * 2**20
 """A longer line, or array element, is refused: it is a damaged file more often than a row."""
 
+MAX_WRAPPED_BYTES = 2**30
+"""A longer file is read line by line, or as an array."""
+
+_HEAD_BYTES = 4096
+_GZIP = b"\x1f\x8b"
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ARRAY_ADVICE = "The rest of a broken array cannot be read; fix the file or use JSON Lines."
 
@@ -71,20 +80,38 @@ class _Broken(Exception):
         self.line = BadLine(position, fault, advice)
 
 
-def read_values(path: Path) -> Iterator[Located | BadLine]:
+def read_values(
+    path: Path, is_row: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[Located | BadLine]:
     """Every value of one file in order; a bad line comes as a `BadLine`.
 
+    Args:
+        path: of the file.
+        is_row: whether an object is a row; one that is not and holds a single list of objects
+            stands for the rows in that list.
+
     Raises:
-        DataError: the file cannot be read, or is an array that is broken.
+        DataError: the file cannot be read, is no JSON, or is an array that is broken.
     """
     try:
         with _open(path) as stream:
-            is_array = _is_array(stream)
+            head = stream.read(_HEAD_BYTES)
+            kind = foreign_kind(path, head)
+            if kind is not None:
+                raise DataError(
+                    f"{path}: this is {with_article(kind)} file, and data files here are JSON "
+                    f"Lines or a JSON array, plain or compressed with gzip. {advice(path, kind)}."
+                )
             stream.seek(0)
-            if is_array:
+            if head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
                 yield from _read_array(stream, str(path))
-            else:
-                yield from _read_lines(stream, str(path))
+                return
+            start = _several_lines(stream, str(path), is_row)
+            if start is not None:
+                yield from start
+                return
+            stream.seek(0)
+            yield from _read_lines(stream, str(path))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{path}: the file cannot be read ({error}). Check that it is complete, readable, "
@@ -93,17 +120,81 @@ def read_values(path: Path) -> Iterator[Located | BadLine]:
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.name.lower().endswith(".gz"):
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+    stream = path.open("rb")
+    zipped = stream.read(2) == _GZIP or path.name.lower().endswith(".gz")
+    stream.seek(0)
+    if not zipped:
+        return stream
+    stream.close()
+    return cast(BinaryIO, gzip.open(path, "rb"))
 
 
-def _is_array(stream: BinaryIO) -> bool:
-    while block := stream.read(4096):
-        text = block.removeprefix(_BYTE_ORDER_MARK).lstrip()
-        if text:
-            return text.startswith(b"[")
-    return False
+def _several_lines(
+    stream: BinaryIO, file: str, is_row: Callable[[Mapping[str, Any]], bool]
+) -> Iterator[Located | BadLine] | None:
+    """Values that are printed over several lines, or rows inside one object; else None."""
+    first = stream.readline(MAX_ROW_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    while first and not first.strip():
+        first = stream.readline(MAX_ROW_BYTES)
+    if not first.lstrip().startswith(b"{") or len(first) >= MAX_ROW_BYTES:
+        return None
+    value = _whole(first)
+    if isinstance(value, dict) and (is_row(value) or _list_of_rows(value) is None):
+        return None
+    stream.seek(0)
+    data = stream.read(MAX_WRAPPED_BYTES + 1)
+    if len(data) > MAX_WRAPPED_BYTES:
+        return None
+    try:
+        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        values = _sequence(text, Position(file, 1))
+    except (UnicodeDecodeError, strict_json.JSONFault):
+        return None
+    only = values[0] if len(values) == 1 else None
+    if isinstance(only, Located) and isinstance(only.value, dict) and not is_row(only.value):
+        key = _list_of_rows(only.value)
+        if key is not None:
+            return _wrapped(text, key, Position(file, 1))
+    return iter(values)
+
+
+def _whole(line: bytes) -> Any:
+    """The value that a line is, or None."""
+    try:
+        return strict_json.loads(line.decode("utf-8"))
+    except (UnicodeDecodeError, strict_json.JSONFault):
+        return None
+
+
+def _list_of_rows(value: Mapping[str, Any]) -> str | None:
+    """The key of the only list of objects in an object, or None."""
+    keys = [
+        key
+        for key, inner in value.items()
+        if isinstance(inner, list) and inner and all(isinstance(item, dict) for item in inner)
+    ]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _sequence(text: str, start: Position) -> list[Located | BadLine]:
+    """JSON values one after the other, with any white space between them."""
+    cursor = _Cursor(text, start)
+    values: list[Located | BadLine] = []
+    while cursor.peek():
+        value, end = strict_json.decode(text, cursor.offset)
+        values.append(_checked(Located(cursor.position, value), end - cursor.offset))
+        cursor.move(end)
+    return values
+
+
+def _wrapped(text: str, key: str, start: Position) -> Iterator[Located | BadLine]:
+    """The rows of the list under `key` of the object that a text is."""
+    match = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:\s*(?=\[)", text)
+    if match is None:  # The key is spelt with escapes.
+        value = strict_json.loads(text)
+        return (Located(start, item) for item in value[key])
+    _, end = strict_json.decode(text, match.end())
+    return _array_values(text[:end], start, match.end())
 
 
 def _read_lines(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
@@ -154,25 +245,22 @@ def _read_array(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
         raise DataError(str(broken.line)) from None
 
 
-def _array_values(text: str, start: Position) -> Iterator[Located | BadLine]:
+def _array_values(text: str, start: Position, offset: int = 0) -> Iterator[Located | BadLine]:
     """Read the array element by element, so that every one knows its line."""
     cursor = _Cursor(text, start)
-    cursor.move(text.index("[") + 1)
+    cursor.move(text.index("[", offset) + 1)
     if cursor.peek() == "]":
         cursor.end()
         return
     while True:
         cursor.peek()
-        position, offset = cursor.position, cursor.offset
+        position, begin = cursor.position, cursor.offset
         try:
-            value, end = strict_json.decode(text, offset)
+            value, end = strict_json.decode(text, begin)
         except strict_json.JSONFault as fault:
             cursor.move(fault.position)
             raise _Broken(cursor.position, f"broken JSON: {fault.message}", _ARRAY_ADVICE) from None
-        if end - offset > MAX_ROW_BYTES:
-            yield BadLine(position, "the row is longer than 16 MiB", "Split or shorten the row.")
-        else:
-            yield Located(position, value)
+        yield _checked(Located(position, value), end - begin)
         cursor.move(end)
         mark = cursor.peek()
         if mark == "]":
@@ -182,6 +270,12 @@ def _array_values(text: str, start: Position) -> Iterator[Located | BadLine]:
             fault_text = "broken JSON: expected ',' or ']' after this element of the array"
             raise _Broken(cursor.position, fault_text, _ARRAY_ADVICE)
         cursor.move(cursor.offset + 1)
+
+
+def _checked(value: Located, size: int) -> Located | BadLine:
+    if size <= MAX_ROW_BYTES:
+        return value
+    return BadLine(value.position, "the row is longer than 16 MiB", "Split or shorten the row.")
 
 
 class _Cursor:

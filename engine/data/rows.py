@@ -1,43 +1,46 @@
 """Parse one row of a data set into messages.
 
-Accepted: `messages` (OpenAI's form, with `tools`), `conversations` or `conversation` (ShareGPT's
-form, `from` and `value`), and a prompt with its response under any of their usual names
-(`prompt`, `instruction` with `input`, `question`; `response`, `output`, `completion`, `answer`),
-with `system` and `history` where a row has them. Optional with every form: `category`, `rating`
-(1 to 5), `schema_version`. Other keys are ignored. Every form becomes a list of messages.
+Accepted: `messages` (OpenAI's form), `conversations` or `conversation` (ShareGPT's form, `from`
+and `value`), and a prompt with its response under any of their usual names, with `input`, `context`
+and `history` where a row has them. With every form: `system` or `system_prompt`, `tools` or
+`functions`, `category`, `rating` (1 to 5), `schema_version`. Every form becomes a list of messages.
+A key that is not used is noted, and never dropped without a word.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.storage import strict_json
+from engine.data import fields
+from engine.data.fields import RowFault, json_name, listed, only_key, optional_text
+from engine.data.turns import parse_message
 from engine.tokenization.messages import contributes_to_loss, has_text
 
 PROMPT_KEYS = ("prompt", "instruction", "question")
 RESPONSE_KEYS = ("response", "output", "completion", "answer")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-    "developer": "developer",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
+_SYSTEM_KEYS = ("system", "system_prompt")
+_TOOL_KEYS = ("tools", "functions")
+_CONTEXT_KEYS = ("input", "context")
+_RARE_PROMPT_KEYS = ("query", "problem", "input")
+_RARE_RESPONSE_KEYS = ("solution",)
+"""Names that mean a prompt or a response where a row has none of the usual ones."""
+
+_ALWAYS_USED = {*_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "schema_version"}
+_KNOWN = {
+    *CHAT_KEYS, *PROMPT_KEYS, *RESPONSE_KEYS, *_RARE_PROMPT_KEYS, *_RARE_RESPONSE_KEYS,
+    *_CONTEXT_KEYS, "history", *_ALWAYS_USED,
+}  # fmt: skip
+
+_HINTS = {
+    "text": "'text' alone does not say what is a prompt and what a response; split it into both",
+    "chosen": "of preference pairs the answer to learn is 'chosen'; rename it to 'response'",
+    "input_ids": "rows of token ids cannot be read; give the text, which is tokenised here",
+    "dialogue": "rename 'dialogue' to 'messages', a list of objects with 'role' and 'content'",
+    "dialog": "rename 'dialog' to 'messages', a list of objects with 'role' and 'content'",
+    "turns": "rename 'turns' to 'messages', a list of objects with 'role' and 'content'",
 }
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-
-
-class RowFault(ValueError):
-    """A row that is JSON but not a training row; the message says what was found and expected."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Row:
         file: path as it was given.
         category, rating, schema_version: as the row has them, or None.
         tools: JSON schemas of callable tools, handed to the chat template, or None.
+        unused: keys of the row that nothing reads; those of messages as `messages[].key`.
     """
 
     messages: list[dict[str, Any]]
@@ -59,6 +63,7 @@ class Row:
     rating: int | None = None
     schema_version: str | int | None = None
     tools: list[dict[str, Any]] | None = field(default=None)
+    unused: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -73,101 +78,99 @@ def parse_row(raw: Any, file: str, line: int) -> Row:
         RowFault: it is not an object, has no known form, or a field has the wrong type.
     """
     if not isinstance(raw, dict):
-        raise RowFault(f"{_name(raw)} where an object was expected")
-    messages = _messages(raw)
+        raise RowFault(f"{json_name(raw)} where an object was expected")
+    raw = _known_spelling(raw)
+    used = set(_ALWAYS_USED)
+    unused: set[str] = set()
+    messages = _with_system(raw, _messages(raw, used, unused))
     _require_answer(messages)
+    unused |= {key for key, value in raw.items() if key not in used and value is not None}
+    tool_key = only_key(raw, _TOOL_KEYS)
     return Row(
         messages=messages,
         line=line,
         file=file,
-        category=_optional_text(raw, "category"),
-        rating=_rating(raw.get("rating")),
-        schema_version=_schema_version(raw.get("schema_version")),
-        tools=_tools(raw.get("tools")),
+        category=optional_text(raw, "category"),
+        rating=fields.rating(raw.get("rating")),
+        schema_version=fields.schema_version(raw.get("schema_version")),
+        tools=fields.tools(raw[tool_key], tool_key) if tool_key is not None else None,
+        unused=tuple(sorted(unused)),
     )
 
 
-def _messages(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    chat_key = _only_key(raw, CHAT_KEYS)
+def is_row(raw: Mapping[str, Any]) -> bool:
+    """Whether an object has a key that rows have."""
+    return any(key.lower() in _KNOWN - _ALWAYS_USED for key in raw)
+
+
+def _known_spelling(raw: dict[str, Any]) -> dict[str, Any]:
+    """The row with known keys in lower case, where that is the only difference."""
+    return {
+        key.lower() if key.lower() in _KNOWN and key.lower() not in raw else key: value
+        for key, value in raw.items()
+    }
+
+
+def _messages(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> list[dict[str, Any]]:
+    chat_key = only_key(raw, CHAT_KEYS)
     if chat_key is not None:
-        return _chat_messages(raw[chat_key], chat_key)
-    prompt_key, response_key = _only_key(raw, PROMPT_KEYS), _only_key(raw, RESPONSE_KEYS)
+        used |= set(CHAT_KEYS)
+        return _chat_messages(raw[chat_key], chat_key, unused)
+    prompt_key = only_key(raw, PROMPT_KEYS) or _first(raw, _RARE_PROMPT_KEYS)
+    response_key = only_key(raw, RESPONSE_KEYS) or _first(raw, _RARE_RESPONSE_KEYS)
     if prompt_key is not None and response_key is not None:
-        return _pair_messages(raw, prompt_key, response_key)
+        used |= {prompt_key, response_key, *_CONTEXT_KEYS, "history"}
+        return _pair_messages(raw, prompt_key, response_key, unused)
+    hint = next((f"; {_HINTS[key]}" for key in _HINTS if raw.get(key) is not None), "")
     raise RowFault(
-        f"an object with the keys {_listed(raw)}, where 'messages', 'conversations', or a "
-        f"prompt ({_listed(PROMPT_KEYS)}) with a response ({_listed(RESPONSE_KEYS)}) was expected"
+        f"an object with the keys {listed(raw)}, where 'messages', 'conversations', or a "
+        f"prompt ({listed(PROMPT_KEYS)}) with a response ({listed(RESPONSE_KEYS)}) was expected"
+        f"{hint}"
     )
 
 
-def _chat_messages(value: Any, key: str) -> list[dict[str, Any]]:
+def _first(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if raw.get(name) is not None), None)
+
+
+def _chat_messages(value: Any, key: str, unused: set[str]) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise RowFault(f"'{key}' is {_name(value)} where a list of messages was expected")
-    return [_message(item, f"{key}[{index}]") for index, item in enumerate(value)]
+        raise RowFault(f"'{key}' is {json_name(value)} where a list of messages was expected")
+    return [parse_message(item, f"{key}[{index}]", unused) for index, item in enumerate(value)]
 
 
-def _message(item: Any, where: str) -> dict[str, Any]:
-    if not isinstance(item, dict):
-        raise RowFault(f"{where} is {_name(item)} where a message (an object) was expected")
-    if "role" not in item and "from" in item:
-        return _sharegpt_message(item, where)
-    role = item.get("role")
-    if role not in ROLES:
-        raise RowFault(f"{where}.role is {role!r}; expected one of {_listed(ROLES)}")
-    content = item.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) for part in content):
-            raise RowFault(f"{where}.content is a list that holds something other than objects")
-    elif not (isinstance(content, str) or (content is None and role == "assistant")):
-        raise RowFault(f"{where}.content is {_name(content)} where text was expected")
-    return dict(item)
-
-
-def _sharegpt_message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    speaker, value = item["from"], item.get("value")
-    if speaker not in SHAREGPT_ROLES:
-        raise RowFault(f"{where}.from is {speaker!r}; expected one of {_listed(SHAREGPT_ROLES)}")
-    if not isinstance(value, str):
-        raise RowFault(f"{where}.value is {_name(value)} where text was expected")
-    flags = {key: item[key] for key in ("weight", "train") if key in item}
-    if speaker == "function_call":
-        return {"role": "assistant", **_function_call(value), **flags}
-    return {"role": SHAREGPT_ROLES[speaker], "content": value, **flags}
-
-
-def _function_call(value: str) -> dict[str, Any]:
-    """ShareGPT writes a tool call as JSON text; templates want it under `tool_calls`."""
-    try:
-        call = strict_json.loads(value)
-    except strict_json.JSONFault:
-        return {"content": value}
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return {"content": value}
-    function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    return {"content": "", "tool_calls": [{"type": "function", "function": function}]}
+def _with_system(raw: Mapping[str, Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages after the system prompt that stands beside them."""
+    key = only_key(raw, _SYSTEM_KEYS)
+    system = optional_text(raw, key)
+    if not system:
+        return messages
+    own = [message for message in messages if message["role"] in ("system", "developer")]
+    if not own:
+        return [{"role": "system", "content": system}, *messages]
+    if own[0]["content"] != system:
+        raise RowFault(f"both '{key}' and a system message that says something else; keep one")
+    return messages
 
 
 def _pair_messages(
-    raw: Mapping[str, Any], prompt_key: str, response_key: str
+    raw: Mapping[str, Any], prompt_key: str, response_key: str, unused: set[str]
 ) -> list[dict[str, Any]]:
     prompt, response = raw[prompt_key], raw[response_key]
-    messages: list[dict[str, Any]] = []
-    system = _optional_text(raw, "system")
-    if system:
-        messages.append({"role": "system", "content": system})
-    messages += _history(raw.get("history"))
+    messages = _history(raw.get("history"))
     if isinstance(prompt, list):
-        messages += _chat_messages(prompt, prompt_key)
+        messages += _chat_messages(prompt, prompt_key, unused)
+        unused |= {key for key in _CONTEXT_KEYS if key != prompt_key and raw.get(key)}
     elif isinstance(prompt, str):
-        extra = _optional_text(raw, "input")
-        content = f"{prompt}\n{extra}" if extra else prompt
+        extra = [optional_text(raw, key) for key in _CONTEXT_KEYS if key != prompt_key]
+        content = "\n".join([prompt, *(text for text in extra if text)])
         messages.append({"role": "user", "content": content})
     else:
-        raise RowFault(f"'{prompt_key}' is {_name(prompt)} where text was expected")
+        raise RowFault(f"'{prompt_key}' is {json_name(prompt)} where text was expected")
     if isinstance(response, list):
-        return messages + _chat_messages(response, response_key)
+        return messages + _chat_messages(response, response_key, unused)
     if not isinstance(response, str):
-        raise RowFault(f"'{response_key}' is {_name(response)} where text was expected")
+        raise RowFault(f"'{response_key}' is {json_name(response)} where text was expected")
     if not response.strip():
         raise RowFault(f"'{response_key}' is empty, so the row has nothing to learn from")
     return [*messages, {"role": "assistant", "content": response}]
@@ -176,7 +179,7 @@ def _pair_messages(
 def _history(value: Any) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if value is not None and not isinstance(value, list):
-        raise RowFault(f"'history' is {_name(value)} where a list of pairs was expected")
+        raise RowFault(f"'history' is {json_name(value)} where a list of pairs was expected")
     for index, pair in enumerate(value or []):
         if not (isinstance(pair, list) and len(pair) == 2 and all(type(x) is str for x in pair)):
             raise RowFault(f"history[{index}] is not a pair of texts [question, answer]")
@@ -192,57 +195,3 @@ def _require_answer(messages: list[dict[str, Any]]) -> None:
         ):
             return
     raise RowFault("no assistant message with any text, so the row has nothing to learn from")
-
-
-def _only_key(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    given = [name for name in names if raw.get(name) is not None]
-    if len(given) > 1:
-        raise RowFault(f"both '{given[0]}' and '{given[1]}', which mean the same; keep one of them")
-    return given[0] if given else None
-
-
-def _rating(value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(1, 6):
-        raise RowFault(f"'rating' is {value!r} where a whole number from 1 to 5 was expected")
-    return int(value)
-
-
-def _schema_version(value: Any) -> str | int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise RowFault(f"'schema_version' is {_name(value)} where text or a number was expected")
-    return value
-
-
-def _optional_text(raw: Mapping[str, Any], key: str) -> str | None:
-    value = raw.get(key)
-    if value is not None and not isinstance(value, str):
-        raise RowFault(f"'{key}' is {_name(value)} where text was expected")
-    return value
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    if isinstance(value, str):
-        try:
-            value = strict_json.loads(value)
-        except strict_json.JSONFault as fault:
-            raise RowFault(f"'tools' is text that is not JSON: {fault.message}") from None
-    if value is None:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowFault(f"'tools' is {_name(value)} where a list of objects was expected")
-    return value or None
-
-
-def _listed(names: Any) -> str:
-    shown = [repr(name) for name in list(names)[:12]]
-    return ", ".join(shown) if shown else "(none)"
-
-
-def _name(value: Any) -> str:
-    """What a JSON value is, in JSON's words."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list"}
-    return names.get(type(value), "an object")

@@ -56,14 +56,17 @@ class ModelFiles:
     def tokenizer_config(self) -> dict[str, Any]:
         return self._optional_json("tokenizer_config.json")
 
-    def chat_template(self) -> str | None:
-        jinja = self.path / "chat_template.jinja"
+    def chat_template(self, name: str = "default") -> str | None:
+        default = name == "default"
+        jinja = self.path / (
+            "chat_template.jinja" if default else f"additional_chat_templates/{name}.jinja"
+        )
         if jinja.exists():
             return read_text(jinja, _TEMPLATE_LIMIT)
-        for name in ("tokenizer_config.json", "chat_template.json"):
-            value = self._optional_json(name).get("chat_template")
+        for file in ("tokenizer_config.json", "chat_template.json"):
+            value = self._optional_json(file).get("chat_template")
             if value is not None:
-                return _default_template(value, self.path / name)
+                return _named_template(value, name, self.path / file)
         return None
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:
@@ -77,14 +80,18 @@ class ModelFiles:
         return read_json_object(path, ConfigError) if path.exists() else {}
 
 
-def _default_template(value: Any, source: Path) -> str:
+def _named_template(value: Any, name: str, source: Path) -> str | None:
     """The template of a `chat_template` value: a text, or a list of {name, template}."""
     if isinstance(value, list):
         named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
+        if name != "default" and name not in named:
+            return None
+        value = named.get(name)
+    elif name != "default":
+        return None
     if not isinstance(value, str) or len(value) > _TEMPLATE_LIMIT:
         raise ConfigError(
-            f"{source}: chat_template is neither a text nor a list with one named 'default'."
+            f"{source}: chat_template is neither a text nor a list with one named '{name}'."
         )
     return value
 

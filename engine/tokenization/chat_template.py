@@ -52,6 +52,9 @@ PLAIN = """\
 """
 """Used for any other tokenizer without a template: prompt, line break, response, end token."""
 
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of the templates of a model that has several; the second is for rows with tools."""
+
 _OLDEST_JINJA = (3, 1, 6)
 
 
@@ -67,6 +70,8 @@ class ChatTemplate:
         name: what errors call the template.
         limits: what one rendering may use.
         now: date and time in ISO form that `strftime_now` gives; by default the present.
+        for_tools: the source of the template for conversations with tools, where a model has one
+            of its own for them.
 
     Raises:
         DataError: the template is too large, or jinja2 is too old to run it safely. A template
@@ -82,6 +87,7 @@ class ChatTemplate:
         name: str = "The chat template",
         limits: Limits | None = None,
         now: str | None = None,
+        for_tools: str | None = None,
     ) -> None:
         if len(source.encode(errors="replace")) > MAX_SOURCE_BYTES:
             raise DataError(
@@ -98,11 +104,26 @@ class ChatTemplate:
         ends = end_tokens or _default_ends(self.special_tokens)
         self._finder = SpanFinder(source, ends)
         self._process = TemplateProcess(source, self.special_tokens, limits or Limits(), name, now)
+        self._for_tools: ChatTemplate | None = None
+        if for_tools is not None:
+            self._for_tools = ChatTemplate(
+                for_tools,
+                special_tokens,
+                end_tokens=end_tokens,
+                name=f"{name} for tools",
+                limits=limits,
+                now=now,
+            )
 
     @property
     def reads_clock(self) -> bool:
         """Whether the template may write the date or the time."""
-        return "strftime_now" in self.source
+        return any("strftime_now" in source for source in self.sources)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the template and of the one for tools, where there is one."""
+        return (self.source, *(self._for_tools.sources if self._for_tools else ()))
 
     def render(
         self,
@@ -124,6 +145,8 @@ class ChatTemplate:
             ConversationError: the template refuses this conversation.
             DataError: the template is not valid or was stopped.
         """
+        if tools is not None and self._for_tools is not None:
+            return self._for_tools.render(messages, add_generation_prompt, tools=tools, **kwargs)
         plain = plain_messages(messages)
         job = Job(len(plain), add_generation_prompt)
         rendered = self._process.render(TemplateInput(plain, tools, kwargs), [job])[0]
@@ -164,12 +187,16 @@ class ChatTemplate:
                 trained message stands and ends.
             DataError: the template is not valid or was stopped.
         """
+        if tools is not None and self._for_tools is not None:
+            return self._for_tools.locate(messages, tools=tools, **kwargs)
         conversation = TemplateInput(plain_messages(messages), tools, kwargs)
         return self._finder.find(conversation, self._process.render)
 
     def close(self) -> None:
         """End the helper process; rendering again starts a new one."""
         self._process.close()
+        if self._for_tools is not None:
+            self._for_tools.close()
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -42,12 +42,14 @@ class LocatedTurns:
         text: as the model reads it.
         spans: what is trained, as [start, end) of characters, in order.
         left_out: what messages say and the template does not show: 'content', 'reasoning',
-            'name' or 'argument' (of tool calls), for each message that lacks something.
+            'name' or 'argument' (of tool calls), 'system', for each message that lacks something.
+        ignores_tools: whether the text is the same without the tools that were given.
     """
 
     text: str
     spans: list[Span]
     left_out: Mapping[int, set[str]] = field(default_factory=dict)
+    ignores_tools: bool = False
 
 
 class SpanFinder:
@@ -81,9 +83,10 @@ class SpanFinder:
             given = replace(conversation, marked=marked.messages)
             edges = EdgeFinder(messages, turns, marked, self._ends, self._has_prompt)
             count = len(messages)
-            whole, shown, *parts = render(
-                given, [Job(count), Job(count, marked=True), *edges.jobs()]
-            )
+            jobs = [Job(count), Job(count, marked=True), *edges.jobs()]
+            if conversation.tools:
+                jobs.append(Job(count, with_tools=False))
+            whole, shown, *parts = render(given, jobs)
             if whole.error is not None:
                 raise _refused(whole.error)
             text = read_marked(shown.text, marked)
@@ -93,6 +96,7 @@ class SpanFinder:
             if not self.tagged:
                 raise _lost(turns[0])
             return LocatedTurns(whole.text, self._by_order(messages, whole))
+        ignores_tools = bool(conversation.tools) and parts.pop().text == whole.text
         edges.compare(text, parts, lambda jobs: render(given, jobs))
         left_out = missing(text, marked)
         for turn in turns:
@@ -102,7 +106,7 @@ class SpanFinder:
             spans = [_span(turn, text, edges) for turn in turns]
         if any(before[1] > after[0] for before, after in pairwise(spans)):
             raise _mixed()
-        return LocatedTurns(whole.text, spans, left_out)
+        return LocatedTurns(whole.text, spans, left_out, ignores_tools)
 
     def _by_tags(
         self, whole: Rendered, text: MarkedText, turns: Sequence[int], edges: EdgeFinder

@@ -2,22 +2,23 @@
 
 A marker is a short word of letters and digits that occurs nowhere in the conversation. Everything
 that an assistant message says (content, reasoning, names and string arguments of tool calls) gets
-markers of its own at both ends; what others say gets one pair that all of them share, because some
-templates compare messages with each other. Markers stand inside the white space around a text and
-inside its reasoning tags, so that a template which strips or splits a text does so as before.
+markers of its own at both ends, and so does a system prompt; what others say gets one pair that all
+of them share, because some templates compare messages with each other. Markers stand inside the
+white space around a text and inside its reasoning tags, so that a template which strips or splits a
+text does so as before.
 Whether the markers changed anything else is seen by removing them: the rest must be the plain text.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Literal
 
 from engine.tokenization.messages import REASONING_KEYS
 
-Kind = Literal["content", "reasoning", "name", "argument"]
+Kind = Literal["content", "reasoning", "name", "argument", "system"]
 
 REASONING_TAG = re.compile(
     r"</?(?:think|thinking|thought|reasoning|seed:think)>|\[/?THINK\]"
@@ -110,7 +111,9 @@ class _Writer:
         if message["role"] != "assistant":
             if self._marking >= Marking.ANSWERS or "content" not in message:
                 return dict(message)
-            return {**message, "content": _each_text(message["content"], self._other)}
+            system = message["role"] in ("system", "developer")
+            change = self._system(index) if system else self._other
+            return {**message, "content": _each_text(message["content"], change)}
         result = dict(message)
         reasoning = {key: message[key] for key in REASONING_KEYS if key in message}
         for text in dict.fromkeys(str(value) for value in reasoning.values()):
@@ -168,8 +171,24 @@ class _Writer:
         self._parts.append(MarkedPart(index, kind))
         return f"{before}{marker}{core}{marker}{after}"
 
+    def _system(self, index: int) -> Callable[[str], str]:
+        """Marks a system prompt with a number of its own, so that its absence is seen."""
+
+        def change(text: str) -> str:
+            if not text.strip():
+                return text
+            marker = f"{self._stem}{len(self._parts)}z"
+            count = 1 if self._marking == Marking.MIDDLE else 2
+            self._parts.append(MarkedPart(index, "system", count))
+            return self._around(text, marker)
+
+        return change
+
     def _other(self, text: str) -> str:
-        core, marker = text.strip(), f"{self._stem}z"
+        return self._around(text, f"{self._stem}z")
+
+    def _around(self, text: str, marker: str) -> str:
+        core = text.strip()
         if not core:
             return text
         before, after = _cut(text, core)

@@ -8,19 +8,47 @@ from engine.errors import DataError
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names a message's reasoning is given under; templates read the first two."""
 
+LOSS_FLAGS = ("weight", "train", "loss")
+"""Names of a message's say in whether it contributes to the loss."""
+
 
 class ConversationError(DataError):
     """One conversation does not fit the chat template or its limits; others may."""
 
 
+class LimitError(ConversationError):
+    """The template was stopped at one of its limits."""
+
+
 def contributes_to_loss(message: Mapping[str, Any]) -> bool:
     """Whether a message contributes to the loss.
 
-    An assistant's does, unless it says `weight: 0` or `train: false`.
+    An assistant's does, unless it says `weight: 0`, `train: false` or `loss: false`.
     """
-    if message["role"] != "assistant":
-        return False
-    return message.get("weight", 1) != 0 and message.get("train", True) is not False
+    return message["role"] == "assistant" and loss_flag(message) is not False
+
+
+def loss_flag(message: Mapping[str, Any]) -> bool | None:
+    """What a message says about its loss, or None where it says nothing.
+
+    Raises:
+        ConversationError: it says something other than yes or no, or both.
+    """
+    given: dict[str, bool] = {}
+    for key in LOSS_FLAGS:
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            hint = "; losses are not weighted" if isinstance(value, float | int) else ""
+            raise ConversationError(
+                f"'{key}' is {value!r} where true, false, 1 or 0 was expected{hint}"
+            )
+        given[key] = bool(value)
+    if len(set(given.values())) > 1:
+        said = " and ".join(f"'{key}' {value}" for key, value in given.items())
+        raise ConversationError(f"{said}, which contradict each other; keep one of them")
+    return next(iter(given.values()), None)
 
 
 def has_text(content: Any) -> bool:

@@ -21,7 +21,7 @@ import jinja2
 import markupsafe
 
 from engine.errors import DataError
-from engine.tokenization.messages import ConversationError
+from engine.tokenization.messages import LimitError
 
 MAX_SOURCE_BYTES = 256 * 2**10
 _KERNEL_LIMITS_CPU = find_spec("resource") is not None
@@ -60,12 +60,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """One rendering: of the first `count` messages, then of one more answer where one is given."""
+    """One rendering: of the first `count` messages, then of one more answer where one is given.
+
+    Attributes:
+        count: messages, from the first.
+        generation_prompt: end with the beginning of an assistant turn.
+        marked: of the marked messages.
+        answer: content of a further assistant message, or None for none.
+        with_tools: hand the tools to the template.
+    """
 
     count: int
     generation_prompt: bool = False
     marked: bool = False
     answer: Any = None
+    with_tools: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class TemplateProcess:
         """Do several renderings of one conversation.
 
         Raises:
-            ConversationError: the template broke a limit on this conversation.
+            LimitError: the template broke a limit on this conversation.
             DataError: the template is not valid, or tried to leave the sandbox. What it says
                 about one conversation comes back as `Rendered.error`.
         """
@@ -203,8 +212,8 @@ class TemplateProcess:
             f"with status {status}. Check that this Python can import jinja2."
         )
 
-    def _stopped(self, limits: Limits) -> ConversationError:
-        return ConversationError(
+    def _stopped(self, limits: Limits) -> LimitError:
+        return LimitError(
             f"{self._name} was stopped: it used more than {limits.cpu_seconds} s of "
             f"processor time or {limits.memory_bytes >> 20} MiB of memory for one "
             "conversation. Templates are programs that come with the model and run inside "
@@ -224,7 +233,7 @@ class TemplateProcess:
                 "hostile. Do not use it, or replace its chat_template."
             )
         if kind == "limit":
-            raise ConversationError(
+            raise LimitError(
                 f"{self._name} broke a limit of the sandbox that templates run in: {message}. "
                 "Use a template that writes the conversation and nothing else."
             )

@@ -14,7 +14,8 @@ the template, then conversations), and answers each with one line:
     {"messages": [..], "marked": [..] | null, "tools": [..] | null, "kwargs": {..}, "jobs": [JOB]}
 
 A job renders the first `count` messages (or, where it says `marked`, of that list), with or without
-the generation prompt; a text under `answer` is added as one more assistant message. The reply is
+the generation prompt, and with the tools where it says `with_tools`; what is under `answer` is
+added as the content of one more assistant message. The reply is
 {"text": .., "spans": [[start, end], ..]} (what the template put between its generation tags) or
 {"error": kind, "message": ..}. Only the standard library and jinja2 are imported.
 """
@@ -200,7 +201,7 @@ class Renderer:
             **self.variables,
             **request["kwargs"],
             "messages": messages,
-            "tools": request["tools"],
+            "tools": request["tools"] if job["with_tools"] else None,
             "documents": None,
             "add_generation_prompt": job["generation_prompt"],
         }

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
-from engine.tokenization.chat_template import ChatTemplate, default_template
+from engine.tokenization.chat_template import DEFAULT, TOOL_USE, ChatTemplate, default_template
 from engine.tokenization.special_tokens import (
     add_declared,
     matched_as_written,
@@ -41,7 +41,7 @@ class Tokenizer:
         self,
         backend: Backend,
         special_tokens: Mapping[str, str],
-        template: str | None = None,
+        template: str | Mapping[str, str] | None = None,
         *,
         add_bos: bool | None = None,
         add_eos: bool | None = None,
@@ -53,7 +53,7 @@ class Tokenizer:
         Args:
             backend: the tokenizer; its truncation, padding and post-processor are removed.
             special_tokens: named special tokens.
-            template: the chat template's source, or None.
+            template: the chat template's source, or sources by name, or None.
             add_bos, add_eos: put these tokens around a text; None leaves it to the backend's
                 post-processor.
             name: what errors call the model.
@@ -70,15 +70,19 @@ class Tokenizer:
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.prefix_ids, self.suffix_ids = self._surroundings(add_bos, add_eos)
         backend.post_processor = None
-        self.has_own_template = template is not None
+        named = {DEFAULT: template} if isinstance(template, str) else dict(template or {})
+        self.has_own_template = DEFAULT in named
         bos = self.bos_token_id
         has_bos = bos is not None and self.prefix_ids[:1] == [bos]
         self.chat_template = ChatTemplate(
-            template if template is not None else default_template(self._vocabulary, has_bos),
+            named[DEFAULT]
+            if self.has_own_template
+            else default_template(self._vocabulary, has_bos),
             self.special_tokens,
             end_tokens=self._end_tokens(),
             name=f"The chat template of {name}",
             now=now,
+            for_tools=named.get(TOOL_USE),
         )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -237,12 +241,18 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
     return Tokenizer(
         backend,
         declared.names,
-        source.chat_template(),
+        _templates(source),
         add_bos=add_bos,
         add_eos=add_eos,
         name=where,
         now=now,
     )
+
+
+def _templates(source: "ModelDescription") -> dict[str, str]:
+    """The chat templates of a model that are used here, by name."""
+    named = {name: source.chat_template(name) for name in (DEFAULT, TOOL_USE)}
+    return {name: text for name, text in named.items() if text is not None}
 
 
 def _from_json(serialised: str, where: str) -> Backend:

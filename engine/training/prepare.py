@@ -140,7 +140,7 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
         tokenizer=tokenizer,
         max_length=config.max_length,
         template_kwargs=config.chat_template_kwargs,
-        bad_rows="fail" if config.bad_lines == "fail" else "skip",
+        bad_rows=config.bad_lines,
     )
     examples, report = render([with_system(row, config.system_prompt) for row in rows])
     heldout, report_heldout = list[Example](), ExampleReport()
@@ -164,7 +164,7 @@ def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
 
 def _digests(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer) -> dict[str, str]:
     """What decides a run's rows and weights, by name (`engine.runs.identity`)."""
-    template = tokenizer.chat_template.source.encode(errors="surrogatepass")
+    template = "\0".join(tokenizer.chat_template.sources).encode(errors="surrogatepass")
     digests = {
         "base": source.digest(),
         "data": digest_files(data_files(list(config.data))),

@@ -51,7 +51,7 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
         load_tokenizer(source, settings.template_date),
         settings.max_length,
         template_kwargs=settings.chat_template_kwargs,
-        bad_rows="fail" if settings.bad_lines == "fail" else "skip",
+        bad_rows=settings.bad_lines,
     )
     check_ids(examples, source.config.vocab_size)
     head_8bit = settings.head_precision == "8bit"

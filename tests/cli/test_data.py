@@ -140,3 +140,39 @@ def test_missing_data_is_refused(
     words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "data file" in run(capsys, *words, status=2)
+
+
+NOTE = "Keys of the data that are not used: 'id' (2 rows)."
+
+
+def test_unused_keys_are_reported_by_every_verb(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write(tmp_path / "r.jsonl", *({**PAIR, "id": number} for number in range(2)))
+    words = ("--model", str(model), "--max-length", "64")
+    for verb in ("validate", "stats", "preview"):
+        for more in ((), words):
+            assert main(["data", verb, str(rows), *more]) == 0
+            assert capsys.readouterr().err.count(NOTE) == 1, (verb, more)
+    run_dir = str(tmp_path / "run")
+    train = ["train", "--data", str(rows), "--output-dir", run_dir, "--dry-run", *words]
+    assert main(train) == 0
+    assert capsys.readouterr().err.count(NOTE) == 1
+
+
+def test_strict_refuses_what_would_not_be_used(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thinking = {"role": "assistant", "content": "Answer", "reasoning_content": "Because"}
+    messages = {"messages": [{"role": "user", "content": "Ask"}, thinking]}
+    words = ("--model", model, "--max-length", 64)
+    good = write(tmp_path / "good.jsonl", PAIR)
+    run(capsys, "validate", good, *words, "--strict")
+    rows = write(tmp_path / "r.jsonl", messages)
+    assert "leaves out the reasoning of 1 messages" in run(
+        capsys, "validate", rows, *words, "--strict", status=2
+    )
+    run(capsys, "validate", rows, *words)
+    for row in ({**PAIR, "id": 1}, {**PAIR, "response": "long " * 40}):
+        rows = write(tmp_path / "r.jsonl", row)
+        assert "(--strict)" in run(capsys, "validate", rows, *words, "--strict", status=2)

@@ -29,7 +29,7 @@ class TokenizerFolder:
     def tokenizer_files(self) -> dict[str, bytes | Path]:
         return {file.name: file.read_bytes() for file in self.path.iterdir() if file.is_file()}
 
-    def chat_template(self) -> str | None:
+    def chat_template(self, name: str = "default") -> str | None:
         return None
 
     def load(self) -> Tokenizer:

@@ -120,7 +120,7 @@ class DoctorSettings(Settings):
 
 
 class DataSettings(Settings):
-    """`engine data validate` and `engine data stats`."""
+    """`engine data stats`, and what the other verbs on data share."""
 
     data: Paths = setting((), "Data", "data files, or a folder with a train.jsonl", repeat=True)
     model: str | None = setting(None, "Data", "also render and tokenise as for this model")
@@ -136,6 +136,17 @@ class DataSettings(Settings):
         pattern=BAD_LINES,
         expected=BAD_LINES_WORDS,
     )
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
+        {}, "Data", 'further variables of the chat template: {"enable_thinking": false}'
+    )
+
+
+class ValidateSettings(DataSettings):
+    """`engine data validate`."""
+
+    strict: bool = setting(
+        False, "Data", "fail where anything of a row is not used: keys, reasoning, tools, length"
+    )
 
 
 class PreviewSettings(DataSettings):
@@ -143,9 +154,6 @@ class PreviewSettings(DataSettings):
 
     row: int = setting(1, "Data", "the first row to show, counted from 1", ge=1)
     count: int = setting(1, "Data", "rows to show", ge=1)
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
-        {}, "Data", 'further variables of the chat template: {"enable_thinking": false}'
-    )
 
 
 class DocstringSettings(Settings):

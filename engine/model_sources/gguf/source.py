@@ -92,8 +92,9 @@ class GGUFSource:
     def tokenizer_config(self) -> dict[str, Any]:
         return self._tokenizer.config if self._tokenizer else {}
 
-    def chat_template(self) -> str | None:
-        template = self._file.metadata.get("tokenizer.chat_template")
+    def chat_template(self, name: str = "default") -> str | None:
+        suffix = "" if name == "default" else f".{name}"
+        template = self._file.metadata.get(f"tokenizer.chat_template{suffix}")
         return template if isinstance(template, str) else None
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:

@@ -43,8 +43,8 @@ class ModelDescription(Protocol):
     def tokenizer_config(self) -> dict[str, Any]:
         """`tokenizer_config.json`, empty where there is none."""
 
-    def chat_template(self) -> str | None:
-        """The Jinja text of the default chat template, or None where the source has none."""
+    def chat_template(self, name: str = "default") -> str | None:
+        """The Jinja text of a chat template by its name, or None where the source has none."""
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:
         """Relative name -> content of every other file of a model saved from this one."""

@@ -47,8 +47,8 @@ class ModelSourceView:
     def tokenizer_config(self) -> dict[str, Any]:
         return self.base.tokenizer_config()
 
-    def chat_template(self) -> str | None:
-        return self.base.chat_template()
+    def chat_template(self, name: str = "default") -> str | None:
+        return self.base.chat_template(name)
 
     def tokenizer_files(self) -> dict[str, bytes | Path]:
         return self.base.tokenizer_files()

@@ -41,8 +41,8 @@ class Source:
     def tokenizer_files(self) -> dict[str, bytes | Path]:
         return dict(self.files)
 
-    def chat_template(self) -> str | None:
-        return self.template
+    def chat_template(self, name: str = "default") -> str | None:
+        return self.template if name == "default" else None
 
 
 def load(*args: Any, **kwargs: Any) -> Tokenizer:

@@ -1,0 +1,211 @@
+"""Parse one message of a row, in OpenAI's or in ShareGPT's form.
+
+What other programs write in several ways is brought into one: arguments of tool calls become JSON
+objects, a list of text parts becomes a text, a single old-style function call becomes a list of
+calls. What is not text is refused by name.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.data.fields import RowFault, json_name, listed
+from engine.storage import strict_json
+from engine.tokenization.messages import LOSS_FLAGS, REASONING_KEYS, ConversationError, loss_flag
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+RESULT_ROLES = ("tool", "function", "ipython")
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of content parts that hold text, in OpenAI's two programming interfaces."""
+
+_ROLE_ALIASES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+_USED = {
+    "role", "content", "name", "tool_calls", "function_call", "tool_call_id",
+    *REASONING_KEYS, *LOSS_FLAGS,
+}  # fmt: skip
+_USED_SHAREGPT = {"from", "value", *REASONING_KEYS, *LOSS_FLAGS}
+
+
+def parse_message(item: Any, where: str, unused: set[str]) -> dict[str, Any]:
+    """One message as templates take it.
+
+    Args:
+        item: the message.
+        where: what errors call it.
+        unused: keys that nothing reads are added here.
+
+    Raises:
+        RowFault: it is no message, or says what cannot be trained.
+    """
+    if not isinstance(item, dict):
+        raise RowFault(f"{where} is {json_name(item)} where a message (an object) was expected")
+    if "role" not in item and "from" in item:
+        message = _sharegpt_message(item, where, unused)
+    else:
+        message = _openai_message(item, where, unused)
+    _check_flags(message, where, unused)
+    return message
+
+
+def _openai_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
+    role = item.get("role")
+    role = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        raise RowFault(f"{where}.role is {role!r}; expected one of {listed(ROLES)}")
+    message = {**item, "role": role}
+    unused |= _unused(item, _USED, where)
+    calls = _tool_calls(message, where)
+    if calls:
+        message["tool_calls"] = calls
+    if "content" in item or not calls:
+        message["content"] = _content(item.get("content"), role, f"{where}.content", bool(calls))
+    for key in REASONING_KEYS:
+        if message.get(key) is not None and not isinstance(message[key], str):
+            raise RowFault(f"{where}.{key} is {json_name(message[key])} where text was expected")
+    return message
+
+
+def _content(content: Any, role: str, where: str, has_calls: bool) -> Any:
+    if isinstance(content, str) or (content is None and role == "assistant"):
+        return content
+    if isinstance(content, list) and (
+        role not in RESULT_ROLES or all(_is_part(part) for part in content)
+    ):
+        return "".join(_part_text(part, f"{where}[{i}]") for i, part in enumerate(content))
+    if role in RESULT_ROLES and isinstance(content, list | dict):
+        return json.dumps(content, ensure_ascii=False)
+    raise RowFault(f"{where} is {json_name(content)} where text was expected")
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("type"), str))
+
+
+def _part_text(part: Any, where: str) -> str:
+    """The text of one part of a list of parts."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict):
+        raise RowFault(f"{where} is {json_name(part)} where a part of a message was expected")
+    kind = part.get("type", "text")
+    if kind not in TEXT_PARTS:
+        raise RowFault(
+            f"{where} is of type {kind!r}; only parts of text ({listed(TEXT_PARTS)}) can be "
+            "trained here"
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RowFault(f"{where}.text is {json_name(text)} where text was expected")
+    return text
+
+
+def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The calls of a message, which lose their keys there."""
+    calls, old = message.pop("tool_calls", None), message.pop("function_call", None)
+    if old is not None:
+        if calls:
+            raise RowFault(f"{where} has both tool_calls and function_call; keep one of them")
+        calls = [old]
+    if isinstance(calls, str):
+        calls = _json(calls, f"{where}.tool_calls")
+    if isinstance(calls, dict):
+        calls = [calls]
+    if calls is None:
+        return []
+    if not isinstance(calls, list):
+        raise RowFault(f"{where}.tool_calls is {json_name(calls)} where a list was expected")
+    if calls and message["role"] != "assistant":
+        raise RowFault(f"{where} calls tools, but its role is {message['role']!r}")
+    return [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """One tool call, {"type": "function", "function": {"name", "arguments"}}."""
+    if not isinstance(call, dict):
+        raise RowFault(f"{where} is {json_name(call)} where a tool call (an object) was expected")
+    nested = isinstance(call.get("function"), dict)
+    function = call["function"] if nested else call
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowFault(f"{where} has no name of a function; its keys are {listed(call)}")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}")
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowFault(
+            f"{where}: the arguments of {function['name']!r} are {json_name(arguments)}, where an "
+            "object, or one as JSON text, was expected"
+        )
+    if nested:
+        return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+    inner = {"name": function["name"], "arguments": arguments}
+    return {
+        **({"id": call["id"]} if isinstance(call.get("id"), str) else {}),
+        "type": "function",
+        "function": inner,
+    }
+
+
+def _json(text: str, where: str) -> Any:
+    if not text.strip():
+        return None
+    try:
+        return strict_json.loads(text)
+    except strict_json.JSONFault as fault:
+        raise RowFault(f"{where} is text that is not JSON: {fault.message}") from None
+
+
+def _sharegpt_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
+    speaker, value = item["from"], item.get("value")
+    if speaker not in SHAREGPT_ROLES:
+        raise RowFault(f"{where}.from is {speaker!r}; expected one of {listed(SHAREGPT_ROLES)}")
+    unused |= _unused(item, _USED_SHAREGPT, where)
+    message: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker]}
+    message |= {key: item[key] for key in (*REASONING_KEYS, *LOSS_FLAGS) if key in item}
+    if speaker == "function_call":
+        calls = _json(value, f"{where}.value") if isinstance(value, str) else value
+        message["tool_calls"] = calls
+        message["tool_calls"] = _tool_calls(message, where)
+        if not message["tool_calls"]:
+            raise RowFault(f"{where}.value is {json_name(value)} where a tool call was expected")
+        return {**message, "content": ""}
+    return {**message, "content": _content(value, message["role"], f"{where}.value", False)}
+
+
+def _check_flags(message: Mapping[str, Any], where: str, unused: set[str]) -> None:
+    try:
+        flag = loss_flag(message)
+    except ConversationError as fault:
+        raise RowFault(f"{where}: {fault}") from None
+    if message["role"] != "assistant" and flag:
+        unused |= {
+            f"{_list_name(where)}[].{key} of role {message['role']}"
+            for key in LOSS_FLAGS
+            if message.get(key) is not None
+        }
+
+
+def _unused(item: Mapping[str, Any], used: set[str], where: str) -> set[str]:
+    names = (key for key, value in item.items() if key not in used and value is not None)
+    return {f"{_list_name(where)}[].{key}" for key in names}
+
+
+def _list_name(where: str) -> str:
+    return where.partition("[")[0]

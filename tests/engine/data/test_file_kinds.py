@@ -1,0 +1,50 @@
+"""Data files that are not JSON: what they are is said, and what to do."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from engine.data.dataset import load_rows
+from engine.errors import DataError
+
+ROW = b'{"prompt": "Q", "response": "A"}\n'
+FILES = [
+    ("d.parquet", b"PAR1\x15\x04", "a Parquet file", "pandas.read_parquet('{path}')"),
+    ("train.jsonl", b"PAR1\x15\x04", "a Parquet file", "pandas.read_parquet('{path}')"),
+    ("d.csv", b"prompt,response\nQ,A\n", "a CSV file", "pandas.read_csv('{path}')"),
+    ("d.tsv", b"prompt\tresponse\n", "a TSV file", "sep="),
+    ("d.txt", b"Some words.\n", "a text file", '{"prompt": "...", "response": "..."}'),
+    ("d.arrow", b"ARROW1\0\0", "an Arrow file", "read_feather"),
+    ("d.xlsx", b"PK\x03\x04..", "an Excel file", "read_excel"),
+    ("d.zip", b"PK\x03\x04..", "a ZIP file", "unzip"),
+    ("d.jsonl.zst", b"\x28\xb5\x2f\xfd..", "a Zstandard file", "zstd -d"),
+    ("d.db", b"SQLite format 3\0", "an SQLite file", "sqlite3 -json"),
+    ("d.jsonl", ROW.decode().encode("utf-16"), "a UTF-16 file", "iconv"),
+    ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS file", "git lfs pull"),
+    ("d.json", b"<!DOCTYPE html><html>", "an HTML file", "raw file"),
+    ("d.jsonl.gz", gzip.compress(b"PAR1.."), "a Parquet file", "read_parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "kind", "advice"), FILES, ids=range(len(FILES)))
+@pytest.mark.parametrize("policy", ["fail", "skip"])
+def test_other_kinds_of_files_are_named(
+    name: str, content: bytes, kind: str, advice: str, policy: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_rows(path, bad_lines=policy)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: this is {kind}")
+    assert advice.replace("{path}", str(path)) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.txt", "d.parquet", "d", "d.jsonl"])
+def test_the_content_decides_and_not_the_name(name: str, tmp_path: Path) -> None:
+    for content in (ROW, b"\xef\xbb\xbf" + ROW, gzip.compress(ROW), b"[" + ROW + b"]"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert load_rows(path)[0].messages[0]["content"] == "Q"
