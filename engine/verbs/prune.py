@@ -18,6 +18,7 @@ from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
 from engine.errors import ConfigError
 from engine.model_sources.export import WrittenModel, write_directory
+from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import (
@@ -150,7 +151,7 @@ def _scores(
             max_length=settings.max_length,
             quantize=settings.quantize,
             device=settings.device,
-            dtype=settings.dtype,
+            dtype=settings.compute_dtype,
         )
         return measured_scores(source, layers, settings.metric, calibration)
     return weight_scores(
@@ -170,7 +171,7 @@ def _write(
     sum_up: Callable[[Path], None],
 ) -> PruneResult:
     scored, choice, record = chosen
-    layers = [s.heads for s in scored]
+    base, layers = source, [s.heads for s in scored]
     pruned = all_pruned(scored, choice.heads)
     mode = settings.mode
     zero = PrunedSlices(source.config, pruned if mode == "zero" else {}).zero
@@ -186,7 +187,8 @@ def _write(
         draw(scored, choice.heads, title, folder / HEAT_MAP)
         sum_up(folder)
 
-    written = write_directory(source, output, zero, None, settings.max_shard_size, write_more)
+    dtype = settings.dtype or type_to_write(base)
+    written = write_directory(source, output, zero, dtype, settings.max_shard_size, write_more)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)
     return PruneResult(record, written)
 

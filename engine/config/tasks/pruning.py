@@ -6,9 +6,18 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from engine.config.choices import MAX_SHARD_SIZE, Granularity, HeadKind, Metric, PruneMode, Scope
+from engine.config.choices import (
+    MAX_SHARD_SIZE,
+    ComputeType,
+    Granularity,
+    HeadKind,
+    Metric,
+    PruneMode,
+    Scope,
+    StoredType,
+)
 from engine.config.settings import Settings, setting
-from engine.config.spelling import inner_share, layer_numbers, shard_size
+from engine.config.spelling import DTYPES, inner_share, layer_numbers, shard_size, spelled
 from engine.config.tasks.inference import Machine, Paths
 from engine.config.train_config import TrainConfig
 
@@ -51,8 +60,9 @@ class PruneSettings(HeadChoice, Machine):
     With `per_layer` a structural cut may take another number out of each layer; no other program
     loads what is written then.
 
-    `data`, `calibration_rows`, `max_length`, `device` and `dtype` are of the metrics that run the
-    model; with `quantize` the values are scored that a model quantised so computes with.
+    `data`, `calibration_rows`, `max_length`, `device` and `compute_dtype` are of the metrics that
+    run the model; with `quantize` the values are scored that a model quantised so computes with.
+    `dtype` is what is written.
     """
 
     mode: PruneMode = setting(
@@ -67,6 +77,15 @@ class PruneSettings(HeadChoice, Machine):
     data: Paths = setting((), "Heads", "calibration rows (JSONL or JSON)", repeat=True)
     max_length: int = setting(512, "Heads", "longest calibration row in tokens", ge=8)
     seed: int = setting(0, "Heads", "of the metric random", ge=0)
+    compute_dtype: Annotated[ComputeType, spelled(DTYPES)] = setting(
+        "auto", "Machine", "compute type of the metrics that run the model"
+    )
+    dtype: Annotated[StoredType | None, spelled(DTYPES)] = setting(  # type: ignore[assignment]
+        None,
+        "Output",
+        "type of all tensors; by default each keeps its own, or bfloat16 for all where a GGUF file "
+        "stores them quantised",
+    )
     max_shard_size: Annotated[int, BeforeValidator(shard_size)] = setting(
         MAX_SHARD_SIZE, "Output", "largest file, in GB (10^9 bytes) or with a unit", ge=1000
     )
@@ -160,6 +179,7 @@ class ForgeJob(ForgeCycles, HeadChoice):
     def settings(self, training: TrainConfig) -> ForgeSettings:
         """The job with its fine-tuning, whose seed, length and machine are the pruning's too."""
         chosen = {name: getattr(self, name) for name in HeadChoice.model_fields}
-        same = {name: getattr(training, name) for name in ("seed", "max_length", "device", "dtype")}
+        same = {name: getattr(training, name) for name in ("seed", "max_length", "device")}
+        same["compute_dtype"] = training.dtype
         own = {name: getattr(self, name) for name in ForgeCycles.model_fields}
         return ForgeSettings(**own, training=training, pruning=PruneSettings(**chosen, **same))

@@ -25,6 +25,7 @@ from engine.model_sources.gguf.parts import GGUFParts
 from engine.model_sources.gguf.tensor_map import sources
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
 from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
+from engine.model_sources.interface.model_source import ModelSource
 from models.tensor_names import expected_tensors
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -54,6 +55,11 @@ class GGUFSource:
         parts = (source.tensors for source in self._sources.values())
         match_tensors(shapes, {n: s for part in parts for n, s in part.items()}, str(self.path))
         self.raw_config["dtype"] = str(self.dtype("model.embed_tokens.weight")).split(".")[-1]
+
+    @property
+    def quantised(self) -> bool:
+        """Whether any tensor is stored in fewer than 16 bits a number."""
+        return any(info.kind not in _STORED for info in self._file.tensors.values())
 
     @property
     def generation_config(self) -> dict[str, Any]:
@@ -129,6 +135,16 @@ class GGUFSource:
     def _check(self, name: str) -> None:
         if name not in self._shapes:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
+
+
+def type_to_write(source: ModelSource) -> torch.dtype | None:
+    """The type in which what is made of a model is written, unless a setting says otherwise.
+
+    bfloat16 for a GGUF model that is stored quantised, whose numbers have no more bits than that
+    holds: float32, as which its tensors are read, would take eight times the file's space. None
+    for all others: each tensor keeps its own type.
+    """
+    return torch.bfloat16 if isinstance(source, GGUFSource) and source.quantised else None
 
 
 def dequantise(file: GGUFFile | GGUFParts, name: str, entry: int | None = None) -> torch.Tensor:

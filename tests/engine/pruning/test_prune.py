@@ -18,6 +18,7 @@ from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsFile
 from engine.pruning.heat_map import HEAT_MAP
 from engine.verbs.prune import prune
+from tests.support.quantised_gguf import write_q8_gguf
 
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]
@@ -323,3 +324,25 @@ def test_tensors_are_read_one_at_a_time(
             run(golden("qwen3"), tmp_path / f"{mode}-{metric}", mode=mode, metric=metric)
     assert most == 1
     assert not open_tensors
+
+
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+def test_a_quantised_file_is_pruned_in_bfloat16_unless_a_type_is_named(
+    golden: Golden, tmp_path: Path, mode: str
+) -> None:
+    write_q8_gguf(tmp_path / "base.gguf", golden("qwen2"))
+    run(tmp_path / "base.gguf", tmp_path / "out", mode=mode)
+    run(tmp_path / "base.gguf", tmp_path / "wide", mode=mode, dtype="float32")
+    half, full = weights(tmp_path / "out"), weights(tmp_path / "wide")
+    assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in full.values()} == {torch.float32}
+    assert all(torch.equal(half[name], full[name].bfloat16()) for name in full)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_other_files_keep_their_types_unless_one_is_named(golden: Golden, tmp_path: Path) -> None:
+    run(golden("qwen3"), tmp_path / "same")
+    run(golden("qwen3"), tmp_path / "half", dtype="float16")
+    stored = {name: tensor.dtype for name, tensor in weights(golden("qwen3")).items()}
+    assert {name: tensor.dtype for name, tensor in weights(tmp_path / "same").items()} == stored
+    assert {t.dtype for t in weights(tmp_path / "half").values()} == {torch.float16}

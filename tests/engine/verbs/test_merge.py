@@ -14,6 +14,7 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.hf_directory import HFDirectory
 from engine.verbs.merge import merge
 from kernels.nf4 import dequantize, quantize
+from tests.support.quantised_gguf import write_q8_gguf
 
 Golden = Callable[[str], Path]
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -195,31 +196,6 @@ def test_an_unknown_way_or_an_occupied_output_is_refused(golden: Golden, tmp_pat
         merge(golden("llama"), tmp_path / "a", tmp_path / "out", onto="base")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="exists already"):
         merge(golden("llama"), tmp_path / "a", tmp_path / "a")
-
-
-def write_q8_gguf(path: Path, source: Path) -> None:
-    """The golden qwen2 model (no permuted rows) as a GGUF file with Q8_0 matrices."""
-    config = HFDirectory(source).config
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
-    for name, tensor in load_file(source / "model.safetensors").items():
-        kind = (
-            gguf.GGMLQuantizationType.F32 if tensor.dim() == 1 else gguf.GGMLQuantizationType.Q8_0
-        )
-        data = gguf.quants.quantize(tensor.numpy(), kind)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_base_merges_without_loss_unless_a_type_is_named(
