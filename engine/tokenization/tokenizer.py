@@ -1,10 +1,11 @@
-"""One tokenizer for every model: `tokenizer.json`, or a SentencePiece `tokenizer.model`.
+"""One tokenizer for every model, from any of the usual files.
 
 Ids equal those of transformers: `special_tokens` reads what the other files add; what stands
 around a text is decided by the post-processor of a tokenizer.json, and by `add_bos_token` and
-`add_eos_token` of tokenizer_config.json for a tokenizer.model (which has none). What the tokenizer
-puts before and after a text is separate from the encoding itself, so that a rendered
-chat, which brings its own BOS token, never gets a second one.
+`add_eos_token` of tokenizer_config.json for the files that have none: a SentencePiece
+tokenizer.model, or vocab.json and merges.txt. What the tokenizer puts before and after a text is
+separate from the encoding itself, so that a rendered chat, which brings its own BOS token, never
+gets a second one.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -229,10 +230,18 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
         config = {**pieces.special_tokens, **config}
         add_bos, add_eos = config.get("add_bos_token"), bool(config.get("add_eos_token"))
         add_bos = pieces.adds_bos if add_bos is None else bool(add_bos)
+    elif {"vocab.json", "merges.txt"} <= files.keys():
+        from engine.tokenization.vocab_merges import load_vocab_merges
+
+        made = load_vocab_merges(files, config, source.raw_config.get("model_type"), where)
+        backend = made.backend
+        config = {**made.special_tokens, **config}
+        add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
     else:
         raise CheckpointError(
-            f"{where}: the model has no tokenizer; expected a tokenizer.json or a SentencePiece "
-            "tokenizer.model in the folder of the weights. Copy it from the model it was made from."
+            f"{where}: the model has no tokenizer; expected a tokenizer.json, a SentencePiece "
+            "tokenizer.model, or vocab.json and merges.txt in the folder of the weights. Copy it "
+            "from the model it was made from."
         )
     declared = read_declared(config, files, backend)
     if model_file is not None:

@@ -13,6 +13,12 @@ class TokenizerFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        file = self.path / "config.json"
+        config: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        return config
+
     def tokenizer_json(self) -> str | None:
         file = self.path / "tokenizer.json"
         return file.read_text() if file.exists() else None

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from tokenizers import Regex, pre_tokenizers
+
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -147,3 +149,14 @@ def splitting(
     if "<|begin_of_text|>" in tokens:
         return RULES["llama-bpe"]
     return RULES["smollm"] if "<gh_stars>" in tokens else UNNAMED
+
+
+def words(rule: Splitting, add_prefix_space: bool = False) -> pre_tokenizers.PreTokenizer:
+    """The pre-tokenizer that cuts text by `rule` and writes it in the byte alphabet."""
+    steps: list[pre_tokenizers.PreTokenizer] = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns
+    ]
+    if add_prefix_space:  # before the first piece is cut off, as for a lone ByteLevel
+        steps.insert(0, pre_tokenizers.Metaspace(" ", prepend_scheme="always", split=False))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(steps)

@@ -28,17 +28,15 @@ from typing import Any
 import numpy as np
 from tokenizers import (
     AddedToken,
-    Regex,
     Tokenizer,
     decoders,
     models,
     normalizers,
-    pre_tokenizers,
     processors,
 )
 
 from engine.errors import CheckpointError, ConfigError, listing
-from engine.model_sources.gguf.pre_tokenizers import RULES, UNNAMED, Splitting, splitting
+from engine.model_sources.gguf.pre_tokenizers import RULES, UNNAMED, splitting, words
 from engine.model_sources.gguf.stand_in import stand_in
 
 log = logging.getLogger(__name__)
@@ -270,17 +268,9 @@ def _byte_level(vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule.ignore_merges))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _words(rule)
+    tokenizer.pre_tokenizer = words(rule)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, rule.add_bos
-
-
-def _words(rule: Splitting) -> pre_tokenizers.PreTokenizer:
-    steps: list[pre_tokenizers.PreTokenizer] = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns
-    ]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    return pre_tokenizers.Sequence(steps)
 
 
 def _spellings(vocabulary: _TokenTable) -> list[str]:

@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import sentencepiece
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers, trainers
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from engine.model_sources.interface.model_source import ModelSource
@@ -180,3 +184,42 @@ def write_sentencepiece(name: str, options: dict[str, Any], folder: Path) -> Any
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+
+
+@pytest.fixture(scope="module")
+def vocab_merges(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json and merges.txt of a byte-level BPE whose merges cross all borders."""
+    trained = Backend(BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, show_progress=False, initial_alphabet=alphabet, max_token_length=12
+    )
+    trained.train_from_iterator([text for text in strings()[:1500] if "<|" not in text], trainer)
+    model = json.loads(trained.to_str())["model"]
+    folder = tmp_path_factory.mktemp("vocab-merges")
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in model["merges"])]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GPT2Tokenizer", {}),
+        ("GPT2Tokenizer", {"add_prefix_space": True, "add_bos_token": True}),
+        ("Qwen2Tokenizer", {"eos_token": "<|im_end|>"}),
+    ],
+)
+def test_vocab_json_and_merges_txt(name: str, options: dict[str, Any], vocab_merges: Path) -> None:
+    size = len(json.loads((vocab_merges / "vocab.json").read_text()))
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    declared = {
+        str(size + n): {"content": text, "special": True, "normalized": False}
+        for n, text in enumerate(names)
+    }
+    config = {"tokenizer_class": name, "added_tokens_decoder": declared, **options}
+    (vocab_merges / "tokenizer_config.json").write_text(json.dumps(config))
+    peer = getattr(transformers, name).from_pretrained(str(vocab_merges))
+    assert_equal(load(vocab_merges), peer, strings()[:3000])
