@@ -44,6 +44,17 @@ class Columns:
         """Whether there are that many spare columns."""
         return self.whole.shape[1] >= self.width + count
 
+    def is_matrix(self, x: Tensor) -> bool:
+        """Whether `x` is `matrix`: the same elements of the same memory."""
+        matrix = self.matrix
+        return (
+            x.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
+            and x.storage_offset() == matrix.storage_offset()
+            and x.shape == matrix.shape
+            and x.stride() == matrix.stride()
+            and x.dtype == matrix.dtype
+        )
+
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.parts)
 
@@ -84,7 +95,7 @@ def input_columns(like: Tensor, projections: Sequence[Projection]) -> Columns | 
 
 def gradient_columns(like: Tensor, projections: Sequence[Projection]) -> Columns | None:
     """Memory for the outputs' gradients of a group with spare columns; None as `input_columns`."""
-    if not joins_adapters(like.device) or not layout_of(projections).spare:
+    if not projections or not joins_adapters(like.device) or not layout_of(projections).spare:
         return None
     return output_columns(like.shape[0], projections, like)
 

@@ -134,7 +134,8 @@ def input_gradient(
     if adapters is None:
         low = _low_gradients(list(dzs), projections)
     else:
-        dzs = _owned(dzs, projections, need_dx and not masked, like)
+        if not isinstance(dzs, Columns) and stacked(dzs, 1) is None:
+            dzs = copied(dzs, projections)
         low = _low_gradient(dzs, adapters)
     outputs = OutputGradients(list(dys), dzs, low, decoded, adapters)
     if not need_dx:
@@ -156,20 +157,6 @@ def _scaled(
     return dzs
 
 
-def _owned(
-    dzs: Columns | Sequence[Tensor],
-    projections: Sequence[Projection],
-    extends: bool,
-    like: Tensor,
-) -> Columns | Sequence[Tensor]:
-    """dzs with spare columns for P, copied if that is cheaper than adding P a to dx."""
-    if isinstance(dzs, Columns):
-        return dzs
-    layout, width = layout_of(projections), int(projections[0].weight.shape[1])
-    narrow = extends and layout.rows < width
-    return copied(dzs, projections) if narrow or stacked(dzs, 1) is None else dzs
-
-
 def _low_gradient(dzs: Columns | Sequence[Tensor], adapters: Adapters) -> Tensor:
     """P (N, spare), in the spare columns of dzs if they have some."""
     spare = adapters.layout.spare
@@ -178,6 +165,23 @@ def _low_gradient(dzs: Columns | Sequence[Tensor], adapters: Adapters) -> Tensor
     joined = dzs.matrix if isinstance(dzs, Columns) else stacked(dzs, 1)
     assert joined is not None
     return joined @ adapters.b
+
+
+def _extended(
+    dzs: Columns | Sequence[Tensor], low: Tensor, projections: Sequence[Projection]
+) -> Tensor | None:
+    """[dz | P] (N, sum out + spare); None where adding P a to dx moves fewer bytes than a copy.
+
+    A copy is freed as soon as dx is there: P lies elsewhere too.
+    """
+    spare = low.shape[1]
+    if isinstance(dzs, Columns):
+        return dzs.extended(spare) if dzs.lends(spare) else None
+    if layout_of(projections).rows >= int(projections[0].weight.shape[1]):
+        return None
+    own = copied(dzs, projections)
+    own.spare(spare).copy_(low)
+    return own.extended(spare)
 
 
 def _low_gradients(dzs: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor | None:
@@ -198,9 +202,10 @@ def _input_gradient(
     """dx of dz and P; with a `seed` P a goes through dropout."""
     decoded, low, dzs = outputs.decoded, outputs.low, outputs.dzs
     assert decoded is not None
-    extends = low is not None and seed is None and decoded.extended is not None
-    if extends and low is not None and isinstance(dzs, Columns) and dzs.lends(low.shape[1]):
-        return dzs.extended(low.shape[1]) @ decoded.backward_matrix()
+    if low is not None and seed is None and decoded.extended is not None:
+        own = _extended(dzs, low, projections)
+        if own is not None:
+            return own @ decoded.backward_matrix()
     weights, joined = decoded.weights, outputs.joined()
     below = stacked(weights, 0)
     pairs = list(zip(dzs, weights, strict=True))

@@ -122,14 +122,18 @@ def mlp_forward(
     x: Tensor | Columns, mlp: SwiGLUMLP, strength: Tensor | None = None
 ) -> tuple[Tensor, MLPActivations]:
     """y (N, H) for x (N, H), and what `mlp_backward` reads."""
-    inner = mlp_inner(x, mlp, strength=strength)
+    return mlp_output(mlp_inner(x, mlp, strength=strength), mlp)
+
+
+def mlp_output(inner: MLPActivations, mlp: SwiGLUMLP) -> tuple[Tensor, MLPActivations]:
+    """The second half of `mlp_forward`, which does not read x."""
     h = mlp_activated(inner, mlp)
     ys, low = project(h, (mlp.down,), mlp.seeds[1], slot=mlp.down_slot, spare=False)
     return ys.matrix, replace(inner, down_input=low)
 
 
 def mlp_backward(
-    dy: Tensor,
+    dy: Tensor | Columns,
     x: Tensor | Columns,
     mlp: SwiGLUMLP,
     inner: MLPActivations,
@@ -142,7 +146,21 @@ def mlp_backward(
 
     dx is None without `need_dx`, d_strength without a strength. `inner` is overwritten.
     """
-    d_strength = _down_backward(dy, mlp, inner, grads, decoded[1])
+    d_strength = mlp_down_backward(dy, mlp, inner, grads, decoded[1])
+    dx = mlp_gate_up_backward(x, mlp, inner, grads, decoded[0], need_dx=need_dx)
+    return dx, d_strength
+
+
+def mlp_gate_up_backward(
+    x: Tensor | Columns,
+    mlp: SwiGLUMLP,
+    inner: MLPActivations,
+    grads: Gradients,
+    decoded: Decoded | None = None,
+    *,
+    need_dx: bool = True,
+) -> Tensor | None:
+    """The second half of `mlp_backward`: dx (N, H), or None without `need_dx`."""
     dx: Tensor | None = None
     for group, d_outputs in zip(mlp.products(), inner.outputs, strict=True):
         addend = project_backward(
@@ -152,37 +170,39 @@ def mlp_backward(
             grads,
             seed=mlp.seeds[0],
             xa=inner.adapter_input,
-            decoded=decoded[0],
+            decoded=decoded,
             need_dx=need_dx,
         )
         dx = addend if dx is None or addend is None else dx.add_(addend)
-    return dx, d_strength
+    return dx
 
 
-def _down_backward(
-    dy: Tensor,
+def mlp_down_backward(
+    dy: Tensor | Columns,
     mlp: SwiGLUMLP,
     inner: MLPActivations,
     grads: Gradients,
     decoded: Decoded | None,
 ) -> Tensor | None:
-    """Gradients of down, gate and up, the latter two in their memory; returns d_strength.
+    """The first half of `mlp_backward`, which does not read x; returns d_strength (N, 1).
 
+    Gradients of gate and up are left in their memory, those of down's parameters in `grads`.
     h is not computed by itself: the gradients of gate and up leave it in the memory of dh, and only
     then those of down's parameters, which read it, are computed.
     """
     down, seed, strength = (mlp.down,), mlp.seeds[1], inner.strength
     gate, up = inner.gate_up()
-    decoded = decoded or decode(down, dy.dtype, mlp.down_slot)
+    dys = dy if isinstance(dy, Columns) else (dy,)
+    decoded = decoded or decode(down, dys[0].dtype, mlp.down_slot)
     if strength is not None:
         h = swiglu_forward(gate, up)
         scaled, low = h * strength.to(h.dtype), inner.down_input
-        dh = project_backward((dy,), scaled, down, grads, seed=seed, xa=low, decoded=decoded)
+        dh = project_backward(dys, scaled, down, grads, seed=seed, xa=low, decoded=decoded)
         assert dh is not None
         d_strength = (dh.to(strength.dtype) * h).sum(1, keepdim=True)
         swiglu_backward_(dh.mul_(strength.to(dh.dtype)), gate, up)
         return d_strength
-    dh, outputs = input_gradient((dy,), down, seed=seed, decoded=decoded)
+    dh, outputs = input_gradient(dys, down, seed=seed, decoded=decoded)
     assert dh is not None
     swiglu_backward_(dh, gate, up, keep_h=True)
     parameter_gradients(outputs, dh, down, grads, seed=seed, xa=inner.down_input)

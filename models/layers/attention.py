@@ -27,7 +27,6 @@ from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
 from kernels.linear.lora_backward import project_backward
 from kernels.linear.projection import Projection
-from kernels.runtime.dispatch import use_triton
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
@@ -178,12 +177,15 @@ class Attention(nn.Module):
         context: LayerContext,
         saved: AttentionSaved,
         grads: Gradients,
-        need_dx: bool,
-    ) -> Tensor | None:
-        """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
+        below: tuple[Projection, ...] | None,
+    ) -> Tensor | Columns | None:
+        """dx1 (N, H) -> dx (N, H), with spare columns for `below` where their adapters join.
+
+        None without `below`. Adds the gradient of every trainable parameter.
+        """
         qkv, seed = self.qkv(), context.seed(self.index, 0)
         frugal, recompute = context.settings.low_memory_decode, saved.q is None
-        need_dh = need_dx or norm.weight.requires_grad
+        need_dh = below is not None or norm.weight.requires_grad
         decoded = decode(qkv, x.dtype) if not frugal and (need_dh or recompute) else None
         h: Tensor | Columns
         if recompute:
@@ -202,7 +204,7 @@ class Attention(nn.Module):
         del d_qkv, h
         if dh is None:
             return None
-        return norm.backward(dh, x, rstd, grads, dresidual=matrix_of(dx1), out=_over(dh))
+        return norm.backward_for(dh, x, rstd, grads, matrix_of(dx1), below or ())
 
     def _heads_backward(
         self,
@@ -268,8 +270,3 @@ class Attention(nn.Module):
                 norm.backward(grad, values, rstd[index], grads, out=target)
             elif grad is not target:
                 target.copy_(grad)
-
-
-def _over(dh: Tensor) -> Tensor | None:
-    """Where the norm's backward pass writes: a Triton kernel over dh, torch into memory it has."""
-    return dh if use_triton(dh) else None

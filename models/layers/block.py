@@ -64,10 +64,10 @@ class Mixer(Part, Protocol):
         context: LayerContext,
         saved: Any,
         grads: Gradients,
-        need_dx: bool,
+        below: tuple[Projection, ...] | None,
         /,
-    ) -> Tensor | None:
-        """dx1 (N, H) -> dx (N, H), or None where nothing needs it."""
+    ) -> Tensor | Columns | None:
+        """dx1 (N, H) -> dx (N, H), with spare columns for `below`; None without it."""
 
 
 class FeedForward(Part, Protocol):
@@ -81,9 +81,12 @@ class FeedForward(Part, Protocol):
         The sum is formed here, so that the norm that reads it can form it on the way.
         """
 
+    def output(self) -> tuple[Projection, ...]:
+        """The projection that writes the part's output, if it is one."""
+
     def backward(
         self,
-        dy: Tensor,
+        dy: Tensor | Columns,
         x1: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -178,9 +181,18 @@ class DecoderLayer(nn.Module):
         return y, BlockSaved(mixer, x1, mlp).trim(policy)
 
     def backward(
-        self, dy: Tensor, x: Tensor, context: LayerContext, saved: BlockSaved, need_dx: bool
-    ) -> tuple[Tensor | None, Gradients]:
-        """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter."""
+        self,
+        dy: Tensor | Columns,
+        x: Tensor,
+        context: LayerContext,
+        saved: BlockSaved,
+        need_dx: bool,
+    ) -> tuple[Tensor | Columns | None, Gradients]:
+        """dy (N, H) -> dx (N, H) or None, and the gradient of every trainable parameter.
+
+        Where adapters join products, dx has spare columns for the layer below, which is taken to
+        have an adapter as this one has.
+        """
         observer = layer_observer()
         observer.backward_begins(self.index)
         dx, grads = self._backward(dy, x, context, saved, need_dx)
@@ -188,8 +200,13 @@ class DecoderLayer(nn.Module):
         return dx, grads
 
     def _backward(
-        self, dy: Tensor, x: Tensor, context: LayerContext, saved: BlockSaved, need_dx: bool
-    ) -> tuple[Tensor | None, Gradients]:
+        self,
+        dy: Tensor | Columns,
+        x: Tensor,
+        context: LayerContext,
+        saved: BlockSaved,
+        need_dx: bool,
+    ) -> tuple[Tensor | Columns | None, Gradients]:
         grads: Gradients = {}
         norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
         if saved.x1 is None:
@@ -199,5 +216,6 @@ class DecoderLayer(nn.Module):
         output = self.mixer.output()
         dx1 = self.mlp.backward(dy, saved.x1, norm2, context, saved.mlp, grads, output)
         saved.x1 = saved.mlp = None
-        dx = self.mixer.backward(dx1, x, norm1, context, saved.mixer, grads, need_dx)
+        below = self.mlp.output() if need_dx else None
+        dx = self.mixer.backward(dx1, x, norm1, context, saved.mixer, grads, below)
         return dx, grads

@@ -213,12 +213,15 @@ class DeltaNet(nn.Module):
         context: LayerContext,
         saved: DeltaNetSaved,
         grads: Gradients,
-        need_dx: bool,
-    ) -> Tensor | None:
-        """dx1 (N, H) -> dx (N, H) or None; adds the gradient of every trainable parameter."""
+        below: tuple[Projection, ...] | None,
+    ) -> Tensor | Columns | None:
+        """dx1 (N, H) -> dx (N, H), with spare columns for `below` where their adapters join.
+
+        None without `below`. Adds the gradient of every trainable parameter.
+        """
         wide, seed = self._wide(), context.seed(self.index, 0)
         h, rstd = norm.forward_for(x, wide)
-        need_dh = need_dx or norm.weight.requires_grad
+        need_dh = below is not None or norm.weight.requires_grad
         decoded = decode(wide, x.dtype) if need_dh or saved.mixed is None else None
         if saved.mixed is None:
             self._project(h, context, saved, decoded)
@@ -237,7 +240,8 @@ class DeltaNet(nn.Module):
         d_gates = project_backward(d_narrow, matrix_of(h), narrow, grads, need_dx=need_dh)
         if dh is None or d_gates is None:
             return None
-        return norm.backward(dh.add_(d_gates), x, rstd, grads, dresidual=matrix_of(dx1))
+        dh += d_gates
+        return norm.backward_for(dh, x, rstd, grads, matrix_of(dx1), below or ())
 
     def _output_backward(
         self, dx1: Tensor | Columns, context: LayerContext, saved: DeltaNetSaved, grads: Gradients

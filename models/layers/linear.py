@@ -21,6 +21,7 @@ from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns, gradient_columns, input_columns
 from kernels.linear.int8 import Int8Weight, rows_int8
 from kernels.linear.projection import Projection, Weight
+from kernels.runtime.dispatch import use_triton
 from kernels.runtime.host_memory import gather_rows
 
 
@@ -185,11 +186,17 @@ class RMSNorm(nn.Module):
         dresidual: Tensor,
         group: Sequence[Projection],
     ) -> Tensor | Columns:
-        """dx (N, H) as `backward` gives it, for projections whose outputs' gradient it is."""
+        """dx (N, H) as `backward` gives it, for projections whose outputs' gradient it is.
+
+        Without any it may lie in the memory of dy.
+        """
         own = gradient_columns(dy, group)
-        out = None if own is None else own.matrix
-        dx = self.backward(dy, x, rstd, grads, dresidual=dresidual, out=out)
-        return dx if own is None else own
+        if own is None:
+            # Triton reads a row before it writes one; torch has a result of its own anyway.
+            out = dy if use_triton(dy) else None
+            return self.backward(dy, x, rstd, grads, dresidual=dresidual, out=out)
+        self.backward(dy, x, rstd, grads, dresidual=dresidual, out=own.matrix)
+        return own
 
 
 class Embedding(nn.Module):

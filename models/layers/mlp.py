@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from kernels.linear.adapters import Gradients
-from kernels.linear.columns import Columns
+from kernels.linear.columns import Columns, matrix_of
 from kernels.linear.lora import project
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import (
@@ -22,12 +22,14 @@ from kernels.linear.swiglu_mlp import (
     SwiGLUMLP,
     mlp_activated,
     mlp_backward,
-    mlp_forward,
+    mlp_down_backward,
+    mlp_gate_up_backward,
     mlp_inner,
+    mlp_output,
 )
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm
-from models.layers.token_tiles import TokenTile, backward_in_tiles, forward_in_tiles
+from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
@@ -60,6 +62,10 @@ class MLP(nn.Module):
     def gate_up(self) -> tuple[Projection, Projection]:
         return self.gate_proj.projection(), self.up_proj.projection()
 
+    def output(self) -> tuple[Projection, ...]:
+        """The projection that writes the part's output."""
+        return (self.down_proj.projection(),)
+
     def same_input(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input."""
         return ((self.gate_proj, self.up_proj),)
@@ -85,13 +91,13 @@ class MLP(nn.Module):
         mlp, tile_tokens = self._operands(context), _tile_tokens(context, x)
         if tile_tokens is not None:
             return _forward_in_tiles(addend.add_(x), norm, mlp, tile_tokens), MLPSaved()
-        h = norm.add_forward_for(x, addend, self.gate_up())
-        y, inner = mlp_forward(h, mlp)
+        inner = mlp_inner(norm.add_forward_for(x, addend, self.gate_up()), mlp)
+        y, inner = mlp_output(inner, mlp)
         return y.add_(addend), MLPSaved(inner, inner.down_input)
 
     def backward(
         self,
-        dy: Tensor,
+        dy: Tensor | Columns,
         x1: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -106,29 +112,42 @@ class MLP(nn.Module):
         mlp, tile_tokens = self._operands(context), _tile_tokens(context, x1)
         decoded = mlp.decode(x1.dtype)
         if tile_tokens is None:
-            h, rstd, inner = self._inner(x1, norm, mlp, saved, decoded)
-            dh, _ = mlp_backward(dy, h, mlp, inner, grads, decoded=decoded)
-            assert dh is not None
-            return norm.backward_for(dh, x1, rstd, grads, dy, mixer)
+            return self._backward(dy, x1, norm, mlp, saved, grads, decoded, mixer)
 
-        def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
+        def backward(dy: Tensor, h: Tensor | Columns, tile: TokenTile, grads: Gradients) -> Tensor:
             part = _of_tile(mlp, tile)
             inner = mlp_inner(h, part, decoded)
             dh, _ = mlp_backward(dy, h, part, inner, grads, decoded=decoded)
             assert dh is not None
             return dh
 
-        return backward_in_tiles(dy, x1, norm, tile_tokens, backward, grads)
+        tiled = NormedTiles(norm, tile_tokens, self.gate_up())
+        return backward_in_tiles(matrix_of(dy), x1, tiled, backward, grads)
 
-    def _inner(
-        self, x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, saved: MLPSaved, decoded: DecodedMLP
-    ) -> tuple[Tensor | Columns, Tensor, MLPActivations]:
-        """norm(x1) and its rstd, and the inner activations, recomputed where they are not saved."""
-        if saved.inner is not None:
-            return *norm.forward_with_rstd(x1), saved.inner
-        h, rstd = norm.forward_for(x1, self.gate_up())
-        inner = mlp_inner(h, mlp, decoded)
-        return h, rstd, replace(inner, down_input=saved.down_input)
+    def _backward(
+        self,
+        dy: Tensor | Columns,
+        x1: Tensor,
+        norm: RMSNorm,
+        mlp: SwiGLUMLP,
+        saved: MLPSaved,
+        grads: Gradients,
+        decoded: DecodedMLP,
+        mixer: tuple[Projection],
+    ) -> Tensor | Columns:
+        """All tokens at once. What is saved needs norm(x1) late, when the widest memory is free."""
+        inner = saved.inner
+        h: Tensor | Columns
+        if inner is None:
+            h, rstd = norm.forward_for(x1, self.gate_up())
+            inner = replace(mlp_inner(h, mlp, decoded), down_input=saved.down_input)
+            mlp_down_backward(dy, mlp, inner, grads, decoded[1])
+        else:
+            mlp_down_backward(dy, mlp, inner, grads, decoded[1])
+            h, rstd = norm.forward_with_rstd(x1)
+        dh = mlp_gate_up_backward(h, mlp, inner, grads, decoded[0])
+        assert dh is not None
+        return norm.backward_for(dh, x1, rstd, grads, matrix_of(dy), mixer)
 
 
 def _tile_tokens(context: LayerContext, x1: Tensor) -> int | None:
@@ -146,7 +165,7 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
     """x1 (N, H) -> y (N, H); every weight is decoded once for all tiles where that is allowed."""
     decoded = mlp.decode(x1.dtype)
 
-    def forward(h: Tensor, tile: TokenTile) -> Tensor:
+    def forward(h: Tensor | Columns, tile: TokenTile) -> Tensor:
         part = _of_tile(mlp, tile)
         inner = mlp_inner(h, part, decoded)
         # Each tensor is freed as soon as the next one exists: this is what tiles are for.
@@ -157,4 +176,4 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
         ys, _ = project(activated, down, seed, decoded[1], part.down_slot, spare=False)
         return ys.matrix
 
-    return forward_in_tiles(x1, norm, tile_tokens, forward)
+    return forward_in_tiles(x1, NormedTiles(norm, tile_tokens, (mlp.gate, mlp.up)), forward)

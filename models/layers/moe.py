@@ -31,7 +31,7 @@ from models.layers.context import LayerContext
 from models.layers.experts import Experts
 from models.layers.linear import Linear, RMSNorm
 from models.layers.mlp import MLP
-from models.layers.token_tiles import TokenTile, backward_in_tiles, forward_in_tiles
+from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
 
 
 @dataclass
@@ -58,6 +58,10 @@ class MoE(nn.Module):
         self.experts = Experts(config.num_experts, hidden, config.moe_intermediate_size)
         self.shared_expert = MLP(hidden, shared, index) if shared else None
         self.shared_expert_gate = Linear(hidden, 1) if shared else None
+
+    def output(self) -> tuple[Projection, ...]:
+        """None: experts are products of their own."""
+        return ()
 
     def same_input(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input."""
@@ -95,15 +99,15 @@ class MoE(nn.Module):
         experts = ExpertsSaved.of(choose(h, moe)).trim()
         del h
 
-        def forward(h: Tensor, tile: TokenTile) -> Tensor:
+        def forward(h: Tensor | Columns, tile: TokenTile) -> Tensor:
             routing = experts.routing.part(tile.tokens)
-            return moe_output(h, moe, routing, tile.seed(seed))[0]
+            return moe_output(matrix_of(h), moe, routing, tile.seed(seed))[0]
 
-        return forward_in_tiles(x1, norm, tile_tokens, forward), MoESaved(experts)
+        return forward_in_tiles(x1, NormedTiles(norm, tile_tokens), forward), MoESaved(experts)
 
     def backward(
         self,
-        dy: Tensor,
+        dy: Tensor | Columns,
         x1: Tensor,
         norm: RMSNorm,
         context: LayerContext,
@@ -117,17 +121,17 @@ class MoE(nn.Module):
         """
         moe, seed = self.mixture(), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
-        experts, d_prob_sum = saved.experts, saved.d_prob_sum
+        experts, d_prob_sum, dy = saved.experts, saved.d_prob_sum, matrix_of(dy)
         if tile_tokens is None:
             h, rstd = norm.forward_with_rstd(x1)
             dh = moe_backward(dy, h, moe, experts, grads, seed=seed, d_prob_sum=d_prob_sum)
             assert dh is not None
             return norm.backward_for(dh, x1, rstd, grads, dy, mixer)
 
-        def backward(dy: Tensor, h: Tensor, tile: TokenTile, grads: Gradients) -> Tensor:
+        def backward(dy: Tensor, h: Tensor | Columns, tile: TokenTile, grads: Gradients) -> Tensor:
             part, own = experts.part(tile.tokens), tile.seed(seed)
-            dh = moe_backward(dy, h, moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
+            dh = moe_backward(dy, matrix_of(h), moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
             assert dh is not None
             return dh
 
-        return backward_in_tiles(dy, x1, norm, tile_tokens, backward, grads)
+        return backward_in_tiles(dy, x1, NormedTiles(norm, tile_tokens), backward, grads)

@@ -12,7 +12,7 @@ f is a dense SwiGLU (`models.layers.mlp`) or the experts of a mixture (`models.l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from kernels.elementwise.dropout import Seed
 from kernels.linear.adapters import Gradients
+from kernels.linear.columns import Columns
+from kernels.linear.projection import Projection
 from kernels.runtime.simulation import equal_parts
 from models.layers.linear import RMSNorm
 
@@ -45,10 +47,22 @@ class _Sums(dict[int, Tensor]):
         super().__setitem__(key, gradient if before is None else before.add_(gradient))
 
 
-Forward = Callable[[Tensor, TokenTile], Tensor]
+@dataclass(frozen=True)
+class NormedTiles:
+    """How f's input is made: by a norm, for so many tokens at a time.
+
+    `group` are projections that read it, for whose adapters it then has spare columns.
+    """
+
+    norm: RMSNorm
+    tile_tokens: int
+    group: Sequence[Projection] = ()
+
+
+Forward = Callable[[Tensor | Columns, TokenTile], Tensor]
 """f: h (n, H) of a tile -> f(h) (n, H)."""
 
-Backward = Callable[[Tensor, Tensor, TokenTile, Gradients], Tensor]
+Backward = Callable[[Tensor, Tensor | Columns, TokenTile, Gradients], Tensor]
 """dy (n, H), h (n, H) of a tile -> dh (n, H); sets the gradient of every trainable parameter."""
 
 
@@ -60,24 +74,26 @@ def token_tiles(count: int, tile_tokens: int) -> Iterable[TokenTile]:
     )
 
 
-def forward_in_tiles(x1: Tensor, norm: RMSNorm, tile_tokens: int, forward: Forward) -> Tensor:
+def forward_in_tiles(x1: Tensor, tiled: NormedTiles, forward: Forward) -> Tensor:
     """x1 (N, H) -> y (N, H)."""
     y = torch.empty_like(x1)
-    for tile in token_tiles(x1.shape[0], tile_tokens):
+    for tile in token_tiles(x1.shape[0], tiled.tile_tokens):
         part = x1[tile.tokens]
-        torch.add(forward(norm.forward_with_rstd(part)[0], tile), part, out=y[tile.tokens])
+        # The only reference to the normed tile is the callee's, which frees it early.
+        f = forward(tiled.norm.forward_for(part, tiled.group)[0], tile)
+        torch.add(f, part, out=y[tile.tokens])
     return y
 
 
 def backward_in_tiles(
-    dy: Tensor, x1: Tensor, norm: RMSNorm, tile_tokens: int, backward: Backward, grads: Gradients
+    dy: Tensor, x1: Tensor, tiled: NormedTiles, backward: Backward, grads: Gradients
 ) -> Tensor:
     """dy (N, H) -> dx1 (N, H) in the memory of x1; parameters' gradients go into `grads`."""
     sums = _Sums()
-    for tile in token_tiles(x1.shape[0], tile_tokens):
+    for tile in token_tiles(x1.shape[0], tiled.tile_tokens):
         part, d_part = x1[tile.tokens], dy[tile.tokens]
-        h, rstd = norm.forward_with_rstd(part)
+        h, rstd = tiled.norm.forward_for(part, tiled.group)
         dh = backward(d_part, h, tile, sums)
-        norm.backward(dh, part, rstd, sums, dresidual=d_part, out=part)
+        tiled.norm.backward(dh, part, rstd, sums, dresidual=d_part, out=part)
     grads.update(sums)
     return x1

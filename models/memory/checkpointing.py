@@ -9,13 +9,14 @@ saving attention's output: Korthikanti et al. 2022 (arXiv 2205.05198).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.linear.columns import Columns
 from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.context import LayerContext
 from models.layers.moe import MoESaved
@@ -23,6 +24,27 @@ from models.memory.offload import OffloadedInputs, WeightStream
 
 Routed = list[tuple[Tensor, Tensor]]
 """Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
+
+
+class LayerGradient:
+    """The gradient that one layer's backward pass returns to autograd, for the layer below.
+
+    autograd hands the matrix on, but not whose memory it lies in. If it arrives as it left, the
+    layer below may use the spare columns beside it.
+    """
+
+    def __init__(self) -> None:
+        self._left: Columns | None = None
+
+    def leave(self, dx: Tensor | Columns | None) -> Tensor | None:
+        """dx as autograd takes it."""
+        self._left = dx if isinstance(dx, Columns) else None
+        return dx.matrix if isinstance(dx, Columns) else dx
+
+    def arrive(self, dy: Tensor) -> Tensor | Columns:
+        """dy as a layer takes it: with its spare columns if it is what the layer above left."""
+        left, self._left = self._left, None
+        return left if left is not None and left.is_matrix(dy) else dy.contiguous()
 
 
 @dataclass(frozen=True)
@@ -39,6 +61,7 @@ class ForwardPass:
     inputs: OffloadedInputs | None = None
     weights: WeightStream | None = None
     routed: Routed | None = None
+    gradient: LayerGradient = field(default_factory=LayerGradient)
 
     def with_weights(self, layer: DecoderLayer, ahead: int) -> AbstractContextManager[None]:
         """Inside the block, a layer whose weights are offloaded has them on the device."""
@@ -87,9 +110,10 @@ class _CheckpointedLayer(torch.autograd.Function):
             else:
                 x = run.inputs.fetch(layer.index)
             dx, grads = layer.backward(
-                dy.contiguous(), x, run.context, saved, ctx.needs_input_grad[0]
+                run.gradient.arrive(dy), x, run.context, saved, ctx.needs_input_grad[0]
             )
-        return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
+        given = run.gradient.leave(dx)
+        return given, None, None, *(grads.get(id(p)) for p in ctx.params)
 
 
 def run_layer(x: Tensor, layer: DecoderLayer, run: ForwardPass) -> Tensor:

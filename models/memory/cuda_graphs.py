@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attention import AttentionPlan
+from kernels.linear.columns import Columns, matrix_of
 from kernels.runtime.scratch import buffers
 from kernels.runtime.triton_support import cdiv, next_power_of_2
 from models.layers.block import BlockSaved, DecoderLayer
@@ -178,7 +179,7 @@ class _RecordedPass:
     def backward_launches(self, s: int) -> None:
         """The backward pass, launch by launch, of what the forward pass saved."""
         segment, saved = self.segments[s], self._saved.pop(s)
-        dy = self.gradient
+        dy: Tensor | Columns = self.gradient
         for layer in reversed(segment.layers):
             x, more = saved.pop()
             need_dx = self.needs_input[s] or layer is not segment.layers[0]
@@ -187,7 +188,7 @@ class _RecordedPass:
             if dx is not None:
                 dy = dx
         if dy is not self.gradient:
-            self.gradient.copy_(dy)
+            self.gradient.copy_(matrix_of(dy))
 
 
 class LayerGraphs:
