@@ -2,7 +2,8 @@
 
     w[i, j] = codes[i, j] * absmax[i] / 127
 
-The same layout as bitsandbytes' LLM.int8 weights (`weight` and `SCB`), without its outlier split.
+A GPU decodes in one launch, 3 bytes of traffic for an element in 16 bits. The same layout as
+bitsandbytes' LLM.int8 weights (`weight` and `SCB`), without its outlier split.
 Source: Dettmers et al. 2022, arXiv 2208.07339.
 """
 
@@ -13,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.runtime.dispatch import use_triton
 from kernels.runtime.simulation import equal_parts, stays_on_host
+from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
 _SLAB_ROWS = 1024
 
@@ -71,17 +74,66 @@ def quantize_int8(weight: Tensor, device: torch.device | None = None) -> Int8Wei
     return Int8Weight(codes, absmax, weight.dtype)
 
 
-def dequantize_int8(
-    weight: Int8Weight, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
-    """The dense matrix (out, in) in `dtype`, written to `out` if given: one rounding from fp32."""
-    target = out
-    if target is None:
-        target = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+def _dequantize_reference(weight: Int8Weight, target: Tensor) -> None:
     for start in equal_parts(range(0, weight.shape[0], _SLAB_ROWS)):
         rows = slice(start, start + _SLAB_ROWS)
         scale = (weight.absmax[rows] / 127.0).unsqueeze(1)
         target[rows] = weight.codes[rows].float().mul_(scale)
+
+
+@jit
+def dequantize_int8_kernel(
+    codes_ptr, absmax_ptr, out_ptr, rows, width, codes_row, out_row,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows)[:, None] & (column < width)
+    # Rounded as the reference's quotient is; Triton's plain division is not.
+    scale = tl.div_rn(tl.load(absmax_ptr + row, mask=row < rows, other=0.0), 127.0)
+    codes = tl.load(codes_ptr + row[:, None] * codes_row + column, mask=inside, other=0)
+    values = codes.to(tl.float32) * scale[:, None]
+    target = out_ptr + row[:, None] * out_row + column
+    tl.store(target, values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def tile(width: int) -> tuple[int, int, int]:
+    """Rows and columns of one program (powers of two) and its warps: 32 elements a thread."""
+    block = min(2048, next_power_of_2(width))
+    return max(1, 4096 // block), block, 4
+
+
+def _dequantize_triton(weight: Int8Weight, target: Tensor) -> None:
+    codes = weight.codes if weight.codes.stride(1) == 1 else weight.codes.contiguous()
+    count, width = codes.shape
+    rows, block, warps = tile(width)
+    if codes.numel():
+        with on_device(target):
+            launch(dequantize_int8_kernel, (cdiv(count, rows), cdiv(width, block)))(
+                codes, weight.absmax.contiguous(), target, count, width, codes.stride(0),
+                target.stride(0), ROWS=rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+
+
+def dequantize_int8(
+    weight: Int8Weight, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """The dense matrix (out, in) in `dtype`, or in `out`: one rounding from fp32.
+
+    The rows of `out` may be those of a wider matrix. Raises `ValueError` where it does not fit.
+    """
+    target = out
+    if target is None:
+        target = torch.empty(weight.shape, dtype=dtype or weight.dtype, device=weight.device)
+    if target.shape != weight.shape or (target.stride(1) != 1 and target.shape[1] > 1):
+        raise ValueError(
+            f"out is {tuple(target.shape)} with strides {target.stride()}; expected "
+            f"{weight.shape} with the elements of a row adjacent"
+        )
+    if use_triton(target):
+        _dequantize_triton(weight, target)
+    else:
+        _dequantize_reference(weight, target)
     return target
 
 

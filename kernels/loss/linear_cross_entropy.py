@@ -33,6 +33,7 @@ _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 _GPU_CHUNK_TOKENS = 1024
 _SLAB_BYTES = 16 * 2**20
+_GPU_SLAB_BYTES = 64 * 2**20
 _SCALED_ROWS = 1 << 14
 
 Head = Tensor | Int8Weight
@@ -67,9 +68,11 @@ def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, these rows of the head as a dense matrix in scratch), in the dtype of `like`.
 
     The scratch is that of the layers' weights, none of which is decoded while the loss is formed.
+    On a CPU a slab stays in its cache; a GPU's is large enough for a product that fills it.
     """
     vocab_size, width = head.shape
-    step = min(vocab_size, max(64, _SLAB_BYTES // (width * like.itemsize)))
+    most = _GPU_SLAB_BYTES if like.is_cuda else _SLAB_BYTES
+    step = min(vocab_size, max(64, most // (width * like.itemsize)))
     for start in equal_parts(range(0, vocab_size, step)):
         rows = slice(start, min(start + step, vocab_size))
         part = Int8Weight(head.codes[rows], head.absmax[rows], head.dtype)
