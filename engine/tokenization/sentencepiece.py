@@ -28,6 +28,7 @@ from tokenizers.models import BPE, Unigram
 from engine.errors import CheckpointError
 
 SPACE = "▁"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _PROBES = (
@@ -98,6 +99,12 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> SentencePieceTo
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         model = _read(processor, path.read_bytes())
     except (OSError, RuntimeError, ValueError, IndexError) as error:
+        if path.is_file() and _TIKTOKEN.match(path.read_bytes()[:200]):
+            raise CheckpointError(
+                f"{path}: this is a vocabulary of tiktoken, as Llama 3 had it originally, and no "
+                "SentencePiece model; how it cuts text into words is not in it. Take the model's "
+                "tokenizer.json."
+            ) from error
         raise CheckpointError(
             f"{path}: this is not a complete SentencePiece model ({error}). Fetch the file again."
         ) from error

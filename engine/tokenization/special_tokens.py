@@ -119,15 +119,15 @@ def matched_as_written(declared: DeclaredTokens, backend: Backend) -> DeclaredTo
     """`declared`, matched in the text as it stands, as SentencePiece tokenizers of old did it.
 
     Their normalizer puts a space before every text, a token's own included, which would then only
-    be recognised behind a space. Tokens of `backend`'s own vocabulary file keep their flags.
+    be recognised behind a space. Only those that `backend` itself matches in normalised text, the
+    user-defined pieces of its vocabulary file, stay so.
     """
-    own = {token.content for token in backend.get_added_tokens_decoder().values()}
+    present = backend.get_added_tokens_decoder().values()
+    normalised = {token.content for token in present if token.normalized}
 
     def raw(token: AddedToken) -> AddedToken:
-        if token.content in own:
-            return token
         flags = {flag: getattr(token, flag) for flag in _FLAGS}
-        return AddedToken(token.content, **{**flags, "normalized": False})
+        return AddedToken(token.content, **{**flags, "normalized": token.content in normalised})
 
     return DeclaredTokens(
         {index: raw(token) for index, token in declared.added.items()},

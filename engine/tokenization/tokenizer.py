@@ -25,6 +25,8 @@ from engine.tokenization.special_tokens import (
 if TYPE_CHECKING:
     from engine.model_sources.interface.model_source import ModelDescription
 
+# Vocabularies of mistral-common and tiktoken.
+_UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
 Offsets = list[tuple[int, int]]
 
 
@@ -238,10 +240,12 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
         config = {**made.special_tokens, **config}
         add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
     else:
+        named = [name for name in _UNREAD if (source.path / name).exists()]
+        also = f" Its {' and '.join(named)} is in a form that is not read." if named else ""
         raise CheckpointError(
             f"{where}: the model has no tokenizer; expected a tokenizer.json, a SentencePiece "
             "tokenizer.model, or vocab.json and merges.txt in the folder of the weights. Copy it "
-            "from the model it was made from."
+            f"from the model it was made from.{also}"
         )
     declared = read_declared(config, files, backend)
     if model_file is not None:

@@ -22,6 +22,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.gguf.config import raw_config
 from engine.model_sources.gguf.container import GGUFFile
 from engine.model_sources.gguf.parts import GGUFParts
+from engine.model_sources.gguf.sampling import sampling
 from engine.model_sources.gguf.tensor_map import sources
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
 from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
@@ -63,8 +64,9 @@ class GGUFSource:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """What generation_config.json would hold: the ids that start, end and pad a text."""
-        return self._tokenizer.generation_config if self._tokenizer else {}
+        """What generation_config.json would hold: ids that start, end and pad a text, sampling."""
+        ids = self._tokenizer.generation_config if self._tokenizer else {}
+        return ids | sampling(self._file.metadata)
 
     def names(self) -> list[str]:
         return list(self._shapes)

@@ -158,6 +158,24 @@ def test_the_file_alone_names_its_control_pieces_and_puts_bos_before_a_text(
     assert TokenizerFolder(tmp_path).load().prefix_ids == []
 
 
+def test_control_pieces_are_matched_whatever_their_flags_say(train: Any, tmp_path: Path) -> None:
+    """As `normalized: true` in the configurations of Llama 1 and its first fine-tunings."""
+    (tmp_path / "tokenizer.model").write_bytes(train(model_type="bpe").read_bytes())
+    plain = TokenizerFolder(tmp_path).load()
+    token = {"__type": "AddedToken", "content": "</s>", "normalized": True}
+    decoder = {"2": {"content": "</s>", "normalized": True}}
+    for config in ({"eos_token": token}, {"added_tokens_decoder": decoder, "eos_token": token}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        for text in ("a</s>b", "</s>", " </s> <tool>a"):
+            assert TokenizerFolder(tmp_path).load().encode(text) == plain.encode(text), text
+
+
+def test_a_tiktoken_vocabulary_under_that_name_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(CheckpointError, match=r"a vocabulary of tiktoken.*tokenizer\.json"):
+        TokenizerFolder(tmp_path).load()
+
+
 def test_added_tokens_are_matched_wherever_they_stand(train: Any, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train(model_type="bpe").read_bytes())
     plain = TokenizerFolder(tmp_path).load()

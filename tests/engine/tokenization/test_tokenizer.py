@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from engine.errors import CheckpointError
 from engine.tokenization.chat_template import CHATML
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
+from tests.support.tokenizer_folder import TokenizerFolder
 
 
 class Source:
@@ -210,6 +211,9 @@ def test_a_damaged_tokenizer_file_is_refused(serialised: str) -> None:
         load(serialised, {})
 
 
-def test_a_model_without_any_tokenizer_is_refused() -> None:
+def test_a_model_without_any_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         load(None, {})
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"tekken\.json is in a form that is not read"):
+        TokenizerFolder(tmp_path).load()

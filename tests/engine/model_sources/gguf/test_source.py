@@ -41,6 +41,23 @@ def test_a_model_reads_the_same_from_gguf(
     }
 
 
+def test_sampling_settings_are_read(write_gguf: Write, tmp_path: Path) -> None:
+    values = {"temp": (F32, 0.7), "top_p": (F32, 0.8), "top_k": (5, 20), "min_p": (F32, 0.0)}
+    values["penalty_repeat"] = (F32, 1.05)
+    extra = {f"general.sampling.{key}": value for key, value in values.items()}
+    source = open_model_source(write_gguf(tmp_path / "m.gguf", "qwen3", extra))
+    assert source.generation_config == {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "min_p": 0.0,
+        "repetition_penalty": 1.05,
+    }
+    plain = open_model_source(write_gguf(tmp_path / "p.gguf", "qwen3"))
+    assert plain.generation_config == {}
+
+
 def test_yarn_scaling_is_read(golden: Golden, write_gguf: Write, tmp_path: Path) -> None:
     extra = {
         "qwen3.rope.scaling.type": (STRING, "yarn"),
