@@ -5,6 +5,7 @@ Flags, help, defaults, `--config FILE` and `KEY=VALUE` words are the same for ev
 
 import inspect
 import json
+import shlex
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ class Verb:
             else:
                 raise ConfigError(
                     f"{word!r} is neither a configuration file ({', '.join(_FILES)}; there can be "
-                    "one) nor of the form KEY=VALUE. Options begin with --."
+                    f"one) nor of the form KEY=VALUE. {_meant(word, known)}"
                 )
         preset, as_json = typed.pop("preset", None), typed.pop("as_json", False)
         flags = {key: value for key, value in typed.items() if value not in (None, [], ())}
@@ -101,6 +102,20 @@ class Verb:
         for name, value in self.defaults:
             given.setdefault(name, Setting(value, "default"))
         return Call(given, as_json)
+
+
+def _meant(word: str, known: Vocabulary) -> str:
+    """What a bare word was probably meant as."""
+    path, flag = Path(word), ""
+    if path.is_dir() or word.endswith(".gguf") or (word.count("/") == 1 and not path.exists()):
+        flag = "model"
+    elif path.is_file():
+        flag = "data"
+    elif "prompt" in known.fields:
+        flag = "prompt"
+    if flag not in known.fields:
+        return "Options begin with --."
+    return f"Did you mean --{flag} {shlex.quote(word)}?"
 
 
 def _is_path(word: str, known: Vocabulary) -> bool:

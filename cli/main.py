@@ -22,6 +22,7 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
+from cli.interrupts import INTERRUPTS
 from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -75,6 +76,8 @@ _USERS_ERRNOS = frozenset(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
+    if arguments is None:
+        INTERRUPTS.install()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
@@ -131,7 +134,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         return _stopped(stop)
     except BaseException as error:
         if type(error).__name__ == "Abort":  # what a typer that uses click makes of Ctrl-C
-            return 130
+            return _stopped(KeyboardInterrupt())
         if _is_usage_error(error):
             _complain(f"{_usage_message(error)} `engine {verb} --help` lists the options.")
             return 2
@@ -143,7 +146,10 @@ def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
     from typer.main import get_command
 
     command = get_command(getattr(module, VERBS[verb][0].partition(":")[2] or "app"))
-    status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
+    with INTERRUPTS.at_work():
+        status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
+    if status == 130:  # what a typer with a parser of its own makes of Ctrl-C
+        raise KeyboardInterrupt
     return status if isinstance(status, int) else 0
 
 
@@ -163,6 +169,8 @@ def _is_usage_error(error: BaseException) -> bool:
 
 def _usage_message(error: Any) -> str:
     option = getattr(error, "option_name", None)
+    if option is not None and "requires an argument" in str(error.message):
+        return f"{option} needs a value{_told(error, option)}."
     if option is None or "No such option" not in str(error.message):
         message = str(error.format_message()).rstrip(".") or "Name one of its commands"
         return message if message.endswith("?") else f"{message}."
@@ -177,6 +185,14 @@ def _usage_message(error: Any) -> str:
         return f"There is no option {option}. Did you mean {near[0]}?"
     hint = HINTS.get(option.lstrip("-").replace("-", "_")) if "method" in settings else None
     return f"There is no option {option}" + (f": {hint}." if hint else ".")
+
+
+def _told(error: Any, option: str) -> str:
+    """The help of an option, to stand in a sentence."""
+    for parameter in getattr(getattr(error.ctx, "command", None), "params", ()):
+        if option in parameter.opts:
+            return f": {parameter.help}"
+    return ""
 
 
 def _failed(error: BaseException) -> int:

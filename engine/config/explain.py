@@ -40,11 +40,16 @@ def describe(
 def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
     message = str(fault["msg"]).removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    message = message.removeprefix("input ").partition(", unable to parse")[0]
     if not fault["loc"]:
         return message
     field = str(fault["loc"][0])
     if fault["type"] == "missing":
-        return f"`{field}` is missing (--{field.replace('_', '-')})"
+        what = getattr(fields.get(field), "description", None)
+        flag = f"--{field.replace('_', '-')}"
+        return (
+            f"`{field}` is missing ({flag}: {what})" if what else f"`{field}` is missing ({flag})"
+        )
     if fault["type"] == "extra_forbidden":
         near = nearest(field, fields)
         return f"there is no setting `{field}`" + (f"; did you mean `{near}`" if near else "")

@@ -173,6 +173,11 @@ def _data_file(path: Path) -> Path:
     chosen = train or files
     if len(chosen) == 1:
         return chosen[0]
+    if (path / "config.json").exists():
+        raise DataError(
+            f"{path}: the folder holds a model and no rows. Name the rows with --data, and the "
+            "model with --model."
+        )
     names = ", ".join(p.name for p in files[:8]) or "none"
     raise DataError(
         f"{path}: the folder has no single train.jsonl (data files found: {names}). "

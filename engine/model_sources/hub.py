@@ -86,6 +86,7 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
     """From the cache if it is complete there, else from the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    _refuse_lost_run(repository)
     wanted = repository if revision is None else f"{repository} at {revision}"
     try:
         cached = _call(repository, revision, file, weights, local_files_only=True)
@@ -105,6 +106,16 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
             f"downloaded ({reason[:200]}). Check the name and the network, or download it "
             "elsewhere and name its folder."
         ) from error
+
+
+def _refuse_lost_run(name: str) -> None:
+    """Raise `ConfigError` where a name is that of a missing run beside others, and no hub id."""
+    folder = Path(name).parent
+    runs = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+    if runs:
+        raise ConfigError(
+            f"There is no {name}. {folder}/ holds the runs {', '.join(runs[-8:])}. Check the name."
+        )
 
 
 def _call(

@@ -102,6 +102,11 @@ def folder_hint(folder: Path) -> str:
         return f" There is no folder {folder}." if not folder.exists() else ""
     if (folder / "adapter_config.json").exists():
         return " It holds a LoRA adapter: name its base model here, and the adapter as adapter."
+    if (folder / "adapter" / "adapter_config.json").exists():
+        return (
+            f" It is a run that trained an adapter: name its base model here, and `{folder}` as "
+            "adapter; or merge them first with `engine merge`."
+        )
     if len(list(folder.glob("*.gguf"))) > 1:
         return " It holds several GGUF files: name one of them."
     return ""

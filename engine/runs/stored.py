@@ -82,6 +82,11 @@ def _refuse_what_is_no_run(asked: str, run: Path | None) -> None:
     if asked in ("auto", "True", "true") or (run is not None and Path(asked) != run):
         return
     what = "holds no run" if Path(asked).is_dir() else "does not exist"
+    if (Path(asked).parent / CONFIG).is_file() and Path(asked).exists():
+        raise ConfigError(
+            f"{asked} is a part of a run. Go on with the run itself: engine resume "
+            f"{Path(asked).parent}"
+        )
     runs = sorted(path.parent.name for path in Path("runs").glob(f"*/{CONFIG}"))
     expected = f"expected a run directory with its {CONFIG}, or a checkpoint in one"
     listed = f" Runs under runs/: {', '.join(runs[-8:])}." if runs else ""

@@ -31,15 +31,29 @@ def find_run(name: str, root: Path) -> Path:
         for candidate in (Path(name), root / name):
             if any((candidate / file).exists() for file in _MARKS):
                 return candidate
-        raise ConfigError(
-            f"{name!r} is no run directory: expected one of {', '.join(_MARKS)} in it or in "
-            f"{root / name}."
-        )
+        raise ConfigError(_no_run(name, root))
     runs = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
     runs = [entry for entry in runs if any((entry / file).exists() for file in _RUN_FILES)]
     if not runs:
         raise ConfigError(f"There are no runs under {root}/. Name a run directory.")
     return max(runs, key=_last_change)
+
+
+def _no_run(name: str, root: Path) -> str:
+    """What `name` is instead of a run, and what could be named."""
+    path = Path(name)
+    what = "there is no such folder"
+    if (path.parent / "config.yaml").is_file() and path.exists():
+        return f"{name} is a part of a run. Name the run itself: engine status {path.parent}"
+    if (path / "config.json").exists():
+        what = "it holds a model that no verb of this program wrote"
+    elif path.is_dir():
+        what = f"it holds none of {', '.join(_MARKS)}"
+    elif path.exists():
+        what = "it is a file"
+    runs = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
+    listed = f" Runs under {root}/: {', '.join(runs[-8:])}." if runs else ""
+    return f"{name} is no run: {what}.{listed} `engine status` without a name shows the newest."
 
 
 def _last_change(run: Path) -> float:

@@ -122,7 +122,7 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--learning-rat", "1"], ["no option --learning-rat", "--learning-rate"]),
         (["train", "--micro-batch-size", "1"], ["Did you mean --batch-size?"]),
         (["train", "--lr", "1"], ["Did you mean --learning-rate?"]),
-        (["train", "--seed"], ["--seed", "requires an argument"]),
+        (["train", "--seed"], ["--seed", "needs a value"]),
         (["train", "stray"], ["'stray' is neither a configuration file"]),
         (["train", "a.yaml", "b.yaml"], ["'b.yaml' is neither"]),
         (["train", "no.yaml"], ["no.yaml cannot be read"]),
@@ -133,7 +133,7 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "--model", "m", "--dat", "d"], ["no option --dat", "--data"]),
         (["generate", "--model", "m", "--prompt", "p", "--top-p", "2"], ["--top-p"]),
         (["generate", "--model", "m", "--prompt", "p", "--quantize", "x"], ["nf4"]),
-        (["status", "nowhere"], ["'nowhere' is no run directory"]),
+        (["status", "nowhere"], ["nowhere is no run"]),
     ],
 )
 def test_a_mistake_is_told_in_one_paragraph(

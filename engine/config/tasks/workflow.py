@@ -29,7 +29,9 @@ class TrainOptions(Settings):
 class ResumeSettings(Settings):
     """Which run `engine resume` goes on with."""
 
-    run: str = setting(..., "Run", "run directory, a run's name under runs/, or a checkpoint")
+    run: str = setting(
+        ..., "Run", "run directory, a run's name under runs/, or a checkpoint: engine resume RUN"
+    )
 
 
 class PlanSettings(Settings):

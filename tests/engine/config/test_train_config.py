@@ -188,7 +188,9 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any], part: str) -> N
 def test_one_error_names_every_missing_setting() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config()
-    assert "`model` is missing (--model); `data` is missing (--data)" in str(caught.value)
+    message = str(caught.value)
+    assert "`model` is missing (--model: Hugging Face directory" in message
+    assert "`data` is missing (--data: JSONL" in message
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:

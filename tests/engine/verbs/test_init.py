@@ -94,7 +94,7 @@ def test_the_command_writes_once_and_names_what_comes_next(
     assert "exists already" in capsys.readouterr().err
     assert target.read_bytes() == before
     assert cli.main(["init"]) == 2
-    assert "`model` is missing (--model)" in capsys.readouterr().err
+    assert "`model` is missing (--model: " in capsys.readouterr().err
 
 
 def test_a_terminal_is_asked(tiny_model: Path, write_rows: Callable[..., Path]) -> None:
