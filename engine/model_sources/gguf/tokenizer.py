@@ -202,7 +202,7 @@ class _TokenTable:
         kind = self.types[number]
         if kind in (_CONTROL, _UNKNOWN) or self.tokens[number] in _STOPS:
             return True
-        ordinary = self._typed and kind in (_NORMAL, _BYTE)
+        ordinary = self._typed and kind in (_NORMAL, _UNUSED, _BYTE)
         return not ordinary and number in self.ids.values()
 
     def config(self) -> dict[str, Any]:

@@ -284,3 +284,44 @@ def test_named_tokens_of_an_ordinary_type_are_ordinary_as_in_llama_cpp(
 
     assert differences(encode, path, texts) == []
     assert all(ours.decode(encode(text)) == text for text in texts)
+
+
+ADDED = ("<a>", "[q]", "<|c|>", "{d}", "<e f>", "é!", "the~", "    @", "#g", "<|eot_id|>")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_of_every_type_are_matched_as_in_llama_cpp(
+    seed: int, crossing: dict[str, Any], tmp_path: Path
+) -> None:
+    """Ordinary, control, user-defined and unused tokens, any of which may be named BOS or EOS."""
+    rng = random.Random(seed)
+    added = rng.sample(ADDED, 8)
+    types = [rng.choice([1, 3, 3, 4, 4, 5]) for _ in added]
+    if seed % 2:
+        metadata, _ = sentencepiece_metadata("tokenizer.model.v1")
+        metadata["scores"] = [*metadata["scores"], *[-1e6] * 8]
+    else:
+        metadata = crossing["metadata"] | {"pre": rng.choice(["qwen2", "gpt-2", "llama-bpe"])}
+    metadata |= {
+        "tokens": [*metadata["tokens"], *added],
+        "token_type": [*metadata["token_type"], *types],
+    }
+    first = len(metadata["tokens"]) - 8
+    for name in ("bos", "eos", "padding"):
+        metadata[f"{name}_token_id"] = first + rng.randrange(8)
+    path = write_vocabulary(tmp_path / "model.gguf", metadata, len(metadata["tokens"]))
+    ours = load_tokenizer(GGUFSource(path))
+    words = [text[:20] for text in crossing["unicode"]]
+    pieces = [*added, *added, "a", " ", "  ", "\n"]
+    drawn = [
+        "".join(
+            rng.choice([rng.choice(pieces), rng.choice(words)]) for _ in range(rng.randint(1, 8))
+        )
+        for _ in range(150)
+    ]
+    texts = [text for text in drawn if unicodedata.is_normalized("NFC", text)]
+
+    def encode(text: str) -> list[int]:
+        return ours.encode(text, add_special_tokens=False)
+
+    assert differences(encode, path, texts) == []
