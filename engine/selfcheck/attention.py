@@ -15,8 +15,8 @@ from kernels.attention import (
     attention_backward,
     attention_forward,
 )
-from kernels.attention.backends import BACKENDS
 from kernels.attention.choice import TOLERANCE
+from kernels.attention.table import BACKENDS
 
 _PACKINGS = {
     "packed": [0, 1, 70, 133, 261],

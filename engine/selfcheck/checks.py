@@ -10,7 +10,7 @@ import torch
 
 from engine.selfcheck import attention, kernels, machine, steps
 from engine.selfcheck.options import CheckOptions, Finding, not_run
-from kernels.attention.backends import BACKENDS
+from kernels.attention.table import BACKENDS
 
 _REFERENCE = "ENGINE_REFERENCE={} runs plain torch in its stead, more slowly"
 _ATTENTION = "ENGINE_ATTENTION={} takes another back end"

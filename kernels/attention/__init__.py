@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.attention.backends import BACKENDS, Backend
+from kernels.attention.backends import Backend
 from kernels.attention.cached import cached_attention
 from kernels.attention.choice import select
 from kernels.attention.cpu import cpu_backward, cpu_forward
 from kernels.attention.documents import AttentionGradients, AttentionPlan, AttentionSettings
+from kernels.attention.table import BACKENDS
 
 __all__ = [
     "AttentionPlan",

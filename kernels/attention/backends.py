@@ -2,11 +2,12 @@
 
     name        packed documents by         takes                            what backward reads
     cudnn       a batch of equal lengths    16 bit, no window                out, lse, seed, offset
+    flash3, cudnn_varlen                    see `kernels.attention.hopper`
     flash       boundaries (varlen)         16 bit, D <= 256, window         out, lse, state
     efficient   boundaries (varlen)         16 or 32 bit, window             out, lse, seed, offset
     documents   one call per block          all but open plans               q, k, v (recomputes)
 
-The order is that of speed; `kernels.attention.choice` chooses.
+The order is that of speed (`kernels.attention.table`); `kernels.attention.choice` chooses.
 
 flash and efficient are the functions behind `torch.nn.attention.varlen.varlen_attn` and
 `scaled_dot_product_attention`; called directly, they hand out what backward needs, so that a
@@ -23,9 +24,8 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import AttentionGradients, AttentionPlan, AttentionSettings
-from kernels.attention.reference import documents_backward, documents_forward
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _INT32_ELEMENTS = 2**31
 _FRUGAL_ELEMENTS = 2**23
 _CUDNN_GRANULE = 128
@@ -42,7 +42,8 @@ class Backend:
     `forward(q, k, v, settings)` returns (out, saved);
     `backward(do, q, k, v, out, saved, settings)` returns (dq, dk, dv); where it `writes` it takes
     three tensors `into` which it writes instead. Where it `repeats`, its backward pass gives equal
-    bits for equal inputs in torch's deterministic mode.
+    bits for equal inputs in torch's deterministic mode. `withdraw` takes back what it turned on in
+    torch; it is called where a trial fails.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Backend:
     suits: Callable[[Tensor, Tensor, AttentionSettings], bool]
     writes: bool = False
     repeats: bool = False
+    withdraw: Callable[[], None] | None = None
 
 
 def _batched(x: Tensor, plan: AttentionPlan) -> Tensor:
@@ -63,11 +65,11 @@ def _packed(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _cudnn_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
+def cudnn_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     """Fixed token budgets only: cuDNN builds a plan of its own for every new length."""
     length = settings.plan.equal_length
     return (
-        q.dtype in _HALF
+        q.dtype in HALF
         and q.shape[2] % 8 == 0
         and length is not None
         and length % _CUDNN_GRANULE == 0
@@ -76,7 +78,7 @@ def _cudnn_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     )
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
     q, k, v = (_batched(x, settings.plan) for x in (q, k, v))
     out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q, k, v, None, True, 0.0, True, False, scale=settings.scale
@@ -84,7 +86,7 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings)
     return _packed(out), [lse, seed, offset]
 
 
-def _cudnn_backward(
+def cudnn_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -104,8 +106,8 @@ def _cudnn_backward(
     return dq, dk, dv
 
 
-def _flash_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
-    return q.dtype in _HALF and q.shape[2] <= 256 and q.shape[2] % 8 == 0
+def flash_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
+    return q.dtype in HALF and q.shape[2] <= 256 and q.shape[2] % 8 == 0
 
 
 def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice, slice]]:
@@ -144,7 +146,7 @@ def _flash_arguments(q: Tensor, settings: AttentionSettings) -> tuple[list[Any],
     return [cu_seqlens, cu_seqlens, longest, longest, 0.0, window is None], options
 
 
-def _flash_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+def flash_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
     arguments, options = _flash_arguments(q, settings)
     slices = _head_slices(q, k, settings.plan)
     whole = q.new_empty(q.shape) if len(slices) > 1 else None
@@ -159,7 +161,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings)
     return (out.contiguous() if whole is None else whole), saved
 
 
-def _flash_backward(
+def flash_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -190,8 +192,8 @@ def _flash_backward(
     return into
 
 
-def _efficient_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
-    return q.dtype in (*_HALF, torch.float32) and q.shape[2] % 8 == 0
+def efficient_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
+    return q.dtype in (*HALF, torch.float32) and q.shape[2] % 8 == 0
 
 
 def _wide(x: Tensor, groups: int) -> Tensor:
@@ -204,7 +206,7 @@ def _efficient_options(settings: AttentionSettings) -> dict[str, Any]:
     return {"scale": settings.scale} | ({} if window is None else {"window_size": window})
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
+def efficient_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSettings) -> Result:
     plan = settings.plan
     groups, cu_seqlens = q.shape[1] // k.shape[1], plan.boundaries(q.device)
     out, lse, seed, offset, _, _ = torch.ops.aten._efficient_attention_forward(
@@ -214,7 +216,7 @@ def _efficient_forward(q: Tensor, k: Tensor, v: Tensor, settings: AttentionSetti
     return out.squeeze(0).contiguous(), [lse, seed, offset]
 
 
-def _efficient_backward(
+def efficient_backward(
     do: Tensor,
     q: Tensor,
     k: Tensor,
@@ -235,21 +237,3 @@ def _efficient_backward(
     if groups > 1:
         dk, dv = (x.unflatten(1, (-1, groups)).sum(2) for x in (dk, dv))
     return dq, dk, dv
-
-
-def _documents_suit(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
-    return settings.plan.most is None
-
-
-BACKENDS: dict[str, Backend] = {
-    b.name: b
-    for b in (
-        Backend("cudnn", _cudnn_forward, _cudnn_backward, _cudnn_suits),
-        Backend("flash", _flash_forward, _flash_backward, _flash_suits, True, True),
-        Backend(
-            "efficient", _efficient_forward, _efficient_backward, _efficient_suits, repeats=True
-        ),
-        Backend("documents", documents_forward, documents_backward, _documents_suit, repeats=True),
-    )
-}
-"""By name, the fastest first."""

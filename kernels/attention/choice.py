@@ -2,7 +2,8 @@
 
 Nothing is decided by a version: a back end is used for a type, head count, head dimension and
 device only after it solved a small problem of that kind, forward and backward, and agreed with
-plain arithmetic (documents apart, window exact). That costs a few small launches once per process.
+plain arithmetic (documents apart, window exact), in the layout that the layer's projections have.
+That costs a few small launches once per process.
 cuDNN goes before flash only where torch's own chooser prefers it for this problem. In torch's
 deterministic mode only back ends whose backward pass repeats its bits are taken, and tried for that
 too.
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from kernels.attention.backends import BACKENDS, Backend
+from kernels.attention.backends import Backend
 from kernels.attention.documents import AttentionPlan, AttentionSettings
 from kernels.attention.reference import documents_backward, documents_forward
+from kernels.attention.table import BACKENDS
 from kernels.runtime.simulation import simulated_gpu
 
 _log = logging.getLogger(__name__)
@@ -31,7 +33,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrialKind:
-    """What a trial stands for: problems that differ only in their documents."""
+    """What a trial stands for: problems that differ only in their documents.
+
+    `pitches` are elements from row to row of q and of k and v, None where rows are contiguous.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -41,23 +46,49 @@ class TrialKind:
     windowed: bool
     open: bool = False
     repeats: bool = False
+    pitches: tuple[int, int] | None = None
 
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 5e-3}
 """Of the largest value. A leak between documents or a window off by one is an error near 1."""
 
 
+_PACKED = (0, 1, 6, 136, 333, 461)
+"""Documents of one token, within a tile, over several, and none of a tile's length."""
+
+
 def _sample(kind: TrialKind, name: str) -> tuple[AttentionSettings, list[Tensor]]:
-    """A small problem of `kind`, and its q, k, v, do."""
-    bounds = [0, 128, 256] if name == "cudnn" else [0, 5, 135, 196]
+    """A small problem of `kind`, and its q, k, v, do in the layout of a layer's projections."""
+    bounds = (0, 128, 256) if name == "cudnn" else _PACKED
     plan = AttentionPlan.from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32), bounds[-1])
     generator = torch.Generator().manual_seed(0)
     heads = (kind.heads, kind.kv_heads, kind.kv_heads, kind.heads)
     values = [
         torch.randn(bounds[-1], h, kind.head_dim, generator=generator, device="cpu") for h in heads
     ]
+    q, k, v, do = (x.to(kind.device, kind.dtype) for x in values)
     settings = AttentionSettings(plan, 37 if kind.windowed else None, kind.head_dim**-0.5)
-    return settings, [x.to(kind.device, kind.dtype) for x in values]
+    return settings, [*_laid_out(kind, [q, k, v]), do]
+
+
+def _laid_out(kind: TrialKind, parts: list[Tensor]) -> list[Tensor]:
+    """q, k, v with the pitches of `kind`: columns of one matrix where it is wide enough for all."""
+    if kind.pitches is None:
+        return parts
+    widths = [x[0].numel() for x in parts]
+    pitches = [kind.pitches[0], kind.pitches[1], kind.pitches[1]]
+    rows = parts[0].shape[0]
+    if pitches[0] == pitches[1] >= sum(widths):
+        whole = parts[0].new_zeros(rows, pitches[0])
+        columns = list(whole[:, : sum(widths)].split(widths, 1))
+    else:
+        columns = [
+            x.new_zeros(rows, max(pitch, width))[:, :width]
+            for x, pitch, width in zip(parts, pitches, widths, strict=True)
+        ]
+    for target, x in zip(columns, parts, strict=True):
+        target.copy_(x.flatten(1))
+    return [c.unflatten(1, tuple(x.shape[1:])) for c, x in zip(columns, parts, strict=True)]
 
 
 def _opened(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
@@ -70,6 +101,14 @@ def _opened(plan: AttentionPlan, device: torch.device) -> AttentionPlan:
 @cache
 def trial(name: str, kind: TrialKind) -> str:
     """ "ok", or why the back end `name` does not serve problems of `kind`."""
+    answer = _tried(name, kind)
+    withdraw = BACKENDS[name].withdraw
+    if answer != "ok" and withdraw is not None:
+        withdraw()
+    return answer
+
+
+def _tried(name: str, kind: TrialKind) -> str:
     settings, (q, k, v, do) = _sample(kind, name)
     backend, given = BACKENDS[name], settings
     if kind.open:
@@ -80,7 +119,9 @@ def trial(name: str, kind: TrialKind) -> str:
         again = backend.backward(do, q, k, v, out, saved, given) if kind.repeats else got[1:]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except AttributeError as error:  # an op that this torch does not have
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     q, k, v, do = (x.cpu().double() for x in (q, k, v, do))
     truth, _ = documents_forward(q, k, v, settings)
@@ -108,9 +149,10 @@ def _torch_prefers_cudnn(kind: TrialKind) -> bool:
 
 def _kind(q: Tensor, k: Tensor, windowed: bool, open_: bool = False) -> TrialKind:
     repeats = torch.are_deterministic_algorithms_enabled()
-    return TrialKind(
-        q.device, q.dtype, q.shape[1], k.shape[1], q.shape[2], windowed, open_, repeats
-    )
+    shape = q.shape[1], k.shape[1], q.shape[2]
+    contiguous = q.is_contiguous() and k.is_contiguous()
+    pitches = None if contiguous else (q.stride(0), k.stride(0))
+    return TrialKind(q.device, q.dtype, *shape, windowed, open_, repeats, pitches)
 
 
 def _works(backend: Backend, kind: TrialKind) -> bool:

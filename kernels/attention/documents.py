@@ -140,7 +140,7 @@ class AttentionSettings:
     """What one attention computes besides its tensors.
 
     `window` counts the keys that a query sees, its own included; scores are multiplied by `scale`.
-    `backend` "cpu" or one of `kernels.attention.backends.BACKENDS` forces a back end; None chooses
+    `backend` "cpu" or one of `kernels.attention.table.BACKENDS` forces a back end; None chooses
     the best that works.
     """
 

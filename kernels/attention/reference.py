@@ -1,6 +1,6 @@
 """Reference attention: one document at a time, with torch's public function.
 
-It is slow and runs anywhere. This is the last resort of `kernels.attention.backends` and the truth
+It is slow and runs anywhere. This is the last resort of `kernels.attention.table` and the truth
 that it compares with. Each block of `AttentionPlan.blocks` is one call; the backward pass repeats
 that call under autograd, so the forward pass saves nothing.
 """

@@ -132,3 +132,30 @@ class Emulation:
         flat = [x.transpose(1, 2).flatten(0, 1) for x in (do, q, k, v, out)]
         grads = self.gradients(flat[0], flat[4], lse, (*flat[1:4], cu, None, scale))
         return tuple(g.unflatten(0, (documents, tokens)).transpose(1, 2) for g in grads)
+
+    def cudnn_varlen_forward(  # type: ignore[no-untyped-def]
+        self, q, k, v, bias, cu_q, cu_k, max_q, max_k, with_lse, p, causal, debug, *, scale
+    ):
+        self.calls.append("cudnn_varlen_forward")
+        assert (bias, with_lse, p, causal, debug) == (None, True, 0.0, True, False)
+        self.check_padding(cu_q, max_q)
+        out, lse = self.forward(q, k, v, cu_q, None, scale)
+        return out, lse, cu_q, cu_k, max_q, max_k, torch.tensor(7), torch.tensor(8), torch.ones(0)
+
+    def cudnn_varlen_backward(  # type: ignore[no-untyped-def]
+        self, do, q, k, v, out, lse, seed, offset, bias, cu_q, cu_k, max_q, max_k, p, causal, *,
+        scale,
+    ):  # fmt: skip
+        self.calls.append("cudnn_varlen_backward")
+        assert (int(seed), int(offset), p, causal) == (7, 8, 0.0, True)
+        self.check_padding(cu_q, max_q)
+        return self.gradients(do, out, lse, (q, k, v, cu_q, None, scale))
+
+    @staticmethod
+    def check_padding(cu: Tensor, longest: int) -> None:
+        """Few different numbers of documents and longest lengths: cuDNN plans for each."""
+        documents = cu.numel() - 1
+        assert documents & (documents - 1) == 0
+        assert longest & (longest - 1) == 0
+        assert longest >= int(cu.diff().max())
+        assert int(cu.diff().min()) >= 0

@@ -20,7 +20,7 @@ from engine.selfcheck.kernels import judge
 from engine.selfcheck.options import CheckOptions
 from engine.selfcheck.report import CheckResult, failures, run_checks
 from engine.selfcheck.steps import run_config
-from kernels.attention import backends
+from kernels.attention import backends, table
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs no GPU")
 ROOT = Path(kernels.__path__[0]).parent
@@ -124,24 +124,24 @@ def test_a_way_around_names_what_exists() -> None:
         for names in re.findall(r"ENGINE_REFERENCE=([\w,]+)", check.remedy):
             assert names == "1" or set(names.split(",")) <= folders, name
         for backend in re.findall(r"ENGINE_ATTENTION=(\w+)", check.remedy):
-            assert backend in backends.BACKENDS, name
+            assert backend in table.BACKENDS, name
         assert check.remedy
 
 
 def test_every_attention_back_end_has_a_check_and_a_wrong_one_fails(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert {f"attention {name}" for name in backends.BACKENDS} <= set(CHECKS)
+    assert {f"attention {name}" for name in table.BACKENDS} <= set(CHECKS)
     options = CheckOptions(torch.device("cpu"), (torch.float32,), interpret=True)
     assert backend_check("documents")(options)["passed"] is True
-    right = backends.BACKENDS["documents"]
+    right = table.BACKENDS["documents"]
 
     def leaks(q: Any, k: Any, v: Any, settings: Any) -> Any:
         o, saved = right.forward(q, k, v, settings)
         return o + 0.1 * v.abs().mean(), saved
 
     wrong = backends.Backend("documents", leaks, right.backward, right.suits)
-    monkeypatch.setitem(backends.BACKENDS, "documents", wrong)
+    monkeypatch.setitem(table.BACKENDS, "documents", wrong)
     finding = backend_check("documents")(options)
     assert finding["passed"] is False
     assert "o is off" in finding["detail"]

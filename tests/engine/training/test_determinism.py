@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 from engine.memory.estimate import plan
 from engine.memory.model_shapes import preset_config
 from engine.training.determinism import deterministic
-from kernels.attention import AttentionPlan, AttentionSettings, backends, choice
+from kernels.attention import AttentionPlan, AttentionSettings, backends, choice, table
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -85,7 +85,7 @@ def test_only_back_ends_that_repeat_their_bits_are_tried(monkeypatch: pytest.Mon
 def test_a_back_end_whose_gradient_changes_from_call_to_call_fails_its_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right, calls = backends.BACKENDS["documents"], []
+    right, calls = table.BACKENDS["documents"], []
 
     def drifts(*arguments: Any) -> Any:
         calls.append(1)
@@ -93,7 +93,7 @@ def test_a_back_end_whose_gradient_changes_from_call_to_call_fails_its_trial(
         return dq + 1e-6 * len(calls), dk, dv
 
     drifting = backends.Backend("flash", right.forward, drifts, right.suits, repeats=True)
-    monkeypatch.setitem(backends.BACKENDS, "flash", drifting)
+    monkeypatch.setitem(table.BACKENDS, "flash", drifting)
     kind = choice.TrialKind(CPU, torch.float32, 4, 2, 24, windowed=False)
     assert choice.trial("flash", kind) == "ok"
     exact = choice.TrialKind(CPU, torch.float32, 4, 2, 24, windowed=False, repeats=True)

@@ -7,6 +7,7 @@ and that CUDA's functions mean what is written here, are not. That last is tried
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -21,9 +22,10 @@ from kernels.attention import (
     attention_forward,
     backends,
     choice,
+    hopper,
 )
-from kernels.attention.backends import BACKENDS
 from kernels.attention.choice import TrialKind, explain, select, trial
+from kernels.attention.table import BACKENDS
 from tests.support.attention_emulation import Emulation
 
 CPU = torch.device("cpu")
@@ -46,6 +48,8 @@ def emulated() -> Iterator[Emulation]:
         "_efficient_attention_backward": emulation.efficient_backward,
         "_scaled_dot_product_cudnn_attention": emulation.cudnn_forward,
         "_scaled_dot_product_cudnn_attention_backward": emulation.cudnn_backward,
+        "_cudnn_attention_forward": emulation.cudnn_varlen_forward,
+        "_cudnn_attention_backward": emulation.cudnn_varlen_backward,
     }
     trial.cache_clear()
     with torch.library._scoped_library("aten", "IMPL") as library:
@@ -69,6 +73,8 @@ def kind(
         ("flash", PACKED, 130),
         ("efficient", PACKED, None),
         ("efficient", PACKED, 17),
+        ("cudnn_varlen", PACKED, None),
+        ("cudnn_varlen", (1,) * 9 + PACKED, None),
         ("cudnn", WHOLE_BATCH, None),
         ("cudnn", WHOLE_BATCH, 128),
     ],
@@ -102,6 +108,99 @@ def test_a_back_end_is_called_as_its_schema_says(
 def test_a_trial_accepts_what_is_right(name: str, windowed: bool, emulated: Emulation) -> None:
     for open_ in (False, True):
         assert trial(name, kind(windowed=windowed, open_=open_)) == "ok"
+
+
+@pytest.mark.parametrize("pitches", [(256 + 24, 256 + 24), (128, 64 + 8), (300, 96)])
+def test_a_trial_has_the_layout_of_the_layers_projections(
+    pitches: tuple[int, int], emulated: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    right = BACKENDS["flash"]
+
+    def looks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, settings: AttentionSettings):  # type: ignore[no-untyped-def]
+        seen.append((q.stride(0), k.stride(0), v.stride(0), settings.plan.bounds))
+        return right.forward(q, k, v, settings)
+
+    monkeypatch.setitem(BACKENDS, "flash", dataclasses.replace(right, forward=looks))
+    laid_out = dataclasses.replace(kind(), pitches=pitches)
+    assert trial("flash", laid_out) == "ok"
+    ((q, k, v, bounds),) = seen
+    assert (q, k, v) == (pitches[0], pitches[1], pitches[1])
+    lengths = [b - a for a, b in itertools.pairwise(bounds)]
+    assert min(lengths) == 1
+    assert max(lengths) > 128
+    assert len(set(lengths)) == len(lengths)
+
+
+def test_the_layout_of_a_problem_is_part_of_what_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[TrialKind] = []
+
+    def note(name: str, kind: TrialKind) -> str:
+        tried.append(kind)
+        return "ok"
+
+    monkeypatch.setattr(choice, "trial", note)
+    joined = torch.zeros(sum(PACKED), 8 * 64 + 16, dtype=torch.bfloat16)
+    q, k, _ = joined[:, : 8 * 64].split((256, 128, 128), 1)
+    settings = AttentionSettings(plan_of(PACKED), None, 1.0)
+    select(q.unflatten(1, (-1, 64)), k.unflatten(1, (-1, 64)), settings)
+    assert tried[0].pitches == (528, 528)
+    chosen(torch.bfloat16, PACKED)
+    assert tried[1].pitches == (256, 256)  # k is a view of q's heads there
+
+
+class Registry:
+    """torch.nn.attention's choice of a flash attention, with a third one that is wrong or right."""
+
+    def __init__(self) -> None:
+        self.active: str | None = None
+
+    def activate_flash_attention_impl(self, name: str) -> None:
+        self.active = name
+
+    def current_flash_attention_impl(self) -> str | None:
+        return self.active
+
+    def restore_flash_attention_impl(self) -> None:
+        self.active = None
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_flash_attention_3_is_activated_for_its_trial_and_withdrawn_if_it_fails(
+    right: bool, emulated: Emulation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry()
+    for name in ("activate", "current", "restore"):
+        function = f"{name}_flash_attention_impl"
+        monkeypatch.setattr(
+            torch.nn.attention, function, getattr(registry, function), raising=False
+        )
+    hopper._activate_fa3.cache_clear()
+    emulated.leak = not right
+    assert (trial("flash3", kind()) == "ok") is right
+    assert registry.active == ("FA3" if right else None)
+    hopper._activate_fa3.cache_clear()
+
+
+def test_hoppers_back_ends_are_for_hopper_with_what_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    q = torch.empty(sum(PACKED), 4, 64, dtype=torch.bfloat16)
+    settings = AttentionSettings(plan_of(PACKED), None, 1.0)
+    assert not BACKENDS["flash3"].suits(q, q, settings)
+    assert not BACKENDS["cudnn_varlen"].suits(q, q, settings)
+    monkeypatch.setattr(hopper, "_on_hopper", lambda q: True)
+    assert not BACKENDS["flash3"].suits(q, q, settings)  # its package is not installed
+    assert BACKENDS["cudnn_varlen"].suits(q, q, settings)
+    monkeypatch.setattr(hopper, "_fa3_installed", lambda: True)
+    assert BACKENDS["flash3"].suits(q, q, settings)
+    windowed = AttentionSettings(plan_of(PACKED), 17, 1.0)
+    assert BACKENDS["flash3"].suits(q, q, windowed)
+    assert not BACKENDS["cudnn_varlen"].suits(q, q, windowed)
+    frugal = AttentionSettings(dataclasses.replace(plan_of(PACKED), frugal=True), None, 1.0)
+    assert not BACKENDS["cudnn_varlen"].suits(q, q, frugal)
 
 
 @pytest.mark.parametrize("name", ["flash", "efficient"])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels.attention.backends import BACKENDS
 from kernels.attention.documents import AttentionPlan, AttentionSettings
+from kernels.attention.table import BACKENDS
 
 
 def test_only_the_device_knows_the_documents_of_an_open_plan() -> None:
