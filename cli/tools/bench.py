@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
@@ -13,48 +13,59 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from engine.benchmark.cases.case import Case
-    from engine.benchmark.runner import Baselines, Measurement
+    from engine.benchmark.runner import Measurement
 
 
 def bench(call: Call) -> None:
-    """Time each op: share of the measured limits, and ratio to plain torch and others.
+    """Time each op: share of the measured limits, memory, and ratio to plain torch and others.
 
-    The limits, copy bandwidth and matrix products, are measured on this machine first.
+    The limits, copy bandwidth and matrix products, are measured on this machine first. With
+    --compare A B two earlier results are put side by side instead.
     """
     settings = call.read(BenchSettings)
-    from engine.benchmark.report import limits, write
-    from engine.benchmark.roofline import measure_roofline
-    from engine.benchmark.runner import (
-        all_cases,
-        chosen_ops,
-        default_models,
-        default_settings,
-        run_case,
-    )
-    from engine.device import resolve_device
-    from engine.provenance import measured_on
+    if settings.compare:
+        _compare(call, [*settings.compare, *settings.ops])
+        return
+    from engine.benchmark.report import csv_text, limits, reasons
+    from engine.verbs.bench import bench as measure
 
-    wanted, device = chosen_ops(settings.ops), resolve_device(settings.device)
-    models = list(dict.fromkeys(settings.model or default_models(device)))
-    baselines = [_baselines(name) for name in settings.against]
-    sizes = default_settings(device, settings.tokens or None)
-    cases = [case for name in models for case in all_cases(name, sizes) if case.op in wanted]
-    roofline = measure_roofline(device, budget=min(settings.budget, 0.3))
-    measure = partial(
-        run_case, device=device, roofline=roofline, budget=settings.budget,
-        compiled=settings.compile, baselines=baselines,
-    )  # fmt: skip
-    rows = [measure(case) for case in _counted(cases)]
-    machine = measured_on(device)
-    as_json = call.print_json([{**row.plain(), **machine} for row in rows])
-    if not as_json:
-        for name in models:
-            _show([row for row in rows if row.model == name], f"{machine['device']}: {name}")
-        print(limits(roofline))
-    if settings.output is not None:
-        for path in write(settings.output, rows, roofline, machine):
-            if not as_json:
-                print(f"Written: {path}")
+    result = measure(settings, _counted)
+    if call.print_json([{**row.plain(), **result.machine} for row in result.rows]):
+        return
+    if settings.csv:
+        print(csv_text(result.rows), end="")
+        return
+    for name in result.models:
+        own = [row for row in result.rows if row.model == name]
+        _show(own, f"{result.machine['device']}: {name}")
+    print(limits(result.roofline))
+    for reason in reasons(result.rows):
+        print(f"Not measured: {reason}")
+    for path in result.written:
+        print(f"Written: {path}")
+
+
+def _compare(call: Call, paths: list[str]) -> None:
+    from engine.benchmark.comparison import compare
+    from engine.errors import ConfigError
+
+    if len(paths) != 2:
+        raise ConfigError(f"--compare takes two results, A B; {len(paths)} were given.")
+    rows, differing = compare(Path(paths[0]), Path(paths[1]))
+    if call.print_json({"rows": [row.plain() for row in rows], "differing": differing}):
+        return
+    from engine.benchmark.report import seconds, size
+
+    headings = ("op", "model", "shape", "A", "B", "A / B", "memory A", "memory B")
+    lines = []
+    for row in rows:
+        times = ["" if value is None else seconds(value) for value in row.seconds]
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        bytes_of = ["" if value is None else size(value) for value in row.memory_bytes]
+        lines.append([row.op, row.model, row.shape, *times, ratio, *bytes_of])
+    _table(f"A {paths[0]}, B {paths[1]}", headings, lines)
+    for line in differing:
+        print(f"The machines differ in {line}")
 
 
 def _counted(cases: Sequence[Case]) -> Iterator[Case]:
@@ -69,40 +80,29 @@ def _counted(cases: Sequence[Case]) -> Iterator[Case]:
         print("\r" + " " * 78, end="\r", file=sys.stderr, flush=True)
 
 
-def _baselines(name: str) -> Baselines:
-    """`baselines` of a module that the user named."""
-    import importlib
-
-    from engine.errors import ConfigError
-
-    try:
-        module = importlib.import_module(name)
-        # `contenders` is the function's earlier name.
-        offer: Baselines = getattr(module, "contenders", None) or module.baselines
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"--against {name} is no module with a function baselines(op, work): {error}."
-        ) from None
-    return offer
-
-
 def _show(rows: Sequence[Measurement], title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from engine.benchmark.report import HEADINGS, cells, other_names
 
     others = other_names(rows)
+    headings = (*HEADINGS, *(f"{name} / ours" for name in others))
+    _table(title, headings, [cells(row, others) for row in rows])
+
+
+def _table(title: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title)
-    for heading in (*HEADINGS, *(f"{name} / ours" for name in others)):
+    for heading in headings:
+        left = heading in ("op", "model", "shape")
         table.add_column(
             heading,
-            justify="left" if heading in ("op", "shape") else "right",
+            justify="left" if left else "right",
             overflow="fold",
             no_wrap=heading == "op",
         )
-    for row in rows:
-        table.add_row(*cells(row, others))
+    for line in lines:
+        table.add_row(*line)
     Console().print(table)
 
 

@@ -12,11 +12,11 @@ import torch
 
 from engine.benchmark.cases import adapters, elementwise, layer, matmul, mixture
 from engine.benchmark.cases.case import Case, CaseSizes, Work
-from engine.benchmark.roofline import Roofline
-from engine.benchmark.timing import Call, Timing, clear, measure
+from engine.benchmark.roofline import Roofline, last_level_cache
+from engine.benchmark.timing import Call, Timing, clear, measure, peak_bytes
 from engine.device import resolve_dtype
 from engine.errors import ConfigError
-from engine.memory.model_shapes import preset_config, unknown_model
+from engine.memory.find_model import find_model
 from models.config.model_config import ModelConfig
 
 Baselines = Callable[[str, Work], Mapping[str, Call]]
@@ -60,6 +60,8 @@ _PLAIN_ATTENTION = ("lora_qkv", "rope", "adamw8bit", "decoder_layer", *adapters.
 class Measurement:
     """One measured case. Times in seconds; `others` has the times of other implementations.
 
+    `memory_bytes` is the most that ours holds at once beyond its inputs.
+
     `ratios` are their times over ours; `failed` says why one could not be measured.
     """
 
@@ -78,6 +80,7 @@ class Measurement:
     gigabytes_per_second: float
     bound: str
     roofline_share: float
+    memory_bytes: int = 0
     others: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -94,30 +97,34 @@ def default_models(device: torch.device) -> tuple[str, ...]:
     return ("smollm2-135m",)
 
 
-def default_settings(device: torch.device, tokens: int | None = None) -> CaseSizes:
-    """Sizes that fill a GPU, or that one processor core finishes soon."""
+def default_settings(
+    device: torch.device, tokens: int | None = None, config: ModelConfig | None = None
+) -> CaseSizes:
+    """Sizes that fill a GPU, or that one processor core finishes soon.
+
+    On a CPU ops that memory bounds get tensors of the width of `config` that do not fit its caches,
+    unless `tokens` says how many.
+    """
     if device.type == "cuda":
         whole = tokens or 8192
         return CaseSizes(whole, resolve_dtype("auto", device), document=min(whole, 4096))
-    whole = tokens or 64
-    return CaseSizes(
-        whole,
-        torch.float32,
-        document=max(1, whole // 2),
-        head_rows=32,
-        optimizer_layers=2,
-    )
+    if tokens is not None:
+        return CaseSizes(
+            tokens, torch.float32, document=max(1, tokens // 2), head_rows=32, optimizer_layers=2
+        )
+    streamed = None
+    if config is not None:  # tensors of a quarter more than the caches hold
+        streamed = 5 * last_level_cache() // (4 * 4 * config.hidden_size)
+    return CaseSizes(64, torch.float32, document=32, head_rows=32, streamed=streamed)
 
 
 def all_cases(model: str, settings: CaseSizes, config: ModelConfig | None = None) -> Iterator[Case]:
-    """Every case at the shapes of `config`, or of the preset `model`.
+    """Every case at the shapes of `config`, or of the model that `model` names.
 
     A mixture has cases of its experts in place of those of a dense feed-forward part, and a model
-    with Gated DeltaNet those of its mixer. Raises `ConfigError` for an unknown preset.
+    with Gated DeltaNet those of its mixer. Raises `ConfigError` for a name that is none.
     """
-    config = config or preset_config(model)
-    if config is None:
-        raise unknown_model(model)
+    config = config or find_model(model)[0]
     absent: set[str] = set()
     if config.num_experts:
         absent |= {*_DENSE_MLP, "adamw8bit"}
@@ -152,8 +159,12 @@ def run_case(
     clear(device)
     work = case.make(device)
     mine = work.copies()
-    taken = measure(lambda: work.ours(mine), device, budget=budget, before=_restore(work, mine))
+    restore = _restore(work, mine)
+    taken = measure(lambda: work.ours(mine), device, budget=budget, before=restore)
     row = _row(case, taken, roofline)
+    if restore is not None:
+        restore()
+    row.memory_bytes = peak_bytes(lambda: work.ours(mine), device, mine.values())
     for name, call in _others(case, work, compiled, baselines, row):
         try:
             row.others[name] = measure(call, device, budget=budget).median

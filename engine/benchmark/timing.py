@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.memory.simulate.meter import MemoryMeter
 from kernels.runtime.scratch import release
 
 Call = Callable[[], object]
@@ -26,13 +27,17 @@ _MOST_FLUSHES = 64
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call; `host` is the host's time to issue one (on a CPU, all of it)."""
+    """Seconds per call: the median, 20th and 80th percentile, and the least of all.
+
+    `host` is the host's time to issue one (on a CPU, all of it).
+    """
 
     median: float
     p20: float
     p80: float
     host: float
     repeats: int
+    least: float
 
 
 def synchronize(device: torch.device) -> None:
@@ -47,6 +52,25 @@ def clear(device: torch.device) -> None:
     release()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def peak_bytes(call: Call, device: torch.device, known: Iterable[Tensor] = ()) -> int:
+    """The most bytes that a call holds at once beyond what was there before it.
+
+    On a CPU what it writes into must be `known`.
+    """
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    meter = MemoryMeter()
+    meter.ignore(list(known))
+    with meter:
+        call()
+    return meter.peak.bytes
 
 
 def measure(
@@ -73,6 +97,7 @@ def measure(
         p80=_quantile(samples, 0.8),
         host=issue,
         repeats=repeats,
+        least=samples[0],
     )
 
 

@@ -92,6 +92,20 @@ def comma_list(value: Any) -> Any:
     return value
 
 
+def numbers(value: Any) -> Any:
+    """One number or several with commas between them; 0 alone as none, which lets others choose."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    listed = comma_list(value)
+    if listed in (["0"], [0]):
+        return ()
+    if isinstance(listed, list | tuple) and any(
+        not str(item).isdecimal() or int(item) < 1 for item in listed
+    ):
+        raise ValueError("should be numbers from 1 on with commas between them")
+    return listed
+
+
 def one_or_many(value: Any) -> Any:
     """One path or a list of paths, as a tuple of strings."""
     if value is None:

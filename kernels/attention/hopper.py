@@ -1,4 +1,4 @@
-"""Attention back ends that need a Hopper GPU, and a torch or a package that has them.
+"""Attention back ends for Hopper, of a recent torch or a package.
 
 cudnn_varlen (torch 2.11 on) is cuDNN's attention over packed documents. cuDNN builds a plan for
 every new number of documents and longest length, so both are rounded up: empty documents follow the

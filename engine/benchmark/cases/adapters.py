@@ -39,7 +39,7 @@ def cases(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case
 
 
 def _dropout(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
-    n, h, dtype = settings.tokens, config.hidden_size, settings.dtype
+    n, h, dtype = settings.streamed_tokens, config.hidden_size, settings.dtype
 
     def make(device: torch.device) -> Work:
         keep = keep_mask(n, h, _DROPPED, _SEED, device)

@@ -64,7 +64,11 @@ class Case:
 
 @dataclass(frozen=True)
 class CaseSizes:
-    """What cases are made for: a model's shape, tokens at once, the compute dtype."""
+    """What cases are made for: a model's shape, tokens at once, the compute dtype.
+
+    `streamed` are the tokens of ops that memory bounds, where other than `tokens`: on a CPU as many
+    as do not fit its caches.
+    """
 
     tokens: int
     dtype: torch.dtype
@@ -72,6 +76,12 @@ class CaseSizes:
     document: int = 4096
     head_rows: int = 4096
     optimizer_layers: int | None = None
+    streamed: int | None = None
+
+    @property
+    def streamed_tokens(self) -> int:
+        """Tokens of ops that memory bounds."""
+        return self.streamed or self.tokens
 
     @property
     def bounds(self) -> tuple[int, ...]:

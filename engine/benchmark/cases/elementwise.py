@@ -34,7 +34,12 @@ def cases(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case
 
 
 def _norms(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
-    n, h, dtype, eps = settings.tokens, config.hidden_size, settings.dtype, config.rms_norm_eps
+    n, h, dtype, eps = (
+        settings.streamed_tokens,
+        config.hidden_size,
+        settings.dtype,
+        config.rms_norm_eps,
+    )
     size = n * h * dtype.itemsize
 
     def forward(t: Tensors) -> Tensors:
@@ -77,7 +82,7 @@ def _norms(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Cas
 
 
 def _rope(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
-    n, dim, dtype = settings.tokens, config.head_dim, settings.dtype
+    n, dim, dtype = settings.streamed_tokens, config.head_dim, settings.dtype
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     elements = n * (heads + kv_heads) * dim
 
@@ -99,7 +104,7 @@ def _rope(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
 
 
 def _swiglu(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Case]:
-    n, inner, dtype = settings.tokens, config.intermediate_size, settings.dtype
+    n, inner, dtype = settings.streamed_tokens, config.intermediate_size, settings.dtype
     size = n * inner * dtype.itemsize
 
     def forward(t: Tensors) -> Tensors:
@@ -130,8 +135,10 @@ def _swiglu(model: str, config: ModelConfig, settings: CaseSizes) -> Iterator[Ca
 
 
 def _cross_entropy(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
-    n, vocabulary = min(settings.tokens, settings.head_rows), config.vocab_size
-    dtype = settings.dtype
+    vocabulary, dtype = config.vocab_size, settings.dtype
+    n = min(settings.tokens, settings.head_rows)
+    if settings.streamed is not None:
+        n = max(n, settings.streamed * config.hidden_size // vocabulary)
 
     def ours(t: Tensors) -> Tensors:
         return {"loss": cross_entropy_(t["logits"], t["targets"]), "dlogits": t["logits"]}

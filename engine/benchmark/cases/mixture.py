@@ -209,7 +209,7 @@ def _convolution(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
 
 
 def _gated_norm(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
-    n, dtype = settings.tokens, settings.dtype
+    n, dtype = settings.streamed_tokens, settings.dtype
     heads, width = config.linear_num_value_heads, config.linear_value_head_dim
     names = ("o", "z", "weight")
 
@@ -235,7 +235,7 @@ def _gated_norm(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
 
 
 def _zero_centred_norm(model: str, config: ModelConfig, settings: CaseSizes) -> Case:
-    n, width, dtype = settings.tokens, config.hidden_size, settings.dtype
+    n, width, dtype = settings.streamed_tokens, config.hidden_size, settings.dtype
     names = ("x", "weight")
 
     def make(device: torch.device) -> Work:

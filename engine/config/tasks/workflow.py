@@ -14,6 +14,7 @@ from engine.config.spelling import (
     DEVICE,
     DEVICES,
     json_object,
+    numbers,
     size_in_bytes,
     spelled,
 )
@@ -80,20 +81,35 @@ class BenchSettings(Settings):
     model: Paths = setting(
         (),
         "Measurement",
-        "whose shapes; by default llama-3.1-8b, qwen3-8b, qwen3-4b and llama-3.3-70b, on a CPU "
-        "smollm2-135m",
+        "whose shapes: names that `engine plan --sizes` lists, model directories or .gguf files; "
+        "by default llama-3.1-8b, qwen3-8b, qwen3-4b and llama-3.3-70b, on a CPU smollm2-135m",
         repeat=True,
     )
-    tokens: int = setting(0, "Measurement", "tokens at once; 0 chooses", ge=0)
+    tokens: Annotated[tuple[int, ...], BeforeValidator(numbers)] = setting(
+        (), "Measurement", "tokens at once, or several numbers with commas between them"
+    )
     device: str = setting(
         "auto", "Measurement", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES
     )
     budget: float = setting(0.2, "Measurement", "seconds to spend on one timing", ge=0)
     compile: bool = setting(False, "Measurement", "also time torch.compile of the plain form")
     against: Paths = setting(
-        (), "Measurement", "module with `baselines(op, work)`, such as bench.peers", repeat=True
+        (),
+        "Measurement",
+        "also time the ops of a module or .py file with `baselines(op, work)`: bench.peers is "
+        "bitsandbytes' and Liger's, where they are installed",
+        repeat=True,
     )
-    output: Path | None = setting(None, "Output", "folder for ops.json and roofline.png")
+    compare: Paths = setting(
+        (),
+        "Comparison",
+        "two results, A B, folders or ops.json: their times side by side, measuring nothing",
+        repeat=True,
+    )
+    csv: bool = setting(False, "Output", "print rows with commas between the values instead")
+    output: Path | None = setting(
+        None, "Output", "new folder for ops.json, ops.csv and roofline.png"
+    )
 
 
 class StatusSettings(Settings):

@@ -11,10 +11,11 @@ from engine.benchmark.cases.adapters import VARIANTS
 from engine.benchmark.cases.case import Case, CaseSizes, Work
 from engine.benchmark.cases.random_weights import random_decoder, random_nf4
 from engine.benchmark.cases.shapes import configuration
+from engine.benchmark.comparison import compare
 from engine.benchmark.report import seconds, write
-from engine.benchmark.roofline import Roofline
-from engine.benchmark.runner import OPS, all_cases, chosen_ops, run_case
-from engine.benchmark.timing import measure
+from engine.benchmark.roofline import Roofline, last_level_cache
+from engine.benchmark.runner import OPS, all_cases, chosen_ops, default_settings, run_case
+from engine.benchmark.timing import measure, peak_bytes
 from engine.errors import ConfigError
 from engine.selfcheck.accuracy import check_case
 from engine.selfcheck.kernels import DENSE, HYBRID, MIXTURE
@@ -187,8 +188,49 @@ def test_rows_and_picture_are_written(tmp_path: Path) -> None:
     )
     row = run_case(case, CPU, LIMITS, budget=0.0)
     paths = write(tmp_path, [row], LIMITS, {"device": "here", "commit": None})
-    assert [path.name for path in paths] == ["ops.json", "roofline.png"]
+    assert [path.name for path in paths] == ["ops.json", "ops.csv", "roofline.png"]
     content = json.loads(paths[0].read_text())
     assert content["rows"][0]["op"] == "swiglu"
     assert content["rows"][0]["device"] == "here"
-    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_on_a_cpu_the_limit_is_that_of_as_many_bytes() -> None:
+    roofline = Roofline(1e9, {"float32": 1e12}, {1 << 14: 4e9, 1 << 16: 9e9, 1 << 20: 6e9})
+    assert roofline.bandwidth_of(1 << 12) == 9e9
+    assert roofline.bandwidth_of(1 << 21) == 6e9
+    assert roofline.bandwidth_of(1 << 30) == 1e9
+    assert roofline.least_seconds(1.0, 9e6, "float32") == pytest.approx(9e6 / 1e9)
+    assert roofline.bound(1.0, 9e6, "float32") == "memory"
+
+
+def test_memory_bound_ops_do_not_fit_the_caches_of_a_cpu_and_others_stay_small() -> None:
+    config = configuration(DENSE, small=True)
+    sizes = default_settings(CPU, config=config)
+    assert 4 * sizes.streamed_tokens * config.hidden_size > last_level_cache()
+    assert sizes.tokens == 64
+    cases = {case.op: case for case in all_cases(DENSE, sizes, config)}
+    for op in ("rms_norm", "add_rms_norm", "rope", "swiglu", "dropout", "cross_entropy"):
+        assert cases[op].nbytes > last_level_cache(), op
+    assert cases["lora_mlp"].shape.startswith("64x")
+    assert default_settings(CPU, 16, config).streamed_tokens == 16
+
+
+def test_memory_is_what_a_call_holds_at_once() -> None:
+    x = torch.ones(1000)
+    assert peak_bytes(lambda: x + 1, CPU) == 4000
+    assert peak_bytes(lambda: (x + 1) * 2, CPU) == 8000
+    assert peak_bytes(lambda: x.add_(1), CPU, [x]) == 0
+
+
+def test_results_of_other_machines_say_so(tmp_path: Path) -> None:
+    row = {"op": "rope", "model": "m", "shape": "8", "dtype": "float32", "seconds": 2.0}
+    for name, device, seconds_of in (("a", "one", 2.0), ("b", "other", 1.0)):
+        content = {"machine": {"device": device}, "rows": [row | {"seconds": seconds_of}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    rows, differing = compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert rows[0].ratio == 2.0
+    assert differing == ["device: one and other"]
+    (tmp_path / "c.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no result of"):
+        compare(tmp_path / "a.json", tmp_path / "c.json")
