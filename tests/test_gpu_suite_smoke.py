@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.gpu import suite_sections
+from bench.gpu import suite_sections, train_steps
 from bench.gpu.suite import main
 from engine.benchmark.cases import elementwise
 from engine.selfcheck import accuracy
 from engine.selfcheck.isolation import run_apart, run_here
 from kernels.elementwise.swiglu import swiglu_forward
 
-SECTIONS = ["roofline", "accuracy", "steps", "graphs", "profile", "ops"]
+SECTIONS = ["accuracy", "roofline", "steps", "train", "graphs", "profile", "ops"]
 
 MODULE = """
 import os, time
@@ -50,6 +50,10 @@ def test_smoke_run_measures_every_section(
     assert step["tokens_per_second"] > 0
     assert step["utilisation"] > 0
     assert results["sections"]["graphs"][0]["data"]["losses_apart"] <= 1e-5
+    runs = {o["item"]: o["data"] for o in results["sections"]["train"]}
+    assert len(runs) == len(train_steps.RUNS)
+    assert all(run["planned_bytes"] > 0 and run["last_loss"] > 0 for run in runs.values())
+    assert "planned GiB" in (tmp_path / "gpu_suite.md").read_text()
     assert "within the rule" in (tmp_path / "gpu_suite.md").read_text()
 
 
@@ -123,3 +127,26 @@ def test_items_beyond_the_time_are_recorded_as_not_run(module: str) -> None:
     ):
         assert [outcome.data for outcome in outcomes] == [None]
         assert "not run" in str(outcomes[0].error)
+
+
+def test_correctness_comes_first_and_every_item_has_a_limit() -> None:
+    names = list(suite_sections.SECTIONS)
+    assert names[0] == "accuracy"
+    assert names.index("train") < names.index("ops")
+    assert all(0 < section.seconds <= 90 for section in suite_sections.SECTIONS.values())
+
+
+def test_the_runs_cover_what_training_offers() -> None:
+    settings = {key for spec in train_steps.RUNS.values() for key in spec.changes}
+    assert {
+        "lora_rank", "lora_dropout", "use_dora", "head_precision", "offload", "method",
+        "deterministic",
+    } <= settings  # fmt: skip
+    assert {spec.changes.get("lora_rank") for spec in train_steps.RUNS.values()} >= {8, 64}
+    shapes = [train_steps.shape_of(spec, small=True) for spec in train_steps.RUNS.values()]
+    assert any(shape.attention_bias for shape in shapes)
+    assert any(shape.num_experts for shape in shapes)
+    assert any("linear_attention" in shape.layer_types for shape in shapes)
+    ragged = train_steps.RUNS["8B, packed ragged lengths"].lengths
+    assert sum(ragged) == 4 * 4096
+    assert len(set(ragged)) == len(ragged)

@@ -103,7 +103,7 @@ def test_every_package_directory_is_installed() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     included = {pattern.rstrip("*") for pattern in table["packages"]["find"]["include"]}
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages - included == {"bench", "examples"}
+    assert packages - included == {"examples"}
     for package in included:
         folders = {file.parent for file in (ROOT / package).rglob("*.py")}
         assert all((folder / "__init__.py").exists() for folder in folders), package

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -20,34 +20,10 @@ from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.memory.estimate import make_batch, plan
 from engine.memory.model_shapes import preset_config
-from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.load_model import build_model
-from engine.training.step import TrainingStep
-from engine.training.trainable import make_optimizer, make_trainable, step_settings
+from engine.selfcheck.steps import build_step
 from models.config.model_config import ModelConfig
-from models.tensor_names import expected_tensors
 
 MODELS = ("llama-3.1-8b", "qwen3-4b", "qwen3-8b", "qwen3-14b", "qwen3-32b", "llama-3.3-70b")
-
-
-class RandomCheckpoint:
-    """Random bf16 weights, made on the GPU one at a time."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._shapes = expected_tensors(config)
-
-    def names(self) -> list[str]:
-        """Names of the file's tensors."""
-        return list(self._shapes)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of standard deviation 0.02."""
-        shape = self._shapes[name]
-        return torch.randn(shape, dtype=torch.bfloat16, device="cuda").mul_(0.02)
-
-    def release(self, name: str) -> None:
-        """Nothing is mapped."""
 
 
 def shape_of(name: str) -> ModelConfig:
@@ -87,15 +63,8 @@ def planned(name: str, policy: str) -> dict[str, Any]:
 def measured(name: str, policy: str, tokens: int) -> dict[str, Any]:
     """One line: planned and allocated bytes of the third of three real steps."""
     shape, config = shape_of(name), settings(tokens, policy)
-    model = build_model(
-        cast(ModelSource, RandomCheckpoint(shape)),
-        quantization="nf4",
-        device="cuda",
-        dtype=torch.bfloat16,
-    )
-    make_trainable(model, config, None)
-    optimizer = make_optimizer(model, config)
-    step = TrainingStep(model, optimizer, step_settings(config), max_grad_norm=1.0)
+    gpu = torch.device("cuda")
+    step = build_step(shape, config, gpu, torch.bfloat16, weights_on=gpu)
     for number in range(3):
         torch.cuda.reset_peak_memory_stats()
         step([make_batch([tokens])], number)

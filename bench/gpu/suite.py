@@ -1,16 +1,17 @@
-"""All measurements of a GPU in under nine minutes.
+"""All measurements of a GPU in under eight minutes.
 
     python -m bench.gpu.suite                 needs torch, triton, numpy and safetensors only
     python -m bench.gpu.suite --smoke         the same code on tiny sizes, on a CPU in seconds
 
-Sections: the machine's limits; accuracy of every op at real sizes against float64; whole training
-steps of 8B models with random weights; steps of small batches from CUDA graphs beside the same
-launch by launch; where a step's time goes; the same steps through transformers + PEFT +
-bitsandbytes where they are installed; and the table of ops. Each has a share of the time, and
-unused time passes on. Items run in processes of their own (`engine.selfcheck.isolation`): one
-that fails is recorded with its error and the others go on. After every section the results so far
-are written as `gpu_suite.json` and `gpu_suite.md`, to --output, else to $OUT if it is set, else to
-`bench/results`. Exit status 1 where an item failed.
+Sections: accuracy of every op at real sizes against float64; the machine's limits; whole training
+steps of 8B models with random weights; the step as `engine train` runs it (packed, ranks, biases,
+DoRA, dropout, offload, mixtures, Qwen3-Next, every weight) beside its plan; steps of small batches
+from CUDA graphs beside the same launch by launch; where a step's time goes; the same steps through
+transformers + PEFT + bitsandbytes where they are installed; and the table of ops. Each has a share
+of the time, and unused time passes on; each item has a limit. Items run in processes of their own
+(`engine.selfcheck.isolation`): one that fails is recorded with its error and the others go on.
+After every section the results so far are written as `gpu_suite.json` and `gpu_suite.md`, to
+--output, else to $OUT if it is set, else to `bench/results`. Exit status 1 where an item failed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from bench.gpu.suite_sections import SECTIONS
 from engine.provenance import measured_on
 from engine.selfcheck.isolation import Outcome, run_apart, run_here
 
-_ITEM_SECONDS = 90.0
 _MODULE = "bench.gpu.suite_sections"
 
 
@@ -77,7 +77,7 @@ def _run_section(
         listed = Outcome("items", 0.0, error=f"{type(error).__name__}: {error}")
         return [listed.__dict__]
     if apart:
-        outcomes = run_apart(_MODULE, name, items, options, deadline, _ITEM_SECONDS)
+        outcomes = run_apart(_MODULE, name, items, options, deadline, SECTIONS[name].seconds)
     else:
         outcomes = run_here(_MODULE, name, items, options, deadline)
     print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
@@ -102,7 +102,7 @@ def _tally(outcomes: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu.suite", description="Measure a GPU.")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in this process")
-    parser.add_argument("--minutes", type=float, default=8.5, help="time for all sections")
+    parser.add_argument("--minutes", type=float, default=7.75, help="time for all sections")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--output", type=Path, help="folder for gpu_suite.json and gpu_suite.md")
     given = parser.parse_args(arguments)

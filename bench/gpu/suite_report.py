@@ -72,6 +72,26 @@ def _steps(done: Outcomes) -> str:
     return markdown(["step", "time", "tokens/s", "model FLOP utilisation", "peak GiB"], rows)
 
 
+def _train(done: Outcomes) -> str:
+    rows = []
+    for outcome in done:
+        data = outcome["data"]
+        peak, error = data["peak_memory_bytes"], data["plan_error"]
+        rows.append(
+            [
+                outcome["item"],
+                data["policy"],
+                seconds(data["seconds"]),
+                f"{data['tokens_per_second']:,.0f}",
+                "" if peak is None else f"{peak / 2**30:.2f}",
+                f"{data['planned_bytes'] / 2**30:.2f}",
+                "" if error is None else f"{error:+.1%}",
+            ]
+        )
+    headings = ["run", "recompute", "time", "tokens/s", "peak GiB", "planned GiB", "plan"]
+    return markdown(headings, rows)
+
+
 def _graphs(done: Outcomes) -> str:
     rows = []
     for outcome in done:
@@ -144,6 +164,7 @@ _TABLES: dict[str, Callable[[Outcomes], str]] = {
     "roofline": _roofline,
     "accuracy": _accuracy,
     "steps": _steps,
+    "train": _train,
     "graphs": _graphs,
     "profile": _profile,
     "peers": _steps,

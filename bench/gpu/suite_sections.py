@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import peers
-from bench.gpu import profile_step, step, step_peers
+from bench.gpu import profile_step, step, step_peers, train_steps
 from bench.gpu.step import StepSpec
 from engine.benchmark.cases.case import Case, CaseSizes
 from engine.benchmark.cases.shapes import configuration
@@ -30,9 +30,10 @@ OP_MODELS = default_models(torch.device("cuda"))
 
 @dataclass(frozen=True)
 class Section:
-    """`weight` is its share of the time; `run` measures one of `items`."""
+    """`weight` is its share of the time; `run` measures one of `items`, in `seconds` at most."""
 
     weight: float
+    seconds: float
     items: Callable[[Options], list[str]]
     run: Callable[[str, Options], dict[str, Any]]
 
@@ -136,6 +137,17 @@ def _run_step(item: str, options: Options) -> dict[str, Any]:
     )
 
 
+def _train_items(_: Options) -> list[str]:
+    return list(train_steps.RUNS)
+
+
+def _run_train(item: str, options: Options) -> dict[str, Any]:
+    small = options["smoke"]
+    return train_steps.measure_run(
+        item, device_of(options), dtype_of(options), small=small, steps=1 if small else 4
+    )
+
+
 def _peer_items(options: Options) -> list[str]:
     if options["smoke"]:
         return [f"{LLAMA} 2x8 full"]
@@ -191,12 +203,13 @@ def _run_graphs(item: str, options: Options) -> dict[str, Any]:
 
 
 SECTIONS: dict[str, Section] = {
-    "roofline": Section(0.5, lambda _: ["limits"], _run_roofline),
-    "accuracy": Section(2.0, _accuracy_items, _run_accuracy),
-    "steps": Section(2.5, _step_items, _run_step),
-    "graphs": Section(0.5, _graph_items, _run_graphs),
-    "profile": Section(1.0, _profile_items, _run_profile),
-    "peers": Section(1.5, _peer_items, _run_peer),
-    "ops": Section(2.5, lambda options: list(_op_cases(options)), _run_op),
+    "accuracy": Section(2.0, 30.0, _accuracy_items, _run_accuracy),
+    "roofline": Section(0.5, 30.0, lambda _: ["limits"], _run_roofline),
+    "steps": Section(1.5, 45.0, _step_items, _run_step),
+    "train": Section(2.5, 45.0, _train_items, _run_train),
+    "graphs": Section(0.5, 45.0, _graph_items, _run_graphs),
+    "profile": Section(0.8, 45.0, _profile_items, _run_profile),
+    "peers": Section(1.5, 90.0, _peer_items, _run_peer),
+    "ops": Section(2.0, 20.0, lambda options: list(_op_cases(options)), _run_op),
 }
-"""In the order in which they run: what matters most comes before what may be cut short."""
+"""In the order in which they run: what is right, then by what matters if time runs out."""

@@ -33,7 +33,7 @@ Verdict = dict[str, Any]
 """`outputs` with their errors, and `passed`."""
 
 EXACT = ("nf4_quantize", "nf4_dequantize", "nf4_dequantize_transposed")
-_POISON_BYTES = 4 << 30
+_POISON_BYTES = 2 << 30
 _CODES_APART = 1e-4
 """Share of codes that may differ: values within an ulp of a rounding boundary."""
 

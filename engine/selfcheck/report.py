@@ -9,15 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from engine.config.tasks.workflow import DoctorSettings
 from engine.device import resolve_device
 from engine.errors import ConfigError
 from engine.provenance import measured_on
 from engine.selfcheck.checks import CHECKS
 from engine.selfcheck.isolation import Outcome, ProcessLimits, run_each
+from kernels.runtime.device import free_memory
 
 _MODULE = "engine.selfcheck.checks"
 _ITEM_SECONDS = 60.0
+_GPU_BYTES = 8 << 30
+"""What a check may take of a GPU: truth in float64 at the sizes of a real model."""
+
 _INTERPRETER = {"TRITON_INTERPRET": "1", "ENGINE_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -98,6 +104,14 @@ def check_machine(
     return measured_on(device), running
 
 
+def _at_a_time(device: torch.device) -> int:
+    """How many checks may run beside each other: a GPU's memory and the processors decide."""
+    several = min(4, os.cpu_count() or 1)
+    if device.type == "cuda":
+        several = min(several, free_memory(device) // _GPU_BYTES)
+    return max(1, several)
+
+
 def run_checks(
     names: Sequence[str],
     device: str,
@@ -127,7 +141,7 @@ def run_checks(
                 yield CheckResult(name, "not run", CHECKS[name].needs, "", 0.0)
         names = [name for name in names if not CHECKS[name].needs]
     deadline = time.monotonic() + seconds
-    several = max(1, min(4, (os.cpu_count() or 1)))
+    several = _at_a_time(torch.device("cpu" if interpret else device))
     for alone in (False, True):
         items = [name for name in names if CHECKS[name].alone == alone]
         limits = ProcessLimits(deadline, _ITEM_SECONDS, 1 if alone else several)

@@ -29,6 +29,7 @@ from models.tensor_names import expected_tensors
 DENSE, BIASED, MIXTURE, HYBRID = (
     "llama-3.1-8b", "qwen2.5-0.5b", "qwen3-30b-a3b", "qwen3-next-80b-a3b",
 )  # fmt: skip
+_CPU = torch.device("cpu")
 _LENGTHS = (5, 9)
 _EQUAL = (128, 128)
 _STEPS = 3
@@ -75,13 +76,18 @@ def run_config(**changes: object) -> TrainConfig:
 
 
 def build_step(
-    model: ModelConfig, config: TrainConfig, device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights_on: torch.device = _CPU,
 ) -> TrainingStep:
     """The step that `engine train` makes of these settings, on random weights.
 
-    The B halves of adapters are not zero, so that every gradient is computed from something.
+    Weights are drawn on `weights_on`: on the CPU they are the same for every device. The B halves
+    of adapters are not zero, so that every gradient is computed from something.
     """
-    source = RandomSource(model, device)
+    source = RandomSource(model, weights_on)
     decoder = build_for(config, cast(ModelSource, source), device, dtype)
     make_trainable(decoder, config, None)
     generator = torch.Generator().manual_seed(1)

@@ -134,8 +134,9 @@ class Emulation:
         return tuple(g.unflatten(0, (documents, tokens)).transpose(1, 2) for g in grads)
 
     def cudnn_varlen_forward(  # type: ignore[no-untyped-def]
-        self, q, k, v, bias, cu_q, cu_k, max_q, max_k, with_lse, p, causal, debug, *, scale
-    ):
+        self, q, k, v, bias, cu_q, cu_k, max_q, max_k, with_lse, p=0.0, causal=False, debug=False,
+        *, scale,
+    ):  # fmt: skip
         self.calls.append("cudnn_varlen_forward")
         assert (bias, with_lse, p, causal, debug) == (None, True, 0.0, True, False)
         self.check_padding(cu_q, max_q)
