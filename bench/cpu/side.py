@@ -23,7 +23,7 @@ class Work:
     """What a side has to do: the first ``warmup`` batches are trained on but not timed.
 
     ``flattened`` asks the peers for rows end to end instead of padded rows, ``policy`` names our
-    level of gradient checkpointing.
+    level of gradient checkpointing and ``dtype`` our compute type.
     """
 
     gguf: str
@@ -34,6 +34,7 @@ class Work:
     warmup: int
     flattened: bool
     policy: str
+    dtype: str
     batches: list[list[Row]]
 
     @classmethod

@@ -2,11 +2,13 @@
 
 Every side gets the same model (SmolLM2-135M-Instruct), the same rows (docstrings of the installed
 Python, tokenised once), the same batches of four ragged rows and the same settings: NF4 with double
-quantisation, LoRA of rank 16 and alpha 32 on all seven projections, AdamW with 8-bit moments, fp32
-compute. The sides are
+quantisation, LoRA of rank 16 and alpha 32 on all seven projections, AdamW with 8-bit moments. The
+sides are
 
-    ours              rows end to end, no padding; recomputes only what does not fit in memory
-    ours-selective    the same, but recomputes what costs little and frees much
+    ours              rows end to end, no padding; recomputes only what does not fit in memory; in
+                      the compute type that `--dtype auto` chooses for this processor
+    ours-fp32         the same in fp32, in which the peers compute
+    ours-selective    as ours, but recomputes what costs little and frees much
     peers             rows padded to the longest of the batch: what these libraries do by default
     peers-flattened   rows end to end with position ids, as DataCollatorWithFlattening builds them
 
@@ -47,6 +49,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "train_step_cpu.jsonl"
 SIDES = {
     "ours": "bench.cpu.train_step_ours",
+    "ours-fp32": "bench.cpu.train_step_ours",
     "ours-selective": "bench.cpu.train_step_ours",
     "peers": "bench.cpu.train_step_peers",
     "peers-flattened": "bench.cpu.train_step_peers",
@@ -150,6 +153,7 @@ def run_rounds(options: argparse.Namespace, rows: list[Row]) -> dict[str, list[R
             warmup=options.warmup,
             flattened=False,
             policy="auto",
+            dtype="auto",
             batches=[rows[i : i + BATCH_ROWS] for i in range(0, len(rows), BATCH_ROWS)],
         )
         for turn in range(options.rounds):
@@ -158,6 +162,7 @@ def run_rounds(options: argparse.Namespace, rows: list[Row]) -> dict[str, list[R
                     work,
                     flattened=side == "peers-flattened",
                     policy="selective" if side == "ours-selective" else "auto",
+                    dtype="float32" if side == "ours-fp32" else "auto",
                 )
                 # The first process of the peers only writes the Hugging Face directory.
                 result = run_side(side, own, folder) or run_side(side, own, folder)

@@ -1,8 +1,8 @@
 """One side of bench/cpu/train_step.py: QLoRA with this engine.
 
-The same work as bench/cpu/train_step_peers.py: NF4 with double quantisation, fp32 compute, 8-bit
-AdamW, LoRA on all seven projections. Rows lie end to end instead of being padded, and what backward
-computes again is chosen as `engine train` chooses it.
+The same work as bench/cpu/train_step_peers.py: NF4 with double quantisation, 8-bit AdamW, LoRA on
+all seven projections. Rows lie end to end instead of being padded. The compute type and what
+backward computes again are chosen as `engine train` chooses them.
 
 Run as ``python -m bench.cpu.train_step_ours WORK.json RESULT.json``.
 """
@@ -22,13 +22,15 @@ from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import Workload
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
+from engine.training.cpu_dtype import with_cpu_dtype
+from kernels.runtime.cores import compiles_loops
 from models.adapters import add_lora
 from models.layers.context import StepSettings
 from optim import AdamW8bit
 from optim.clip import clip_grad_norm
 
 
-def checkpointing_policy(config: TrainConfig, work: Work) -> str:
+def checkpointing_policy(config: TrainConfig, work: Work, dtype: torch.dtype) -> str:
     """What `--gradient-checkpointing` comes to for the largest batch."""
     largest = max(work.batches, key=lambda rows: sum(len(row.input_ids) for row in rows))
     lengths = tuple(len(row.input_ids) for row in largest)
@@ -36,22 +38,25 @@ def checkpointing_policy(config: TrainConfig, work: Work) -> str:
         open_model_source(work.gguf).config,
         config,
         torch.device("cpu"),
-        torch.float32,
+        dtype,
         Workload((lengths,)),
     )
 
 
 def main(work_file: Path, result_file: Path) -> None:
     work = Work.read(work_file)
-    model = load_model(work.gguf, quantize="nf4", dtype=torch.float32)
-    add_lora(model, rank=work.rank, alpha=work.alpha, targets="all")
     config = TrainConfig(
         model=work.gguf,
         data=["-"],
+        dtype=work.dtype,
         lora_rank=work.rank,
         gradient_checkpointing=work.policy,
     )
-    policy = checkpointing_policy(config, work)
+    config = with_cpu_dtype(config, gpu=False)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model = load_model(work.gguf, quantize="nf4", dtype=dtype)
+    add_lora(model, rank=work.rank, alpha=work.alpha, targets="all")
+    policy = checkpointing_policy(config, work, dtype)
     settings = StepSettings(
         checkpointing=policy, loss_chunk_tokens=given_chunk(config.loss_chunk_tokens)
     )
@@ -73,7 +78,12 @@ def main(work_file: Path, result_file: Path) -> None:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    versions = {"torch": version("torch"), "gradient_checkpointing": policy}
+    versions = {
+        "torch": version("torch"),
+        "gradient_checkpointing": policy,
+        "dtype": config.dtype,
+        "numba": str(compiles_loops()),
+    }
     measure(work, step, versions, len(trained), result_file)
 
 

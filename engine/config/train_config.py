@@ -286,7 +286,12 @@ class TrainConfig(Settings):
     )
 
     device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES)
-    dtype: Annotated[ComputeType, spelled(DTYPES)] = setting("auto", "Machine", "compute type")
+    dtype: Annotated[ComputeType, spelled(DTYPES)] = setting(
+        "auto",
+        "Machine",
+        "compute type; auto is bfloat16 where the GPU multiplies it, else float16, and on a CPU "
+        "the faster of float32 and bfloat16 for adapters",
+    )
     seed: int = setting(
         42, "Machine", "of the data order, dropout and the adapter", ge=0, lt=1 << 63
     )

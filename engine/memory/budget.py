@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +46,12 @@ def require_space(
     """
     budget = config.memory_budget
     assert budget is not None
-    make = partial(plan, model, gpu=device.type == "cuda", dtype=dtype)
+
+    def make(settings: TrainConfig) -> MemoryPlan:
+        named = settings.dtype if settings.dtype != config.dtype else None
+        own = dtype if named is None else getattr(torch, named)
+        return plan(model, settings, gpu=device.type == "cuda", dtype=own)
+
     least = least_step(config)
     made = make(least)
     if made.total <= budget:

@@ -22,6 +22,7 @@ from engine.memory.options import flag
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
 from engine.training.checks import check_model, check_request
+from engine.training.cpu_dtype import with_cpu_dtype
 from engine.training.init_adapter import with_init_adapter
 from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
@@ -92,6 +93,7 @@ def plan(config: TrainConfig, gpu: str | None = None) -> PlanReport:
     or GPU that is not known, `MemoryPlanError` where nothing fits the budget.
     """
     target = find_target(config)
+    config = with_cpu_dtype(config, target.gpu, target.model)
     rate = rate_of(gpu) if gpu else target.rate()
     started, choice = time.perf_counter(), None
     if config.memory_budget is not None:

@@ -28,6 +28,7 @@ from engine.runs.output import check_earlier, name_run
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers
+from engine.training.cpu_dtype import with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import (
@@ -267,7 +268,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = with_init_adapter(config)
+    config = with_cpu_dtype(with_init_adapter(config))
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
         prepared = _checked(directory.config)
         directory.open()
@@ -279,6 +280,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         directory.write_manifest(
             base_digest=prepared.digests["base"],
             digests=prepared.digests,
+            dtype=str(run.model.dtype).removeprefix("torch."),
             trainable_parameters=run.trainable,
             rows=len(prepared.examples),
             total_steps=prepared.total_steps,
@@ -327,7 +329,7 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """
     from engine.config.sources import dump_yaml
 
-    config = dated(name_run(with_init_adapter(config)))
+    config = dated(name_run(with_cpu_dtype(with_init_adapter(config))))
     prepared = _checked(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -297,7 +297,7 @@ def test_a_run_of_which_no_row_fits_is_refused_before_rows_are_read(
     config = run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB")
     with pytest.raises(MemoryPlanError, match="Ways out"):
         train(changed(config, memory_budget=GIB >> 11), console=False)
-    assert len(plans_of_budget) == 4
+    assert len(plans_of_budget) == 5
 
 
 def test_a_run_that_memory_options_would_fit_is_sent_to_the_search(
