@@ -53,10 +53,10 @@ def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     if call.print_json({"max_context": {str(row.gigabytes): row.tokens for row in table}}):
         return 0
     print(f"{target.title}, one row, {settings.method}, all that saves memory")
-    print(f"{'GB':>5}  tokens")
+    print(f"{'GB':>5}{'tokens':>14}{'with weights streamed':>24}")
     for row in table:
-        tokens = "does not fit" if row.tokens is None else f"{row.tokens:,}"
-        print(f"{row.gigabytes:>5}  {tokens}{'  (weights streamed)' if row.streamed else ''}")
+        cells = ["does not fit" if n is None else f"{n:,}" for n in (row.resident, row.streamed)]
+        print(f"{row.gigabytes:>5}{cells[0]:>14}{cells[1]:>24}")
     return 0
 
 

@@ -11,6 +11,7 @@ planned first: a budget below them is refused at once.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -51,11 +52,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class LongestRow:
-    """The tokens of one row that fit a GPU of `gigabytes`, and the settings that hold them."""
+    """The tokens of one row that fit a GPU of `gigabytes`, all weights there or streamed to it."""
 
-    gigabytes: int
-    tokens: int | None
-    streamed: bool
+    gigabytes: float
+    resident: int | None
+    streamed: int | None
+
+    @property
+    def tokens(self) -> int | None:
+        """The most that fit either way."""
+        return self.streamed if (self.streamed or 0) > (self.resident or 0) else self.resident
 
 
 def changed(config: TrainConfig, **changes: object) -> TrainConfig:
@@ -214,43 +220,54 @@ def _changes(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[object,
 
 
 def longest(
-    config: TrainConfig, budget: int, plan: Planner, most: int, slack: float = 0.0
+    config: TrainConfig,
+    budget: int,
+    plan: Planner,
+    most: int,
+    slack: float = 0.0,
+    known: int | None = None,
 ) -> int | None:
     """The most tokens of a row that fit, up to `most`; None if not even 64 do.
 
-    It is a multiple of 64, and the longest one but for a share `slack` of its tokens.
+    It is one of `row_lengths`, which do not depend on the budget: a larger budget never holds less.
+    `known` is such a length that fits.
     """
 
     def total(tokens: int) -> int:
         return plan(changed(config, max_length=tokens)).total
 
-    low, high = SHORTEST, max(SHORTEST, most)
-    low_total = total(low)
+    lengths = row_lengths(most, slack)
+    low, high = lengths.index(known) if known else 0, len(lengths) - 1
+    low_total = total(lengths[low])
     if low_total > budget:
         return None
-    if total(high) <= budget:
-        return high
-    high_total = total(high)
-    step = _ROUND
-    while high - low > step:
-        # Bytes grow nearly in proportion to tokens: aim there, and halve where that is no progress.
+    high_total = total(lengths[high])
+    if high_total <= budget:
+        return lengths[high]
+    while high - low > 1:
+        # Bytes grow nearly in proportion to tokens: aim there, then look beside it.
         share = (budget - low_total) / max(1, high_total - low_total)
-        aimed = low + int((high - low) * share)
-        step = max(_ROUND, int(aimed * slack) // _ROUND * _ROUND)
-        middle = min(max(aimed, low + 1), high - 1) // _ROUND * _ROUND
-        if middle in (low, high) or middle < low + _ROUND:
-            middle = low + _ROUND
-        needed = total(middle)
-        if needed > budget:
-            high, high_total = middle, needed
-            continue
-        low, low_total = middle, needed
-        if low + step < high:
-            beyond = total(low + step)
-            if beyond > budget:
-                return low
-            low, low_total = low + step, beyond
-    return low
+        aimed = lengths[low] + share * (lengths[high] - lengths[low])
+        tried = min(max(bisect_right(lengths, aimed) - 1, low + 1), high - 1)
+        for _ in range(2):
+            needed = total(lengths[tried])
+            if needed <= budget:
+                low, low_total, beside = tried, needed, tried + 1
+            else:
+                high, high_total, beside = tried, needed, tried - 1
+            if not low < beside < high:
+                break
+            tried = beside
+    return lengths[low]
+
+
+def row_lengths(most: int, slack: float) -> list[int]:
+    """Multiples of 64 up to `most`, which ends them, no two of them closer than a share `slack`."""
+    lengths = [SHORTEST]
+    while lengths[-1] < most:
+        wider = int(lengths[-1] * (1.0 + slack)) // _ROUND * _ROUND
+        lengths.append(min(most, max(lengths[-1] + _ROUND, wider)))
+    return lengths
 
 
 def _refusal(config: TrainConfig, shortest: TrainConfig, budget: int, plan: Planner) -> str:
@@ -310,19 +327,28 @@ def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--optimizer adamw8bit", {"optimizer": "adamw8bit"}
 
 
-def context_table(config: TrainConfig, plan: Planner, limit: int) -> list[LongestRow]:
-    """The longest row with full recomputation for the usual GPUs' sizes, all memory options on.
+def context_table(
+    config: TrainConfig,
+    plan: Planner,
+    limit: int,
+    sizes: Sequence[float] = CONTEXT_BUDGETS_GB,
+) -> list[LongestRow]:
+    """The longest row with full recomputation for GPUs of `sizes` GB, all memory options on.
 
-    Weights are streamed only where nothing fits without. Lengths are within a percent of the most.
+    Lengths are within a percent of the most, and never shorter on a larger GPU.
     """
     search = _Search(changed(config, accumulate=1, batch_size=1), 0, plan)
     least = search.least()
     resident = changed(least, offload=tuple(kind for kind in least.offload if kind != "weights"))
+    tokens: int | None = None
+    more: int | None = None
     table = []
-    for size in CONTEXT_BUDGETS_GB:
-        tokens = longest(resident, size * 10**9, search.plan, limit, _TABLE_SLACK)
-        streamed = tokens is None and least.offload != resident.offload
-        if streamed:
-            tokens = longest(least, size * 10**9, search.plan, limit, _TABLE_SLACK)
-        table.append(LongestRow(size, tokens, streamed and tokens is not None))
+    for size in sorted(sizes):
+        budget = int(size * 10**9)
+        tokens = longest(resident, budget, search.plan, limit, _TABLE_SLACK, tokens)
+        if least.offload == resident.offload or tokens == limit:
+            more = tokens
+        else:
+            more = longest(least, budget, search.plan, limit, _TABLE_SLACK, more or tokens)
+        table.append(LongestRow(size, tokens, more))
     return table

@@ -27,7 +27,6 @@ from kernels.attention.documents import AttentionGradients, AttentionPlan, Atten
 
 HALF = (torch.float16, torch.bfloat16)
 _INT32_ELEMENTS = 2**31
-_FRUGAL_ELEMENTS = 2**23
 _CUDNN_GRANULE = 128
 _CAUSAL = 1
 """`efficient`'s number for a causal mask."""
@@ -113,10 +112,11 @@ def flash_suits(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
 def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice, slice]]:
     """Heads of q and of k, v for each call, so that no call's fp32 dQ has 2^31 elements.
 
-    For a frugal batch it has no more than `_FRUGAL_ELEMENTS`, where one group of heads allows that.
-    The backward pass of flash attention 2 pads every document of dQ to 128 rows more and every
-    head to a multiple of 32, and has indexed it in 32 bits. Raises `ValueError` if one group of
-    heads is already too large.
+    A frugal batch takes one group of heads at a time whatever its length: with more of them where
+    rows are short, a shorter row would need more memory than a longer one. The backward pass of
+    flash attention 2 pads every document of dQ to 128 rows more and every head to a multiple of
+    32, and has indexed it in 32 bits. Raises `ValueError` if one group of heads is already too
+    large.
     """
     groups, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     rows = q.shape[0] + 128 * plan.count
@@ -126,10 +126,7 @@ def _head_slices(q: Tensor, k: Tensor, plan: AttentionPlan) -> list[tuple[slice,
             f"{q.shape[0]} tokens with {groups} query heads of {q.shape[2]} on each key/value head "
             "are more than flash attention can index; split the batch"
         )
-    step = min(kv_heads, (_INT32_ELEMENTS - 1) // per_group)
-    if plan.frugal:
-        calls = -(-kv_heads // max(1, min(step, _FRUGAL_ELEMENTS // per_group)))
-        step = -(-kv_heads // calls)
+    step = 1 if plan.frugal else min(kv_heads, (_INT32_ELEMENTS - 1) // per_group)
     starts = range(0, kv_heads, step)
     return [(slice(h * groups, (h + step) * groups), slice(h, h + step)) for h in starts]
 

@@ -52,6 +52,7 @@ from kernels.runtime.scratch import scratch
 from kernels.runtime.triton_support import cdiv, jit, launch, on_device, tl
 
 _COUNTERS = 1 << 16
+_FEW_TOKENS = 512
 
 
 def nf4_linear_reference(x: Tensor, weight: AnyNF4, bias: Tensor | None = None) -> Tensor:
@@ -316,6 +317,21 @@ def _split_buffers(
         raise ValueError(f"a split product of {tiles} tiles has only {_COUNTERS} counters")
     size = tiles * parts * tile.block_m * tile.block_n
     return scratch("nf4 partial sums", (size,), torch.float32, device), _counters(device)
+
+
+def most_partial_sums(arch: int, units: int, rows: int, columns: int) -> int:
+    """The most elements of partial sums that any number of tokens needs, for W (rows, columns).
+
+    Few tokens need them and many do not; they stay, so a plan counts them whatever its tokens are.
+    """
+    most = 0
+    for tokens in range(1, _FEW_TOKENS + 1):
+        plan = matmul_plan(arch, units, tokens, rows, columns)
+        if plan.tile is not None and plan.split_k > 1:
+            block = plan.tile.block_m, plan.tile.block_n
+            tiles = cdiv(tokens, block[0]) * cdiv(rows, block[1])
+            most = max(most, tiles * plan.split_k * block[0] * block[1])
+    return most
 
 
 @cache

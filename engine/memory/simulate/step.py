@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import cast
 
 import torch
@@ -45,10 +46,13 @@ from engine.training.trainable import (
     step_settings,
 )
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
-from kernels.runtime.simulation import simulate_with
+from kernels.nf4.planar import PlanarNF4Weight
+from kernels.runtime.scratch import scratch
+from kernels.runtime.simulation import SimulatedGPU, simulate_with
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
+from models.memory.offload import quantized_weights
 from models.tensor_names import expected_tensors
 from optim import AdamW8bit
 
@@ -148,10 +152,30 @@ def _trained(
         trainable = make_trainable(model, config, None)
     optimizer = make_optimizer(model, config)
     track_model(meter, model)
+    if meter.gpu is not None:
+        _reserve_partial_sums(model, meter.gpu)
     _step(meter, model, optimizer, batches, config)
     resident = dict(meter.live)
     steady = _steady(meter.segments, resident)
     return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)
+
+
+def _reserve_partial_sums(model: Decoder, gpu: SimulatedGPU) -> None:
+    """The scratch that a step of few tokens leaves, of which every run may have one."""
+    shapes = {
+        (int(weight.shape[0]), int(weight.shape[1]))
+        for module in model.modules()
+        for weight in quantized_weights(module).values()
+        if isinstance(weight, PlanarNF4Weight) and len(weight.shape) == 2
+    }
+    most = max((_partial_sums(gpu, shape) for shape in shapes), default=0)
+    if most:
+        scratch("nf4 partial sums", (most,), torch.float32, GPU)
+
+
+@cache
+def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
+    return kernels.nf4.matmul.most_partial_sums(gpu.architecture, gpu.multiprocessors, *shape)
 
 
 def _step(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from engine.errors import ConfigError
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import apply_options, memory_options
-from engine.memory.search import changed, choose, context_table, smallest
+from engine.memory.search import changed, choose, context_table, row_lengths, smallest
 from engine.verbs.train import train
 from models.layers.context import layer_policies
 
@@ -160,14 +161,34 @@ def test_experts_are_streamed_and_a_search_takes_their_tokens_in_tiles() -> None
     assert choice.plan.total <= plans[2].total < plans[1].total
 
 
-def test_the_context_table_streams_weights_only_where_it_must(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("engine.memory.search.CONTEXT_BUDGETS_GB", (2, 3))
+def test_more_memory_never_holds_a_shorter_row() -> None:
+    """Neither with all weights on the GPU, nor with weights streamed, nor with the better."""
     config = settings(batch_size=1, gradient_checkpointing="full")
-    table = context_table(config, planner("qwen2.5-3b"), 4096)
-    assert [row.streamed for row in table] == [True, False]
-    assert all(row.tokens for row in table)
+    sizes = [2 + 0.37 * i for i in range(9)]
+    table = context_table(config, planner("qwen2.5-3b"), 60_000, sizes)
+    assert table[0].resident is None and table[0].streamed
+    assert table[-1].resident
+    for field in ("resident", "streamed", "tokens"):
+        tokens = [getattr(row, field) or 0 for row in table]
+        assert tokens == sorted(tokens), field
+    assert all((row.tokens or 0) >= (row.resident or 0) for row in table)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "qwen2.5-0.5b"])
+def test_a_longer_row_never_needs_less(name: str) -> None:
+    """With all memory options on, around the lengths where tiles end and heads are divided."""
+    plan = planner(name)
+    least = smallest(settings(batch_size=1), plan)
+    lengths = [64, 128, 512, 576, 640, 1024, 2048, 4096, 8192, 8256, 16_384, 32_832, 32_896, 33_024]
+    needed = [plan(changed(least, max_length=tokens)).total for tokens in lengths]
+    assert needed == sorted(needed)
+
+
+def test_row_lengths_do_not_depend_on_a_budget() -> None:
+    assert row_lengths(300, 0.0) == [64, 128, 192, 256, 300]
+    wide = row_lengths(1 << 20, 1 / 128)
+    assert wide == sorted(set(wide)) and wide[-1] == 1 << 20
+    assert all(b - a <= max(64, a / 128) for a, b in itertools.pairwise(wide))
 
 
 @pytest.mark.parametrize(
