@@ -38,6 +38,8 @@ class RunSettings(Protocol):
     head_precision: HeadPrecision
     embedding_on: EmbeddingOn
     offload: tuple[Offload, ...]
+    keep_decoded: str
+    low_memory_decode: bool
     cuda_graphs: bool
     memory_budget: int | None
 
@@ -173,6 +175,22 @@ RULES = (
         lambda c, _: "weights" in c.offload and (c.method != "qlora" or c.use_dora),
         "offload weights streams NF4 weights.",
         "Give method qlora without use_dora, or leave it out",
+    ),
+    Rule(
+        "keep_decoded",
+        lambda c, _: c.keep_decoded not in ("auto", "none", "0") and c.method != "qlora",
+        "keep_decoded {c.keep_decoded} is for weights in NF4, and method is {c.method}.",
+        "Leave it out, or give method qlora",
+    ),
+    Rule(
+        "keep_decoded",
+        lambda c, _: (
+            c.keep_decoded not in ("auto", "none", "0")
+            and (c.low_memory_decode or "weights" in c.offload)
+        ),
+        "keep_decoded {c.keep_decoded} was given with low_memory_decode or offload weights, which "
+        "save the very memory that it spends.",
+        "Leave out one or the other",
     ),
     Rule(
         "cuda_graphs",

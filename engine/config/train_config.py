@@ -63,6 +63,7 @@ _NOT_TRAJECTORY = frozenset(
         "log_level",
         "log_every",
         "memory_budget",
+        "keep_decoded",
         "embedding_on",
         "offload",
         "optimizer_in_backward",
@@ -248,6 +249,12 @@ class TrainConfig(Settings):
     )
     mlp_tile_tokens: int | None = setting(
         None, "Memory", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
+    )
+    keep_decoded: str = setting(
+        "auto",
+        "Memory",
+        "last layers whose decoded weights stay: a number, none, or auto for as many as fit",
+        pattern=r"^(auto|none|\d{1,4})$",
     )
     low_memory_decode: bool = setting(
         False, "Memory", "decode one weight at a time, not a group of them"

@@ -17,6 +17,7 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
+from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.search import changed
 from engine.memory.simulate.meter import gib
@@ -26,9 +27,6 @@ from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
 log = logging.getLogger(__name__)
-
-FREE_SHARE = {"cuda": 0.9, "cpu": 0.6}
-"""Share of the free memory that a run may count on: a CPU's is other programs' as well."""
 
 
 def free_memory(device: torch.device) -> int:

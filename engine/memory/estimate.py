@@ -17,6 +17,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.memory.simulate.meter import Peak, Segment
 from engine.memory.simulate.step import SimulatedStep, simulate_step
+from engine.training.trainable import decoded_layers
 from kernels.runtime.device import architecture as device_architecture
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
@@ -145,13 +146,19 @@ def plan(
         config if mixed else config.model_copy(update={"gradient_checkpointing": policies.pop()})
     )
 
-    def run(layers: int) -> SimulatedStep:
-        few = model.with_layers(layers)
-        return simulate_step(few, settings, batches, gpu=gpu, dtype=dtype, stored=stored)
+    decoded = decoded_layers(config, layers)
+    some = 0 < decoded < layers
+
+    def run(layers: int, keep: str = settings.keep_decoded) -> SimulatedStep:
+        few, own = model.with_layers(layers), settings.model_copy(update={"keep_decoded": keep})
+        return simulate_step(few, own, batches, gpu=gpu, dtype=dtype, stored=stored)
 
     few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
-    if whole or mixed or layers % period or layers <= few[1] + 1:
+    if whole or mixed or layers % period or layers <= few[1] + 1 or (some and period > 1):
         result = run(layers)
+    elif some:  # as with one such layer, and the same again for each of the others
+        fewer, more = run(few[0], "1"), run(few[1], "1")
+        result = _extrapolated(fewer, more, few, layers, 2).with_more("decoded base", decoded)
     else:
         result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
     made = _plan_of(result, config, gpu, dtype, work, layers)

@@ -21,6 +21,7 @@ from engine.config.train_config import TrainConfig
 
 NAMES = (
     "gradient_checkpointing",
+    "keep_decoded",
     "batch_size",
     "accumulate",
     "optimizer_in_backward",

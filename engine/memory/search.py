@@ -19,6 +19,7 @@ from engine.config.choices import POLICIES
 from engine.config.rules import allows
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
+from engine.memory.decoded import resolve_decoded
 from engine.memory.estimate import MemoryPlan
 from engine.memory.options import (
     NAMES,
@@ -74,7 +75,8 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
 
     Raises `MemoryPlanError` saying what is missing and the three cheapest ways out.
     """
-    search = _Search(config, budget, planner)
+    bare = changed(config, keep_decoded="none") if config.keep_decoded == "auto" else config
+    search = _Search(bare, budget, planner)
     search.require_any()
     fitting = search.first_that_fits()
     why = "the fastest of the settings that fit"
@@ -89,6 +91,11 @@ def choose(config: TrainConfig, budget: int, planner: Planner) -> Choice:
         assert length, "rows of 64 tokens fit"
         fitting = changed(least, max_length=length)
         why = f"nothing else fits at {config.max_length} tokens, so longer rows are cut"
+    if config.keep_decoded == "auto":  # what the fastest settings leave free
+        keep, _ = resolve_decoded(
+            changed(fitting, keep_decoded="auto"), search.plan(fitting).layers, budget, search.plan
+        )
+        fitting = changed(fitting, keep_decoded=keep)
     return Choice(search.plan(fitting), _changes(config, fitting), len(search.planned), why)
 
 
@@ -216,6 +223,7 @@ def _changes(config: TrainConfig, other: TrainConfig) -> dict[str, tuple[object,
         name: (getattr(config, name), getattr(other, name))
         for name in NAMES
         if getattr(config, name) != getattr(other, name)
+        and not (name == "keep_decoded" and other.keep_decoded == "none")
     }
 
 

@@ -1,4 +1,4 @@
-"""Choose the compute type of a run on a CPU, by trying both.
+"""Try and choose the compute type of a run on a CPU.
 
 Processors with instructions for bf16 products (AMX, AVX-512 BF16) multiply several times faster in
 bf16; others emulate it and are several times slower. What is chosen stands in the run's settings

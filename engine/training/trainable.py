@@ -21,6 +21,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
 from models.layers.context import StepSettings
+from models.memory.lasting import keep_decoded
 from models.tensor_names import MLP_PROJECTIONS, projections_of
 from optim import AdamW8bit, StepInBackward, param_groups
 
@@ -53,7 +54,8 @@ def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
 def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None) -> int:
     """Turn on what `config.method` trains and return the number of trainable parameters.
 
-    A new adapter is as the settings say; an earlier one is as its tensors are.
+    A new adapter is as the settings say; an earlier one is as its tensors are. With the adapter in
+    place, the last layers' weights are decoded to stay, as `config.keep_decoded` says.
     """
     if config.method == "full":
         for parameter in model.parameters():
@@ -71,7 +73,14 @@ def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None
             seed=config.seed,
             use_dora=config.use_dora,
         )
+    layers = model.layers
+    keep_decoded(layers[len(layers) - decoded_layers(config, len(layers)) :], model.dtype)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def decoded_layers(config: TrainConfig, layers: int) -> int:
+    """How many layers keep their weights decoded; auto, where nobody resolved it, is none."""
+    return min(int(config.keep_decoded), layers) if config.keep_decoded.isdecimal() else 0
 
 
 def step_settings(config: TrainConfig) -> StepSettings:

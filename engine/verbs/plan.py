@@ -14,6 +14,7 @@ from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError
 from engine.memory.auto_policy import chunk_of, resolve_policy
+from engine.memory.decoded import resolve_decoded, spare_memory
 from engine.memory.estimate import MemoryPlan
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.find_model import find_model
@@ -76,7 +77,10 @@ def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfi
     dtype = compute_dtype(config, gpu)
     if config.gradient_checkpointing == "auto":
         config = changed(config, gradient_checkpointing=_auto_policy(model, gpu, dtype, config))
-    return plan_memory(model, config, gpu=gpu, dtype=dtype, stored=stored)
+    make = partial(plan_memory, model, gpu=gpu, dtype=dtype, stored=stored)
+    limit = spare_memory(config, torch.device("cuda")) if gpu else config.memory_budget
+    keep, made = resolve_decoded(config, model.num_hidden_layers, limit, make)
+    return made or make(changed(config, keep_decoded=keep))
 
 
 def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
@@ -266,6 +270,7 @@ _SHOWN = (
     "accumulate",
     "max_length",
     "gradient_checkpointing",
+    "keep_decoded",
     "loss_chunk_tokens",
     "optimizer_in_backward",
     "mlp_tile_tokens",
@@ -276,7 +281,7 @@ _SHOWN = (
 )
 
 
-_ALWAYS_SHOWN = _SHOWN[:7]
+_ALWAYS_SHOWN = _SHOWN[:8]
 
 
 def _default(name: str) -> object:

@@ -78,15 +78,23 @@ def _with_policy(
 
     With them the plan of the largest step, if the choice needed one.
     """
-    if config.gradient_checkpointing != "auto":
+    if config.gradient_checkpointing != "auto" and config.keep_decoded != "auto":
         return config, None
     from engine.memory.auto_policy import planned_policy
     from engine.memory.budget import largest_step
+    from engine.memory.decoded import resolve_decoded, spare_memory
+    from engine.memory.estimate import plan
 
-    policy, planned = planned_policy(
-        prepared.model_source.config, config, device, dtype, largest_step(prepared)
-    )
-    return config.model_copy(update={"gradient_checkpointing": policy}), planned
+    model, work = prepared.model_source.config, largest_step(prepared)
+    bare = config.model_copy(update={"keep_decoded": "none"})
+    policy, planned = planned_policy(model, bare, device, dtype, work)
+    config = config.model_copy(update={"gradient_checkpointing": policy})
+    make = partial(plan, model, gpu=device.type == "cuda", dtype=dtype, work=work)
+    limit = spare_memory(config, device)
+    keep, made = resolve_decoded(config, model.num_hidden_layers, limit, make)
+    if keep != "none":
+        log.info("the decoded weights of the last %s layers stay in memory", keep)
+    return config.model_copy(update={"keep_decoded": keep}), made or planned
 
 
 def _require_space(config: TrainConfig, model: ModelConfig) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.linear.adapters import Adapters, pack
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from kernels.linear.projection import (
+    LastingWeights,
     Projection,
     QuantizedWeight,
     Weight,
@@ -61,7 +62,8 @@ def decode(
 
     A decoder block uses two slots, "wide" for the projections that read the block's input and
     "narrow" for the one that writes its output, so that a backward pass decodes each weight once
-    for recompute and gradient together.
+    for recompute and gradient together. Where the group's decoded weights stay in memory these are
+    taken, in place of scratch.
     """
     quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
     if len(quantized) < len(projections):
@@ -70,11 +72,15 @@ def decode(
     device, columns = quantized[0].device, int(quantized[0].shape[1])
     layout = layout_of(projections)
     spare = layout.spare if joins_adapters(device) else 0
-    pitch = aligned(columns + spare) if spare else columns
-    whole = scratch(f"decoded.{slot}", (layout.rows + spare, pitch), dtype, device)
-    weights = []
-    for weight, first, out in zip(quantized, layout.first, layout.outs, strict=True):
-        weights.append(decode_weight(weight, dtype, out=whole[first : first + out, :columns]))
+    whole = _lasting(projections, dtype)
+    if whole is None:
+        whole = scratch(f"decoded.{slot}", _shape(projections, device), dtype, device)
+        for weight, first, out in zip(quantized, layout.first, layout.outs, strict=True):
+            decode_weight(weight, dtype, out=whole[first : first + out, :columns])
+    weights = [
+        whole[first : first + out, :columns]
+        for first, out in zip(layout.first, layout.outs, strict=True)
+    ]
     if not spare:
         return Decoded(weights)
     extended = whole[:, : columns + spare]
@@ -83,6 +89,31 @@ def decode(
     )
     pack(projections, adapters)
     return Decoded(weights, adapters, extended)
+
+
+def lasting_weights(projections: Sequence[Projection], dtype: torch.dtype) -> LastingWeights:
+    """The weights of a group of quantised projections, decoded to stay in memory."""
+    quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
+    device, columns = quantized[0].device, int(quantized[0].shape[1])
+    layout = layout_of(projections)
+    whole = torch.empty(_shape(projections, device), dtype=dtype, device=device)
+    for weight, first, out in zip(quantized, layout.first, layout.outs, strict=True):
+        decode_weight(weight, dtype, out=whole[first : first + out, :columns])
+    return LastingWeights(whole, len(projections))
+
+
+def _shape(projections: Sequence[Projection], device: torch.device) -> tuple[int, int]:
+    """Rows and pitch of the matrix that a group is decoded into."""
+    columns, layout = int(projections[0].weight.shape[1]), layout_of(projections)
+    spare = layout.spare if joins_adapters(device) else 0
+    return layout.rows + spare, aligned(columns + spare) if spare else columns
+
+
+def _lasting(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    lasting = projections[0].lasting
+    if lasting is None or lasting.members != len(projections) or lasting.matrix.dtype != dtype:
+        return None
+    return lasting.matrix
 
 
 def join(

@@ -24,11 +24,23 @@ QuantizedWeight = NF4Weight | PlanarNF4Weight | Int8Weight
 Weight = Tensor | QuantizedWeight
 
 
+@dataclass(frozen=True, eq=False)
+class LastingWeights:
+    """Decoded weights of a group that stay: `matrix` is what `kernels.linear.decode` makes of them.
+
+    It serves a group of `members` projections in its own dtype.
+    """
+
+    matrix: Tensor
+    members: int
+
+
 @dataclass(frozen=True)
 class Projection:
     """One linear map: `weight` (out, in) dense or quantised, optional bias (out,) and LoRA pair.
 
-    `magnitude` (out,) makes it DoRA.
+    `magnitude` (out,) makes it DoRA. `lasting` are the decoded weights of its group, where they
+    stay in memory; all projections of the group have the same.
     """
 
     weight: Weight
@@ -38,6 +50,7 @@ class Projection:
     scale: float = 1.0
     dropout: float = 0.0
     magnitude: Tensor | None = None
+    lasting: LastingWeights | None = None
 
     @cached_property
     def out_features(self) -> int:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 @functools.cache
 def compiles_loops() -> bool:
     """Whether numba is installed, which compiles loops for a CPU. It is optional."""
-    return importlib.util.find_spec("numba") is not None
+    return all(importlib.util.find_spec(name) is not None for name in ("numba", "llvmlite"))
 
 
 def use_compiled(tensor: torch.Tensor) -> bool:

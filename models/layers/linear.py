@@ -20,7 +20,7 @@ from kernels.elementwise.rms_norm import (
 from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns, gradient_columns, input_columns
 from kernels.linear.int8 import Int8Weight, rows_int8
-from kernels.linear.projection import Projection, Weight
+from kernels.linear.projection import LastingWeights, Projection, Weight
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.host_memory import gather_rows
 
@@ -48,6 +48,7 @@ class Linear(nn.Module):
         self.register_parameter("lora_magnitude_vector", None)
         self.scale = 1.0
         self.dropout = 0.0
+        self.lasting: LastingWeights | None = None
 
     def set_weight(self, weight: Weight) -> None:
         """Replace the weight; a quantised one is frozen and no `Parameter`.
@@ -60,6 +61,7 @@ class Linear(nn.Module):
                 f"expected {(self.out_features, self.in_features)}"
             )
         self._parameters.pop("weight", None)
+        self.lasting = None
         for name in ("weight", "_known", "_made_of"):  # the memory of the old one is to be freed
             self.__dict__.pop(name, None)
         if isinstance(weight, Tensor):
@@ -82,6 +84,7 @@ class Linear(nn.Module):
             self.scale,
             self.dropout,
             parameters["lora_magnitude_vector"],
+            self.lasting,
         )
         known: Projection | None = own.get("_known")
         if known is None or any(
@@ -96,6 +99,7 @@ class Linear(nn.Module):
         weight = self.__dict__.get("weight")
         if weight is not None:
             self.__dict__["weight"] = weight.to(fn(torch.empty(0, device=weight.device)).device)
+            self.lasting = None
         return self
 
     def extra_repr(self) -> str:

@@ -26,6 +26,7 @@ from engine.errors import MemoryPlanError
 
 OWNERS = (
     "NF4 base",
+    "decoded base",
     "dense base",
     "embeddings",
     "head",

@@ -13,6 +13,7 @@ from kernels.runtime.scratch import ScratchObserver, observe_scratch, pool, use_
 from models.decoder import Decoder
 from models.layers.linear import Embedding
 from models.layers.observer import LayerObserver, observe_layers
+from models.memory.lasting import lasting_matrices
 from models.memory.offload import quantized_weights, tensors_of
 from optim.observer import OptimizerObserver, observe_optimizer
 
@@ -31,6 +32,7 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
             )
         for weight in quantized_weights(module).values():
             meter.track("head" if name == "lm_head" else "NF4 base", tensors_of(weight))
+    meter.track("decoded base", lasting_matrices(model))
 
 
 def _owner_of(name: str) -> str:

@@ -99,6 +99,18 @@ class SimulatedStep:
         """The highest peak of the step."""
         return max(self.segments.values(), key=lambda peak: peak.bytes)
 
+    def with_more(self, owner: str, times: int) -> SimulatedStep:
+        """The same step with `times` what lasts of an owner's bytes."""
+        extra = (times - 1) * self.resident[owner]
+
+        def raised(peak: Peak) -> Peak:
+            owners = peak.owners | {owner: peak.owners[owner] + extra}
+            return Peak(peak.bytes + extra, owners)
+
+        segments = {name: raised(peak) for name, peak in self.segments.items()}
+        resident = self.resident | {owner: self.resident[owner] + extra}
+        return replace(self, segments=segments, resident=resident)
+
 
 def simulate_step(
     model_config: ModelConfig,

@@ -12,7 +12,8 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
-from engine.memory.auto_policy import FREE_SHARE, _estimate, chunk_of, resolve_policy
+from engine.memory.auto_policy import _estimate, chunk_of, resolve_policy
+from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step

@@ -98,6 +98,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tiles with full recompute": {"mlp_tile_tokens": 100, "gradient_checkpointing": "full"},
     "single weights": {"low_memory_decode": True},
     "policies by layer": {"gradient_checkpointing": "full:1,none"},
+    "one layer decoded to stay": {"keep_decoded": "1"},
+    "all layers decoded to stay": {"keep_decoded": "99", "dtype": "bfloat16", "accumulate": 2},
     "streamed weights": {"offload": ("weights",)},
     "everything": {
         "mlp_tile_tokens": 48,
@@ -231,6 +233,9 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
         {"gradient_checkpointing": "none"},
         {"accumulate": 2},
         {"max_length": 8},
+        {"keep_decoded": "1"},
+        {"keep_decoded": "7", "gradient_checkpointing": "none"},
+        {"keep_decoded": "11"},
         {"mlp_tile_tokens": 48, "low_memory_decode": True, "offload": ("checkpoints", "weights")},
         {"head_precision": "8bit", "embedding_on": "host", "offload": ("checkpoints",)},
     ],

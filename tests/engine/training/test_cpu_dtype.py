@@ -23,11 +23,11 @@ def config(**settings: object) -> TrainConfig:
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     """Rates of products, of a processor that has bf16."""
-    found = {"float32": 1e11, "bfloat16": 4e11}
+    measured = {"float32": 1e11, "bfloat16": 4e11}
     monkeypatch.setattr(cpu_dtype, "has_bfloat16_products", lambda: True)
-    monkeypatch.setattr(cpu_dtype, "product_rates", lambda: found)
+    monkeypatch.setattr(cpu_dtype, "product_rates", lambda: measured)
     cpu_dtype.faster_type.cache_clear()
-    yield found
+    yield measured
     cpu_dtype.faster_type.cache_clear()
 
 
