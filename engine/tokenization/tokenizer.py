@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
 from engine.tokenization.chat_template import DEFAULT, TOOL_USE, ChatTemplate, default_template
+from engine.tokenization.mistral_words import fix_mistral_words
 from engine.tokenization.special_tokens import (
     add_declared,
     matched_as_written,
@@ -215,50 +216,59 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
     Raises:
         CheckpointError: the model has no tokenizer, or its files are damaged.
     """
-    config = source.tokenizer_config()
-    files = source.tokenizer_files()
-    serialised = source.tokenizer_json()
-    model_file = None if serialised is not None else source.tokenizer_model()
-    where = str(source.path)
-    add_bos: bool | None = None
-    add_eos: bool | None = None
-    if serialised is not None:
-        backend = _from_json(serialised, where)
-    elif model_file is not None:
-        from engine.tokenization.sentencepiece import load_sentencepiece
-
-        pieces = load_sentencepiece(model_file, config)
-        backend = pieces.backend
-        config = {**pieces.special_tokens, **config}
-        add_bos, add_eos = config.get("add_bos_token"), bool(config.get("add_eos_token"))
-        add_bos = pieces.adds_bos if add_bos is None else bool(add_bos)
-    elif {"vocab.json", "merges.txt"} <= files.keys():
-        from engine.tokenization.vocab_merges import load_vocab_merges
-
-        made = load_vocab_merges(files, config, source.raw_config.get("model_type"), where)
-        backend = made.backend
-        config = {**made.special_tokens, **config}
-        add_bos, add_eos = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
-    else:
-        named = [name for name in _UNREAD if (source.path / name).exists()]
-        also = f" Its {' and '.join(named)} is in a form that is not read." if named else ""
-        raise CheckpointError(
-            f"{where}: the model has no tokenizer; expected a tokenizer.json, a SentencePiece "
-            "tokenizer.model, or vocab.json and merges.txt in the folder of the weights. Copy it "
-            f"from the model it was made from.{also}"
-        )
+    files, where = source.tokenizer_files(), str(source.path)
+    backend, config, from_pieces = _open_backend(source, files, where)
+    around: tuple[bool, bool] | tuple[None, None] = (None, None)
+    if source.tokenizer_json() is None:
+        around = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
     declared = read_declared(config, files, backend)
-    if model_file is not None:
+    if from_pieces:
         declared = matched_as_written(declared, backend)
     add_declared(backend, declared, where)
     return Tokenizer(
         backend,
         declared.names,
         _templates(source),
-        add_bos=add_bos,
-        add_eos=add_eos,
+        add_bos=around[0],
+        add_eos=around[1],
         name=where,
         now=now,
+    )
+
+
+def _open_backend(
+    source: "ModelDescription", files: Mapping[str, Any], where: str
+) -> tuple[Backend, dict[str, Any], bool]:
+    """The tokenizer of the vocabulary file there is; tokenizer_config.json; if it is SentencePiece.
+
+    The configuration is completed by what vocabulary file or tokenizer class say themselves.
+    """
+    config = source.tokenizer_config()
+    serialised = source.tokenizer_json()
+    if serialised is not None:
+        backend = _from_json(serialised, where)
+        if config.get("fix_mistral_regex") is True:
+            fix_mistral_words(backend, source.raw_config)
+        return backend, config, False
+    model_file = source.tokenizer_model()
+    if model_file is not None:
+        from engine.tokenization.sentencepiece import load_sentencepiece
+
+        pieces = load_sentencepiece(model_file, config)
+        own = {**pieces.special_tokens, "add_bos_token": pieces.adds_bos}
+        given = {k: v for k, v in config.items() if k != "add_bos_token" or v is not None}
+        return pieces.backend, {**own, **given}, True
+    if {"vocab.json", "merges.txt"} <= files.keys():
+        from engine.tokenization.vocab_merges import load_vocab_merges
+
+        made = load_vocab_merges(files, config, source.raw_config.get("model_type"), where)
+        return made.backend, {**made.special_tokens, **config}, False
+    named = [name for name in _UNREAD if (source.path / name).exists()]
+    also = f" Its {' and '.join(named)} is in a form that is not read." if named else ""
+    raise CheckpointError(
+        f"{where}: the model has no tokenizer; expected a tokenizer.json, a SentencePiece "
+        "tokenizer.model, or vocab.json and merges.txt in the folder of the weights. Copy it "
+        f"from the model it was made from.{also}"
     )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import CheckpointError
@@ -29,6 +31,7 @@ class Source:
         self.path = Path("some-model")
         self.serialised, self.config, self.files = serialised, config, files or {}
         self.model, self.template = model, template
+        self.raw_config: dict[str, Any] = {}
 
     def tokenizer_json(self) -> str | None:
         return self.serialised
@@ -217,3 +220,22 @@ def test_a_model_without_any_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tekken\.json is in a form that is not read"):
         TokenizerFolder(tmp_path).load()
+
+
+def test_mistral_words_are_fixed_only_where_the_configuration_asks() -> None:
+    vocab = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    vocab |= {f"\u4e00{index}": index for index in range(len(vocab), 100_300)}
+    vocab |= {"1": vocab["1"], "12": 100_300}
+    backend = Backend(BPE(vocab, [("1", "2")]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    source = Source(str(backend.to_str()), {"fix_mistral_regex": True})
+
+    def pieces(**raw_config: str) -> int:
+        source.raw_config = dict(raw_config)
+        return len(load_tokenizer(source).encode("12"))  # type: ignore[arg-type]
+
+    assert pieces(model_type="mistral", transformers_version="4.57.1") == 2
+    assert pieces(model_type="mistral", transformers_version="5.0.0") == 1
+    assert pieces(model_type="llama") == 1
+    source.config = {}
+    assert pieces(model_type="mistral", transformers_version="4.57.1") == 1
