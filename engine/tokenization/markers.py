@@ -190,7 +190,7 @@ class _Writer:
     def _around(self, text: str, marker: str) -> str:
         core = text.strip()
         if not core:
-            return text
+            return text + marker if self._marking == Marking.FULL else text
         before, after = _cut(text, core)
         if self._marking == Marking.MIDDLE:
             middle = len(core) // 2

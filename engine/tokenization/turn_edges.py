@@ -8,12 +8,13 @@ comparisons are made once for each kind of turn: by what stands before it, and b
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.tokenization.marked_text import MarkedText, common_prefix, read_marked
 from engine.tokenization.markers import REASONING_TAG, MarkedConversation, closes_reasoning
+from engine.tokenization.messages import has_text
 from engine.tokenization.sandbox import Job, Rendered
 
 Span = tuple[int, int]
@@ -62,17 +63,15 @@ class EndTokens:
 
 @dataclass
 class _Opening:
-    """How turns of one kind begin: the text after the last marker, and where it differs.
+    """How turns of one kind begin.
 
     Attributes:
         text: what stands between the last text before the turn and the turn.
         prompt: index in it from which on it belongs to the turn itself.
-        header: what of the prompt the turn shares that was compared.
     """
 
     text: str
     prompt: int
-    header: str = ""
 
 
 class EdgeFinder:
@@ -174,19 +173,16 @@ class EdgeFinder:
             return None
         shared = common_prefix(head, base)
         shared = shared if shared == len(base) else _whole_tags(head, shared)
-        opening = _Opening(head, shared)
-        if turn in text.turns:
-            start = _matched(text.plain, text.before(turn), opening)
-            if start is not None:
-                opening.header = head[shared : start - past_space(text.plain, text.before(turn))]
-        return opening
+        return _Opening(head, shared)
 
     def _start(self, text: MarkedText, turn: int, opening: _Opening) -> None:
-        before, first = text.before(turn), text.start(turn)
-        start = _matched(text.plain, before, opening)
+        before, first = past_space(text.plain, text.before(turn)), text.start(turn)
+        prompt = opening.text[opening.prompt :]
+        start = _matched(text.plain, before, opening.text, opening.prompt)
         if start is None:
-            start = _behind_header(text.plain, before, first, opening)
-        if start is None and first == past_space(text.plain, before) + opening.prompt:
+            at = _header_index(text.plain, before, first, prompt)
+            start = None if at is None else _matched(text.plain, at, prompt, 0)
+        if start is None and first == before + opening.prompt:
             start = first  # It follows the text before without any header.
         if start is not None:
             self.starts[turn] = start
@@ -266,10 +262,24 @@ class EdgeFinder:
         if turn == 0:
             return None
         before = self._messages[turn - 1]
-        return before["role"], bool(before.get("tool_calls"))
+        return before["role"], bool(before.get("tool_calls")), has_text(before.get("content"))
 
     def _kind_after(self, turn: int) -> Any:
-        return self._messages[turn + 1]["role"], bool(self._messages[turn].get("tool_calls"))
+        calls = self._messages[turn].get("tool_calls")
+        if calls and any(self._tokens.pattern.search(key) for key in _keys(calls)):
+            return turn  # Keys have no markers: this turn is compared by itself.
+        return self._messages[turn + 1]["role"], bool(calls)
+
+
+def _keys(value: Any) -> Iterator[str]:
+    """All keys of a JSON value, at any depth."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _keys(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _keys(item)
 
 
 def _same_kind(text: MarkedText, turn: int, prompted: MarkedText) -> bool:
@@ -288,36 +298,39 @@ def _last_turn_opened(text: MarkedText | None, opening: set[str]) -> str:
     return text.tail[at:] if at >= 0 else ""
 
 
-def _matched(text: str, before: int, opening: _Opening) -> int | None:
-    """Where a turn begins whose opening stands in `text` from `before` on, or None."""
-    prompt = opening.text
-    before = past_space(text, before)
-    shared = common_prefix(prompt, text[before : before + len(prompt)])
-    if shared == len(prompt):
-        return before + shared
-    shared = _whole_tags(prompt, shared)
-    tags = [*REASONING_TAG.finditer(prompt, opening.prompt, shared)]
+def _matched(text: str, at: int, opening: str, prompt: int) -> int | None:
+    """Where a turn begins whose opening stands in `text` from `at` on, or None.
+
+    Of `opening` what follows the index `prompt` is the generation prompt. The turn may go on
+    otherwise with the reasoning that the prompt begins, but not with the header before it.
+    """
+    shared = common_prefix(opening, text[at : at + len(opening)])
+    if shared == len(opening):
+        return at + shared
+    shared = _whole_tags(opening, shared)
+    tags = [*REASONING_TAG.finditer(opening, prompt, shared)]
     if tags and not closes_reasoning(tags[-1].group()):
         # The prompt goes on otherwise with the reasoning: the model must write all of it.
         shared = tags[-1].start()
-    rest_is_space = not prompt[opening.prompt :].strip()
-    if shared > opening.prompt or (rest_is_space and shared >= opening.prompt):
-        return before + shared
-    return None
+    header = _header(opening[prompt:])
+    return at + shared if shared >= prompt + len(header) else None
 
 
-def _behind_header(text: str, before: int, first: int, opening: _Opening) -> int | None:
-    """Where a turn begins whose header stands somewhere between `before` and its text."""
-    headers = [h for h in (opening.text[opening.prompt :], opening.header) if h.strip()]
-    for header in headers:
-        at = text.rfind(header, before, first)
-        if at >= 0:
-            return at + len(header)
-    for header in headers:
+def _header(prompt: str) -> str:
+    """What of a generation prompt precedes the reasoning that it begins or closes."""
+    tag = REASONING_TAG.search(prompt)
+    return (prompt[: tag.start()] if tag is not None else prompt).rstrip()
+
+
+def _header_index(text: str, before: int, first: int, prompt: str) -> int | None:
+    """Where the header of a turn begins, somewhere between `before` and its text."""
+    header = _header(prompt)
+    if not header:
+        return None
+    at = text.rfind(header, before, first)
+    if at < 0:
         at = text.find(header, before, first + len(header))
-        if at >= 0:
-            return at + len(header)
-    return None
+    return at if at >= 0 else None
 
 
 def past_space(text: str, start: int) -> int:

@@ -202,3 +202,28 @@ def test_what_the_template_leaves_out_is_told(
     qwen3 = tokenizers_by_family["qwen3"].chat_template.locate(messages)
     assert qwen3.left_out == {1: {"reasoning"}}
     assert json.dumps(messages).count("R1") == 1
+
+
+def test_an_empty_question_later_does_not_shift_the_answer() -> None:
+    template = chat("{{ '<|im_start|>assistant\n' + m.content + '<|im_end|>\n' }}")
+    answers = ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"]
+    assert trained(template, say("Q", "one", "", "two", "", "three")) == answers
+    assert trained(template, say("", "one", "Q", "two", " ", "three")) == answers
+
+
+def test_end_tokens_among_the_keys_of_arguments_do_not_end_the_turn() -> None:
+    template = chat(
+        "{{ '<|im_start|>assistant\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\n' }}"
+    )
+
+    def turn(**arguments: Any) -> dict[str, Any]:
+        function = {"name": "f", "arguments": arguments}
+        return {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+
+    odd = turn(**{"a": "x", "<|im_end|>": {"<|im_end|>": 1}})
+    asks = say("Q")
+    messages = [*asks, turn(a=1), *asks, odd, *asks, turn(a="b"), *asks]
+    spans = trained(template, messages)
+    assert [span.count("<|im_end|>") for span in spans] == [1, 3, 1]
+    assert all(span.endswith("}}<|im_end|>") for span in spans)
