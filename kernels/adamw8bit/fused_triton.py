@@ -252,7 +252,7 @@ def adamw_kernel(
         number = tl.load(entry + 7)
         random = _random_bits(seed, index, number, tl.load(steps + number))
         tl.store(param, _to_bf16(p, random), mask=mask)
-    elif tl.bfloat16 == PARAM:
+    elif PARAM == tl.bfloat16:
         # To nearest even by hand: the interpreter's cast to bf16 cuts bits off.
         to_nearest = 0x7FFF + ((p.to(tl.uint32, bitcast=True) >> 16) & 1)
         tl.store(param, _to_bf16(p, to_nearest), mask=mask)

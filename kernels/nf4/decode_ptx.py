@@ -213,7 +213,7 @@ def code_value(code):
 @jit
 def _byte_planes(scale, DTYPE: tl.constexpr):
     """The 8 table registers (uint32) of each fp32 scale."""
-    table: tl.constexpr = _TABLE_BF16 if tl.bfloat16 == DTYPE else _TABLE_FP16
+    table: tl.constexpr = _TABLE_BF16 if DTYPE == tl.bfloat16 else _TABLE_FP16
     return tl.inline_asm_elementwise(
         table, _TABLE_CONSTRAINTS, [scale], is_pure=True, pack=1,
         dtype=(
@@ -261,7 +261,7 @@ def decode_plane_words(codes, scale, DTYPE: tl.constexpr):
 @jit
 def _rounded(value, DTYPE: tl.constexpr):
     """fp32 to DTYPE, to nearest even. Bit by bit for bf16: the interpreter's cast cuts bits off."""
-    if tl.bfloat16 == DTYPE:
+    if DTYPE == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -283,7 +283,7 @@ def decode_planes(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
     """planar words int16 (R, C), scale fp32 (R, 1) -> the four planes (R, C) in DTYPE."""
     # pack=2: two neighbouring codes of a row share a register, and so do the two values of a
     # result, which is how tensor cores read them.
-    if PTX and tl.bfloat16 == DTYPE:
+    if PTX and DTYPE == tl.bfloat16:
         t0, t1, t2, t3, t4, t5, t6, t7 = _byte_planes(scale, DTYPE)
         return tl.inline_asm_elementwise(
             _PACKED_PLANES,
@@ -293,7 +293,7 @@ def decode_planes(words, scale, DTYPE: tl.constexpr, PTX: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    elif PTX and tl.float16 == DTYPE:
+    elif PTX and DTYPE == tl.float16:
         t0, t1, t2, t3, t4, t5, t6, t7 = _byte_planes(scale, DTYPE)
         return tl.inline_asm_elementwise(
             _PACKED_PLANES,

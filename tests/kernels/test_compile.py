@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -125,6 +127,17 @@ def test_a_kernel_that_leaves_the_tensor_cores_is_a_regression() -> None:
     assert regressions([replace(GOOD, tensor_core="HGMMA")], {GOOD.key: before}) == []
     (fault,) = regressions([GOOD], {GOOD.key: before})
     assert "lost its tensor-core instructions (HMMA)" in fault
+
+
+def test_a_type_is_compared_from_the_side_that_every_triton_understands() -> None:
+    """Triton 3.3 takes `tl.bfloat16 == DTYPE` for false, and decoded bf16 by fp16's table."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / "kernels").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare) and re.fullmatch(r"tl\.\w+", ast.unparse(node.left))
+    ]
+    assert not wrong
 
 
 def test_inline_sequences_that_mix_rows_are_faults() -> None:
