@@ -12,6 +12,7 @@ from engine.selfcheck import attention, kernels, machine, steps
 from engine.selfcheck.options import CheckOptions, Finding, not_run
 from kernels.attention.table import BACKENDS
 
+RANKS = (4, 8, 16, 64)
 _REFERENCE = "ENGINE_REFERENCE={} runs plain torch in its stead, more slowly"
 _ATTENTION = "ENGINE_ATTENTION={} takes another back end"
 
@@ -42,9 +43,18 @@ def _kernel(modules: str, *ops: str, **options: Any) -> SelfCheck:
 
 
 def _rank(rank: int) -> SelfCheck:
-    ops = ("lora_qkv", "lora_mlp", "decoder_layer")
-    remedy = "another --lora-rank (8, 16, 32 and 64 are checked here too)"
-    return SelfCheck(kernels.kernel_check(*ops, rank=rank), remedy)
+    products = kernels.kernel_check("lora_qkv", "lora_mlp", rank=rank)
+    step = steps.model_check(steps.DENSE, lora_rank=rank)
+
+    def run(options: CheckOptions) -> Finding:
+        finding = products(options)
+        if not finding["passed"]:
+            return finding
+        whole = step(options)
+        return whole | {"detail": f"{finding['detail']}; a step: {whole['detail']}"}
+
+    others = ", ".join(str(other) for other in RANKS if other != rank)
+    return SelfCheck(run, f"another --lora-rank: {others} are checked here too")
 
 
 def _attention(name: str) -> SelfCheck:
@@ -88,7 +98,7 @@ CHECKS: dict[str, SelfCheck] = {
     "dropout": _kernel("dropout", "dropout", "lora_dropout"),
     "bias": SelfCheck(kernels.kernel_check("lora_bias"), _ALL),
     "DoRA": SelfCheck(kernels.kernel_check("dora"), "leave out --use-dora"),
-    **{f"rank {rank}": _rank(rank) for rank in (4, 8, 16, 64)},
+    **{f"rank {rank}": _rank(rank) for rank in RANKS},
     "mixture": _kernel("moe", "mixture", model=kernels.MIXTURE),
     "gated delta rule": _kernel("delta_net", "gated_delta", **_HYBRID),
     "causal convolution": _kernel("delta_net", "causal_conv1d", **_HYBRID),

@@ -16,7 +16,7 @@ from cli.tools.doctor import app
 from engine.errors import ConfigError
 from engine.selfcheck.attention import backend_check
 from engine.selfcheck.checks import CHECKS
-from engine.selfcheck.kernels import judge
+from engine.selfcheck.kernels import judge, settled
 from engine.selfcheck.options import CheckOptions
 from engine.selfcheck.report import CheckResult, failures, run_checks
 from engine.selfcheck.steps import run_config
@@ -154,3 +154,22 @@ def test_the_steps_that_are_checked_have_the_settings_of_train() -> None:
 
 def test_a_case_without_outputs_can_fail_too() -> None:
     assert judge({"optimizer": {"passed": False, "codes_apart": 0.5}})["passed"] is False
+
+
+def test_bad_luck_is_drawn_again_and_a_fault_is_not() -> None:
+    def drawn(*errors: float) -> tuple[bool, int]:
+        left, calls = list(errors), []
+
+        def check() -> dict[str, Any]:
+            calls.append(1)
+            error = left.pop(0)
+            entry = {"ours": error, "plain": 1.0, "ulp": 0.1, "passed": error <= 2.1}
+            return {"outputs": {"y": entry}, "passed": entry["passed"]}
+
+        return settled(check)["passed"], len(calls)
+
+    assert drawn(1.0) == (True, 1)
+    assert drawn(2.2, 1.0) == (True, 2)
+    assert drawn(2.2, 2.3, 2.2) == (False, 3)
+    assert drawn(9.0) == (False, 1)
+    assert drawn(float("nan")) == (False, 1)
