@@ -8,6 +8,7 @@ shape that the configuration asks for. Pickles are never read.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,14 @@ from engine.errors import CheckpointError, listing
 from engine.model_sources.interface.checks import match_tensors, quick_digest
 from engine.model_sources.model_files import ModelFiles, folder_hint
 from engine.model_sources.safetensors.file import SafetensorsFile
+from engine.model_sources.stored_tensors import (
+    Home,
+    StoredTensor,
+    are_quantised,
+    drop_unused,
+    settle_head,
+    stored_tensors,
+)
 from engine.storage.safe_files import is_pickle, read_json_object, refuse_pickle
 from models.config.model_config import ModelConfig
 from models.tensor_layout import Layout, carried_prefixes
@@ -27,8 +36,8 @@ from models.tensor_names import expected_tensors
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"[\w.\-]+\.safetensors")
-# A buffer that old files carry and that follows from the configuration.
-_DERIVED = ".rotary_emb.inv_freq"
+
+log = logging.getLogger(__name__)
 
 
 class HFDirectory(ModelFiles):
@@ -41,32 +50,52 @@ class HFDirectory(ModelFiles):
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self._files = self._open_weights()
-        if _has_own_head(self.raw_config, self.config, self._files):
-            self.config = replace(self.config, tie_word_embeddings=False)
-        self._home = _select(self._files, self.config, str(self.path))
+        self._judge_quantisation()
+        home = stored_tensors(self._files, self.config)
+        tied = settle_head(
+            home, self.config, untied=_is_untied(self.raw_config, self.config), source=str(path)
+        )
+        self.config = replace(self.config, tie_word_embeddings=tied)
+        self._home = _select(home, self.config, str(self.path))
 
     def names(self) -> list[str]:
         return list(self._home)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file(name).shape(name)
+        return self._stored(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._file(name).dtype(name)
+        return self._stored(name).dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        return self._file(name).tensor(name)
+        return self._stored(name).tensor()
 
     def release(self, name: str) -> None:
-        self._file(name).release(name)
+        self._stored(name).release()
 
     def digest(self) -> str:
         return quick_digest(self.raw_config, [file.path for file in self._files])
 
-    def _file(self, name: str) -> SafetensorsFile:
+    def _stored(self, name: str) -> StoredTensor:
         if name not in self._home:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
         return self._home[name]
+
+    def _judge_quantisation(self) -> None:
+        """Refuse quantised weights; a note of them beside 16-bit weights is left over."""
+        noted = self.raw_config.get("quantization_config")
+        method = noted.get("quant_method", "?") if isinstance(noted, dict) else noted
+        if are_quantised(self._files, bool(noted)):
+            how = method or "by no named method"
+            raise CheckpointError(
+                f"{self.path}: the weights are stored quantised ({how}), which is not read. Take "
+                "the model's original 16-bit files; quantisation happens here, while they load."
+            )
+        if noted:
+            log.warning(
+                "%s: quantization_config (%s) is ignored: the weights are not quantised",
+                self.path, method,
+            )  # fmt: skip
 
     def _open_weights(self) -> list[SafetensorsFile]:
         if (self.path / WEIGHTS).exists():
@@ -115,34 +144,25 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     return files
 
 
-def _has_own_head(raw: dict[str, Any], config: ModelConfig, files: list[SafetensorsFile]) -> bool:
-    """Whether a head that only `text_config` calls tied stands in the files all the same.
+def _is_untied(raw: dict[str, Any], config: ModelConfig) -> bool:
+    """Whether a stored head counts although `text_config` alone calls it tied.
 
     transformers takes the flag from the outer part of such a configuration, and reads its absence
     there as untied.
     """
-    if not config.nested or not config.tie_word_embeddings or "tie_word_embeddings" in raw:
-        return False
-    return any("lm_head.weight" in file.keys() for file in files)  # noqa: SIM118
+    return config.nested and "tie_word_embeddings" not in raw
 
 
-def _select(
-    files: list[SafetensorsFile], config: ModelConfig, source: str
-) -> dict[str, SafetensorsFile]:
-    """Tensor name -> file, for exactly the tensors of a model of `config`, in its order.
+def _select(home: Home, config: ModelConfig, source: str) -> Home:
+    """Of `home` exactly the tensors of a model of `config`, in its order.
 
     After them come those of the model's other parts (vision, multi-token prediction), if any.
     """
-    home = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-    ignored = [name for name in home if name.endswith(_DERIVED)]
-    if config.tie_word_embeddings and "lm_head.weight" in home:
-        ignored.append("lm_head.weight")
-    for name in ignored:
-        del home[name]
     carried = {n: home.pop(n) for n in list(home) if n.startswith(carried_prefixes(config))}
     expected = expected_tensors(config, Layout.of_names(config, home))
-    match_tensors({name: file.shape(name) for name, file in home.items()}, expected, source)
-    odd = [name for name, file in home.items() if not file.dtype(name).is_floating_point]
+    drop_unused(home, expected, config, source)
+    match_tensors({name: stored.shape for name, stored in home.items()}, expected, source)
+    odd = [name for name in expected if not home[name].dtype.is_floating_point]
     if odd:
         raise CheckpointError(
             f"{source}: {len(odd)} weights are not floating point numbers: {listing(odd)}. "

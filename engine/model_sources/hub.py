@@ -8,6 +8,7 @@ safetensors files; pickles, other formats and original checkpoints stay where th
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -33,8 +34,11 @@ _IGNORED = (
 )
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
 _GGUF_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)")
+
+log = logging.getLogger(__name__)
 
 
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -92,6 +96,8 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
         cached = _call(repository, revision, file, weights, local_files_only=True)
         if file is not None or _complete(cached, weights):
             return cached
+        if weights and _complete(cached, weights, tokenizer=False):
+            return _completed(repository, revision, cached)
     except LocalEntryNotFoundError:
         cached = None
     except HFValidationError as error:
@@ -116,6 +122,20 @@ def _refuse_lost_run(name: str) -> None:
         raise ConfigError(
             f"There is no {name}. {folder}/ holds the runs {', '.join(runs[-8:])}. Check the name."
         )
+
+
+def _completed(repository: str, revision: str | None, cached: Path) -> Path:
+    """A cached model that lacks only its tokenizer, fetched again if the hub can be reached."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return _call(repository, revision, None, True, local_files_only=False)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        log.warning(
+            "%s has no tokenizer in the cache, and the hub cannot be asked for it (%s)",
+            repository, (str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+        )  # fmt: skip
+        return cached
 
 
 def _call(
@@ -145,15 +165,17 @@ def _call(
     )
 
 
-def _complete(folder: Path, weights: bool) -> bool:
-    """Whether a snapshot in the cache holds a configuration and every weight file it names.
+def _complete(folder: Path, weights: bool, *, tokenizer: bool = True) -> bool:
+    """Whether a snapshot in the cache holds a configuration, a tokenizer and all weight files.
 
-    Without `weights`, whether it holds a configuration and a tokenizer.
+    Without `weights` or `tokenizer`, whether it holds the rest.
     """
     if not (folder / "config.json").exists():
         return False
+    if tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
+        return False
     if not weights:
-        return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+        return True
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return (folder / "model.safetensors").exists()

@@ -107,6 +107,7 @@ def folder_hint(folder: Path) -> str:
             f" It is a run that trained an adapter: name its base model here, and `{folder}` as "
             "adapter; or merge them first with `engine merge`."
         )
-    if len(list(folder.glob("*.gguf"))) > 1:
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(files) > 1:
         return " It holds several GGUF files: name one of them."
-    return ""
+    return f" It holds a GGUF file: give it as --model {folder / files[0]}" if files else ""

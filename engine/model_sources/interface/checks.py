@@ -16,13 +16,6 @@ from models.config.model_config import ModelConfig
 
 def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
     """`ModelConfig.from_dict`, whose complaint becomes a `ConfigError` that names `source`."""
-    quantised = raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        raise ConfigError(
-            f"{source}: the weights are stored quantised ({method}), which is not read. Take the "
-            "model's original 16-bit files; quantisation happens here, while they are loaded."
-        )
     try:
         return ModelConfig.from_dict(raw)
     except ValueError as error:

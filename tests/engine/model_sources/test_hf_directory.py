@@ -29,6 +29,10 @@ def edit_weights(
     save_file({k: v.contiguous() for k, v in tensors.items()}, folder / name, {"format": "pt"})
 
 
+def tie_head(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+
+
 def shard(folder: Path) -> dict[str, str]:
     """Split the weights over two files with an index; returns the weight map."""
     tensors = load_file(folder / WEIGHTS)
@@ -107,8 +111,21 @@ def test_an_unusable_config_is_named(model_copy: Copy, content: str, words: str)
 def test_quantised_weights_are_refused_by_their_method(model_copy: Copy) -> None:
     folder = model_copy("llama")
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ConfigError, match=r"stored quantised \(gptq\)"):
+    name = "model.layers.0.mlp.up_proj.qweight"
+    edit_weights(folder, lambda t: t.update({name: torch.ones(8, 8, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=r"stored quantised \(gptq\)"):
         HFDirectory(folder)
+
+
+@pytest.mark.parametrize("noted", [{"quant_method": "bitsandbytes", "load_in_4bit": True}, "fp8"])
+def test_a_note_of_quantisation_beside_plain_weights_is_a_warning(
+    model_copy: Copy, golden: Copy, noted: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model_copy("llama")
+    edit_json(folder / "config.json", quantization_config=noted)
+    assert HFDirectory(folder).names() == HFDirectory(golden("llama")).names()
+    assert len(caplog.records) == 1
+    assert "the weights are not quantised" in caplog.text
 
 
 def test_a_folder_without_weights_says_what_is_missing(model_copy: Copy) -> None:
@@ -268,20 +285,14 @@ def test_derived_buffers_are_ignored(model_copy: Copy) -> None:
     assert name not in HFDirectory(folder).names()
 
 
-def test_a_head_beside_a_tied_embedding_is_ignored(model_copy: Copy) -> None:
-    folder = model_copy("llama3")
-    edit_weights(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(3)}))
-    checkpoint = HFDirectory(folder)
-    assert checkpoint.config.tie_word_embeddings
-    assert "lm_head.weight" not in checkpoint.names()
-
-
 def test_a_head_that_only_the_inner_part_calls_tied_is_read(tmp_path: Path, golden: Copy) -> None:
     raw = json.loads((golden("qwen3_5_vl") / "config.json").read_text())
     raw["text_config"]["tie_word_embeddings"] = True
     for outer, tied in (({}, False), ({"tie_word_embeddings": True}, True)):
         folder = tmp_path / str(tied)
         shutil.copytree(golden("qwen3_5_vl"), folder)
+        if tied:
+            edit_weights(folder, tie_head)
         inner = {k: v for k, v in raw.items() if k != "tie_word_embeddings"}
         (folder / "config.json").write_text(json.dumps(inner | outer))
         checkpoint = HFDirectory(folder)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.hub import resolve
 from engine.model_sources.open import open_model_source
 
@@ -91,6 +91,42 @@ def test_half_a_model_in_the_cache_is_fetched_again(
     with pytest.raises(ConfigError, match=r"only partly in the cache.*\(no route to host\)"):
         resolve("org/tiny")
     assert calls == [True, False]
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_model_without_a_tokenizer_in_the_cache_is_fetched_again(
+    cache: Path,
+    golden: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    online: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
+    original, calls = huggingface_hub.snapshot_download, list[bool]()
+
+    def record(repository: str, *, local_files_only: bool, **kwargs: Any) -> object:
+        calls.append(local_files_only)
+        if local_files_only:
+            return original(repository, local_files_only=True, **kwargs)
+        if not online:
+            raise OSError("no route to host\nsecond line")
+        (snapshot / "tokenizer.json").write_text("{}")
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
+    for _ in range(2):
+        assert resolve("org/tiny") == snapshot
+    assert calls == ([True, False, True] if online else [True, False] * 2)
+    assert ("cannot be asked for it (no route to host)" in caplog.text) is not online
+
+
+def test_a_folder_with_a_configuration_and_a_gguf_file_says_what_to_do(
+    tmp_path: Path, golden: Callable[[str], Path]
+) -> None:
+    shutil.copy(golden("llama") / "config.json", tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=rf"give it as --model {tmp_path}/model.gguf"):
+        open_model_source(tmp_path)
 
 
 def test_a_download_takes_no_pickles_or_duplicates(
