@@ -121,7 +121,7 @@ class Sampling(Settings):
         0.0, "Sampling", "only tokens at least this share as likely as the likeliest", ge=0, le=1
     )
     repetition_penalty: float = setting(1.0, "Sampling", "1 is none", gt=0)
-    seed: int = setting(0, "Sampling", "of the drawing")
+    seed: int = setting(0, "Sampling", "of the drawing", ge=-(2**63), lt=2**64)
 
 
 class GenerateSettings(Sampling, OneModel):
