@@ -10,9 +10,13 @@ def merge_adapter(call: Call) -> None:
     from engine.verbs.merge import merge
 
     result = merge(**dict(settings))
-    figures = {"merged": result.merged, "tensors": result.written.tensors}
+    figures: dict[str, float] = {"merged": result.merged, "tensors": result.written.tensors}
+    figures |= result.check
     if not call.print_json({"output": str(result.output)} | figures):
         print(f"Merged {result.merged} of {result.written.tensors} tensors into: {result.output}")
+        if result.check:
+            before, after = result.check.values()
+            print(f"perplexity {after:.4f}, of the adapter as it was trained {before:.4f}")
 
 
 app = make_app((Verb("merge", (MergeSettings,)), merge_adapter))

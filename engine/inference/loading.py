@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from engine.config.tasks.inference import OneModel
 from engine.device import resolve_device, resolve_dtype
+from engine.model_sources.adapter.provenance import base_name, say_base
+from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
 from models.decoder import Decoder
+
+
+def check_adapter(settings: OneModel) -> None:
+    """Raises `CheckpointError` or `ConfigError` where the adapter of `settings` is not there."""
+    if settings.adapter is not None:
+        adapter_path(settings.adapter)
 
 
 def load_decoder(
@@ -20,6 +28,9 @@ def load_decoder(
     """
     device = resolve_device(settings.device)
     both = None if settings.adapter is None else adapted(source, settings.adapter)
+    if both is not None:
+        used = base_name(settings.quantize, double_quant)
+        say_base(both.adapter.path, used, "--quantize chooses the base, as training had it")
     decoder = build_model(
         both or source,
         quantization=settings.quantize,

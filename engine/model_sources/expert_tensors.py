@@ -66,7 +66,7 @@ class StoredExperts:
                 shapes[name.removesuffix(".weight")] = source.shape(name)
         return shapes
 
-    def through_nf4(self, name: str) -> torch.Tensor:
+    def through_nf4(self, name: str, double_quant: bool = True) -> torch.Tensor:
         """Tensor `name` as 4-bit training saw it: all experts of a projection share its scales.
 
         Keeps the layer's decoded experts, since a divided file's next tensors are among them.
@@ -75,6 +75,9 @@ class StoredExperts:
         if name not in self._decoded:
             whole = self.layout.assemble(graph_name, shape, self._source.tensor)
             halves = whole.chunk(2, 1) if graph_name.endswith("gate_up_proj") else (whole,)
-            decoded = [dequantize(quantize(half), dtype=torch.float32) for half in halves]
+            decoded = [
+                dequantize(quantize(half, double_quant=double_quant), dtype=torch.float32)
+                for half in halves
+            ]
             self._decoded = self.layout.divide(graph_name, torch.cat(decoded, 1))
         return self._decoded[name]

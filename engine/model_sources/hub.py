@@ -58,7 +58,7 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         parts = [f"{folder}/{part}" if folder else part for part in part_names(name)]
         fetched = {part: _fetch(file[1], revision, part) for part in parts}
         return fetched[file[2]]
-    if _REPOSITORY.fullmatch(model) is None or path.suffix == ".gguf":
+    if not is_hub_id(model) or path.suffix == ".gguf":
         raise ConfigError(
             f"There is no file or folder {model!r}, and it is not a hub id, which looks like "
             "organisation/name. Check the path."
@@ -72,8 +72,8 @@ def fetch_config(repository: str, revision: str | None = None) -> Path:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` looks like organisation/name."""
-    return _REPOSITORY.fullmatch(name) is not None
+    """Whether `name` looks like organisation/name, and not like a path below a folder here."""
+    return _REPOSITORY.fullmatch(name) is not None and not Path(name).parent.is_dir()
 
 
 def fetch_adapter(repository: str) -> Path:

@@ -13,7 +13,7 @@ from engine.data.examples import build_examples, check_ids
 from engine.data.loader import split_heldout
 from engine.data.rows import Row
 from engine.device import resolve_device
-from engine.inference.loading import load_decoder
+from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
@@ -45,6 +45,7 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     """
     device = resolve_device(settings.device)  # refused before any file is read
     data_files(settings.data)
+    check_adapter(settings)
     source = open_model_source(settings.model)
     examples, _ = build_examples(
         _rows(settings),

@@ -102,8 +102,8 @@ def forge(
     elif options:
         settings = given_settings(ForgeSettings, settings, options)
     started, root = time.time(), settings.output_dir
-    known = identity(settings)
     _check(settings)
+    known = identity(settings)
     check_job(root, known, resume=resume, renamed=RENAMED)
     make_directory(root)
     parameters = settings.model_dump(mode="json")

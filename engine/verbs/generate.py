@@ -10,7 +10,7 @@ from typing import Any
 from engine.config.tasks.inference import GenerateSettings
 from engine.device import resolve_device
 from engine.inference.generation import GenerateResult, complete, prompt_ids, stop_ids_of
-from engine.inference.loading import load_decoder
+from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.open import open_model_source
@@ -42,6 +42,7 @@ def answer(
     be read.
     """
     device = resolve_device(settings.device)  # refused before any file is read
+    check_adapter(settings)
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
     adapter = None if settings.adapter is None else adapter_path(settings.adapter)

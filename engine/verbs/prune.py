@@ -16,6 +16,7 @@ from typing import Any
 from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
+from engine.data.dataset import data_files
 from engine.errors import ConfigError
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.gguf.source import type_to_write
@@ -78,6 +79,8 @@ def prune(
         )
     if output is not None:
         durable.refuse_occupied(Path(output))
+    if settings.data:
+        data_files(settings.data)
     source = open_model_source(model)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)

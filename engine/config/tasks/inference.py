@@ -143,6 +143,9 @@ class MergeSettings(Settings):
     onto: MergeOnto = setting(
         "original", "Output", "the weights as they are, or as 4-bit training saw them"
     )
+    check: Paths = setting(
+        (), "Output", "rows on which to compare the result with the adapter as trained", repeat=True
+    )
     dtype: Annotated[StoredType | None, spelled(DTYPES)] = setting(
         None, "Output", "type of all tensors; by default each keeps its own"
     )

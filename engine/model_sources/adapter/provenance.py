@@ -6,6 +6,7 @@ trained, and in which type the step was computed. PEFT and other programs pass i
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from engine.storage import durable
 from engine.storage.safe_files import read_json_object
 
 BASE_FILE = "base.json"
+
+log = logging.getLogger(__name__)
 
 
 def write_base(directory: Path, record: dict[str, Any]) -> None:
@@ -32,3 +35,30 @@ def read_base(directory: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read ({error}); delete it to go on by the base's name alone."
         ) from error
+
+
+def base_name(quantization: str | None, double_quant: bool | None = True) -> str:
+    """Words for the weights that an adapter is used on, or was trained on."""
+    if quantization is None:
+        return "the original weights"
+    if quantization != "nf4":
+        return f"{quantization} weights"
+    return "NF4 weights" if double_quant in (True, None) else "NF4 weights with plain scales"
+
+
+def say_base(directory: Path, used: str, advice: str) -> str | None:
+    """Say which base is `used`, and warn where the adapter was trained on another.
+
+    Returns the base that it was trained on; None where the adapter does not say.
+    """
+    log.info("The adapter is used on %s", used)
+    record = read_base(directory)
+    if "quantization" not in record:
+        return None
+    trained = base_name(record["quantization"], record.get("double_quant"))
+    if trained != used:
+        log.warning(
+            "the adapter was trained on %s and is used on %s, where it may do worse: %s",
+            trained, used, advice,
+        )  # fmt: skip
+    return trained

@@ -7,9 +7,13 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import constants
 
 from engine.errors import CheckpointError, ConfigError
+from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.peft import load_adapter, save_adapter
+from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.hub import resolve
 from engine.model_sources.open import open_model_source
 
@@ -186,6 +190,29 @@ def test_what_is_neither_a_path_nor_an_id_is_refused_without_the_hub(
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     with pytest.raises(ConfigError, match="no file or folder"):
         resolve(name)
+
+
+def test_a_path_below_a_folder_of_this_machine_is_no_id(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no file or folder 'runs/absent'"):
+        resolve("runs/absent")
+    with pytest.raises(ConfigError, match="no adapter 'runs/absent'"):
+        adapter_path("runs/absent")
+
+
+def test_an_adapter_of_the_hub_is_used_from_the_cache(
+    cache: Path, golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = AdapterConfig(r=1, lora_alpha=1, target_modules=["q_proj"])
+    save_adapter(tmp_path / "a", config, {"model.q_proj": (torch.ones(1, 2), torch.ones(2, 1))})
+    snapshot = fill(cache, tmp_path / "a", ("adapter_config.json", "adapter_model.safetensors"))
+    assert adapter_path("org/tiny") == snapshot
+    assert load_adapter(adapter_path("org/tiny")).pairs.keys() == {"model.q_proj"}
+    with pytest.raises(ConfigError, match=r"'org/other' is no path .* is not in the cache"):
+        adapter_path("org/other")
 
 
 def test_a_network_error_is_a_config_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
