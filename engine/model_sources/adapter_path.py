@@ -1,11 +1,12 @@
-"""Resolve the name of an adapter: folder, run or hub id."""
+"""Read the adapter of a folder, run, GGUF file or hub id."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.peft import CONFIG
+from engine.model_sources.adapter.gguf_lora import load_gguf_adapter
+from engine.model_sources.adapter.peft import CONFIG, Adapter, load_adapter
 from engine.model_sources.hub import fetch_adapter, is_hub_id
 
 _IN_RUN = "adapter"
@@ -31,6 +32,12 @@ def adapter_path(name: Path | str) -> Path:
         f"There is no adapter {str(name)!r}: no such folder, and it is not a hub id, which looks "
         "like organisation/name. Check the path."
     )
+
+
+def open_adapter(name: Path | str) -> Adapter:
+    """Read the adapter that `name` means, in PEFT's or llama.cpp's format. Raises as above."""
+    path = adapter_path(name)
+    return load_gguf_adapter(path) if path.is_file() else load_adapter(path)
 
 
 def _instead(path: Path) -> str:

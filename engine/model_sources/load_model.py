@@ -218,10 +218,9 @@ def adapted(source: ModelSource, adapter: Path | str) -> AdaptedSource:
     Raises `CheckpointError` where its modules or shapes do not fit the model.
     """
     from engine.model_sources.adapter.adapted_source import AdaptedSource
-    from engine.model_sources.adapter.peft import load_adapter
-    from engine.model_sources.adapter_path import adapter_path
+    from engine.model_sources.adapter_path import open_adapter
 
-    return AdaptedSource(source, load_adapter(adapter_path(adapter)))
+    return AdaptedSource(source, open_adapter(adapter))
 
 
 def attach_adapter(model: Decoder, source: AdaptedSource) -> None:

@@ -17,8 +17,8 @@ from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.dataset import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.peft import Adapter, load_adapter
-from engine.model_sources.adapter_path import adapter_path
+from engine.model_sources.adapter.peft import Adapter
+from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.open import describe_model
 from engine.runs.output import check_output
 from engine.runs.trackers import require_trackers
@@ -50,7 +50,7 @@ def check_request(config: TrainConfig, machine: Machine | None = None) -> Machin
         if paths and paths != NO_DATA:
             data_files(list(paths))
     if config.init_adapter is not None:
-        load_adapter(adapter_path(config.init_adapter))
+        open_adapter(config.init_adapter)
     return machine
 
 

@@ -11,10 +11,10 @@ from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, EngineError
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.fit import check_fit
-from engine.model_sources.adapter.peft import Adapter, load_adapter, uniform
+from engine.model_sources.adapter.peft import Adapter, uniform
 from engine.model_sources.adapter.provenance import read_base
 from engine.model_sources.adapter.starting_point import InitAdapter
-from engine.model_sources.adapter_path import adapter_path
+from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.training.trainable import targets_of
 from models.adapters import scale_of
@@ -32,7 +32,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
     if config.init_adapter is None or config.method == "full":
         return config
     try:
-        adapter = load_adapter(adapter_path(config.init_adapter))
+        adapter = open_adapter(config.init_adapter)
     except EngineError:
         return config
     rank, scale = _rank_and_scale(adapter)
@@ -60,7 +60,7 @@ def check_init_adapter(config: TrainConfig, model: ModelConfig) -> Adapter | Non
     """
     if config.init_adapter is None:
         return None
-    adapter = load_adapter(adapter_path(config.init_adapter))
+    adapter = open_adapter(config.init_adapter)
     check_fit(adapter, model, config.model)
     wrong = _unlike(config, adapter, model)
     if wrong:

@@ -25,9 +25,8 @@ from engine.config.tasks.inference import EvalSettings
 from engine.data.dataset import data_files
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.adapted_source import AdaptedSource
-from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
-from engine.model_sources.adapter_path import adapter_path
+from engine.model_sources.adapter_path import adapter_path, open_adapter
 from engine.model_sources.expert_tensors import StoredExperts
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.open import open_model_source
@@ -91,7 +90,7 @@ def merge(
     if check:
         data_files(list(map(str, check)))
     path = adapter_path(adapter)
-    source = AdaptedSource(open_model_source(model), load_adapter(path))
+    source = AdaptedSource(open_model_source(model), open_adapter(path))
     _require_expressible(source)
     record = read_base(path)
     used = base_name("nf4" if onto == "dequantised" else None, record.get("double_quant"))

@@ -23,6 +23,7 @@ from engine.errors import CheckpointError, listing
 from engine.model_sources.adapter.biases import BiasedConfig, with_biases, with_key
 from engine.model_sources.adapter.contents import Pairs
 from engine.model_sources.adapter.fit import ModuleNames, check_fit
+from engine.model_sources.adapter.gguf_lora import in_order
 from engine.model_sources.adapter.initial import initial_base
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.interface.model_source import ModelSource
@@ -46,8 +47,8 @@ class AdaptedSource(ModelSourceView):
 
     def __init__(self, base: ModelSource, adapter: Adapter) -> None:
         super().__init__(base)
-        self.adapter = adapter
         check_fit(adapter, base.config, base.path)
+        self.adapter = adapter = in_order(adapter, base.config)
         self._rename = ModuleNames(base.config, adapter)
         self._layout = Layout.of_names(base.config, base.names())
         self._base_names, self._base_tied = set(base.names()), base.config.tie_word_embeddings

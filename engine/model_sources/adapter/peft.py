@@ -55,13 +55,17 @@ _CARRIED_KEYS = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was read: `pairs` and their `scales` by module, and all `others`."""
+    """An adapter that was read: `pairs` and their `scales` by module, and all `others`.
+
+    `interleaved` says that rows of B are as llama.cpp stores those of the weights.
+    """
 
     path: Path
     config: AdapterConfig
     pairs: Pairs
     scales: dict[str, float]
     others: OtherTensors = field(default_factory=OtherTensors)
+    interleaved: bool = False
 
 
 def save_adapter(

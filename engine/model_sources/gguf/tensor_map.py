@@ -34,7 +34,7 @@ _TOP = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_IN_LAYER = {
+IN_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -66,7 +66,7 @@ _IN_DELTA_NET = {
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(?:(\d+)\.)?(gate|up|down|gate_up)_proj(?:\.weight)?")
-_INTERLEAVED = ("llama", "smollm3")
+INTERLEAVED = ("llama", "smollm3")
 _TILED = ("qwen3_5_text", "qwen3_5_moe_text")
 
 
@@ -121,11 +121,11 @@ def _source(config: ModelConfig, name: str, shape: Shape, present: Mapping[str, 
     if rest.startswith("linear_attn."):
         return _delta_net(config, block, rest.removeprefix("linear_attn."), shape, present)
     module, _, suffix = rest.rpartition(".")
-    theirs = f"{block}{_IN_LAYER[module]}.{suffix}"
+    theirs = f"{block}{IN_LAYER[module]}.{suffix}"
     if module.endswith("norm") and config.zero_centered_norm:
         # These families have a norm behind attention where others have one before the MLP.
         return Source({theirs.replace("ffn_norm", "post_attention_norm"): shape}, _less_one)
-    if module in ("self_attn.q_proj", "self_attn.k_proj") and config.model_type in _INTERLEAVED:
+    if module in ("self_attn.q_proj", "self_attn.k_proj") and config.model_type in INTERLEAVED:
         queries = module == "self_attn.q_proj"
         heads = config.num_attention_heads if queries else config.num_key_value_heads
         return Source({theirs: shape}, partial(undo_permutation, heads=heads))
