@@ -7,7 +7,7 @@ from pathlib import Path
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.gguf_lora import load_gguf_adapter
 from engine.model_sources.adapter.peft import CONFIG, Adapter, load_adapter
-from engine.model_sources.hub import fetch_adapter, is_hub_id
+from engine.model_sources.hub import fetch_adapter, is_hub_id, refuse_lost_run
 
 _IN_RUN = "adapter"
 
@@ -26,6 +26,7 @@ def adapter_path(name: Path | str) -> Path:
         return path / _IN_RUN
     if path.is_dir():
         raise CheckpointError(f"{path} holds no {CONFIG}{_instead(path)}")
+    refuse_lost_run(str(name))
     if is_hub_id(str(name)):
         return fetch_adapter(str(name))
     raise ConfigError(

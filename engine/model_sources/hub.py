@@ -58,6 +58,7 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
         parts = [f"{folder}/{part}" if folder else part for part in part_names(name)]
         fetched = {part: _fetch(file[1], revision, part) for part in parts}
         return fetched[file[2]]
+    refuse_lost_run(model)
     if not is_hub_id(model) or path.suffix == ".gguf":
         raise ConfigError(
             f"There is no file or folder {model!r}, and it is not a hub id, which looks like "
@@ -90,7 +91,6 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
     """From the cache if it is complete there, else from the network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    _refuse_lost_run(repository)
     wanted = repository if revision is None else f"{repository} at {revision}"
     try:
         cached = _call(repository, revision, file, weights, local_files_only=True)
@@ -114,7 +114,7 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
         ) from error
 
 
-def _refuse_lost_run(name: str) -> None:
+def refuse_lost_run(name: str) -> None:
     """Raise `ConfigError` where a name is that of a missing run beside others, and no hub id."""
     folder = Path(name).parent
     runs = sorted(path.parent.name for path in folder.glob("*/manifest.json"))

@@ -30,7 +30,7 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.stops import adapter_stops, with_stops
 from engine.model_sources.interface.view import ModelSourceView
 from kernels.linear.dora import scale_rows_
-from models.tensor_layout import Layout, carried_prefixes
+from models.tensor_layout import NESTED_PREFIX, Layout, carried_prefixes
 from models.tensor_names import PROJECTIONS, expected_tensors
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class AdaptedSource(ModelSourceView):
         self._all_pairs = everything
         self._embeddings = self._rename.all(others.embeddings)
         self._bases = self._rename.all(others.bases)
-        self._copies = self._rename.all(others.copies)
+        self._copies = self._divided(self._rename.all(others.copies))
         self._rows = self._rename.all(others.rows)
         self._set_biases()
         self._set_vocabulary()
@@ -117,6 +117,15 @@ class AdaptedSource(ModelSourceView):
     def _stored(self, name: str) -> str:
         """The base's tensor from which `name` comes."""
         return self.embedding if name == HEAD and HEAD not in self._base_names else name
+
+    def _divided(self, copies: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`copies` as the file divides them: a copied mixture holds all experts in one tensor."""
+        result: dict[str, Tensor] = {}
+        for name, tensor in copies.items():
+            whole = ".mlp.experts." in name and tensor.dim() == 3
+            graph = name.replace(NESTED_PREFIX, "model.")
+            result |= self._layout.divide(graph, tensor) if whole else {name: tensor}
+        return result
 
     def _changed(self) -> set[str]:
         modules = {*self.folded_pairs, *self._embeddings, *self._rows}

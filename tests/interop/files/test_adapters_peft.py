@@ -183,6 +183,26 @@ def test_logits_are_those_of_peft(case: str, family: str, tmp_path: Path) -> Non
     assert float((logits(other) - theirs).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen2_moe", "qwen3_5"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"modules_to_save": ["mlp"]},
+    ],
+)
+def test_mixtures_and_hybrids_have_the_logits_of_peft(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = logits(make_adapter(family, tmp_path / "adapter", **changes))
+    ours = load_model(GOLDEN / family, adapter=tmp_path / "adapter")(IDS)
+    assert float((ours - theirs).abs().max()) <= 3e-5
+    merge(GOLDEN / family, tmp_path / "adapter", tmp_path / "merged")
+    assert float((load_model(tmp_path / "merged")(IDS) - theirs).abs().max()) <= 3e-5
+
+
 def test_there_are_as_many_kinds_as_asked_for() -> None:
     assert len(CASES) >= 34
     assert json.dumps(list(CASES))
