@@ -3,6 +3,8 @@
 Takes every setting of `engine train`; no data and no weights are read.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cli.from_settings import Call, Verb, make_app
@@ -26,10 +28,24 @@ def plan(call: Call) -> int:
         from engine.verbs.plan import plan as plan_run
     if options.max_context:
         return _show_contexts(settings, find_target(settings), call)
-    report = plan_run(settings, options.gpu)
+    with _progress() as tried:
+        report = plan_run(settings, options.gpu, tried)
     if not call.print_json(report.as_dict()):
         print(report.text())
     return 0
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """Show on a terminal how many plans were made; elsewhere nothing."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda made: None
+        return
+    with console.status("Planning") as status:
+        yield lambda made: status.update(f"Planning: {made} combinations of settings tried")
 
 
 def _show_sizes(call: Call) -> int:
@@ -48,8 +64,10 @@ def _show_sizes(call: Call) -> int:
 
 def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     from engine.memory.search import context_table
+    from engine.verbs.plan import told
 
-    table = context_table(settings, target.plan, target.longest_row)
+    with _progress() as tried:
+        table = context_table(settings, told(target.plan, tried), target.longest_row)
     if call.print_json({"max_context": {str(row.gigabytes): row.tokens for row in table}}):
         return 0
     print(f"{target.title}, one row, {settings.method}, all that saves memory")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -90,13 +92,30 @@ def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: Trai
     return resolve_policy(model, config, torch.device("cuda" if gpu else "cpu"), dtype)
 
 
-def plan(config: TrainConfig, gpu: str | None = None) -> PlanReport:
+def told(planner: Planner, tried: Callable[[int], None]) -> Planner:
+    """The same planner, which says how many plans it has made after each of them."""
+    numbers = itertools.count(1)
+
+    def plan_and_tell(config: TrainConfig) -> MemoryPlan:
+        made = planner(config)
+        tried(next(numbers))
+        return made
+
+    return plan_and_tell
+
+
+def plan(
+    config: TrainConfig, gpu: str | None = None, tried: Callable[[int], None] | None = None
+) -> PlanReport:
     """Plan a run: its memory, and the time of a step on `gpu` (a name or TFLOP/s).
 
-    With a memory budget the fastest settings that fit are chosen. Raises `ConfigError` for a model
-    or GPU that is not known, `MemoryPlanError` where nothing fits the budget.
+    With a memory budget the fastest settings that fit are chosen; `tried` is told how many plans
+    were made so far. Raises `ConfigError` for a model or GPU that is not known, `MemoryPlanError`
+    where nothing fits the budget.
     """
     target = find_target(config)
+    if tried is not None:
+        target = replace(target, plan=told(target.plan, tried))
     config = with_cpu_dtype(config, target.gpu, target.model)
     rate = rate_of(gpu) if gpu else target.rate()
     started, choice = time.perf_counter(), None

@@ -17,6 +17,7 @@ from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed, choose, context_table, row_lengths, smallest
+from engine.verbs.plan import told
 from engine.verbs.train import train
 from models.layers.context import layer_policies
 
@@ -270,3 +271,10 @@ def test_policies_for_another_number_of_layers_are_refused_before_weights_are_re
             tmp_path / "run",
             gradient_checkpointing="full:4,none:1",
         )
+
+
+def test_a_search_says_how_many_plans_it_has_made() -> None:
+    made: list[int] = []
+    config = settings(batch_size=1, max_length=512)
+    choice = choose(config, 4 * GB, told(planner("qwen2.5-0.5b"), made.append))
+    assert made == list(range(1, choice.tried + 1))
