@@ -52,7 +52,7 @@ def with_cpu_dtype(
     if earlier is None:
         assert model is not None
         narrow = config.method == "full" or model.hidden_size < NARROWEST
-        earlier = "float32" if narrow else faster_type()
+        earlier = "float32" if narrow else faster_type()[0]
     return config.model_copy(update={"dtype": earlier})
 
 
@@ -73,18 +73,23 @@ def has_bfloat16_products() -> bool:
 
 
 @functools.cache
-def faster_type() -> str:
-    """The type in which this processor multiplies faster; tried for a tenth of a second, once."""
+def faster_type() -> tuple[str, str]:
+    """The type in which this processor multiplies faster, tried for a tenth of a second, and why.
+
+    It is tried once in a process.
+    """
     if not has_bfloat16_products():
-        log.info("computing in float32: this processor has no bfloat16 products")
-        return "float32"
+        return "float32", "this processor has no bfloat16 products"
     rates = product_rates()
     chosen = "bfloat16" if rates["bfloat16"] > _FASTER * rates["float32"] else "float32"
-    log.info(
-        "computing in %s: products run at %.0f GFLOP/s in bfloat16 and %.0f in float32",
-        chosen, rates["bfloat16"] / 1e9, rates["float32"] / 1e9,
-    )  # fmt: skip
-    return chosen
+    wide, narrow = (rates[name] / 1e9 for name in ("float32", "bfloat16"))
+    return chosen, f"products run at {narrow:.0f} GFLOP/s in bfloat16 and {wide:.0f} in float32"
+
+
+def log_choice(dtype: str) -> None:
+    """Log the type that a run on a CPU computes in, and why where it was tried."""
+    why = f": {faster_type()[1]}" if faster_type.cache_info().currsize else ""
+    log.info("computing in %s%s", dtype, why)
 
 
 def product_rates(seconds: float = _SECONDS) -> dict[str, float]:

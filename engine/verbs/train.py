@@ -28,7 +28,7 @@ from engine.runs.output import check_earlier, name_run
 from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers
-from engine.training.cpu_dtype import with_cpu_dtype
+from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import (
@@ -284,6 +284,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         stack.enter_context(_explained(directory.config, prepared))
         run = _Run(directory, prepared, stack)
         directory.begin()
+        if run.device.type == "cpu":
+            log_choice(directory.config.dtype)
         before = run.evaluate_before()
         directory.write_manifest(
             base_digest=prepared.digests["base"],

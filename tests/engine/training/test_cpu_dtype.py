@@ -37,6 +37,16 @@ def test_the_faster_type_is_chosen(rates: dict[str, float], bfloat16: float, wan
     assert with_cpu_dtype(config(), gpu=False, model=WIDE).dtype == wanted
 
 
+def test_the_choice_is_logged_with_its_rates(
+    rates: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        cpu_dtype.log_choice("float32")
+        cpu_dtype.log_choice(with_cpu_dtype(config(), gpu=False, model=WIDE).dtype)
+    assert caplog.messages[0] == "computing in float32"
+    assert "bfloat16: products run at 400 GFLOP/s in bfloat16 and 100" in caplog.messages[1]
+
+
 def test_without_instructions_nothing_is_tried(
     rates: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
