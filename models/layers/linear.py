@@ -62,7 +62,7 @@ class Linear(nn.Module):
             )
         self._parameters.pop("weight", None)
         self.lasting = None
-        for name in ("weight", "_known", "_made_of"):  # the memory of the old one is to be freed
+        for name in ("weight", "_known"):  # the memory of the old one is to be freed
             self.__dict__.pop(name, None)
         if isinstance(weight, Tensor):
             self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
@@ -76,22 +76,26 @@ class Linear(nn.Module):
         """
         own, parameters = self.__dict__, self._parameters
         weight = parameters.get("weight")
-        tensors = (
-            own["weight"] if weight is None else weight,
-            parameters["bias"],
-            parameters["lora_A"],
-            parameters["lora_B"],
-            self.scale,
-            self.dropout,
-            parameters["lora_magnitude_vector"],
-            self.lasting,
-        )
+        if weight is None:
+            weight = own["weight"]
+        bias, magnitude = parameters["bias"], parameters["lora_magnitude_vector"]
+        a, b, scale, dropout = parameters["lora_A"], parameters["lora_B"], self.scale, self.dropout
+        lasting = self.lasting
         known: Projection | None = own.get("_known")
-        if known is None or any(
-            new is not old for new, old in zip(tensors, own["_made_of"], strict=True)
+        if (
+            known is None
+            or known.weight is not weight
+            or known.bias is not bias
+            or known.lora_a is not a
+            or known.lora_b is not b
+            or known.scale != scale
+            or known.dropout != dropout
+            or known.magnitude is not magnitude
+            or known.lasting is not lasting
         ):
-            known = Projection(*tensors)
-            own["_known"], own["_made_of"] = known, tensors
+            known = own["_known"] = Projection(
+                weight, bias, a, b, scale, dropout, magnitude, lasting
+            )
         return known
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
