@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.models.generate", "answer a prompt"),
     "merge": ("cli.models.merge", "write a model with an adapter merged into its weights"),
+    "export": ("cli.models.export", "write a model or adapter for llama.cpp and Ollama"),
     "prune": ("cli.models.prune", "remove the least important attention heads"),
     "forge": ("cli.models.forge", "prune, fine-tune and judge, cycle after cycle"),
     "data": ("cli.tools.data", "check, show and make training data"),

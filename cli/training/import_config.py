@@ -12,8 +12,8 @@ def import_config(call: Call) -> None:
     What has no counterpart here is listed, with the reason.
     """
     settings = call.read(ImportSettings)
+    from engine.config.programs import as_yaml as verb
     from engine.storage import durable
-    from engine.verbs import import_config as verb
 
     result = verb.import_config(settings.file, settings.program)
     text, refusal = verb.as_yaml(result, settings.file), verb.refusal(result)

@@ -26,6 +26,7 @@ Optimizer = Literal["adamw8bit", "adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 Tracker = Literal["tensorboard", "wandb"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"]
 Program = Literal["axolotl", "llama-factory", "trl", "mlx-lm"]
 TARGET_PRESETS = ("all", "attn", "qv")
 """Names for sets of projections; `models.adapters` resolves them."""

@@ -125,6 +125,10 @@ class Tokenizer:
         plain = [int(index) for index in ids]
         return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
 
+    def serialised(self) -> str:
+        """The tokenizer as `tokenizers` saves it, without what is put around a text."""
+        return str(self._backend.to_str())
+
     def token_to_id(self, token: str) -> int | None:
         """Id of one token's text, or None."""
         return self._vocabulary.get(token)

@@ -10,6 +10,7 @@ from engine.config.choices import (
     DETERMINISTIC,
     MAX_SHARD_SIZE,
     ComputeType,
+    GGUFType,
     HeadPrecision,
     MergeOnto,
     Quantization,
@@ -132,6 +133,30 @@ class GenerateSettings(Sampling, OneModel):
     raw: bool = setting(False, "Text", "go on from the prompt, without the chat template")
     max_new_tokens: int = setting(128, "Text", "longest answer", ge=1)
     stop: Paths = setting((), "Text", "end before this text", repeat=True)
+
+
+class ExportGGUFSettings(Settings):
+    """`engine export gguf`."""
+
+    model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    adapter: Path | None = setting(
+        None, "Model", "write this adapter, to be put on the model's own GGUF file"
+    )
+    output: Path = setting(..., "Output", "new .gguf file")
+    type: Annotated[GGUFType, spelled({})] = setting(
+        "f16", "Output", "format of most matrices of a model"
+    )
+    max_file_size: Annotated[int, BeforeValidator(shard_size)] = setting(
+        0, "Output", "divide the model into files of this size, in GB or with a unit", ge=0
+    )
+    modelfile: bool = setting(False, "Output", "also write an Ollama Modelfile beside the model")
+
+
+class ExportAdapterSettings(Settings):
+    """`engine export adapter`."""
+
+    adapter: Path = setting(..., "Model", "adapter to write anew")
+    output: Path = setting(..., "Output", "new directory for the adapter")
 
 
 class MergeSettings(Settings):

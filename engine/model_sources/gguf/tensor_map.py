@@ -29,7 +29,7 @@ from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 
 Shape = tuple[int, ...]
-_TOP = {
+TOP = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
@@ -67,7 +67,7 @@ _IN_DELTA_NET = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(?:(\d+)\.)?(gate|up|down|gate_up)_proj(?:\.weight)?")
 INTERLEAVED = ("llama", "smollm3")
-_TILED = ("qwen3_5_text", "qwen3_5_moe_text")
+TILED = ("qwen3_5_text", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _source(config: ModelConfig, name: str, shape: Shape, present: Mapping[str, 
     if match is None:
         stem, _, suffix = name.rpartition(".")
         centred = config.zero_centered_norm and stem == "model.norm"
-        top = {f"{_TOP[stem]}.{suffix}": shape}
+        top = {f"{TOP[stem]}.{suffix}": shape}
         return Source(top, _less_one) if centred else Source(top)
     block, rest = f"blk.{match[1]}.", match[2]
     expert = _EXPERT.fullmatch(rest)
@@ -169,7 +169,7 @@ def _delta_net(
         }
         return Source(parts, partial(by_key_head, key_heads=keys, key_rows=key_rows))
     theirs = f"{block}{_IN_DELTA_NET[rest]}"
-    tiled = config.model_type in _TILED and heads != keys
+    tiled = config.model_type in TILED and heads != keys
     group = partial(grouped, key_heads=keys, value_heads=heads)
     if rest == "conv1d.weight":
         start = 2 * key_rows if tiled else shape[0]

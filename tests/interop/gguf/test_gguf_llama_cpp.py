@@ -12,7 +12,7 @@ import xllamacpp
 from engine.model_sources.load_model import load_model
 
 pytestmark = pytest.mark.interop
-FIXTURES = Path(__file__).parents[1] / "fixtures" / "gguf"
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "gguf"
 FAMILIES = sorted(path.stem for path in FIXTURES.glob("*.gguf"))
 
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from cli import main as cli
+from engine.config.programs.as_yaml import as_yaml, import_config, refusal
 from engine.config.programs.detect import PROGRAMS
 from engine.config.sources import load_config
 from engine.errors import ConfigError
-from engine.verbs.import_config import as_yaml, import_config, refusal
 
 AXOLOTL = """
 base_model: org/model-8b

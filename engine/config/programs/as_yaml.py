@@ -1,4 +1,4 @@
-"""`engine import-config`: another program's configuration as a file of ours."""
+"""Another program's configuration as a file of ours: engine import-config."""
 
 from __future__ import annotations
 

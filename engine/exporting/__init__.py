@@ -1,0 +1,1 @@
+"""Write models and adapters in the formats of other programs."""
