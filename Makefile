@@ -13,6 +13,7 @@ WORKERS ?= auto
 REQUIREMENTS := pyproject.toml constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
+TRITON_LOWEST := triton==3.3.1
 PYTEST := -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 # The last transformers 4, beside the one that is installed: tests read our files with both.
 INSTALL_OLD = -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
@@ -21,7 +22,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint docs interop bench compile-report constraints clean
+.PHONY: help demo test test-fast lint docs interop bench compile-report compile-report-lowest constraints clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +54,10 @@ bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + P
 
 compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
 	$(VENV)/bin/python -m bench.compile.report
+
+compile-report-lowest: $(VENV)/.test  ## Check the machine code of the lowest Triton that is allowed
+	$(VENV)/bin/python -m pip install --quiet --no-deps --upgrade --target .triton-lowest $(TRITON_LOWEST)
+	PYTHONPATH=.triton-lowest:. $(VENV)/bin/python -m bench.compile.report --check
 
 # torch and triton keep the versions they have: a CPU build of torch does not say which triton it needs,
 # and the CUDA build of the same version needs that very one. Change the two lines by hand, together.

@@ -100,8 +100,15 @@ def _triton() -> Iterator[Check]:
         return
     text = installed("triton") or "unknown"
     # Triton 3.2 aborts the process as it compiles two of the kernels.
-    recent = _at_least(text, (3, 3))
-    yield Check("triton", "ok" if recent else "problem", text + ("" if recent else "; needs 3.3"))
+    if not _at_least(text, (3, 3)):
+        yield Check("triton", "problem", f"{text}; needs 3.3")
+    elif not _at_least(text, (3, 4)):
+        cost = "right, but Gated DeltaNet spills registers, NF4 decoding takes more instructions"
+        yield Check(
+            "triton", "note", f"{text}; {cost}: take a torch with Triton 3.4 or later if you can"
+        )
+    else:
+        yield Check("triton", "ok", text)
 
 
 def _at_least(text: str, least: tuple[int, int]) -> bool:

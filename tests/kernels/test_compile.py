@@ -122,6 +122,29 @@ def test_more_instructions_than_committed_are_a_regression() -> None:
     assert "not in the committed table" in fault
 
 
+def test_a_fault_that_an_older_compiler_is_known_for_is_no_regression() -> None:
+    known = {GOOD.key: replace(GOOD, faults=("spills",))}
+    assert regressions([replace(GOOD, faults=("spills",))], known) == []
+    (fault,) = regressions([replace(GOOD, faults=("spills", "hangs"))], known)
+    assert "hangs" in fault
+
+
+def test_the_table_of_the_lowest_triton_holds_every_checked_kernel() -> None:
+    lowest = re.search(r"^TRITON_LOWEST := triton==(.*)$", (ROOT / "Makefile").read_text(), re.M)
+    assert lowest is not None
+    rows = committed_rows(ROOT / "bench" / "results" / f"compile_report_{lowest[1]}.json")
+    checked = {
+        (case.name, case.config, arch)
+        for case in collect()
+        if case.checked
+        for arch in (80, 90, 120)
+        if arch in case.architectures
+    }
+    assert checked <= rows.keys()
+    faults = " ".join(fault for row in rows.values() for fault in row.faults)
+    assert "does not compile" not in faults and "no machine code" not in faults
+
+
 def test_a_kernel_that_leaves_the_tensor_cores_is_a_regression() -> None:
     before = replace(GOOD, tensor_core="HMMA")
     assert regressions([replace(GOOD, tensor_core="HGMMA")], {GOOD.key: before}) == []
