@@ -7,8 +7,10 @@ are what `load_model(adapter=)` and a merged directory have to give.
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import peft.tuners.lora.config as peft_config
 import peft.tuners.lora.layer as peft_layer
 import pytest
 import torch
@@ -143,17 +145,13 @@ def make_adapter(family: str, target: Path, **changes: Any) -> Any:
 
 
 @pytest.fixture
-def loftq_on_a_cpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def loftq_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's LoftQ names a GPU by its word; the same function with the word for a CPU.
 
     PEFT also asks whether scipy is there, which it no longer uses.
     """
-    folder = tmp_path_factory.mktemp("packages")
-    (folder / "scipy").mkdir()
-    (folder / "scipy" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(folder)
+    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
+    monkeypatch.setattr(peft_config, "importlib", there)
     source = inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"')
     scope = dict(vars(loftq_utils))
     exec(source, scope)
