@@ -1,7 +1,7 @@
 """The command line: `engine VERB ...`.
 
-A verb is a module with a typer application named `app`, or as `module:name` says, imported only
-when the verb is used, so that help and a mistyped verb are answered at once and without torch.
+A verb is a module with a typer application named `app`, imported only when the verb is used, so
+that help and a mistyped verb are answered at once and without torch.
 
 Exit status: 0 done; 1 a fault of the program; 2 something the user can put right, told in one
 paragraph; 128 + n stopped by signal n. Tracebacks go to a log file and not to the terminal, unless
@@ -27,7 +27,7 @@ from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.training.train", "fine-tune a model: QLoRA, LoRA or every weight"),
-    "resume": ("cli.training.train:resume_app", "go on with a run that was stopped"),
+    "resume": ("cli.training.resume", "go on with a run that was stopped"),
     "init": ("cli.training.init", "write a configuration for a model, rows and a GPU"),
     "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
@@ -124,7 +124,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     leave_quickly()
     try:
         with importing():
-            module = importlib.import_module(VERBS[verb][0].partition(":")[0])
+            module = importlib.import_module(VERBS[verb][0])
         with nullcontext() if getattr(module, "OPENS_LOG", False) else _console_log():
             return _invoke(module, verb, arguments)
     except BrokenPipeError:
@@ -146,7 +146,7 @@ def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
     """Run a verb's typer application, which returns its exit status or None."""
     from typer.main import get_command
 
-    command = get_command(getattr(module, VERBS[verb][0].partition(":")[2] or "app"))
+    command = get_command(module.app)
     with INTERRUPTS.at_work():
         status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
     if status == 130:  # what a typer with a parser of its own makes of Ctrl-C

@@ -6,6 +6,7 @@
     logits = model(input_ids)                               # (B, T) -> (B, T, V)
     loss = model.loss(input_ids, labels)                    # labels unshifted, -100 not trained
     result = engine.train(engine.TrainConfig(model=..., data=..., output_dir=...))
+    engine.resume("runs/first")                             # after a stop; settings from the run
     engine.evaluate(model, data, adapter).perplexity
     engine.generate(model, "What does zip() do?", adapter).text
     engine.merge(model, adapter, output)
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from engine.verbs.merge import merge
     from engine.verbs.plan import plan
     from engine.verbs.prune import prune
+    from engine.verbs.resume import resume
     from engine.verbs.train import TrainResult, train
 
 # Here, because every way into the engine comes by here before torch is imported.
@@ -62,6 +64,7 @@ _HOME = {
     "load_model": "engine.model_sources.load_model",
     "train": "engine.verbs.train",
     "TrainResult": "engine.verbs.train",
+    "resume": "engine.verbs.resume",
     "evaluate": "engine.verbs.evaluate",
     "generate": "engine.verbs.generate",
     "merge": "engine.verbs.merge",
@@ -89,6 +92,7 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "resume",
     "train",
 ]
 

@@ -1,9 +1,8 @@
-"""`engine train` and `engine resume`: fine-tune by the settings of `TrainConfig`."""
+"""`engine train`: fine-tune a model by the settings of `TrainConfig`."""
 
 from cli.from_settings import Call, Verb, make_app
-from engine.config.explain import Setting
 from engine.config.sources import build
-from engine.config.tasks.workflow import ResumeSettings, TrainOptions
+from engine.config.tasks.workflow import TrainOptions
 from engine.config.train_config import TrainConfig
 from engine.runs.startup import importing
 
@@ -17,10 +16,10 @@ def train(call: Call) -> int:
     Settings come from --preset, then the file, then flags, then KEY=VALUE words; the last wins.
     With --resume RUN they come from that run first.
     """
-    return _train(call)
+    return run_training(call)
 
 
-def _train(call: Call) -> int:
+def run_training(call: Call) -> int:
     """Train, or show what would be trained, as `call` asks; returns the exit status."""
     from engine.runs.stored import resumed
 
@@ -44,25 +43,4 @@ def _train(call: Call) -> int:
     return 0 if result.status == "Success" else 1
 
 
-def resume(call: Call) -> int:
-    """Go on with a run that was stopped or killed: RUN is its directory, or its name under runs/.
-
-    All settings come from the run; options that do not change what is learnt may be given anew.
-    """
-    call.given["resume"] = Setting(call.read(ResumeSettings).run, "RUN")
-    return _train(call)
-
-
 app = make_app((Verb("train", (TrainOptions, TrainConfig), presets=True, json=False), train))
-resume_app = make_app(
-    (
-        Verb(
-            "resume",
-            (ResumeSettings, TrainOptions, TrainConfig),
-            words="run",
-            json=False,
-            optional=("model", "data"),
-        ),
-        resume,
-    )
-)

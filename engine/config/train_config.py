@@ -255,6 +255,7 @@ class TrainConfig(Settings):
         "Memory",
         "last layers whose decoded weights stay: a number, none, or auto for as many as fit",
         pattern=r"^(auto|none|\d{1,4})$",
+        expected="auto, none or a number of layers such as 8",
     )
     low_memory_decode: bool = setting(
         False, "Memory", "decode one weight at a time, not a group of them"

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import CheckpointError
 from engine.plots import new_figure, save_figure
 from engine.storage import durable
+from engine.storage.safe_files import read_regular
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+_LONGEST_FILE = 1 << 32
 
 
 @dataclass
@@ -83,8 +86,14 @@ class MetricsWriter:
         self.last_step = metrics.step
 
     def sync(self) -> None:
-        """Bring every line to the disk; before a checkpoint, which must not know more steps."""
-        os.fsync(self._file.fileno())
+        """Bring every line to the disk; before a checkpoint, which must not know more steps.
+
+        Raises `CheckpointError` where the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise durable.write_error(self.path, error) from error
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
@@ -96,20 +105,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     A missing file has no lines. Raises `CheckpointError` for a damaged line before the last.
     """
-    try:
-        rows = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
+    if not path.is_symlink() and not path.exists():
         return []
+    rows = read_regular(path, _LONGEST_FILE).split(b"\n")
     lines: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=1):
         try:
-            line = json.loads(row) if row.strip() else None
+            line = json.loads(row, parse_constant=_refuse) if row.strip() else None
             if line is None:
                 continue
             step = line["step"]
             if not isinstance(step, int):
                 raise TypeError("step is no integer")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(rows):
                 break
             raise CheckpointError(
@@ -118,6 +126,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             ) from None
         lines[step] = line
     return [lines[step] for step in sorted(lines)]
+
+
+def _refuse(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
 
 
 class Eta:

@@ -15,6 +15,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.provenance import version
 from engine.storage import durable
+from engine.storage.safe_files import read_regular
 from engine.storage.strict_json import parse_object
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -48,13 +49,10 @@ def read_manifest(folder: Path, step: int | None = None) -> dict[str, Any]:
     """
     path = folder / MANIFEST_NAME
     try:
-        if path.stat().st_size > _LONGEST:
-            raise CheckpointError(f"{path} is over 16 MiB; no checkpoint has such a manifest.")
-        text = path.read_bytes()
-    except OSError as error:
+        text = read_regular(path, _LONGEST)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{folder} is no whole checkpoint: {MANIFEST_NAME} cannot be read "
-            f"({durable.describe(error)})."
+            f"{folder} is no whole checkpoint: {MANIFEST_NAME} cannot be read: {error}"
         ) from None
     content = parse_object(text, str(path))
     _check_content(path, content, text)

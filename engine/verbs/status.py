@@ -3,6 +3,7 @@
 Only reads, never waits, and does not import torch: a status line in a shell loop should be cheap.
 """
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from engine.runs.metrics import describe_seconds, read_metrics
 from engine.runs.output import CHECKPOINT
 from engine.runs.summary import SUMMARY
 from engine.storage.lock import is_locked, read_holder
-from engine.storage.safe_files import json_object_or_empty
+from engine.storage.safe_files import json_object_or_empty, open_regular
 
 _RUN_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "pipeline.log")
 _PRUNING = "pruning.json"
@@ -240,9 +241,8 @@ def _age(path: Path) -> float | None:
 
 def _last_lines(path: Path, count: int) -> list[str]:
     """The last `count` lines, without reading more of a long log than its last MiB."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            return file.read().decode("utf-8", "replace").splitlines()[-count:]
-    except FileNotFoundError:
+    if not path.exists():
         return []
+    with os.fdopen(open_regular(path), "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        return file.read().decode("utf-8", "replace").splitlines()[-count:]

@@ -29,6 +29,8 @@ BREAKS: list[tuple[dict[str, Any], Facts]] = [
         Facts(dtype="float16"),
     ),
     ({"offload": ("weights",), "method": "lora"}, Facts()),
+    ({"keep_decoded": "4", "method": "lora"}, Facts()),
+    ({"keep_decoded": "4", "low_memory_decode": True}, Facts()),
     ({"cuda_graphs": True, "method": "full"}, Facts()),
     ({"cuda_graphs": True, "offload": ("checkpoints",)}, Facts()),
     ({"cuda_graphs": True, "memory_budget": 1 << 30}, Facts()),

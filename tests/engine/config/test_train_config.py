@@ -251,3 +251,26 @@ def test_the_trajectory_leaves_out_only_what_changes_no_weight() -> None:
     assert TrainConfig(**NEEDED, **shown).trajectory() == base
     assert TrainConfig(**NEEDED, seed=1).trajectory() != base
     assert TrainConfig(**NEEDED, batch_size=1).trajectory() != base
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e5", "00123456", "010", "1:30", "true", "no", "null", "~", "2026-01-31", "0x1f", "1_000",
+     "a: b", "# x", "- y", " spaced ", "'", '"', "é\u2028", "%", "@at", "!tag", "&a", "*a", "[1]",
+     "1.0", ".5", "+7", "0o17", "\ttab", "line\nbreak", "=", "<<", "Infinity", ".inf"],
+)  # fmt: skip
+def test_a_runs_settings_read_back_as_they_were(text: str, tmp_path: Path) -> None:
+    config = TrainConfig(
+        model=text,
+        data=[text, "d"],
+        revision=text,
+        system_prompt=text,
+        category=text,
+        chat_template_kwargs={"a": text, "b": {"c": [1, None, True, text]}},
+        lora_rank="010",
+        template_date="2020-02-29T01:02:03",
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_yaml(config), encoding="utf-8")
+    assert load_config(file) == config
+    assert config.lora_rank == 10

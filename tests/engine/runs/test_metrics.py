@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from engine.errors import CheckpointError, ConfigError
+from engine.runs.logs import RunLog
 from engine.runs.metrics import (
     Eta,
     MetricsWriter,
@@ -22,6 +24,7 @@ from engine.runs.metrics import (
 )
 from engine.runs.progress import ProgressReporter, QuietStream, describe_step
 from engine.runs.trackers import Trackers, require_trackers
+from engine.storage.lock import DirectoryLock
 
 
 def line(step: int, loss: float | None = 1.0) -> StepMetrics:
@@ -232,3 +235,30 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
     trackers.log(2, {"loss": 1.0})
     trackers.close()
     assert caplog.text.count("no network") == 1
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 1, "loss": NaN}', b"[" * 100_000, b"7", b'{"step": "x"}', b"\xff"]
+)
+def test_a_damaged_line_is_named_and_no_traceback(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(damage + b'\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1"):
+        read_metrics(path)
+
+
+def test_a_pipe_or_a_link_in_a_run_is_refused_and_never_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("")
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match="regular file"):
+        read_metrics(tmp_path / "metrics.jsonl")
+    os.mkfifo(tmp_path / "pipeline.log")
+    with pytest.raises(OSError):
+        RunLog(None).open_file(tmp_path / "pipeline.log")
+    (tmp_path / "other.log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError):
+        RunLog(None).open_file(tmp_path / "other.log")
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError):
+        DirectoryLock(tmp_path)
+    assert (tmp_path / "elsewhere").read_text() == ""
