@@ -223,8 +223,19 @@ def _parse_line(line: bytes, position: Position) -> Any:
         return strict_json.loads(text)
     except strict_json.JSONFault as fault:
         at = position.after(text[: fault.position])
-        advice = "In JSON Lines each line is one complete JSON object; fix or remove this one."
-        raise _Broken(at, f"broken JSON: {fault.message}", advice) from None
+        raise _Broken(at, f"broken JSON: {fault.message}", _line_advice(text, fault)) from None
+
+
+def _line_advice(text: str, fault: strict_json.JSONFault) -> str:
+    """What to do with a line that is not JSON, by what it looks like."""
+    rest = text[fault.position :].lstrip()
+    if rest.startswith(("'", "None", "True", "False")):
+        return "This is Python, not JSON: write rows with json.dumps(row)."
+    if rest == "," and text[0] in "{[":
+        return "In JSON Lines no comma stands between the lines; remove it."
+    if text[0] not in "{[" and "," in text:
+        return "If this is a CSV file, call it .csv to be told how to turn it into JSON Lines."
+    return "In JSON Lines each line is one complete JSON object; fix or remove this one."
 
 
 def _to_text(data: bytes, start: Position) -> str:

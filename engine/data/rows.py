@@ -9,6 +9,7 @@ A key that is not used is noted, and never dropped without a word.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any
 
 from engine.data import fields
@@ -37,6 +38,11 @@ _HINTS = {
     "text": "'text' alone does not say what is a prompt and what a response; split it into both",
     "chosen": "of preference pairs the answer to learn is 'chosen'; rename it to 'response'",
     "input_ids": "rows of token ids cannot be read; give the text, which is tokenised here",
+    "answers": "'answers' are several or have a form of their own; give one text as 'answer'",
+    "user": "rename 'user' to 'prompt' and what answers it to 'response'",
+    "parts": "these are Gemini's messages; give a list 'messages' with 'role' and 'content'",
+    "train": "it holds several data sets; write each as a file of its own",
+    "role": "this is a message; a row is an object with the list of them under 'messages'",
     "dialogue": "rename 'dialogue' to 'messages', a list of objects with 'role' and 'content'",
     "dialog": "rename 'dialog' to 'messages', a list of objects with 'role' and 'content'",
     "turns": "rename 'turns' to 'messages', a list of objects with 'role' and 'content'",
@@ -121,12 +127,30 @@ def _messages(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> list[
     if prompt_key is not None and response_key is not None:
         used |= {prompt_key, response_key, *_CONTEXT_KEYS, "history"}
         return _pair_messages(raw, prompt_key, response_key, unused)
-    hint = next((f"; {_HINTS[key]}" for key in _HINTS if raw.get(key) is not None), "")
     raise RowFault(
         f"an object with the keys {listed(raw)}, where 'messages', 'conversations', or a "
         f"prompt ({listed(PROMPT_KEYS)}) with a response ({listed(RESPONSE_KEYS)}) was expected"
-        f"{hint}"
+        f"{_hint(raw)}"
     )
+
+
+def _hint(raw: Mapping[str, Any]) -> str:
+    """What probably is wrong with a row that has no known form."""
+    for key, hint in _HINTS.items():
+        if raw.get(key) is not None:
+            return f"; {hint}"
+    names = (*CHAT_KEYS, *PROMPT_KEYS, *RESPONSE_KEYS)
+    for name in names:
+        if name in raw and raw[name] is None:
+            return f"; '{name}' is null"
+    for key in raw:
+        likely = get_close_matches(key.lower(), names, n=1, cutoff=0.8)
+        if likely and key not in names:
+            return f"; did you mean '{likely[0]}' by '{key}'?"
+    inner = next(
+        (key for key in ("body", "row", "data", "item") if isinstance(raw.get(key), dict)), None
+    )
+    return f"; the row itself seems to stand inside '{inner}'" if inner is not None else ""
 
 
 def _first(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:

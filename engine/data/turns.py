@@ -55,12 +55,22 @@ def parse_message(item: Any, where: str, unused: set[str]) -> dict[str, Any]:
     """
     if not isinstance(item, dict):
         raise RowFault(f"{where} is {json_name(item)} where a message (an object) was expected")
+    item = _one_form(item)
     if "role" not in item and "from" in item:
         message = _sharegpt_message(item, where, unused)
     else:
         message = _openai_message(item, where, unused)
     _check_flags(message, where, unused)
     return message
+
+
+def _one_form(item: dict[str, Any]) -> dict[str, Any]:
+    """A message in one of the two forms, where it mixes them: `role` and `value`, say."""
+    if "role" in item and "content" not in item and "value" in item:
+        return {"content" if key == "value" else key: inner for key, inner in item.items()}
+    if "from" in item and "role" not in item and "value" not in item and "content" in item:
+        return {"value" if key == "content" else key: inner for key, inner in item.items()}
+    return item
 
 
 def _openai_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
@@ -74,14 +84,16 @@ def _openai_message(item: Mapping[str, Any], where: str, unused: set[str]) -> di
     if calls:
         message["tool_calls"] = calls
     if "content" in item or not calls:
-        message["content"] = _content(item.get("content"), role, f"{where}.content", bool(calls))
+        if "content" not in item and role != "assistant":
+            raise RowFault(f"{where} has no 'content', only the keys {listed(item)}")
+        message["content"] = _content(item.get("content"), role, f"{where}.content")
     for key in REASONING_KEYS:
         if message.get(key) is not None and not isinstance(message[key], str):
             raise RowFault(f"{where}.{key} is {json_name(message[key])} where text was expected")
     return message
 
 
-def _content(content: Any, role: str, where: str, has_calls: bool) -> Any:
+def _content(content: Any, role: str, where: str) -> Any:
     if isinstance(content, str) or (content is None and role == "assistant"):
         return content
     if isinstance(content, list) and (
@@ -186,7 +198,7 @@ def _sharegpt_message(item: Mapping[str, Any], where: str, unused: set[str]) -> 
         if not message["tool_calls"]:
             raise RowFault(f"{where}.value is {json_name(value)} where a tool call was expected")
         return {**message, "content": ""}
-    return {**message, "content": _content(value, message["role"], f"{where}.value", False)}
+    return {**message, "content": _content(value, message["role"], f"{where}.value")}
 
 
 def _check_flags(message: Mapping[str, Any], where: str, unused: set[str]) -> None:

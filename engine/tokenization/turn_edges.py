@@ -317,9 +317,11 @@ def _matched(text: str, at: int, opening: str, prompt: int) -> int | None:
 
 
 def _header(prompt: str) -> str:
-    """What of a generation prompt precedes the reasoning that it begins or closes."""
+    """The first line of a generation prompt, up to the reasoning that it begins or closes."""
     tag = REASONING_TAG.search(prompt)
-    return (prompt[: tag.start()] if tag is not None else prompt).rstrip()
+    head = prompt[: tag.start()] if tag is not None else prompt
+    line = head.find("\n", past_space(head, 0))
+    return (head[:line] if line >= 0 else head).rstrip()
 
 
 def _header_index(text: str, before: int, first: int, prompt: str) -> int | None:

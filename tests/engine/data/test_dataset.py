@@ -122,7 +122,7 @@ BAD_ROWS = [
     (b'{"messages": []}', ":2:1:", "list of messages"),
     (b'{"messages": [{"role": "user", "content": "q"}]}', ":2:1:", "nothing to learn"),
     (b'{"messages": [{"role": "boss", "content": "q"}]}', ":2:1:", "messages[0].role"),
-    (b'{"messages": [{"role": "user"}]}', ":2:1:", "messages[0].content is null"),
+    (b'{"messages": [{"role": "user"}]}', ":2:1:", "messages[0] has no 'content'"),
     (b'{"conversations": [{"from": "x", "value": "q"}]}', ":2:1:", "conversations[0].from"),
 ]
 

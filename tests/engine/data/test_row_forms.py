@@ -9,6 +9,7 @@ import pytest
 from engine.data.dataset import load_rows, read_rows
 from engine.data.fields import RowFault
 from engine.data.rows import Row, parse_row
+from engine.errors import DataError
 
 USER = {"role": "user", "content": "Q"}
 ANSWER = {"role": "assistant", "content": "A"}
@@ -251,6 +252,53 @@ REFUSED = [
 def test_what_cannot_be_trained_is_refused_by_name(row: dict[str, Any], words: str) -> None:
     with pytest.raises(RowFault, match=words):
         parse(row)
+
+
+MIXED = [
+    [{"role": "user", "value": "Q"}, {"role": "assistant", "value": "A"}],
+    [{"from": "human", "content": "Q"}, {"from": "gpt", "content": "A"}],
+    [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}],
+]
+
+
+@pytest.mark.parametrize("turns", MIXED, ids=range(3))
+def test_messages_that_mix_the_two_forms_are_read(turns: list[Any]) -> None:
+    row = parse({"conversations": turns})
+    assert (row.messages, row.unused) == (TURNS, ())
+
+
+HINTS = [
+    ({"pprompt": "Q", "response": "A"}, "did you mean 'prompt' by 'pprompt'"),
+    ({"prompt": "Q", "response": None}, "'response' is null"),
+    ({"body": {"messages": TURNS}, "id": 1}, "inside 'body'"),
+    ({"user": "Q", "assistant": "A"}, "rename 'user' to 'prompt'"),
+    ({"question": "Q", "answers": {"text": ["A"]}}, "one text as 'answer'"),
+    ({"role": "user", "content": "Q"}, "under 'messages'"),
+    ({"messages": [{"role": "user", "text": "Q"}, ANSWER]}, "no 'content', only the keys"),
+]
+
+
+@pytest.mark.parametrize(("row", "words"), HINTS, ids=range(len(HINTS)))
+def test_a_likely_mistake_is_named(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(RowFault, match=words):
+        parse(row)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{'prompt': 'Q', 'response': 'A'}", "json.dumps"),
+        ('{"prompt": "Q", "x": None}', "json.dumps"),
+        ('{"prompt": "Q", "response": "A"},', "no comma"),
+        ("prompt,response", "call it .csv"),
+        ('{"prompt": "Q"', "one complete JSON object"),
+    ],
+)
+def test_a_broken_line_says_what_it_looks_like(line: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=words):
+        load_rows(path)
 
 
 PAIRS = [{"prompt": f"Q{n}", "response": "A"} for n in range(3)]
