@@ -38,6 +38,7 @@ _LEFT_OUT = {
     "argument": "tool calls' arguments",
     "name": "tool calls",
     "system": "system prompt",
+    "result": "tool results",
     "tools": "tools",
 }
 

@@ -2,21 +2,26 @@
 
 Templates disagree about small things: whether the arguments of a tool call are an object or JSON
 text, whether a message with tool calls may lack its content, whether call ids have nine
-characters, whether content is a text or a list of parts. A row that the template refuses as it
-stands is tried in the others' spelling; a row that it accepts is never changed.
+characters, whether content is a text or a list of parts, which roles there are. A row that the
+template refuses as it stands, or of which it leaves out a role, is tried in the others' spelling; a
+row that it accepts whole is never changed.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from engine.data.rows import Row
+from engine.data.turns import RESULT_ROLES
 from engine.tokenization.chat_template import ChatTemplate
 from engine.tokenization.loss_spans import LocatedTurns
 from engine.tokenization.messages import ConversationError, LimitError
 
 Messages = list[dict[str, Any]]
+
+_USUAL_ROLES = {"developer": "system", **dict.fromkeys(RESULT_ROLES, "tool")}
 
 _ID_LENGTH = 9
 """Characters of a call id in Mistral's templates."""
@@ -25,31 +30,81 @@ _ID_LENGTH = 9
 def render_row(row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]) -> LocatedTurns:
     """Render one row and find what is trained in it.
 
+    Where the template passes over messages of a role, the role's usual name is tried too.
+
     Raises:
         ConversationError: the template refuses the row in every spelling; the error is that of
             the row as it stands.
         DataError: the template is not valid or tried to leave its sandbox.
     """
+    messages, located = _first_accepted(row, template, kwargs)
+    renamed = _with_usual_roles(messages)
+    if located.left_out and renamed != messages:
+        try:
+            other = _locate(row, renamed, template, kwargs)
+        except ConversationError:
+            return located
+        return located if other.left_out else other
+    return located
+
+
+def _first_accepted(
+    row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]
+) -> tuple[Messages, LocatedTurns]:
     try:
-        return template.locate(row.messages, tools=row.tools, **kwargs)
+        return row.messages, _locate(row, row.messages, template, kwargs)
     except LimitError:
         raise
     except ConversationError as error:
         for messages in _spellings(row.messages):
             try:
-                return template.locate(messages, tools=row.tools, **kwargs)
+                return messages, _locate(row, messages, template, kwargs)
             except ConversationError:
                 continue
         raise error
 
 
+def _locate(
+    row: Row, messages: Messages, template: ChatTemplate, kwargs: Mapping[str, Any]
+) -> LocatedTurns:
+    """What `ChatTemplate.locate` finds, and which results of tools the template leaves out."""
+    located = template.locate(messages, tools=row.tools, **kwargs)
+    left_out = dict(located.left_out)
+    for role in {message["role"] for message in messages}.intersection(RESULT_ROLES):
+        own = [index for index, message in enumerate(messages) if message["role"] == role]
+        changed = [
+            {**message, "content": f"{message.get('content')} {role}"} if index in own else message
+            for index, message in enumerate(messages)
+        ]
+        try:
+            hidden = template.render(changed, tools=row.tools, **kwargs) == located.text
+        except ConversationError:
+            hidden = False
+        left_out |= {index: {"result"} for index in own if hidden}
+    return replace(located, left_out=left_out)
+
+
 def _spellings(messages: Messages) -> Iterator[Messages]:
     """The other spellings of a conversation, each with those before it."""
-    for change in (_with_content, _with_short_ids, _with_text_arguments, _with_parts):
+    for change in (
+        _with_usual_roles,
+        _with_content,
+        _with_short_ids,
+        _with_text_arguments,
+        _with_parts,
+    ):
         changed = change(messages)
         if changed != messages:
             messages = changed
             yield messages
+
+
+def _with_usual_roles(messages: Messages) -> Messages:
+    """OpenAI's former `function`, Llama's `ipython` and the newer `developer` as most know them."""
+    return [
+        {**message, "role": _USUAL_ROLES.get(message["role"], message["role"])}
+        for message in messages
+    ]
 
 
 def _with_content(messages: Messages) -> Messages:

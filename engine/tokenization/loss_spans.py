@@ -42,7 +42,8 @@ class LocatedTurns:
         text: as the model reads it.
         spans: what is trained, as [start, end) of characters, in order.
         left_out: what messages say and the template does not show: 'content', 'reasoning',
-            'name' or 'argument' (of tool calls), 'system', for each message that lacks something.
+            'name' or 'argument' (of tool calls), 'system', for each message that lacks something;
+            'result' (of tools), where rows are rendered.
         ignores_tools: whether the text is the same without the tools that were given.
     """
 

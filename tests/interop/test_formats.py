@@ -118,7 +118,7 @@ def test_an_adapter_on_smollm2_merges_from_the_gguf_file(
     smollm2_gguf: Path, smollm2_directory: Path, tmp_path: Path
 ) -> None:
     module = "model.layers.4.self_attn.q_proj"
-    config = AdapterConfig(r=8, lora_alpha=16, target_modules=["q_proj"])
+    config = AdapterConfig(r=8, lora_alpha=16, target_modules=[module])
     pair = (torch.randn(8, 576) * 0.02, torch.randn(576, 8) * 0.02)
     save_adapter(tmp_path / "adapter", config, {module: pair})
     result = merge(smollm2_gguf, tmp_path / "adapter", tmp_path / "merged")

@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import CheckpointError, listing
 from engine.model_sources.adapter.config import compile_pattern
 from engine.model_sources.adapter.experts import EXPERTS
-from engine.model_sources.adapter.peft import Adapter
+from engine.model_sources.adapter.peft import CONFIG, Adapter
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,9 @@ def check_targets(
         raise CheckpointError(
             f"{adapter.path}: the tensors do not fit the modules of the model that the "
             f"configuration names (target_modules {_shown(targets)}): {'; '.join(wrong)}. The two "
-            "files belong to different adapters, or the adapter to another model."
+            "files belong to different adapters, or the adapter to another model. Where modules "
+            f"are meant to stay as they are, let target_modules or layers_to_transform in {CONFIG} "
+            "name only the others."
         )
 
 

@@ -122,6 +122,50 @@ def test_what_the_template_leaves_out_is_counted_and_named(
     assert any("tools of 1 rows (first in d.jsonl:3)" in note for note in notes)
 
 
+KNOWN_ROLES = (
+    "{% for m in messages if m.role in ROLES %}"
+    "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') + (m.tool_calls | tojson if "
+    "m.tool_calls else '') + '<|im_end|>\n' }}{% endfor %}"
+)
+STRICT_ROLES = "{% for m in messages if m.role not in ROLES %}{{ raise_exception(m.role) }}"
+STRICT_ROLES += "{% endfor %}" + KNOWN_ROLES
+
+
+@pytest.mark.parametrize("source", [KNOWN_ROLES, STRICT_ROLES], ids=["passes over", "refuses"])
+@pytest.mark.parametrize("role", ["function", "ipython", "tool"])
+def test_results_and_instructions_are_read_whatever_their_role_is_called(
+    source: str, role: str
+) -> None:
+    roles = "{% set ROLES = ['system', 'user', 'assistant', 'tool'] %}"
+    chat = ChatTemplate(roles + source, end_tokens=["<|im_start|>", END])
+    given = row(say("", tool_calls=[call()]), {"role": role, "content": "3"}, say("A"))
+    given.messages.insert(0, {"role": "developer", "content": "S"})
+    located = render_row(given, chat, {})
+    assert f"<|im_start|>tool\n3{END}" in located.text
+    assert f"<|im_start|>system\nS{END}" in located.text
+    assert located.left_out == {}
+
+
+@pytest.mark.parametrize("role", ["function", "ipython", "tool"])
+def test_a_template_that_leaves_out_results_says_so(
+    make_tokenizer: Callable[..., Tokenizer], role: str
+) -> None:
+    source = "{% set ROLES = ['system', 'user', 'assistant'] %}" + KNOWN_ROLES
+    rows = [row(say("", tool_calls=[call()]), {"role": role, "content": "3"}, say("A"))]
+    _, report = build_examples(rows, make_tokenizer("chatml", template=source), 400)
+    assert report.left_out == {"result": 1}
+    assert any("leaves out the tool results of 1 messages" in note for note in report.notes())
+
+
+def test_a_role_that_the_template_shows_keeps_its_name() -> None:
+    given = row(say("", tool_calls=[call()]), {"role": "function", "content": "3"}, say("A"))
+    given.messages.insert(0, {"role": "developer", "content": "S"})
+    body = "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+    text = render_row(given, template(body), {}).text
+    assert f"function\n3{END}" in text
+    assert f"developer\nS{END}" in text
+
+
 def test_nothing_is_left_out_where_the_template_shows_all(
     tokenizers_by_family: dict[str, Tokenizer],
 ) -> None:
