@@ -19,6 +19,7 @@ from engine.memory.simulate.meter import Peak, Segment
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from engine.training.trainable import decoded_layers
 from kernels.runtime.device import architecture as device_architecture
+from kernels.runtime.host_memory import cached_bytes
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
 from models.layers.packed_batch import PackedBatch
@@ -35,6 +36,9 @@ _CUBLAS_HOPPER, _CUBLAS_EARLIER = 32 * 2**20, 8 * 2**20 + 2**17
 
 FRAGMENTATION = 0.05
 """Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
+
+_SMALL_BLOCK, _SMALL_SEGMENT, _SEGMENT = 2**20, 2 * 2**20, 20 * 2**20
+"""torch's CUDA allocator takes memory in segments, of another size for blocks over 1 MiB."""
 
 _FEW_LAYERS = (4, 5)
 _PASSING = ("saved activations", "block working set", "loss", "gradients")
@@ -56,7 +60,8 @@ class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
     `reserve` names what is added to the tensors' bytes for a GPU; it is empty for a CPU. `host` is
-    what a GPU offloads to the host's memory, and `tied` says that the head is the embedding.
+    what a GPU offloads to the host's memory, `batch_host` what the batches of this step and the
+    next take there beside a GPU, and `tied` says that the head is the embedding.
     """
 
     config: TrainConfig
@@ -71,6 +76,7 @@ class MemoryPlan:
     flops: float
     reserve: dict[str, int] = field(default_factory=dict)
     host: int = 0
+    batch_host: int = 0
     layers: int = 0
     tied: bool = False
 
@@ -162,7 +168,27 @@ def plan(
     else:
         result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
     made = _plan_of(result, config, gpu, dtype, work, layers)
+    if gpu:
+        made = _with_batches_ahead(made, batches)
     return replace(made, tied=model.tie_word_embeddings)
+
+
+def _with_batches_ahead(made: MemoryPlan, batches: Sequence[PackedBatch]) -> MemoryPlan:
+    """The plan with what `engine.training.batches_ahead` needs beside this step's `batches`.
+
+    The copies' stream has memory of its own, for two steps; what the step counts is a part of it.
+    """
+    micro = -(-made.config.accumulate // len(batches))
+    sizes = [batch.joined_bytes() for batch in batches] * micro
+    segment = _SMALL_SEGMENT if max(sizes) <= _SMALL_BLOCK else _SEGMENT
+    taken = -(-2 * sum(sizes) // segment) * segment
+    ahead = max(0, taken - made.step.owners.get("batch", 0))
+    plain = sum(t.numel() * t.element_size() for batch in batches for t in batch.tensors())
+    return replace(
+        made,
+        reserve=made.reserve | {"batches ahead": ahead},
+        batch_host=2 * micro * plain + sum(cached_bytes(size) for size in sizes),
+    )
 
 
 def _plan_of(

@@ -116,6 +116,11 @@ CHECKS: dict[str, SelfCheck] = {
     "streams": SelfCheck(
         machine.check_side_copies, "leave out --offload", needs="needs a CUDA GPU with streams"
     ),
+    "batches ahead": SelfCheck(
+        machine.check_uploads,
+        "none: every batch of `engine train` is sent so; try another driver or GPU",
+        needs="needs a CUDA GPU with streams",
+    ),
     "pinned memory": SelfCheck(machine.check_pinned, "leave out --offload and --embedding-on host"),
     "offload": _same("offload", "leave out --offload", offload=("checkpoints", "weights")),
     "graphs, packed": _same("CUDA graphs", "leave out --cuda-graphs", cuda_graphs=True),

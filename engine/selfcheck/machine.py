@@ -6,7 +6,14 @@ import torch
 
 from engine.benchmark.roofline import measure_roofline
 from engine.selfcheck.options import CheckOptions, Finding, failed, passed
-from kernels.runtime.host_memory import SideCopies, host_buffer, host_copy, paged_bytes
+from kernels.runtime.host_memory import (
+    SideCopies,
+    SideUploads,
+    host_buffer,
+    host_copy,
+    paged_bytes,
+)
+from models.layers.packed_batch import PackedBatch
 
 _MIB = 2**20
 _COPIES = 16
@@ -32,6 +39,34 @@ def check_side_copies(options: CheckOptions) -> Finding:
     if wrong:
         return failed(f"copies {wrong} of {_COPIES} came back changed")
     return passed(f"{_COPIES} buffers of 4 MiB to the host and back on a side stream")
+
+
+def check_uploads(options: CheckOptions) -> Finding:
+    """Batches that are sent while kernels run arrive whole, and their memory is not used too soon.
+
+    What a queued kernel is to read is freed by the host, and the next batches are sent meanwhile.
+    """
+    device, uploads = options.device, SideUploads(options.device)
+    side = 64 if options.small else 2048
+    busy = torch.full((side, side), 1e-3, device=device)
+    batches = [
+        PackedBatch.of(torch.arange(4096) + number, torch.arange(4096) + number)
+        for number in range(_COPIES)
+    ]
+    sums, ahead = list[torch.Tensor](), uploads.start(batches[0].joined())
+    for number, batch in enumerate(batches):
+        there = batch.divided(uploads.wait(*ahead))
+        for _ in range(8):
+            busy = busy @ busy
+        if number + 1 < _COPIES:
+            ahead = uploads.start(batches[number + 1].joined())
+        sums.append(torch.stack([x.sum() for x in there.tensors()]))
+        del there
+    truth = [[int(x.sum()) for x in batch.tensors()] for batch in batches]
+    wrong = [n for n, x in enumerate(sums) if x.tolist() != truth[n]]
+    if wrong:
+        return failed(f"batches {wrong} of {_COPIES} were read changed")
+    return passed(f"{_COPIES} batches were sent while kernels ran")
 
 
 def check_pinned(options: CheckOptions) -> Finding:

@@ -19,6 +19,7 @@ import torch
 from engine.errors import EngineError
 from engine.runs.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.runs.signals import Interrupted, StopSignals
+from engine.training.batches_ahead import BatchesAhead
 from engine.training.step import StepResult, TrainingStep
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
@@ -118,7 +119,7 @@ class Trainer:
     """Runs steps until `total_steps`, a signal, or too many steps that are not finite.
 
     `batches_of(number)` gives the micro-batches of a step (counted from 0) and the epoch it lies
-    in, as a fraction, after it.
+    in, as a fraction, after it; on a GPU it is asked for the next step's while a step runs.
     """
 
     def __init__(
@@ -130,7 +131,8 @@ class Trainer:
         signals: StopSignals | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.step, self.batches_of = step, batches_of
+        self.step = step
+        self._batches = BatchesAhead(batches_of, step.model, settings.total_steps)
         self.settings, self.hooks = settings, hooks
         self.signals = signals or StopSignals()
         self.progress = progress or new_progress(step.model)
@@ -170,12 +172,12 @@ class Trainer:
         )
         for group in self.step.optimizer.param_groups:
             group["lr"] = lr
-        batches, epoch = self.batches_of(progress.step)
-        with self.hooks.watch(batches):
-            result = self.step(batches, progress.step, progress.loss_scale)
+        batches = self._batches.take(progress.step)
+        with self.hooks.watch(batches.host):
+            result = self._run(batches.device)
         while adjust_loss_scale(progress, result.skipped):
             log.info("float16 overflowed; loss scale lowered to %g", progress.loss_scale)
-            result = self.step(batches, progress.step, progress.loss_scale)
+            result = self._run(batches.device)
         self._count(result)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
@@ -185,7 +187,7 @@ class Trainer:
         self.hooks.report(
             StepMetrics(
                 step=progress.step,
-                epoch=epoch,
+                epoch=batches.epoch,
                 loss=result.loss,
                 lr=lr,
                 grad_norm=result.grad_norm,
@@ -197,6 +199,15 @@ class Trainer:
                 seconds=seconds,
                 extra=figures,
             )
+        )
+
+    def _run(self, batches: Sequence[PackedBatch]) -> StepResult:
+        number = self.progress.step
+        return self.step(
+            batches,
+            number,
+            self.progress.loss_scale,
+            meanwhile=lambda: self._batches.start(number + 1),
         )
 
     def _count(self, result: StepResult) -> None:

@@ -8,7 +8,7 @@ therefore the same arithmetic as one batch of N times the examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -61,7 +61,11 @@ class TrainingStep:
     in_backward: StepInBackward | None = None
 
     def __call__(
-        self, batches: Sequence[PackedBatch], number: int = 0, loss_scale: float = 1.0
+        self,
+        batches: Sequence[PackedBatch],
+        number: int = 0,
+        loss_scale: float = 1.0,
+        meanwhile: Callable[[], None] | None = None,
     ) -> StepResult:
         """Accumulate the micro-batches' gradients and update once; gradients are then cleared.
 
@@ -69,7 +73,8 @@ class TrainingStep:
         optimizer applies as it reads the gradients; the host waits for the device once, after the
         update, to learn the loss. A loss or gradient norm that is not finite leaves weights and
         optimizer state as they were. `loss_scale` multiplies the loss before the backward pass and
-        is divided out again, for gradients that float16 could not hold otherwise.
+        is divided out again, for gradients that float16 could not hold otherwise. `meanwhile` is
+        called when all work is queued, before that wait.
 
         With `in_backward` a loss that is not finite still changes nothing, for it is known before;
         a gradient that is not finite leaves its own unit as it was, but units before it have moved.
@@ -101,7 +106,10 @@ class TrainingStep:
             self._backward(part, loss)
         norm = self._update(loss, loss_scale)
         tokens = sum(batch.tokens for batch in batches)
-        value, measured = torch.stack((loss, norm.double())).tolist()
+        outcome = torch.stack((loss, norm.double()))
+        if meanwhile is not None:
+            meanwhile()
+        value, measured = outcome.tolist()
         skipped = not (math.isfinite(value) and math.isfinite(measured))
         torn = skipped and math.isfinite(value) and self.in_backward is not None
         return StepResult(value, measured, tokens, trained, skipped, torn)

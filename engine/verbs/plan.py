@@ -199,6 +199,7 @@ class PlanReport:
             "merge_host_bytes": self._merging(),
             "reserve": planned.reserve,
             "host_bytes": planned.host,
+            "batch_host_bytes": planned.batch_host,
             "allocated_bytes": planned.allocated,
             "total_bytes": planned.total,
             "budget_bytes": config.memory_budget,
@@ -263,6 +264,8 @@ class PlanReport:
         lines.append(f"needed           {gib(planned.total)}")
         if planned.host:
             lines.append(f"offloaded to the host {gib(planned.host)}")
+        if planned.batch_host:
+            lines.append(f"batches on the host {gib(planned.batch_host)}, this step's and the next")
         seconds = planned.seconds(self.rate)
         lines += [
             "",

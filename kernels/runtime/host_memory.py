@@ -140,6 +140,33 @@ class SideCopies:
             torch.cuda.current_stream(self._device).wait_event(event)
 
 
+class SideUploads:
+    """Uploads beside the computation, which they need not follow, on a stream of their own.
+
+    Their memory is of that stream, so no kernel that is queued can be using it still, and a copy
+    starts at once. It serves the computation's stream from `wait` on: the allocator is told.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def start(self, source: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """A tensor on the device that `wait` completes; the host does not wait."""
+        with torch.cuda.stream(self._stream):
+            target = upload(source, self._device)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return target, event
+
+    def wait(self, target: Tensor, event: torch.cuda.Event) -> Tensor:
+        """`target`, which the computation's stream waits for and may read; the host goes on."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(event)
+        target.record_stream(stream)
+        return target
+
+
 def copy_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A stream for copies beside the computation; None where there are no streams."""
     return torch.cuda.Stream(device) if has_streams(device) else None

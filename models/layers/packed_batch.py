@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kernels.attention.documents import checked_bounds
-from kernels.runtime.device import upload
+from kernels.runtime.device import has_streams, upload
+
+_ALIGNMENT = 16
+"""Elements of eight bytes at which the parts of a joined batch start: kernels read them widely."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,68 @@ class PackedBatch:
     def to(self, device: torch.device, ids_device: torch.device | None = None) -> PackedBatch:
         """The batch on `device`, its ids on `ids_device` if that is given.
 
-        A GPU copies from pinned memory: the host does not wait.
+        A batch in host memory goes to a GPU in one copy from pinned memory: the host does not wait.
         """
+        ids_device = ids_device or device
+        if has_streams(device) and all(part.is_cpu for part in self.tensors()):
+            with_ids = ids_device.type == device.type
+            return self.divided(upload(self.joined(with_ids), device), with_ids)
         return PackedBatch(
-            _moved(self.input_ids, ids_device or device),
+            _moved(self.input_ids, ids_device),
             _moved(self.trained, device),
             _moved(self.targets, device),
             _moved(self.cu_seqlens, device),
             self.bounds,
         )
 
+    def joined(self, with_ids: bool = True) -> Tensor:
+        """Everything in one tensor of int64, for one copy; the inverse is `divided`.
+
+        Without ids they stay where they are.
+        """
+        parts = self._parts(with_ids)
+        buffer = torch.zeros(_joined_length(parts), dtype=torch.int64)
+        for part, view in zip(parts, _views(buffer, parts), strict=True):
+            view.copy_(part)
+        return buffer
+
+    def joined_bytes(self) -> int:
+        """What `joined` takes."""
+        return 8 * _joined_length(self._parts(with_ids=True))
+
+    def divided(self, buffer: Tensor, with_ids: bool = True) -> PackedBatch:
+        """This batch as views of `buffer`, which is a copy of `joined`, on any device."""
+        views = _views(buffer, self._parts(with_ids))
+        ids = views[0] if with_ids else self.input_ids
+        trained, targets, cu_seqlens = views[-3:]
+        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds)
+
+    def _parts(self, with_ids: bool) -> tuple[Tensor, ...]:
+        return self.tensors() if with_ids else self.tensors()[1:]
+
 
 def _moved(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device) if x.is_cuda or x.device == device else upload(x, device)
+
+
+def _words(part: Tensor) -> int:
+    """Elements of eight bytes of a joined batch that a part takes."""
+    words = -(-part.numel() * part.element_size() // 8)
+    return -(-words // _ALIGNMENT) * _ALIGNMENT
+
+
+def _joined_length(parts: Sequence[Tensor]) -> int:
+    return sum(map(_words, parts))
+
+
+def _views(buffer: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """The parts' slices of a joined batch, each of its part's type and length."""
+    views, start = [], 0
+    for part in parts:
+        end = start + _words(part)
+        views.append(buffer[start:end].view(part.dtype)[: part.numel()])
+        start = end
+    return views
 
 
 def _shifted(labels: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -198,7 +198,14 @@ def _step(
     config: TrainConfig,
 ) -> None:
     """One step, with the optimizer's state there from the start as in every later step."""
-    meter.track("batch", [t for b in batches for t in b.tensors()])
+    tensors = [t for b in batches for t in b.tensors()]
+    if meter.gpu is None:
+        meter.track("batch", tensors)
+    else:  # which is sent as one, and stays in the host's memory besides
+        with meter.shapes_only():
+            joined = [b.joined() for b in batches]
+        meter.track("batch", joined)
+        meter.ignore(tensors)
     optimizer.state_tensors()
     meter.segments.clear()
     step = TrainingStep(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.memory.estimate import make_batch
+from engine.memory.estimate import make_batch, plan
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from models.config.model_config import ModelConfig
 
@@ -77,3 +77,35 @@ def test_tiles_and_single_weights_save_what_they_leave_out() -> None:
     group = (2 * inner + 2 * rank) * (hidden + 2 * rank)
     alone = (inner + rank) * (hidden + rank)
     assert scratch == [2 * (group + alone), 2 * alone]
+
+
+@pytest.mark.parametrize(("rows", "accumulate"), [(1, 1), (2, 8), (64, 2)])
+def test_batches_ahead_are_in_the_plan_of_a_gpu(rows: int, accumulate: int) -> None:
+    """Two steps' batches on the device, in whole segments; pinned and plain ones on the host."""
+    length, shape = 1000, ModelConfig.from_dict(SHAPE)
+    config = TrainConfig(
+        model="m",
+        data="d",
+        gradient_checkpointing="full",
+        max_length=length,
+        batch_size=rows,
+        accumulate=accumulate,
+    )
+    planned = plan(shape, config, gpu=True, dtype=torch.bfloat16)
+    tokens, trained = rows * length, rows * (length - 1)
+
+    def padded(size: int) -> int:
+        return -(-size // 128) * 128
+
+    sent = padded(8 * tokens) + 2 * padded(8 * trained) + padded(4 * (rows + 1))
+    counted = min(accumulate, 2) * -(-sent // 512) * 512
+    assert planned.step.owners["batch"] == counted
+    segment = 2 << 20 if sent <= 1 << 20 else 20 << 20
+    segments = -(-2 * accumulate * sent // segment)
+    assert planned.reserve["batches ahead"] == segments * segment - counted
+    plain = 8 * tokens + 16 * trained + 4 * (rows + 1)
+    pinned = 1 << (sent - 1).bit_length()
+    assert planned.batch_host == accumulate * (2 * plain + pinned)
+    on_cpu = plan(shape, config, gpu=False, dtype=torch.float32)
+    assert (on_cpu.reserve, on_cpu.batch_host) == ({}, 0)
+    assert on_cpu.step.owners["batch"] == min(accumulate, 2) * plain
