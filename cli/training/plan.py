@@ -1,6 +1,6 @@
 """`engine plan`: what a run will need, before it allocates anything.
 
-Takes every setting of `engine train`; no data and no weights are read.
+Takes every setting of `engine train`; rows are read where --data names some, weights never.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 from cli.from_settings import Call, Verb, make_app
 from engine.config.tasks.workflow import PlanSettings
-from engine.config.train_config import TrainConfig
+from engine.config.train_config import NO_DATA, TrainConfig
 from engine.runs.startup import importing
 
 
@@ -17,7 +17,8 @@ def plan(call: Call) -> int:
     """Plan a run: bytes by owner, peaks of loading, a step and saving, and the time of a step.
 
     --model also takes a name such as llama-3.1-8b, whose shape is known. With --memory-budget the
-    fastest settings that fit are chosen.
+    fastest settings that fit are chosen, and with --preset auto those for this machine's memory.
+    With --data the rows are checked, and where MODEL has a tokenizer their lengths are planned for.
     """
     options = call.read(PlanSettings)
     if options.sizes:
@@ -27,7 +28,8 @@ def plan(call: Call) -> int:
         from engine.verbs.plan import find_target
         from engine.verbs.plan import plan as plan_run
     if options.max_context:
-        return _show_contexts(settings, find_target(settings), call)
+        any_row = settings.model_copy(update={"data": NO_DATA})
+        return _show_contexts(settings, find_target(any_row), call)
     with _progress() as tried:
         report = plan_run(settings, options.gpu, tried)
     if not call.print_json(report.as_dict()):

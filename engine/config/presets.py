@@ -2,7 +2,9 @@
 
 A preset is a handful of settings under the configuration file and the flags, both of which win over
 it. The sizes in the names say which GPU memory the settings were chosen for with a model of 7 to 8
-billion parameters; smaller models leave room to raise `batch_size` or `max_length`.
+billion parameters; smaller models leave room to raise `batch_size` or `max_length`. Where a preset
+sets `fit_memory`, its `batch_size` is a whole step's: the planner cuts it into micro-batches, and
+takes the recomputation and memory options, that are the fastest in that memory.
 """
 
 from typing import Any
@@ -18,6 +20,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 5e-4,
         "checkpoint_every": 20,
     },
+    "auto": {
+        "method": "qlora",
+        "batch_size": 16,
+        "accumulate": 1,
+        "max_length": 2048,
+        "fit_memory": "auto",
+    },
     "qlora-8gb": {
         "method": "qlora",
         "batch_size": 1,
@@ -28,17 +37,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "qlora-12gb": {
         "method": "qlora",
-        "batch_size": 1,
-        "accumulate": 16,
+        "batch_size": 16,
+        "accumulate": 1,
         "max_length": 2048,
-        "gradient_checkpointing": "full",
+        "fit_memory": "11.4GiB",
     },
     "qlora-16gb": {
         "method": "qlora",
-        "batch_size": 2,
-        "accumulate": 8,
+        "batch_size": 16,
+        "accumulate": 1,
         "max_length": 2048,
-        "gradient_checkpointing": "full",
+        "fit_memory": "15.2GiB",
     },
     "qlora-24gb": {
         "method": "qlora",
@@ -63,11 +72,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+OTHER_NAMES = {"qwen_4080_16g": "qlora-16gb"}
+"""Names that earlier configurations have for a preset."""
+
 SUMMARIES: dict[str, str] = {
     "cpu-demo": "60 QLoRA steps on a CPU with a model of some hundred million parameters",
+    "auto": "QLoRA, 16 examples a step, in the way that is fastest in this machine's memory",
     "qlora-8gb": "7-8B model on an 8 GB GPU, examples of up to 1,024 tokens",
-    "qlora-12gb": "7-8B model on a 12 GB GPU, examples of up to 2,048 tokens",
-    "qlora-16gb": "7-8B model on a 16 GB GPU, two examples at a time",
+    "qlora-12gb": "7-8B model on a 12 GB GPU, examples of up to 2,048 tokens, 16 a step",
+    "qlora-16gb": "7-8B model on a 16 GB GPU, examples of up to 2,048 tokens, 16 a step",
     "qlora-24gb": "7-8B model on a 24 GB GPU, packed examples",
     "lora-16bit": "LoRA over 16-bit weights, for models up to half the GPU's memory",
     "full": "every weight, at a learning rate of 2e-5",

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from engine.config.aliases import ALIASES, GROUPS, HINTS
 from engine.config.explain import Setting, describe, nearest
-from engine.config.presets import PRESETS
+from engine.config.presets import OTHER_NAMES, PRESETS
 from engine.config.settings import Settings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
@@ -195,6 +195,7 @@ def build(table: type[S], given: Mapping[str, Setting]) -> S:
 
 def find_preset(name: str) -> dict[str, Any]:
     """The settings of a preset. Raises `ConfigError` for a name that there is none of."""
+    name = OTHER_NAMES.get(name, name)
     if name not in PRESETS:
         near = nearest(name, PRESETS)
         meant = f" Did you mean {near}?" if near else ""

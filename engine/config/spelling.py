@@ -160,6 +160,17 @@ def size_in_bytes(value: Any) -> Any:
     return size
 
 
+def auto_or_size(value: Any) -> Any:
+    """`"auto"` as it is, none as None, and sizes as `size_in_bytes` reads them."""
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() == "auto"):
+        return "auto" if value else None
+    return None if value == "none" else size_in_bytes(value)
+
+
+SizeToFit = Annotated[Auto | int | None, BeforeValidator(auto_or_size)]
+"""Bytes that a run is to fit; auto is what this machine has."""
+
+
 def shard_size(value: Any) -> Any:
     """`"5"`, 5 and 5.0 as 5 GB, `"900MB"` as that, and an integer from 1,000 on as bytes."""
     if isinstance(value, str):

@@ -39,6 +39,7 @@ from engine.config.spelling import (
     POLICY,
     PRECISIONS,
     ChunkTokens,
+    SizeToFit,
     checkpointing_policies,
     comma_list,
     iso_date,
@@ -63,6 +64,7 @@ _NOT_TRAJECTORY = frozenset(
         "log_level",
         "log_every",
         "memory_budget",
+        "fit_memory",
         "keep_decoded",
         "embedding_on",
         "offload",
@@ -291,6 +293,9 @@ class TrainConfig(Settings):
     )
     memory_budget: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
         None, "Memory", "most memory to use, such as 8GiB; refused if it cannot hold"
+    )
+    fit_memory: SizeToFit = setting(
+        None, "Memory", "take the fastest memory settings within a size, or auto: this machine's"
     )
 
     device: str = setting("auto", "Machine", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES)

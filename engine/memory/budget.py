@@ -171,8 +171,12 @@ class MemoryBudget:
 
 def largest_step(prepared: Prepared) -> Workload:
     """The most tokens that a step of this run can have, from the lengths of its rows."""
-    config = prepared.config
-    lengths = sorted((len(example) for example in prepared.examples), reverse=True)
+    return step_of(prepared.config, [len(example) for example in prepared.examples])
+
+
+def step_of(config: TrainConfig, lengths: Sequence[int]) -> Workload:
+    """The most tokens that a step over rows of these lengths can have; longer rows are cut."""
+    lengths = sorted((min(config.max_length, length) for length in lengths), reverse=True)
     count = min(config.accumulate, 2)
     if config.packing:
         return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)

@@ -60,19 +60,23 @@ def memory_options(config: TrainConfig, gpu: bool, tied: bool) -> list[MemoryOpt
     tile = config.mlp_tile_tokens
     rows = given_chunk(config.loss_chunk_tokens) or math.inf
     facts = Facts(tied=tied)
-    weights = (*config.offload, "weights")
+    graphs = config.cuda_graphs  # named where a rule of theirs is asked for
+    checkpoints, weights = (*config.offload, "checkpoints"), (*config.offload, "weights")
     can = partial(allows, config, facts)
     choices = (
         (gpu and can(embedding_on="host"), MemoryOption("embedding_on", "host", 0.001)),
         (can(optimizer_in_backward=True), MemoryOption("optimizer_in_backward", True, 0.005)),
-        (gpu, MemoryOption("offload", "checkpoints", 0.01)),
+        (
+            gpu and can(offload=checkpoints, cuda_graphs=graphs),
+            MemoryOption("offload", "checkpoints", 0.01),
+        ),
         (tile is None or tile > _WIDE_TILE, MemoryOption("mlp_tile_tokens", _WIDE_TILE, 0.01)),
         (gpu and rows > _SHORT_CHUNK, MemoryOption("loss_chunk_tokens", _SHORT_CHUNK, 0.005)),
         (rows > _SHORTEST_CHUNK, MemoryOption("loss_chunk_tokens", _SHORTEST_CHUNK, 0.02)),
         (can(head_precision="8bit"), MemoryOption("head_precision", "8bit", 0.02)),
         (tile is None or tile > _NARROW_TILE, MemoryOption("mlp_tile_tokens", _NARROW_TILE, 0.03)),
         (True, MemoryOption("low_memory_decode", True, 0.15)),
-        (gpu and can(offload=weights), MemoryOption("offload", "weights", 0.5)),
+        (gpu and can(offload=weights, cuda_graphs=graphs), MemoryOption("offload", "weights", 0.5)),
     )
     return [option for possible, option in choices if possible and not _taken(config, option)]
 

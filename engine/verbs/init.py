@@ -18,6 +18,7 @@ from engine.data.dataset import read_rows
 from engine.data.examples import build_examples
 from engine.data.rows import Row
 from engine.errors import DataError, EngineError
+from engine.memory.run_planner import USABLE, usable_memory
 from engine.memory.search import changed, choose
 from engine.memory.simulate.meter import gib
 from engine.model_sources.open import open_model_source
@@ -28,8 +29,6 @@ _ROWS_PER_STEP = 16
 _FEW_ROWS, _FEW_HELDOUT = 2000, 20
 _CHARACTERS_PER_TOKEN = 3.5
 _LONGEST = 1 << 20
-_USABLE = 0.95
-"""Share of a GPU's memory that a run may plan with; the rest is the driver's and the desktop's."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +129,9 @@ def propose(settings: InitSettings) -> Proposal:
 def _memory(settings: InitSettings) -> tuple[int | None, bool, str]:
     """The bytes to plan with, whether they are a GPU's, and whose."""
     if settings.memory is not None:
-        return int(_USABLE * settings.memory), True, f"a GPU of {gib(settings.memory)}"
+        return int(USABLE * settings.memory), True, f"a GPU of {gib(settings.memory)}"
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        return int(_USABLE * total), True, f"this machine's {torch.cuda.get_device_name(0)}"
+        return usable_memory(gpu=True), True, f"this machine's {torch.cuda.get_device_name(0)}"
     return None, False, "this machine's CPU"
 
 

@@ -6,24 +6,30 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 
 from engine.config.choices import GPU_TFLOPS
+from engine.config.sources import build
 from engine.config.train_config import TrainConfig
-from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError
-from engine.memory.auto_policy import chunk_of, resolve_policy
-from engine.memory.decoded import resolve_decoded, spare_memory
+from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
-from engine.memory.estimate import plan as plan_memory
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import preset_config
-from engine.memory.options import flag
+from engine.memory.options import NAMES, flag
+from engine.memory.run_planner import (
+    KnownRows,
+    RunPlanner,
+    compute_dtype,
+    read_known_rows,
+    usable_memory,
+)
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
+from engine.model_sources.open import describe_model
+from engine.runs.stored import CONFIG, read_settings
 from engine.training.checks import check_model, check_request
 from engine.training.cpu_dtype import with_cpu_dtype
 from engine.training.init_adapter import with_init_adapter
@@ -43,6 +49,7 @@ class Target:
     gpu: bool
     stored: torch.dtype
     plan: Planner
+    rows: KnownRows
 
     @property
     def longest_row(self) -> int:
@@ -58,7 +65,8 @@ def find_target(config: TrainConfig) -> Target:
     """The model and machine of these settings.
 
     `--device auto` means this machine, and a CUDA GPU where the model is named by a preset.
-    Everything that `engine train` checks without weights is checked (`engine.training.checks`).
+    Everything that `engine train` checks without weights is checked (`engine.training.checks`),
+    and the rows are read: where the model has a tokenizer at hand, their lengths are planned for.
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     if config.device == "auto":
@@ -71,25 +79,50 @@ def find_target(config: TrainConfig) -> Target:
     model, stored = find_model(config.model, config.revision)
     check_model(config, model, runs_on, disk=config.output_dir is not None)
     machine = "a CUDA GPU" if gpu else "the CPU"
-    planner = partial(_plan, model, gpu, stored)
-    return Target(f"{config.model} on {machine}", model, gpu, stored, planner)
+    rows = read_known_rows(config, model)
+    teacher = None if config.teacher is None else describe_model(config.teacher).config
+    planner = RunPlanner(model, gpu, stored, rows, teacher)
+    return Target(f"{config.model} on {machine}", model, gpu, stored, planner, rows)
 
 
-def _plan(model: ModelConfig, gpu: bool, stored: torch.dtype, config: TrainConfig) -> MemoryPlan:
-    dtype = compute_dtype(config, gpu)
-    if config.gradient_checkpointing == "auto":
-        config = changed(config, gradient_checkpointing=_auto_policy(model, gpu, dtype, config))
-    make = partial(plan_memory, model, gpu=gpu, dtype=dtype, stored=stored)
-    limit = spare_memory(config, torch.device("cuda")) if gpu else config.memory_budget
-    keep, made = resolve_decoded(config, model.num_hidden_layers, limit, make)
-    return made or make(changed(config, keep_decoded=keep))
+def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
+    """The fastest settings within the memory that a run may take, and how much that is.
+
+    It is `memory_budget` or `fit_memory`, the smaller of them, or else what this machine has.
+    Raises `ConfigError` where it is a GPU's that is not here, `MemoryPlanError` where nothing fits.
+    """
+    sizes = [size for size in (config.memory_budget, config.fit_memory) if isinstance(size, int)]
+    limit = min(sizes) if sizes else usable_memory(target.gpu)
+    if limit is None:
+        raise ConfigError(
+            "--fit-memory auto (as in --preset auto) plans for the GPU of this machine, and there "
+            "is none. Name a GPU's memory, as in --fit-memory 15GiB, or plan for the CPU with "
+            "--device cpu."
+        )
+    return choose(config, limit, target.plan), limit
 
 
-def _auto_policy(model: ModelConfig, gpu: bool, dtype: torch.dtype, config: TrainConfig) -> str:
-    """What auto comes to; "selective" for a GPU that is not here, whose memory nobody knows."""
-    if gpu and config.memory_budget is None and not torch.cuda.is_available():
-        return "selective"
-    return resolve_policy(model, config, torch.device("cuda" if gpu else "cpu"), dtype)
+def with_fitted(config: TrainConfig) -> TrainConfig:
+    """`config` with the settings chosen that `fit_memory` leaves to the planner.
+
+    A run that goes on has those of its own settings. Raises as `find_target` and `fit` do.
+    """
+    if config.fit_memory is None:
+        return config
+    output = config.output_dir
+    if config.resume is not None and output is not None and (output / CONFIG).is_file():
+        own = build(TrainConfig, read_settings(output))
+        update = {name: getattr(own, name) for name in NAMES}
+    else:
+        planned = fit(config, find_target(config))[0].plan.config
+        update = {name: getattr(planned, name) for name in NAMES}
+    return changed(config, fit_memory=None, **update)
+
+
+def fitted_changes(asked: TrainConfig, fitted: TrainConfig) -> str:
+    """The settings that differ, as the command line takes them."""
+    names = (name for name in NAMES if getattr(asked, name) != getattr(fitted, name))
+    return " ".join(flag(name, getattr(fitted, name)) for name in names)
 
 
 def told(planner: Planner, tried: Callable[[int], None]) -> Planner:
@@ -109,20 +142,20 @@ def plan(
 ) -> PlanReport:
     """Plan a run: its memory, and the time of a step on `gpu` (a name or TFLOP/s).
 
-    With a memory budget the fastest settings that fit are chosen; `tried` is told how many plans
-    were made so far. Raises `ConfigError` for a model or GPU that is not known, `MemoryPlanError`
-    where nothing fits the budget.
+    With a memory budget or `fit_memory` the fastest settings that fit are chosen; `tried` is told
+    how many plans were made so far. Raises `ConfigError` for a model or GPU that is not known,
+    `DataError` for rows that cannot be used, `MemoryPlanError` where nothing fits.
     """
     target = find_target(config)
     if tried is not None:
         target = replace(target, plan=told(target.plan, tried))
     config = with_cpu_dtype(config, target.gpu, target.model)
     rate = rate_of(gpu) if gpu else target.rate()
-    started, choice = time.perf_counter(), None
-    if config.memory_budget is not None:
-        choice = choose(config, config.memory_budget, target.plan)
+    started, choice, limit = time.perf_counter(), None, config.memory_budget
+    if limit is not None or config.fit_memory is not None:
+        choice, limit = fit(config, target)
     planned = target.plan(config) if choice is None else choice.plan
-    return PlanReport(target, planned, choice, rate, time.perf_counter() - started)
+    return PlanReport(target, planned, choice, rate, time.perf_counter() - started, limit)
 
 
 def rate_of(gpu: str) -> float:
@@ -139,20 +172,6 @@ def rate_of(gpu: str) -> float:
             "TFLOP/s."
         )
     return rate * 1e12
-
-
-def compute_dtype(config: TrainConfig, gpu: bool) -> torch.dtype:
-    """The type a run computes in; a GPU that is not here is taken to know bf16."""
-    if not gpu:
-        return resolve_dtype(config.dtype, torch.device("cpu"))
-    if config.dtype == "auto":
-        return (
-            resolve_dtype("auto", resolve_device("cuda"))
-            if torch.cuda.is_available()
-            else (torch.bfloat16)
-        )
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype
 
 
 def _cpu_rate(size: int = 384) -> float:
@@ -174,6 +193,7 @@ class PlanReport:
     choice: Choice | None
     rate: float
     planning_seconds: float
+    budget: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -202,7 +222,10 @@ class PlanReport:
             "batch_host_bytes": planned.batch_host,
             "allocated_bytes": planned.allocated,
             "total_bytes": planned.total,
-            "budget_bytes": config.memory_budget,
+            "budget_bytes": self.budget,
+            "rows": self.target.rows.count,
+            "longest_row_tokens": max(self.target.rows.lengths or (0,)) or None,
+            "assumed": self._assumed(),
             "trainable_parameters": planned.trainable,
             "tokens_per_step": planned.tokens,
             "flops_per_step": planned.flops,
@@ -237,6 +260,15 @@ class PlanReport:
     def _peaks(self) -> list[tuple[str, Any]]:
         return [("load", self.plan.load), ("step", self.plan.step), ("save", self.plan.save)]
 
+    def _assumed(self) -> list[str]:
+        """What the plan takes the rows and the teacher to be, a line each."""
+        lines = [self.target.rows.text(self.plan.config)]
+        if self.plan.config.teacher is not None:
+            lines.append(
+                "teacher: its weights are counted; what its forward pass needs beside them is not"
+            )
+        return lines
+
     def text(self) -> str:
         """The table that `engine plan` prints."""
         planned, config = self.plan, self.plan.config
@@ -246,7 +278,8 @@ class PlanReport:
             if name in _ALWAYS_SHOWN or getattr(config, name) != _default(name)
         )
         count, dtype = parameter_count(self.target.model), str(planned.dtype).removeprefix("torch.")
-        lines = [f"{self.target.title}, {dtype}, {count:,} parameters", settings, ""]
+        lines = [f"{self.target.title}, {dtype}, {count:,} parameters", settings]
+        lines += [*self._assumed(), ""]
         lines.append(f"{'':<22}{'step':>12}{'between steps':>15}")
         for owner in OWNERS:
             step, rest = planned.step.owners.get(owner, 0), planned.save.owners.get(owner, 0)
@@ -276,10 +309,12 @@ class PlanReport:
         return "\n".join(lines + self._chosen())
 
     def _chosen(self) -> list[str]:
-        budget = self.plan.config.memory_budget
-        if self.choice is None or budget is None:
+        if self.choice is None or self.budget is None:
             return []
-        lines = ["", f"budget {gib(budget)}: {self.choice.why} ({self.choice.tried} plans made)"]
+        lines = [
+            "",
+            f"budget {gib(self.budget)}: {self.choice.why} ({self.choice.tried} plans made)",
+        ]
         for name, (before, after) in self.choice.changes.items():
             lines.append(f"  {flag(name, after)}  (asked for {_text(before)})")
         return lines

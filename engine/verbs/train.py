@@ -47,6 +47,7 @@ from engine.training.trainable import (
     make_trainable,
     step_settings,
 )
+from engine.verbs.plan import fitted_changes, with_fitted
 from models.config.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -276,7 +277,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    config = with_cpu_dtype(with_init_adapter(config))
+    asked = with_cpu_dtype(with_init_adapter(config))
+    config = with_fitted(asked)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
         prepared = _checked(directory.config)
         directory.open()
@@ -284,6 +286,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         stack.enter_context(_explained(directory.config, prepared))
         run = _Run(directory, prepared, stack)
         directory.begin()
+        if asked.fit_memory is not None:
+            log.info("chosen for the memory: %s", fitted_changes(asked, config) or "no changes")
         if run.device.type == "cpu":
             log_choice(directory.config.dtype)
         before = run.evaluate_before()
@@ -339,7 +343,7 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """
     from engine.config.sources import dump_yaml
 
-    config = dated(name_run(with_cpu_dtype(with_init_adapter(config))))
+    config = dated(name_run(with_fitted(with_cpu_dtype(with_init_adapter(config)))))
     prepared = _checked(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)

@@ -93,6 +93,24 @@ def test_every_alias_and_preset_names_real_settings() -> None:
         load_config(preset=name, flags=NEEDED)
 
 
+def test_presets_of_a_size_leave_recomputation_to_the_planner() -> None:
+    sizes = {"qlora-12gb": 12, "qlora-16gb": 16}
+    for name, gigabytes in sizes.items():
+        config = load_config(preset=name, flags=NEEDED)
+        assert config.gradient_checkpointing == "auto"
+        assert config.fit_memory == int(0.95 * gigabytes * 2**30)
+    assert load_config(preset="auto", flags=NEEDED).fit_memory == "auto"
+    assert load_config(preset="qwen_4080_16g", flags=NEEDED) == config
+
+
+def test_a_size_to_fit_is_auto_a_size_or_none() -> None:
+    sizes = {"auto": "auto", "8GiB": 8 << 30, "none": None, "7.5GB": 7_500_000_000}
+    for text, size in sizes.items():
+        assert load_config(flags={**NEEDED, "fit_memory": text}).fit_memory == size
+    with pytest.raises(ConfigError, match=r"fit_memory.*8GiB"):
+        load_config(flags={**NEEDED, "fit_memory": "much"})
+
+
 def test_nested_groups_and_dotted_overrides_reach_flat_settings(tmp_path: Path) -> None:
     file = written(tmp_path, "model:\n  name: m\ndata: d\nlora:\n  r: 8\n  alpha: 16\n")
     config = load_config(file, overrides=["lora.dropout=0.1", "optimizer.lr=1e-3"])
