@@ -10,7 +10,8 @@ adapter A_e (r, in), B_e (out, r) of every expert:
 The product B_e A_e is never formed. Two primitives carry all of it: `grouped_matmul` (either way
 round) and `grouped_outer`. The reference decodes a quantised weight one expert at a time; the
 Triton product decodes it between memory and tensor core, if it is in the planar order
-(`planar_experts`). Neither saves a decoded weight.
+(`planar_experts`), and for many rows the library's product may take all experts decoded at once
+(`grouped_choice`). None saves a decoded weight.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from kernels.linear.decode import decode_weight
 from kernels.linear.projection import Weight
 from kernels.moe import grouped_matmul_triton
 from kernels.moe.gathered import Gathered
+from kernels.moe.grouped_choice import multiply_nf4
+from kernels.moe.grouped_library import ExpertProduct
 from kernels.nf4 import NF4Weight, dequantize_rows
 from kernels.nf4.dequantize_triton import dequantize_reference
 from kernels.nf4.planar import PlanarNF4Weight, to_planar
@@ -164,8 +167,9 @@ def grouped_matmul(
     """scale * W_e x_m for every row m, (M, out); W_e^T x_m, (M, in), with `transpose`.
 
     x has M rows. `out` (M, out), rows of any stride, is written, or added to with `accumulate`. On
-    a GPU 16-bit rows times a dense (E, out, in) or a planar NF4 weight are one launch; other
-    weights, and fp32, go expert by expert.
+    a GPU 16-bit rows times a dense (E, out, in) or a planar NF4 weight are one launch, or a planar
+    weight is decoded for the library (`grouped_choice`); other weights, and fp32, go expert by
+    expert.
     """
     x = Gathered.of(x)
     if out is None:
@@ -174,16 +178,24 @@ def grouped_matmul(
         accumulate = False
     if _in_one_launch(x.matrix, weight):
         assert isinstance(weight, Tensor | PlanarNF4Weight)
-        grouped_matmul_triton.matmul(
-            x,
-            weight,
-            groups.offsets,
-            groups.tiles,
-            out,
-            transpose=transpose,
-            accumulate=accumulate,
-            scale=scale,
-        )
+
+        def fused() -> None:
+            grouped_matmul_triton.matmul(
+                x,
+                weight,
+                groups.offsets,
+                groups.tiles,
+                out,
+                transpose=transpose,
+                accumulate=accumulate,
+                scale=scale,
+            )
+
+        if isinstance(weight, Tensor):
+            fused()
+        else:
+            product = ExpertProduct(x, weight, groups.offsets, out, transpose, accumulate, scale)
+            multiply_nf4(product, fused)
         return out
     for expert, part in groups.filled():
         dense = expert_weight(weight, expert, x.matrix.dtype)

@@ -6,7 +6,10 @@ Every question is answered by the machine, or by the GPU that the calling thread
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -61,3 +64,35 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
         # The pinned memory is given back when the copy is done: torch's allocator sees to that.
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def recording(device: torch.device) -> bool:
+    """Whether launches of this thread are recorded for a graph, so that nothing may be waited for.
+
+    False in a simulated step.
+    """
+    return has_streams(device) and torch.cuda.is_current_stream_capturing()
+
+
+def seconds(run: Callable[[], None], device: torch.device, repeats: int = 3) -> float:
+    """The shortest time that `run` takes on the device, after one run to warm up. The host waits.
+
+    On a GPU it is measured between events, from the first launch of `run` to the end of its last.
+    """
+    run()
+    if not has_streams(device):
+        return min(_on_host(run) for _ in range(repeats))
+    with torch.cuda.device(device):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        marks[-1].synchronize()
+    return min(float(a.elapsed_time(b)) for a, b in pairwise(marks)) / 1e3
+
+
+def _on_host(run: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -44,7 +44,8 @@ class Scoped(Generic[T]):
 class SimulatedGPU:
     """The GPU that a simulation assumes. `attention` names the back ends that work on it.
 
-    Where it `repeats`, the run is in torch's deterministic mode.
+    Where it `repeats`, the run is in torch's deterministic mode. `multiplies_groups` says whether
+    torch's grouped product of matrices may be called on it.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class SimulatedGPU:
     attention: tuple[str, ...] = ("flash", "documents")
     multiplies_into_fp32: bool = True
     repeats: bool = False
+    multiplies_groups: bool = True
 
 
 class Simulation(Protocol):

@@ -168,6 +168,8 @@ _PRODUCTS: dict[Any, Callable[[Any], float]] = {
     _ATEN._flash_attention_backward.default: lambda a: _attention(a[1], 0, 5.0, a[6]),
 }
 """Floating-point operations of the ops that do nearly all of them, from their arguments."""
+if hasattr(_ATEN, "_grouped_mm"):  # not before torch 2.8; every row meets one matrix of (E, K, N)
+    _PRODUCTS[_ATEN._grouped_mm.default] = lambda a: _matmul(a[0], a[1])
 
 
 def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:

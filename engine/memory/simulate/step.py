@@ -46,6 +46,7 @@ from engine.training.trainable import (
     step_settings,
 )
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
+from kernels.moe.grouped_library import hopper_here
 from kernels.nf4.planar import PlanarNF4Weight
 from kernels.runtime.scratch import scratch
 from kernels.runtime.simulation import SimulatedGPU, simulate_with
@@ -129,7 +130,7 @@ def simulate_step(
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = SimulatedMeter(replace(ASSUMED_GPU, repeats=config.deterministic) if gpu else None)
+    meter = SimulatedMeter(_assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
         _make_tables(device)
@@ -138,6 +139,10 @@ def simulate_step(
             source = cast(ModelSource, _EmptySource(model_config, stored, meter))
             model = build_for(config, source, device, dtype)
             return _trained(meter, model, config, batches)
+
+
+def _assumed_gpu(config: TrainConfig) -> SimulatedGPU:
+    return replace(ASSUMED_GPU, repeats=config.deterministic, multiplies_groups=hopper_here())
 
 
 def _make_tables(device: torch.device) -> None:
