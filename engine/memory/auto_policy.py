@@ -19,6 +19,7 @@ from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
+from engine.memory.process import PROCESS
 from engine.memory.search import changed
 from engine.memory.simulate.meter import gib
 from kernels.loss.linear_cross_entropy import chunk_tokens
@@ -85,8 +86,12 @@ def planned_policy(
     dtype: torch.dtype,
     work: Workload | None = None,
     free: int | None = None,
+    process: int = PROCESS,
 ) -> tuple[str, MemoryPlan | None]:
-    """As `resolve_policy`, with the plan of the largest step at that policy if it was made."""
+    """As `resolve_policy`, with the plan of the largest step at that policy if it was made.
+
+    `process` is what a CPU holds besides tensors.
+    """
     if config.gradient_checkpointing != "auto":
         return config.gradient_checkpointing, None
     limit = config.memory_budget
@@ -94,12 +99,13 @@ def planned_policy(
         free = free_memory(device) if free is None else free
         limit = int(free * FREE_SHARE[device.type])
     work = work or workload(config)
-    if 2 * _estimate(model, config, work, dtype, device.type == "cuda") < limit:
+    gpu = device.type == "cuda"
+    if 2 * _estimate(model, config, work, dtype, gpu) < limit - (0 if gpu else process):
         return "none", None
 
     def made(policy: str) -> MemoryPlan:
         settings = changed(config, gradient_checkpointing=policy)
-        return plan(model, settings, gpu=device.type == "cuda", dtype=dtype, work=work)
+        return plan(model, settings, gpu=gpu, dtype=dtype, work=work, process=process)
 
     *faster, policy = POLICIES
     planned = made(policy) if config.memory_budget is not None else None

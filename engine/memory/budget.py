@@ -2,9 +2,10 @@
 
 Before rows are read, one row of 8 tokens is planned, and a budget that cannot hold it is refused.
 Before weights are read, so is the largest step that the run's rows can make. On a CUDA GPU the
-allocator gets the budget as its limit. On a CPU every step that is larger than those before it, and
-the first two, run under a `MemoryMeter` that stops the run at the budget. At the end the measured
-peak stands beside the plan of the largest step seen.
+allocator gets the budget as its limit. On a CPU the budget is for the process and its tensors:
+every step that is larger than those before it, and the first two, run under a `MemoryMeter` that
+stops the run at what the process leaves. At the end the measured peak stands beside the plan of the
+largest step seen.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
+from engine.memory.process import refusal
 from engine.memory.search import least_step, require_any
 from engine.memory.simulate.meter import MemoryMeter, gib
 from engine.memory.simulate.observer import observed, track_model
@@ -38,19 +40,27 @@ _ALWAYS = 2
 
 
 def require_space(
-    config: TrainConfig, model: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    model: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    process: int,
 ) -> None:
     """Raise `MemoryPlanError` where the budget cannot hold one row of 8 tokens.
 
-    `config.memory_budget` must be set. A budget that holds costs one plan, another a few more.
+    `config.memory_budget` must be set; `process` is what a CPU holds besides tensors. A budget that
+    holds costs one plan, another a few more, and one below the process none.
     """
     budget = config.memory_budget
     assert budget is not None
+    if device.type == "cpu" and budget <= process:
+        raise MemoryPlanError(refusal(budget, process))
 
     def make(settings: TrainConfig) -> MemoryPlan:
         named = settings.dtype if settings.dtype != config.dtype else None
         own = dtype if named is None else getattr(torch, named)
-        return plan(model, settings, gpu=device.type == "cuda", dtype=own)
+        gpu = device.type == "cuda"
+        return plan(model, settings, gpu=gpu, dtype=own, process=process)
 
     least = least_step(config)
     made = make(least)
@@ -73,22 +83,25 @@ class MemoryBudget:
         config: TrainConfig,
         device: torch.device,
         dtype: torch.dtype,
+        process: int,
         planned: MemoryPlan | None = None,
     ) -> None:
         """Plan the run and limit the GPU. Raises `MemoryPlanError` where the budget is too small.
 
         `config` is the run's with its checkpointing policy chosen; its `memory_budget` must be set.
-        `planned` is the plan of its largest step, where that is made already.
+        `process` is what a CPU holds besides tensors, and `planned` the plan of the largest step,
+        where that is made already.
         """
         self._prepared, self._config = prepared, config
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype, self._process = device, dtype, process
         budget = config.memory_budget
         assert budget is not None
         self._budget = budget
         self.planned = planned or self._plan(config, largest_step(prepared))
         if self.planned.total > budget:
             raise MemoryPlanError(self._refusal())
-        log.info("Planned peak %s of %s", gib(self.planned.total), gib(budget))
+        own = f", {gib(process)} of them the process itself" if device.type == "cpu" else ""
+        log.info("Planned peak %s of %s%s", gib(self.planned.total), gib(budget), own)
         if device.type == "cuda":
             share = min(1.0, (budget - CUDA_CONTEXT) / total_memory(device))
             torch.cuda.set_per_process_memory_fraction(share, device)
@@ -98,7 +111,7 @@ class MemoryBudget:
         self._largest: Sequence[PackedBatch] = ()
 
     def _plan(
-        self, config: TrainConfig, work: Workload | None, batches: Sequence[PackedBatch] = ()
+        self, config: TrainConfig, work: Workload | Sequence[PackedBatch] | None
     ) -> MemoryPlan:
         return plan(
             self._prepared.model_source.config,
@@ -106,7 +119,7 @@ class MemoryBudget:
             gpu=self._device.type == "cuda",
             dtype=self._dtype,
             work=work,
-            batches=batches,
+            process=self._process,
         )
 
     def _refusal(self) -> str:
@@ -137,7 +150,7 @@ class MemoryBudget:
         if self._device.type == "cuda" or not (larger or self._watched <= _ALWAYS):
             yield
             return
-        meter = MemoryMeter(limit=self._budget)
+        meter = MemoryMeter(limit=self._budget - self._process)
         track_model(meter, model)
         meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
@@ -149,7 +162,7 @@ class MemoryBudget:
     def figures(self) -> dict[str, Any]:
         """Planned and measured peaks for the summary; warns where they are far apart."""
         config = self._config
-        seen = self._plan(config, None, self._largest) if self._largest else self.planned
+        seen = self._plan(config, self._largest) if self._largest else self.planned
         expected = seen.step.bytes
         measured = self._measured
         if self._device.type == "cuda":

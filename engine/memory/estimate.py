@@ -4,7 +4,8 @@
 equal layers a few are simulated: the bytes of every segment of a step are linear in the number of
 layers, so two shallow models give the deep one (a test compares them with the whole).
 What lies outside torch's allocator on a GPU cannot be counted without one; it is added as the
-constants below, and said so.
+constants below, and said so. On a CPU the process itself and holes of the C library's
+allocator are added (`engine.memory.process`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from engine.config.train_config import TrainConfig
+from engine.memory.process import PROCESS
 from engine.memory.simulate.meter import Peak, Segment
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from engine.training.trainable import decoded_layers
@@ -35,7 +37,10 @@ _CUBLAS_HOPPER, _CUBLAS_EARLIER = 32 * 2**20, 8 * 2**20 + 2**17
 """Workspace that torch gives a handle, from compute capability 9.0 on and before."""
 
 FRAGMENTATION = 0.05
-"""Share of what comes and goes in a step that the caching allocator is assumed to lose to holes."""
+"""Share of what comes and goes in a step that an allocator is assumed to lose to holes."""
+
+_HEAP, _HEAP_SHARE = 120 * 2**20, 5
+"""What a CPU's heap loses besides, at most a fifth of the tensors: it hardly depends on them."""
 
 _SMALL_BLOCK, _SMALL_SEGMENT, _SEGMENT = 2**20, 2 * 2**20, 20 * 2**20
 """torch's CUDA allocator takes memory in segments, of another size for blocks over 1 MiB."""
@@ -59,9 +64,9 @@ class Workload:
 class MemoryPlan:
     """Peaks in bytes by owner, and the operations of one step (all its micro-batches).
 
-    `reserve` names what is added to the tensors' bytes for a GPU; it is empty for a CPU. `host` is
-    what a GPU offloads to the host's memory, `batch_host` what the batches of this step and the
-    next take there beside a GPU, and `tied` says that the head is the embedding.
+    `reserve` names what is added to the tensors' bytes. `host` is what a GPU offloads to the host's
+    memory, `batch_host` what the batches of this step and the next take there beside a GPU, and
+    `tied` says that the head is the embedding.
     """
 
     config: TrainConfig
@@ -129,21 +134,23 @@ def plan(
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
-    work: Workload | None = None,
-    batches: Sequence[PackedBatch] = (),
+    work: Workload | Sequence[PackedBatch] | None = None,
     whole: bool = False,
+    process: int = PROCESS,
 ) -> MemoryPlan:
     """Plan a run of `config` on a model of this shape.
 
     `GPU` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
-    (by default the largest that the settings allow), or `batches` the step itself. `whole` passes
-    every layer. Raises `ValueError` where the checkpointing policies are not those of the layers.
+    (by default the largest that the settings allow), or the batches of the step itself. `whole`
+    passes every layer, and `process` is what a CPU holds besides tensors. Raises `ValueError` where
+    the checkpointing policies are not those of the layers.
     """
-    if batches:
-        work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
-    else:
-        work = work or workload(config)
+    work = work or workload(config)
+    if isinstance(work, Workload):
         batches = [make_batch(lengths) for lengths in work.micro_batches]
+    else:
+        batches = list(work)
+        work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
 
     layers, period = model.num_hidden_layers, model.period
     policies = set(layer_policies(config.gradient_checkpointing, layers))
@@ -170,6 +177,8 @@ def plan(
     made = _plan_of(result, config, gpu, dtype, work, layers)
     if gpu:
         made = _with_batches_ahead(made, batches)
+    else:
+        made = replace(made, reserve={"process": process, **made.reserve})
     return replace(made, tied=model.tie_word_embeddings)
 
 
@@ -203,14 +212,15 @@ def _plan_of(
     saved: tuple[str, ...] = ("adapters", "optimiser")
     if config.method == "full":
         saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
-    reserve = {}
+    passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
+    holes = int(FRAGMENTATION * passing)
     if gpu:
-        passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
-        reserve = {
-            "CUDA context": CUDA_CONTEXT,
-            "cuBLAS workspace": cublas_workspace(config.deterministic),
-            "allocator's holes": int(FRAGMENTATION * passing),
-        }
+        context, workspace = CUDA_CONTEXT, cublas_workspace(config.deterministic)
+        reserve = {"CUDA context": context, "cuBLAS workspace": workspace}
+    else:
+        reserve = {}
+        holes += min(_HEAP, step.bytes // _HEAP_SHARE)
+    reserve["allocator's holes"] = holes
     micro = config.accumulate / len(work.micro_batches)
     return MemoryPlan(
         config=config,

@@ -13,12 +13,13 @@ import torch
 from engine.config.choices import GPU_TFLOPS
 from engine.config.sources import build
 from engine.config.train_config import TrainConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import NAMES, flag
+from engine.memory.process import PROCESS, refusal
 from engine.memory.run_planner import (
     KnownRows,
     RunPlanner,
@@ -99,6 +100,8 @@ def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
             "is none. Name a GPU's memory, as in --fit-memory 15GiB, or plan for the CPU with "
             "--device cpu."
         )
+    if not target.gpu and limit <= PROCESS:
+        raise MemoryPlanError(refusal(limit, PROCESS))
     return choose(config, limit, target.plan), limit
 
 

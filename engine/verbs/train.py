@@ -73,11 +73,12 @@ class TrainResult:
 
 
 def _with_policy(
-    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, process: int
 ) -> tuple[TrainConfig, MemoryPlan | None]:
     """The settings with the checkpointing policy chosen, where they leave it to the machine.
 
-    With them the plan of the largest step, if the choice needed one.
+    With them the plan of the largest step, if the choice needed one. `process` is what a CPU holds
+    besides tensors.
     """
     if config.gradient_checkpointing != "auto" and config.keep_decoded != "auto":
         return config, None
@@ -88,9 +89,10 @@ def _with_policy(
 
     model, work = prepared.model_source.config, largest_step(prepared)
     bare = config.model_copy(update={"keep_decoded": "none"})
-    policy, planned = planned_policy(model, bare, device, dtype, work)
+    policy, planned = planned_policy(model, bare, device, dtype, work, process=process)
     config = config.model_copy(update={"gradient_checkpointing": policy})
-    make = partial(plan, model, gpu=device.type == "cuda", dtype=dtype, work=work)
+    gpu = device.type == "cuda"
+    make = partial(plan, model, gpu=gpu, dtype=dtype, work=work, process=process)
     limit = spare_memory(config, device)
     keep, made = resolve_decoded(config, model.num_hidden_layers, limit, make)
     if keep != "none":
@@ -98,13 +100,13 @@ def _with_policy(
     return config.model_copy(update={"keep_decoded": keep}), made or planned
 
 
-def _require_space(config: TrainConfig, model: ModelConfig) -> None:
+def _require_space(config: TrainConfig, process: int, model: ModelConfig) -> None:
     """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
     if config.memory_budget is not None:
         from engine.memory.budget import require_space
 
         device = resolve_device(config.device)
-        require_space(config, model, device, resolve_dtype(config.dtype, device))
+        require_space(config, model, device, resolve_dtype(config.dtype, device), process)
 
 
 def _budget(
@@ -112,6 +114,7 @@ def _budget(
     config: TrainConfig,
     device: torch.device,
     dtype: torch.dtype,
+    process: int,
     planned: MemoryPlan | None,
 ) -> MemoryBudget | None:
     """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
@@ -119,7 +122,7 @@ def _budget(
         return None
     from engine.memory.budget import MemoryBudget
 
-    return MemoryBudget(prepared, config, device, dtype, planned)
+    return MemoryBudget(prepared, config, device, dtype, process, planned)
 
 
 def _explained(config: TrainConfig, prepared: Prepared) -> AbstractContextManager[None]:
@@ -135,13 +138,15 @@ def _explained(config: TrainConfig, prepared: Prepared) -> AbstractContextManage
 class _Run:
     """One training run between the opening of its directory and its summary."""
 
-    def __init__(self, directory: RunDirectory, prepared: Prepared, stack: ExitStack) -> None:
+    def __init__(
+        self, directory: RunDirectory, prepared: Prepared, stack: ExitStack, process: int
+    ) -> None:
         self.directory, self.prepared, self.stack = directory, prepared, stack
         self.config = directory.config
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
-        settings, planned = _with_policy(self.config, prepared, self.device, dtype)
-        self.budget = _budget(prepared, settings, self.device, dtype, planned)
+        settings, planned = _with_policy(self.config, prepared, self.device, dtype, process)
+        self.budget = _budget(prepared, settings, self.device, dtype, process, planned)
         base = prepared.model_source if prepared.init is None else prepared.init.source
         self.model = build_for(self.config, base, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, prepared.init)
@@ -278,13 +283,14 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     if config.threads:
         torch.set_num_threads(config.threads)
     asked = with_cpu_dtype(with_init_adapter(config))
+    process = _process(asked)
     config = with_fitted(asked)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = _checked(directory.config)
+        prepared = _checked(directory.config, process)
         directory.open()
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         stack.enter_context(_explained(directory.config, prepared))
-        run = _Run(directory, prepared, stack)
+        run = _Run(directory, prepared, stack, process)
         directory.begin()
         if asked.fit_memory is not None:
             log.info("chosen for the memory: %s", fitted_changes(asked, config) or "no changes")
@@ -326,11 +332,18 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands))
 
 
-def _checked(config: TrainConfig) -> Prepared:
+def _process(config: TrainConfig) -> int:
+    """What this process holds of the device's memory besides tensors, before weights are read."""
+    from engine.memory.process import process_bytes
+
+    return process_bytes(resolve_device(config.device))
+
+
+def _checked(config: TrainConfig, process: int) -> Prepared:
     """Everything that can be known before a weight is read; `config` has its directory and date."""
     check_earlier(config)
     with deterministic(resolve_device(config.device), config.deterministic):
-        prepared = prepare(config, partial(_require_space, config))
+        prepared = prepare(config, partial(_require_space, config, process))
     check_identity(prepared.identity)
     return prepared
 
@@ -343,8 +356,10 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
     """
     from engine.config.sources import dump_yaml
 
-    config = dated(name_run(with_fitted(with_cpu_dtype(with_init_adapter(config)))))
-    prepared = _checked(config)
+    config = with_cpu_dtype(with_init_adapter(config))
+    process = _process(config)
+    config = dated(name_run(with_fitted(config)))
+    prepared = _checked(config, process)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     lines = [dump_yaml(config).rstrip(), "", prepared.rows.report.describe()]

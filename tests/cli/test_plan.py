@@ -54,6 +54,38 @@ def test_a_budget_chooses_and_says_so(capsys: pytest.CaptureFixture[str]) -> Non
     assert "the fastest of the settings that fit" in out
 
 
+def test_the_process_is_counted_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--model", "smollm2-135m", "--device", "cpu", "--batch-size", "1")
+    made = json.loads(printed(capsys, *words, "--json"))
+    holes = made["reserve"]["allocator's holes"]
+    assert made["reserve"] == {"process": 520 << 20, "allocator's holes": holes}
+    assert 0 < holes < made["allocated_bytes"]
+    assert made["total_bytes"] == made["allocated_bytes"] + (520 << 20) + holes
+    lines = printed(capsys, *words).splitlines()
+    assert "process 520.00 MiB assumed" in [" ".join(line.split()) for line in lines]
+
+
+@pytest.mark.parametrize("budget", ["150MiB", "520MiB"])
+def test_a_budget_below_the_process_is_refused(
+    budget: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", "--model", "smollm2-135m", "--device", "cpu", "--memory-budget", budget]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "less than the process itself" in error and "520.00 MiB for Python" in error
+    assert error.count("\n") == 1
+
+
+def test_a_search_on_a_cpu_leaves_room_for_the_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--model", "smollm2-135m", "--device", "cpu", "--max-length", "512"]
+    words += ["--batch-size", "1", "--gradient-checkpointing", "none"]
+    made = json.loads(printed(capsys, *words, "--memory-budget", "900MiB", "--json"))
+    assert made["allocated_bytes"] + made["reserve"]["process"] < made["total_bytes"] <= 900 << 20
+    assert made["changes"]
+
+
 def test_a_budget_that_cannot_hold_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "llama-3.1-8b", "--memory-budget", "1GiB"]) == 2
     error = capsys.readouterr().err

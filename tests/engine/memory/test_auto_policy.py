@@ -16,6 +16,7 @@ from engine.memory.auto_policy import _estimate, chunk_of, resolve_policy
 from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan
 from engine.memory.model_shapes import preset_config
+from engine.memory.process import PROCESS
 from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
 from engine.verbs.train import train
@@ -157,6 +158,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     policies_planned: list[tuple[str, str]],
 ) -> None:
     monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.memory.process.process_bytes", lambda device: PROCESS)
     config = TrainConfig(
         model=str(tiny_model),
         data=[str(write_rows(8))],
@@ -186,7 +188,7 @@ def test_the_choice_of_a_policy_and_the_budget_share_their_plan(
         output_dir=tmp_path / "run",
         max_steps=1,
         device="cpu",
-        memory_budget="200MiB",
+        memory_budget="8GiB",
         plot=False,
     )
     train(config, console=False)

@@ -18,6 +18,7 @@ from engine.memory.budget import require_space
 from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.find_model import find_model
 from engine.memory.model_shapes import PARAMETERS, preset_config
+from engine.memory.process import PROCESS
 from engine.memory.search import changed, choose, longest, smallest
 from engine.memory.simulate.meter import MemoryMeter
 from engine.verbs.train import train
@@ -226,13 +227,13 @@ def test_a_run_puts_plan_and_measurement_side_by_side(
     # Buffers of earlier tests in this process are larger than this run's.
     release()
     run = tmp_path / "run"
-    train(run_settings(tiny_model, write_rows(9), run, "200MiB"), console=False)
+    train(run_settings(tiny_model, write_rows(9), run, "8GiB"), console=False)
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
     planned, measured = metrics["planned_peak_bytes"], metrics["measured_peak_bytes"]
     # 1.4 MB in all: the step's few scalars and index tensors are a percent of it.
     assert planned == pytest.approx(measured, rel=0.02)
     assert measured <= metrics["planned_limit_bytes"] * 1.02
-    assert metrics["memory_budget_bytes"] == 200 << 20
+    assert metrics["memory_budget_bytes"] == 8 * GIB
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_full_fine_tuning_is_held_to_its_budget_and_measured(
 ) -> None:
     release()
     run = tmp_path / "run"
-    config = run_settings(tiny_model, write_rows(9), run, "200MiB")
+    config = run_settings(tiny_model, write_rows(9), run, "8GiB")
     train(changed(config, method="full", **changes), console=False)
     metrics = json.loads((run / "summary.json").read_text())["metrics"]
     planned, measured = metrics["planned_peak_bytes"], metrics["measured_peak_bytes"]
@@ -291,12 +292,13 @@ def test_a_run_of_which_no_row_fits_is_refused_before_rows_are_read(
     monkeypatch: pytest.MonkeyPatch,
     plans_of_budget: list[Any],
 ) -> None:
+    monkeypatch.setattr("engine.memory.process.process_bytes", lambda device: PROCESS)
     monkeypatch.setattr(
         "engine.training.prepare.read_rows", lambda *args: pytest.fail("rows were read")
     )
     config = run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB")
     with pytest.raises(MemoryPlanError, match="Ways out"):
-        train(changed(config, memory_budget=GIB >> 11), console=False)
+        train(changed(config, memory_budget=PROCESS + (GIB >> 11)), console=False)
     assert len(plans_of_budget) == 5
 
 
@@ -307,9 +309,9 @@ def test_a_run_that_memory_options_would_fit_is_sent_to_the_search(
     assert model is not None
     gpu, config = torch.device("cuda"), settings(memory_budget="4GiB")
     with pytest.raises(MemoryPlanError, match="`engine plan` with the same settings finds some"):
-        require_space(config, model, gpu, torch.bfloat16)
+        require_space(config, model, gpu, torch.bfloat16, 0)
     assert len(plans_of_budget) == 2
-    require_space(changed(config, memory_budget=12 * GIB), model, gpu, torch.bfloat16)
+    require_space(changed(config, memory_budget=12 * GIB), model, gpu, torch.bfloat16, 0)
     assert len(plans_of_budget) == 3
 
 
@@ -319,4 +321,4 @@ def test_a_step_that_goes_over_the_budget_is_stopped(
     small = partial(MemoryMeter, limit=1 << 19)
     monkeypatch.setattr("engine.memory.budget.MemoryMeter", lambda limit: small())
     with pytest.raises(MemoryPlanError, match="This step holds"):
-        train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "200MiB"), console=False)
+        train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "8GiB"), console=False)

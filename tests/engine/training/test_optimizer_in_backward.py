@@ -308,7 +308,7 @@ def test_from_the_command_line_to_a_model(
     words = ["train", "--model", str(tiny_model), "--data", str(write_rows(9))]
     words += ["--method", "full", "--max-grad-norm", "0", "--max-steps", "3", "--device", "cpu"]
     words += ["--batch-size", "2", "--max-length", "64", "--no-plot", "--log-level", "ERROR"]
-    fused = [*words, "--optimizer-in-backward", "--memory-budget", "200MiB"]
+    fused = [*words, "--optimizer-in-backward", "--memory-budget", "8GiB"]
     assert cli.main([*fused, "--output-dir", str(tmp_path / "a")]) == 0
     assert cli.main([*words, "--output-dir", str(tmp_path / "b")]) == 0
     files = [tmp_path / run / "model" / "model.safetensors" for run in ("a", "b")]
