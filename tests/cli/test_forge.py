@@ -18,7 +18,8 @@ from cli import main as cli
         (["--data", "rows.jsonl", "three"], "neither a configuration file"),
         (["--data", "rows.jsonl", "--protect", "first"], "no list of layer numbers"),
         (["--data", "rows.jsonl", "--cycles", "0"], "--cycles"),
-        (["--data", "rows.jsonl"], "no-such-model"),
+        (["--data", "rows.jsonl"], "no such data file"),
+        (["--domain", "docstrings"], "no-such-model"),
     ],
 )
 def test_what_cannot_be_forged_is_refused_in_one_paragraph(
