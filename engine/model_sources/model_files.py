@@ -110,4 +110,6 @@ def folder_hint(folder: Path) -> str:
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if len(files) > 1:
         return " It holds several GGUF files: name one of them."
-    return f" It holds a GGUF file: give it as --model {folder / files[0]}" if files else ""
+    if not files:
+        return ""
+    return f" It holds a GGUF file: give it as --model {folder / files[0]} to use it."

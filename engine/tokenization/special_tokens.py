@@ -94,7 +94,9 @@ def read_declared(
     further = settings.get("extra_special_tokens")
     if isinstance(further, dict):
         named |= further
-        del settings["extra_special_tokens"]
+        settings["extra_special_tokens"] = settings.get("additional_special_tokens")
+        if settings["extra_special_tokens"] is None:
+            del settings["extra_special_tokens"]
     if settings.get("added_tokens_decoder") is not None:
         for key, entry in settings["added_tokens_decoder"].items():
             result.added[int(key)] = _token(entry, f"added_tokens_decoder, entry {key}")

@@ -158,6 +158,14 @@ def test_tokens_that_are_only_listed_as_special_are_special(
     assert {size, size + 1} <= tokenizer.special_ids
 
 
+def test_tokens_with_names_and_tokens_in_a_list_stand_side_by_side(backend_json: str) -> None:
+    both = {"additional_special_tokens": ["<act>"], "extra_special_tokens": {"image": "<img>"}}
+    tokenizer = load(backend_json, {**BASE, **both})
+    size = load(backend_json, {}).vocab_size
+    assert tokenizer.encode("<img><act>") == [size, size + 1]
+    assert {size, size + 1} <= tokenizer.special_ids
+
+
 @pytest.mark.parametrize("value", [3, {"text": "<s>"}, [1]])
 def test_what_is_no_token_is_refused_by_name(backend_json: str, value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"for eos_token; expected a text, or an object"):
