@@ -55,6 +55,11 @@ def vocabulary(source: ModelDescription) -> dict[str, Any]:
         )
     else:
         keys |= {"ggml.model": "gpt2", "ggml.pre": rule_name(backend, source)}
+        if not merges:
+            raise ConfigError(
+                f"{source.path}: its byte-level tokenizer has no merges, and llama.cpp reads no "
+                "such vocabulary."
+            )
         keys["ggml.merges"] = merges
     return keys | _special(source, tokenizer)
 

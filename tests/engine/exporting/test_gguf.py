@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,17 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_tokenizer_without_counterpart_is_named(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not cut texts into words"):
         export_gguf(model=str(tiny_model), output=tmp_path / "m.gguf")
+
+
+def test_a_vocabulary_without_merges_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model")
+    file = folder / "tokenizer.json"
+    state = json.loads(file.read_text())
+    state["model"]["merges"] = []
+    file.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="no merges"):
+        export_gguf(model=str(folder), output=tmp_path / "m.gguf")
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_the_command_writes_model_and_modelfile(
