@@ -103,7 +103,8 @@ def explain(
     planned = make(config, work=work)
     budget = use.available
     if planned.total <= budget:
-        budget = int(_SMALLER * planned.total)
+        process = planned.reserve.get("process", 0)  # which no setting makes smaller
+        budget = process + int(_SMALLER * (planned.total - process))
     if config.memory_budget is not None:
         budget = min(budget, config.memory_budget)
     said = " ".join(text.split()).split(". GPU ")[0].removeprefix("CUDA out of memory. ")

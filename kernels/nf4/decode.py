@@ -16,7 +16,7 @@ from kernels.nf4.decode_compiled import COMPILED_DTYPES, decode_whole_blocks
 from kernels.nf4.planar import decoded_tensor
 from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 from kernels.runtime.cores import use_compiled
-from kernels.runtime.scratch import scratch
+from kernels.runtime.scratch import pool, scratch
 from kernels.runtime.simulation import equal_parts, once_per_shape
 
 # torch gives an elementwise op of more than 32,768 elements to several threads. A decode that lasts
@@ -73,9 +73,9 @@ def _pair_table(device: torch.device) -> Tensor:
 
 
 def _decoding(weight: NF4Weight, begin: int, out: Tensor) -> tuple[object, ...]:
-    """What decides how much memory decoding takes."""
+    """What decides how much memory decoding takes; another pool has no scratch from before."""
     skew, nested = begin % weight.block_size, weight.nested_absmax is not None
-    return out.numel(), out.dtype, weight.block_size, skew, nested
+    return out.numel(), out.dtype, weight.block_size, skew, nested, id(pool())
 
 
 @once_per_shape(_decoding)

@@ -76,10 +76,12 @@ def test_ctrl_c_at_any_moment_ends_with_one_line(name: str, folder: Path) -> Non
             continue
         status, errors = answer
         lines = [line for line in errors.splitlines() if "engine: Stop" in line]
-        if status == 0:
-            continue  # the signal came when everything was done
+        if status == 0 or (status == -signal.SIGINT and not errors):
+            continue  # the signal came when everything was done, or as Python was ending
         seen += 1
-        assert status == 130, errors
+        # Where the exception went through code that C started, Python ends itself by the signal,
+        # which a shell shows as 130 too.
+        assert status in (130, -signal.SIGINT), errors
         assert "Traceback" not in errors, errors
         assert len(lines) == 1, errors
     assert seen >= MOMENTS // 3

@@ -37,5 +37,5 @@ def test_doctor_refuses_a_triton_that_aborts(
 ) -> None:
     monkeypatch.setattr("engine.verbs.doctor.installed", lambda name: text)
     (check,) = (check for check in examine() if check.name == "triton")
-    assert (check.status == "ok") == enough
+    assert (check.status != "problem") == enough
     assert ("needs 3.3" in check.detail) != enough

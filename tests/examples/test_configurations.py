@@ -67,9 +67,9 @@ def test_every_key_is_a_setting(file: str) -> None:
 )
 @pytest.mark.usefixtures("offline")
 def test_a_configuration_fits_the_gpu_it_is_for(
-    file: str, gigabytes: int, capsys: pytest.CaptureFixture[str]
+    file: str, gigabytes: int, capsys: pytest.CaptureFixture[str], rows: Callable[[str], str]
 ) -> None:
-    report = planned(file, capsys)
+    report = planned(file, capsys, f"data={rows('train.jsonl')}")
     assert report["device"] == "cuda"
     assert report["total_bytes"] <= USABLE * gigabytes * GB
     stated = re.search(r"Planned: ([\d.]+) GiB", (EXAMPLES / file).read_text())
@@ -78,9 +78,12 @@ def test_a_configuration_fits_the_gpu_it_is_for(
 
 
 @pytest.mark.usefixtures("offline")
-def test_the_settings_for_8_gb_are_needed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_settings_for_8_gb_are_needed(
+    capsys: pytest.CaptureFixture[str], rows: Callable[[str], str]
+) -> None:
     spent = ("embedding_on=device", "offload=", "gradient_checkpointing=selective")
-    assert planned("qlora_8b_8gb.yaml", capsys, *spent)["total_bytes"] > 8 * GB
+    data = f"data={rows('train.jsonl')}"
+    assert planned("qlora_8b_8gb.yaml", capsys, data, *spent)["total_bytes"] > 8 * GB
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -76,7 +76,7 @@ def remove_row(model: Path, rows: Path) -> None:
 
 def change_template(model: Path, rows: Path) -> None:
     path = model / "tokenizer_config.json"
-    path.write_text(path.read_text().replace("assistant\\n", "assistant: "))
+    path.write_text(path.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
 
 
 def change_tokenizer(model: Path, rows: Path) -> None:
