@@ -36,6 +36,11 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._interrupted)
             self._installed = True
 
+    @property
+    def seen(self) -> bool:
+        """Whether the signal came while the program worked, even if nobody took the exception."""
+        return self._seen
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside the block the signal raises `KeyboardInterrupt`, as Python's own handler does."""

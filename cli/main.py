@@ -149,7 +149,8 @@ def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
     command = get_command(module.app)
     with INTERRUPTS.at_work():
         status = command.main(args=arguments, prog_name=f"engine {verb}", standalone_mode=False)
-    if status == 130:  # what a typer with a parser of its own makes of Ctrl-C
+    # What a typer with a parser of its own makes of Ctrl-C; or the exception got lost on its way.
+    if status == 130 or INTERRUPTS.seen:
         raise KeyboardInterrupt
     return status if isinstance(status, int) else 0
 
