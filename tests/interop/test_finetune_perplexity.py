@@ -70,6 +70,7 @@ def test_the_perplexity_we_report_is_the_one_that_peft_finds(
             learning_rate=1e-3,
             lora_dropout=0.0,
             device="cpu",
+            dtype="float32",
             plot=False,
         ),
         console=False,
