@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 _VERBS = os.path.join("engine", "verbs", "")  # noqa: PTH118
+_TORCH = f"{os.sep}torch{os.sep}"
 _LINE = b"engine: Stopped.\n"
 _PATIENCE = 5.0
 """Seconds that a program may take to put things in order."""
@@ -73,10 +74,16 @@ def leave() -> NoReturn:
 
 
 def _is_importing(frame: Any) -> bool:
-    """Whether a module is being imported on the way to `frame`, and no verb is at work yet."""
+    """Whether a module is being imported on the way to `frame`, and no verb is at work yet.
+
+    While torch itself is imported none has done anything, and an exception in the C++ that imports
+    parts of it would abort the process.
+    """
     imports = False
     while frame is not None:
         code = frame.f_code
+        if code.co_name == "<module>" and _TORCH in code.co_filename:
+            return True
         if code.co_name != "<module>" and _VERBS in code.co_filename:
             return False
         imports = imports or code.co_filename.startswith("<frozen importlib")
