@@ -50,7 +50,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(
         ("chat", "infer", "inference", "run", "predict", "ask", "complete"), "generate"
     ),
-    **dict.fromkeys(("fuse", "merge_lora", "merge_adapter", "export", "save"), "merge"),
+    **dict.fromkeys(("fuse", "merge_lora", "merge_adapter", "save"), "merge"),
     **dict.fromkeys(("estimate", "memory", "vram", "dry_run"), "plan"),
     **dict.fromkeys(("preprocess", "dataset", "validate", "inspect", "prepare"), "data"),
     **dict.fromkeys(("benchmark", "profile"), "bench"),

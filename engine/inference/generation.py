@@ -162,6 +162,7 @@ def complete(
     started, ids, reason = time.perf_counter(), list[int](), "length"
     endings = _with_special(stop, tokenizer)
     stream = TextStream(tokenizer.decode, stop)
+    watched = on_text is not None or bool(stop)  # else the ids are decoded once, at the end
     text = None
     for token in generate_ids(
         model, prompt_ids, max_new_tokens=max_new_tokens, stop_ids=stop_ids, sampling=sampling
@@ -177,6 +178,8 @@ def complete(
             reason = "stop"
             text = tokenizer.decode(ids[: -len(ending)])
             break
+        if not watched:
+            continue
         piece = stream.push(token)
         if piece and on_text is not None:
             on_text(piece)

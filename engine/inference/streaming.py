@@ -35,7 +35,9 @@ class TextStream:
 
     def stopped(self) -> bool:
         """Whether a stop string has come; the text then ends before it."""
-        cuts = [self.text.find(mark) for mark in self._stop if mark in self.text]
+        # What was handed out holds none, nor the beginning of one.
+        starts = (self.text.find(mark, self._shown) for mark in self._stop)
+        cuts = [start for start in starts if start >= 0]
         if cuts:
             self.text = self.text[: min(cuts)]
         return bool(cuts)
