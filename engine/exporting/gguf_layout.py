@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from engine.model_sources.gguf.config import llama3_factors
-from engine.model_sources.gguf.tensor_map import IN_LAYER, INTERLEAVED, TILED, TOP
+from engine.model_sources.gguf.tensor_map import (
+    IN_DELTA_NET,
+    IN_LAYER,
+    TOP,
+    has_tiled_heads,
+    interleaved_heads,
+)
 from models.config.model_config import ModelConfig
 from models.tensor_names import graph_tensors
 
@@ -69,12 +75,8 @@ def _of_parameter(config: ModelConfig, name: str, shape: Shape) -> list[GGUFTens
         return [GGUFTensor(theirs, shape, name, _plus_one)]
     if module == "mlp.shared_expert_gate":
         return [GGUFTensor(theirs, shape[1:], name, lambda gate: gate.view(-1))]
-    if module in ("self_attn.q_proj", "self_attn.k_proj") and config.model_type in (
-        *INTERLEAVED,
-        "mistral",
-    ):
-        queries = module == "self_attn.q_proj"
-        heads = config.num_attention_heads if queries else config.num_key_value_heads
+    heads = interleaved_heads(config, module, int(number))
+    if heads:
         return [GGUFTensor(theirs, shape, name, partial(interleaved, heads=heads))]
     return [GGUFTensor(theirs, shape, name)]
 
@@ -105,23 +107,9 @@ def _delta_net(
                 f"{block}attn_gate.weight", (value_rows, shape[1]), name, lambda w: split(w)[3]
             ),
         ]
-    stored = {
-        "in_proj_qkv.weight": "attn_qkv.weight",
-        "in_proj_z.weight": "attn_gate.weight",
-        "in_proj_b.weight": "ssm_beta.weight",
-        "in_proj_a.weight": "ssm_alpha.weight",
-        "in_proj_ba.weight": "ssm_ba.weight",
-        "conv1d.weight": "ssm_conv1d.weight",
-        "dt_bias": "ssm_dt.bias",
-        "A_log": "ssm_a",
-        "norm.weight": "ssm_norm.weight",
-        "out_proj.weight": "ssm_out.weight",
-    }
-    theirs = f"{block}{stored[rest]}"
-    text_model = f"{config.model_type.removesuffix('_text')}_text"
-    moved = text_model in TILED and heads != keys
+    theirs = f"{block}{IN_DELTA_NET[rest]}"
     order: Callable[..., Tensor] = partial(tiled, key_heads=keys, value_heads=heads)
-    if not moved or rest == "norm.weight":
+    if not has_tiled_heads(config) or rest == "norm.weight":
         order = _same_rows
     if rest == "conv1d.weight":
         start = 2 * key_rows

@@ -119,7 +119,7 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
         ):
             if rope.get(name) is not None:
                 keys[f"rope.scaling.{key}"] = float(rope[name])
-    if config.model_type in ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text"):
+    if _BY_MODEL_TYPE[config.model_type] in ("qwen35", "qwen35moe"):
         # The axes of a picture's positions share the rotated pairs; of a text they are all equal.
         sections = list(rope.get("mrope_section") or (11, 11, 10))
         sections = sections if 2 * sum(sections) <= rotated else [rotated // 2, 0, 0]

@@ -23,12 +23,15 @@ from engine.model_sources.adapter.contents import OtherTensors, Pairs
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.gguf.container import GGUFFile
 from engine.model_sources.gguf.source import dequantise
-from engine.model_sources.gguf.tensor_map import IN_LAYER, INTERLEAVED, undo_permutation
+from engine.model_sources.gguf.tensor_map import (
+    IN_LAYER,
+    interleaved_heads,
+    undo_permutation,
+)
 from models.config.model_config import ModelConfig
 
 _TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.weight\.lora_([ab])")
 _OUTER = {"output": "lm_head", "token_embd": "model.embed_tokens"}
-_ROTATED = ("q_proj", "k_proj")
 
 
 def load_gguf_adapter(path: Path) -> Adapter:
@@ -95,16 +98,13 @@ def _adapter(path: Path, file: GGUFFile, pairs: Pairs) -> Adapter:
 
 def in_order(adapter: Adapter, model: ModelConfig) -> Adapter:
     """`adapter` with the rows of B as Hugging Face has them."""
-    if not adapter.interleaved or model.model_type not in INTERLEAVED:
+    if not adapter.interleaved:
         return adapter
 
     def restored(module: str, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        leaf = module.rpartition(".")[2]
-        if leaf not in _ROTATED:
-            return parts
-        layer = int(module.split(".layers.")[1].partition(".")[0])
-        heads = model.heads(layer) if leaf == "q_proj" else model.kv_heads(layer)
-        return parts[0], undo_permutation(parts[1], heads)
+        layer = module.partition(".layers.")[2].partition(".")[0]
+        heads = interleaved_heads(model, module, int(layer)) if layer else 0
+        return (parts[0], undo_permutation(parts[1], heads)) if heads else parts
 
     pairs = {module: restored(module, parts) for module, parts in adapter.pairs.items()}
     return replace(adapter, pairs=pairs, interleaved=False)

@@ -2,8 +2,8 @@
 
 llama.cpp has its own names, and its converter changes some tensors. Read back are:
 
-- llama, smollm3: rows of q and k. llama.cpp rotates the neighbours (2i, 2i+1) of a head where
-  Hugging Face rotates (i, i+d/2), so the converter interleaves the halves of each head.
+- llama, mistral, smollm3: rows of q and k. llama.cpp rotates the neighbours (2i, 2i+1) of a head
+  where Hugging Face rotates (i, i+d/2), so the converter interleaves the halves of each head.
 - experts: one tensor (E, out, in) per projection, or gate above up in one.
 - qwen3next, qwen35, qwen35moe: every norm but DeltaNet's own holds 1 + w; `ssm_a` is -exp(A_log);
   the convolution (C, J) has lost its middle dimension.
@@ -52,7 +52,7 @@ IN_LAYER = {
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
     "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
-_IN_DELTA_NET = {
+IN_DELTA_NET = {
     "in_proj_qkv.weight": "attn_qkv.weight",
     "in_proj_z.weight": "attn_gate.weight",
     "in_proj_b.weight": "ssm_beta.weight",
@@ -66,8 +66,8 @@ _IN_DELTA_NET = {
 }
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(?:(\d+)\.)?(gate|up|down|gate_up)_proj(?:\.weight)?")
-INTERLEAVED = ("llama", "smollm3")
-TILED = ("qwen3_5_text", "qwen3_5_moe_text")
+_INTERLEAVED = ("llama", "mistral", "smollm3")
+_TILED = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,8 @@ def _source(config: ModelConfig, name: str, shape: Shape, present: Mapping[str, 
     if module.endswith("norm") and config.zero_centered_norm:
         # These families have a norm behind attention where others have one before the MLP.
         return Source({theirs.replace("ffn_norm", "post_attention_norm"): shape}, _less_one)
-    if module in ("self_attn.q_proj", "self_attn.k_proj") and config.model_type in INTERLEAVED:
-        queries = module == "self_attn.q_proj"
-        heads = config.num_attention_heads if queries else config.num_key_value_heads
+    heads = interleaved_heads(config, module, int(match[1]))
+    if heads:
         return Source({theirs: shape}, partial(undo_permutation, heads=heads))
     return Source({theirs: shape})
 
@@ -168,8 +167,8 @@ def _delta_net(
             f"{block}attn_gate.weight": (value_rows, shape[1]),
         }
         return Source(parts, partial(by_key_head, key_heads=keys, key_rows=key_rows))
-    theirs = f"{block}{_IN_DELTA_NET[rest]}"
-    tiled = config.model_type in TILED and heads != keys
+    theirs = f"{block}{IN_DELTA_NET[rest]}"
+    tiled = has_tiled_heads(config)
     group = partial(grouped, key_heads=keys, value_heads=heads)
     if rest == "conv1d.weight":
         start = 2 * key_rows if tiled else shape[0]
@@ -189,6 +188,20 @@ def _stored(present: Mapping[str, Shape], name: str, shape: Shape) -> Shape:
     stored = present.get(name, shape)
     same = [size for size in stored if size != 1] == [size for size in shape if size != 1]
     return stored if same else shape
+
+
+def interleaved_heads(config: ModelConfig, module: str, layer: int) -> int:
+    """The heads of `module` in which llama.cpp interleaves the two halves; 0 where it does not."""
+    leaf = module.rpartition(".")[2]
+    if config.model_type not in _INTERLEAVED or leaf not in ("q_proj", "k_proj"):
+        return 0
+    return config.heads(layer) if leaf == "q_proj" else config.kv_heads(layer)
+
+
+def has_tiled_heads(config: ModelConfig) -> bool:
+    """Whether llama.cpp has DeltaNet's value heads in another order than Hugging Face."""
+    several = config.linear_num_value_heads != config.linear_num_key_heads
+    return config.model_type in _TILED and several
 
 
 def undo_permutation(tensor: Tensor, heads: int) -> Tensor:

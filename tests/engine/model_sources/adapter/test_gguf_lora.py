@@ -23,6 +23,8 @@ NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 HEADS = {"attn_q": 4, "attn_k": 2}
+LLAMAS = ("llama", "mistral")
+"""Families that llama.cpp converts as llamas."""
 Pairs = dict[str, tuple[torch.Tensor, ...]]
 
 
@@ -44,7 +46,7 @@ def interleaved(b: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(path: Path, family: str, pairs: Pairs, alpha: float, kind: str = "adapter") -> Path:
-    writer = gguf.GGUFWriter(path, "llama" if family == "llama" else "qwen2")
+    writer = gguf.GGUFWriter(path, "llama" if family in LLAMAS else "qwen2")
     writer.add_string("general.type", kind)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
@@ -52,7 +54,7 @@ def write(path: Path, family: str, pairs: Pairs, alpha: float, kind: str = "adap
         _, _, layer, rest = module.split(".", 3)
         name = f"blk.{layer}.{NAMES[rest]}.weight"
         rows = b.numpy()
-        if family == "llama" and NAMES[rest] in HEADS:
+        if family in LLAMAS and NAMES[rest] in HEADS:
             rows = interleaved(rows, HEADS[NAMES[rest]])
         writer.add_tensor(f"{name}.lora_a", a.numpy())
         writer.add_tensor(f"{name}.lora_b", rows)
@@ -64,7 +66,7 @@ def write(path: Path, family: str, pairs: Pairs, alpha: float, kind: str = "adap
 
 
 @pytest.mark.parametrize("alpha", [6.0, 0.0])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", [*LLAMAS, "qwen2"])
 def test_a_gguf_adapter_is_the_adapter_it_was_made_from(
     family: str, alpha: float, tmp_path: Path
 ) -> None:
