@@ -7,7 +7,7 @@ another order are moved in A and B alike.
 
 from __future__ import annotations
 
-import shutil
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -42,10 +42,11 @@ def write_gguf_adapter(base: ModelDescription, adapter: Adapter, output: Path) -
         "adapter.type": "lora",
         "adapter.lora.alpha": float(alpha),
     }
-    folder = durable.temporary_beside(output)
-    folder.mkdir(parents=True)
-    try:
-        writer = metadata_writer(folder / output.name, architecture(base.config), metadata)
+    arch = architecture(base.config)
+    with (
+        durable.publish_files(output) as folder,
+        closing(metadata_writer(folder / output.name, arch, metadata)) as writer,
+    ):
         for name, (a, b) in pairs.items():
             writer.add_tensor(f"{name}.lora_a", a.float().contiguous().numpy())
             # llama.cpp's factor is alpha / rank of the pair.
@@ -54,14 +55,6 @@ def write_gguf_adapter(base: ModelDescription, adapter: Adapter, output: Path) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-        writer.close()
-        durable.fsync_tree(folder)
-        (folder / output.name).replace(output)
-        durable.fsync_dir(output.parent)
-    except OSError as error:
-        raise durable.write_error(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return len(pairs)
 
 

@@ -8,7 +8,6 @@ last.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -83,12 +82,9 @@ def write_gguf(
     tensors = layout(config)
     formats = {tensor.name: format_of(tensor, config, kind) for tensor in tensors}
     sizes = {t.name: bytes_of(t.shape, formats[t.name]) for t in tensors}
-    folder = durable.temporary_beside(output)
     durable.require_space(output, sum(sizes.values()))
     metadata = model_metadata(source, kind, name or output.stem)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir()
-    try:
+    with durable.publish_files(output) as folder:
         writer = metadata_writer(
             folder / output.name, architecture(config), metadata, max_file_size
         )
@@ -99,14 +95,6 @@ def write_gguf(
             durable.refuse_occupied(file)
         with closing(writer):
             _write(writer, source, tensors, formats, importance or {})
-        durable.fsync_tree(folder)
-        for file in reversed(files):
-            (folder / file.name).replace(file)
-        durable.fsync_dir(output.parent)
-    except OSError as error:
-        raise durable.write_error(output, error) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     counted = {form: list(formats.values()).count(form) for form in sorted(set(formats.values()))}
     total = sum(os.path.getsize(file) for file in files)  # noqa: PTH202
     return WrittenGGUF(files, len(tensors), total, counted)

@@ -7,9 +7,10 @@ A file appears under its final name whole or not at all, whatever kills the proc
 3. rename it over the final name (atomic on a POSIX file system),
 4. fsync the folder, so that the new name is on the disk too.
 
-`publish_directory` does the same for a whole folder. Temporary names start with `.tmp-`; whatever
-carries such a name after a crash can be deleted. Files get the mode that the umask allows, not
-0600 as `tempfile` would give them: a model is written to be read by others.
+`publish_directory` does the same for a whole folder, `publish_files` for files that another package
+writes. Temporary names start with `.tmp-`; whatever carries such a name after a crash can be
+deleted. Files get the mode that the umask allows, not 0600 as `tempfile` would give them: a model
+is written to be read by others.
 
 Every `OSError` of a write becomes a `CheckpointError` that names the path, the system's own words
 and, where the disk is full, what is left on it.
@@ -90,23 +91,42 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 - resolve() would follow a link
     refuse_occupied(target)
+    with _temporary_folder(target) as temporary:
+        yield temporary
+        with _writing(target):
+            fsync_tree(temporary)
+            temporary.replace(target)
+            fsync_dir(target.parent)
+
+
+@contextlib.contextmanager
+def publish_files(target: Path) -> Iterator[Path]:
+    """Yield an empty temporary folder; on a clean exit its files appear beside `target`.
+
+    Of several the first by name appears last. Whoever calls refuses what is occupied. A failed
+    write, also one inside, raises `CheckpointError`.
+    """
+    with _temporary_folder(target) as temporary, _writing(target):
+        yield temporary
+        fsync_tree(temporary)
+        for file in sorted(temporary.iterdir(), reverse=True):
+            file.replace(target.with_name(file.name))
+        fsync_dir(target.parent)
+
+
+@contextlib.contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, removed in the end with what was not moved out of it."""
     temporary = temporary_beside(target)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep_leftovers(target)
         temporary.mkdir()
-    published = False
     try:
         yield temporary
-        with _writing(target):
-            fsync_tree(temporary)
-            temporary.replace(target)
-            published = True
-            fsync_dir(target.parent)
     finally:
-        if not published:
-            # The failure that led here is the one to report, not what else it leaves undeletable.
-            shutil.rmtree(temporary, ignore_errors=True)
+        # A failure that led here is the one to report, not what else it leaves undeletable.
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sweep_leftovers(target: Path) -> None:

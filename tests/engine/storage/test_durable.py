@@ -172,6 +172,37 @@ def test_a_directory_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_appear_together_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a"
+
+    def write_two(error: Exception | None) -> None:
+        with durable.publish_files(target) as folder:
+            (folder / "a-1").write_text("x")
+            (folder / "a-2").write_text("y")
+            if error is not None:
+                raise error
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_two(RuntimeError("stop"))
+    with pytest.raises(CheckpointError, match="ENOSPC"):
+        write_two(OSError(errno.ENOSPC, "full"))
+    assert list(target.parent.iterdir()) == []
+    write_two(None)
+    assert {path.name: path.read_text() for path in target.parent.iterdir()} == {
+        "a-1": "x",
+        "a-2": "y",
+    }
+
+
+def test_files_under_a_file_cannot_be_published(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match="Cannot write"),
+        durable.publish_files(tmp_path / "file" / "out"),
+    ):
+        pytest.fail("the body must not run")
+
+
 def test_an_occupied_output_is_refused_and_kept(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
