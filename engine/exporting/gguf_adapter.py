@@ -16,6 +16,7 @@ from engine.errors import ConfigError, listing
 from engine.exporting.gguf_file import metadata_writer, require_gguf
 from engine.exporting.gguf_layout import GGUFTensor, layout
 from engine.exporting.gguf_metadata import architecture
+from engine.exporting.portable_adapter import refuse_more_than_pairs
 from engine.model_sources.adapter.fit import ModuleNames, check_fit
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.interface.model_source import ModelDescription
@@ -30,7 +31,9 @@ def write_gguf_adapter(base: ModelDescription, adapter: Adapter, output: Path) -
     experts) or an occupied output, `CheckpointError` for an adapter of another model.
     """
     require_gguf()
-    _refuse_more_than_pairs(adapter)
+    refuse_more_than_pairs(
+        adapter, "llama.cpp adds pairs alone, no magnitudes and no whole modules"
+    )
     check_fit(adapter, base.config, base.path)
     output = output.absolute()
     durable.refuse_occupied(output)
@@ -56,20 +59,6 @@ def write_gguf_adapter(base: ModelDescription, adapter: Adapter, output: Path) -
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     return len(pairs)
-
-
-def _refuse_more_than_pairs(adapter: Adapter) -> None:
-    if adapter.config.use_dora:
-        raise ConfigError(
-            f"{adapter.path} is a DoRA adapter, and llama.cpp adds no magnitudes. Merge it first: "
-            f"engine merge --model MODEL --adapter {adapter.path} --output merged"
-        )
-    if adapter.others:
-        raise ConfigError(
-            f"{adapter.path} holds more than pairs of matrices ({listing(adapter.others.modules())}"
-            "), which llama.cpp does not apply. Merge it first: engine merge --model MODEL "
-            f"--adapter {adapter.path} --output merged"
-        )
 
 
 def gguf_pairs(base: ModelDescription, adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ _AS_16_BIT = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class WrittenGGUF:
-    """`files` of `total_bytes` with `tensors`; `formats` counts them by format."""
+    """The files written, their tensors (of an adapter: pairs) and how many have each format."""
 
     files: list[Path]
     tensors: int

@@ -10,11 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from engine.errors import ConfigError, listing
-from engine.model_sources.adapter.peft import Adapter, save_adapter
+from engine.model_sources.adapter.peft import Adapter, save_adapter, uniform
 from engine.storage import durable
 
 _VLLM_RANK = 16
@@ -27,36 +24,31 @@ def write_portable(adapter: Adapter, output: Path) -> list[str]:
     Raises `ConfigError` for DoRA, trained biases or modules, which some of them refuse, and for an
     occupied output.
     """
-    if adapter.config.use_dora:
-        raise ConfigError(
-            f"{adapter.path} is a DoRA adapter: PEFT computes it, vLLM and llama.cpp refuse it. "
-            f"Merge it: engine merge --model MODEL --adapter {adapter.path} --output merged"
-        )
-    if adapter.others or not adapter.pairs:
-        raise ConfigError(
-            f"{adapter.path} holds more than pairs of matrices ("
-            f"{listing(adapter.others.modules()) or 'no pairs'}): PEFT computes it, vLLM and "
-            "llama.cpp refuse it. Merge it: engine merge --model MODEL --adapter "
-            f"{adapter.path} --output merged"
-        )
-    rank = max(a.shape[0] for a, *_ in adapter.pairs.values())
+    refuse_more_than_pairs(adapter, "PEFT computes it, vLLM and llama.cpp refuse it")
+    rank, pairs = uniform(adapter.pairs, adapter.scales, 1.0)
     config = replace(
         adapter.config, r=rank, lora_alpha=float(rank), use_rslora=False, fused_experts=False,
         rank_pattern={}, alpha_pattern={}, raw={},
         target_modules=sorted({module.rpartition(".")[2] for module in adapter.pairs}),
     )  # fmt: skip
-    padded = {
-        module: _padded(a, b * adapter.scales[module], rank)
-        for module, (a, b, *_) in adapter.pairs.items()
-    }
     with durable.publish_directory(output) as folder:
-        save_adapter(folder, config, padded)
+        save_adapter(folder, config, pairs)
     return _report(adapter, rank)
 
 
-def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    more = rank - a.shape[0]
-    return F.pad(a.float(), (0, 0, 0, more)), F.pad(b.float(), (0, more))
+def refuse_more_than_pairs(adapter: Adapter, why: str) -> None:
+    """Raise `ConfigError` for DoRA and for what is no pair; `why` says who does not compute it."""
+    if adapter.config.use_dora:
+        what = "is a DoRA adapter"
+    elif adapter.others or not adapter.pairs:
+        others = listing(adapter.others.modules()) or "no pairs"
+        what = f"holds more than pairs of matrices ({others})"
+    else:
+        return
+    raise ConfigError(
+        f"{adapter.path} {what}: {why}. Merge it first: engine merge --model MODEL --adapter "
+        f"{adapter.path} --output merged"
+    )
 
 
 def _report(adapter: Adapter, rank: int) -> list[str]:

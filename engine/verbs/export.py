@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.config.settings import given_settings
 from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSettings
 from engine.errors import ConfigError
 from engine.exporting.gguf_adapter import write_gguf_adapter
-from engine.exporting.gguf_file import write_gguf
+from engine.exporting.gguf_file import WrittenGGUF, write_gguf
 from engine.exporting.modelfile import modelfile
 from engine.exporting.portable_adapter import write_portable
 from engine.model_sources.adapter.peft import load_adapter
@@ -19,17 +17,7 @@ from engine.model_sources.open import open_model_source
 from engine.storage import durable
 
 
-@dataclass(frozen=True)
-class ExportResult:
-    """The files written, their tensors (of an adapter: pairs) and how many have each format."""
-
-    files: list[Path]
-    tensors: int
-    total_bytes: int
-    formats: dict[str, int]
-
-
-def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> ExportResult:
+def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> WrittenGGUF:
     """Write a model, or an adapter of it, as a GGUF file for llama.cpp and Ollama.
 
     The settings are given whole, or one by one as `options`. Raises `ConfigError` for what
@@ -46,13 +34,13 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> E
         adapter = load_adapter(adapter_path(settings.adapter))
         pairs = write_gguf_adapter(source, adapter, settings.output)
         size = settings.output.stat().st_size
-        return ExportResult([settings.output], pairs, size, {"f32": 2 * pairs})
+        return WrittenGGUF([settings.output], pairs, size, {"f32": 2 * pairs})
     written = write_gguf(
         source, settings.output, settings.type, max_file_size=settings.max_file_size
     )
     if settings.modelfile:
         durable.write_text(target, modelfile(source, written.files[0].name))
-    return ExportResult(written.files, written.tensors, written.total_bytes, written.formats)
+    return written
 
 
 def export_adapter(settings: ExportAdapterSettings | None = None, **options: Any) -> list[str]:
