@@ -7,6 +7,7 @@ no multiple of a format's block, the next larger format with blocks of 32 takes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from engine.errors import ConfigError
@@ -79,9 +80,7 @@ def _finer(layer: int, config: ModelConfig) -> bool:
 
 def bytes_of(shape: tuple[int, ...], form: str) -> int:
     """The size of a tensor of `shape` in a format."""
-    elements = 1
-    for size in shape:
-        elements *= size
+    elements = math.prod(shape)
     if form in FLOATS:
         return elements * (4 if form == "f32" else 2)
     block = FORMATS[form]

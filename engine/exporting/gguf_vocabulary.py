@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from engine.errors import ConfigError
 from engine.model_sources.gguf.pre_tokenizers import RULES, words
 from engine.model_sources.interface.model_source import ModelDescription
+from engine.model_sources.interface.stops import listed_stops
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -127,9 +128,8 @@ def _special(source: ModelDescription, tokenizer: Tokenizer) -> dict[str, Any]:
         "padding": tokenizer.pad_token_id,
     }
     keys = {f"ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
-    stops = source.generation_config.get("eos_token_id")
-    listed = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    others = [number for number in listed if number != ids["eos"]]
+    stops = listed_stops(source.generation_config)
+    others = [number for number in stops if number != ids["eos"]]
     if others:
         keys["ggml.eot_token_id"] = others[0]
     unknown = tokenizer.special_tokens.get("unk_token")

@@ -105,11 +105,10 @@ def _fetch(repository: str, revision: str | None, file: str | None, weights: boo
     try:
         return _call(repository, revision, file, weights, local_files_only=False)
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         state = "is not in the cache" if cached is None else "is only partly in the cache"
         raise ConfigError(
             f"The model {wanted!r} is no path on this machine, {state}, and could not be "
-            f"downloaded ({reason[:200]}). Check the name and the network, or download it "
+            f"downloaded ({_reason(error)}). Check the name and the network, or download it "
             "elsewhere and name its folder."
         ) from error
 
@@ -133,9 +132,14 @@ def _completed(repository: str, revision: str | None, cached: Path) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         log.warning(
             "%s has no tokenizer in the cache, and the hub cannot be asked for it (%s)",
-            repository, (str(error).strip().splitlines() or [type(error).__name__])[0][:200],
+            repository, _reason(error),
         )  # fmt: skip
         return cached
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what `error` says, or its name where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _call(

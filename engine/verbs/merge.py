@@ -95,7 +95,8 @@ def merge(
     record = read_base(path)
     used = base_name("nf4" if onto == "dequantised" else None, record.get("double_quant"))
     say_base(path, used, "--onto chooses the base, --check DATA measures what it comes to")
-    merger = _Merger(source, onto)
+    # The scales of the weights that training saw, where the adapter says so.
+    merger = _Merger(source, onto, double_quant=record.get("double_quant") is not False)
     parameters: dict[str, Any] = {"model": model, "adapter": adapter, "output": output}
     parameters |= {"onto": onto, "dtype": dtype, "max_shard_size": max_shard_size}
 
@@ -169,13 +170,12 @@ def host_peak(
 class _Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once."""
 
-    def __init__(self, source: AdaptedSource, onto: MergeOnto) -> None:
+    def __init__(self, source: AdaptedSource, onto: MergeOnto, *, double_quant: bool) -> None:
         self._source = source
         self._pairs = {f"{module}.weight": pair for module, pair in source.pairs.items()}
         self._onto = onto
         self._experts = StoredExperts(source)
-        # The scales of the weights that training saw, where the adapter says so.
-        self._double_quant = read_base(source.adapter.path).get("double_quant") is not False
+        self._double_quant = double_quant
         self.merged = 0
         self.requantised = 0
 

@@ -214,9 +214,7 @@ class AdaptedSource(ModelSourceView):
         kind = self.adapter.config.raw.get("bias", "none")
         own = {n for n in self._base_names if n.endswith("_proj.bias")}
         if kind == "lora_only":
-            own = {
-                n for n in own if n.removesuffix(".bias") in self._rename.all(self.adapter.pairs)
-            }
+            own = {n for n in own if n.removesuffix(".bias") in self._all_pairs}
         missing = sorted(own - self._copies.keys()) if kind != "none" else []
         if missing:
             raise CheckpointError(

@@ -21,13 +21,20 @@ _EOS = "eos_token_id"
 
 def stops_of(source: ModelDescription) -> tuple[int, ...]:
     """The ids that end an answer, by generation_config.json and then config.json of the model."""
-    return _once(_ids(source.generation_config.get(_EOS)), source.config.eos_token_id)
+    return _once(listed_stops(source.generation_config), source.config.eos_token_id)
+
+
+def listed_stops(generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer, by a parsed generation_config.json alone."""
+    value = generation_config.get(_EOS)
+    listed = value if isinstance(value, list) else [value]
+    return tuple(index for index in listed if isinstance(index, int) and index >= 0)
 
 
 def adapter_stops(directory: Path) -> tuple[int, ...]:
     """The ids that end an answer, by the generation_config.json of an adapter; none without it."""
     path = directory / GENERATION_CONFIG
-    return _ids(read_json_object(path, CheckpointError).get(_EOS)) if path.is_file() else ()
+    return listed_stops(read_json_object(path, CheckpointError)) if path.is_file() else ()
 
 
 def with_stops(source: ModelDescription, stops: Iterable[int]) -> dict[str, Any]:
@@ -49,11 +56,6 @@ def with_stops(source: ModelDescription, stops: Iterable[int]) -> dict[str, Any]
 def _pad(raw_config: Mapping[str, Any]) -> int | None:
     value = raw_config.get("pad_token_id")
     return value if isinstance(value, int) else None
-
-
-def _ids(value: Any) -> tuple[int, ...]:
-    listed = value if isinstance(value, list) else [value]
-    return tuple(index for index in listed if isinstance(index, int) and index >= 0)
 
 
 def _once(*groups: Iterable[int]) -> tuple[int, ...]:
