@@ -24,7 +24,7 @@ from engine.config.choices import MAX_SHARD_SIZE, MergeOnto
 from engine.config.tasks.inference import EvalSettings
 from engine.data.dataset import data_files
 from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.adapted_source import AdaptedSource
+from engine.model_sources.adapter.adapted_source import AdaptedSource, with_pair
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
 from engine.model_sources.adapter_path import adapter_path, open_adapter
 from engine.model_sources.expert_tensors import StoredExperts
@@ -33,7 +33,6 @@ from engine.model_sources.open import open_model_source
 from engine.runs.summary import write_summary
 from engine.storage import durable
 from engine.verbs.evaluate import evaluate_with
-from kernels.linear.dora import scale_rows_
 from kernels.nf4 import dequantize, quantize
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors, is_quantised
@@ -193,10 +192,7 @@ class _Merger:
         if pair is None:
             return tensor
         self.merged += 1
-        a, b, *magnitude = pair
-        scale = self._source.scales[name.removesuffix(".weight")]
-        merged = tensor.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
-        return scale_rows_(merged, magnitude[0]) if magnitude else merged
+        return with_pair(tensor, pair, self._source.scales[name.removesuffix(".weight")])
 
     def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of all experts' weights (E, out, in); every expert has pairs of its own."""

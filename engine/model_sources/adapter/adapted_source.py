@@ -109,7 +109,7 @@ class AdaptedSource(ModelSourceView):
         if leaf != "weight":
             return weight
         if module in self.folded_pairs:
-            weight = _with_pair(weight, self.folded_pairs[module], self.scales[module])
+            weight = with_pair(weight, self.folded_pairs[module], self.scales[module])
         if module in self._embeddings:
             weight = self._with_embedding(module, weight)
         return self._with_rows(module, weight)
@@ -274,7 +274,8 @@ def _stays_separate(module: str) -> bool:
     return ".layers." in module and module.rpartition(".")[2] in PROJECTIONS
 
 
-def _with_pair(weight: Tensor, parts: tuple[Tensor, ...], scale: float) -> Tensor:
+def with_pair(weight: Tensor, parts: tuple[Tensor, ...], scale: float) -> Tensor:
+    """W + scale B A in fp32, under DoRA with its rows scaled, of `weight` (out, in) of any type."""
     a, b, *magnitude = parts
     wide = weight.to(torch.float32, copy=True).addmm_(b, a, alpha=scale)
     return scale_rows_(wide, magnitude[0]) if magnitude else wide
