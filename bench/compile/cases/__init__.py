@@ -26,6 +26,11 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 BF16_ARCHITECTURES = ARCHITECTURES[1:]
 
 
+def architectures_of(dtype: str) -> tuple[int, ...]:
+    """Those on which a kernel of `dtype` can run."""
+    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
+
+
 @dataclass(frozen=True, eq=False)
 class CompileCase:
     """One kernel in one configuration, for the architectures on which it can run.

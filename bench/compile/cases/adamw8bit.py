@@ -7,7 +7,7 @@ from itertools import product
 
 import triton.language as tl
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import ARCHITECTURES, CompileCase, architectures_of
 from kernels.adamw8bit import fused_triton as adamw8bit_flat
 from kernels.adamw8bit.fused_triton import NUM_WARPS, WORK_ROWS
 
@@ -16,10 +16,6 @@ DTYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}
 
 def compile_cases() -> list[CompileCase]:
     return [*_norm(), _prepare(), *_update()]
-
-
-def _architectures(dtype: str) -> tuple[int, ...]:
-    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
 
 
 def _norm() -> Iterator[CompileCase]:
@@ -38,7 +34,7 @@ def _norm() -> Iterator[CompileCase]:
             num_warps=NUM_WARPS,
             elements=WORK_ROWS * 256,
             unaligned=frozenset({"items"}),
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )
 
@@ -111,6 +107,6 @@ def _update() -> Iterator[CompileCase]:
                 num_warps=NUM_WARPS,
                 elements=WORK_ROWS * 256,
                 unaligned=frozenset({"seed"}),
-                architectures=_architectures(dtype),
+                architectures=architectures_of(dtype),
                 checked=quantized and nearest and (dtype, variant) == ("fp32", "plain"),
             )

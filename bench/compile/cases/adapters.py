@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import CompileCase, architectures_of
 from kernels.linear import adapters_triton
 from kernels.linear.projection import ALIGNED
 
@@ -48,6 +48,6 @@ def _cases(name: str, odd: bool) -> Iterator[CompileCase]:
                 ["second", "third", *(f"rank{index}" for index in range(3))] if odd else
                 ["second", "third"]
             ),
-            architectures=BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES,
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )  # fmt: skip

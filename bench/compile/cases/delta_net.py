@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import CompileCase, architectures_of
 from kernels.delta_net import causal_conv1d_triton, gated_rms_norm_triton
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -19,10 +19,6 @@ _FP32 = ("rstd_ptr", "partial_ptr")
 
 def compile_cases() -> list[CompileCase]:
     return [*_convolution(), *_norm()]
-
-
-def _architectures(dtype: str) -> tuple[int, ...]:
-    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
 
 
 def _signature(kernel: Any, dtype: str) -> dict[str, str]:
@@ -55,7 +51,7 @@ def _case(
         num_warps=warps,
         elements=elements,
         unaligned=frozenset(unaligned),
-        architectures=_architectures(dtype),
+        architectures=architectures_of(dtype),
         checked=checked and dtype == "bf16",
     )
 

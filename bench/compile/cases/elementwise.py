@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import CompileCase, architectures_of
 from kernels.elementwise import dropout, rms_norm_triton, rope, swiglu
 from kernels.loss import cross_entropy
 
@@ -19,10 +19,6 @@ HEADS = ((32, 64), (32, 128), (48, 96), (16, 256))
 def compile_cases() -> list[CompileCase]:
     norm = [*_norm_forward(), *_norm_backward(), *_norm_dweight()]
     return [*norm, *_rope(), *_swiglu(), *_cross_entropy(), *_dropout()]
-
-
-def _architectures(dtype: str) -> tuple[int, ...]:
-    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
 
 
 def _strides(*names: str) -> dict[str, str]:
@@ -59,7 +55,7 @@ def _norm_forward() -> Iterator[CompileCase]:
             },
             num_warps=warps,
             elements=rows * block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and width == 4096 and add,
         )
 
@@ -95,7 +91,7 @@ def _norm_backward() -> Iterator[CompileCase]:
             },
             num_warps=warps,
             elements=rows * block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and width == 4096,
         )
 
@@ -115,7 +111,7 @@ def _norm_dweight() -> Iterator[CompileCase]:
             constexprs={"ROWS": rows, "BLOCK": block},
             num_warps=warps,
             elements=rows * block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )
 
@@ -139,7 +135,7 @@ def _rope() -> Iterator[CompileCase]:
             constexprs={"INVERSE": False, "HEADS": tile_heads, "BLOCK": block},
             num_warps=warps,
             elements=2 * tile_heads * block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and dim == 128,
         )
 
@@ -158,7 +154,7 @@ def _swiglu() -> Iterator[CompileCase]:
             constexprs={"BLOCK": block},
             num_warps=warps,
             elements=block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )
     for dtype, keep_h in product(DTYPES, (False, True)):
@@ -173,7 +169,7 @@ def _swiglu() -> Iterator[CompileCase]:
             constexprs={"KEEP_H": keep_h, "BLOCK": block},
             num_warps=warps,
             elements=block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )
 
@@ -197,7 +193,7 @@ def _cross_entropy() -> Iterator[CompileCase]:
             constexprs={"GRADIENT": gradient, "BLOCK": block},
             num_warps=warps,
             elements=block,
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and gradient and block == 4096,
         )
 
@@ -220,6 +216,6 @@ def _dropout() -> Iterator[CompileCase]:
             num_warps=warps,
             elements=8 * rows * block,
             unaligned=frozenset(("key_ptr", "threshold", "first_row", "site", "rows")),
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16",
         )

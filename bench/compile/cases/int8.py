@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import CompileCase, architectures_of
 from kernels.linear import int8
 
 LIMIT = 12.0
@@ -13,7 +13,6 @@ a 4090 more than 100."""
 def compile_cases() -> list[CompileCase]:
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
-        architectures = BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
         for width in (576, 4096):
             rows, block, warps = int8.tile(width)
             cases.append(
@@ -30,8 +29,8 @@ def compile_cases() -> list[CompileCase]:
                     constexprs={"ROWS": rows, "BLOCK": block},
                     num_warps=warps,
                     elements=rows * block,
-                    limits=dict.fromkeys(architectures, LIMIT),
-                    architectures=architectures,
+                    limits=dict.fromkeys(architectures_of(dtype), LIMIT),
+                    architectures=architectures_of(dtype),
                     checked=dtype == "bf16" and width == 4096,
                 )
             )

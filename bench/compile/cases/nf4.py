@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import product
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase, where_one
+from bench.compile.cases import (
+    ARCHITECTURES,
+    BF16_ARCHITECTURES,
+    CompileCase,
+    architectures_of,
+    where_one,
+)
 from kernels.nf4.dequantize_triton import (
     dequantize_flat_kernel,
     dequantize_planar_kernel,
@@ -30,10 +36,6 @@ def _scale_arguments(nested: bool) -> dict[str, str]:
     """Without double quantisation the stand-ins have the type of the scales."""
     absmax = "*u8" if nested else "*fp32"
     return {"absmax": absmax, "value_map": "*fp32", "nested": "*fp32", "offset": "*fp32"}
-
-
-def _architectures(dtype: str) -> tuple[int, ...]:
-    return BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES
 
 
 def _flat() -> Iterator[CompileCase]:
@@ -72,7 +74,7 @@ def _flat() -> Iterator[CompileCase]:
             elements=tile.rows * steps * 64,
             limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if way == "pairs" else {},
             unaligned=frozenset(("columns", "first_chunk")),
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and nested and way == "pairs" and steps == 4,
         )
 
@@ -97,7 +99,7 @@ def _planar() -> Iterator[CompileCase]:
             elements=tile.rows * tile.steps * 64,
             limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if dtype != "fp32" else {},
             unaligned=frozenset(("blocks", "last_block")),
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and nested and tile.steps == 4,
         )
 
@@ -120,7 +122,7 @@ def _transposed() -> Iterator[CompileCase]:
             elements=tile.rows * 64,
             limits=dict.fromkeys(ARCHITECTURES, DEQUANTIZE_LIMIT) if dtype != "fp32" else {},
             unaligned=frozenset(("blocks",)),
-            architectures=_architectures(dtype),
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and nested and tile.rows == 512,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
-from bench.compile.cases import ARCHITECTURES, BF16_ARCHITECTURES, CompileCase
+from bench.compile.cases import CompileCase, architectures_of
 from kernels.nf4.quantize_triton import NUM_WARPS, TILE, quantize_nf4_kernel
 
 
@@ -24,7 +24,7 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"BLOCK": block, "BLOCKS": max(1, TILE // block)},
             num_warps=NUM_WARPS,
             elements=max(TILE, block),
-            architectures=BF16_ARCHITECTURES if dtype == "bf16" else ARCHITECTURES,
+            architectures=architectures_of(dtype),
             checked=dtype == "bf16" and block == 64,
         )
         for dtype, block in product(("bf16", "fp16", "fp32"), (32, 64, 256, 4096))
