@@ -16,8 +16,6 @@ from torch import Tensor
 from kernels.gguf.search import asymmetric, integers, symmetric
 from kernels.gguf.simple_blocks import as_stored, half_bytes
 
-SIZE = 256
-
 
 def q4_k(x: Tensor, weight: Tensor) -> Tensor:
     """Blocks (B, 256) as bytes (B, 144)."""
@@ -37,7 +35,7 @@ def q5_k(x: Tensor, weight: Tensor) -> Tensor:
 def q6_k(x: Tensor, weight: Tensor) -> Tensor:
     """Blocks (B, 256) as bytes (B, 210)."""
     groups, weights = x.view(-1, 16, 16), weight.view(-1, 16, 16)
-    scales, _ = symmetric(groups, weights, -32, 31)
+    scales = symmetric(groups, weights, -32, 31)
     peak = scales.gather(1, scales.abs().argmax(1, keepdim=True))
     d = as_stored(peak / -128)  # (B, 1, 1)
     a = integers(scales, d, -128, 127)
@@ -59,7 +57,7 @@ def q6_k(x: Tensor, weight: Tensor) -> Tensor:
 def _with_minima(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
     """The sixteen bytes of scales, and the integers (B, 8, 32) as bytes."""
     groups = x.view(-1, 8, 32)
-    scales, minima, _ = asymmetric(groups, weight.view(-1, 8, 32), high)
+    scales, minima = asymmetric(groups, weight.view(-1, 8, 32), high)
     d = as_stored(scales.amax(1, keepdim=True) / 63)
     e = as_stored(-minima.amin(1, keepdim=True) / 63)
     a = integers(scales, d, 0, 63)

@@ -19,8 +19,8 @@ _TINY = 1e-15
 _SYMMETRIC_TRIES, _ASYMMETRIC_TRIES = 19, 21
 
 
-def symmetric(x: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Scale s (..., 1) and integers (..., n) of blocks x (..., n); all in fp32.
+def symmetric(x: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
+    """Scale s (..., 1) of blocks x (..., n), both in fp32.
 
     The element of the largest magnitude, whose sign s takes the other way round, is tried at
     `low`, the end that has one value more.
@@ -39,12 +39,11 @@ def symmetric(x: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tensor, T
         better = (norm > 0) & (gain > best_gain)
         scale = torch.where(better, dot / norm.clamp_min(_TINY), scale)
         best_gain = torch.where(better, gain, best_gain)
-    scale = torch.where(peak.abs() < _TINY, torch.zeros_like(scale), scale)
-    return scale, integers(x, scale, low, high)
+    return torch.where(peak.abs() < _TINY, torch.zeros_like(scale), scale)
 
 
-def asymmetric(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale s and minimum m (..., 1), m <= 0 <= s, and integers (..., n) of blocks x (..., n)."""
+def asymmetric(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
+    """Scale s and minimum m (..., 1), m <= 0 <= s, of blocks x (..., n); all in fp32."""
     least = x.amin(-1, keepdim=True).clamp_max(0)
     span = (x.amax(-1, keepdim=True) - least).clamp_min(_TINY)
     total_w = weight.sum(-1, keepdim=True)
@@ -69,7 +68,7 @@ def asymmetric(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor, Te
         better = solvable & (error < best) & (s > 0)
         scale, minimum = torch.where(better, s, scale), torch.where(better, m, minimum)
         best = torch.where(better, error, best)
-    return scale, minimum, integers(x - minimum, scale, 0, high)
+    return scale, minimum
 
 
 def integers(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from kernels.gguf.search import asymmetric, integers, symmetric
 
-SIZE = 32
-
 
 def half_bytes(values: Tensor) -> Tensor:
     """Numbers (..., 1) as the two bytes of an fp16 (..., 2)."""
@@ -39,24 +37,21 @@ def q8_0(x: Tensor, weight: Tensor) -> Tensor:
 
 def q4_0(x: Tensor, weight: Tensor) -> Tensor:
     """Blocks (B, 32) as bytes (B, 18)."""
-    d, _ = symmetric(x, weight, -8, 7)
-    d = as_stored(d)
+    d = as_stored(symmetric(x, weight, -8, 7))
     q = (integers(x, d, -8, 7) + 8).to(torch.uint8)
     return torch.cat((half_bytes(d), nibbles(q)), -1)
 
 
 def q5_0(x: Tensor, weight: Tensor) -> Tensor:
     """Blocks (B, 32) as bytes (B, 22)."""
-    d, _ = symmetric(x, weight, -16, 15)
-    d = as_stored(d)
+    d = as_stored(symmetric(x, weight, -16, 15))
     q = (integers(x, d, -16, 15) + 16).to(torch.uint8)
     return torch.cat((half_bytes(d), fifth_bits(q), nibbles(q & 15)), -1)
 
 
 def q5_1(x: Tensor, weight: Tensor) -> Tensor:
     """Blocks (B, 32) as bytes (B, 24)."""
-    d, m, _ = asymmetric(x, weight, 31)
-    d, m = as_stored(d), as_stored(m)
+    d, m = (as_stored(part) for part in asymmetric(x, weight, 31))
     q = integers(x - m, d, 0, 31).to(torch.uint8)
     return torch.cat((half_bytes(d), half_bytes(m), fifth_bits(q), nibbles(q & 15)), -1)
 
