@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from kernels.linear.projection import Projection, aligned, joins_adapters, layout_of
+from kernels.linear.projection import Projection, aligned, spare_columns
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def output_columns(
     With `spare` columns for what backward multiplies along, where adapters join the product.
     """
     widths = [p.out_features for p in projections]
-    extra = layout_of(projections).spare if spare and joins_adapters(like.device) else 0
+    extra = spare_columns(projections, like.device) if spare else 0
     return _columns(rows, widths, extra, like)
 
 
@@ -87,15 +87,13 @@ def input_columns(like: Tensor, projections: Sequence[Projection]) -> Columns | 
 
     None where no adapter joins the base product: any matrix is then as good.
     """
-    if not joins_adapters(like.device):
-        return None
-    extra = layout_of(projections).spare
+    extra = spare_columns(projections, like.device)
     return _columns(like.shape[0], [like.shape[1]], extra, like) if extra else None
 
 
 def gradient_columns(like: Tensor, projections: Sequence[Projection]) -> Columns | None:
     """Memory for the outputs' gradients of a group with spare columns; None as `input_columns`."""
-    if not projections or not joins_adapters(like.device) or not layout_of(projections).spare:
+    if not spare_columns(projections, like.device):
         return None
     return output_columns(like.shape[0], projections, like)
 

@@ -20,8 +20,8 @@ from kernels.linear.projection import (
     QuantizedWeight,
     Weight,
     aligned,
-    joins_adapters,
     layout_of,
+    spare_columns,
 )
 from kernels.nf4 import NF4Weight, dequantize
 from kernels.nf4.dequantize_triton import dequantize_planar, nf4_dequantize
@@ -65,22 +65,17 @@ def decode(
     for recompute and gradient together. Where the group's decoded weights stay in memory these are
     taken, in place of scratch.
     """
-    quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
-    if len(quantized) < len(projections):
+    if any(isinstance(p.weight, Tensor) for p in projections):
         weights = [_dense(p.weight, dtype) for p in projections]
         return Decoded(weights, join(projections, dtype, weights[0].device, slot))
-    device, columns = quantized[0].device, int(quantized[0].shape[1])
-    layout = layout_of(projections)
-    spare = layout.spare if joins_adapters(device) else 0
+    device, columns = projections[0].weight.device, int(projections[0].weight.shape[1])
+    layout, spare = layout_of(projections), spare_columns(projections, device)
     whole = _lasting(projections, dtype)
     if whole is None:
         whole = scratch(f"decoded.{slot}", _shape(projections, device), dtype, device)
-        for weight, first, out in zip(quantized, layout.first, layout.outs, strict=True):
-            decode_weight(weight, dtype, out=whole[first : first + out, :columns])
-    weights = [
-        whole[first : first + out, :columns]
-        for first, out in zip(layout.first, layout.outs, strict=True)
-    ]
+        weights = _decode_into(whole, projections)
+    else:
+        weights = _weights_of(whole, projections)
     if not spare:
         return Decoded(weights)
     extended = whole[:, : columns + spare]
@@ -93,20 +88,34 @@ def decode(
 
 def lasting_weights(projections: Sequence[Projection], dtype: torch.dtype) -> LastingWeights:
     """The weights of a group of quantised projections, decoded to stay in memory."""
-    quantized = [p.weight for p in projections if not isinstance(p.weight, Tensor)]
-    device, columns = quantized[0].device, int(quantized[0].shape[1])
-    layout = layout_of(projections)
+    device = projections[0].weight.device
     whole = torch.empty(_shape(projections, device), dtype=dtype, device=device)
-    for weight, first, out in zip(quantized, layout.first, layout.outs, strict=True):
-        decode_weight(weight, dtype, out=whole[first : first + out, :columns])
+    _decode_into(whole, projections)
     return LastingWeights(whole, len(projections))
 
 
 def _shape(projections: Sequence[Projection], device: torch.device) -> tuple[int, int]:
     """Rows and pitch of the matrix that a group is decoded into."""
+    columns, rows = int(projections[0].weight.shape[1]), layout_of(projections).rows
+    spare = spare_columns(projections, device)
+    return rows + spare, aligned(columns + spare) if spare else columns
+
+
+def _weights_of(whole: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """The weights that lie one below the other in the matrix that a group is decoded into."""
     columns, layout = int(projections[0].weight.shape[1]), layout_of(projections)
-    spare = layout.spare if joins_adapters(device) else 0
-    return layout.rows + spare, aligned(columns + spare) if spare else columns
+    return [
+        whole[first : first + out, :columns]
+        for first, out in zip(layout.first, layout.outs, strict=True)
+    ]
+
+
+def _decode_into(whole: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    weights = _weights_of(whole, projections)
+    for projection, out in zip(projections, weights, strict=True):
+        assert not isinstance(projection.weight, Tensor)
+        decode_weight(projection.weight, whole.dtype, out=out)
+    return weights
 
 
 def _lasting(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
@@ -124,7 +133,7 @@ def join(
     For weights that stay as they are: dense ones, and codes that are multiplied by directly.
     """
     layout = layout_of(projections)
-    if not layout.spare or not joins_adapters(device):
+    if not spare_columns(projections, device):
         return None
     columns = int(projections[0].weight.shape[1])
     pitch = aligned(columns)

@@ -83,8 +83,11 @@ class OutputGradients:
 
     def joined(self) -> Tensor | None:
         """All dz_i as one matrix, if they are one."""
-        dzs = self.dzs
-        return dzs.matrix if isinstance(dzs, Columns) else stacked(dzs, 1)
+        return _joined(self.dzs)
+
+
+def _joined(dzs: Columns | Sequence[Tensor]) -> Tensor | None:
+    return dzs.matrix if isinstance(dzs, Columns) else stacked(dzs, 1)
 
 
 def project_backward(
@@ -162,7 +165,7 @@ def _low_gradient(dzs: Columns | Sequence[Tensor], adapters: Adapters) -> Tensor
     spare = adapters.layout.spare
     if isinstance(dzs, Columns) and dzs.lends(spare):
         return torch.mm(dzs.matrix, adapters.b, out=dzs.spare(spare))
-    joined = dzs.matrix if isinstance(dzs, Columns) else stacked(dzs, 1)
+    joined = _joined(dzs)
     assert joined is not None
     return joined @ adapters.b
 

@@ -133,3 +133,8 @@ def layout_of(projections: Sequence[Projection]) -> GroupLayout:
     return _layout(
         tuple([p.out_features for p in projections]), tuple([p.rank for p in projections])
     )
+
+
+def spare_columns(projections: Sequence[Projection], device: torch.device) -> int:
+    """Columns of the adapters of a group in its joint matrices; 0 where none joins the products."""
+    return layout_of(projections).spare if joins_adapters(device) else 0
