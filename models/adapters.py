@@ -186,6 +186,7 @@ def attach_lora(
     given = {path_in_file(model.config, path): parts for path, parts in tensors.items()}
     factors = {path_in_file(model.config, path): scale for path, scale in scales.items()}
     pairs: dict[str, dict[int, tuple[Tensor, ...]]] = {}
+    pair_scales: dict[str, dict[int, float]] = {}
     wrong = []
     for path, parts in given.items():
         owner, expert = _owner_of_expert(path)
@@ -196,6 +197,7 @@ def attach_lora(
         wrong += _misfits(path, parts, target.in_features, target.out_features)
         if path not in projections:
             pairs.setdefault(owner, {})[expert] = parts
+            pair_scales.setdefault(owner, {})[expert] = factors[path]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"adapter does not match: {'; '.join(sorted(wrong)[:5])}{more}")
@@ -209,8 +211,7 @@ def attach_lora(
         linear.lora_A, linear.lora_B = a, b
         linear.lora_magnitude_vector = magnitude[0] if magnitude else None
     for owner, each in pairs.items():
-        each_scale = {expert: factors[_path_of_expert(owner, expert)] for expert in each}
-        experts[owner].set_pairs(each, each_scale, dropout, model.device)
+        experts[owner].set_pairs(each, pair_scales[owner], dropout, model.device)
 
 
 def _owner_of_expert(path: str) -> tuple[str, int]:
@@ -220,11 +221,6 @@ def _owner_of_expert(path: str) -> tuple[str, int]:
     if not separator or not number.isdigit():
         return path, 0
     return f"{before}.mlp.experts.{leaf}", int(number)
-
-
-def _path_of_expert(owner: str, expert: int) -> str:
-    before, _, leaf = owner.rpartition(".")
-    return f"{before}.{expert}.{leaf}"
 
 
 def _misfits(path: str, parts: tuple[Tensor, ...], columns: int, rows: int) -> list[str]:

@@ -135,3 +135,8 @@ def copied(parts: Sequence[Tensor], projections: Sequence[Projection]) -> Column
 def matrix_of(x: Tensor | Columns) -> Tensor:
     """The matrix itself."""
     return x.matrix if isinstance(x, Columns) else x
+
+
+def blocks_of(x: Tensor | Columns) -> Columns | tuple[Tensor]:
+    """What takes column blocks gets this of a matrix of one block."""
+    return x if isinstance(x, Columns) else (x,)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
 from kernels.linear.adapters import Gradients
-from kernels.linear.columns import Columns, copied, input_columns
+from kernels.linear.columns import Columns, blocks_of, copied, input_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
 from kernels.linear.lora_backward import input_gradient, parameter_gradients, project_backward
@@ -192,7 +192,7 @@ def mlp_down_backward(
     """
     down, seed, strength = (mlp.down,), mlp.seeds[1], inner.strength
     gate, up = inner.gate_up()
-    dys = dy if isinstance(dy, Columns) else (dy,)
+    dys = blocks_of(dy)
     decoded = decoded or decode(down, dys[0].dtype, mlp.down_slot)
     if strength is not None:
         h = swiglu_forward(gate, up)

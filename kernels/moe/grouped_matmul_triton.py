@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.linear.projection import aligned
 from kernels.moe.gathered import Gathered
 from kernels.nf4.decode_ptx import INTERPRETED, block_scale, decode_planes
 from kernels.nf4.dequantize_triton import nested_arguments, nested_shift, triton_dtype
@@ -28,7 +29,6 @@ from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, o
 BLOCK_M = 64
 BLOCK_N = 128
 BLOCK_K = 64
-_ALIGNED = 16
 
 
 def tile_table(offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -237,8 +237,7 @@ def aligned_empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
     Rows begin on a multiple of 16 elements whatever the rank is, for wide loads and stores.
     """
-    pitch = cdiv(shape[-1], _ALIGNED) * _ALIGNED
-    return like.new_empty((*shape[:-1], pitch))[..., : shape[-1]]
+    return like.new_empty((*shape[:-1], aligned(shape[-1])))[..., : shape[-1]]
 
 
 def _in_dtype(weight: Tensor, like: Tensor) -> Tensor:

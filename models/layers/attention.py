@@ -22,7 +22,7 @@ from kernels.attention import (
 )
 from kernels.elementwise.rope import rope_qk_
 from kernels.linear.adapters import Gradients
-from kernels.linear.columns import Columns, matrix_of, output_columns
+from kernels.linear.columns import Columns, blocks_of, matrix_of, output_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
 from kernels.linear.lora_backward import project_backward
@@ -216,7 +216,7 @@ class Attention(nn.Module):
         """Gradients of the outputs of q_proj, k_proj and v_proj."""
         output, slot = self.output(), context.settings.output_scratch
         d_out = project_backward(
-            dx1 if isinstance(dx1, Columns) else (dx1,),
+            blocks_of(dx1),
             self._gated(saved),
             output,
             grads,

@@ -34,7 +34,7 @@ from kernels.delta_net.causal_conv1d import (
 )
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_backward, gated_rms_norm_forward
 from kernels.linear.adapters import Gradients
-from kernels.linear.columns import Columns, matrix_of, output_columns
+from kernels.linear.columns import Columns, blocks_of, matrix_of, output_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
 from kernels.linear.lora_backward import project_backward
@@ -250,7 +250,7 @@ class DeltaNet(nn.Module):
         normed, rstd = self._normed(saved)
         output = self.output()
         d_normed = project_backward(
-            dx1 if isinstance(dx1, Columns) else (dx1,),
+            blocks_of(dx1),
             normed.flatten(1),
             output,
             grads,
