@@ -17,6 +17,7 @@ from kernels.attention import (
 )
 from kernels.attention.choice import TOLERANCE
 from kernels.attention.table import BACKENDS
+from kernels.runtime.trial import refusal, worst_error
 
 _PACKINGS = {
     "packed": [0, 1, 70, 133, 261],
@@ -70,10 +71,10 @@ def _check(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError, ImportError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return refusal(error)
     truth = _plain((q, k, v, do), bounds, window)
     for what, value, true in zip(_NAMES, ours, truth, strict=True):
-        worst = float((value.cpu().double() - true).abs().max() / true.abs().max())
+        worst = worst_error(value, true)
         if not worst <= TOLERANCE[dtype]:
             return f"wrong: {what} is off by {worst:.1e} of its largest value"
     return None

@@ -27,6 +27,7 @@ from kernels.attention.documents import AttentionPlan, AttentionSettings
 from kernels.attention.reference import documents_backward, documents_forward
 from kernels.attention.table import BACKENDS
 from kernels.runtime.simulation import simulated_gpu
+from kernels.runtime.trial import refusal, worst_error
 
 _log = logging.getLogger(__name__)
 
@@ -119,15 +120,15 @@ def _tried(name: str, kind: TrialKind) -> str:
         again = backend.backward(do, q, k, v, out, saved, given) if kind.repeats else got[1:]
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, ImportError) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    except AttributeError as error:  # an op that this torch does not have
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    except (RuntimeError, TypeError, ValueError, ImportError, AttributeError) as error:
+        # What this torch, its package or this GPU cannot do. An AttributeError is an op that this
+        # torch does not have.
+        return refusal(error)
     q, k, v, do = (x.cpu().double() for x in (q, k, v, do))
     truth, _ = documents_forward(q, k, v, settings)
     want = (truth, *documents_backward(do, q, k, v, truth, [], settings))
     for value, true, what in zip(got, want, ("out", "dq", "dk", "dv"), strict=True):
-        worst = float((value.cpu().double() - true).abs().max() / true.abs().max())
+        worst = worst_error(value, true)
         if not worst <= TOLERANCE[kind.dtype]:
             return f"{what} is wrong by {worst:.1e} of its largest value"
     if not all(torch.equal(a, b) for a, b in zip(got[1:], again, strict=True)):
