@@ -21,7 +21,6 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsWriter
 from engine.storage import durable
-from engine.storage.safe_files import read_regular
 from models.tensor_layout import carried_prefixes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -180,5 +179,4 @@ def write_tokenizer(source: ModelSource, folder: Path) -> None:
     for name, content in source.tokenizer_files().items():
         target = folder / name
         target.parent.mkdir(exist_ok=True)
-        data = content if isinstance(content, bytes) else read_regular(content, 2**30)
-        durable.write_bytes(target, data)
+        durable.write_bytes(target, content)

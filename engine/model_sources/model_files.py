@@ -69,7 +69,7 @@ class ModelFiles:
                 return _named_template(value, name, self.path / file)
         return None
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         extra = sorted(self.path.glob("additional_chat_templates/*.jinja"))
         names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
         names += [str(path.relative_to(self.path)) for path in extra]

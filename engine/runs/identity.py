@@ -182,13 +182,12 @@ def _note_threads(root: Path) -> None:
         )  # fmt: skip
 
 
-def tokenizer_digest(files: Mapping[str, bytes | Path]) -> str:
+def tokenizer_digest(files: Mapping[str, bytes]) -> str:
     """SHA-256 of a model's tokenizer files; the chat template among them is left out."""
     digest = hashlib.sha256()
-    for name, content in sorted(files.items()):
+    for name, data in sorted(files.items()):
         if name.endswith((".jinja", "chat_template.json")):
             continue
-        data = content if isinstance(content, bytes) else content.read_bytes()
         if name == "tokenizer_config.json":
             data = _without_template(data)
         digest.update(f"\0{name}\0{len(data)}\0".encode())

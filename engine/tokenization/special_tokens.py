@@ -74,13 +74,13 @@ class DeclaredTokens:
 
 
 def read_declared(
-    config: Mapping[str, Any], files: Mapping[str, Any], backend: Backend
+    config: Mapping[str, Any], files: Mapping[str, bytes], backend: Backend
 ) -> DeclaredTokens:
     """The tokens of a model's files.
 
     Args:
         config: tokenizer_config.json.
-        files: name -> bytes or path; special_tokens_map.json and added_tokens.json are used.
+        files: name -> content; special_tokens_map.json and added_tokens.json are used.
         backend: the tokenizer as its vocabulary file gives it, with the tokens added there.
 
     Raises:
@@ -255,8 +255,5 @@ def _token(value: Any, what: str) -> AddedToken:
     return AddedToken(content, **flags)
 
 
-def _read_json(files: Mapping[str, Any], name: str) -> dict[str, Any]:
-    source = files.get(name)
-    if source is None:
-        return {}
-    return parse_object(source if isinstance(source, bytes) else source.read_bytes(), name)
+def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    return parse_object(files[name], name) if name in files else {}

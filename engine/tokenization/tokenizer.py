@@ -241,7 +241,7 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
 
 
 def _open_backend(
-    source: "ModelDescription", files: Mapping[str, Any], where: str
+    source: "ModelDescription", files: Mapping[str, bytes], where: str
 ) -> tuple[Backend, dict[str, Any], bool]:
     """The tokenizer of the vocabulary file there is; tokenizer_config.json; if it is SentencePiece.
 

@@ -9,7 +9,6 @@ apart, by the tokenizer.json that they are published with; they are told by a to
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, normalizers
@@ -47,12 +46,12 @@ class VocabMergesTokenizer:
 
 
 def load_vocab_merges(
-    files: Mapping[str, Any], config: Mapping[str, Any], model_type: str | None, where: str
+    files: Mapping[str, bytes], config: Mapping[str, Any], model_type: str | None, where: str
 ) -> VocabMergesTokenizer:
     """Build the tokenizer of the two files.
 
     Args:
-        files: name -> bytes or path; `vocab.json` and `merges.txt` must be there.
+        files: name -> content; `vocab.json` and `merges.txt` must be there.
         config: tokenizer_config.json (`tokenizer_class` and `add_prefix_space` are used here).
         model_type: of config.json, where known.
         where: what errors call the model.
@@ -60,8 +59,8 @@ def load_vocab_merges(
     Raises:
         CheckpointError: a file is damaged, or nothing tells how text is cut into words.
     """
-    vocabulary = _vocabulary(_content(files["vocab.json"]), where)
-    merges = _merges(_content(files["merges.txt"]), vocabulary, where)
+    vocabulary = _vocabulary(files["vocab.json"], where)
+    merges = _merges(files["merges.txt"], vocabulary, where)
     name = _rule_name(config, model_type, vocabulary)
     if name is None:
         raise CheckpointError(
@@ -92,10 +91,6 @@ def _rule_name(
     given = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     name = _OF_CLASS.get(given) or _OF_MODEL.get(model_type or "")
     return "smollm" if name == "gpt-2" and _DIGITS_APART in vocabulary else name
-
-
-def _content(source: bytes | Path) -> bytes:
-    return source if isinstance(source, bytes) else source.read_bytes()
 
 
 def _vocabulary(content: bytes, where: str) -> dict[str, int]:

@@ -36,7 +36,7 @@ class TokenizerFolder:
         config: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
         return config
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in self.path.iterdir() if file.is_file()}
 
     def chat_template(self, name: str = "default") -> str | None:

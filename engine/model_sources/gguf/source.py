@@ -105,7 +105,7 @@ class GGUFSource:
         template = self._file.metadata.get(f"tokenizer.chat_template{suffix}")
         return template if isinstance(template, str) else None
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return dict(self._tokenizer.files(self.chat_template())) if self._tokenizer else {}
 
     def digest(self) -> str:

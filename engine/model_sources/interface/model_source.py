@@ -46,7 +46,7 @@ class ModelDescription(Protocol):
     def chat_template(self, name: str = "default") -> str | None:
         """The Jinja text of a chat template by its name, or None where the source has none."""
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         """Relative name -> content of every other file of a model saved from this one."""
 
 

@@ -50,7 +50,7 @@ class ModelSourceView:
     def chat_template(self, name: str = "default") -> str | None:
         return self.base.chat_template(name)
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return self.base.tokenizer_files()
 
     def digest(self) -> str:

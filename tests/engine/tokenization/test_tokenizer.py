@@ -24,7 +24,7 @@ class Source:
         self,
         serialised: str | None,
         config: Mapping[str, Any],
-        files: Mapping[str, bytes | Path] | None = None,
+        files: Mapping[str, bytes] | None = None,
         model: Path | None = None,
         template: str | None = None,
     ) -> None:
@@ -42,7 +42,7 @@ class Source:
     def tokenizer_config(self) -> dict[str, Any]:
         return dict(self.config)
 
-    def tokenizer_files(self) -> dict[str, bytes | Path]:
+    def tokenizer_files(self) -> dict[str, bytes]:
         return dict(self.files)
 
     def chat_template(self, name: str = "default") -> str | None:
@@ -107,12 +107,9 @@ def test_special_tokens_map_wins_over_the_configuration_unless_that_lists_all(
     assert complete.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def test_declared_tokens_are_added_and_must_get_their_ids(
-    backend_json: str, tmp_path: Path
-) -> None:
+def test_declared_tokens_are_added_and_must_get_their_ids(backend_json: str) -> None:
     size = load(backend_json, {}).vocab_size
-    added = tmp_path / "added_tokens.json"
-    added.write_text(json.dumps({"<tool>": size}))
+    added = json.dumps({"<tool>": size}).encode()
     tokenizer = load(backend_json, BASE, {"added_tokens.json": added})
     assert tokenizer.encode("<tool>x") == [size, *tokenizer.encode("x")]
     token = {"content": "<new>", "special": True, "normalized": False}
