@@ -60,12 +60,12 @@ def schema_version(value: Any) -> str | int | None:
 
 def tools(value: Any, key: str) -> list[dict[str, Any]] | None:
     """JSON schemas of tools: a list of objects, or of texts that are such, or the whole as text."""
-    value = _from_text(value, f"'{key}'")
+    value = from_text(value, f"'{key}'")
     if value is None:
         return None
     if not isinstance(value, list):
         raise RowFault(f"'{key}' is {json_name(value)} where a list of objects was expected")
-    schemas = [_from_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    schemas = [from_text(item, f"{key}[{index}]") for index, item in enumerate(value)]
     for index, schema in enumerate(schemas):
         if not isinstance(schema, dict):
             raise RowFault(f"{key}[{index}] is {json_name(schema)} where an object was expected")
@@ -74,8 +74,8 @@ def tools(value: Any, key: str) -> list[dict[str, Any]] | None:
     return schemas or None
 
 
-def _from_text(value: Any, where: str) -> Any:
-    """A value that may be JSON text; blank text is no value."""
+def from_text(value: Any, where: str) -> Any:
+    """A value that may be JSON text, which `where` names in errors; blank text is no value."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -43,7 +43,7 @@ def render_row(row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]) -> L
         try:
             other = _locate(row, renamed, template, kwargs)
         except ConversationError:
-            return located
+            return located  # Refused under its usual name: the row stays as it is.
         return located if other.left_out else other
     return located
 
@@ -71,16 +71,19 @@ def _locate(
     located = template.locate(messages, tools=row.tools, **kwargs)
     left_out = dict(located.left_out)
     for role in {message["role"] for message in messages}.intersection(RESULT_ROLES):
-        own = [index for index, message in enumerate(messages) if message["role"] == role]
         changed = [
-            {**message, "content": f"{message.get('content')} {role}"} if index in own else message
-            for index, message in enumerate(messages)
+            {**message, "content": f"{message.get('content')} {role}"}
+            if message["role"] == role
+            else message
+            for message in messages
         ]
         try:
             hidden = template.render(changed, tools=row.tools, **kwargs) == located.text
         except ConversationError:
-            hidden = False
-        left_out |= {index: {"result"} for index in own if hidden}
+            continue  # It minds what the results say, so it looks at them.
+        if hidden:
+            own = (index for index, message in enumerate(messages) if message["role"] == role)
+            left_out |= {index: {"result"} for index in own}
     return replace(located, left_out=left_out)
 
 

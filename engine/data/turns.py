@@ -9,8 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.data.fields import RowFault, json_name, listed
-from engine.storage import strict_json
+from engine.data.fields import RowFault, from_text, json_name, listed
 from engine.tokenization.messages import LOSS_FLAGS, REASONING_KEYS, ConversationError, loss_flag
 
 SHAREGPT_ROLES = {
@@ -134,8 +133,7 @@ def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         if calls:
             raise RowFault(f"{where} has both tool_calls and function_call; keep one of them")
         calls = [old]
-    if isinstance(calls, str):
-        calls = _json(calls, f"{where}.tool_calls")
+    calls = from_text(calls, f"{where}.tool_calls")
     if isinstance(calls, dict):
         calls = [calls]
     if calls is None:
@@ -156,8 +154,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RowFault(f"{where} has no name of a function; its keys are {listed(call)}")
     arguments = function.get("arguments", function.get("parameters"))
-    if isinstance(arguments, str):
-        arguments = _json(arguments, f"{where}: the arguments of {function['name']!r}")
+    arguments = from_text(arguments, f"{where}: the arguments of {function['name']!r}")
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -175,15 +172,6 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     }
 
 
-def _json(text: str, where: str) -> Any:
-    if not text.strip():
-        return None
-    try:
-        return strict_json.loads(text)
-    except strict_json.JSONFault as fault:
-        raise RowFault(f"{where} is text that is not JSON: {fault.message}") from None
-
-
 def _sharegpt_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     speaker, value = item["from"], item.get("value")
     if speaker not in SHAREGPT_ROLES:
@@ -192,8 +180,7 @@ def _sharegpt_message(item: Mapping[str, Any], where: str, unused: set[str]) -> 
     message: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker]}
     message |= {key: item[key] for key in (*REASONING_KEYS, *LOSS_FLAGS) if key in item}
     if speaker == "function_call":
-        calls = _json(value, f"{where}.value") if isinstance(value, str) else value
-        message["tool_calls"] = calls
+        message["tool_calls"] = from_text(value, f"{where}.value")
         message["tool_calls"] = _tool_calls(message, where)
         if not message["tool_calls"]:
             raise RowFault(f"{where}.value is {json_name(value)} where a tool call was expected")
