@@ -7,8 +7,6 @@ broken does not hide the lines after it; a broken array ends there.
 """
 
 import gzip
-import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -188,13 +186,19 @@ def _sequence(text: str, start: Position) -> list[Located | BadLine]:
 
 
 def _wrapped(text: str, key: str, start: Position) -> Iterator[Located | BadLine]:
-    """The rows of the list under `key` of the object that a text is."""
-    match = re.search(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:\s*(?=\[)", text)
-    if match is None:  # The key is spelt with escapes.
-        value = strict_json.loads(text)
-        return (Located(start, item) for item in value[key])
-    _, end = strict_json.decode(text, match.end())
-    return _array_values(text[:end], start, match.end())
+    """The rows of the list under `key` of the object that a text is; it was read once already."""
+    cursor = _Cursor(text, start)
+    cursor.peek()
+    while True:
+        cursor.step()  # over the brace or the comma
+        name, end = strict_json.decode(text, cursor.offset)
+        cursor.move(end)
+        cursor.peek()
+        cursor.step()  # over the colon
+        if name == key:
+            return _array_values(cursor)
+        cursor.move(strict_json.decode(text, cursor.offset)[1])
+        cursor.peek()
 
 
 def _read_lines(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
@@ -251,36 +255,32 @@ def _read_array(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
     start = Position(file, 1)
     try:
         text = _to_text(stream.read().removeprefix(_BYTE_ORDER_MARK), start)
-        yield from _array_values(text, start)
+        cursor = _Cursor(text, start)
+        cursor.move(text.index("["))
+        yield from _array_values(cursor)
+        cursor.end()
     except _Broken as broken:
         raise DataError(str(broken.line)) from None
 
 
-def _array_values(text: str, start: Position, offset: int = 0) -> Iterator[Located | BadLine]:
-    """Read the array element by element, so that every one knows its line."""
-    cursor = _Cursor(text, start)
-    cursor.move(text.index("[", offset) + 1)
-    if cursor.peek() == "]":
-        cursor.end()
-        return
-    while True:
-        cursor.peek()
+def _array_values(cursor: "_Cursor") -> Iterator[Located | BadLine]:
+    """Read the array at the cursor element by element, so that every one knows its line."""
+    mark = cursor.step()
+    while mark != "]":
         position, begin = cursor.position, cursor.offset
         try:
-            value, end = strict_json.decode(text, begin)
+            value, end = strict_json.decode(cursor.text, begin)
         except strict_json.JSONFault as fault:
             cursor.move(fault.position)
             raise _Broken(cursor.position, f"broken JSON: {fault.message}", _ARRAY_ADVICE) from None
         yield _checked(Located(position, value), end - begin)
         cursor.move(end)
         mark = cursor.peek()
-        if mark == "]":
-            cursor.end()
-            return
-        if mark != ",":
+        if mark == ",":
+            cursor.step()
+        elif mark != "]":
             fault_text = "broken JSON: expected ',' or ']' after this element of the array"
             raise _Broken(cursor.position, fault_text, _ARRAY_ADVICE)
-        cursor.move(cursor.offset + 1)
 
 
 def _checked(value: Located, size: int) -> Located | BadLine:
@@ -307,9 +307,13 @@ class _Cursor:
         self.move(offset)
         return self.text[offset : offset + 1]
 
+    def step(self) -> str:
+        """Step over one character and what white space follows, and return what stands there."""
+        self.move(self.offset + 1)
+        return self.peek()
+
     def end(self) -> None:
         """Step over the closing bracket and refuse anything behind it."""
-        self.move(self.offset + 1)
-        if self.peek():
+        if self.step():
             fault = "broken JSON: something follows the end of the array"
             raise _Broken(self.position, fault, "Remove it, or use JSON Lines.")

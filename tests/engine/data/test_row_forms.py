@@ -310,12 +310,14 @@ PAIRS = [{"prompt": f"Q{n}", "response": "A"} for n in range(3)]
         (json.dumps({"data": PAIRS}), [1, 1, 1]),
         (json.dumps({"version": "1", "data": PAIRS}, indent=1), [4, 8, 12]),
         (json.dumps({"rows": PAIRS, "meta": {"data": [1]}}, indent=1), [3, 7, 11]),
+        (json.dumps({"meta": {"rows": [1]}, "rows": PAIRS}, indent=1), [8, 12, 16]),
+        (json.dumps({"n": 1, "rows": PAIRS}, indent=1).replace("rows", "r\\u006fws"), [4, 8, 12]),
         ("\n".join(json.dumps(row, indent=1) for row in PAIRS), [1, 5, 9]),
         (json.dumps(PAIRS[0], indent=1) + json.dumps(PAIRS[1]) + "\n" + json.dumps(PAIRS[2]),
          [1, 4, 5]),
         ("\n\n" + "\n".join(json.dumps(row) for row in PAIRS), [3, 4, 5]),
     ],
-    ids=range(6),
+    ids=range(8),
 )  # fmt: skip
 def test_json_printed_over_several_lines_is_read(
     text: str, lines: list[int], tmp_path: Path
