@@ -21,7 +21,6 @@ from engine.tokenization.sandbox import (
     TemplateInput,
     TemplateProcess,
 )
-from engine.tokenization.turn_edges import Span
 
 CHATML = """\
 {%- for message in messages %}
@@ -156,20 +155,6 @@ class ChatTemplate:
                 "messages to the order and roles that the model's template knows."
             )
         return rendered.text
-
-    def render_with_spans(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> tuple[str, list[Span]]:
-        """The conversation with the character spans [start, end) of what is trained.
-
-        See `locate`, which also tells what the template leaves out.
-        """
-        located = self.locate(messages, tools=tools, **kwargs)
-        return located.text, located.spans
 
     def locate(
         self,

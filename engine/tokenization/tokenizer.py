@@ -104,22 +104,6 @@ class Tokenizer:
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        *,
-        tools: list[dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        """Ids of a conversation as the chat template renders it, ready for generation.
-
-        Raises:
-            DataError: the template refuses the conversation or cannot be rendered.
-        """
-        text = self.chat_template.render(messages, add_generation_prompt, tools=tools, **kwargs)
-        return self.encode(text, add_special_tokens=False)
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         plain = [int(index) for index in ids]

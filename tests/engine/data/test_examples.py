@@ -1,7 +1,6 @@
 """From rows to trained tokens: end tokens are, users are not, nothing is lost without a word."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +12,11 @@ from engine.data.rows import Row
 from engine.errors import DataError
 from engine.tokenization.messages import ConversationError
 from engine.tokenization.tokenizer import Tokenizer
-
-FAMILIES = ("chatml", "llama3", "qwen2_5", "qwen3", "mistral")
+from tests.engine.tokenization.turns import FAMILIES, say
 
 
 def row(*contents: str, line: int = 1) -> Row:
-    roles = ("user", "assistant")
-    messages: list[dict[str, Any]] = [
-        {"role": roles[index % 2], "content": content} for index, content in enumerate(contents)
-    ]
-    return Row(messages, line, "d.jsonl")
+    return Row(say(*contents), line, "d.jsonl")
 
 
 def learnt(example: Example, tokenizer: Tokenizer) -> str:

@@ -189,12 +189,12 @@ def test_what_the_template_says_about_a_conversation_reaches_the_user() -> None:
 
 def test_a_row_takes_less_than_a_millisecond() -> None:
     template = ChatTemplate(CHATML, TOKENS, end_tokens=["<|im_end|>"])
-    template.render_with_spans(CHAT)
+    template.locate(CHAT)
     best = 1.0
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(20):
-            template.render_with_spans(CHAT)
+            template.locate(CHAT)
         best = min(best, (time.perf_counter() - start) / 20)
     assert best < 1e-3
 
@@ -222,7 +222,7 @@ def test_the_default_is_chatml_where_its_tokens_exist_and_plain_text_elsewhere()
     assert default_template({"<|im_start|>": 1, "<|im_end|>": 2}, False) == CHATML
     assert default_template({"<|im_end|>": 2}, True) == PLAIN
     plain = ChatTemplate(default_template({}, False), {"eos_token": "</s>"})
-    text, spans = plain.render_with_spans(CHAT)
-    assert text == "hi\nhello</s>"
-    assert [text[start:end] for start, end in spans] == ["hello</s>"]
+    located = plain.locate(CHAT)
+    assert located.text == "hi\nhello</s>"
+    assert [located.text[start:end] for start, end in located.spans] == ["hello</s>"]
     assert plain.render(USER, add_generation_prompt=True) == "hi\n"

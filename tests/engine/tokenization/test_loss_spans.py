@@ -8,9 +8,8 @@ import pytest
 from engine.tokenization.chat_template import ChatTemplate
 from engine.tokenization.messages import ConversationError
 from engine.tokenization.tokenizer import Tokenizer
+from tests.engine.tokenization.turns import FAMILIES, Messages, say, trained
 
-Messages = list[dict[str, Any]]
-FAMILIES = ("chatml", "llama3", "qwen2_5", "qwen3", "mistral")
 END = {
     "chatml": "<|im_end|>",
     "llama3": "<|eot_id|>",
@@ -21,17 +20,6 @@ END = {
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
 TOOL = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-
-
-def say(*contents: str) -> Messages:
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def trained(template: ChatTemplate, messages: Messages, **kwargs: Any) -> list[str]:
-    text, spans = template.render_with_spans(messages, **kwargs)
-    assert text == template.render(messages, **kwargs)
-    return [text[start:end] for start, end in spans]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +127,7 @@ def test_generation_tags_inside_each_other_are_refused() -> None:
     )
     messages = say("Q", "A")
     with pytest.raises(ConversationError, match="mixes the turns"):
-        ChatTemplate(source, {"eos_token": "</s>"}).render_with_spans(messages)
+        ChatTemplate(source, {"eos_token": "</s>"}).locate(messages)
 
 
 REFUSED = [
@@ -170,14 +158,14 @@ def test_a_template_that_hides_where_the_answer_is_or_ends_is_refused(
 ) -> None:
     template = ChatTemplate(source, {"eos_token": "</s>"})
     with pytest.raises(ConversationError, match=words):
-        template.render_with_spans(say("Question", "Answer"))
+        template.locate(say("Question", "Answer"))
 
 
 def test_an_end_token_after_the_whole_conversation_does_not_train_the_user() -> None:
     source = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}</s>"
     template = ChatTemplate(source, {"eos_token": "</s>"})
     with pytest.raises(ConversationError, match="never learn to stop"):
-        template.render_with_spans(say("Q1", "A1", "Q2", "A2"))
+        template.locate(say("Q1", "A1", "Q2", "A2"))
 
 
 def test_a_template_that_leaves_tool_calls_out_is_refused(
@@ -189,7 +177,7 @@ def test_a_template_that_leaves_tool_calls_out_is_refused(
         {"role": "assistant", "content": "Wait", "tool_calls": CALL},
     ]
     with pytest.raises(ConversationError, match=r"tool calls of messages\[1\]"):
-        template.render_with_spans(messages)
+        template.locate(messages)
     messages[1]["content"] = ""
     with pytest.raises(ConversationError, match=r"what messages\[1\] says"):
-        template.render_with_spans(messages)
+        template.locate(messages)

@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 
 from engine.errors import CheckpointError
+from engine.inference.generation import prompt_ids
 from engine.tokenization.chat_template import CHATML
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tokenizer_folder import TokenizerFolder
@@ -178,8 +179,7 @@ def test_a_model_without_a_template_gets_the_documented_one(backend_json: str) -
     stripped["model"]["vocab"].pop("<|im_start|>")
     with_bos = with_post_processor(json.dumps(stripped))
     tokenizer = load(with_bos, BASE)
-    messages = [{"role": "user", "content": "Q"}]
-    ids = tokenizer.encode_chat(messages)
+    ids = prompt_ids(tokenizer, "Q")
     assert ids == [tokenizer.bos_token_id, *tokenizer.encode("Q\n", add_special_tokens=False)]
 
 
@@ -188,7 +188,7 @@ def test_a_rendered_chat_is_encoded_without_a_second_bos(
 ) -> None:
     tokenizer = make_tokenizer("llama3", add_bos=True)
     assert tokenizer.encode("x")[0] == tokenizer.bos_token_id
-    ids = tokenizer.encode_chat([{"role": "user", "content": "Q"}])
+    ids = prompt_ids(tokenizer, "Q")
     assert ids.count(tokenizer.bos_token_id or 0) == 1
     assert tokenizer.decode(ids, skip_special_tokens=False).endswith("<|end_header_id|>\n\n")
 

@@ -11,21 +11,9 @@ from engine.tokenization.loss_spans import SpanFinder
 from engine.tokenization.messages import ConversationError
 from engine.tokenization.sandbox import Job, Limits, Rendered, TemplateInput, TemplateProcess
 from engine.tokenization.tokenizer import Tokenizer
+from tests.engine.tokenization.turns import FAMILIES, Messages, say, trained
 
-Messages = list[dict[str, Any]]
-FAMILIES = ("chatml", "llama3", "qwen2_5", "qwen3", "mistral")
 CHAT_END = ["<|im_start|>", "<|im_end|>"]
-
-
-def say(*contents: str) -> Messages:
-    roles = ("user", "assistant")
-    return [{"role": roles[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-def trained(template: ChatTemplate, messages: Messages, **kwargs: Any) -> list[str]:
-    text, spans = template.render_with_spans(messages, **kwargs)
-    assert text == template.render(messages, **kwargs)
-    return [text[start:end] for start, end in spans]
 
 
 def chat(body: str, prompt: str = "<|im_start|>assistant\n") -> ChatTemplate:
@@ -188,7 +176,7 @@ def test_a_conversation_that_breaks_a_limit_is_one_bad_row() -> None:
     hog = "{% if messages[0].content == 'go' %}{{ 'a' * 1000000000 }}{% endif %}" + CHATML
     template = ChatTemplate(hog, end_tokens=CHAT_END, limits=Limits(cpu_seconds=1))
     with pytest.raises(ConversationError, match=r"limit|stopped"):
-        template.render_with_spans(say("go", "A"))
+        template.locate(say("go", "A"))
     assert trained(template, say("Q", "A")) == ["A<|im_end|>"]
 
 

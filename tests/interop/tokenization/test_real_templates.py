@@ -125,7 +125,8 @@ def test_texts_equal_those_of_transformers(name: str, ours: Callable[[str], Chat
 def trained(template: ChatTemplate, chat: Chat, **kwargs: Any) -> tuple[str, list[Any]] | None:
     """Text and spans, or None for a row that is refused."""
     try:
-        return template.render_with_spans(chat.messages, tools=chat.tools, **kwargs)
+        located = template.locate(chat.messages, tools=chat.tools, **kwargs)
+        return located.text, located.spans
     except DataError:
         return None
 
