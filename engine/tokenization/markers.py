@@ -163,13 +163,11 @@ class _Writer:
         if not core:
             self._parts.append(MarkedPart(index, kind, 1))
             return text + marker
-        before, after = _cut(text, core)
-        if sparse:
-            middle = len(core) // 2
-            self._parts.append(MarkedPart(index, kind, 1, core[middle:]))
-            return f"{before}{core[:middle]}{marker}{core[middle:]}{after}"
-        self._parts.append(MarkedPart(index, kind))
-        return f"{before}{marker}{core}{marker}{after}"
+        behind = core[len(core) // 2 :]
+        self._parts.append(
+            MarkedPart(index, kind, 1, behind) if sparse else MarkedPart(index, kind)
+        )
+        return _marked(text, core, marker, sparse)
 
     def _system(self, index: int) -> Callable[[str], str]:
         """Marks a system prompt with a number of its own, so that its absence is seen."""
@@ -191,16 +189,17 @@ class _Writer:
         core = text.strip()
         if not core:
             return text + marker if self._marking == Marking.FULL else text
-        before, after = _cut(text, core)
-        if self._marking == Marking.MIDDLE:
-            middle = len(core) // 2
-            return f"{before}{core[:middle]}{marker}{core[middle:]}{after}"
-        return f"{before}{marker}{core}{marker}{after}"
+        return _marked(text, core, marker, self._marking == Marking.MIDDLE)
 
 
-def _cut(text: str, core: str) -> tuple[str, str]:
+def _marked(text: str, core: str, marker: str, in_middle: bool) -> str:
+    """`text` with a marker at both ends of `core`, its part without white space, or inside it."""
     start = text.find(core)
-    return text[:start], text[start + len(core) :]
+    before, after = text[:start], text[start + len(core) :]
+    if in_middle:
+        middle = len(core) // 2
+        return f"{before}{core[:middle]}{marker}{core[middle:]}{after}"
+    return f"{before}{marker}{core}{marker}{after}"
 
 
 def _each_text(content: Any, change: Any) -> Any:
