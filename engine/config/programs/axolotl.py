@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from engine.config.programs.hugging_face import MISSING
 from engine.config.programs.translation import (
     ADAMW,
     KERNELS,
     NEVER_PADDED,
+    NO_HEAD,
+    NO_PREFERENCES,
+    NOT_EIGHT_BITS,
     NOTHING_UPLOADED,
     ONE_PROCESS,
+    SAME_VOCABULARY,
     SCHEDULES,
     GivenKeys,
     Translation,
@@ -92,39 +97,32 @@ _NEEDLESS = {
     ),
 }  # fmt: skip
 _MISSING = {
+    **MISSING,
     "train_on_inputs": "only the assistant's turns are trained",
-    "lora_modules_to_save": "embeddings and head are not trained beside an adapter",
+    "lora_modules_to_save": NO_HEAD,
     "lora_target_parameters": "adapters go by the names of projections",
     "peft_layers_to_transform": "an adapter is put on every layer",
     "loraplus_lr_ratio": "both matrices of an adapter have one learning rate",
     "peft_init_lora_weights": "adapters start at zero",
     "relora_steps": "ReLoRA is not implemented",
     "unfrozen_parameters": "all weights are trained, or an adapter",
-    "tokens": "the vocabulary stays",
-    "added_tokens_overrides": "the vocabulary stays",
-    "resize_token_embeddings_to_32x": "the vocabulary stays",
-    "deepspeed": ONE_PROCESS,
-    "fsdp": ONE_PROCESS,
-    "fsdp_config": ONE_PROCESS,
+    "tokens": SAME_VOCABULARY,
+    "added_tokens_overrides": SAME_VOCABULARY,
+    "resize_token_embeddings_to_32x": SAME_VOCABULARY,
     "fsdp_version": ONE_PROCESS,
     "sequence_parallel_degree": ONE_PROCESS,
     "context_parallel_size": ONE_PROCESS,
-    "hub_model_id": NOTHING_UPLOADED,
     "hub_strategy": NOTHING_UPLOADED,
     "push_dataset_to_hub": NOTHING_UPLOADED,
     "early_stopping_patience": "a run ends after its steps",
-    "load_best_model_at_end": "the last weights are saved; checkpoints are in the run's folder",
     "saves_per_epoch": "`checkpoint_every` counts steps, not parts of an epoch",
     "evals_per_epoch": "`eval_every` counts steps, not parts of an epoch",
     "cosine_min_lr_ratio": "the learning rate ends at zero",
     "cosine_constant_lr_ratio": "the learning rate falls from the warm-up on",
-    "lr_scheduler_kwargs": "a schedule has no further parameters",
-    "neftune_noise_alpha": "noise on embeddings is not implemented",
-    "rl": "preferences are not trained",
-    "reward_model": "preferences are not trained",
+    "rl": NO_PREFERENCES,
+    "reward_model": NO_PREFERENCES,
     "pretraining_dataset": "raw text is not trained",
     "batch_size": "a step has `batch_size` x `accumulate` rows: set `accumulate`",
-    "resume_from_checkpoint": "`engine train --resume auto` goes on with a run of this engine",
     "overrides_of_model_config": "the configuration is the model's own",
     "rope_scaling": "rotary parameters come from config.json",
     "loss_watchdog_threshold": "a run stops where the loss is not finite: `nonfinite`",
@@ -141,11 +139,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     source = GivenKeys("axolotl", given)
     _method(source)
     source.copy(_SAME)
-    for key, (setting, default) in _DEFAULTS.items():
-        if key in source.left:
-            source.put(setting, source.take(key), key)
-        else:
-            source.default(setting, default)
+    source.copy_or_default(_DEFAULTS)
     source.default("max_length", 512)
     source.whole("num_epochs", "epochs", 1.0)
     source.choose("optimizer", "optimizer", ADAMW, "adamw_torch_fused")
@@ -168,8 +162,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     source.drop(("wandb_entity", "wandb_name", "wandb_run"), "wandb reads its own variables")
     if source.take("use_tensorboard"):
         source.put("report_to", ["tensorboard"], "use_tensorboard")
-    for why, keys in _NEEDLESS.items():
-        source.drop(keys, why)
+    source.drop_by_reason(_NEEDLESS)
     source.miss_if_asked(_MISSING)
     return source.finish()
 
@@ -184,9 +177,9 @@ def _method(source: GivenKeys) -> None:
     if adapter not in ("lora", "qlora"):
         source.miss("adapter", f"there is no adapter {adapter!r}; lora was taken")
     if eight:
-        source.miss("load_in_8bit", "8-bit bases are not trained on: the base has 16 bits, or 4")
+        source.miss("load_in_8bit", NOT_EIGHT_BITS)
     source.put("method", "qlora" if adapter == "qlora" or four else "lora", "adapter")
-    source.put("lora_rank", source.take("lora_r", 8), "lora_r")
+    source.copy_or_default({"lora_r": ("lora_rank", 8)})
     targets, linear = source.take("lora_target_modules"), source.take("lora_target_linear")
     if linear or targets == "all-linear":
         source.put("target_modules", "all", "lora_target_linear")

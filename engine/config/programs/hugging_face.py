@@ -57,7 +57,7 @@ _NEEDLESS = {
         "gradient_checkpointing_kwargs",
     ),
 }
-_MISSING = {
+MISSING = {
     "deepspeed": ONE_PROCESS,
     "fsdp": ONE_PROCESS,
     "fsdp_config": ONE_PROCESS,
@@ -76,11 +76,7 @@ _MISSING = {
 def training_arguments(source: GivenKeys) -> None:
     """Take every key of TrainingArguments that is there, and its defaults where it is not."""
     source.copy(_SAME)
-    for key, (setting, default) in _DEFAULTS.items():
-        if key in source.left:
-            source.put(setting, source.take(key), key)
-        else:
-            source.default(setting, default)
+    source.copy_or_default(_DEFAULTS)
     source.whole("num_train_epochs", "epochs", 3.0)
     source.choose("optim", "optimizer", ADAMW, "adamw_torch")
     source.choose("lr_scheduler_type", "lr_schedule", SCHEDULES, "linear")
@@ -93,9 +89,8 @@ def training_arguments(source: GivenKeys) -> None:
     _strategy(source, "save_strategy", "save_steps", "checkpoint_every")
     _strategy(source, "eval_strategy", "eval_steps", "eval_every", "evaluation_strategy")
     _trackers(source)
-    for why, keys in _NEEDLESS.items():
-        source.drop(keys, why)
-    source.miss_if_asked(_MISSING)
+    source.drop_by_reason(_NEEDLESS)
+    source.miss_if_asked(MISSING)
 
 
 def _warmup(source: GivenKeys) -> None:

@@ -1,10 +1,19 @@
 """LLaMA-Factory's YAML files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.config.programs.hugging_face import training_arguments
-from engine.config.programs.translation import KERNELS, GivenKeys, Translation, heldout
+from engine.config.programs.translation import (
+    KERNELS,
+    NO_HEAD,
+    NO_PREFERENCES,
+    SAME_VOCABULARY,
+    GivenKeys,
+    Translation,
+    heldout,
+)
 from engine.storage import strict_json
 
 _SAME = {
@@ -20,12 +29,12 @@ _SAME = {
 _MISSING = {
     "mask_history": "every assistant turn is trained, not the last alone",
     "train_on_prompt": "only the assistant's turns are trained",
-    "additional_target": "embeddings and head are not trained beside an adapter",
+    "additional_target": NO_HEAD,
     "freeze_trainable_layers": "single layers are not trained alone",
     "loraplus_lr_ratio": "both matrices of an adapter have one learning rate",
     "pissa_init": "adapters start at zero",
-    "resize_vocab": "the vocabulary stays",
-    "new_special_tokens": "the vocabulary stays",
+    "resize_vocab": SAME_VOCABULARY,
+    "new_special_tokens": SAME_VOCABULARY,
     "use_badam": "the optimizer is AdamW",
     "use_galore": "the optimizer is AdamW",
     "use_adam_mini": "the optimizer is AdamW",
@@ -35,8 +44,8 @@ _MISSING = {
     "video_max_pixels": "only text is read",
     "streaming": "rows are read before the first step",
     "tokenized_path": "rows are tokenised anew",
-    "dpo": "preferences are not trained",
-    "ref_model": "preferences are not trained",
+    "dpo": NO_PREFERENCES,
+    "ref_model": NO_PREFERENCES,
 }
 
 
@@ -49,7 +58,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     if source.take("packing") or source.left.get("neat_packing"):
         source.put("packing", True, "packing")
     source.take("neat_packing")
-    source.put("max_length", source.take("cutoff_len", 2048), "cutoff_len")
+    source.copy_or_default({"cutoff_len": ("max_length", 2048)})
     thinking = source.take("enable_thinking")
     if thinking is not None:
         kwargs = {"enable_thinking": bool(thinking)}
@@ -81,31 +90,40 @@ def _method(source: GivenKeys) -> None:
     source.put("method", "lora" if bits is None else "qlora", "finetuning_type, quantization_bit")
     if not double:
         source.put("double_quant", False, "double_quantization")
-    rank = source.take("lora_rank", 8)
-    source.put("lora_rank", rank, "lora_rank")
-    source.put("lora_alpha", source.take("lora_alpha", 2 * int(rank)), "lora_alpha")
-    source.put("lora_dropout", source.take("lora_dropout", 0.0), "lora_dropout")
-    source.put("target_modules", source.take("lora_target", "all"), "lora_target")
+    source.copy_or_default({"lora_rank": ("lora_rank", 8)})
+    source.copy_or_default(
+        {
+            "lora_alpha": ("lora_alpha", 2 * int(source.result.settings["lora_rank"].value)),
+            "lora_dropout": ("lora_dropout", 0.0),
+            "lora_target": ("target_modules", "all"),
+        }
+    )
 
 
 def _data(source: GivenKeys, folder: Path) -> None:
     where = folder / str(source.left.get("dataset_dir", "data"))
+    known = _known_files(where)
     for key, setting in (("dataset", "data"), ("eval_dataset", "eval_data")):
         names = source.take(key)
         if names is None:
             continue
         listed = names.split(",") if isinstance(names, str) else list(names)
-        files = [_file_of(source, key, str(name).strip(), where) for name in listed]
+        files = [_file_of(source, key, str(name).strip(), where, known) for name in listed]
         source.put(setting, files, key)
 
 
-def _file_of(source: GivenKeys, key: str, name: str, where: Path) -> str:
-    """The file of a data set, which dataset_info.json names."""
+def _known_files(where: Path) -> dict[str, Any]:
+    """dataset_info.json; of one that cannot be read, every data set is reported as missing."""
     try:
         table = strict_json.loads((where / "dataset_info.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        table = {}
-    entry = table.get(name, {}) if isinstance(table, dict) else {}
+        return {}
+    return table if isinstance(table, dict) else {}
+
+
+def _file_of(source: GivenKeys, key: str, name: str, where: Path, known: Mapping[str, Any]) -> str:
+    """The file of a data set, which dataset_info.json names."""
+    entry = known.get(name)
     if isinstance(entry, dict) and isinstance(entry.get("file_name"), str):
         if entry.get("columns") or entry.get("ranking"):
             source.miss(

@@ -8,6 +8,9 @@ from engine.config.programs.translation import (
     ADAMW,
     KERNELS,
     NEVER_PADDED,
+    NO_HEAD,
+    NO_PREFERENCES,
+    NOT_EIGHT_BITS,
     GivenKeys,
     Translation,
     checkpointing,
@@ -24,11 +27,10 @@ def translate_trl(given: dict[str, Any], folder: Path) -> Translation:
         source.put("data", [str(name)], "dataset_name")
         if not Path(str(name)).exists():
             source.miss("dataset_name", "save its rows as JSONL, and name that file")
-    length = source.take("max_seq_length", source.take("max_length", 1024))
-    source.put("max_length", length, "max_length")
-    source.copy({"packing": "packing"})
-    if "learning_rate" not in source.left:
-        source.default("learning_rate", 2e-5)
+    source.copy({"max_seq_length": "max_length", "packing": "packing"})
+    source.copy_or_default(
+        {"max_length": ("max_length", 1024), "learning_rate": ("learning_rate", 2e-5)}
+    )
     training_arguments(source)
     source.drop(("dtype", "torch_dtype", "bnb_4bit_quant_type"), "the compute type is `dtype`")
     source.drop(("packing_strategy", "padding_free", "eval_packing"), NEVER_PADDED)
@@ -40,7 +42,7 @@ def translate_trl(given: dict[str, Any], folder: Path) -> Translation:
             "dataset_config": "name a file of rows",
             "dataset_train_split": "name a file of rows",
             "dataset_test_split": "name a file of held-out rows: `eval_data`",
-            "lora_modules_to_save": "embeddings and head are not trained beside an adapter",
+            "lora_modules_to_save": NO_HEAD,
             "chat_template_path": "the template comes from the model's own files",
             "eos_token": "special tokens come from the model's own files",
         }
@@ -54,13 +56,17 @@ def _trl_adapter(source: GivenKeys) -> None:
         return
     four, eight = source.take("load_in_4bit", False), source.take("load_in_8bit", False)
     if eight:
-        source.miss("load_in_8bit", "8-bit bases are not trained on: the base has 16 bits, or 4")
+        source.miss("load_in_8bit", NOT_EIGHT_BITS)
     source.put("method", "qlora" if four else "lora", "use_peft, load_in_4bit")
     source.put("double_quant", bool(source.take("use_bnb_nested_quant", False)), "double quant")
-    source.put("lora_rank", source.take("lora_r", 16), "lora_r")
-    source.put("lora_alpha", source.take("lora_alpha", 32), "lora_alpha")
-    source.put("lora_dropout", source.take("lora_dropout", 0.05), "lora_dropout")
-    source.put("target_modules", source.take("lora_target_modules", "qv"), "lora_target_modules")
+    source.copy_or_default(
+        {
+            "lora_r": ("lora_rank", 16),
+            "lora_alpha": ("lora_alpha", 32),
+            "lora_dropout": ("lora_dropout", 0.05),
+            "lora_target_modules": ("target_modules", "qv"),
+        }
+    )
     source.copy({"use_rslora": "use_rslora", "use_dora": "use_dora"})
 
 
@@ -104,7 +110,7 @@ def translate_mlx(given: dict[str, Any], folder: Path) -> Translation:
     source.drop(("train", "test", "val_batches", "test_batches"), "all held-out rows are evaluated")
     mode = source.take("training_mode", "normal")
     if mode not in ("normal", "sft"):
-        source.miss("training_mode", f"{mode!r}: preferences are not trained")
+        source.miss("training_mode", f"{mode!r}: {NO_PREFERENCES}")
     source.drop(("mask_prompt",), "only the answer is trained")
     source.miss_if_asked(
         {

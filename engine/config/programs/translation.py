@@ -55,6 +55,12 @@ class GivenKeys:
             if key in self.left:
                 self.put(setting, self.take(key), key)
 
+    def copy_or_default(self, table: Mapping[str, tuple[str, Any]]) -> None:
+        """Take such keys; of one that is not there, what the other program does without it."""
+        for key, (setting, default) in table.items():
+            self.copy({key: setting})
+            self.default(setting, default)
+
     def choose(self, key: str, setting: str, table: Mapping[str, Any], default: str) -> None:
         """Take a key whose values have other names here; one without any is missing."""
         asked = key in self.left
@@ -84,6 +90,11 @@ class GivenKeys:
             if key in self.left:
                 self.take(key)
                 self.result.needless[key] = why
+
+    def drop_by_reason(self, table: Mapping[str, Iterable[str]]) -> None:
+        """Take keys that need no counterpart, by the reason why."""
+        for why, keys in table.items():
+            self.drop(keys, why)
 
     def whole(self, key: str, setting: str, default: float) -> None:
         """A number of epochs, which here is whole: a part of one is rounded up."""
@@ -155,4 +166,8 @@ SCHEDULES = {
 ONE_PROCESS = "a run is one process; for less memory, `memory_budget` or `offload`"
 KERNELS = "the kernels are fused already"
 NEVER_PADDED = "rows are never padded"
+NOT_EIGHT_BITS = "8-bit bases are not trained on: the base has 16 bits, or 4"
+NO_HEAD = "embeddings and head are not trained beside an adapter"
+SAME_VOCABULARY = "the vocabulary stays"
+NO_PREFERENCES = "preferences are not trained"
 NOTHING_UPLOADED = "nothing is uploaded"

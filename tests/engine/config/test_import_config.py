@@ -252,6 +252,29 @@ def test_what_would_train_something_else_is_named(name: str, key: str, value: An
     assert key in wishes(name, **{key: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "setting", "value"),
+    [
+        ("axolotl", "lora_r", "lora_rank", 8),
+        ("axolotl", "micro_batch_size", "batch_size", 1),
+        ("llama-factory", "lora_rank", "lora_rank", 8),
+        ("llama-factory", "cutoff_len", "max_length", 2048),
+        ("trl", "lora_r", "lora_rank", 16),
+        ("trl", "max_length", "max_length", 1024),
+        ("trl", "learning_rate", "learning_rate", 2e-5),
+    ],
+)
+def test_a_default_of_the_other_program_is_called_one(
+    name: str, key: str, setting: str, value: Any
+) -> None:
+    given = yaml.safe_load(CASES[name][0])
+    assert PROGRAMS[name](given, Path()).settings[setting].origin == key
+    del given[key]
+    made = PROGRAMS[name](given, Path())
+    assert made.settings[setting].value == value
+    assert made.settings[setting].origin == f"{made.program}'s default"
+
+
 def test_a_wish_for_nothing_is_no_loss() -> None:
     assert "rl" not in wishes("axolotl", rl=None)
     assert "mask_history" not in wishes("llama-factory", mask_history=False)
