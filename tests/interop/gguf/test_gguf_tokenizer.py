@@ -10,6 +10,8 @@ import inspect
 import json
 import random
 import unicodedata
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from transformers import AutoTokenizer
 
 from engine.model_sources.gguf.pre_tokenizers import RULES, UNNAMED
 from engine.model_sources.gguf.source import GGUFSource
-from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.model_source import ModelDescription, ModelSource
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 from tests.support.llama_cpp import differences, write_vocabulary
@@ -36,6 +38,22 @@ WORDS = (
     *(" ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "        ", "\u00a0", "...", "?!", "🎉👩‍💻"),
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im_start", "im_end|>", "<repo_name>"),
 )
+
+
+def rebuilt(source: ModelDescription) -> Tokenizer:
+    """The tokenizer that a GGUF file is read as."""
+    text = source.tokenizer_json()
+    assert text is not None
+    return Tokenizer.from_str(text)
+
+
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Gives the ids of a text with nothing put around it."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    return encode
 
 
 def mixed_strings(count: int) -> list[str]:
@@ -75,15 +93,11 @@ def checkpoint(smollm2_gguf: Path) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def ours(checkpoint: ModelSource) -> Tokenizer:
-    text = checkpoint.tokenizer_json()
-    assert text is not None
-    return Tokenizer.from_str(text)
+    return rebuilt(checkpoint)
 
 
 def test_ids_equal_llama_cpp(ours: Tokenizer, smollm2_gguf: Path, strings: list[str]) -> None:
-    def encode(text: str) -> list[int]:
-        return list(ours.encode(text, add_special_tokens=False).ids)
-
+    encode = encoder(ours)
     assert differences(encode, smollm2_gguf, strings) == []
 
 
@@ -146,17 +160,12 @@ def test_a_sentencepiece_vocabulary_equals_llama_cpp_and_sentencepiece(
     metadata, model = sentencepiece_metadata(name)
     metadata["add_space_prefix"] = prefix
     path = write_vocabulary(tmp_path / "model.gguf", metadata, len(metadata["tokens"]))
-    built = GGUFSource(path).tokenizer_json()
-    assert built is not None
-    ours = Tokenizer.from_str(built)
+    ours = rebuilt(GGUFSource(path))
     leading = random.Random(8)
     starts = ["", "", " ", "▁", "  ", "<s>", "</s> ", "<s>[INST] ", " </s>"]
     texts = [*starts, "<s>[INST] hi [/INST]", "</s>x"]
     texts += [leading.choice(starts) + text for text in strings[:2000]]
-
-    def encode(text: str) -> list[int]:
-        return list(ours.encode(text, add_special_tokens=False).ids)
-
+    encode = encoder(ours)
     assert differences(encode, path, texts) == []
     if prefix:
         control = ("<s>", "</s>", "<unk>", "[INST]", "[/INST]")
@@ -242,14 +251,9 @@ def test_every_rule_splits_as_llama_cpp(
 ) -> None:
     metadata = crossing["metadata"] | {"pre": name}
     path = write_vocabulary(tmp_path / "model.gguf", metadata, len(metadata["tokens"]))
-    built = GGUFSource(path).tokenizer_json()
-    assert built is not None
-    ours = Tokenizer.from_str(built)
+    ours = rebuilt(GGUFSource(path))
     texts = crossing["ascii"] + ([] if name in APPROXIMATED else crossing["unicode"])
-
-    def encode(text: str) -> list[int]:
-        return list(ours.encode(text, add_special_tokens=False).ids)
-
+    encode = encoder(ours)
     assert differences(encode, path, texts) == []
 
 
@@ -258,15 +262,11 @@ def test_a_file_without_a_rule_splits_as_llama_cpp(
 ) -> None:
     metadata = crossing["metadata"] | {"pre": "default"}
     path = write_vocabulary(tmp_path / "model.gguf", metadata, len(metadata["tokens"]))
-    built = GGUFSource(path).tokenizer_json()
-    assert built is not None
-    ours = Tokenizer.from_str(built)
-    assert len(json.loads(built)["pre_tokenizer"]["pretokenizers"]) == len(UNNAMED.patterns) + 1
+    ours = rebuilt(GGUFSource(path))
+    pre_tokenizer = json.loads(ours.to_str())["pre_tokenizer"]
+    assert len(pre_tokenizer["pretokenizers"]) == len(UNNAMED.patterns) + 1
     texts = crossing["ascii"] + crossing["unicode"]
-
-    def encode(text: str) -> list[int]:
-        return list(ours.encode(text, add_special_tokens=False).ids)
-
+    encode = encoder(ours)
     assert differences(encode, path, texts) == []
 
 
@@ -278,10 +278,7 @@ def test_named_tokens_of_an_ordinary_type_are_ordinary_as_in_llama_cpp(
     path = write_vocabulary(tmp_path / "model.gguf", metadata, len(tokens))
     ours = load_tokenizer(GGUFSource(path))
     texts = [f'"{text}" "' for text in crossing["ascii"]]
-
-    def encode(text: str) -> list[int]:
-        return ours.encode(text, add_special_tokens=False)
-
+    encode = partial(ours.encode, add_special_tokens=False)
     assert differences(encode, path, texts) == []
     assert all(ours.decode(encode(text)) == text for text in texts)
 
@@ -320,8 +317,5 @@ def test_tokens_of_every_type_are_matched_as_in_llama_cpp(
         for _ in range(150)
     ]
     texts = [text for text in drawn if unicodedata.is_normalized("NFC", text)]
-
-    def encode(text: str) -> list[int]:
-        return ours.encode(text, add_special_tokens=False)
-
+    encode = partial(ours.encode, add_special_tokens=False)
     assert differences(encode, path, texts) == []
