@@ -12,10 +12,10 @@ from tests.interop.tokenization.test_real_templates import (
     KWARGS,
     NAMED,
     TEMPLATES,
+    check_spans,
     end_tokens,
     source,
     theirs,
-    turns_of,
 )
 
 pytestmark = pytest.mark.interop
@@ -104,16 +104,3 @@ def test_random_conversations(name: str) -> None:
             continue
         check_spans(name, chat, kwargs, text or "", spans)
     template.close()
-
-
-def check_spans(
-    name: str, chat: Chat, kwargs: dict[str, Any], text: str, spans: list[tuple[int, int]]
-) -> None:
-    for turn, (start, end) in zip(turns_of(chat), spans, strict=True):
-        bare = theirs(name, chat.messages[:turn], chat.tools, **kwargs)
-        before = theirs(name, chat.messages[:turn], chat.tools, True, **kwargs)
-        if before is not None and before != bare and text.startswith(before):
-            assert start == len(before), chat
-        after = (theirs(name, chat.messages[: turn + 1], chat.tools, **kwargs) or "").rstrip()
-        if after and text.startswith(after) and after.endswith(end_tokens(name)):
-            assert end == len(after), chat

@@ -139,6 +139,28 @@ def turns_of(chat: Chat) -> list[int]:
     ]
 
 
+def check_spans(
+    name: str, chat: Chat, kwargs: dict[str, Any], text: str, spans: list[tuple[int, int]]
+) -> None:
+    """Compare spans with the rendered beginnings of the conversation, where they begin its text."""
+    for turn, (start, end) in zip(turns_of(chat), spans, strict=True):
+        told = (chat, kwargs, text[start:end])
+        begun = chat.messages[:turn]
+        bare = theirs(name, begun, chat.tools, **kwargs)
+        before = theirs(name, begun, chat.tools, True, **kwargs)
+        if before is not None and before != bare and text.startswith(before):
+            assert start == len(before), told
+        after = theirs(name, chat.messages[: turn + 1], chat.tools, **kwargs)
+        closed = (after or "").rstrip()
+        if (
+            closed
+            and name not in ALWAYS_OPEN
+            and text.startswith(closed)
+            and closed.endswith(end_tokens(name))
+        ):
+            assert end == len(closed), told
+
+
 @ANY_TEMPLATE
 def test_spans_are_what_follows_the_rendered_beginning(
     name: str, ours: Callable[[str], ChatTemplate]
@@ -147,30 +169,12 @@ def test_spans_are_what_follows_the_rendered_beginning(
     if "{% generation" in source(name) or "{%- generation" in source(name):
         pytest.skip("marks decide; another test has them")
     template = ours(name)
-    ends = end_tokens(name)
-    for title, chat in CHATS.items():
+    for chat in CHATS.values():
         for kwargs in KWARGS:
             made = trained(template, chat, **kwargs)
             if made is None:
                 continue
-            text, spans = made
-            assert len(spans) == len(turns_of(chat)), title
-            for turn, (start, end) in zip(turns_of(chat), spans, strict=True):
-                begun = chat.messages[:turn]
-                bare = theirs(name, begun, chat.tools, **kwargs)
-                before = theirs(name, begun, chat.tools, True, **kwargs)
-                if before is not None and before != bare and text.startswith(before):
-                    assert start == len(before), (title, kwargs, text[start:end])
-                after = theirs(name, chat.messages[: turn + 1], chat.tools, **kwargs)
-                closed = None if after is None else after.rstrip()
-                if (
-                    closed
-                    and name not in ALWAYS_OPEN
-                    and text.startswith(closed)
-                    and closed.endswith(ends)
-                ):
-                    assert text[end : len(closed)] == "", (title, kwargs, text[start:end])
-                    assert end == len(closed), (title, kwargs, text[start:end])
+            check_spans(name, chat, kwargs, *made)
 
 
 @ANY_TEMPLATE
