@@ -24,8 +24,8 @@ from engine.config.train_config import TrainConfig
 from engine.forging.assess import Judge
 from engine.forging.stages import Stages
 from engine.storage import durable
-from engine.verbs.forge import forge
-from engine.verbs.prune import prune
+from engine.verbs.models.forge import forge
+from engine.verbs.models.prune import prune
 from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"

@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     )
     from engine.model_sources.load_model import load_model
     from engine.provenance import __version__
-    from engine.verbs.evaluate import evaluate
-    from engine.verbs.forge import forge
-    from engine.verbs.generate import generate
-    from engine.verbs.merge import merge
-    from engine.verbs.plan import plan
-    from engine.verbs.prune import prune
-    from engine.verbs.resume import resume
-    from engine.verbs.train import TrainResult, train
+    from engine.verbs.models.evaluate import evaluate
+    from engine.verbs.models.forge import forge
+    from engine.verbs.models.generate import generate
+    from engine.verbs.models.merge import merge
+    from engine.verbs.models.prune import prune
+    from engine.verbs.training.plan import plan
+    from engine.verbs.training.resume import resume
+    from engine.verbs.training.train import TrainResult, train
 
 # Here, because every way into the engine comes by here before torch is imported.
 wait_quietly()
@@ -62,15 +62,15 @@ _HOME = {
     "DataError": "engine.errors",
     "MemoryPlanError": "engine.errors",
     "load_model": "engine.model_sources.load_model",
-    "train": "engine.verbs.train",
-    "TrainResult": "engine.verbs.train",
-    "resume": "engine.verbs.resume",
-    "evaluate": "engine.verbs.evaluate",
-    "generate": "engine.verbs.generate",
-    "merge": "engine.verbs.merge",
-    "prune": "engine.verbs.prune",
-    "forge": "engine.verbs.forge",
-    "plan": "engine.verbs.plan",
+    "train": "engine.verbs.training.train",
+    "TrainResult": "engine.verbs.training.train",
+    "resume": "engine.verbs.training.resume",
+    "evaluate": "engine.verbs.models.evaluate",
+    "generate": "engine.verbs.models.generate",
+    "merge": "engine.verbs.models.merge",
+    "prune": "engine.verbs.models.prune",
+    "forge": "engine.verbs.models.forge",
+    "plan": "engine.verbs.training.plan",
 }
 _EARLIER = {"generate_text": "generate"}
 

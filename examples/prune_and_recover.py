@@ -14,9 +14,9 @@ from pathlib import Path
 
 import engine
 from engine.config.tasks.pruning import PruneSettings
-from engine.verbs.evaluate import evaluate
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
+from engine.verbs.models.evaluate import evaluate
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

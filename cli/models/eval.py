@@ -13,7 +13,7 @@ def evaluate_model(call: Call) -> None:
     Counts the tokens a model would be trained on (the assistant's turns), each once.
     """
     settings = call.read(EvalSettings)
-    from engine.verbs.evaluate import evaluate_with
+    from engine.verbs.models.evaluate import evaluate_with
 
     result = evaluate_with(settings)
     figures = dataclasses.asdict(result)

@@ -9,7 +9,7 @@ from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSetti
 def gguf(call: Call) -> None:
     """Write a model as a GGUF file for llama.cpp and Ollama; with --adapter the adapter alone."""
     settings = call.read(ExportGGUFSettings)
-    from engine.verbs.export import export_gguf
+    from engine.verbs.models.export import export_gguf
 
     result = export_gguf(settings)
     answer = dataclasses.asdict(result) | {"files": [str(file) for file in result.files]}
@@ -23,7 +23,7 @@ def gguf(call: Call) -> None:
 def adapter(call: Call) -> None:
     """Write an adapter so that PEFT, vLLM and llama.cpp compute the same: one rank, scale in B."""
     settings = call.read(ExportAdapterSettings)
-    from engine.verbs.export import export_adapter
+    from engine.verbs.models.export import export_adapter
 
     notes = export_adapter(settings)
     if not call.print_json({"output": str(settings.output), "notes": notes}):

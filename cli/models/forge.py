@@ -24,7 +24,7 @@ def forge_model(call: Call) -> None:
     given |= {key: value for key, value in call.given.items() if key not in own}
     training = build(TrainConfig, given)
     from engine.forging.report import PLOT, draw, samples, table
-    from engine.verbs.forge import forge
+    from engine.verbs.models.forge import forge
 
     results = forge(job.settings(training), resume=job.resume)
     draw(results, job.output_dir / PLOT)

@@ -12,7 +12,7 @@ def generate(call: Call) -> int:
     settings = call.read(GenerateSettings)
     if settings.prompt == "-":
         settings = settings.model_copy(update={"prompt": sys.stdin.read()})
-    from engine.verbs.generate import answer
+    from engine.verbs.models.generate import answer
 
     pieces: list[str] = []
 

@@ -7,7 +7,7 @@ from engine.config.tasks.inference import MergeSettings
 def merge_adapter(call: Call) -> None:
     """Merge an adapter into its base model, tensor by tensor, as a Hugging Face directory."""
     settings = call.read(MergeSettings)
-    from engine.verbs.merge import merge
+    from engine.verbs.models.merge import merge
 
     result = merge(**dict(settings))
     figures: dict[str, float] = {"merged": result.merged, "tensors": result.written.tensors}

@@ -11,7 +11,7 @@ def prune_heads(call: Call) -> None:
     """
     job = call.read(PruneJob)
     from engine.pruning.report import table
-    from engine.verbs.prune import prune
+    from engine.verbs.models.prune import prune
 
     result = prune(job.model, job.output, job)
     if call.print_json(result.record | {"output": str(job.output) if job.output else None}):

@@ -24,7 +24,7 @@ def init(call: Call) -> None:
     _ask(call)
     settings = call.read(InitSettings)
     from engine.storage import durable
-    from engine.verbs.init import propose
+    from engine.verbs.training.init import propose
 
     if settings.output.exists():
         raise ConfigError(

@@ -25,8 +25,8 @@ def plan(call: Call) -> int:
         return _show_sizes(call)
     settings = call.read(TrainConfig)
     with importing():
-        from engine.verbs.plan import find_target
-        from engine.verbs.plan import plan as plan_run
+        from engine.verbs.training.plan import find_target
+        from engine.verbs.training.plan import plan as plan_run
     if options.max_context:
         any_row = settings.model_copy(update={"data": NO_DATA})
         return _show_contexts(settings, find_target(any_row), call)
@@ -66,7 +66,7 @@ def _show_sizes(call: Call) -> int:
 
 def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     from engine.memory.search import context_table
-    from engine.verbs.plan import told
+    from engine.verbs.training.plan import told
 
     with _progress() as tried:
         table = context_table(settings, told(target.plan, tried), target.longest_row)

@@ -9,7 +9,7 @@ from engine.config.tasks.workflow import StatusSettings
 def status(call: Call) -> None:
     """How far a run is: progress, loss, speed, time left, and whether it is alive."""
     settings = call.read(StatusSettings)
-    from engine.verbs.status import describe_status, find_run, read_status
+    from engine.verbs.training.status import describe_status, find_run, read_status
 
     state = read_status(find_run(settings.run, Path("runs")), settings.tail)
     if not call.print_json(state):

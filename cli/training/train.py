@@ -25,7 +25,7 @@ def run_training(call: Call) -> int:
 
     settings = build(TrainConfig, resumed(call.given))
     with importing():
-        from engine.verbs import train as run
+        from engine.verbs.training import train as run
 
     if call.read(TrainOptions).dry_run:
         from engine.runs.logs import RunLog

@@ -260,9 +260,9 @@ def test_train_hands_over_what_it_was_given(
         def dry_run(config: TrainConfig) -> str:
             return f"would train {config.model}"
 
-    monkeypatch.setitem(sys.modules, "engine.verbs.train", Finetune)
+    monkeypatch.setitem(sys.modules, "engine.verbs.training.train", Finetune)
     # Imported before, the module is an attribute of its package as well.
-    monkeypatch.setattr("engine.verbs.train", Finetune, raising=False)
+    monkeypatch.setattr("engine.verbs.training.train", Finetune, raising=False)
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: d\nseed: 1\npacking: true\n")
     words = ["train", str(file), "--seed", "2", "--no-packing", "--batch-size", "8", "--data", "a"]

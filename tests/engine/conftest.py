@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from engine.tokenization.tokenizer import Tokenizer
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from tests.support.small_runs import small_run
 from tests.support.tiny_model import write_tiny_model, write_tokenizer
 

@@ -23,8 +23,8 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
-from engine.verbs.merge import merge
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

@@ -11,7 +11,7 @@ import pytest
 from cli.main import main
 from engine.config.sources import load_config
 from engine.config.train_config import TrainConfig
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from tests.support.tiny_model import write_tiny_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

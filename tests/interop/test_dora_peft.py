@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from engine.config.train_config import TrainConfig
 from engine.model_sources.load_model import load_model
-from engine.verbs.merge import merge
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.training.train import train
 from models.adapters import adapter_tensors
 
 pytestmark = pytest.mark.interop

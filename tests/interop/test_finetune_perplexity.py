@@ -18,8 +18,8 @@ from engine.data.docstrings import docstring_pairs
 from engine.data.examples import Example, build_examples
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.verbs.evaluate import evaluate
-from engine.verbs.train import train
+from engine.verbs.models.evaluate import evaluate
+from engine.verbs.training.train import train
 
 pytestmark = pytest.mark.interop
 LONGEST = 128

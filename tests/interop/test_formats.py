@@ -16,7 +16,7 @@ from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.open import open_model_source
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 
 pytestmark = pytest.mark.interop
 

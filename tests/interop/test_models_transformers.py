@@ -17,7 +17,7 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 from models.adapters import adapter_tensors, add_lora
 from models.families import FAMILIES as FUSED
 

@@ -13,7 +13,7 @@ from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
 from engine.pruning.calibration import activations, gradients
-from engine.verbs.prune import prune
+from engine.verbs.models.prune import prune
 
 pytestmark = pytest.mark.interop
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"

@@ -19,7 +19,7 @@ from engine.exporting.gguf_layout import layout
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.open import open_model_source
-from engine.verbs.export import export_adapter, export_gguf
+from engine.verbs.models.export import export_adapter, export_gguf
 from models.tensor_layout import Layout
 from models.tensor_names import expected_tensors
 

@@ -18,7 +18,7 @@ from engine.exporting.gguf_types import FILE_TYPES
 from engine.exporting.modelfile import modelfile
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
-from engine.verbs.export import export_gguf
+from engine.verbs.models.export import export_gguf
 from models.tensor_layout import Layout
 from models.tensor_names import graph_tensors
 from tests.support.tokenizer_folder import write_byte_tokenizer

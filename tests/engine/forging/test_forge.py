@@ -21,9 +21,9 @@ from engine.forging.report import draw, samples, table
 from engine.forging.stages import Stages
 from engine.model_sources.pruning_record import read_pruning
 from engine.pruning.selection import wanted_units
-from engine.verbs import forge as recipe
-from engine.verbs.evaluate import evaluate
-from engine.verbs.forge import RENAMED, _worse, forge
+from engine.verbs.models import forge as recipe
+from engine.verbs.models.evaluate import evaluate
+from engine.verbs.models.forge import RENAMED, _worse, forge
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., ForgeSettings]

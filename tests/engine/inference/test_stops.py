@@ -15,8 +15,8 @@ from engine.inference.generation import complete, stop_ids_of
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.verbs.merge import merge
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.training.train import train
 
 PAD, IM_START, IM_END = 0, 1, 2
 

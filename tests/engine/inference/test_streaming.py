@@ -114,7 +114,7 @@ def test_what_was_written_before_an_interrupt_stays(
         on_text("answer")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("engine.verbs.generate.answer", interrupted)
+    monkeypatch.setattr("engine.verbs.models.generate.answer", interrupted)
     words = ["generate", "--model", str(tiny_model), "--prompt", "Hi"]
     assert cli.main(words) == 130
     assert capsys.readouterr().out == "half an answer\n"

@@ -19,7 +19,7 @@ from engine.memory.model_shapes import preset_config
 from engine.memory.process import PROCESS
 from engine.memory.search import changed, least_step
 from engine.model_sources.open import open_model_source
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from kernels.loss.linear_cross_entropy import chunk_tokens
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -157,7 +157,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     monkeypatch: pytest.MonkeyPatch,
     policies_planned: list[tuple[str, str]],
 ) -> None:
-    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
     monkeypatch.setattr("engine.memory.process.process_bytes", lambda device: PROCESS)
     config = TrainConfig(
         model=str(tiny_model),

@@ -21,7 +21,7 @@ from engine.memory.model_shapes import PARAMETERS, preset_config
 from engine.memory.process import PROCESS
 from engine.memory.search import changed, choose, longest, smallest
 from engine.memory.simulate.meter import MemoryMeter
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from kernels.runtime.scratch import release
 from models.tensor_names import expected_tensors
 
@@ -267,7 +267,7 @@ def test_full_fine_tuning_is_held_to_its_budget_and_measured(
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
     with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
         train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
 

@@ -17,8 +17,8 @@ from engine.memory.estimate import MemoryPlan, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed, choose, context_table, row_lengths, smallest
-from engine.verbs.plan import told
-from engine.verbs.train import train
+from engine.verbs.training.plan import told
+from engine.verbs.training.train import train
 from models.layers.context import layer_policies
 
 GB = 10**9
@@ -263,7 +263,7 @@ def test_policies_for_another_number_of_layers_are_refused_before_weights_are_re
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.verbs.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
     with pytest.raises(ConfigError, match="for 5 layers; there are 2"):
         run(
             tiny_model,

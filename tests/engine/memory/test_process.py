@@ -14,7 +14,7 @@ from engine.errors import MemoryPlanError
 from engine.memory.estimate import plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.process import PROCESS, process_bytes
-from engine.verbs.train import dry_run, train
+from engine.verbs.training.train import dry_run, train
 
 CPU = torch.device("cpu")
 

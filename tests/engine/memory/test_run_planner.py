@@ -21,8 +21,8 @@ from engine.memory.options import NAMES, memory_options
 from engine.memory.run_planner import usable_memory
 from engine.memory.search import changed
 from engine.training.prepare import prepare
-from engine.verbs.plan import find_target, plan, with_fitted
-from engine.verbs.train import train
+from engine.verbs.training.plan import find_target, plan, with_fitted
+from engine.verbs.training.train import train
 from tests.support.tiny_model import write_tiny_model
 
 GIB = 2**30

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.memory.merging import host_peak
 from engine.memory.model_shapes import preset_config
 from engine.memory.simulate.meter import MemoryMeter
 from engine.model_sources.load_model import _PART, _all_finite
-from engine.verbs.merge import host_peak
 from models.config.model_config import ModelConfig
 from models.tensor_names import PROJECTIONS, expected_tensors
 
-CHILD = Path(__file__).parents[3] / "tests" / "support" / "streaming_child.py"
+CHILD = Path(__file__).parents[3] / "tests" / "support" / "processes" / "streaming_child.py"
 RAW = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -78,4 +78,4 @@ def write_model(golden: Golden, tmp_path: Path) -> Callable[..., Path]:
 def no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heat maps take longer to draw than a tiny model to prune: only tests that look at one do."""
     if "picture" not in request.node.name:
-        monkeypatch.setattr("engine.verbs.prune.draw", lambda *_: False)
+        monkeypatch.setattr("engine.verbs.models.prune.draw", lambda *_: False)

@@ -16,7 +16,7 @@ from engine.model_sources.open import open_model_source
 from engine.pruning import calibration
 from engine.pruning.calibration import Calibration, activations, gradients, measured_scores
 from engine.pruning.scores import prunable_heads
-from engine.verbs.prune import prune
+from engine.verbs.models.prune import prune
 from models.decoder import Decoder
 from models.layers.linear import Linear
 from models.layers.packed_batch import PackedBatch

@@ -18,7 +18,7 @@ from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.pruning.calibration import activations, gradients
 from engine.pruning.keep_pruned import hold_pruned
-from engine.verbs.prune import prune
+from engine.verbs.models.prune import prune
 from models.decoder import Decoder
 from optim import AdamW8bit
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import engine.verbs.train
+import engine.verbs.training.train
 from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
 from engine.model_sources.load_model import load_model
 from engine.model_sources.pruning_record import PRUNING, read_pruning, sealed
 from engine.pruning.keep_pruned import hold_pruned
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
+from engine.verbs.training.train import train
 from models.adapters import add_lora
 from optim import AdamW8bit
 
@@ -114,7 +114,7 @@ def test_without_being_held_a_pruned_head_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The planted fault that the test above must see."""
-    monkeypatch.setattr(engine.verbs.train, "hold_pruned", lambda *_: 0)
+    monkeypatch.setattr(engine.verbs.training.train, "hold_pruned", lambda *_: 0)
     heads = pruned(tiny_model, tmp_path / "pruned", "zero")
     out = trained(tmp_path / "pruned", write_rows(8), tmp_path / "run", **changes)
     assert revived(out, heads) > 1e-4

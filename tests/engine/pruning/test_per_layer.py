@@ -18,9 +18,9 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
+from engine.verbs.training.train import train
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

@@ -17,7 +17,7 @@ from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import PRUNING, read_pruning
 from engine.model_sources.safetensors.file import SafetensorsFile
 from engine.pruning.heat_map import HEAT_MAP
-from engine.verbs.prune import prune
+from engine.verbs.models.prune import prune
 from tests.support.quantised_gguf import write_q8_gguf
 
 Golden = Callable[[str], Path]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SERVER = Path(__file__).parents[3] / "tests" / "support" / "resume_crash_server.py"
+SERVER = Path(__file__).parents[3] / "tests" / "support" / "processes" / "resume_crash_server.py"
 ROOT = Path(__file__).parents[3]
 
 

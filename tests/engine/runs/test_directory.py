@@ -21,7 +21,7 @@ from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.output import name_run
 from engine.runs.signals import Interrupted
 from engine.storage.lock import DirectoryLock, is_locked
-from engine.verbs.status import describe_status, find_run, read_status
+from engine.verbs.training.status import describe_status, find_run, read_status
 
 
 def config(folder: Path, **values: Any) -> TrainConfig:
@@ -187,7 +187,7 @@ def test_the_console_shows_messages_but_no_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with begun(config(tmp_path), console=True):
-        log = logging.getLogger("engine.verbs.train")
+        log = logging.getLogger("engine.verbs.training.train")
         log.debug("detail")
         log.info("news")
         try:

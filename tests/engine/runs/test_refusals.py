@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-import engine.verbs.train
+import engine.verbs.training.train
 from engine.errors import ConfigError, EngineError
 from engine.runs.earlier import REPLACED
 from engine.runs.metrics import read_metrics
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from tests.support.small_runs import small_run as config
 from tests.support.small_runs import snapshot
 
@@ -82,7 +82,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_gives_the_earlier_one_back(
         assert not (ended / "adapter").exists(), "the new run has begun"
         raise ConfigError("in the middle of the first step")
 
-    monkeypatch.setattr(engine.verbs.train._Run, "train", fail)
+    monkeypatch.setattr(engine.verbs.training.train._Run, "train", fail)
     settings = config(tiny_model, ended.parent / "rows.jsonl", ended, overwrite=True)
     with pytest.raises(ConfigError, match="in the middle"):
         train(settings, console=False)

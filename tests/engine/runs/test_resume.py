@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import engine.verbs.train
+import engine.verbs.training.train
 from engine.config.explain import Setting
 from engine.config.sources import build, load_config
 from engine.config.train_config import VERBS, TrainConfig
@@ -17,9 +17,9 @@ from engine.errors import ConfigError, EngineError
 from engine.runs.metrics import read_metrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.runs.stored import resume_config, resumed
-from engine.verbs.resume import resume
-from engine.verbs.status import describe_status, read_status
-from engine.verbs.train import train
+from engine.verbs.training.resume import resume
+from engine.verbs.training.status import describe_status, read_status
+from engine.verbs.training.train import train
 from tests.support.small_runs import small_run as config
 from tests.support.small_runs import snapshot
 
@@ -40,14 +40,14 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
                 self.reads += 1
                 return 2 if self.reads >= steps else None
 
-        monkeypatch.setattr(engine.verbs.train, "StopSignals", Stops)
+        monkeypatch.setattr(engine.verbs.training.train, "StopSignals", Stops)
 
     return arrange
 
 
 @pytest.fixture
 def go_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(engine.verbs.train, "StopSignals", StopSignals)
+    return lambda: monkeypatch.setattr(engine.verbs.training.train, "StopSignals", StopSignals)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-SERVER = Path(__file__).parents[3] / "tests" / "support" / "train_kill_server.py"
+SERVER = Path(__file__).parents[3] / "tests" / "support" / "processes" / "train_kill_server.py"
 ROOT = Path(__file__).parents[3]
 KILLS = 20
 

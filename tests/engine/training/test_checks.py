@@ -19,8 +19,8 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.open import describe_model
 from engine.training.checks import _adapted_shapes, saved_bytes
 from engine.training.trainable import targets_of
-from engine.verbs.plan import plan
-from engine.verbs.train import dry_run, train
+from engine.verbs.training.plan import plan
+from engine.verbs.training.train import dry_run, train
 from models.adapters import adapter_tensors, add_lora
 from models.tensor_names import skeleton
 from tests.support.tiny_model import GOLDEN, write_tiny_model

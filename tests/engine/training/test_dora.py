@@ -18,8 +18,8 @@ from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.trainable import make_trainable
-from engine.verbs.merge import merge
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
 from models.layers.context import StepSettings
 from models.layers.linear import Linear

@@ -25,7 +25,7 @@ from engine.training.checks import check_run
 from engine.training.loop import NonFiniteError, Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.step import TrainingStep
 from engine.training.trainable import make_in_backward
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from kernels.runtime.scratch import release
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder

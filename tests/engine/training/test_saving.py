@@ -11,7 +11,7 @@ import pytest
 
 from engine.config.train_config import TrainConfig
 from engine.storage.manifest import MANIFEST_NAME, write_manifest
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 
 PRESENT = {earlier_name[1]: earlier_name[0] for earlier_name in TrainConfig.renamed.items()}
 

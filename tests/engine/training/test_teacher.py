@@ -13,7 +13,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
 
 Rows = Callable[..., Path]
@@ -67,7 +67,7 @@ def test_an_adapter_learns_what_the_teacher_knows(
     tiny_model: Path, write_rows: Rows, tmp_path: Path
 ) -> None:
     """The teacher is the tiny model after fine-tuning, merged; the student starts before it."""
-    from engine.verbs.merge import merge
+    from engine.verbs.models.merge import merge
 
     data = write_rows(8)
     train(config(tiny_model, data, tmp_path / "first"), console=False)

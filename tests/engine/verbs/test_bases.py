@@ -9,7 +9,7 @@ import pytest
 
 import engine
 from engine.config.train_config import TrainConfig
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 
 Rows = Callable[[int], Path]
 

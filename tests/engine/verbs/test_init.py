@@ -16,9 +16,9 @@ from cli import main as cli
 from engine.config.sources import load_config
 from engine.config.tasks.workflow import InitSettings
 from engine.errors import DataError, MemoryPlanError
-from engine.verbs.init import propose
-from engine.verbs.plan import find_target
-from engine.verbs.train import dry_run
+from engine.verbs.training.init import propose
+from engine.verbs.training.plan import find_target
+from engine.verbs.training.train import dry_run
 from tests.support.source_tree import ROOT
 
 GIB = 2**30

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.hf_directory import HFDirectory
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 from kernels.nf4 import dequantize, quantize
 from tests.support.quantised_gguf import write_q8_gguf
 

@@ -10,11 +10,11 @@ import pytest
 
 from cli import main as cli
 from engine.errors import ConfigError, EngineError
-from engine.verbs.forge import forge
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
-from engine.verbs.status import describe_status, find_run, read_status
-from engine.verbs.train import train
+from engine.verbs.models.forge import forge
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
+from engine.verbs.training.status import describe_status, find_run, read_status
+from engine.verbs.training.train import train
 from tests.support.small_runs import small_run, snapshot
 
 Rows = Callable[..., Path]
@@ -83,7 +83,7 @@ def test_a_job_that_fails_says_why(
     def fail(*_: object, **__: object) -> None:
         raise ConfigError("the cutter is blunt")
 
-    monkeypatch.setattr("engine.verbs.forge.prune", fail)
+    monkeypatch.setattr("engine.verbs.models.forge.prune", fail)
     with pytest.raises(ConfigError):
         forge(**job(tiny_model, write_rows(9), tmp_path / "job"))
     assert summary(tmp_path / "job")["status"] == "Failure"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-import engine.verbs.train
+import engine.verbs.training.train
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, DataError, MemoryPlanError
 from engine.model_sources.adapter.peft import load_adapter
@@ -17,9 +17,9 @@ from engine.runs.metrics import read_metrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.prepare import prepare
 from engine.training.step import TrainingStep
-from engine.verbs.evaluate import evaluate
-from engine.verbs.merge import merge
-from engine.verbs.train import dry_run, train
+from engine.verbs.models.evaluate import evaluate
+from engine.verbs.models.merge import merge
+from engine.verbs.training.train import dry_run, train
 from kernels.runtime.simulation import simulation
 
 Rows = Callable[..., Path]
@@ -155,7 +155,7 @@ def test_a_run_that_stops_and_goes_on_ends_with_the_same_bytes(
                 done = read_metrics(tmp_path / "parts" / "metrics.jsonl")
                 return 15 if self.at is not None and done and done[-1]["step"] >= self.at else None
 
-        monkeypatch.setattr(engine.verbs.train, "StopSignals", Stops)
+        monkeypatch.setattr(engine.verbs.training.train, "StopSignals", Stops)
         resume = {} if number == 0 else {"resume": "auto"}
         settings = config(tiny_model, data, tmp_path / "parts", **changes, **resume)
         if stop is None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError
 from engine.model_sources.load_model import load_model
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 
 pytestmark = pytest.mark.interop
 

@@ -26,8 +26,8 @@ from engine.config.choices import PruneMode
 from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.model_sources.load_model import load_model
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
 from tests.support.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.interop

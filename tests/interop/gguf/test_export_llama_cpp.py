@@ -17,7 +17,7 @@ import engine
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.open import open_model_source
-from engine.verbs.export import export_gguf
+from engine.verbs.models.export import export_gguf
 from models.tensor_names import expected_tensors
 from tests.support.tokenizer_folder import write_byte_tokenizer
 

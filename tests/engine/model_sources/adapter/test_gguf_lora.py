@@ -12,7 +12,7 @@ from engine.errors import CheckpointError
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import load_model
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 
 GOLDEN = Path(__file__).parents[3] / "fixtures" / "golden"
 IDS = (torch.arange(40) * 7 % 61 + 1).reshape(2, 20)

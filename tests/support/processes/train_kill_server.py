@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.verbs.train import train
+from engine.verbs.training.train import train
 
 
 def settings(model: str, data: str, output: Path) -> TrainConfig:

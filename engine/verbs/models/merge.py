@@ -11,9 +11,8 @@ of the quantisation kept in; the original weights are closer to what the base mo
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -32,10 +31,9 @@ from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.open import open_model_source
 from engine.runs.summary import write_summary
 from engine.storage import durable
-from engine.verbs.evaluate import evaluate_with
+from engine.verbs.models.evaluate import evaluate_with
 from kernels.nf4 import dequantize, quantize
-from models.config.model_config import ModelConfig
-from models.tensor_names import expected_tensors, is_quantised
+from models.tensor_names import is_quantised
 
 _LARGE = 1.02
 """From this quotient of perplexities on a difference is worth a warning."""
@@ -145,25 +143,6 @@ def _require_expressible(source: AdaptedSource) -> None:
             f"{source.config.model_type} model a bias (lora_bias), for which its files have no "
             "key: every program would leave it out. Use the adapter with --adapter instead."
         )
-
-
-def host_peak(
-    model: ModelConfig, stored: torch.dtype, targets: Collection[str], adapter_bytes: int
-) -> int:
-    """The most bytes of host memory that merging onto the original weights takes.
-
-    The adapter is held whole, and of one tensor after the other the mapped original; where it is
-    adapted, also the sum in fp32 and the sum rounded. A model's depth does not matter. For
-    Llama-3.3-70B in bf16 a `down_proj` of 28,672 x 8,192 takes 0.47 + 0.94 + 0.47 = 1.88 GB and the
-    embedding, which is only copied, 2.10 GB; an adapter of rank 16 in fp32 adds 0.83 GB.
-    """
-    most = 0
-    for name, shape in expected_tensors(model).items():
-        leaf = name.removesuffix(".weight").rpartition(".")[2]
-        adapted = leaf in targets or (leaf == "gate_up_proj" and "gate_proj" in targets)
-        width = 2 * stored.itemsize + 4 if adapted and len(shape) > 1 else stored.itemsize
-        most = max(most, width * math.prod(shape))
-    return most + adapter_bytes
 
 
 class _Merger:

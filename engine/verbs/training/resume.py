@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.runs.stored import resume_config
-from engine.verbs.train import TrainResult, train
+from engine.verbs.training.train import TrainResult, train
 
 
 def resume(run: str | Path, *, console: bool = True, **changes: Any) -> TrainResult:
@@ -14,6 +14,6 @@ def resume(run: str | Path, *, console: bool = True, **changes: Any) -> TrainRes
 
     Everything comes from the run. `changes` are settings of `TrainConfig` that do not change what
     is learnt, and a higher `max_steps` or `epochs` where the schedule is constant. Raises as
-    `engine.verbs.train.train`; a run that cannot go on is left as it is.
+    `engine.verbs.training.train.train`; a run that cannot go on is left as it is.
     """
     return train(resume_config(run, **changes), console=console)

@@ -23,7 +23,7 @@ from engine.memory.search import changed, choose
 from engine.memory.simulate.meter import gib
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.verbs.plan import PlanReport, find_target
+from engine.verbs.training.plan import PlanReport, find_target
 
 _ROWS_PER_STEP = 16
 _FEW_ROWS, _FEW_HELDOUT = 2000, 20

@@ -47,7 +47,7 @@ from engine.training.trainable import (
     make_trainable,
     step_settings,
 )
-from engine.verbs.plan import fitted_changes, with_fitted
+from engine.verbs.training.plan import fitted_changes, with_fitted
 from models.config.model_config import ModelConfig
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.safetensors.file import save_file
-from engine.verbs.merge import merge
+from engine.verbs.models.merge import merge
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 

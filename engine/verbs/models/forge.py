@@ -43,9 +43,9 @@ from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
 from engine.training.checks import check_model, check_request
-from engine.verbs.merge import merge
-from engine.verbs.prune import prune
-from engine.verbs.train import train
+from engine.verbs.models.merge import merge
+from engine.verbs.models.prune import prune
+from engine.verbs.training.train import train
 
 log = logging.getLogger(__name__)
 

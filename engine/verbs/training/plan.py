@@ -254,7 +254,7 @@ class PlanReport:
         config = self.plan.config
         if config.method == "full":
             return None
-        from engine.verbs.merge import host_peak
+        from engine.memory.merging import host_peak
 
         targets = targets_of(config, self.target.model)
         adapter = 4 * self.plan.trainable

@@ -1,0 +1,30 @@
+"""Plan the host memory that merging an adapter takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+
+from models.config.model_config import ModelConfig
+from models.tensor_names import expected_tensors
+
+
+def host_peak(
+    model: ModelConfig, stored: torch.dtype, targets: Collection[str], adapter_bytes: int
+) -> int:
+    """The most bytes of host memory that merging onto the original weights takes.
+
+    The adapter is held whole, and of one tensor after the other the mapped original; where it is
+    adapted, also the sum in fp32 and the sum rounded. A model's depth does not matter. For
+    Llama-3.3-70B in bf16 a `down_proj` of 28,672 x 8,192 takes 0.47 + 0.94 + 0.47 = 1.88 GB and the
+    embedding, which is only copied, 2.10 GB; an adapter of rank 16 in fp32 adds 0.83 GB.
+    """
+    most = 0
+    for name, shape in expected_tensors(model).items():
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        adapted = leaf in targets or (leaf == "gate_up_proj" and "gate_proj" in targets)
+        width = 2 * stored.itemsize + 4 if adapted and len(shape) > 1 else stored.itemsize
+        most = max(most, width * math.prod(shape))
+    return most + adapter_bytes

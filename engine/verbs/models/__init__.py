@@ -1,0 +1,1 @@
+"""Verbs around a model: judge, use, change and write one."""

@@ -1,0 +1,1 @@
+"""Verbs around a run: start, plan, resume and read one."""
