@@ -16,8 +16,8 @@ import torch
 from bench.cpu.side import Row, Work, measure
 from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
+from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.data.loader import collate
 from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import Workload
 from engine.model_sources.load_model import load_model

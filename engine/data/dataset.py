@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from engine.data.fields import RowFault
-from engine.data.json_lines import BadLine, Located, read_values
 from engine.data.rows import Row, is_row, parse_row
+from engine.data.rows.fields import RowFault
+from engine.data.sources.json_lines import BadLine, Located, read_values
 from engine.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.data.rows import Row
-from engine.data.turns import RESULT_ROLES
+from engine.data.rows.turns import RESULT_ROLES
 from engine.tokenization.chat_template import ChatTemplate
 from engine.tokenization.loss_spans import LocatedTurns
 from engine.tokenization.messages import ConversationError, LimitError

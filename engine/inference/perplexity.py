@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.data.loader import collate
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from engine.config.choices import Metric
+from engine.data.batches.loader import collate
 from engine.data.dataset import load_rows
 from engine.data.examples import Example, build_examples, check_ids
-from engine.data.loader import collate
 from engine.device import resolve_device, resolve_dtype
 from engine.inference.perplexity import by_tokens
 from engine.model_sources.interface.model_source import ModelSource

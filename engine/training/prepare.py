@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from engine.config.train_config import TrainConfig
+from engine.data.batches.loader import BatchPlan, collate, split_heldout
+from engine.data.batches.taught_stops import taught_stops
 from engine.data.dataset import ReadReport, data_files, read_rows
 from engine.data.examples import Example, ExampleReport, build_examples, check_ids
-from engine.data.loader import BatchPlan, collate, split_heldout
 from engine.data.rows import Row
-from engine.data.taught_stops import taught_stops
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source

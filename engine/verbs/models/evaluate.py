@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.config.spelling import given_chunk
 from engine.config.tasks.inference import EvalSettings
+from engine.data.batches.loader import split_heldout
 from engine.data.dataset import data_files, read_rows
 from engine.data.examples import build_examples, check_ids
-from engine.data.loader import split_heldout
 from engine.data.rows import Row
 from engine.device import resolve_device
 from engine.inference.loading import check_adapter, load_decoder

@@ -27,9 +27,9 @@ from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import Settings, given_settings
 from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import NO_DATA, TrainConfig
+from engine.data.batches.loader import split_heldout
 from engine.data.dataset import load_rows
 from engine.data.docstrings import write_docstrings
-from engine.data.loader import split_heldout
 from engine.data.rows import Row
 from engine.errors import ConfigError
 from engine.forging.assess import Judge

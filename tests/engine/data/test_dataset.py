@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.dataset import BadLines, load_rows, read_rows
-from engine.data.json_lines import MAX_ROW_BYTES
+from engine.data.sources.json_lines import MAX_ROW_BYTES
 from engine.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "response": "A"}

@@ -9,8 +9,8 @@ import pytest
 
 from engine.config.tasks.inference import Sampling
 from engine.config.train_config import TrainConfig
+from engine.data.batches.taught_stops import taught_stops
 from engine.data.examples import Example
-from engine.data.taught_stops import taught_stops
 from engine.inference.generation import complete, stop_ids_of
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source

@@ -13,7 +13,7 @@ import torch
 from cli import main as cli
 from engine.config.sources import load_config
 from engine.config.train_config import NO_DATA, TrainConfig
-from engine.data.loader import collate
+from engine.data.batches.loader import collate
 from engine.errors import ConfigError, DataError
 from engine.memory.budget import largest_step, step_of
 from engine.memory.estimate import plan as plan_memory

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.data.loader import collate
 from engine.errors import EngineError
 from engine.runs.metrics import StepMetrics
 from engine.runs.signals import Interrupted, StopSignals

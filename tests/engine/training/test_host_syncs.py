@@ -18,8 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.benchmark.cases.random_weights import random_decoder
+from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.data.loader import collate
 from engine.training.step import TrainingStep
 from kernels.delta_net.reference import chunk_layout
 from kernels.delta_net.tiles import chunk_table

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.data.loader import collate
 from engine.runs.metrics import StepMetrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.loop import (

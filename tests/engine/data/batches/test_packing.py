@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.data.packing import best_fit
+from engine.data.batches.packing import best_fit
 
 
 @settings(max_examples=150, deadline=None)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from engine.data import fields
-from engine.data.fields import RowFault, json_name, listed, only_key, optional_text
-from engine.data.turns import parse_message
+from engine.data.rows import fields
+from engine.data.rows.fields import RowFault, json_name, listed, only_key, optional_text
+from engine.data.rows.turns import parse_message
 from engine.tokenization.messages import contributes_to_loss, has_text
 
 PROMPT_KEYS = ("prompt", "instruction", "question")

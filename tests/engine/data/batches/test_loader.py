@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.data.batches.loader import BatchPlan, collate, permutation, split_heldout
 from engine.data.examples import Example
-from engine.data.loader import BatchPlan, collate, permutation, split_heldout
 from engine.data.rows import Row
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from engine.data.file_kinds import advice, foreign_kind, with_article
+from engine.data.sources.file_kinds import advice, foreign_kind, with_article
 from engine.errors import DataError
 from engine.storage import strict_json
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.data.fields import RowFault, from_text, json_name, listed
+from engine.data.rows.fields import RowFault, from_text, json_name, listed
 from engine.tokenization.messages import LOSS_FLAGS, REASONING_KEYS, ConversationError, loss_flag
 
 SHAREGPT_ROLES = {

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from engine.data.dataset import load_rows, read_rows
-from engine.data.fields import RowFault
 from engine.data.rows import Row, parse_row
+from engine.data.rows.fields import RowFault
 from engine.errors import DataError
 
 USER = {"role": "user", "content": "Q"}

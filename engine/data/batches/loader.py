@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine.data.batches.packing import best_fit
 from engine.data.examples import Example
-from engine.data.packing import best_fit
 from engine.data.rows import Row
 from models.layers.packed_batch import PackedBatch
 

@@ -1,0 +1,1 @@
+"""Which examples form which batch, and the batches themselves."""
