@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from engine.errors import ConfigError
+from engine.hub.names import hub_name
 from engine.memory.model_shapes import preset_config, unknown_model
-from engine.model_sources.hub import fetch_config
+from engine.model_sources.hub import fetch_config, resolve
 from engine.model_sources.interface.checks import read_config
 from engine.model_sources.open import open_model_source
 from engine.storage.safe_files import read_json_object
@@ -30,9 +31,10 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
         preset = preset_config(model)
         if preset is not None:
             return preset, torch.bfloat16
-        if model.count("/") != 1 or path.suffix == ".gguf":
+        name = hub_name(model, revision)
+        if name is None or (path.suffix == ".gguf" and name.file is None):
             raise unknown_model(model)
-        path = fetch_config(model, revision)
+        path = fetch_config(name) if name.file is None else resolve(model, revision)
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").is_file()):
         return open_model_source(path).config, torch.float32
     file = path / "config.json" if path.is_dir() else path

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine.errors import CheckpointError, ConfigError
+from engine.hub.names import hub_name
 from engine.model_sources.adapter.gguf_lora import load_gguf_adapter
 from engine.model_sources.adapter.peft import CONFIG, Adapter, load_adapter
-from engine.model_sources.hub import fetch_adapter, is_hub_id, refuse_lost_run
+from engine.model_sources.hub import fetch_adapter, refuse_lost_run
 
 _IN_RUN = "adapter"
 
@@ -27,8 +28,9 @@ def adapter_path(name: Path | str) -> Path:
     if path.is_dir():
         raise CheckpointError(f"{path} holds no {CONFIG}{_instead(path)}")
     refuse_lost_run(str(name))
-    if is_hub_id(str(name)):
-        return fetch_adapter(str(name))
+    remote = hub_name(str(name))
+    if remote is not None and remote.file is None:
+        return fetch_adapter(remote)
     raise ConfigError(
         f"There is no adapter {str(name)!r}: no such folder, and it is not a hub id, which looks "
         "like organisation/name. Check the path."

@@ -1,8 +1,8 @@
-"""Resolve the name of a model to a path, downloading if needed.
+"""Models and adapters of the hub: which of a repository's files are needed.
 
 A folder or file on this machine is used as it is, and the hub is never asked about it. A hub id is
 looked up in the cache first, so that a model that was downloaded once loads without a network; only
-what is not there is downloaded. Of a repository come configuration, tokenizer, templates and
+what is not there is downloaded. Of a repository come configuration, tokenizer, templates and the
 safetensors files; pickles, other formats and original checkpoints stay where they are.
 """
 
@@ -10,33 +10,24 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, listing
+from engine.hub.download import RemoteFiles, cached_snapshot, download
+from engine.hub.names import HubName, hub_name
 from engine.model_sources.gguf.parts import part_names
+from engine.model_sources.model_files import TOKENIZER_FILES
 from engine.storage.safe_files import read_json_object
 
-_ALLOWED = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-)
-_IGNORED = (
-    "original/*",
-    "onnx/*",
-    "consolidated*",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-)
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CONFIG = "config.json"
+_SMALL = (*TOKENIZER_FILES, "generation_config.json", "pruning.json")
+_TEMPLATE = re.compile(r"additional_chat_templates/[\w.\-]+\.jinja")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_BESIDE_ADAPTER = ("base.json",)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+")
-_GGUF_IN_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.\-]*/[\w.\-]+)/([\w.\-/]+\.gguf)")
+_PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|ckpt)")
 
 log = logging.getLogger(__name__)
 
@@ -44,73 +35,42 @@ log = logging.getLogger(__name__)
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder or `.gguf` file that `model` names, downloading it if it has to be.
 
-    `model` is a path, a hub id such as `org/name`, or a file of one, `org/name/file.gguf`;
-    `revision` is a branch, tag or commit of the hub; without `weights` the small files are enough.
-    Raises `ConfigError` where there is no such
-    thing, or it cannot be reached.
+    `model` is a path, a hub id such as `org/name`, or a file of one, `org/name/file.gguf`, both
+    also as `org/name@revision`; `revision` is a branch, tag or commit of the hub; without `weights`
+    the small files are enough. Raises `ConfigError` where there is no such thing, or it cannot be
+    reached.
     """
     path = Path(model).expanduser()
     if model and path.exists():
         return path
-    file = _GGUF_IN_REPOSITORY.fullmatch(model)
-    if file:
-        folder, _, name = file[2].rpartition("/")
-        parts = [f"{folder}/{part}" if folder else part for part in part_names(name)]
-        fetched = {part: _fetch(file[1], revision, part) for part in parts}
-        return fetched[file[2]]
     refuse_lost_run(model)
-    if not is_hub_id(model) or path.suffix == ".gguf":
+    name = hub_name(model, revision)
+    if name is None or (path.suffix == ".gguf" and name.file is None):
         raise ConfigError(
             f"There is no file or folder {model!r}, and it is not a hub id, which looks like "
             "organisation/name. Check the path."
         )
-    return _fetch(model, revision, None, weights)
+    if name.file is not None:
+        return _gguf_file(name, name.file)
+    cached = cached_snapshot(name)
+    if cached is not None and _complete(cached, weights):
+        return cached
+    if cached is not None and weights and _complete(cached, weights, tokenizer=False):
+        return _completed(name, cached)
+    return download(name, _model_files if weights else _small_files)
 
 
-def fetch_config(repository: str, revision: str | None = None) -> Path:
+def fetch_config(name: HubName) -> Path:
     """The `config.json` of a hub id and nothing else of it. Raises `ConfigError`."""
-    return _fetch(repository, revision, "config.json")
+    return _files(name, lambda remote: [_required(remote, _CONFIG)], (_CONFIG,)) / _CONFIG
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` looks like organisation/name, and not like a path below a folder here."""
-    return _REPOSITORY.fullmatch(name) is not None and not Path(name).parent.is_dir()
-
-
-def fetch_adapter(repository: str) -> Path:
+def fetch_adapter(name: HubName) -> Path:
     """The folder with the adapter of a hub id, from the cache if it is there.
 
     Raises `ConfigError` where there is none, or it cannot be reached.
     """
-    for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
-        path = _fetch(repository, None, name)
-    return path.parent
-
-
-def _fetch(repository: str, revision: str | None, file: str | None, weights: bool = True) -> Path:
-    """From the cache if it is complete there, else from the network."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    wanted = repository if revision is None else f"{repository} at {revision}"
-    try:
-        cached = _call(repository, revision, file, weights, local_files_only=True)
-        if file is not None or _complete(cached, weights):
-            return cached
-        if weights and _complete(cached, weights, tokenizer=False):
-            return _completed(repository, revision, cached)
-    except LocalEntryNotFoundError:
-        cached = None
-    except HFValidationError as error:
-        raise ConfigError(f"{repository!r} is neither a path nor a hub id: {error}.") from error
-    try:
-        return _call(repository, revision, file, weights, local_files_only=False)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        state = "is not in the cache" if cached is None else "is only partly in the cache"
-        raise ConfigError(
-            f"The model {wanted!r} is no path on this machine, {state}, and could not be "
-            f"downloaded ({_reason(error)}). Check the name and the network, or download it "
-            "elsewhere and name its folder."
-        ) from error
+    return _files(name, _adapter_files, _ADAPTER)
 
 
 def refuse_lost_run(name: str) -> None:
@@ -123,50 +83,91 @@ def refuse_lost_run(name: str) -> None:
         )
 
 
-def _completed(repository: str, revision: str | None, cached: Path) -> Path:
-    """A cached model that lacks only its tokenizer, fetched again if the hub can be reached."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _files(
+    name: HubName, choose: Callable[[RemoteFiles], Iterable[str]], needed: Iterable[str]
+) -> Path:
+    """A folder of the cache with the `needed` files, downloaded if one of them is missing."""
+    cached = cached_snapshot(name)
+    if cached is not None and all((cached / file).exists() for file in needed):
+        return cached
+    return download(name, choose)
 
+
+def _gguf_file(name: HubName, file: str) -> Path:
+    """A GGUF file of a repository, with its other parts where it is one of several."""
+    folder, _, last = file.rpartition("/")
+    parts = [f"{folder}/{part}" if folder else part for part in part_names(last)]
+    return _files(name, lambda remote: [_required(remote, part) for part in parts], parts) / file
+
+
+def _completed(name: HubName, cached: Path) -> Path:
+    """A cached model that lacks only its tokenizer, fetched again if the hub can be reached."""
     try:
-        return _call(repository, revision, None, True, local_files_only=False)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        log.warning(
-            "%s has no tokenizer in the cache, and the hub cannot be asked for it (%s)",
-            repository, _reason(error),
-        )  # fmt: skip
+        return download(name, _model_files)
+    except ConfigError as error:
+        log.warning("%s has no tokenizer in the cache: %s", name, error)
         return cached
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what `error` says, or its name where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _call(
-    repository: str,
-    revision: str | None,
-    file: str | None,
-    weights: bool,
-    *,
-    local_files_only: bool,
-) -> Path:
-    import huggingface_hub
-
-    if file is not None:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, file, revision=revision, local_files_only=local_files_only
-            )
+def _model_files(remote: RemoteFiles) -> list[str]:
+    """The files of a model: configuration, tokenizer, templates and one set of weights."""
+    small = _small_files(remote)
+    if _WEIGHTS in remote:
+        return [*small, _WEIGHTS]
+    if _INDEX in remote:
+        shards = remote.read_json(_INDEX).get("weight_map")
+        if isinstance(shards, dict) and shards:
+            return [*small, _INDEX, *(_required(remote, str(s)) for s in set(shards.values()))]
+    pickles = [file for file in remote.names() if _PICKLE.fullmatch(file)]
+    if pickles:
+        raise ConfigError(
+            f"{remote.name} holds its weights as pickles only ({listing(pickles)}), which can run "
+            "code and are not read. Take a repository or a revision with safetensors files: a pull "
+            f"request of the hub's converter is named {remote.name.repository}@refs/pr/NUMBER."
         )
-    return Path(
-        huggingface_hub.snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=list(_ALLOWED),
-            ignore_patterns=[*_IGNORED, *([] if weights else ["*.safetensors"])],
-            local_files_only=local_files_only,
-        )
+    raise ConfigError(
+        f"{remote.name} holds neither {_WEIGHTS} nor {_INDEX}{_holds(remote)}. Name a repository "
+        "with a model's safetensors files."
     )
+
+
+def _small_files(remote: RemoteFiles) -> list[str]:
+    """The files of a model but its weights. Raises `ConfigError` for what is no model."""
+    if _CONFIG not in remote:
+        if _ADAPTER[0] in remote:
+            raise ConfigError(f"{remote.name} is an adapter, not a model. Give it as --adapter.")
+        ggufs = [file for file in remote.names() if file.endswith(".gguf")]
+        if ggufs:
+            raise ConfigError(
+                f"{remote.name} holds GGUF files: name one of them, as "
+                f"{remote.name}/{ggufs[0]}. It has {listing(ggufs)}."
+            )
+        raise ConfigError(f"{remote.name} holds no {_CONFIG}{_holds(remote)}: it is no model.")
+    small = [file for file in _SMALL if file in remote]
+    return [_CONFIG, *small, *filter(_TEMPLATE.fullmatch, remote.names())]
+
+
+def _adapter_files(remote: RemoteFiles) -> list[str]:
+    """The files of an adapter: its configuration and weights, and what is known of its base."""
+    if _ADAPTER[0] not in remote and _CONFIG in remote:
+        raise ConfigError(f"{remote.name} is a model, not an adapter. Give it as --model.")
+    if _ADAPTER[0] in remote and _ADAPTER[1] not in remote and "adapter_model.bin" in remote:
+        raise ConfigError(
+            f"{remote.name} holds its adapter as a pickle (adapter_model.bin), which can run code "
+            "and is not read. Load it with PEFT and save it again, which writes safetensors."
+        )
+    needed = [_required(remote, file) for file in _ADAPTER]
+    return [*needed, *(file for file in (*_SMALL, *_BESIDE_ADAPTER) if file in remote)]
+
+
+def _required(remote: RemoteFiles, file: str) -> str:
+    if file not in remote:
+        raise ConfigError(f"{remote.name} has no file {file}{_holds(remote)}.")
+    return file
+
+
+def _holds(remote: RemoteFiles) -> str:
+    return f"; it holds {listing(remote.names()) or 'nothing'}"
 
 
 def _complete(folder: Path, weights: bool, *, tokenizer: bool = True) -> bool:
@@ -174,16 +175,15 @@ def _complete(folder: Path, weights: bool, *, tokenizer: bool = True) -> bool:
 
     Without `weights` or `tokenizer`, whether it holds the rest.
     """
-    if not (folder / "config.json").exists():
+    if not (folder / _CONFIG).exists():
         return False
     if tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
         return False
-    if not weights:
+    if not weights or (folder / _WEIGHTS).exists():
         return True
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return (folder / "model.safetensors").exists()
-    shards = read_json_object(index).get("weight_map")
+    if not (folder / _INDEX).exists():
+        return False
+    shards = read_json_object(folder / _INDEX).get("weight_map")
     return isinstance(shards, dict) and all(
         (folder / str(shard)).exists() for shard in set(map(str, shards.values()))
     )

@@ -1,7 +1,7 @@
 """A complete tiny model, and small tokenizers with the chat templates of the common families."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 
 from engine.tokenization.tokenizer import Tokenizer
 from engine.verbs.training.train import train
+from tests.support.hub_stub import HubStub, client_of, running_stub
 from tests.support.small_runs import small_run
 from tests.support.tiny_model import write_tiny_model, write_tokenizer
 
@@ -103,3 +104,10 @@ def make_tokenizer(backend_json: str) -> Callable[..., Tokenizer]:
 def tokenizers_by_family(make_tokenizer: Callable[..., Tokenizer]) -> dict[str, Tokenizer]:
     """One tokenizer for each family, shared because each keeps a template process."""
     return {family: make_tokenizer(family) for family in NAMED}
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
+    """A stand-in of the hub that huggingface_hub asks, with an empty cache."""
+    with running_stub() as server, client_of(server, str(tmp_path / "hub"), monkeypatch):
+        yield server

@@ -1,127 +1,228 @@
+import json
 import shutil
+import socket
 import sys
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
 
 from engine.errors import CheckpointError, ConfigError
+from engine.memory.find_model import find_model
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import load_adapter, save_adapter
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.hub import resolve
-from engine.model_sources.open import open_model_source
+from engine.model_sources.open import describe_model, open_model_source
+from tests.support.hub_stub import COMMIT, HubStub, StubRepository
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+UNUSED = {
+    "pytorch_model.bin": b"pickle",
+    "original/consolidated.00.pth": b"pickle",
+    "original/params.json": b"{}",
+    "onnx/config.json": b"{}",
+    "consolidated.safetensors": b"again",
+    "model.fp16.safetensors": b"again",
+    "model.gguf": b"again",
+    "flax_model.msgpack": b"again",
+    "modeling_tiny.py": b"code",
+    "README.md": b"text",
+}
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty hub cache, on a machine that may not use the network."""
+    """An empty hub cache, on a machine where every socket is refused."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forbid_sockets(monkeypatch)
     (tmp_path / "hub").mkdir()
     return tmp_path / "hub"
 
 
-def fill(cache: Path, source: Path, names: tuple[str, ...]) -> Path:
+def forbid_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def fill(cache: Path, source: Path, names: tuple[str, ...], reference: str = "main") -> Path:
     """Put files of `source` into the cache as the hub does, as links to blobs."""
     repository = cache / "models--org--tiny"
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (repository / "blobs").mkdir()
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / reference).parent.mkdir(parents=True)
+    (repository / "refs" / reference).write_text(COMMIT)
     for name in names:
         shutil.copy(source / name, repository / "blobs" / f"blob-{name}")
         (snapshot / name).symlink_to(f"../../blobs/blob-{name}")
     return snapshot
 
 
+def tiny_files(folder: Path) -> dict[str, bytes]:
+    """The files of a repository with a model, a tokenizer, and much that is not needed."""
+    names = ("config.json", "generation_config.json", "model.safetensors")
+    own = {name: (folder / name).read_bytes() for name in names}
+    own |= {"tokenizer.json": b"{}", "chat_template.jinja": b"{{ messages }}"}
+    return own | {"additional_chat_templates/rag.jinja": b"{{ 1 }}"} | UNUSED
+
+
+@pytest.mark.parametrize("client", [True, False])
 def test_a_local_path_never_asks_the_hub(
-    golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, client: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    forbid_sockets(monkeypatch)
+    if not client:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+        monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
     assert resolve(str(golden("llama"))) == golden("llama")
     assert open_model_source(golden("llama")).config.model_type == "llama"
 
 
-def test_a_cached_model_opens_without_a_network(cache: Path, golden: Callable[[str], Path]) -> None:
-    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_cached_model_opens_without_a_network(
+    cache: Path, golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, offline: bool
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    (golden_files := cache.parent / "files").mkdir()
+    for name, content in tiny_files(golden("llama")).items():
+        if "/" not in name:
+            (golden_files / name).write_bytes(content)
+    names = ("config.json", "model.safetensors", "tokenizer.json")
+    snapshot = fill(cache, golden_files, names)
     assert resolve("org/tiny") == snapshot
-    checkpoint = open_model_source("org/tiny")
-    assert checkpoint.tensor("model.norm.weight").shape == (64,)
+    assert open_model_source("org/tiny").tensor("model.norm.weight").shape == (64,)
 
 
-def test_a_revision_is_looked_up_in_the_cache(cache: Path, golden: Callable[[str], Path]) -> None:
-    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
-    assert resolve("org/tiny", COMMIT) == snapshot
-    with pytest.raises(ConfigError, match="'org/tiny at other' is no path"):
-        resolve("org/tiny", "other")
-
-
-def test_a_model_that_cannot_be_reached_is_named(cache: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"'org/tiny' is no path .* is not in the cache"
-    ) as caught:
+@pytest.mark.parametrize("reference", ["v1.0", "refs/pr/3"])
+def test_a_revision_is_looked_up_in_the_cache(
+    cache: Path, golden: Callable[[str], Path], reference: str
+) -> None:
+    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"), reference)
+    for name, revision in (
+        (f"org/tiny@{reference}", None), ("org/tiny", reference), (f"org/tiny@{COMMIT}", None)
+    ):  # fmt: skip
+        assert resolve(name, revision) == snapshot
+    with pytest.raises(ConfigError, match=r"hf download org/tiny --revision other$"):
+        resolve("org/tiny@other")
+    with pytest.raises(ConfigError, match=r"'org/tiny' is no path .* hf download org/tiny$"):
         resolve("org/tiny")
+
+
+def test_a_model_that_cannot_be_reached_names_the_command(cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"not wholly in the cache") as caught:
+        resolve("org/tiny")
+    assert str(caught.value).endswith("hf download org/tiny")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("names", [("config.json",), ("model.safetensors",)])
-def test_half_a_model_in_the_cache_is_fetched_again(
-    cache: Path,
-    golden: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    names: tuple[str, ...],
+def test_only_the_needed_files_are_downloaded(stub: HubStub, golden: Callable[[str], Path]) -> None:
+    files = tiny_files(golden("llama"))
+    stub.repositories["org/tiny"] = StubRepository(files)
+    folder = resolve("org/tiny")
+    assert sorted(stub.downloads()) == sorted(set(files) - set(UNUSED))
+    assert stub.downloads()[-1] == "model.safetensors"  # what is needed to read them comes first
+    assert open_model_source(folder).config.model_type == "llama"
+    stub.requests.clear()
+    assert resolve("org/tiny") == resolve(f"org/tiny@{COMMIT}") == folder
+    assert stub.requests == []
+
+
+def test_shards_are_those_that_the_index_names(
+    stub: HubStub, golden: Callable[[str], Path]
 ) -> None:
-    fill(cache, golden("llama"), names)
-    calls = []
-    original = huggingface_hub.snapshot_download
+    files = tiny_files(golden("llama"))
+    weights = files.pop("model.safetensors")
+    shards = ["model.safetensors-00001-of-00002.safetensors", "b.safetensors"]
+    index = {"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}
+    files |= dict.fromkeys(shards, weights) | {"other.safetensors": b"x"}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    stub.repositories["org/tiny"] = StubRepository(files)
+    folder = resolve("org/tiny")
+    assert {path.name for path in folder.glob("*.safetensors")} == set(shards)
+    del files[shards[0]]
+    stub.repositories["org/half"] = StubRepository(files)
+    with pytest.raises(ConfigError, match=f"org/half has no file {shards[0]}"):
+        resolve("org/half")
 
-    def record(repository: str, *, local_files_only: bool, **kwargs: Any) -> object:
-        calls.append(local_files_only)
-        if local_files_only:
-            return original(repository, local_files_only=True, **kwargs)
-        raise OSError("no route to host\nsecond line")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
-    with pytest.raises(ConfigError, match=r"only partly in the cache.*\(no route to host\)"):
-        resolve("org/tiny")
-    assert calls == [True, False]
+def test_a_description_downloads_no_weights(stub: HubStub, golden: Callable[[str], Path]) -> None:
+    stub.repositories["org/tiny"] = StubRepository(tiny_files(golden("llama")))
+    assert describe_model("org/tiny").config.model_type == "llama"
+    assert "model.safetensors" not in stub.downloads()
+    stub.requests.clear()
+    assert open_model_source("org/tiny").names()
+    assert stub.downloads() == ["model.safetensors"]
+    stub.repositories["org/plan"] = stub.repositories["org/tiny"]
+    stub.requests.clear()
+    find_model("org/plan")
+    assert stub.downloads() == ["config.json"]
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "config.json"])
+def test_half_a_model_in_the_cache_is_completed(
+    stub: HubStub, golden: Callable[[str], Path], missing: str
+) -> None:
+    stub.repositories["org/tiny"] = StubRepository(tiny_files(golden("llama")))
+    folder = resolve("org/tiny")
+    (folder / missing).resolve().unlink()
+    (folder / missing).unlink()
+    stub.requests.clear()
+    assert resolve("org/tiny") == folder
+    assert stub.downloads() == [missing]
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_a_model_without_a_tokenizer_in_the_cache_is_fetched_again(
-    cache: Path,
-    golden: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
-    online: bool,
-    caplog: pytest.LogCaptureFixture,
+def test_a_model_without_a_tokenizer_in_the_cache_asks_for_it(
+    stub: HubStub, golden: Callable[[str], Path], online: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    snapshot = fill(cache, golden("llama"), ("config.json", "model.safetensors"))
-    original, calls = huggingface_hub.snapshot_download, list[bool]()
+    files = tiny_files(golden("llama"))
+    tokenizer = files.pop("tokenizer.json")
+    stub.repositories["org/tiny"] = StubRepository(files)
+    folder = resolve("org/tiny")
+    stub.repositories["org/tiny"] = StubRepository(
+        files | {"tokenizer.json": tokenizer}, fault=None if online else "broken"
+    )
+    caplog.clear()
+    assert resolve("org/tiny") == folder
+    assert (folder / "tokenizer.json").exists() is online
+    assert ("no tokenizer in the cache: The hub answered 500" in caplog.text) is not online
 
-    def record(repository: str, *, local_files_only: bool, **kwargs: Any) -> object:
-        calls.append(local_files_only)
-        if local_files_only:
-            return original(repository, local_files_only=True, **kwargs)
-        if not online:
-            raise OSError("no route to host\nsecond line")
-        (snapshot / "tokenizer.json").write_text("{}")
-        return str(snapshot)
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", record)
-    for _ in range(2):
-        assert resolve("org/tiny") == snapshot
-    assert calls == ([True, False, True] if online else [True, False] * 2)
-    assert ("cannot be asked for it (no route to host)" in caplog.text) is not online
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("config.json", "pytorch_model.bin"), r"pickles only \(pytorch_model.bin\)"),
+        (("config.json", "README.md"), "neither model.safetensors nor"),
+        (("a.Q8_0.gguf", "b.gguf"), r"name one of them, as org/odd/a.Q8_0.gguf\. It has .*b.gguf"),
+        (("adapter_config.json", "adapter_model.safetensors"), "is an adapter, not a model"),
+        (("README.md",), "holds no config.json; it holds README.md"),
+    ],
+)
+def test_a_repository_that_is_no_model_says_what_it_is(
+    stub: HubStub, files: tuple[str, ...], message: str
+) -> None:
+    stub.repositories["org/odd"] = StubRepository(dict.fromkeys(files, b"{}"))
+    with pytest.raises(ConfigError, match=message):
+        resolve("org/odd")
+
+
+def test_gguf_files_of_a_repository_come_with_their_other_parts(stub: HubStub) -> None:
+    files = {f"sub/t.Q8_0-0000{n}-of-00002.gguf": b"GGUF" + bytes([n]) for n in (1, 2)}
+    stub.repositories["org/t-GGUF"] = StubRepository({**files, "sub/other.gguf": b"GGUF"})
+    first = next(iter(files))
+    path = resolve(f"org/t-GGUF/{first}")
+    assert path.read_bytes() == files[first] and sorted(stub.downloads()) == sorted(files)
+    stub.requests.clear()
+    assert resolve(f"org/t-GGUF@{COMMIT}/{first}") == path
+    assert stub.requests == []
+    with pytest.raises(ConfigError, match=r"has no file sub/absent\.gguf; it holds"):
+        resolve("org/t-GGUF/sub/absent.gguf")
 
 
 def test_a_folder_with_a_configuration_and_a_gguf_file_says_what_to_do(
@@ -133,55 +234,9 @@ def test_a_folder_with_a_configuration_and_a_gguf_file_says_what_to_do(
         open_model_source(tmp_path)
 
 
-def test_a_download_takes_no_pickles_or_duplicates(
-    cache: Path, golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(
-        repository: str,
-        *,
-        local_files_only: bool,
-        allow_patterns: list[str],
-        ignore_patterns: list[str],
-        **kwargs: object,
-    ) -> str:
-        if local_files_only:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
-        names = [
-            "config.json",
-            "model.safetensors",
-            "chat_template.jinja",
-            "tokenizer.model",
-            "pytorch_model.bin",
-            "original/consolidated.00.pth",
-            "original/params.json",
-            "consolidated.safetensors",
-            "model.gguf",
-        ]
-        downloaded = [
-            name
-            for name in names
-            if any(fnmatch(name, pattern) for pattern in allow_patterns)
-            and not any(fnmatch(name, pattern) for pattern in ignore_patterns)
-        ]
-        assert downloaded == names[:4]
-        return str(golden("llama"))
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve("org/tiny") == golden("llama")
-
-
-def test_one_gguf_file_of_a_repository_can_be_named(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def download(repository: str, file: str, **kwargs: object) -> str:
-        assert (repository, file) == ("org/tiny-GGUF", "sub/tiny.Q8_0.gguf")
-        return str(tmp_path / "tiny.gguf")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert resolve("org/tiny-GGUF/sub/tiny.Q8_0.gguf") == tmp_path / "tiny.gguf"
-
-
-@pytest.mark.parametrize("name", ["./missing", "missing", "a/b/c", "missing.gguf", "", "a b/c"])
+@pytest.mark.parametrize(
+    "name", ["./missing", "missing", "a/b/c", "missing.gguf", "", "a b/c", "a/b@", "a/b@-x"]
+)
 def test_what_is_neither_a_path_nor_an_id_is_refused_without_the_hub(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -203,24 +258,44 @@ def test_a_path_below_a_folder_of_this_machine_is_no_id(
         adapter_path("runs/absent")
 
 
-def test_an_adapter_of_the_hub_is_used_from_the_cache(
-    cache: Path, golden: Callable[[str], Path], tmp_path: Path
-) -> None:
+def adapter_files(folder: Path) -> dict[str, bytes]:
     config = AdapterConfig(r=1, lora_alpha=1, target_modules=["q_proj"])
-    save_adapter(tmp_path / "a", config, {"model.q_proj": (torch.ones(1, 2), torch.ones(2, 1))})
+    save_adapter(folder, config, {"model.q_proj": (torch.ones(1, 2), torch.ones(2, 1))})
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_an_adapter_of_the_hub_is_used_from_the_cache(cache: Path, tmp_path: Path) -> None:
+    adapter_files(tmp_path / "a")
     snapshot = fill(cache, tmp_path / "a", ("adapter_config.json", "adapter_model.safetensors"))
-    assert adapter_path("org/tiny") == snapshot
+    assert adapter_path("org/tiny") == adapter_path(Path(f"org/tiny@{COMMIT}")) == snapshot
     assert load_adapter(adapter_path("org/tiny")).pairs.keys() == {"model.q_proj"}
-    with pytest.raises(ConfigError, match=r"'org/other' is no path .* is not in the cache"):
+    with pytest.raises(ConfigError, match=r"'org/other' is no path .* hf download org/other"):
         adapter_path("org/other")
 
 
-def test_a_network_error_is_a_config_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+def test_an_adapter_of_the_hub_comes_with_what_is_known_of_its_base(
+    stub: HubStub, tmp_path: Path
+) -> None:
+    files = adapter_files(tmp_path / "a") | {"base.json": b"{}", "optimizer.pt": b"pickle"}
+    files["generation_config.json"] = b'{"eos_token_id": [3]}'
+    stub.repositories["org/a"] = StubRepository(files)
+    folder = adapter_path("org/a")
+    assert {path.name for path in folder.iterdir()} == set(files) - {"optimizer.pt", "README.md"}
+    stub.requests.clear()
+    assert adapter_path("org/a") == folder and stub.requests == []
 
-    def fail(*args: object, **kwargs: object) -> str:
-        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot connect")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match="cannot connect"):
-        resolve("org/tiny")
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("config.json", "model.safetensors"), "is a model, not an adapter"),
+        (("adapter_config.json", "adapter_model.bin"), "as a pickle"),
+        (("README.md",), "has no file adapter_config.json"),
+    ],
+)
+def test_a_repository_that_is_no_adapter_says_what_it_is(
+    stub: HubStub, files: tuple[str, ...], message: str
+) -> None:
+    stub.repositories["org/odd"] = StubRepository(dict.fromkeys(files, b"{}"))
+    with pytest.raises(ConfigError, match=message):
+        adapter_path("org/odd")

@@ -1,0 +1,1 @@
+"""The hub: names, cached files, downloads and uploads."""
