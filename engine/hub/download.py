@@ -1,4 +1,4 @@
-"""Files of the hub: from the cache if they are there, else downloaded.
+"""Files of the hub: from the cache, else downloaded.
 
 The cache is huggingface_hub's own, `models--org--name/{refs,snapshots}`, so what other programs
 fetched is used, and the other way round. A download asks once which files a revision has, takes
@@ -45,13 +45,8 @@ class RemoteFiles:
         from huggingface_hub import HfApi
 
         self.name = name
-        info = HfApi().repo_info(
-            name.repository,
-            repo_type=name.kind,
-            revision=name.revision,
-            files_metadata=True,
-            timeout=_TIMEOUT,
-        )
+        ask = HfApi().dataset_info if name.kind == "dataset" else HfApi().model_info
+        info = ask(name.repository, revision=name.revision, files_metadata=True, timeout=_TIMEOUT)
         self._commit = str(info.sha)
         self._sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
 

@@ -1,4 +1,4 @@
-"""Explain what the hub, the network or the disk answered, in one paragraph."""
+"""Explain what the hub, network or disk answered, in one paragraph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and adapters of the hub: which of a repository's files are needed.
+"""Models and adapters of the hub: which files are needed.
 
 A folder or file on this machine is used as it is, and the hub is never asked about it. A hub id is
 looked up in the cache first, so that a model that was downloaded once loads without a network; only

@@ -160,8 +160,8 @@ class _Handler(BaseHTTPRequestHandler):
         if revision and revision not in repository.revisions:
             return self._fail(404, "RevisionNotFound")
         files = [{"rfilename": f, "size": len(data)} for f, data in repository.files.items()]
-        found = {"id": name, "sha": COMMIT, "siblings": files, "private": repository.private}
-        return self._json(found)
+        listed = {"id": name, "sha": COMMIT, "siblings": files, "private": repository.private}
+        return self._json(listed)
 
     def _file(self, name: str, revision: str, file: str, with_body: bool) -> None:
         repository = self.server.repositories.get(name, StubRepository())
