@@ -70,7 +70,7 @@ class RemoteFiles:
         local = cached_snapshot(HubName(self.name.repository, self._commit, kind=self.name.kind))
         missing = [file for file in wanted if local is None or not (local / file).exists()]
         total = sum(map(self._size, missing))
-        _require_room(self.name, total)
+        _require_space(self.name, total)
         if missing:
             log.info("%s: %d files, %.1f MB to download", self.name, len(missing), total / 1e6)
         # The first by the revision's own name, so that the cache knows which commit it means.
@@ -113,7 +113,7 @@ def download(name: HubName, choose: Callable[[RemoteFiles], Iterable[str]]) -> P
         return remote.fetch(choose(remote))
 
 
-def _require_room(name: HubName, size: int) -> None:
+def _require_space(name: HubName, size: int) -> None:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).expanduser()
