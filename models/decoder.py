@@ -7,6 +7,8 @@ have Hugging Face's names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_en
 from kernels.loss.linear_distillation import linear_distillation
 from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
+from models.cache.many_sequences import BatchPass
+from models.cache.one_sequence import KVCache, LayerCache
 from models.config.model_config import ModelConfig
 from models.layers.block import DecoderLayer
 from models.layers.context import (
@@ -25,7 +29,6 @@ from models.layers.context import (
     layer_policies,
 )
 from models.layers.experts import ExpertAdapter
-from models.layers.kv_cache import KVCache
 from models.layers.linear import Embedding, Linear, RMSNorm
 from models.layers.packed_batch import PackedBatch
 from models.layers.rotary import Rotary
@@ -218,9 +221,28 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (V,) after the last of input_ids (T,), the next tokens of the cached sequence."""
-        self._check_ids(input_ids)
         tokens, start = input_ids.shape[0], cache.length
         positions = torch.arange(start, start + tokens, device=input_ids.device)
+        x = self._next_states(input_ids, positions, cache)
+        cache.advance(tokens)
+        return self._head(x[-1:]).squeeze(0)
+
+    @torch.no_grad()
+    def decode_batch(self, input_ids: Tensor, cache: BatchPass, rows: Sequence[int]) -> Tensor:
+        """Logits (R, V) after the tokens `rows` of input_ids (N,), the next ones of sequences.
+
+        `cache` says which tokens are whose.
+        """
+        positions = torch.tensor(cache.positions(), device=input_ids.device)
+        x = self._next_states(input_ids, positions, cache)
+        cache.advance()
+        every = len(rows) == x.shape[0]
+        return self._head(x if every else x[torch.tensor(rows, device=x.device)])
+
+    def _next_states(self, input_ids: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+        """The last layer's output (N, H) of the next tokens of cached sequences."""
+        self._check_ids(input_ids)
+        tokens = input_ids.shape[0]
         cos, sin = self.rotary(positions, self.dtype)
         plan = AttentionPlan(torch.tensor([0, tokens], dtype=torch.int32), (0, tokens))
         policies = layer_policies("full", len(self.layers))
@@ -230,9 +252,12 @@ class Decoder(nn.Module):
         x: Tensor = self.model.embed_tokens(input_ids)
         for layer in self.layers:
             x = run_layer(x, layer, run)
-        cache.advance(tokens)
-        last, _ = self.model.norm.forward_with_rstd(x[-1:])
-        return self._logits(last).squeeze(0)
+        return x
+
+    def _head(self, x: Tensor) -> Tensor:
+        """Logits (N, V) of the last layer's output (N, H), without gradients."""
+        normed, _ = self.model.norm.forward_with_rstd(x)
+        return self._logits(normed)
 
     def _logits(self, x: Tensor) -> Tensor:
         """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""

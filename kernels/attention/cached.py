@@ -35,3 +35,23 @@ def cached_attention(
         scale=scale,
     )
     return out.squeeze(0).transpose(0, 1).contiguous()
+
+
+def batched_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of one token of each of B sequences over its cached keys, without gradients.
+
+    q (B, Hq, D); keys, values (B, Hkv, S, D) with the token's own; mask (B, 1, 1, S), if any, is
+    added to the scores. Returns (B, Hq, D).
+    """
+    batch, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    # The heads of a group stand in as queries of their one key/value head: no cache is copied.
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+    if mask is not None:
+        mask = mask.expand(-1, -1, grouped.shape[2], -1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        grouped, keys, values, attn_mask=mask, scale=scale
+    )
+    return out.reshape(batch, heads, dim)

@@ -17,7 +17,6 @@ from kernels.attention import (
     AttentionSettings,
     attention_backward,
     attention_forward,
-    cached_attention,
     writes_gradients,
 )
 from kernels.elementwise.rope import rope_qk_
@@ -118,8 +117,7 @@ class Attention(nn.Module):
         q, k, _ = self._rotated(saved, context)
         assert saved.v is not None
         if context.cache is not None:
-            keys, values = context.cache.append(self.index, k, saved.v)
-            saved.out = cached_attention(q.contiguous(), keys, values, self.window, self.scale)
+            saved.out = context.cache.attend(self.index, q, k, saved.v, self.window, self.scale)
         else:
             saved.out, saved.lse = attention_forward(q, k, saved.v, self._settings(context))
         seed, slot = context.seed(self.index, 1), context.settings.output_scratch

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.attention import AttentionPlan
 from kernels.elementwise.dropout import Seed
-from models.layers.kv_cache import KVCache
+from models.cache.one_sequence import LayerCache
 
 POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
@@ -78,14 +78,14 @@ class LayerContext:
     """What every layer reads besides its input, made once per forward pass.
 
     cos, sin (N, rotary_dim / 2); `dropout_key` int64 (), None means no dropout. With a `cache` the
-    tokens are the next ones of one cached sequence.
+    tokens are the next ones of the cached sequences.
     """
 
     cos: Tensor
     sin: Tensor
     plan: AttentionPlan
     dropout_key: Tensor | None = None
-    cache: KVCache | None = None
+    cache: LayerCache | None = None
     settings: StepSettings = DEFAULT_SETTINGS
 
     def seed(self, layer: int, site: int) -> Seed | None:

@@ -39,9 +39,9 @@ from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
 from kernels.linear.lora_backward import project_backward
 from kernels.linear.projection import Projection
+from models.cache.one_sequence import DeltaState, LayerCache
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
-from models.layers.kv_cache import DeltaState
 from models.layers.linear import Linear, RMSNorm
 
 
@@ -147,9 +147,7 @@ class DeltaNet(nn.Module):
                 GatedDeltaInputs(q, k, v, g, beta, context.plan.bounds)
             )
         else:
-            saved.out = self._cached(
-                saved.mixed, g, beta, context, context.cache.states[self.index]
-            )
+            saved.out = self._cached(saved.mixed, g, beta, context.cache)
         normed, seed = self._normed(saved)[0].flatten(1), context.seed(self.index, 1)
         ys, low = project(normed, self.output(), seed, slot="narrow", spare=False)
         saved.output_adapter_input = low
@@ -185,12 +183,18 @@ class DeltaNet(nn.Module):
     def _convolved(self, mixed: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
         return self._heads(causal_conv1d_forward(mixed, self.conv1d.weight, context.plan.bounds))
 
-    def _cached(
-        self, mixed: Tensor, g: Tensor, beta: Tensor, context: LayerContext, state: DeltaState
-    ) -> Tensor:
-        """The rule's output for the next tokens of a cached sequence; its state moves on."""
-        weight, bounds = self.conv1d.weight, context.plan.bounds
-        if mixed.shape[0] == 1:
+    def _cached(self, mixed: Tensor, g: Tensor, beta: Tensor, cache: LayerCache) -> Tensor:
+        """The rule's output for the next tokens of cached sequences; their states move on."""
+        parts = [
+            self._moved(mixed[tokens], g[tokens], beta[tokens], state)
+            for tokens, state in cache.delta_states(self.index)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _moved(self, mixed: Tensor, g: Tensor, beta: Tensor, state: DeltaState) -> Tensor:
+        """The rule's output for a token of each of B sequences, or several of one."""
+        weight, bounds = self.conv1d.weight, (0, mixed.shape[0])
+        if mixed.shape[0] == state.inputs.shape[0]:
             q, k, v = self._heads(causal_conv1d_step(mixed, weight, state.inputs))
             return gated_delta_step(q, k, v, g, beta, state.memory)
         y = causal_conv1d_forward(mixed, weight, bounds, state.inputs)

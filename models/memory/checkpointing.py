@@ -122,8 +122,8 @@ def run_layer(x: Tensor, layer: DecoderLayer, run: ForwardPass) -> Tensor:
     Where the pass asks for it, a mixture's counts and sums of probabilities are noted there, the
     latter with their gradient.
     """
-    params = layer.trainable()
-    if not torch.is_grad_enabled() or not (params or x.requires_grad):
+    params = layer.trainable() if torch.is_grad_enabled() else []
+    if not params and not (torch.is_grad_enabled() and x.requires_grad):
         with run.with_weights(layer, 1):
             y, saved = layer.forward(x, run.context, "full")
         run.note_routing(saved)

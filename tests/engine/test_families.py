@@ -21,12 +21,12 @@ from engine.model_sources.open import open_model_source
 from engine.verbs.models.merge import merge
 from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora, attach_lora
+from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
 from models.layers.context import StepSettings
 from models.layers.experts import Experts
-from models.layers.kv_cache import KVCache
 from models.layers.linear import Linear
 from models.tensor_layout import carried_prefixes
 from models.tensor_names import PROJECTIONS, expected_tensors, projections_of

@@ -26,10 +26,10 @@ from engine.model_sources.open import open_model_source
 from engine.verbs.models.merge import merge
 from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
+from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.families import FAMILIES
-from models.layers.kv_cache import KVCache
 from models.tensor_layout import Layout
 from models.tensor_names import expected_tensors, projections_of
 

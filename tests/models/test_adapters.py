@@ -14,10 +14,10 @@ from models.adapters import (
     scale_of,
     target_modules,
 )
+from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
-from models.layers.kv_cache import KVCache
 from models.layers.linear import Linear
 from models.tensor_names import DELTA_PROJECTIONS, PROJECTIONS
 

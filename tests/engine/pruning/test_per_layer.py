@@ -21,10 +21,10 @@ from engine.model_sources.pruning_record import PRUNING
 from engine.verbs.models.merge import merge
 from engine.verbs.models.prune import prune
 from engine.verbs.training.train import train
+from models.cache.one_sequence import KVCache
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.layers.kv_cache import KVCache
 from models.tensor_names import expected_tensors
 
 Golden = Callable[[str], Path]

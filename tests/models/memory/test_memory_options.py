@@ -11,10 +11,10 @@ from engine.errors import ConfigError
 from engine.model_sources.load_model import build_model
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from models.adapters import add_lora
+from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings, layer_policies
-from models.layers.kv_cache import KVCache
 from models.tensor_names import expected_tensors
 
 SHAPE: dict[str, Any] = {

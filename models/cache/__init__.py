@@ -1,0 +1,1 @@
+"""Keys, values and states of tokens that layers have seen, for generation."""
