@@ -9,7 +9,7 @@ import torch
 
 from engine.config.tasks.inference import Sampling
 from engine.errors import CheckpointError, ConfigError
-from engine.inference.generation import next_token
+from engine.inference.next_token import next_token
 
 LOGITS = torch.tensor([0.5, 3.0, -2.0, 2.9, 0.0])
 TINY, HUGE = 5e-324, 1.7e308

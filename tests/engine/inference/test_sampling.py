@@ -11,7 +11,7 @@ import torch
 from cli import main as cli
 from engine.config.tasks.inference import GenerateSettings, Sampling
 from engine.errors import ConfigError
-from engine.inference.generation import next_token
+from engine.inference.next_token import next_token
 from engine.inference.sampling import resolve_sampling
 
 QWEN = {

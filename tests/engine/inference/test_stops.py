@@ -104,13 +104,16 @@ def test_a_stop_string_with_a_special_token_stops(base: Path, stop: str) -> None
 
     class Scripted:
         config, dtype, device = model.config, model.dtype, model.device
+        ids_device = model.ids_device
 
-        def eval(self) -> None: ...
+        def eval(self) -> Any:
+            return self
 
-        def decode(self, *_: Any) -> Any:
+        def decode_batch(self, input_ids: Any, cache: Any, rows: Any) -> Any:
             import torch
 
-            return torch.nn.functional.one_hot(torch.tensor(next(ids)), model.config.vocab_size)
+            cache.advance()
+            return torch.nn.functional.one_hot(torch.tensor([next(ids)]), model.config.vocab_size)
 
     shown: list[str] = []
     result = complete(

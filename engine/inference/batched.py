@@ -1,0 +1,284 @@
+"""Continuous batching: many requests share every forward pass of one model.
+
+Requests join and leave between steps. A step takes one token of every running request and the next
+part of prompts that are still read, all in one pass, so that a long prompt does not hold the others
+up. A request sees nothing of the others: its keys are its own, its draws come from a generator of
+its own, and its tokens are those that it gets alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError, ConfigError
+from engine.inference.next_token import next_token
+from engine.inference.request import (
+    Answer,
+    RequestSettings,
+    TokenEvent,
+    TokenLogprobs,
+    logprobs_of,
+)
+from engine.tokenization.tokenizer import Tokenizer
+from models.cache.many_sequences import BatchCache, BatchPass, CachedSequence, row_capacity
+from models.cache.one_sequence import KVCache
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+
+PROMPT_TOKENS = 512
+"""Tokens of prompts that one step reads."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request from `submit` to its last event.
+
+    `cache` exists while the prompt is read, `sequence` afterwards; `last` is the token that the
+    next pass reads.
+    """
+
+    number: int
+    prompt: list[int]
+    settings: RequestSettings
+    answer: Answer
+    generator: torch.Generator
+    cache: KVCache | None = None
+    sequence: CachedSequence | None = None
+    read: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def reserved(self) -> int:
+        """Tokens of the largest row that it can come to need."""
+        return row_capacity(len(self.prompt) + self.settings.max_new_tokens)
+
+
+class BatchedGenerator:
+    """Generate for many requests at once.
+
+    Not safe for threads: `submit`, `step` and `cancel` belong to one thread, or behind one lock.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        slots: int = 8,
+        cache_tokens: int | None = None,
+        prompt_tokens: int = PROMPT_TOKENS,
+    ) -> None:
+        """Prepare for at most `slots` requests at a time; the others wait for their turn.
+
+        Args:
+            model: the model; adapters that it carries hold for every request.
+            tokenizer: makes the text of answers, and finds stop texts; without it there is none.
+            slots: requests that run at a time.
+            cache_tokens: tokens of keys and values that running requests may reserve together, each
+                the next power of two above its prompt and longest answer; None sets no limit.
+            prompt_tokens: tokens of prompts that one step reads.
+        """
+        if slots < 1 or prompt_tokens < 1:
+            raise ConfigError(f"{slots} slots, {prompt_tokens} prompt tokens: at least 1 of each")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.slots, self.cache_tokens, self.prompt_tokens = slots, cache_tokens, prompt_tokens
+        self._cache = BatchCache(model.config, model.dtype, model.device)
+        self._waiting: deque[_Request] = deque()
+        self._reading: list[_Request] = []
+        self._running: dict[CachedSequence, _Request] = {}
+        self._numbers = 0
+
+    @property
+    def active(self) -> int:
+        """Requests that have a slot."""
+        return len(self._reading) + len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot, or for memory."""
+        return len(self._waiting)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request has."""
+        return self.slots - self.active
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens of keys and values that the active requests may come to need."""
+        return sum(request.reserved for request in (*self._reading, *self._running.values()))
+
+    def submit(self, prompt: Sequence[int], settings: RequestSettings | None = None) -> int:
+        """Queue a prompt; returns the number that its events carry.
+
+        Raises `ConfigError` for a prompt that is empty or not of the model's vocabulary, and for a
+        request that could never run.
+        """
+        settings = settings or RequestSettings()
+        check_prompt(self.model.config, prompt, settings.max_new_tokens)
+        if settings.stop and self.tokenizer is None:
+            raise ConfigError("stop texts need a tokenizer, and this generator has none")
+        if settings.adapter is not None:
+            raise ConfigError(f"there is no adapter named {settings.adapter!r}")
+        generator = torch.Generator().manual_seed(settings.sampling.seed)
+        answer = Answer(self.tokenizer, settings)
+        request = _Request(self._numbers, list(prompt), settings, answer, generator)
+        if self.cache_tokens is not None and request.reserved > self.cache_tokens:
+            raise ConfigError(
+                f"a prompt of {len(prompt)} tokens with {settings.max_new_tokens} new ones may "
+                f"need a cache for {request.reserved} tokens, and {self.cache_tokens} are allowed; "
+                "ask for a shorter answer, or give a shorter prompt"
+            )
+        self._numbers += 1
+        self._waiting.append(request)
+        return request.number
+
+    def cancel(self, number: int) -> bool:
+        """End a request and free what it has, without another event; False if it has ended."""
+        for queue in (self._waiting, self._reading):
+            for request in queue:
+                if request.number == number:
+                    queue.remove(request)
+                    return True
+        for sequence, request in self._running.items():
+            if request.number == number:
+                self._leave(sequence)
+                return True
+        return False
+
+    def step(self) -> list[TokenEvent]:
+        """One forward pass; what it made of every request that got a token.
+
+        Empty where there is nothing to do, or where only parts of prompts were read.
+        """
+        self._admit()
+        self._cache.make_space()
+        running = [self._running[sequence] for sequence in self._cache.running()]
+        parts = self._parts()
+        if not running and not parts:
+            return []
+        run = BatchPass(self._cache.bands(), [(cache, tokens) for _, cache, tokens in parts])
+        ids = [request.answer.ids[-1] for request in running]
+        rows = list(range(len(ids)))
+        for request, cache, tokens in parts:
+            start, end = len(ids), len(ids) + tokens
+            ids += request.prompt[cache.length : cache.length + tokens]
+            rows += range(start if request.settings.prompt_logprobs else end - 1, end)
+        logits = self.model.decode_batch(torch.tensor(ids, device=self.model.ids_device), run, rows)
+        return self._events(running, [(request, tokens) for request, _, tokens in parts], logits)
+
+    def run(self) -> dict[int, list[TokenEvent]]:
+        """Step until every request has ended; their events by number."""
+        events: dict[int, list[TokenEvent]] = {}
+        while self.active or self.waiting:
+            for event in self.step():
+                events.setdefault(event.request, []).append(event)
+        return events
+
+    def _admit(self) -> None:
+        """Give free slots to those that wait, in their order, as far as memory goes."""
+        limit, reserved = self.cache_tokens, self.reserved_tokens
+        while self._waiting and self.free_slots:
+            request = self._waiting[0]
+            reserved += request.reserved
+            if limit is not None and reserved > limit:
+                return
+            self._waiting.popleft()
+            self._reading.append(request)
+
+    def _parts(self) -> list[tuple[_Request, KVCache, int]]:
+        """Which prompts this step reads, and how many tokens of each: the earliest first."""
+        parts, left = list[tuple[_Request, KVCache, int]](), self.prompt_tokens
+        for request in self._reading:
+            if left == 0:
+                break
+            if request.cache is None:
+                model, length = self.model, len(request.prompt)
+                request.cache = KVCache(model.config, length, model.dtype, model.device)
+            tokens = min(left, len(request.prompt) - request.cache.length)
+            parts.append((request, request.cache, tokens))
+            left -= tokens
+        return parts
+
+    def _events(
+        self, running: list[_Request], parts: list[tuple[_Request, int]], logits: Tensor
+    ) -> list[TokenEvent]:
+        """Events of one pass, whose logits are those of the running requests, then of `parts`."""
+        events = [self._grown(request, logits[row]) for row, request in enumerate(running)]
+        row = len(running)
+        for request, tokens in parts:
+            cache = request.cache
+            assert cache is not None
+            rows = tokens if request.settings.prompt_logprobs else 1
+            own, row = logits[row : row + rows], row + rows
+            if request.settings.prompt_logprobs:
+                _note_prompt(request, cache.length - tokens, own)
+            if cache.length == len(request.prompt):
+                self._reading.remove(request)
+                request.sequence, request.cache = self._cache.join(cache), None
+                self._running[request.sequence] = request
+                events.append(self._grown(request, own[-1]))
+        return events
+
+    def _grown(self, request: _Request, logits: Tensor) -> TokenEvent:
+        """Draw the next token of a request from logits (V,); one that has ended leaves."""
+        settings, answer = request.settings, request.answer
+        first = settings.prompt_logprobs and not answer.ids
+        prompt = tuple(request.read) if first else None
+        try:
+            seen = request.prompt + answer.ids
+            token = next_token(logits, seen, settings.sampling, request.generator)
+        except CheckpointError as error:
+            assert request.sequence is not None
+            self._leave(request.sequence)
+            return TokenEvent(request.number, None, "", None, "error", prompt, str(error))
+        logprobs = None
+        if settings.logprobs is not None:
+            (logprobs,) = logprobs_of(logits[None], [token], settings.logprobs)
+        text = answer.push(token)
+        if answer.finish_reason is not None:
+            assert request.sequence is not None
+            self._leave(request.sequence)
+        reason = answer.finish_reason
+        return TokenEvent(request.number, token, text, logprobs, reason, prompt)
+
+    def _leave(self, sequence: CachedSequence) -> None:
+        del self._running[sequence]
+        self._cache.leave(sequence)
+
+
+def _note_prompt(request: _Request, start: int, logits: Tensor) -> None:
+    """Keep what logits (T, V) of the prompt's tokens from `start` on say of those after them."""
+    following = request.prompt[start + 1 : start + 1 + logits.shape[0]]
+    if following:
+        top = request.settings.logprobs or 0
+        request.read += logprobs_of(logits[: len(following)], following, top)
+
+
+def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Raises `ConfigError` for a prompt that is empty or not of the vocabulary, or too long."""
+    if not prompt:
+        raise ConfigError("the prompt has no tokens; give at least one character")
+    if max(prompt) >= config.vocab_size:
+        raise ConfigError(
+            f"the prompt has the token id {max(prompt)}, and the model's vocabulary ends at "
+            f"{config.vocab_size - 1}: its tokenizer is that of another model, or of this "
+            "one with tokens added whose rows its embedding never got. Take the tokenizer files "
+            "that belong to the weights."
+        )
+    if min(prompt) < 0:
+        raise ConfigError(f"the prompt has the token id {min(prompt)}; ids begin at 0")
+    if max_new_tokens < 1:
+        raise ConfigError(f"{max_new_tokens} new tokens were asked for; at least 1 is made")
+    rope, tokens = config.rope_parameters, len(prompt) + max_new_tokens
+    longest = rope.get("original_max_position_embeddings", tokens)
+    if rope["rope_type"] == "dynamic" and tokens > longest:
+        raise ConfigError(
+            f"the prompt and its answer may have {tokens} tokens, and past {longest} this model's "
+            "dynamic rotary scaling turns every position anew with each token, which a cache of "
+            "keys cannot follow; ask for a shorter answer, or give a shorter prompt"
+        )
