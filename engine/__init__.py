@@ -8,6 +8,7 @@
     result = engine.train(engine.TrainConfig(model=..., data=..., output_dir=...))
     engine.resume("runs/first")                             # after a stop; settings from the run
     engine.evaluate(model, data, adapter).perplexity
+    engine.judge(model, data, adapter, gates={"checker": "json"}).passed
     engine.generate(model, "What does zip() do?", adapter).text
     engine.merge(model, adapter, output)
     engine.prune(model, output, fraction=0.1)
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from engine.verbs.models.evaluate import evaluate
     from engine.verbs.models.forge import forge
     from engine.verbs.models.generate import generate
+    from engine.verbs.models.judge import judge
     from engine.verbs.models.merge import merge
     from engine.verbs.models.prune import prune
     from engine.verbs.training.plan import plan
@@ -66,6 +68,7 @@ _HOME = {
     "TrainResult": "engine.verbs.training.train",
     "resume": "engine.verbs.training.resume",
     "evaluate": "engine.verbs.models.evaluate",
+    "judge": "engine.verbs.models.judge",
     "generate": "engine.verbs.models.generate",
     "merge": "engine.verbs.models.merge",
     "prune": "engine.verbs.models.prune",
@@ -88,6 +91,7 @@ __all__ = [
     "evaluate",
     "forge",
     "generate",
+    "judge",
     "load_model",
     "merge",
     "plan",

@@ -6,13 +6,19 @@ import math
 from cli.from_settings import Call, Verb, make_app
 from engine.config.tasks.inference import EvalSettings
 
+GATE_FAILED = 3
+"""The exit status of a failed gate where gates are strict."""
 
-def evaluate_model(call: Call) -> None:
-    """Perplexity of a model on held-out rows, with or without an adapter.
 
-    Counts the tokens a model would be trained on (the assistant's turns), each once.
+def evaluate_model(call: Call) -> int | None:
+    """Perplexity of a model on held-out rows, with or without an adapter; its gates.
+
+    Counts the tokens a model would be trained on (the assistant's turns), each once. With --gates
+    the model also answers rows, and its answers are held against limits.
     """
     settings = call.read(EvalSettings)
+    if settings.gates is not None:
+        return _judge(call, settings)
     from engine.verbs.models.evaluate import evaluate_with
 
     result = evaluate_with(settings)
@@ -22,6 +28,24 @@ def evaluate_model(call: Call) -> None:
     if not call.print_json(figures):
         print(f"perplexity {result.perplexity:.4f}   loss {result.loss:.4f} nats per token")
         print(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
+    return None
+
+
+def _judge(call: Call, settings: EvalSettings) -> int | None:
+    """Print the gates and their verdict; status 3 where one failed and gates are strict."""
+    from engine.verbs.models.judge import is_strict, judge_model, read_gates
+
+    verdict = judge_model(settings, read_gates(settings.gates))
+    facts = {
+        "passed": verdict.passed,
+        "gates": [gate.facts() for gate in verdict.gates],
+        "figures": verdict.figures,
+        "base": verdict.base,
+        "output_dir": str(verdict.output_dir),
+    }
+    if not call.print_json(facts):
+        print(verdict.text())
+    return GATE_FAILED if not verdict.passed and is_strict(settings) else None
 
 
 app = make_app((Verb("eval", (EvalSettings,)), evaluate_model))

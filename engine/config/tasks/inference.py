@@ -104,6 +104,15 @@ class EvalSettings(OneModel):
     mlp_tile_tokens: int | None = setting(
         None, "Machine", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
+    gates: Path | None = setting(
+        None, "Gates", "YAML file of limits that the model's answers and perplexity have to meet"
+    )
+    strict: bool = setting(
+        False, "Gates", "end with status 3 if a gate fails; ENGINE_EVAL_STRICT=1 says the same"
+    )
+    output_dir: Path | None = setting(
+        None, "Gates", "where results go: by default the adapter's run, else this folder"
+    )
 
 
 class Sampling(Settings):

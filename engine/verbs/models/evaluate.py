@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from engine.data.rows import Row
 from engine.device import resolve_device
 from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
-from engine.tokenization.tokenizer import load_tokenizer
+from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
 from engine.training.prepare import with_system
+from models.decoder import Decoder
 from models.layers.context import StepSettings
 
 
@@ -43,29 +48,63 @@ def evaluate_with(settings: EvalSettings) -> EvalResult:
     `batch_size` only bounds memory (rows of up to `max_length` tokens at a time); the result does
     not depend on it. Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
+    with loaded(settings) as model:
+        return model.perplexity()
+
+
+@dataclass
+class LoadedModel:
+    """A model with its adapter and tokenizer, as `settings` ask for them.
+
+    The weights are read when they are first used, so that a bad row is refused before.
+    """
+
+    settings: EvalSettings
+    source: ModelSource
+    tokenizer: Tokenizer
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """The graph with its weights. Raises `CheckpointError` or `ConfigError`."""
+        settings = self.settings
+        head_8bit = settings.head_precision == "8bit"
+        return load_decoder(
+            self.source, settings, double_quant=settings.double_quant, head_8bit=head_8bit
+        )
+
+    def perplexity(self) -> EvalResult:
+        """Perplexity over the trained tokens of the settings' rows."""
+        settings = self.settings
+        examples, _ = build_examples(
+            _rows(settings),
+            self.tokenizer,
+            settings.max_length,
+            template_kwargs=settings.chat_template_kwargs,
+            bad_rows=settings.bad_lines,
+        )
+        check_ids(examples, self.source.config.vocab_size)
+        bound = settings.batch_size
+        tokens = bound * settings.max_length if bound else TOKENS_PER_BATCH
+        how = StepSettings(
+            loss_chunk_tokens=given_chunk(settings.loss_chunk_tokens),
+            mlp_tile_tokens=settings.mlp_tile_tokens,
+        )
+        return evaluate_examples(self.decoder, examples, tokens, how)
+
+
+@contextmanager
+def loaded(settings: EvalSettings) -> Iterator[LoadedModel]:
+    """The model of `settings` for as long as the block lasts.
+
+    Raises `DataError`, `CheckpointError` or `ConfigError`.
+    """
     device = resolve_device(settings.device)  # refused before any file is read
     data_files(settings.data)
     check_adapter(settings)
     source = open_model_source(settings.model)
-    examples, _ = build_examples(
-        _rows(settings),
-        load_tokenizer(source, settings.template_date),
-        settings.max_length,
-        template_kwargs=settings.chat_template_kwargs,
-        bad_rows=settings.bad_lines,
-    )
-    check_ids(examples, source.config.vocab_size)
-    head_8bit = settings.head_precision == "8bit"
-    tokens = settings.batch_size * settings.max_length if settings.batch_size else TOKENS_PER_BATCH
-    how = StepSettings(
-        loss_chunk_tokens=given_chunk(settings.loss_chunk_tokens),
-        mlp_tile_tokens=settings.mlp_tile_tokens,
-    )
+    model = LoadedModel(settings, source, load_tokenizer(source, settings.template_date))
     with deterministic(device, settings.deterministic):
-        decoder = load_decoder(
-            source, settings, double_quant=settings.double_quant, head_8bit=head_8bit
-        )
-        return evaluate_examples(decoder, examples, tokens, how)
+        yield model
 
 
 def _rows(settings: EvalSettings) -> list[Row]:

@@ -1,0 +1,1 @@
+"""Gates: judge a model by its answers, and decide whether it passes."""

@@ -1,0 +1,172 @@
+"""Checkers: whether an answer is what it has to be."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from engine.config.tasks.gates import GateSettings
+from engine.errors import ConfigError
+from engine.storage import strict_json
+
+Checker = Callable[[str], str | None]
+"""Takes an answer; None where it is accepted, else what is wrong with it."""
+
+_FENCE = re.compile(
+    r"^[ \t]*(```+|~~~+)[ \t]*([\w+#.-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+_LONGEST = 1 << 20
+"""Characters of the longest answer that is parsed; Python's parser needs about 100 bytes each."""
+
+
+def fenced(answer: str, languages: tuple[str, ...]) -> str:
+    """The code of an answer: its fenced blocks in one of `languages`, else the whole text.
+
+    Blocks without a language count where none has one of these.
+    """
+    blocks = [(match[2].lower(), match[3]) for match in _FENCE.finditer(answer)]
+    named = [text for language, text in blocks if language in languages]
+    chosen = named or [text for language, text in blocks if not language]
+    return "\n".join(chosen) if chosen else answer
+
+
+def python_source(answer: str) -> str:
+    """The Python code of an answer."""
+    return fenced(answer, ("python", "py", "python3"))
+
+
+def make_checker(settings: GateSettings) -> Checker | None:
+    """The checker that `settings` name, or None.
+
+    Raises `ConfigError` where what it needs is missing: a pattern, a schema, a program.
+    """
+    makers: dict[str, Callable[[GateSettings], Checker]] = {
+        "python-ast": lambda _: check_python,
+        "json": lambda _: check_json,
+        "json-schema": _schema_checker,
+        "regex": _pattern_checker,
+        "command": _command_checker,
+    }
+    return None if settings.checker is None else makers[settings.checker](settings)
+
+
+def check_python(answer: str) -> str | None:
+    """Accepts Python source with at least one statement, in a fence or bare."""
+    source = python_source(answer)
+    if len(source) > _LONGEST:
+        return f"{len(source)} characters, which is no answer"
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return f"no Python: {error}"
+    return None if tree.body else "no Python: there is no statement"
+
+
+def check_json(answer: str) -> str | None:
+    """Accepts one JSON value, in a fence or bare."""
+    fault, _ = _json_value(answer)
+    return fault
+
+
+def _json_value(answer: str) -> tuple[str | None, Any]:
+    try:
+        return None, strict_json.loads(fenced(answer, ("json",)))
+    except strict_json.JSONFault as fault:
+        return f"no JSON: {fault.message}", None
+    except RecursionError:
+        return "no JSON: it is nested too deeply", None
+
+
+def _schema_checker(settings: GateSettings) -> Checker:
+    if settings.schema_file is None:
+        raise ConfigError(
+            "The checker json-schema needs `schema_file`, a file with a JSON schema; add it to "
+            "the gates file."
+        )
+    if find_spec("jsonschema") is None:
+        raise ConfigError(
+            "The checker json-schema needs the package jsonschema: pip install "
+            "'engine-trainer[gates]'."
+        )
+    import jsonschema
+
+    schema = _read_schema(settings.schema_file)
+    kind = jsonschema.validators.validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise ConfigError(
+            f"{settings.schema_file}: it is no valid JSON schema: {error.message}."
+        ) from None
+    validator = kind(schema)
+
+    def check(answer: str) -> str | None:
+        fault, value = _json_value(answer)
+        if fault is not None:
+            return fault
+        error = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        return None if error is None else f"{error.json_path}: {error.message}"
+
+    return check
+
+
+def _read_schema(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the JSON schema cannot be read: {error}.") from None
+
+
+def _pattern_checker(settings: GateSettings) -> Checker:
+    if settings.pattern is None:
+        raise ConfigError(
+            "The checker regex needs `pattern`, a regular expression that is searched in the "
+            "answer; add it to the gates file."
+        )
+    try:
+        pattern = re.compile(settings.pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(
+            f"`pattern` = {settings.pattern!r} is no regular expression: {error}."
+        ) from None
+    return lambda answer: None if pattern.search(answer) else f"nothing matches {pattern.pattern!r}"
+
+
+def _command_checker(settings: GateSettings) -> Checker:
+    if not settings.command:
+        raise ConfigError(
+            "The checker command needs `command`, a list of a program and its arguments, which "
+            "reads the answer from its standard input and ends with status 0 if it is right."
+        )
+
+    def check(answer: str) -> str | None:
+        try:
+            done = subprocess.run(
+                settings.command,
+                input=answer.encode("utf-8", "replace"),
+                capture_output=True,
+                timeout=settings.command_seconds,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return f"{settings.command[0]} did not end in {settings.command_seconds:g} s"
+        except OSError as error:
+            raise ConfigError(
+                f"`command` = {list(settings.command)} cannot be run: {error}. Name a program "
+                "that is installed."
+            ) from None
+        if done.returncode == 0:
+            return None
+        said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()
+        return f"status {done.returncode}: {said[-300:]}" if said else f"status {done.returncode}"
+
+    return check
