@@ -58,7 +58,7 @@ def test_json_schema(tmp_path: Path) -> None:
     assert accepts('{"name": 1}', **asked)
     assert not accepts("{}", **asked)
     assert not accepts("[", **asked)
-    schema.write_text('{"type": "objekt"}')
+    schema.write_text('{"type": "thing"}')
     with pytest.raises(ConfigError, match="no valid JSON schema"):
         accepts("{}", **asked)
 
