@@ -193,7 +193,10 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
     known = Vocabulary.of(verb.name, *verb.tables)
     fields = verb.flags()
     must = {group_of(field) for field in fields.values() if field.is_required()}
-    ordered = sorted(fields.items(), key=lambda item: group_of(item[1]) not in must)
+    groups = {name: group_of(field) for name, field in fields.items()}
+    ordered = sorted(
+        fields.items(), key=lambda item: (groups[item[0]] not in must, groups[item[0]] == "Hub")
+    )
     flags = {name: _annotation(name, field) for name, field in ordered}
     flags |= {
         earlier: _annotation(earlier, known.fields[name], hidden=True)

@@ -18,6 +18,8 @@ def gguf(call: Call) -> None:
     formats = ", ".join(f"{count} {form}" for form, count in result.formats.items())
     print(f"{result.tensors} tensors ({formats}), {result.total_bytes / 1e6:,.1f} MB")
     print(f"GGUF saved to: {', '.join(str(file) for file in result.files)}")
+    if result.pushed:
+        print(f"Sent to: {result.pushed}")
 
 
 def adapter(call: Call) -> None:
@@ -25,10 +27,13 @@ def adapter(call: Call) -> None:
     settings = call.read(ExportAdapterSettings)
     from engine.verbs.models.export import export_adapter
 
-    notes = export_adapter(settings)
-    if not call.print_json({"output": str(settings.output), "notes": notes}):
-        print("\n".join(notes))
-        print(f"Adapter saved to: {settings.output}")
+    result = export_adapter(settings)
+    if call.print_json({"output": str(settings.output), **dataclasses.asdict(result)}):
+        return
+    print("\n".join(result.notes))
+    print(f"Adapter saved to: {settings.output}")
+    if result.pushed:
+        print(f"Sent to: {result.pushed}")
 
 
 app = make_app(

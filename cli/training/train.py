@@ -39,6 +39,8 @@ def run_training(call: Call) -> int:
     result = run.train(settings)
     if result.adapter_path is not None:
         print(f"Trained adapter saved to: {result.adapter_path}")
+    if result.pushed:
+        print(f"Sent to: {result.pushed}")
     print("Next:", *result.next, sep="\n  ")
     return 0 if result.status == "Success" else 1
 

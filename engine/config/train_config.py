@@ -27,8 +27,9 @@ from engine.config.choices import (
     Schedule,
     Tracker,
 )
+from engine.config.publishing import Publishing
 from engine.config.rules import Facts, broken
-from engine.config.settings import Settings, setting
+from engine.config.settings import setting
 from engine.config.spelling import (
     BAD_LINES,
     BAD_LINES_WORDS,
@@ -70,6 +71,7 @@ _NOT_TRAJECTORY = frozenset(
         "offload",
         "optimizer_in_backward",
         "plot",
+        *Publishing.model_fields,
     }
 )
 # What the digests of a run's manifest say more of than a name can, and how long a run is.
@@ -93,7 +95,7 @@ NO_DATA = ("-",)
 """Stands for the rows where a plan is made without any."""
 
 
-class TrainConfig(Settings):
+class TrainConfig(Publishing):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
 
     renamed: ClassVar[Mapping[str, str]] = {

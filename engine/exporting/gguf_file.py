@@ -37,12 +37,16 @@ _AS_16_BIT = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class WrittenGGUF:
-    """The files written, their tensors (of an adapter: pairs) and how many have each format."""
+    """The files written, their tensors (of an adapter: pairs) and how many have each format.
+
+    `pushed` is the address of their upload.
+    """
 
     files: list[Path]
     tensors: int
     total_bytes: int
     formats: dict[str, int]
+    pushed: str | None = None
 
 
 def require_gguf() -> None:

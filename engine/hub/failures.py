@@ -15,38 +15,49 @@ _LONGEST = 200
 @contextmanager
 def explained(name: HubName) -> Iterator[None]:
     """Raise `ConfigError` in place of whatever fails inside, while `name` is downloaded."""
+    from huggingface_hub import constants
+
     try:
         yield
     except EngineError:
         raise
     # The client, its transport and its storage have no common base of their errors.
     except Exception as error:
-        raise ConfigError(what_failed(error, name)) from error
+        text = refusal(error, name, "read") or (
+            f"{str(name)!r} is no path on this machine, is not wholly in the cache "
+            f"{constants.HF_HUB_CACHE}, and could not be downloaded from {constants.ENDPOINT} "
+            f"({first_line(error)}). What has arrived stays and is not downloaded again. Fetch it "
+            f"where the network allows, and it is used from the cache: {name.command()}"
+        )
+        raise ConfigError(text) from error
 
 
-def what_failed(error: Exception, name: HubName) -> str:
-    """A sentence or two: what was asked, what came back, and what to do about it."""
+def refusal(error: Exception, name: HubName, may: str) -> str | None:
+    """What the hub or the disk refused and what to do; None where nobody answered.
+
+    `may` is what the token has to allow: read or write.
+    """
     from huggingface_hub import constants, errors
 
     page = f"{constants.ENDPOINT}/{'datasets/' if name.kind == 'dataset' else ''}{name.repository}"
-    log_in = "run `hf auth login`, or set HF_TOKEN to a token that may"
+    log_in = f"run `hf auth login`, or set HF_TOKEN to a token that may {may} it"
     if isinstance(error, errors.GatedRepoError):
         return (
             f"{name} is gated: its owners want their terms accepted first. Accept them at {page}, "
-            f"then {log_in} read it. To try that alone: {name.command()}"
+            f"then {log_in}. To try that alone: {name.command()}"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{name.repository} has no branch, tag or commit {name.revision or 'main'!r}."
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"The hub knows no {name.kind} {name.repository!r}, or it is private and may not be "
-            f"read from here. Check the spelling; if it is private, {log_in} read it."
+            f"read from here. Check the spelling; if it is private, {log_in}."
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return (
-            f"The hub refuses {name} ({status}): the token is missing, has expired, or may not do "
-            f"this. To change that, {log_in}."
+            f"The hub refuses {name} ({status}): the token is missing, has expired, or may not "
+            f"{may} it. To change that, {log_in}."
         )
     if status is not None:
         later = " Try again later." if status == 429 or status >= 500 else ""
@@ -56,12 +67,7 @@ def what_failed(error: Exception, name: HubName) -> str:
             f"The disk of the cache {constants.HF_HUB_CACHE} is full. Make room, or name a folder "
             "on another disk in HF_HOME."
         )
-    return (
-        f"{str(name)!r} is no path on this machine, is not wholly in the cache "
-        f"{constants.HF_HUB_CACHE}, and could not be downloaded from {constants.ENDPOINT} "
-        f"({first_line(error)}). What has arrived stays and is not downloaded again. Fetch it "
-        f"where the network allows, and it is used from the cache: {name.command()}"
-    )
+    return None
 
 
 def first_line(error: Exception) -> str:

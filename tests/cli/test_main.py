@@ -249,6 +249,7 @@ def test_train_hands_over_what_it_was_given(
         adapter_path = tmp_path / "adapter"
         status = "Success"
         next = ("engine eval",)
+        pushed = None
 
     class Finetune:
         @staticmethod

@@ -48,6 +48,8 @@ _SAME = {
     "seed": "seed",
     "default_system_message": "system_prompt",
     "chat_template_kwargs": "chat_template_kwargs",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "private",
 }
 _DEFAULTS: dict[str, tuple[str, Any]] = {
     "micro_batch_size": ("batch_size", 1),

@@ -4,7 +4,6 @@ from engine.config.programs.translation import (
     ADAMW,
     KERNELS,
     NEVER_PADDED,
-    NOTHING_UPLOADED,
     ONE_PROCESS,
     SCHEDULES,
     GivenKeys,
@@ -61,8 +60,6 @@ MISSING = {
     "deepspeed": ONE_PROCESS,
     "fsdp": ONE_PROCESS,
     "fsdp_config": ONE_PROCESS,
-    "push_to_hub": NOTHING_UPLOADED,
-    "hub_model_id": NOTHING_UPLOADED,
     "load_best_model_at_end": "the last weights are saved; checkpoints are in the run's folder",
     "metric_for_best_model": "the last weights are saved; checkpoints are in the run's folder",
     "neftune_noise_alpha": "noise on embeddings is not implemented",
@@ -89,6 +86,7 @@ def training_arguments(source: GivenKeys) -> None:
     _strategy(source, "save_strategy", "save_steps", "checkpoint_every")
     _strategy(source, "eval_strategy", "eval_steps", "eval_every", "evaluation_strategy")
     _trackers(source)
+    _upload(source)
     source.drop_by_reason(_NEEDLESS)
     source.miss_if_asked(MISSING)
 
@@ -118,6 +116,22 @@ def _strategy(source: GivenKeys, key: str, steps_key: str, setting: str, earlier
         source.put(setting, int(steps), steps_key)
     elif steps is not None:
         source.miss(steps_key, f"`{setting}` counts steps, not a share of the run")
+
+
+def _upload(source: GivenKeys) -> None:
+    """Names of a repository count only where they are asked for."""
+    if not source.left.get("push_to_hub"):
+        keys = ("push_to_hub", "hub_model_id", "hub_private_repo")
+        source.drop(keys, "it asks for nothing: push_to_hub is not set")
+        return
+    source.take("push_to_hub")
+    name, private = source.take("hub_model_id"), source.take("hub_private_repo")
+    if not name:
+        source.miss("push_to_hub", "`push_to_hub` names the repository here: organisation/name")
+        return
+    source.put("push_to_hub", name, "hub_model_id")
+    if private:
+        source.put("private", True, "hub_private_repo")
 
 
 def _trackers(source: GivenKeys) -> None:

@@ -16,6 +16,7 @@ from engine.config.choices import (
     Quantization,
     StoredType,
 )
+from engine.config.publishing import Publishing
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     BAD_LINES,
@@ -144,7 +145,7 @@ class GenerateSettings(Sampling, OneModel):
     stop: Paths = setting((), "Text", "end before this text", repeat=True)
 
 
-class ExportGGUFSettings(Settings):
+class ExportGGUFSettings(Publishing):
     """`engine export gguf`."""
 
     model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
@@ -161,7 +162,7 @@ class ExportGGUFSettings(Settings):
     modelfile: bool = setting(False, "Output", "also write an Ollama Modelfile beside the model")
 
 
-class ExportAdapterSettings(Settings):
+class ExportAdapterSettings(Publishing):
     """`engine export adapter`."""
 
     adapter: Path = setting(..., "Model", "adapter to write anew")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.config.settings import given_settings
@@ -11,6 +12,7 @@ from engine.exporting.gguf_adapter import write_gguf_adapter
 from engine.exporting.gguf_file import WrittenGGUF, write_gguf
 from engine.exporting.modelfile import modelfile
 from engine.exporting.portable_adapter import write_portable
+from engine.exporting.publish import destination, publish_folder, publish_gguf
 from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.open import open_model_source
@@ -24,7 +26,7 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     llama.cpp has no form of or an occupied output, `CheckpointError` for files that are damaged.
     """
     settings = given_settings(ExportGGUFSettings, settings, options)
-    target = settings.output.parent / "Modelfile"
+    where, target = destination(settings), settings.output.parent / "Modelfile"
     if settings.modelfile:
         if settings.adapter is not None:
             raise ConfigError("--modelfile is for a model: leave it out beside --adapter.")
@@ -34,20 +36,35 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
         adapter = load_adapter(adapter_path(settings.adapter))
         pairs = write_gguf_adapter(source, adapter, settings.output)
         size = settings.output.stat().st_size
-        return WrittenGGUF([settings.output], pairs, size, {"f32": 2 * pairs})
+        sent = publish_gguf(where, [settings.output], settings.model)
+        return WrittenGGUF([settings.output], pairs, size, {"f32": 2 * pairs}, sent)
     written = write_gguf(
         source, settings.output, settings.type, max_file_size=settings.max_file_size
     )
+    files = list(written.files)
     if settings.modelfile:
         durable.write_text(target, modelfile(source, written.files[0].name))
-    return written
+        files.append(target)
+    return replace(written, pushed=publish_gguf(where, files, settings.model))
 
 
-def export_adapter(settings: ExportAdapterSettings | None = None, **options: Any) -> list[str]:
-    """Write an adapter in the one form that all programs compute alike; returns notes on each.
+@dataclass(frozen=True)
+class PortableAdapter:
+    """`notes` say what each program needs to load it; `pushed` is the address of the upload."""
+
+    notes: list[str]
+    pushed: str | None = None
+
+
+def export_adapter(
+    settings: ExportAdapterSettings | None = None, **options: Any
+) -> PortableAdapter:
+    """Write an adapter in the one form that all programs compute alike.
 
     Raises `ConfigError` for what some of them refuse (DoRA, biases, whole modules) or an occupied
     output, `CheckpointError` for files that are damaged.
     """
     settings = given_settings(ExportAdapterSettings, settings, options)
-    return write_portable(load_adapter(adapter_path(settings.adapter)), settings.output)
+    where = destination(settings)
+    notes = write_portable(load_adapter(adapter_path(settings.adapter)), settings.output)
+    return PortableAdapter(notes, publish_folder(where, settings.output))

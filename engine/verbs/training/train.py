@@ -18,6 +18,7 @@ import torch
 from engine.config.tasks.commands import command_of, next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
+from engine.exporting.publish import destination, publish_folder
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
 from engine.pruning.keep_pruned import hold_pruned
@@ -61,7 +62,8 @@ log = logging.getLogger(__name__)
 class TrainResult:
     """What a run left. `adapter_path` is None after full fine-tuning, which saves `model/`.
 
-    `next` are commands for the next steps: evaluate, generate, merge.
+    `next` are commands for the next steps: evaluate, generate, merge. `pushed` is the address of
+    the upload that was asked for.
     """
 
     run_directory: Path
@@ -70,6 +72,7 @@ class TrainResult:
     status: str
     output_path: Path | None = None
     next: tuple[str, ...] = ()
+    pushed: str | None = None
 
 
 def _with_policy(
@@ -285,6 +288,7 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
     asked = with_cpu_dtype(with_init_adapter(config))
     process = _process(asked)
     config = with_fitted(asked)
+    where = destination(config)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
         prepared = _checked(directory.config, process)
         directory.open()
@@ -329,7 +333,8 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         )
         log.info("Saved: %s", output)
     adapter = None if config.method == "full" else output
-    return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands))
+    sent = publish_folder(where, output, config.model)
+    return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands), sent)
 
 
 def _process(config: TrainConfig) -> int:

@@ -11,7 +11,7 @@ import yaml
 
 from cli import main as cli
 from engine.config.programs.as_yaml import as_yaml, import_config, refusal
-from engine.config.programs.detect import PROGRAMS
+from engine.config.programs.detect import PROGRAMS, translate
 from engine.config.sources import load_config
 from engine.errors import ConfigError
 
@@ -318,3 +318,25 @@ def test_missing_settings_are_asked_for(tmp_path: Path) -> None:
     made = import_config(file)
     assert "# model: must be given" in as_yaml(made, file)
     assert "`model` is missing" in str(refusal(made))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"push_to_hub": True, "hub_model_id": "org/m", "hub_private_repo": True},
+         {"push_to_hub": "org/m", "private": True}),
+        ({"push_to_hub": False, "hub_model_id": "org/m"}, {}),
+        ({"hub_model_id": "org/m"}, {}),
+    ],
+)  # fmt: skip
+def test_an_upload_that_was_asked_for_is_asked_for_here(
+    keys: dict[str, Any], expected: dict[str, Any], tmp_path: Path
+) -> None:
+    made = translate(yaml.safe_load(TRL) | keys, tmp_path)
+    settings = {name: made.settings[name].value for name in expected}
+    assert settings == expected and {"push_to_hub", "private"} & made.settings.keys() == {*expected}
+
+
+def test_an_upload_without_a_repository_is_missed(tmp_path: Path) -> None:
+    made = translate(yaml.safe_load(TRL) | {"push_to_hub": True}, tmp_path)
+    assert "names the repository" in made.missing["push_to_hub"]

@@ -64,7 +64,7 @@ def logits(folder: Path, adapter: Path) -> torch.Tensor:
 def test_a_portable_adapter_computes_the_same_with_one_rank(tmp_path: Path) -> None:
     base = GOLDEN / "llama"
     before = adapter(tmp_path / "a")
-    notes = export_adapter(adapter=before, output=tmp_path / "b")
+    notes = export_adapter(adapter=before, output=tmp_path / "b").notes
     raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert (raw["r"], raw["lora_alpha"], raw["use_rslora"]) == (8, 8, False)
     assert not raw.get("rank_pattern")
