@@ -56,7 +56,7 @@ def _first_accepted(
     except LimitError:
         raise
     except ConversationError as error:
-        for messages in _spellings(row.messages):
+        for messages in spellings(row.messages):
             try:
                 return messages, _locate(row, messages, template, kwargs)
             except ConversationError:
@@ -87,7 +87,12 @@ def _locate(
     return replace(located, left_out=left_out)
 
 
-def _spellings(messages: Messages) -> Iterator[Messages]:
+def usual_role(role: str) -> str:
+    """The role as most templates know it: `system` for `developer`, `tool` for `ipython`."""
+    return _USUAL_ROLES.get(role, role)
+
+
+def spellings(messages: Messages) -> Iterator[Messages]:
     """The other spellings of a conversation, each with those before it."""
     for change in (
         _with_usual_roles,
@@ -104,10 +109,7 @@ def _spellings(messages: Messages) -> Iterator[Messages]:
 
 def _with_usual_roles(messages: Messages) -> Messages:
     """OpenAI's former `function`, Llama's `ipython` and the newer `developer` as most know them."""
-    return [
-        {**message, "role": _USUAL_ROLES.get(message["role"], message["role"])}
-        for message in messages
-    ]
+    return [{**message, "role": usual_role(message["role"])} for message in messages]
 
 
 def _with_content(messages: Messages) -> Messages:
