@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.models.generate", "answer a prompt"),
+    "serve": ("cli.models.serve", "an HTTP server that speaks OpenAI's interface"),
     "merge": ("cli.models.merge", "write a model with an adapter merged into its weights"),
     "export": ("cli.models.export", "write a model or adapter for llama.cpp and Ollama"),
     "prune": ("cli.models.prune", "remove the least important attention heads"),
@@ -50,6 +51,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(
         ("chat", "infer", "inference", "run", "predict", "ask", "complete"), "generate"
     ),
+    **dict.fromkeys(("server", "api", "openai", "deploy", "host", "listen"), "serve"),
     **dict.fromkeys(("fuse", "merge_lora", "merge_adapter", "save"), "merge"),
     **dict.fromkeys(("estimate", "memory", "vram", "dry_run"), "plan"),
     **dict.fromkeys(("preprocess", "dataset", "validate", "inspect", "prepare"), "data"),

@@ -14,6 +14,7 @@
     engine.prune(model, output, fraction=0.1)
     engine.forge(model=..., data=..., output_dir=..., fraction=0.1, max_steps=100)
     engine.plan(engine.TrainConfig(...)).text()
+    engine.serve(model, adapter=["tuned=runs/first"])       # until the process is told to stop
 
 One function per verb; its keyword arguments are the settings that `engine VERB --help` lists, and a
 wrong one raises `ConfigError`. Names are imported when they are first used, so that `engine --help`
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from engine.verbs.models.judge import judge
     from engine.verbs.models.merge import merge
     from engine.verbs.models.prune import prune
+    from engine.verbs.models.serve import serve
     from engine.verbs.training.plan import plan
     from engine.verbs.training.resume import resume
     from engine.verbs.training.train import TrainResult, train
@@ -73,6 +75,7 @@ _HOME = {
     "merge": "engine.verbs.models.merge",
     "prune": "engine.verbs.models.prune",
     "forge": "engine.verbs.models.forge",
+    "serve": "engine.verbs.models.serve",
     "plan": "engine.verbs.training.plan",
 }
 _EARLIER = {"generate_text": "generate"}
@@ -97,6 +100,7 @@ __all__ = [
     "plan",
     "prune",
     "resume",
+    "serve",
     "train",
 ]
 

@@ -1,1 +1,1 @@
-"""Conversations with a model: prompts, reasoning, tool calls, and the loop of a chat."""
+"""Conversations: prompts, reasoning, tool calls, and the loop of a chat."""

@@ -1,4 +1,4 @@
-"""Read what a person types in a chat: lines, texts of several lines, commands."""
+"""Read what a person types in a chat: messages and commands."""
 
 from __future__ import annotations
 

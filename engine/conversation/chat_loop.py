@@ -1,4 +1,4 @@
-"""The loop of a chat: messages, answers, commands and history, without a terminal of its own."""
+"""The loop of a chat: messages, answers, commands and history."""
 
 from __future__ import annotations
 

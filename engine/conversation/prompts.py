@@ -1,4 +1,4 @@
-"""Prompts of conversations: the renderer, the messages and the spellings that training reads."""
+"""Prompts of conversations, in the spellings that training reads."""
 
 from __future__ import annotations
 

@@ -160,9 +160,9 @@ def test_what_the_template_refuses_ends_no_chat(tokenizers_by_family: Tokenizers
 
 
 def test_commands_end_the_chat_and_unknown_ones_do_not(chatml: Tokenizer) -> None:
-    session = Session(chatml, ["/halp", "/help", "/quit", "never"], [])
+    session = Session(chatml, ["/hello", "/help", "/quit", "never"], [])
     assert session.left == ["never"]
-    assert "/halp" in session.notes[0]
+    assert "/hello" in session.notes[0]
     assert "/compare" in session.notes[1]
 
 

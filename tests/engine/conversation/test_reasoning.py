@@ -34,7 +34,7 @@ def cuts(text: str, seed: int) -> list[str]:
         ("[THINK]a[/THINK]b", None, "a", "b"),
         ("<think>never ends ", None, "never ends", ""),
         ("<think>a < b </thin </think>c", None, "a < b </thin", "c"),
-        ("<thi", None, "", "<thi"),
+        ("<thin", None, "", "<thin"),
         ("", None, "", ""),
         ("no end", "<think>", "no end", ""),
         ("<think>a</think>b<think>c</think>", None, "a", "b<think>c</think>"),
