@@ -19,13 +19,15 @@ from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
+from engine.model_sources.quantised.write import Encoding
 from engine.model_sources.safetensors.file import SafetensorsWriter
 from engine.storage import durable
 from models.tensor_layout import carried_prefixes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
-_Shard = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+_Shard = dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]
+"""Tensor of the source -> type and shape of each tensor that it becomes in the file."""
 
 
 @dataclass(frozen=True)
@@ -61,40 +63,35 @@ def write_directory(
     dtype: torch.dtype | str | None,
     max_shard_size: int,
     write_more: Callable[[Path], None] | None = None,
+    encoding: Encoding | None = None,
 ) -> WrittenModel:
     """As `export_hf_directory`, with `transform(name, tensor)` in place of every tensor.
 
     `transform` returns a tensor of the same shape and any floating type. Tensors of the model's
     other parts (`models.tensor_layout.carried_prefixes`) keep their bytes and see neither.
-    `write_more` may write more files into the folder, before it appears under its name.
+    `write_more` may write more files into the folder, before it appears under its name. With an
+    `encoding` weights are stored in its codes.
     """
     wanted = parse_dtype(dtype)
     output = Path(output)
     durable.refuse_occupied(output)
-    shards = _plan(source, wanted, max_shard_size)
-    sizes = {
-        name: kind.itemsize * torch.Size(shape).numel()
-        for shard in shards
-        for name, (kind, shape) in shard.items()
-    }
-    total = sum(sizes.values())
-    durable.require_space(output.absolute(), total)
+    shards = _plan(source, wanted, max_shard_size, encoding)
+    durable.require_space(output.absolute(), sum(map(_size, shards)))
+    total, weight_map = 0, dict[str, str]()
     with durable.publish_directory(output) as folder:
-        weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS if len(shards) == 1 else _shard_name(number, len(shards))
-            _write_shard(source, folder / name, shard, transform)
-            weight_map |= dict.fromkeys(shard, name)
-        parameters = sum(
-            torch.Size(shape).numel() for shard in shards for _, shape in shard.values()
-        )
+            total += _write_shard(source, folder / name, shard, transform, encoding)
+            weight_map |= {part: name for parts in shard.values() for part in parts}
+        parameters = sum(torch.Size(source.shape(name)).numel() for name in source.names())
         if len(shards) > 1:
             metadata = {"total_parameters": parameters, "total_size": total}
             durable.write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-        _write_small_files(source, folder, _main_type(shards))
+        _write_small_files(source, folder, _main_type(shards, encoding), encoding)
         if write_more is not None:
             write_more(folder)
-    return WrittenModel(output, len(sizes), parameters, len(shards), total)
+    tensors = sum(len(shard) for shard in shards)
+    return WrittenModel(output, tensors, parameters, len(shards), total)
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -106,7 +103,9 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ConfigError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}.")
 
 
-def _plan(source: ModelSource, dtype: torch.dtype | None, max_shard_size: int) -> list[_Shard]:
+def _plan(
+    source: ModelSource, dtype: torch.dtype | None, max_shard_size: int, encoding: Encoding | None
+) -> list[_Shard]:
     """The tensors of each file, in the order of the model; a file holds at least one."""
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size is {max_shard_size}; expected a number of bytes.")
@@ -116,38 +115,80 @@ def _plan(source: ModelSource, dtype: torch.dtype | None, max_shard_size: int) -
         unchanged = dtype is None or name.startswith(others)
         kind = source.dtype(name) if unchanged else dtype
         assert kind is not None
-        shape = source.shape(name)
-        size = kind.itemsize * torch.Size(shape).numel()
+        parts = {name: (kind, source.shape(name))}
+        if encoding is not None and encoding.encodes(name):
+            parts = encoding.specs(name)
+        size = _size({name: parts})
         if shards[-1] and filled + size > max_shard_size:
             shards.append({})
             filled = 0
-        shards[-1][name] = (kind, shape)
+        shards[-1][name] = parts
         filled += size
     return shards
+
+
+def _size(shard: _Shard) -> int:
+    return sum(
+        kind.itemsize * torch.Size(shape).numel()
+        for parts in shard.values()
+        for kind, shape in parts.values()
+    )
 
 
 def _shard_name(number: int, count: int) -> str:
     return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _write_shard(source: ModelSource, path: Path, shard: _Shard, transform: Transform) -> None:
+def _write_shard(
+    source: ModelSource,
+    path: Path,
+    shard: _Shard,
+    transform: Transform,
+    encoding: Encoding | None,
+) -> int:
+    """Write one file; returns the bytes of its tensors."""
     others = carried_prefixes(source.config)
-    with SafetensorsWriter(path, shard, {"format": "pt"}) as writer:
-        for name, (kind, _) in shard.items():
+    specs = {name: spec for parts in shard.values() for name, spec in parts.items()}
+    unknown = [name for name in specs if encoding is not None and encoding.is_open(name)]
+    written = 0
+    with SafetensorsWriter(path, specs, {"format": "pt"}, unknown) as writer:
+        for name, parts in shard.items():
             if name.startswith(others):
-                writer.write(name, source.tensor(name))
-                source.release(name)
-                continue
-            tensor = transform(name, source.tensor(name)).to(kind)
-            if not _finite(tensor):
-                raise CheckpointError(
-                    f"{source.path}: tensor {name} holds values that are not finite as {kind}. "
-                    "Nothing was written; the weights or the adapter are damaged, or need a type "
-                    "with a wider range (bfloat16 or float32)."
-                )
-            writer.write(name, tensor)
-            del tensor
+                ready = {name: source.tensor(name)}
+            elif encoding is not None and encoding.encodes(name):
+                ready = _encoded(source, name, transform, encoding)
+            else:
+                tensor = transform(name, source.tensor(name)).to(parts[name][0])
+                _require_finite(source, name, tensor)
+                ready = {name: tensor}
+                del tensor
+            for part, tensor in ready.items():
+                writer.write(part, tensor)
+                written += tensor.nbytes
+            ready.clear()
             source.release(name)
+    return written
+
+
+def _encoded(
+    source: ModelSource, name: str, transform: Transform, encoding: Encoding
+) -> dict[str, torch.Tensor]:
+    """The tensors of weight `name` in codes: those of the source where nothing changes it."""
+    stored = encoding.stored_parts(name)
+    if stored is not None:
+        return stored
+    tensor = transform(name, source.tensor(name)).to(encoding.dtype)
+    _require_finite(source, name, tensor)
+    return encoding.parts(name, tensor)
+
+
+def _require_finite(source: ModelSource, name: str, tensor: torch.Tensor) -> None:
+    if not _finite(tensor):
+        raise CheckpointError(
+            f"{source.path}: tensor {name} holds values that are not finite as {tensor.dtype}. "
+            "Nothing was written; the weights or the adapter are damaged, or need a type "
+            "with a wider range (bfloat16 or float32)."
+        )
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -155,16 +196,23 @@ def _finite(tensor: torch.Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(2**20))
 
 
-def _main_type(shards: list[_Shard]) -> torch.dtype:
+def _main_type(shards: list[_Shard], encoding: Encoding | None) -> torch.dtype:
     """The type of most weights."""
+    if encoding is not None:
+        return encoding.dtype
     elements: dict[torch.dtype, int] = {}
-    for kind, shape in (part for shard in shards for part in shard.values()):
+    specs = (spec for shard in shards for parts in shard.values() for spec in parts.values())
+    for kind, shape in specs:
         elements[kind] = elements.get(kind, 0) + torch.Size(shape).numel()
     return max(elements, key=lambda kind: elements[kind])
 
 
-def _write_small_files(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+def _write_small_files(
+    source: ModelSource, folder: Path, dtype: torch.dtype, encoding: Encoding | None
+) -> None:
     config = complete_config(source.raw_config, source.config, dtype)
+    if encoding is not None:
+        config["quantization_config"] = encoding.quantization_config()
     durable.write_json(folder / "config.json", config)
     if source.generation_config:
         durable.write_json(folder / "generation_config.json", source.generation_config)

@@ -44,6 +44,9 @@ class TrainedSource(ModelSourceView):
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def codes(self, name: str) -> None:
+        """None: the tensors of a model whose every weight was trained are dense."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 

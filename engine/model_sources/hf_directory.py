@@ -19,16 +19,21 @@ import torch
 from engine.errors import CheckpointError, listing
 from engine.model_sources.interface.checks import match_tensors, quick_digest
 from engine.model_sources.model_files import ModelFiles, folder_hint
+from engine.model_sources.quantised.group import with_quantised
+from engine.model_sources.quantised.methods import method_of
 from engine.model_sources.safetensors.file import SafetensorsFile
-from engine.model_sources.stored_tensors import (
+from engine.model_sources.safetensors.stored_tensors import (
     Home,
+    Stored,
     StoredTensor,
-    are_quantised,
     drop_unused,
     settle_head,
     stored_tensors,
+    with_decoder_prefix,
 )
 from engine.storage.safe_files import is_pickle, read_json_object, refuse_pickle
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 from models.tensor_layout import Layout, carried_prefixes
 from models.tensor_names import expected_tensors
@@ -50,8 +55,9 @@ class HFDirectory(ModelFiles):
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self._files = self._open_weights()
-        self._judge_quantisation()
-        home = stored_tensors(self._files, self.config)
+        whole = with_quantised(stored_tensors(self._files), self.raw_config, self.path)
+        self._note_quantisation(whole)
+        home = with_decoder_prefix(whole, self.config)
         tied = settle_head(
             home, self.config, untied=_is_untied(self.raw_config, self.config), source=str(path)
         )
@@ -70,28 +76,24 @@ class HFDirectory(ModelFiles):
     def tensor(self, name: str) -> torch.Tensor:
         return self._stored(name).tensor()
 
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        return self._stored(name).codes()
+
     def release(self, name: str) -> None:
         self._stored(name).release()
 
     def digest(self) -> str:
         return quick_digest(self.raw_config, [file.path for file in self._files])
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> Stored:
         if name not in self._home:
             raise CheckpointError(f"The model in {self.path} has no tensor named {name!r}.")
         return self._home[name]
 
-    def _judge_quantisation(self) -> None:
-        """Refuse quantised weights; a note of them beside 16-bit weights is left over."""
-        noted = self.raw_config.get("quantization_config")
-        method = noted.get("quant_method", "?") if isinstance(noted, dict) else noted
-        if are_quantised(self._files, bool(noted)):
-            how = method or "by no named method"
-            raise CheckpointError(
-                f"{self.path}: the weights are stored quantised ({how}), which is not read. Take "
-                "the model's original 16-bit files; quantisation happens here, while they load."
-            )
-        if noted:
+    def _note_quantisation(self, home: Home) -> None:
+        """Warn of a note of quantised weights beside 16-bit ones, which is left over."""
+        method = method_of(self.raw_config)
+        if method and all(isinstance(stored, StoredTensor) for stored in home.values()):
             log.warning(
                 "%s: quantization_config (%s) is ignored: the weights are not quantised",
                 self.path, method,

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,17 @@ from engine.device import named_dtype, resolve_device
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.stored_codes import (
+    Codes,
+    StoredCodes,
+    decoded,
+    joined_experts,
+    say_stored,
+)
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import QuantizedWeight
 from kernels.moe.grouped_matmul import planar_experts
-from kernels.nf4 import quantize
+from kernels.nf4 import NF4Weight, quantize
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.simulation import equal_parts
@@ -59,18 +67,20 @@ class _Form:
         on_device = weight.to(self.device)
         if self.quantization == "int8":
             return self.stored(quantize_int8(on_device))
-        packed = quantize(on_device, double_quant=self.double_quant)
-        # The GPU kernels read their own order of the codes; the reference reads either.
-        planar = self.device.type == "cuda" and has_planar_order(packed)
-        return self.stored(to_planar(packed) if planar else packed)
+        return self.in_order(quantize(on_device, double_quant=self.double_quant))
+
+    def in_order(self, weight: Codes) -> QuantizedWeight:
+        """`weight`, which lies on the device, where it is to lie and as the kernels read it."""
+        # The GPU kernels read their own order of NF4 codes; the reference reads either.
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and isinstance(weight, NF4Weight) and has_planar_order(weight):
+            return self.stored(to_planar(weight))
+        return self.stored(weight)
 
     def quantized_experts(self, leaf: str, tensor: Tensor) -> dict[str, QuantizedExperts]:
         """All experts' weights (E, out, in) of one parameter, projection by projection."""
         both = leaf == "gate_up_proj"
         names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
-        # In 16 bits on a GPU all experts are one launch, which reads the planar order.
-        planar = self.device.type == "cuda" and self.dtype.itemsize == 2
-        whole = planar and tensor.shape[-1] % BLOCK == 0
         result: dict[str, QuantizedExperts] = {}
         for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
             on_device = part.to(self.device)
@@ -79,8 +89,15 @@ class _Form:
                 continue
             packed = quantize(on_device, double_quant=self.double_quant)
             del on_device
-            result[name] = self.stored(planar_experts(packed) if whole else packed)
+            result[name] = self.experts_in_order(packed)
         return result
+
+    def experts_in_order(self, weight: NF4Weight) -> QuantizedExperts:
+        """All experts' codes (E, out, in), which lie on the device, as the kernels read them."""
+        # In 16 bits on a GPU all experts are one launch, which reads the planar order.
+        planar = self.device.type == "cuda" and self.dtype.itemsize == 2
+        whole = planar and weight.shape[-1] % BLOCK == 0 and weight.block_size % BLOCK == 0
+        return self.stored(planar_experts(weight) if whole else weight)
 
     def stored(self, weight: Kind) -> Kind:
         """`weight` where it is to lie."""
@@ -104,8 +121,9 @@ def build_model(
     are quantised if asked for; embeddings, norms, biases, routers and the head stay in `dtype`, or
     the head, with the embedding where they are tied, is stored in 8-bit rows. An embedding on the
     host sends only a batch's rows to the device; with `weights_on_host` the layers' quantised
-    weights lie there and are streamed. Raises `CheckpointError` for a tensor that is not finite,
-    `ConfigError` for a tied embedding on the host.
+    weights lie there and are streamed. Codes that the source's files hold are taken as they are,
+    unless another quantisation is asked for. Raises `CheckpointError` for a tensor that is not
+    finite, `ConfigError` for a tied embedding on the host.
     """
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
@@ -114,11 +132,14 @@ def build_model(
     layout = Layout.of_names(source.config, source.names())
     offloaded = weights_on_host and device.type == "cuda"
     form = _Form(quantization, double_quant, device, dtype, offloaded)
+    codes = StoredCodes(source, layout, quantization)
     for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
-        tensor = layout.assemble(name, shape, source.tensor)
-        if not _set_outer_tensor(model, name, tensor, head_8bit, embedding_on_host, device, dtype):
-            _set_tensor(model, name, tensor, form)
-        del tensor
+        if not _set_codes(model, name, shape, codes, form):
+            tensor = layout.assemble(name, shape, source.tensor)
+            outer = (head_8bit, embedding_on_host, device, dtype)
+            if not _set_outer_tensor(model, name, tensor, *outer):
+                _set_tensor(model, name, tensor, form, stays_dense=codes.used)
+            del tensor
         for part in layout.parts(name, shape):
             source.release(part)
     for layer in model.layers:
@@ -133,9 +154,10 @@ def build_for(
     config: TrainConfig, source: ModelSource, device: torch.device, dtype: torch.dtype
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above."""
+    four_bit = config.method == "qlora"
     return build_model(
-        source,
-        quantization="nf4" if config.method == "qlora" else None,
+        source if four_bit else decoded(source),
+        quantization="nf4" if four_bit else None,
         double_quant=config.double_quant,
         device=device,
         dtype=dtype,
@@ -178,14 +200,42 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _set_tensor(model: Decoder, name: str, tensor: Tensor, form: _Form) -> None:
+def _set_codes(
+    model: Decoder, name: str, shape: tuple[int, ...], codes: StoredCodes, form: _Form
+) -> bool:
+    """Set a weight that is taken in its file's codes, if this is one."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Experts):
+        experts = codes.experts(name, shape)
+        if experts is None:
+            return False
+        ready: dict[str, QuantizedExperts] = {}
+        for projection, parts in experts.items():
+            joined = joined_experts(parts)
+            if isinstance(joined, NF4Weight):
+                ready[projection] = form.experts_in_order(joined.to(form.device))
+            else:
+                ready[projection] = form.stored(tuple(part.to(form.device) for part in joined))
+        module.set_quantized(leaf, ready)
+        return True
+    weight = codes.weight(name) if isinstance(module, Linear) else None
+    if weight is None or not isinstance(module, Linear):
+        return False
+    module.set_weight(form.in_order(weight.to(form.device)))
+    return True
+
+
+def _set_tensor(
+    model: Decoder, name: str, tensor: Tensor, form: _Form, stays_dense: bool = False
+) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     _require_finite(name, tensor)
     if isinstance(module, Experts) and form.quantization:
         module.set_quantized(leaf, form.quantized_experts(leaf, tensor))
     elif isinstance(module, Linear) and leaf == "weight":
-        small = form.quantization is None or not is_quantised(name)
+        small = form.quantization is None or not is_quantised(name) or stays_dense
         weight = _owned(tensor, form.device, form.dtype) if small else form.quantized(tensor)
         module.set_weight(weight)
     else:
@@ -212,15 +262,16 @@ def _owned(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device=device, dtype=dtype, copy=True)
 
 
-def adapted(source: ModelSource, adapter: Path | str) -> AdaptedSource:
+def adapted(source: ModelSource, adapter: Any) -> AdaptedSource:
     """`source` with a saved adapter on it; give it to `build_model`, then to `attach_adapter`.
 
-    Raises `CheckpointError` where its modules or shapes do not fit the model.
+    `adapter` is a path, or pairs of a path and a weight. Raises `CheckpointError` where its modules
+    or shapes do not fit the model, `ConfigError` where several cannot be added up.
     """
     from engine.model_sources.adapter.adapted_source import AdaptedSource
-    from engine.model_sources.adapter_path import open_adapter
+    from engine.model_sources.adapter_path import open_adapters
 
-    return AdaptedSource(source, open_adapter(adapter))
+    return AdaptedSource(source, open_adapters(adapter, source.config, source.path))
 
 
 def attach_adapter(model: Decoder, source: AdaptedSource) -> None:
@@ -231,13 +282,14 @@ def attach_adapter(model: Decoder, source: AdaptedSource) -> None:
 def load_model(
     model: str | Path,
     quantize: Quantization | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[tuple[str | Path, float]] | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | str = torch.float32,
 ) -> Decoder:
     """Load a model for use: a Hugging Face directory, a hub id or a `.gguf` file.
 
     `dtype` may be a name: float32, bfloat16 (or bf16), float16, or auto as the command line has it.
+    Without `quantize` weights that bitsandbytes quantised stay as they are stored.
 
     Needs `config.json` and weights, no tokenizer. With an `adapter` its pairs stay separate and
     trainable. Raises `ConfigError` or `CheckpointError` naming what cannot be used.
@@ -247,6 +299,7 @@ def load_model(
     where = resolve_device(device) if isinstance(device, str) else device
     kind = named_dtype(dtype, where)
     source = open_model_source(model)
+    say_stored(source, quantize)
     if adapter is None:
         return build_model(source, quantization=quantize, device=where, dtype=kind)
     both = adapted(source, adapter)

@@ -25,6 +25,8 @@ from engine.errors import CheckpointError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import ModelSourceView
 from engine.storage.safe_files import read_json_object
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 from models.head_slices import layer_heads
 from models.tensor_layout import path_in_file
@@ -106,6 +108,10 @@ class MaskedSource(ModelSourceView):
         tensor = self.base.tensor(name)
         columns = self._columns.get(name)
         return tensor if columns is None else tensor.index_fill(1, columns, 0)
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        """The stored codes; None where heads of the tensor are masked."""
+        return None if name in self._columns else self.base.codes(name)
 
     def digest(self) -> str:
         """That of the whole model and the mask: a masked model is another model."""

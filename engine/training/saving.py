@@ -20,6 +20,7 @@ from engine.model_sources.export import export_hf_directory, write_tokenizer
 from engine.model_sources.from_model import TrainedSource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.stops import GENERATION_CONFIG, adapter_stops, with_stops
+from engine.model_sources.quantised.stored_codes import used_weights
 from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
@@ -132,7 +133,7 @@ class RunState:
         settings, tensors = adapter_config(self.config, source, self.init), self._adapter_tensors()
         earlier = None if self.init is None else self.init.source.adapter
         save_adapter(target, settings, tensors, earlier)
-        write_base(target, self._base_record())
+        write_base(target, self._base_record(source))
         earlier_stops = () if earlier is None else adapter_stops(earlier.path)
         generation = with_stops(source, (*earlier_stops, *self.stops))
         if generation:
@@ -145,13 +146,15 @@ class RunState:
         trained = adapter_tensors(self.model)
         return trained if self.init is None else trained | self.init.fixed
 
-    def _base_record(self) -> dict[str, Any]:
+    def _base_record(self, source: ModelSource) -> dict[str, Any]:
         """On what the adapter was trained: which weights, quantised how, computed in what."""
-        quantised = self.config.method == "qlora"
+        kind, nested = None, False
+        if self.config.method == "qlora":
+            kind, nested = used_weights(source, "nf4", self.config.double_quant)
         return {
             "digest": self.identity.digests["base"],
-            "quantization": "nf4" if quantised else None,
-            "double_quant": self.config.double_quant if quantised else None,
+            "quantization": kind,
+            "double_quant": nested if kind == "nf4" else None,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "engine_version": version(),
         }

@@ -97,7 +97,7 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
 def _decode_blocks(weight: NF4Weight, begin: int, out: Tensor) -> None:
     """Decode into the flat `out` from `begin`, which lies on a block boundary."""
     n, block_size = out.numel(), weight.block_size
-    scales = _decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
+    scales = decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
     if use_compiled(out) and out.dtype in COMPILED_DTYPES:
         whole = n // block_size
         if not out.is_meta:
@@ -145,8 +145,8 @@ def _look_up(weight: NF4Weight, begin: int, scales: Tensor, out: Tensor) -> None
         out[whole:].mul_(scales[-1])
 
 
-def _decode_scales(weight: NF4Weight, first: int, last: int) -> Tensor:
-    """fp32 scales of the blocks `first:last`."""
+def decode_scales(weight: NF4Weight, first: int, last: int) -> Tensor:
+    """fp32 scales (last - first,) of the blocks `first:last`."""
     if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax[first:last]
     aligned = first - first % NESTED_BLOCK

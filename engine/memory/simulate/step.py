@@ -77,6 +77,9 @@ class _EmptySource:
             self._meter.ignore([empty])
         return empty
 
+    def codes(self, name: str) -> None:
+        """None: the files hold no codes."""
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 

@@ -86,6 +86,10 @@ class GGUFSource:
         parts = [dequantise(self._file, part, source.entry) for part in source.tensors]
         return source.restore(*parts)
 
+    def codes(self, name: str) -> None:
+        """None: the kernels compute with other codes than those of GGUF files."""
+        self._check(name)
+
     def release(self, name: str) -> None:
         """Nothing to do: `tensor` returns memory of its own, and drops the pages it read."""
         self._check(name)

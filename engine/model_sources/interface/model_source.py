@@ -1,8 +1,8 @@
 """`ModelSource`: what every source of a pretrained model offers.
 
-A source is a Hugging Face directory or a GGUF file. Whatever it is, its tensors carry Hugging
-Face's names and layout, its configuration is that of `config.json` in transformers 5 spelling, and
-its tokenizer is a `tokenizers` JSON or a SentencePiece file.
+A source is a Hugging Face directory, quantised or not, or a GGUF file. Whatever it is, its tensors
+carry Hugging Face's names and layout, its configuration is that of `config.json` in transformers 5
+spelling, and its tokenizer is a `tokenizers` JSON or a SentencePiece file.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 
 
@@ -61,10 +63,16 @@ class ModelSource(ModelDescription, Protocol):
         """Shape of tensor `name`."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type that `tensor(name)` has; float32 for a tensor that is stored quantised."""
+        """Type that `tensor(name)` has; float32 for a tensor that a GGUF file stores quantised."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """Tensor `name`, on the CPU. It may be a view of a mapped file: copy it to keep it."""
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        """Tensor `name` as it is stored, where that is in NF4 or 8-bit rows; else None.
+
+        `tensor(name)` is what these codes decode to. They may be views of a mapped file.
+        """
 
     def release(self, name: str) -> None:
         """Say that no view of tensor `name` is in use, so that its pages can leave memory."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from engine.model_sources.interface.model_source import ModelSource
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 
 
 class ModelSourceView:
@@ -34,6 +36,9 @@ class ModelSourceView:
 
     def tensor(self, name: str) -> torch.Tensor:
         return self.base.tensor(name)
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        return self.base.codes(name)
 
     def release(self, name: str) -> None:
         self.base.release(name)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -93,8 +93,10 @@ class SafetensorsFile:
 class SafetensorsWriter:
     """Write a safetensors file tensor by tensor, in any order, into place on `close`.
 
-    `specs` says name -> (dtype, shape) of every tensor that will come. Use it as a context manager:
-    an exception inside removes the temporary file. At most one tensor is held in memory.
+    `specs` says name -> (dtype, shape) of every tensor that will come. Those named in `open_length`
+    are bytes (n,), of which fewer may come; they wait in memory for the end of the file. Use it
+    as a context manager: an exception inside removes the temporary file. At most one other tensor
+    is held in memory.
     Raises `ValueError` for a name, shape or type that the format or `read_header` does not allow,
     and `CheckpointError` if the disk refuses.
     """
@@ -104,8 +106,14 @@ class SafetensorsWriter:
         path: Path | str,
         specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         metadata: Mapping[str, str] | None = None,
+        open_length: Collection[str] = (),
     ) -> None:
-        header, self._entries = lay_out(specs, metadata)
+        # Behind all others, so that theirs stay where they are.
+        self._specs = {name: spec for name, spec in specs.items() if name not in open_length}
+        self._specs |= {name: specs[name] for name in open_length}
+        self._metadata, self._open = metadata, dict.fromkeys(open_length, torch.empty(0))
+        header, self._entries = lay_out(self._specs, metadata)
+        self._header_size = len(header)
         size = max((entry.stop for entry in self._entries.values()), default=len(header))
         self._missing = set(self._entries)
         self._path = Path(path)
@@ -120,13 +128,19 @@ class SafetensorsWriter:
         if entry is None or name not in self._missing:
             what = "was not announced" if entry is None else "was written before"
             raise ValueError(f"tensor {name!r} {what} for {self._path}")
-        if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+        fits = tuple(tensor.shape) == entry.shape or (
+            name in self._open and tensor.dim() == 1 and 0 < len(tensor) <= entry.shape[0]
+        )
+        if tensor.dtype != entry.dtype or not fits:
             raise ValueError(
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
                 f"announced was {entry.dtype} {list(entry.shape)}"
             )
-        self._handle.seek(entry.start)
-        self._handle.write(tensor_bytes(tensor))
+        if name in self._open:
+            self._open[name] = tensor.clone()
+        else:
+            self._handle.seek(entry.start)
+            self._handle.write(tensor_bytes(tensor))
         self._missing.remove(name)
 
     def close(self) -> None:
@@ -135,7 +149,20 @@ class SafetensorsWriter:
             error = ValueError(f"never written to {self._path}: {', '.join(sorted(self._missing))}")
             self._stack.__exit__(type(error), error, None)
             raise error
+        if self._open:
+            self._write_open()
         self._stack.close()
+
+    def _write_open(self) -> None:
+        """Write the tensors that waited, and the header anew: shorter, padded to its length."""
+        lengths = {name: (t.dtype, tuple(t.shape)) for name, t in self._open.items()}
+        header, entries = lay_out(self._specs | lengths, self._metadata, self._header_size)
+        for name, tensor in self._open.items():
+            self._handle.seek(entries[name].start)
+            self._handle.write(tensor_bytes(tensor))
+        self._handle.truncate(max(entry.stop for entry in entries.values()))
+        self._handle.seek(0)
+        self._handle.write(header)
 
     def __enter__(self) -> Self:
         return self

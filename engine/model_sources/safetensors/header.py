@@ -40,7 +40,11 @@ DTYPES: dict[str, torch.dtype] = {
     "U32": torch.uint32,
     "U64": torch.uint64,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7: powers of two, the scales of some fp8 models
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 16 * MIB
 MAX_TENSORS = 65_536
@@ -89,11 +93,14 @@ def read_header(
 
 
 def lay_out(
-    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+    least: int = 0,
 ) -> tuple[bytes, dict[str, TensorEntry]]:
     """The header's bytes, with its length in front, and where each tensor goes in the file.
 
-    The largest element types come first, so that every tensor is aligned to its own.
+    The largest element types come first, so that every tensor is aligned to its own. Spaces fill
+    the header up to `least` bytes.
     """
     if len(specs) > MAX_TENSORS:
         raise ValueError(f"{len(specs)} tensors are too many for one file; at most {MAX_TENSORS}")
@@ -117,7 +124,7 @@ def lay_out(
         relative[name] = TensorEntry(dtype, shape, offset, stop)
         offset = stop
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, least - 8 - len(text))
     base = 8 + len(text)
     entries = {
         name: TensorEntry(entry.dtype, entry.shape, entry.start + base, entry.stop + base)

@@ -21,6 +21,7 @@ from engine.device import resolve_device, resolve_dtype
 from engine.exporting.publish import destination, publish_folder
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
+from engine.model_sources.quantised.stored_codes import say_stored
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory, dated
 from engine.runs.identity import check_identity
@@ -151,6 +152,8 @@ class _Run:
         settings, planned = _with_policy(self.config, prepared, self.device, dtype, process)
         self.budget = _budget(prepared, settings, self.device, dtype, process, planned)
         base = prepared.model_source if prepared.init is None else prepared.init.source
+        four_bit = self.config.method == "qlora"
+        say_stored(base, "nf4" if four_bit else None, as_stored=four_bit)
         self.model = build_for(self.config, base, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, prepared.init)
         self.settings = step_settings(settings)

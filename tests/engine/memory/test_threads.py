@@ -66,6 +66,9 @@ class RandomSource:
         generator = torch.Generator().manual_seed(list(self._shapes).index(name))
         return torch.randn(self._shapes[name], generator=generator) * 0.05
 
+    def codes(self, name: str) -> None:
+        """Nothing is stored in codes."""
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 

@@ -113,7 +113,7 @@ def test_quantised_weights_are_refused_by_their_method(model_copy: Copy) -> None
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     name = "model.layers.0.mlp.up_proj.qweight"
     edit_weights(folder, lambda t: t.update({name: torch.ones(8, 8, dtype=torch.int32)}))
-    with pytest.raises(CheckpointError, match=r"stored quantised \(gptq\)"):
+    with pytest.raises(CheckpointError, match=r"stored quantised \(GPTQ\)"):
         HFDirectory(folder)
 
 

@@ -60,7 +60,7 @@ CASES: dict[str, tuple[bytes, str]] = {
     "an unknown type": (pack({"a": entry(dtype="F31")}), "has the type F31"),
     "a type in small letters": (pack({"a": entry(dtype="f32")}), "has the type f32"),
     "a type that is a number": (pack({"a": entry(dtype=4)}), "has the type 4"),
-    "FP8 weights": (pack({"a": entry(dtype="F8_E4M3", shape=[24])}), "Convert the model to BF16"),
+    "FP6 weights": (pack({"a": entry(dtype="F6_E2M3", shape=[32])}), "Convert the model to BF16"),
     "a negative size": (pack({"a": entry(shape=[-2, -3])}), "has the shape"),
     "a size of 2^40 by zero": (
         pack({"a": entry(shape=[2**40, 0], offsets=[0, 0])}, b""),

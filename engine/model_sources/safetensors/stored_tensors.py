@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from engine.errors import listing
 from engine.model_sources.safetensors.file import SafetensorsFile
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 from models.tensor_layout import Layout, carried_prefixes
 from models.tensor_names import expected_tensors
@@ -27,10 +30,6 @@ HEAD = "lm_head.weight"
 _WRAPPERS = ("_orig_mod.", "module.")
 # Buffers that old files carry and that follow from the configuration, and scales of caches.
 _DERIVED = re.compile(r".*\.(rotary_emb\.\w+|masked_bias|self_attn\.bias|[kv]_scale|kv_scale)")
-_QUANTISED = re.compile(
-    r".*\.(qweight|qzeros|g_idx|scales|SCB|absmax|quant_map|weight_scale\w*|weight_packed"
-    r"|quant_state\.\w+|input_scale|weight_zero_point|codebooks|weight_shape)"
-)
 _BLOCK = 1 << 22
 
 
@@ -53,28 +52,40 @@ class StoredTensor:
         """The tensor, a view of the mapped file."""
         return self.file.tensor(self.name)
 
+    def codes(self) -> None:
+        """None: it is not quantised."""
+
     def release(self) -> None:
         """Let go of its pages."""
         self.file.release(self.name)
 
 
-Home = dict[str, StoredTensor]
+class Stored(Protocol):
+    """A tensor as its model's configuration means it, which several of a file may make up."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of `tensor()`."""
+
+    def tensor(self) -> torch.Tensor:
+        """The tensor, decoded where it is quantised; it may be a view of the mapped file."""
+
+    def codes(self) -> NF4Weight | Int8Weight | None:
+        """The quantised weight, views of the file, where the kernels compute with such codes."""
+
+    def release(self) -> None:
+        """Let go of its pages."""
 
 
-def are_quantised(files: Iterable[SafetensorsFile], noted: bool) -> bool:
-    """Whether the tensors are those of a quantised model: codes with their scales.
-
-    Integers alone count where the configuration has `noted` a quantisation.
-    """
-    return any(
-        _QUANTISED.fullmatch(name) or (noted and not file.dtype(name).is_floating_point)
-        for file in files
-        for name in file.keys()  # noqa: SIM118
-    )
+Home = dict[str, Stored]
 
 
-def stored_tensors(files: Collection[SafetensorsFile], config: ModelConfig) -> Home:
-    """All tensors of `files`, under the names that files of a model of `config` have."""
+def stored_tensors(files: Collection[SafetensorsFile]) -> dict[str, StoredTensor]:
+    """All tensors of `files`, by their names without those of aliases and wrappers."""
     home = {name: StoredTensor(file, name) for file in files for name in file.keys()}  # noqa: SIM118
     for file in files:
         for alias, name in file.metadata.items():
@@ -83,11 +94,11 @@ def stored_tensors(files: Collection[SafetensorsFile], config: ModelConfig) -> H
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in home):
             home = {name.removeprefix(prefix): stored for name, stored in home.items()}
-    return _with_decoder_prefix(home, config)
+    return home
 
 
-def _with_decoder_prefix(home: Home, config: ModelConfig) -> Home:
-    """`home` with `model.` in front of names that lack it."""
+def with_decoder_prefix(home: Home, config: ModelConfig) -> Home:
+    """`home` with `model.` in front of names that lack it, as files of the hub have them."""
     if any(name.startswith("model.") for name in home):
         return home
     expected = expected_tensors(config, Layout.of_names(config, home))
@@ -126,7 +137,7 @@ def settle_head(home: Home, config: ModelConfig, *, untied: bool, source: str) -
     return False
 
 
-def _equal(left: StoredTensor, right: StoredTensor) -> bool:
+def _equal(left: Stored, right: Stored) -> bool:
     """Whether two tensors have the same values, read in parts up to the first difference."""
     if left.shape != right.shape:
         return False

@@ -1,0 +1,1 @@
+"""Weights that a model's files hold quantised: bitsandbytes, fp8 and compressed-tensors."""
