@@ -11,6 +11,7 @@
     engine.judge(model, data, adapter, gates={"checker": "json"}).passed
     engine.generate(model, "What does zip() do?", adapter).text
     engine.merge(model, adapter, output)
+    engine.quantize(model, output, bits=4)
     engine.prune(model, output, fraction=0.1)
     engine.forge(model=..., data=..., output_dir=..., fraction=0.1, max_steps=100)
     engine.plan(engine.TrainConfig(...)).text()
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from engine.verbs.models.judge import judge
     from engine.verbs.models.merge import merge
     from engine.verbs.models.prune import prune
+    from engine.verbs.models.quantize import quantize
     from engine.verbs.models.serve import serve
     from engine.verbs.training.plan import plan
     from engine.verbs.training.resume import resume
@@ -74,6 +76,7 @@ _HOME = {
     "generate": "engine.verbs.models.generate",
     "merge": "engine.verbs.models.merge",
     "prune": "engine.verbs.models.prune",
+    "quantize": "engine.verbs.models.quantize",
     "forge": "engine.verbs.models.forge",
     "serve": "engine.verbs.models.serve",
     "plan": "engine.verbs.training.plan",
@@ -99,6 +102,7 @@ __all__ = [
     "merge",
     "plan",
     "prune",
+    "quantize",
     "resume",
     "serve",
     "train",

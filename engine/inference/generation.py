@@ -69,11 +69,9 @@ def answer_events(
             yield event
 
 
-def stop_ids_of(
-    source: ModelDescription, tokenizer: Tokenizer, adapter: Path | None = None
-) -> frozenset[int]:
-    """Ids that end an answer, by generation_config.json, config.json, tokenizer and adapter."""
-    ids = {*stops_of(source), *(() if adapter is None else adapter_stops(adapter))}
+def stop_ids_of(source: ModelDescription, tokenizer: Tokenizer, *adapters: Path) -> frozenset[int]:
+    """Ids that end an answer, by generation_config.json, config.json, tokenizer and adapters."""
+    ids = {*stops_of(source), *(stop for path in adapters for stop in adapter_stops(path))}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return frozenset(ids)

@@ -8,13 +8,14 @@ from engine.model_sources.adapter.provenance import base_name, say_base
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
+from engine.model_sources.quantised.stored_codes import say_stored, used_weights
 from models.decoder import Decoder
 
 
 def check_adapter(settings: OneModel) -> None:
     """Raises `CheckpointError` or `ConfigError` where the adapter of `settings` is not there."""
-    if settings.adapter is not None:
-        adapter_path(settings.adapter)
+    for path, _ in settings.adapter:
+        adapter_path(path)
 
 
 def load_decoder(
@@ -27,10 +28,12 @@ def load_decoder(
     Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
     device = resolve_device(settings.device)
-    both = None if settings.adapter is None else adapted(source, settings.adapter)
+    say_stored(source, settings.quantize)
+    both = adapted(source, settings.adapter) if settings.adapter else None
     if both is not None:
-        used = base_name(settings.quantize, double_quant)
-        say_base(both.adapter.path, used, "--quantize chooses the base, as training had it")
+        used = base_name(*used_weights(source, settings.quantize, double_quant))
+        for path in both.adapter.paths:
+            say_base(path, used, "--quantize chooses the base, as training had it")
     decoder = build_model(
         both or source,
         quantization=settings.quantize,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from engine.config.given_adapters import weighted_paths
 from engine.errors import CheckpointError, ConfigError
 from engine.hub.names import hub_name
 from engine.model_sources.adapter.gguf_lora import load_gguf_adapter
 from engine.model_sources.adapter.peft import CONFIG, Adapter, load_adapter
 from engine.model_sources.hub import fetch_adapter, refuse_lost_run
+from engine.model_sources.weighted_adapters import weighted_sum
+from models.config.model_config import ModelConfig
 
 _IN_RUN = "adapter"
 
@@ -41,6 +45,19 @@ def open_adapter(name: Path | str) -> Adapter:
     """Read the adapter that `name` means, in PEFT's or llama.cpp's format. Raises as above."""
     path = adapter_path(name)
     return load_gguf_adapter(path) if path.is_file() else load_adapter(path)
+
+
+def open_adapters(given: Any, model: ModelConfig, name: Path | str) -> Adapter:
+    """The adapter for `model`, called `name`, that `given` means: one, or the sum of several.
+
+    `given` is what settings take: a path, `path=weight`, a pair of both, or several of these.
+    Raises as above, and `ConfigError` where they cannot be added up.
+    """
+    try:
+        listed = weighted_paths(given)
+    except ValueError as error:
+        raise ConfigError(f"adapter is {given!r}: {error}.") from error
+    return weighted_sum([(open_adapter(path), weight) for path, weight in listed], model, str(name))
 
 
 def _instead(path: Path) -> str:

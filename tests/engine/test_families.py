@@ -181,7 +181,7 @@ def test_a_saved_adapter_comes_back(family: str, tmp_path: Path) -> None:
 def test_a_merged_model_is_the_adapted_one(family: str, onto: str, tmp_path: Path) -> None:
     model = adapted(family, "nf4" if onto == "dequantised" else None)
     folder = saved(model, tmp_path / "adapter")
-    merge(GOLDEN / family, folder, tmp_path / "merged", onto=onto)  # type: ignore[arg-type]
+    merge(GOLDEN / family, folder, tmp_path / "merged", onto=onto)
     merged = load_model(tmp_path / "merged", dtype=torch.float64)
     assert torch.allclose(logits(merged), logits(model), atol=1e-4)
     before, after = open_model_source(GOLDEN / family), open_model_source(tmp_path / "merged")

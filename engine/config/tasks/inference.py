@@ -8,15 +8,13 @@ from pydantic import BeforeValidator
 
 from engine.config.choices import (
     DETERMINISTIC,
-    MAX_SHARD_SIZE,
     ComputeType,
     GGUFType,
     HeadPrecision,
-    MergeOnto,
     Quantization,
-    StoredType,
 )
 from engine.config.publishing import Publishing
+from engine.config.given_adapters import Adapters
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     BAD_LINES,
@@ -56,7 +54,12 @@ class OneModel(Machine):
     model: Annotated[str, BeforeValidator(as_text)] = setting(
         ..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1
     )
-    adapter: Path | None = setting(None, "Model", "adapter to put on the model")
+    adapter: Adapters = setting(
+        (),
+        "Model",
+        "adapter to put on the model; PATH=0.5 weighs it, and several are added up",
+        repeat=True,
+    )
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
         {}, "Model", 'further variables of the chat template: {"enable_thinking": false}'
     )
@@ -167,23 +170,3 @@ class ExportAdapterSettings(Publishing):
 
     adapter: Path = setting(..., "Model", "adapter to write anew")
     output: Path = setting(..., "Output", "new directory for the adapter")
-
-
-class MergeSettings(Settings):
-    """`engine merge`."""
-
-    model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
-    adapter: Path = setting(..., "Model", "adapter to merge")
-    output: Path = setting(..., "Output", "new directory for the merged model")
-    onto: MergeOnto = setting(
-        "original", "Output", "the weights as they are, or as 4-bit training saw them"
-    )
-    check: Paths = setting(
-        (), "Output", "rows on which to compare the result with the adapter as trained", repeat=True
-    )
-    dtype: Annotated[StoredType | None, spelled(DTYPES)] = setting(
-        None, "Output", "type of all tensors; by default each keeps its own"
-    )
-    max_shard_size: Annotated[int, BeforeValidator(shard_size)] = setting(
-        MAX_SHARD_SIZE, "Output", "largest file, in GB (10^9 bytes) or with a unit", ge=1000
-    )

@@ -30,6 +30,8 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.stops import adapter_stops, with_stops
 from engine.model_sources.interface.view import ModelSourceView
 from kernels.linear.dora import scale_rows_
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.tensor_layout import NESTED_PREFIX, Layout, carried_prefixes
 from models.tensor_names import PROJECTIONS, expected_tensors
 
@@ -67,13 +69,15 @@ class AdaptedSource(ModelSourceView):
         self._set_vocabulary()
         self._set_tie()
         self._names = self._ordered_names()
-        self.folded = len(self._changed())
+        self._folded_names = self._changed()
+        self.folded = len(self._folded_names)
         self._require_copies_fit()
 
     @property
     def generation_config(self) -> dict[str, Any]:
         """That of the model, with the ends of an answer that the adapter was taught."""
-        return with_stops(self.base, adapter_stops(self.adapter.path))
+        taught = (adapter_stops(path) for path in self.adapter.paths)
+        return with_stops(self.base, (stop for stops in taught for stop in stops))
 
     @property
     def copied(self) -> Collection[str]:
@@ -99,6 +103,11 @@ class AdaptedSource(ModelSourceView):
     def release(self, name: str) -> None:
         if self._stored(name) in self._base_names:
             self.base.release(self._stored(name))
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        """The base's codes; None for what the adapter changes."""
+        own = name in self._base_names and name not in self._folded_names
+        return self.base.codes(name) if own else None
 
     def tensor(self, name: str) -> Tensor:
         """The tensor; in float32 where the adapter changes it."""

@@ -57,7 +57,8 @@ _CARRIED_KEYS = (
 class Adapter:
     """An adapter that was read: `pairs` and their `scales` by module, and all `others`.
 
-    `interleaved` says that rows of B are as llama.cpp stores those of the weights.
+    `interleaved` says that rows of B are as llama.cpp stores those of the weights, and `also` has
+    the paths of further adapters whose sum with the one in `path` this is.
     """
 
     path: Path
@@ -66,6 +67,12 @@ class Adapter:
     scales: dict[str, float]
     others: OtherTensors = field(default_factory=OtherTensors)
     interleaved: bool = False
+    also: tuple[Path, ...] = ()
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where it comes from."""
+        return (self.path, *self.also)
 
 
 def save_adapter(

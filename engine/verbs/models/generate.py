@@ -45,7 +45,7 @@ def answer(
     check_adapter(settings)
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
-    adapter = None if settings.adapter is None else adapter_path(settings.adapter)
+    adapters = [adapter_path(path) for path, _ in settings.adapter]
     kwargs = settings.chat_template_kwargs
     sampling, line = resolve_sampling(settings, source.generation_config, str(source.path))
     with deterministic(device, settings.deterministic):
@@ -54,7 +54,7 @@ def answer(
             tokenizer,
             prompt_ids(tokenizer, settings.prompt, settings.system, settings.raw, kwargs),
             max_new_tokens=settings.max_new_tokens,
-            stop_ids=stop_ids_of(source, tokenizer, adapter),
+            stop_ids=stop_ids_of(source, tokenizer, *adapters),
             stop=settings.stop,
             sampling=sampling,
             on_text=on_text,

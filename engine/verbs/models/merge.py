@@ -1,7 +1,4 @@
-"""`engine merge`: add an adapter to the weights, tensor by tensor.
-
-The sum is W + scale * B @ A, in fp32.
-A DoRA adapter's sum V becomes m_i V_i / ||V_i||, row by row (`kernels.linear.dora`).
+"""`engine merge`: write a model with adapters merged into its weights.
 
 By default the sum goes onto the original weights, in the type they have. Merging onto the values
 that 4-bit training saw (`onto="dequantised"`) reproduces the trained model exactly, with the error
@@ -15,25 +12,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from engine.config.choices import MAX_SHARD_SIZE, MergeOnto
+from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import EvalSettings
+from engine.config.tasks.quantizing import MergeSettings
 from engine.data.dataset import data_files
-from engine.errors import CheckpointError, ConfigError
-from engine.model_sources.adapter.adapted_source import AdaptedSource, with_pair
+from engine.errors import CheckpointError
+from engine.exporting.merging import BelowPairs, Merger
+from engine.exporting.readme import model_readme, named_adapters
+from engine.inference.agreement import require_agreement
+from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
-from engine.model_sources.adapter_path import adapter_path, open_adapter
-from engine.model_sources.expert_tensors import StoredExperts
 from engine.model_sources.export import WrittenModel, write_directory
+from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.load_model import adapted
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.stored_codes import used_weights
 from engine.runs.summary import write_summary
 from engine.storage import durable
 from engine.verbs.models.evaluate import evaluate_with
-from kernels.nf4 import dequantize, quantize
-from models.tensor_names import is_quantised
 
 _LARGE = 1.02
 """From this quotient of perplexities on a difference is worth a warning."""
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 class MergeResult:
     """`merged` weights of `written.tensors` took an adapter; `requantised` went through NF4.
 
+    `logit_difference` is what `engine.inference.agreement` measured, None where it was not asked.
     `check` has the perplexities that were asked for: of the adapter on the base that it was trained
     on, and of the merged model.
     """
@@ -53,6 +55,7 @@ class MergeResult:
     merged: int
     requantised: int
     check: dict[str, float] = field(default_factory=dict)
+    logit_difference: float | None = None
 
     @property
     def output(self) -> Path:
@@ -62,70 +65,108 @@ class MergeResult:
 
 def merge(
     model: str | Path,
-    adapter: str | Path,
+    adapter: str | Path | Sequence[str | Path | tuple[str | Path, float]],
     output: str | Path,
     *,
-    max_shard_size: int = MAX_SHARD_SIZE,
-    onto: MergeOnto = "original",
     dtype: torch.dtype | str | None = None,
-    check: Sequence[str | Path] = (),
+    check: str | Path | Sequence[str | Path] = (),
+    **options: Any,
 ) -> MergeResult:
     """Write `model` with `adapter` merged into it to the new folder `output`.
 
-    `model` is a Hugging Face directory, a hub id or a GGUF file; `output` becomes a Hugging Face
-    directory with the model's tokenizer. Each tensor keeps its type unless `dtype` names one for
-    all (one that a GGUF file stores quantised becomes float32). Memory holds one tensor at a time.
-    `check` names rows on which the merged model is compared with the adapter as it was trained.
+    `model` is a Hugging Face directory, a hub id or a GGUF file, `adapter` one adapter or several,
+    each by itself or as `(path, weight)`: the weighted sum of what they do is merged. `options` are
+    the other settings of `MergeSettings`. Raises as `merge_with`.
+    """
+    given: dict[str, Any] = {"model": model, "adapter": adapter, "output": output}
+    given |= {"dtype": dtype, "check": check}
+    return merge_with(MergeSettings(**given, **options))
 
-    Raises `ConfigError` for an occupied output or an unknown option, and `CheckpointError` where an
-    adapter tensor finds no weight of its shape, a result is not finite, or the disk refuses.
+
+def merge_with(settings: MergeSettings) -> MergeResult:
+    """Merge as `settings` ask for it.
+
+    The output becomes a Hugging Face directory with the model's tokenizer. Each tensor keeps its
+    type unless `dtype` names one for all (one that a GGUF file stores quantised becomes float32).
+    Memory holds one tensor at a time. With `verify` the result must give the logits of model and
+    adapter before it appears; `check` names rows on which the merged model is compared with the
+    adapter as it was trained.
+
+    Raises `ConfigError` for an occupied output, an unknown option or adapters that cannot be added
+    up, and `CheckpointError` where an adapter tensor finds no weight of its shape, a result is not
+    finite or computes something else, or the disk refuses.
     """
     started = time.time()
-    if onto not in get_args(MergeOnto):
-        raise ConfigError(f"onto is {onto!r}; expected 'original' or 'dequantised'.")
-    durable.refuse_occupied(Path(output))
-    if check:
-        data_files(list(map(str, check)))
-    path = adapter_path(adapter)
-    source = AdaptedSource(open_model_source(model), open_adapter(path))
-    _require_expressible(source)
-    record = read_base(path)
-    used = base_name("nf4" if onto == "dequantised" else None, record.get("double_quant"))
-    say_base(path, used, "--onto chooses the base, --check DATA measures what it comes to")
-    # The scales of the weights that training saw, where the adapter says so.
-    merger = _Merger(source, onto, double_quant=record.get("double_quant") is not False)
-    parameters: dict[str, Any] = {"model": model, "adapter": adapter, "output": output}
-    parameters |= {"onto": onto, "dtype": dtype, "max_shard_size": max_shard_size}
+    durable.refuse_occupied(settings.output)
+    if settings.check:
+        data_files(list(settings.check))
+    source = adapted_source(settings.model, settings.adapter)
+    nested = _say_bases(source, settings)
+    merger = Merger(source, settings.onto, double_quant=nested)
+    apart: list[float] = []
 
     def write_more(folder: Path) -> None:
+        if settings.verify:
+            below = BelowPairs(source, settings.onto, double_quant=nested)
+            apart.append(require_agreement(below, source.pairs, source.scales, HFDirectory(folder)))
         merged = source.folded + merger.merged
+        figures: dict[str, Any] = {"merged": merged, "requantised": merger.requantised}
+        figures |= {"logit_difference": apart[0]} if apart else {}
+        parameters = settings.model_dump()
+        output = settings.output
         write_summary(
-            folder,
-            "merge",
-            parameters,
-            started=started,
-            metrics={"merged": merged, "requantised": merger.requantised},
-            output_path=Path(output),
+            folder, "merge", parameters, started=started, metrics=figures, output_path=output
         )
+        facts = {
+            "base digest": source.base.digest(),
+            "merged onto": settings.onto + " weights",
+            "weights with an adapter": merged,
+            "largest relative difference of logits": f"{apart[0]:.2g}" if apart else None,
+        }
+        adapters = named_adapters(source.adapter.paths, settings.adapter)
+        text = model_readme(settings.model, adapters, ("merged",), facts)
+        durable.write_text(folder / "README.md", text)
 
-    written = write_directory(source, output, merger, dtype, max_shard_size, write_more)
-    measured = _perplexities(str(model), path, record, written.output, check) if check else {}
-    return MergeResult(written, source.folded + merger.merged, merger.requantised, measured)
+    written = write_directory(
+        source, settings.output, merger, settings.dtype, settings.max_shard_size, write_more
+    )
+    measured = _perplexities(source, settings) if settings.check else {}
+    merged = source.folded + merger.merged
+    return MergeResult(written, merged, merger.requantised, measured, apart[0] if apart else None)
 
 
-def _perplexities(
-    model: str, adapter: Path, record: dict[str, Any], output: Path, rows: Sequence[str | Path]
-) -> dict[str, float]:
+def adapted_source(model: str | ModelSource, adapters: Sequence[WeightedPath]) -> AdaptedSource:
+    """The model with its adapters, to be written as one. Raises as `merge_with`."""
+    base = open_model_source(model) if isinstance(model, str) else model
+    source = adapted(base, adapters)
+    _require_expressible(source)
+    return source
+
+
+def _say_bases(source: AdaptedSource, settings: MergeSettings) -> bool:
+    """Say which weights the sum goes onto; whether NF4 scales are nested, as training had them."""
+    records = [read_base(path) for path in source.adapter.paths]
+    nested = all(record.get("double_quant") is not False for record in records)
+    used = base_name(
+        *used_weights(source, "nf4" if settings.onto == "dequantised" else None, nested)
+    )
+    for path in source.adapter.paths:
+        say_base(path, used, "--onto chooses the base, --check DATA measures what it comes to")
+    return nested
+
+
+def _perplexities(source: AdaptedSource, settings: MergeSettings) -> dict[str, float]:
     """Perplexity of the adapter on the base that it was trained on, and of the merged model."""
-    given: dict[str, Any] = {"data": list(map(str, rows))}
+    given: dict[str, Any] = {"data": settings.check}
+    record = read_base(source.adapter.path)
     trained = EvalSettings(
-        model=model,
-        adapter=adapter,
+        model=settings.model,
+        adapter=settings.adapter,
         quantize=record.get("quantization"),
         double_quant=record.get("double_quant") is not False,
         **given,
     )
-    merged = EvalSettings(model=str(output), **given)
+    merged = EvalSettings(model=str(settings.output), **given)
     before, after = (evaluate_with(settings).perplexity for settings in (trained, merged))
     if after > before * _LARGE:
         log.warning(
@@ -143,60 +184,3 @@ def _require_expressible(source: AdaptedSource) -> None:
             f"{source.config.model_type} model a bias (lora_bias), for which its files have no "
             "key: every program would leave it out. Use the adapter with --adapter instead."
         )
-
-
-class _Merger:
-    """Turns each tensor of the base into that of the merged model; uses every pair once."""
-
-    def __init__(self, source: AdaptedSource, onto: MergeOnto, *, double_quant: bool) -> None:
-        self._source = source
-        self._pairs = {f"{module}.weight": pair for module, pair in source.pairs.items()}
-        self._onto = onto
-        self._experts = StoredExperts(source)
-        self._double_quant = double_quant
-        self.merged = 0
-        self.requantised = 0
-
-    def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self._experts.fuses(name):
-            return self._merge_experts(name, tensor)
-        through = self._onto == "dequantised" and name not in self._source.copied
-        if through and self._experts.holds(name):
-            tensor = self._experts.through_nf4(name, self._double_quant)
-            self.requantised += 1
-        elif through and is_quantised(name):
-            tensor = _through_nf4(name, tensor, self._double_quant)
-            self.requantised += 1
-        pair = self._pairs.pop(name, None)
-        if pair is None:
-            return tensor
-        self.merged += 1
-        return with_pair(tensor, pair, self._source.scales[name.removesuffix(".weight")])
-
-    def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of all experts' weights (E, out, in); every expert has pairs of its own."""
-        merged = tensor
-        if self._onto == "dequantised":
-            merged = self._experts.through_nf4(name, self._double_quant)
-            self.requantised += 1
-        pairs = {
-            path: self._pairs.pop(f"{path}.weight")
-            for path in self._experts.modules(name, tensor)
-            if f"{path}.weight" in self._pairs
-        }
-        if not pairs:
-            return merged
-        merged = merged.to(torch.float32, copy=True)
-        for path, target in self._experts.modules(name, merged).items():
-            if path in pairs:
-                a, b, *_ = pairs[path]
-                target.addmm_(b, a, alpha=self._source.scales[path])
-                self.merged += 1
-        return merged
-
-
-def _through_nf4(name: str, tensor: torch.Tensor, double_quant: bool) -> torch.Tensor:
-    try:
-        return dequantize(quantize(tensor, double_quant=double_quant), dtype=torch.float32)
-    except ValueError as error:
-        raise CheckpointError(f"tensor {name} cannot be quantised: {error}.") from error

@@ -192,8 +192,8 @@ def test_shards_and_type_are_as_asked(golden: Golden, tmp_path: Path) -> None:
 
 def test_an_unknown_way_or_an_occupied_output_is_refused(golden: Golden, tmp_path: Path) -> None:
     write_adapter(tmp_path / "a", golden("llama"))
-    with pytest.raises(ConfigError, match="onto is 'base'"):
-        merge(golden("llama"), tmp_path / "a", tmp_path / "out", onto="base")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="onto"):
+        merge(golden("llama"), tmp_path / "a", tmp_path / "out", onto="base")
     with pytest.raises(ConfigError, match="exists already"):
         merge(golden("llama"), tmp_path / "a", tmp_path / "a")
 
