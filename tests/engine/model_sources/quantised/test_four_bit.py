@@ -14,10 +14,11 @@ from torch import Tensor
 import engine
 from engine.errors import CheckpointError
 from engine.inference.agreement import difference
-from engine.model_sources.load_model import load_model
+from engine.model_sources.load_model import build_model, load_model
 from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.eight_bit import eight_bit_rows
 from engine.model_sources.quantised.four_bit import FP4_CODE, four_bit_parts
+from engine.model_sources.quantised.stored_codes import decoded
 from kernels.adamw8bit.dynamic_map import dynamic_map
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4_CODE, NF4Weight, dequantize, quantize
@@ -31,9 +32,14 @@ EXPERTS = "model.layers.0.mlp.experts"
 IDS = torch.arange(20).reshape(2, 10) * 5 % 61
 
 
-def four_bit(block: int = 64, nested: bool = True, storage: torch.dtype = torch.uint8) -> Encode:
+def four_bit(
+    block: int = 64,
+    nested: bool = True,
+    storage: torch.dtype = torch.uint8,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Encode:
     def encode(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        weight = quantize(tensor.to(torch.bfloat16), block, nested)
+        weight = quantize(tensor.to(dtype), block, nested)
         parts = {
             f"{name}.{leaf}" if leaf else name: t for leaf, t in four_bit_parts(weight).items()
         }
@@ -154,19 +160,14 @@ def test_8_bit_rows_are_loaded_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_experts_in_4_bits_compute_what_they_decode_to(tmp_path: Path) -> None:
-    folder = write_quantised(tmp_path / "m", four_bit(), NOTED, "qwen3_moe")
-    dense = write_dense(folder, tmp_path / "dense")
+    # Of fp32 weights, so that decoding rounds nothing.
+    encode = four_bit(dtype=torch.float32)
+    folder = write_quantised(tmp_path / "m", encode, NOTED, "qwen3_moe")
     model = load_model(folder)
     experts: Any = model.get_submodule(EXPERTS)
-    kinds = {type(weight) for weight in experts.stored.values()}
-    assert NF4Weight in kinds
-    assert torch.allclose(model(IDS), load_model(dense)(IDS), atol=2e-2)
-
-
-def write_dense(folder: Path, target: Path) -> Path:
-    """The decoded model, by itself."""
-    engine.quantize(folder, target, bits=16)
-    return target
+    assert {type(weight) for weight in experts.stored.values()} == {NF4Weight}
+    dense = build_model(decoded(open_model_source(folder)))
+    assert torch.allclose(model(IDS), dense(IDS), atol=1e-5)
 
 
 def weight_of(model: Decoder, path: str) -> Any:
