@@ -20,6 +20,8 @@ def merge_adapter(call: Call) -> None:
         if result.check:
             before, after = result.check.values()
             print(f"perplexity {after:.4f}, of the adapter as it was trained {before:.4f}")
+        if result.pushed:
+            print(f"Sent to: {result.pushed}")
 
 
 app = make_app((Verb("merge", (MergeSettings,)), merge_adapter))

@@ -22,6 +22,8 @@ def quantize_model(call: Call) -> None:
         before, after = result.perplexity.values()
         print(f"perplexity {before:.4f} before, {after:.4f} now")
     print(f"Model saved to: {result.output}")
+    if result.pushed:
+        print(f"Sent to: {result.pushed}")
 
 
 app = make_app((Verb("quantize", (QuantizeSettings,)), quantize_model))

@@ -13,8 +13,8 @@ from engine.config.choices import (
     HeadPrecision,
     Quantization,
 )
-from engine.config.publishing import Publishing
 from engine.config.given_adapters import Adapters
+from engine.config.publishing import Publishing
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     BAD_LINES,

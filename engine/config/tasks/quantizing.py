@@ -7,7 +7,8 @@ from pydantic import BeforeValidator
 
 from engine.config.choices import MAX_SHARD_SIZE, MergeOnto, StoredType
 from engine.config.given_adapters import Adapters
-from engine.config.settings import Settings, setting
+from engine.config.publishing import Publishing
+from engine.config.settings import setting
 from engine.config.spelling import DTYPES, as_text, shard_size, spelled
 from engine.config.tasks.inference import Paths
 
@@ -20,7 +21,7 @@ def _bits(value: object) -> object:
     return named.get(text, value)
 
 
-class WrittenModelSettings(Settings):
+class WrittenModelSettings(Publishing):
     """A model to read, and the directory to write."""
 
     model: Annotated[str, BeforeValidator(as_text)] = setting(

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from engine.config.given_adapters import WeightedPath
 from engine.config.sources import Vocabulary, build, gather
 from engine.config.tasks.gates import BENCHMARK, BENCHMARK_PASS_RATE, STRICT, GateSettings, is_set
 from engine.config.tasks.inference import EvalSettings
@@ -135,12 +136,12 @@ def _base(settings: EvalSettings, gates: GateSettings) -> EvalSettings | None:
         return None
     if gates.base is not None:
         return settings.model_copy(update={"model": gates.base, "adapter": None})
-    if settings.adapter is None:
+    if not settings.adapter:
         raise ConfigError(
             "`worse_than_base` and `perplexity_over_base` compare with the base model: without an "
             "adapter, name it as `base` in the gates file."
         )
-    return settings.model_copy(update={"adapter": None})
+    return settings.model_copy(update={"adapter": ()})
 
 
 def _output_dir(settings: EvalSettings) -> Path:
@@ -148,8 +149,8 @@ def _output_dir(settings: EvalSettings) -> Path:
     if settings.output_dir is not None:
         settings.output_dir.mkdir(parents=True, exist_ok=True)
         return settings.output_dir
-    if settings.adapter is not None:
-        run = adapter_path(settings.adapter).parent
+    if settings.adapter:
+        run = adapter_path(settings.adapter[0][0]).parent
         if (run / "manifest.json").is_file():
             return run
     return Path()
@@ -168,11 +169,11 @@ def _measured(
 
 def _answerer(model: LoadedModel, gates: GateSettings) -> Answerer:
     settings = model.settings
-    adapter = None if settings.adapter is None else adapter_path(settings.adapter)
+    adapters = [adapter_path(path) for path, _ in settings.adapter]
     return Answerer(
         model.decoder,
         model.tokenizer,
-        stop_ids_of(model.source, model.tokenizer, adapter),
+        stop_ids_of(model.source, model.tokenizer, *adapters),
         settings.chat_template_kwargs,
         gates.max_new_tokens,
     )
@@ -192,7 +193,7 @@ def _write(
             for name, (accepted, count) in measured.rates.categories.items()
         },
         "model": settings.model,
-        "adapter": None if settings.adapter is None else str(settings.adapter),
+        "adapter": _named(settings.adapter),
         "data": list(settings.data),
         "settings": gates.model_dump(mode="json"),
         "versions": versions(),
@@ -222,3 +223,9 @@ def _write(
     durable.write_json(folder / RESULTS, facts)
     if not failed:
         (folder / FAILED).unlink(missing_ok=True)
+
+
+def _named(adapters: tuple[WeightedPath, ...]) -> str | None:
+    """Adapters as the command line takes them, in one text; None without any."""
+    named = [path if weight == 1.0 else f"{path}={weight:g}" for path, weight in adapters]
+    return ", ".join(named) or None

@@ -22,6 +22,7 @@ from engine.config.tasks.quantizing import MergeSettings
 from engine.data.dataset import data_files
 from engine.errors import CheckpointError
 from engine.exporting.merging import BelowPairs, Merger
+from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
 from engine.inference.agreement import require_agreement
 from engine.model_sources.adapter.adapted_source import AdaptedSource
@@ -48,7 +49,7 @@ class MergeResult:
 
     `logit_difference` is what `engine.inference.agreement` measured, None where it was not asked.
     `check` has the perplexities that were asked for: of the adapter on the base that it was trained
-    on, and of the merged model.
+    on, and of the merged model. `pushed` is the address of the upload.
     """
 
     written: WrittenModel
@@ -56,6 +57,7 @@ class MergeResult:
     requantised: int
     check: dict[str, float] = field(default_factory=dict)
     logit_difference: float | None = None
+    pushed: str | None = None
 
     @property
     def output(self) -> Path:
@@ -97,6 +99,7 @@ def merge_with(settings: MergeSettings) -> MergeResult:
     finite or computes something else, or the disk refuses.
     """
     started = time.time()
+    where = destination(settings)
     durable.refuse_occupied(settings.output)
     if settings.check:
         data_files(list(settings.check))
@@ -131,8 +134,14 @@ def merge_with(settings: MergeSettings) -> MergeResult:
         source, settings.output, merger, settings.dtype, settings.max_shard_size, write_more
     )
     measured = _perplexities(source, settings) if settings.check else {}
-    merged = source.folded + merger.merged
-    return MergeResult(written, merged, merger.requantised, measured, apart[0] if apart else None)
+    return MergeResult(
+        written,
+        source.folded + merger.merged,
+        merger.requantised,
+        measured,
+        apart[0] if apart else None,
+        publish_folder(where, written.output, settings.model),
+    )
 
 
 def adapted_source(model: str | ModelSource, adapters: Sequence[WeightedPath]) -> AdaptedSource:

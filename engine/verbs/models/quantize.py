@@ -15,6 +15,7 @@ from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import QuantizeSettings
 from engine.data.dataset import data_files
 from engine.exporting.merging import Merger
+from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
@@ -34,7 +35,7 @@ class QuantizeResult:
     """`quantised` weights were quantised here, `copied` keep the codes of the source.
 
     `bytes_before` are those of the source's files. `perplexity` has `perplexity_before` and
-    `perplexity_after`, where rows were given.
+    `perplexity_after`, where rows were given; `pushed` is the address of the upload.
     """
 
     written: WrittenModel
@@ -44,6 +45,7 @@ class QuantizeResult:
     bytes_before: int
     bytes_after: int
     perplexity: dict[str, float] = field(default_factory=dict)
+    pushed: str | None = None
 
     @property
     def output(self) -> Path:
@@ -76,6 +78,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
     weight that cannot be quantised, or if the disk refuses.
     """
     started = time.time()
+    where = destination(settings)
     durable.refuse_occupied(settings.output)
     if settings.data:
         data_files(list(settings.data))
@@ -123,6 +126,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
         size,
         _file_bytes(settings.output),
         measured,
+        publish_folder(where, settings.output, settings.model),
     )
 
 
