@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.checks import read_config
-from engine.storage.safe_files import MIB, read_json_object, read_regular, read_text
+from engine.storage.safe_files import MIB, not_shown, read_json_object, read_regular, read_text
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,7 +42,8 @@ class ModelFiles:
                 f"{folder_hint(self.path)}"
             )
         self.raw_config = read_json_object(config_path, ConfigError)
-        self.config = read_config(self.raw_config, str(config_path))
+        with not_shown(config_path):
+            self.config = read_config(self.raw_config, str(config_path))
         self.generation_config = self._optional_json("generation_config.json")
 
     def tokenizer_json(self) -> str | None:

@@ -1,11 +1,11 @@
 """Open the files of a model folder safely.
 
-A model folder may come from anywhere. Only regular files are opened (a pipe or a device would hang
-or never end), never through a symbolic link, with one exception: the hub's cache keeps
-`models--org--name/snapshots/<commit>/file` as links into `models--org--name/blobs`, so a link is
-followed where its target stays inside that one `models--...` folder, or inside the folder that the
-link itself stands in. A folder of links into the hub's cache is read as well: what is there was
-downloaded under its own name.
+A model folder may come from anywhere. Only regular files are opened: a pipe or a device would hang
+or never end. A symbolic link is followed to a regular file wherever that lies, as other programs
+do: the hub's cache keeps its files so, and people link a configuration or a shard from another
+disk. What a file says is another matter: names in an index are plain names, which lead nowhere
+else. And a link may lead to a secret, so what is read through one that leaves its folder is never
+shown: an error about such a file says that it is not of its kind, and nothing of what it holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,11 +40,12 @@ MIB = 2**20
 def open_regular(path: Path) -> int:
     """A read-only descriptor of the regular file `path`, which the caller closes.
 
-    Raises `CheckpointError` if it is missing, no regular file, or a link that leads out of the
-    model's folder.
+    Raises `CheckpointError` if it is missing or, where a link leads too, no regular file.
     """
     try:
-        descriptor = os.open(_within_model(path), _READ_ONLY)
+        # Path.resolve raises RuntimeError for links in a circle before Python 3.13; this OSError.
+        target = os.path.realpath(path, strict=True) if path.is_symlink() else path
+        descriptor = os.open(target, _READ_ONLY)
     except OSError as error:
         raise CheckpointError(f"Cannot open {path}: {describe(error)}.") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -97,7 +100,8 @@ def read_json_object(
         data = read_regular(path, limit)
     except CheckpointError as problem:
         raise error(str(problem)) from problem
-    return parse_object(data, str(path), error)
+    with not_shown(path):
+        return parse_object(data, str(path), error)
 
 
 def json_object_or_empty(path: Path) -> dict[str, Any]:
@@ -130,24 +134,39 @@ def refuse_pickle(path: Path) -> NoReturn:
     )
 
 
-def _within_model(path: Path) -> Path:
+def leads_outside(path: Path) -> bool:
+    """Whether `path` is a link to a file that is neither beside it nor in the hub's cache.
+
+    What a model's download never makes, so that it may lead to something that is no model's.
+    """
     if not path.is_symlink():
-        return path
-    # Path.resolve raises RuntimeError for links in a circle before Python 3.13; this OSError.
-    target = Path(os.path.realpath(path, strict=True))
-    roots = [path.parent.resolve()]
+        return False
+    target = Path(os.path.realpath(path))
     cache = hub_cache_folder(path.parent)
-    if cache is not None:
-        roots.append(cache)
-    store = hub_cache_folder(target.parent, ("blobs", "snapshots"))
-    if store is not None:
-        roots.append(store)
-    if not any(target.is_relative_to(root) for root in roots):
-        raise CheckpointError(
-            f"{path} is a symbolic link to {target}, outside the model's folder. Put the file "
-            "itself there, or name the folder that holds it."
-        )
-    return target
+    inside = target.is_relative_to(path.parent.resolve()) or (
+        cache is not None and target.is_relative_to(cache)
+    )
+    return not inside and hub_cache_folder(target.parent, ("blobs", "snapshots")) is None
+
+
+@contextmanager
+def not_shown(*paths: Path) -> Iterator[None]:
+    """Around what reads the content of small files: an `EngineError` shows nothing behind a link.
+
+    Where one of `paths` leads outside, the error is another one of its type that names the link.
+    """
+    try:
+        yield
+    except EngineError as error:
+        linked = [path for path in paths if leads_outside(path)]
+        if not linked:
+            raise
+        links = ", ".join(f"{path} (to {os.path.realpath(path)})" for path in linked)
+        raise type(error)(
+            f"Not a file that can be used in its place: {links}. It is a link out of the model's "
+            "folder, so what it holds is not shown. Look at it, or put a copy of the file itself "
+            "in the folder to be told what is wrong with it."
+        ) from None
 
 
 def hub_cache_folder(folder: Path, parts: tuple[str, ...] = ("snapshots",)) -> Path | None:

@@ -98,15 +98,17 @@ def read_declared(
         if settings["extra_special_tokens"] is None:
             del settings["extra_special_tokens"]
     if settings.get("added_tokens_decoder") is not None:
-        for key, entry in settings["added_tokens_decoder"].items():
-            result.added[int(key)] = _token(entry, f"added_tokens_decoder, entry {key}")
+        for key, entry in _object(settings["added_tokens_decoder"]).items():
+            where = f"added_tokens_decoder, entry {key}"
+            result.added[_index(key, where)] = _token(entry, where)
     else:
         overruling = _read_json(files, "special_tokens_map.json")
         named |= _merge_map(settings, overruling)
         special = _texts(settings)
         for text, index in _read_json(files, "added_tokens.json").items():
             hidden = text in special
-            result.added[int(index)] = AddedToken(text, normalized=not hidden, special=hidden)
+            number = _index(index, f"{text!r} in added_tokens.json")
+            result.added[number] = AddedToken(text, normalized=not hidden, special=hidden)
         result.added |= backend.get_added_tokens_decoder()
         older = overruling.get("additional_special_tokens")
         if "extra_special_tokens" not in settings and isinstance(older, list):
@@ -115,6 +117,26 @@ def read_declared(
         settings.setdefault("pad_token", backend.padding["pad_token"])
     _set_names(settings, named, result)
     return result
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"the tokenizer's files hold a {type(value).__name__} as added_tokens_decoder; "
+            "expected an object that names tokens by their ids"
+        )
+    return value
+
+
+def _index(value: Any, where: str) -> int:
+    """The id of a token, a number or its digits."""
+    digits = str(value)
+    if isinstance(value, bool) or not (digits.isascii() and digits.isdecimal()):
+        raise CheckpointError(
+            f"the tokenizer's files give {digits[:80]!r} as the id of {where[:120]}; expected a "
+            "whole number"
+        )
+    return int(digits)
 
 
 def matched_as_written(declared: DeclaredTokens, backend: Backend) -> DeclaredTokens:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
+from engine.storage.safe_files import not_shown
 from engine.tokenization.chat_template import DEFAULT, TOOL_USE, ChatTemplate, default_template
 from engine.tokenization.mistral_words import fix_mistral_words
 from engine.tokenization.special_tokens import (
@@ -204,7 +205,14 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
     Raises:
         CheckpointError: the model has no tokenizer, or its files are damaged.
     """
-    files, where = source.tokenizer_files(), str(source.path)
+    files = source.tokenizer_files()
+    with not_shown(*(source.path / name for name in files)):
+        return _load(source, files, str(source.path), now)
+
+
+def _load(
+    source: "ModelDescription", files: Mapping[str, bytes], where: str, now: str | None
+) -> Tokenizer:
     backend, config, from_pieces = _open_backend(source, files, where)
     around: tuple[bool, bool] | tuple[None, None] = (None, None)
     if source.tokenizer_json() is None:

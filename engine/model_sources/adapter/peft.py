@@ -35,7 +35,7 @@ from engine.model_sources.adapter.contents import PREFIX, OtherTensors, Pairs, r
 from engine.model_sources.adapter.experts import EXPERTS, divide, fuse, fused_keys
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.storage import durable
-from engine.storage.safe_files import read_json_object
+from engine.storage.safe_files import not_shown, read_json_object
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -121,7 +121,8 @@ def load_adapter(directory: Path | str) -> Adapter:
             f"{directory} holds no {CONFIG}, so it is not a LoRA adapter. Name the folder that the "
             "adapter was saved to."
         )
-    config = from_json(read_json_object(directory / CONFIG), str(directory / CONFIG))
+    with not_shown(directory / CONFIG):
+        config = from_json(read_json_object(directory / CONFIG), str(directory / CONFIG))
     if not path.exists():
         pickles = [name for name in _LEGACY if (directory / name).exists()]
         what = f"only {pickles[0]}, a pickle, which is never read" if pickles else "no weights"

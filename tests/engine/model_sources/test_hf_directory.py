@@ -189,13 +189,28 @@ def test_an_index_that_leaves_the_folder_is_refused(model_copy: Copy, target: An
         HFDirectory(folder)
 
 
-def test_a_shard_that_is_a_link_to_outside_is_refused(model_copy: Copy) -> None:
+def test_files_that_are_links_to_elsewhere_are_read(model_copy: Copy) -> None:
+    """As transformers reads them. An index has no such right: see above."""
     folder = model_copy("llama")
-    file = next(iter(shard(folder).values()))
-    (folder / file).rename(folder.parent / file)
-    (folder / file).symlink_to(folder.parent / file)
-    with pytest.raises(CheckpointError, match="outside the model's folder"):
+    plain = HFDirectory(folder)
+    before = {name: plain.tensor(name).clone() for name in plain.names()}
+    shard(folder)
+    for file in [*folder.iterdir()]:
+        file.rename(folder.parent / file.name)
+        file.symlink_to(folder.parent / file.name)
+    linked = HFDirectory(folder)
+    assert all(torch.equal(linked.tensor(name), value) for name, value in before.items())
+    assert linked.tokenizer_files() == plain.tokenizer_files()
+
+
+def test_a_configuration_behind_a_link_is_not_shown(model_copy: Copy) -> None:
+    folder = model_copy("llama")
+    (folder.parent / "secret").write_text('{"model_type": "password", "password": "password"}')
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("../secret")
+    with pytest.raises(ConfigError) as caught:
         HFDirectory(folder)
+    assert "password" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, [], {}, "x"])

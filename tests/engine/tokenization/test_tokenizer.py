@@ -15,7 +15,7 @@ from engine.errors import CheckpointError
 from engine.inference.generation import prompt_ids
 from engine.tokenization.chat_template import CHATML
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
-from tests.support.tokenizer_folder import TokenizerFolder
+from tests.support.tokenizer_folder import TokenizerFolder, write_byte_tokenizer
 
 
 class Source:
@@ -244,3 +244,26 @@ def test_mistral_words_are_fixed_only_where_the_configuration_asks() -> None:
     assert pieces(model_type="llama") == 1
     source.config = {}
     assert pieces(model_type="mistral", transformers_version="4.57.1") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("added_tokens.json", {"<x>": "seven"}),
+        ("added_tokens.json", {"<x>": {"id": 7}}),
+        ("added_tokens.json", {"<x>": -1}),
+        ("added_tokens.json", {"<x>": 7.5}),
+        ("added_tokens.json", {"<x>": True}),
+        ("added_tokens.json", {"<x>": None}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"seven": {"content": "<x>"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<x>"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": "<x>"}),
+    ],
+)
+def test_an_added_token_whose_id_is_no_number_is_refused(
+    tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    write_byte_tokenizer(tmp_path, 40)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="the tokenizer's files"):
+        TokenizerFolder(tmp_path).load()
