@@ -10,20 +10,19 @@ allocator are added (`engine.memory.process`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from engine.config.train_config import TrainConfig
 from engine.memory.process import PROCESS
-from engine.memory.simulate.meter import Peak, Segment
+from engine.memory.simulate.depth import step_of_layers
+from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.step import SimulatedStep, simulate_step
-from engine.training.trainable import decoded_layers
 from kernels.runtime.device import architecture as device_architecture
 from kernels.runtime.host_memory import cached_bytes
 from models.config.model_config import ModelConfig
-from models.layers.context import layer_policies
 from models.layers.packed_batch import PackedBatch
 
 CUDA_CONTEXT = 480 * 2**20
@@ -45,7 +44,6 @@ _HEAP, _HEAP_SHARE = 120 * 2**20, 5
 _SMALL_BLOCK, _SMALL_SEGMENT, _SEGMENT = 2**20, 2 * 2**20, 20 * 2**20
 """torch's CUDA allocator takes memory in segments, of another size for blocks over 1 MiB."""
 
-_FEW_LAYERS = (4, 5)
 _PASSING = ("saved activations", "block working set", "loss", "gradients")
 
 
@@ -137,13 +135,15 @@ def plan(
     work: Workload | Sequence[PackedBatch] | None = None,
     whole: bool = False,
     process: int = PROCESS,
+    simulated: dict[Hashable, SimulatedStep] | None = None,
 ) -> MemoryPlan:
     """Plan a run of `config` on a model of this shape.
 
     `GPU` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
     (by default the largest that the settings allow), or the batches of the step itself. `whole`
-    passes every layer, and `process` is what a CPU holds besides tensors. Raises `ValueError` where
-    the checkpointing policies are not those of the layers.
+    passes every layer, and `process` is what a CPU holds besides tensors. `simulated` holds
+    steps of earlier plans for the same model and machine, and gets those of this one. Raises
+    `ValueError` where the checkpointing policies are not those of the layers.
     """
     work = work or workload(config)
     if isinstance(work, Workload):
@@ -151,30 +151,17 @@ def plan(
     else:
         batches = list(work)
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
+        simulated = None
+    lengths, known = work.micro_batches, {} if simulated is None else simulated
 
-    layers, period = model.num_hidden_layers, model.period
-    policies = set(layer_policies(config.gradient_checkpointing, layers))
-    mixed = len(policies) > 1
-    settings = (
-        config if mixed else config.model_copy(update={"gradient_checkpointing": policies.pop()})
-    )
+    def step(shallow: ModelConfig, own: TrainConfig) -> SimulatedStep:
+        key = (shallow.num_hidden_layers, own.model_dump_json(), lengths)
+        if key not in known:
+            known[key] = simulate_step(shallow, own, batches, gpu=gpu, dtype=dtype, stored=stored)
+        return known[key]
 
-    decoded = decoded_layers(config, layers)
-    some = 0 < decoded < layers
-
-    def run(layers: int, keep: str = settings.keep_decoded) -> SimulatedStep:
-        few, own = model.with_layers(layers), settings.model_copy(update={"keep_decoded": keep})
-        return simulate_step(few, own, batches, gpu=gpu, dtype=dtype, stored=stored)
-
-    few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
-    if whole or mixed or layers % period or layers <= few[1] + 1 or (some and period > 1):
-        result = run(layers)
-    elif some:  # as with one such layer, and the same again for each of the others
-        fewer, more = run(few[0], "1"), run(few[1], "1")
-        result = _extrapolated(fewer, more, few, layers, 2).with_more("decoded base", decoded)
-    else:
-        result = _extrapolated(run(few[0]), run(few[1]), few, layers, max(2, period))
-    made = _plan_of(result, config, gpu, dtype, work, layers)
+    result = step_of_layers(model, config, step, whole)
+    made = _plan_of(result, config, gpu, dtype, work, model.num_hidden_layers)
     if gpu:
         made = _with_batches_ahead(made, batches)
     else:
@@ -237,52 +224,3 @@ def _plan_of(
         host=result.host,
         layers=layers,
     )
-
-
-def _extrapolated(
-    fewer: SimulatedStep, more: SimulatedStep, few: tuple[int, int], layers: int, ends: int
-) -> SimulatedStep:
-    """The pass of a model with `layers` layers, from those of two shallow ones with `few`.
-
-    In both directions the bytes grow or shrink by the same amount from layer to layer, or from
-    period to period where layers differ, so the ends decide: the first and last `ends` layers of
-    each direction are looked at.
-    """
-    low, high = few
-    distance = (layers - low) / (high - low)
-    ahead, beyond = _by_end(fewer.segments, low, ends), _by_end(more.segments, high, ends)
-    segments = {
-        name: _further(ahead[name], beyond[name], distance) for name in ahead if name in beyond
-    }
-    resident = {
-        owner: max(0, round(size + (more.resident[owner] - size) * distance))
-        for owner, size in fewer.resident.items()
-    }
-    return SimulatedStep(
-        load=_further(fewer.load, more.load, distance),
-        segments=segments,
-        resident=resident,
-        trainable=round(fewer.trainable + (more.trainable - fewer.trainable) * distance),
-        flops=fewer.flops + (more.flops - fewer.flops) * distance,
-        host=round(fewer.host + (more.host - fewer.host) * distance),
-    )
-
-
-def _by_end(segments: dict[Segment, Peak], layers: int, ends: int) -> dict[Segment, Peak]:
-    """Segments named by their distance from the first layer, or, negative, from the last."""
-    named = {}
-    for (kind, index), peak in segments.items():
-        if kind in ("forward", "backward", "between layers"):
-            if ends <= index < layers - ends:
-                continue
-            index = index if index < ends else index - layers
-        named[kind, index] = peak
-    return named
-
-
-def _further(near: Peak, far: Peak, distance: float) -> Peak:
-    owners = {
-        owner: round(size + (far.owners[owner] - size) * distance)
-        for owner, size in near.owners.items()
-    }
-    return Peak(sum(owners.values()), owners)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from engine.memory.decoded import FREE_SHARE, resolve_decoded, spare_memory
 from engine.memory.estimate import MemoryPlan
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.search import changed, least_step
+from engine.memory.simulate.step import SimulatedStep
 from engine.model_sources.open import describe_model
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import read_examples
@@ -81,6 +83,7 @@ class RunPlanner:
     rows: KnownRows = field(default_factory=lambda: KnownRows(None, None))
     teacher: ModelConfig | None = None
     _teachers: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _simulated: dict[Hashable, SimulatedStep] = field(default_factory=dict)
 
     def __call__(self, config: TrainConfig) -> MemoryPlan:
         """The plan of these settings, what they leave to the machine chosen."""
@@ -98,6 +101,7 @@ class RunPlanner:
             dtype=compute_dtype(config, self.gpu),
             stored=self.stored,
             work=None if self.rows.lengths is None else step_of(config, self.rows.lengths),
+            simulated=self._simulated,
         )
         if self.teacher is None:
             return made

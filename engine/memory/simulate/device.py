@@ -60,10 +60,12 @@ class OnGPU(_OnDevice):
             if args[0].is_meta:
                 return GPU if asked is _DEVICE else True
             return func(*args)
-        if options.get("device") == GPU:
+        if options and options.get("device") == GPU:
             options["device"] = META
-        if any(isinstance(x, torch.device) for x in args):
-            args = tuple(META if isinstance(x, torch.device) and x == GPU else x for x in args)
+        for x in args:
+            if type(x) is torch.device and x == GPU:
+                args = tuple(META if isinstance(y, torch.device) and y == GPU else y for y in args)
+                break
         return func(*args, **options)
 
 
