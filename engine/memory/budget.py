@@ -4,8 +4,9 @@ Before rows are read, one row of 8 tokens is planned, and a budget that cannot h
 Before weights are read, so is the largest step that the run's rows can make. On a CUDA GPU the
 allocator gets the budget as its limit. On a CPU the budget is for the process and its tensors:
 every step that is larger than those before it, and the first two, run under a `MemoryMeter` that
-stops the run at what the process leaves. At the end the measured peak stands beside the plan of the
-largest step seen.
+stops the run at what the process leaves; after every step the process itself is looked at, and more
+resident memory than the budget ends the run after a checkpoint. At the end the measured peak stands
+beside the plan of the largest step seen.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
-from engine.memory.process import refusal
+from engine.memory.process import forget_peak, peak_resident, refusal
 from engine.memory.search import least_step, require_any
 from engine.memory.simulate.meter import MemoryMeter, gib
 from engine.memory.simulate.observer import observed, track_model
@@ -109,6 +110,9 @@ class MemoryBudget:
         self._watched = 0
         self._measured = 0
         self._largest: Sequence[PackedBatch] = ()
+        self._resident = 0
+        if device.type == "cpu":
+            forget_peak()
 
     def _plan(
         self, config: TrainConfig, work: Workload | Sequence[PackedBatch] | None
@@ -159,6 +163,21 @@ class MemoryBudget:
             yield
         self._measured = max(self._measured, meter.peak.bytes)
 
+    def overrun(self) -> str | None:
+        """What ends the run between two steps: on a CPU, more resident memory than the budget."""
+        if self._device.type != "cpu":
+            return None
+        self._resident = max(self._resident, peak_resident())
+        if self._resident <= self._budget:
+            return None
+        more = -(-self._resident * 11 // 10 // 2**20)
+        return (
+            f"This process held {gib(self._resident)} of resident memory, more than the memory "
+            f"budget of {gib(self._budget)}; {gib(self.planned.total)} were planned, and the rest "
+            f"is its allocator's or another part's of the program. Give --memory-budget {more}MiB, "
+            "or lower --batch-size or --max-length."
+        )
+
     def figures(self) -> dict[str, Any]:
         """Planned and measured peaks for the summary; warns where they are far apart."""
         config = self._config
@@ -179,6 +198,7 @@ class MemoryBudget:
             "planned_limit_bytes": self.planned.total,
             "planned_peak_bytes": expected,
             "measured_peak_bytes": measured,
+            **({"resident_peak_bytes": self._resident} if self._device.type == "cpu" else {}),
         }
 
 

@@ -1,10 +1,14 @@
 """What a process holds before a model: Python, torch, libraries.
 
 On a CPU a memory budget is a wall around the whole process, so its own bytes count beside those of
-tensors. A plan for another process takes `PROCESS`. A run looks once, before weights are read.
+tensors. A plan for another process takes `PROCESS`. A run looks once, before weights are read, and
+at what was resident at most after every step.
 """
 
 from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -25,6 +29,23 @@ def process_bytes(device: torch.device) -> int:
     if device.type != "cpu":
         return 0
     return max(PROCESS, int(psutil.Process().memory_info().rss))
+
+
+def forget_peak() -> None:
+    """Let `peak_resident` begin anew; Linux alone can, and not in every container."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """The most bytes of this process that were resident at once, since `forget_peak` on Linux.
+
+    Elsewhere what is resident now. Source: proc(5), VmHWM.
+    """
+    with suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    return int(psutil.Process().memory_info().rss)
 
 
 def refusal(budget: int, process: int) -> str:

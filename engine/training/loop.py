@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from engine.errors import EngineError
+from engine.errors import EngineError, MemoryPlanError
 from engine.runs.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.batches_ahead import BatchesAhead
@@ -101,18 +101,24 @@ def _unwatched(batches: Sequence[PackedBatch]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def _within() -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class TrainerHooks:
     """What the loop calls.
 
     `save` writes a checkpoint, `report` takes each step's metrics, `evaluate` returns held-out
-    figures to add to a step's line, and `watch` is entered around a step.
+    figures to add to a step's line, and `watch` is entered around a step. `overrun` is asked after
+    a step whether it took more memory than it may; what it says ends the run.
     """
 
     save: Callable[[Progress], None]
     report: Callable[[StepMetrics], None]
     evaluate: Callable[[], dict[str, float]] | None = None
     watch: Callable[[Sequence[PackedBatch]], AbstractContextManager[None]] = _unwatched
+    overrun: Callable[[], str | None] = _within
 
 
 class Trainer:
@@ -142,16 +148,24 @@ class Trainer:
         """Train to the end; a checkpoint of the last step is on the disk when this returns.
 
         Raises `Interrupted` after a checkpoint when a signal asked for a stop, and
-        `NonFiniteError`, after a checkpoint too, when values stay non-finite.
+        `NonFiniteError` and `MemoryPlanError`, after a checkpoint too, when values stay non-finite
+        or a step took more memory than it may.
         """
         settings, progress = self.settings, self.progress
         while progress.step < settings.total_steps:
             self._one_step()
             due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
             stop = self.signals.requested  # read once: a signal may come at any moment
-            if due or stop is not None or progress.step == settings.total_steps:
+            unfinished = progress.step < settings.total_steps
+            problem = self.hooks.overrun() if unfinished else None
+            if due or stop is not None or problem is not None or not unfinished:
                 self.hooks.save(progress)
-            if progress.step < settings.total_steps and stop is not None:
+            if problem is not None:
+                raise MemoryPlanError(
+                    f"{problem} A checkpoint of step {progress.step} of {settings.total_steps} is "
+                    f"written: {settings.go_on} with these settings goes on from there."
+                )
+            if unfinished and stop is not None:
                 raise Interrupted(
                     stop,
                     f"Stopped after step {progress.step} of {settings.total_steps}; a checkpoint "

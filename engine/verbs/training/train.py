@@ -248,7 +248,8 @@ class _Run:
 
         hooks = TrainerHooks(save, report, self._heldout_figures if prepared.heldout else None)
         if self.budget is not None:
-            hooks = replace(hooks, watch=partial(self.budget.watch, self.model, self.optimizer))
+            watch = partial(self.budget.watch, self.model, self.optimizer)
+            hooks = replace(hooks, watch=watch, overrun=self.budget.overrun)
         signals = self.stack.enter_context(StopSignals())
         settings = self._trainer_settings()
         trainer = Trainer(self._step(), prepared.batches, settings, hooks, signals, self.progress)

@@ -13,8 +13,9 @@ from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.process import PROCESS, process_bytes
+from engine.memory.process import PROCESS, forget_peak, peak_resident, process_bytes
 from engine.verbs.training.train import dry_run, train
+from tests.support.small_runs import small_run
 
 CPU = torch.device("cpu")
 
@@ -71,3 +72,46 @@ def test_tensors_are_planned_alike_whatever_the_process_holds() -> None:
     )
     assert small.step == large.step and small.load == large.load
     assert large.total - small.total == 1 << 30
+
+
+@pytest.mark.parametrize("at", [1, 3, None])
+def test_a_run_ends_after_a_checkpoint_where_the_process_outgrows_its_budget(
+    at: int | None,
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors stay within the plan; another part of the program takes what it did not plan."""
+    budget = process_bytes(CPU) + (256 << 20)
+    looked: list[bytearray] = []
+    real = peak_resident
+
+    def grown() -> int:
+        looked.append(bytearray(b"\1") * ((512 << 20) if len(looked) + 1 == at else 1))
+        return real()
+
+    monkeypatch.setattr("engine.memory.budget.peak_resident", grown)
+    config = small_run(tiny_model, write_rows(8), tmp_path / "run", memory_budget=budget)
+    if at is None:
+        result = train(config, console=False)
+        assert 0 < result.metrics["resident_peak_bytes"] <= budget
+        return
+    with pytest.raises(MemoryPlanError, match=f"A checkpoint of step {at} of 6 is written") as told:
+        train(config, console=False)
+    looked.clear()
+    assert "of resident memory, more than the memory budget of" in str(told.value)
+    assert (tmp_path / "run" / f"checkpoint-{at}").is_dir()
+    monkeypatch.setattr("engine.memory.budget.peak_resident", lambda: 0)
+    more = {"resume": "auto", "memory_budget": 8 << 30}
+    assert train(config.model_copy(update=more), console=False).metrics["steps"] == 6
+
+
+def test_the_peak_is_of_what_was_resident_since_it_was_forgotten() -> None:
+    forget_peak()
+    before = peak_resident()
+    filled = bytearray(b"\1") * (200 << 20)
+    del filled
+    assert peak_resident() >= before + (190 << 20)
+    forget_peak()
+    assert peak_resident() < before + (100 << 20)
