@@ -60,6 +60,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("benchmark", "profile"), "bench"),
     **dict.fromkeys(("env", "info", "check", "diagnose"), "doctor"),
     **dict.fromkeys(("ps", "runs", "watch", "progress", "logs"), "status"),
+    **dict.fromkeys(("quantize", "quantise", "convert", "gguf", "to_gguf"), "export gguf"),
     "version": "--version",
 }
 
@@ -179,7 +180,8 @@ def _usage_message(error: Any) -> str:
         return f"{option} needs a value{_told(error, option)}."
     if option is None or "No such option" not in str(error.message):
         message = str(error.format_message()).rstrip(".") or "Name one of its commands"
-        return message if message.endswith("?") else f"{message}."
+        message = message if message.endswith("?") else f"{message}."
+        return f"{message}{_commands(error)}"
     near = difflib.get_close_matches(option, error.possibilities or [], n=1, cutoff=0.75)
     from engine.config.aliases import HINTS
     from engine.config.explain import nearest
@@ -189,8 +191,16 @@ def _usage_message(error: Any) -> str:
     near = [f"--{field.replace('_', '-')}"] if field else near
     if near:
         return f"There is no option {option}. Did you mean {near[0]}?"
+    if commands := _commands(error):
+        return f"There is no option {option} before a command.{commands}"
     hint = HINTS.get(option.lstrip("-").replace("-", "_")) if "method" in settings else None
     return f"There is no option {option}" + (f": {hint}." if hint else ".")
+
+
+def _commands(error: Any) -> str:
+    """The commands of a verb that has some, as a sentence; empty for any other."""
+    names = getattr(getattr(error.ctx, "command", None), "commands", {})
+    return f" Its commands: {', '.join(names)}." if names else ""
 
 
 def _told(error: Any, option: str) -> str:

@@ -136,6 +136,7 @@ HINTS: dict[str, str] = {
     "fp16": "write `dtype: float16`",
     "fp32": "write `dtype: float32`",
     "fsdp": "a run is one process; to need less memory, write `memory_budget:` or `offload:`",
+    "gpus": "a run is one process on one device, which `device:` names",
     "liger_kernel": "the kernels are fused already and need no switch",
     "load_best_model_at_end": "every run saves its last weights; checkpoints are in its folder",
     "logging_dir": "metrics.jsonl lies in `output_dir:`; `report_to:` names trackers",

@@ -6,6 +6,7 @@ without being counted in the `ReadReport`.
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,13 +161,30 @@ def data_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
     return [_data_file(Path(path)) for path in listed]
 
 
+def _what_it_may_be(name: str) -> str:
+    """What to do about a name of no file, by what it looks like."""
+    parts = [part.strip() for part in name.split(",")]
+    if len(parts) > 1 and all(Path(part).exists() for part in parts):
+        return f"Several are named one by one: --data {' --data '.join(parts)}."
+    if any(sign in name for sign in "*?["):
+        return "No file has a name of this pattern; patterns are the shell's, so leave the quotes."
+    if re.match(r"https?:/", name):
+        return "Data is not fetched from the network: download the file and name it."
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().endswith(DATA_SUFFIXES):
+        return (
+            "Check the path. If it is a data set of the hub, fetch it first: hf download "
+            f"{name} --repo-type dataset --local-dir data"
+        )
+    return "Check the path."
+
+
 def _data_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
         raise DataError(
             f"{path}: there is no such data file; expected JSON Lines or a JSON array, "
-            "plain or compressed with gzip. Check the path."
+            f"plain or compressed with gzip. {_what_it_may_be(str(path))}"
         )
     files = sorted(p for p in path.iterdir() if p.name.lower().endswith(DATA_SUFFIXES))
     train = [p for p in files if p.name.split(".")[0] == "train"]

@@ -157,6 +157,12 @@ def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
             if value is None or not Path(value).exists():
                 continue
             real = Path(value).resolve()
+            if option != "--data" and option != "--eval-data" and real == target.resolve():
+                raise ConfigError(
+                    f"{option} and --output-dir both name {target}: a run would write its adapter, "
+                    "checkpoints and records among the files of that folder. Choose another "
+                    "--output-dir, such as runs/first."
+                )
             if any(real.is_relative_to(path) for path in written):
                 raise ConfigError(
                     f"{option} {value} is a part of the run in {target}, which this run would "

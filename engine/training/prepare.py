@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from engine.training.checks import check_model, check_request, check_run
 from engine.training.init_adapter import open_init_adapter
 from models.config.model_config import ModelConfig
 from models.layers.packed_batch import PackedBatch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -148,8 +151,20 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
         heldout, report_heldout = render(
             [with_system(row, config.system_prompt) for row in heldout_rows]
         )
+        _tell_shared(examples, heldout)
     check_ids([*examples, *heldout], vocab_size)
     return RowSet(examples, heldout, read, read_heldout, report, report_heldout)
+
+
+def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
+    """Warn where held-out rows are trained on too, so that their loss says nothing of new ones."""
+    trained = {(example.ids.tobytes(), example.mask.tobytes()) for example in examples}
+    shared = sum((example.ids.tobytes(), example.mask.tobytes()) in trained for example in heldout)
+    if shared:
+        log.warning(
+            "%d of %d held-out rows stand among the rows to train on too: what they measure is "
+            "partly memory, not what is learnt for other rows", shared, len(heldout),
+        )  # fmt: skip
 
 
 def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
@@ -180,6 +195,8 @@ def _digests(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer) -> 
 
 def with_system(row: Row, prompt: str | None) -> Row:
     """The row with a system message in front, unless it has one."""
-    if prompt is None or any(message["role"] == "system" for message in row.messages):
+    if prompt is None or any(
+        message["role"] in ("system", "developer") for message in row.messages
+    ):
         return row
     return replace(row, messages=[{"role": "system", "content": prompt}, *row.messages])

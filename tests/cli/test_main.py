@@ -314,3 +314,19 @@ def test_status_answers_for_a_run_in_words_and_json(
     assert cli.main(["status", str(tmp_path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["step"], answer["state"], answer["alive"]) == (5, "died", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (("export", "--model", "m"), "Its commands: gguf, adapter"),
+        (("data", "rows.jsonl"), "Its commands: "),
+        (("quantize", "m"), "`engine export gguf`"),
+        (("train", "--gpus", "2"), "a run is one process on one device"),
+    ],
+)
+def test_what_stands_where_a_command_should_names_the_commands(
+    words: tuple[str, ...], answer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(list(words)) == 2
+    assert answer in capsys.readouterr().err

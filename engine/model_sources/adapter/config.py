@@ -121,14 +121,14 @@ def from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
     judge_adapter_keys(raw, source)
     rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha", 8), raw.get("lora_dropout", 0.0)
     rank = _require_rank("r", rank, source)
-    for key, value, high in (("lora_alpha", alpha, math.inf), ("lora_dropout", dropout, 1.0)):
-        _require_number(key, value, high, source)
+    _require_number("lora_alpha", alpha, -math.inf, math.inf, source)
+    _require_number("lora_dropout", dropout, 0.0, 1.0, source)
     ranks = _patterns(raw, "rank_pattern", source)
     alphas = _patterns(raw, "alpha_pattern", source)
     for pattern, value in ranks.items():
         _require_rank(f"rank_pattern of {pattern!r}", value, source)
     for pattern, value in alphas.items():
-        _require_number(f"alpha_pattern of {pattern!r}", value, math.inf, source)
+        _require_number(f"alpha_pattern of {pattern!r}", value, -math.inf, math.inf, source)
     targets = raw.get("target_modules")
     # A text is a pattern over module names; the tensors say just as well which modules it means.
     listed = list(map(str, targets)) if isinstance(targets, list) else []
@@ -179,9 +179,14 @@ def _require_rank(key: str, rank: Any, source: str) -> int:
     return rank
 
 
-def _require_number(key: str, value: Any, high: float, source: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < high:
-        raise CheckpointError(f"{source}: {key} is {value!r}; expected a number from 0.")
+def _require_number(key: str, value: Any, low: float, high: float, source: str) -> None:
+    """A number from `low` to below `high`. An alpha below 0 takes away what was learnt (PEFT)."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not low <= value < high or value == -math.inf:
+        raise CheckpointError(
+            f"{source}: {key} is {value!r}; expected a number"
+            f"{' from 0 to below 1' if low == 0 else ''}."
+        )
 
 
 def model_card(config: AdapterConfig) -> str:

@@ -149,3 +149,16 @@ def test_a_typo_leaves_no_run_of_its_own(
     with pytest.raises(ConfigError, match="v_prj"):
         train(settings.model_copy(update={"output_dir": None}), console=False)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["model", "teacher", "init_adapter"])
+def test_a_run_is_not_written_among_the_files_that_it_reads(
+    option: str, ended: Path, tiny_model: Path
+) -> None:
+    folder = ended / "adapter" if option == "init_adapter" else tiny_model
+    before = snapshot(folder)
+    settings = config(tiny_model, ended.parent / "rows.jsonl", folder)
+    settings = settings.model_copy(update={option: str(folder)})
+    with pytest.raises(ConfigError, match=r"both name .*\. Choose another --output-dir"):
+        train(settings, console=False)
+    assert snapshot(folder) == before

@@ -23,6 +23,7 @@ from engine.verbs.training.plan import plan
 from engine.verbs.training.train import dry_run, train
 from models.adapters import adapter_tensors, add_lora
 from models.tensor_names import skeleton
+from tests.support.small_runs import small_run
 from tests.support.tiny_model import GOLDEN, write_tiny_model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -214,3 +215,21 @@ def test_a_full_disk_is_noticed_before_the_weights(
     said = answers(settings(folder, {}))
     assert len(set(said.values())) == 1
     assert "has 8 MiB free and a checkpoint needs" in said["train"]
+
+
+@pytest.mark.parametrize(("held", "shared"), [("rows.jsonl", 4), ("other.jsonl", 0)])
+def test_heldout_rows_that_are_trained_on_are_told(
+    held: str,
+    shared: int,
+    tiny_model: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    write_rows(4)
+    (tmp_path / "other.jsonl").write_text('{"prompt": "Other?", "response": "Yes."}\n')
+    dry_run(small_run(tiny_model, tmp_path / "rows.jsonl", tmp_path / "run",
+                      eval_data=tmp_path / held))  # fmt: skip
+    told = [r.getMessage() for r in caplog.records if "held-out rows stand" in r.getMessage()]
+    assert len(told) == bool(shared)
+    assert not shared or told[0].startswith(f"{shared} of {shared} held-out rows stand among")

@@ -55,6 +55,12 @@ CASES: dict[str, dict[str, Any]] = {
         "alpha_pattern": {".*v_proj": 1},
         "use_rslora": True,
     },
+    "alphas below zero": {"lora_alpha": -4, "alpha_pattern": {"v_proj": -1}},
+    "pissa, dora, rslora, ranks": {
+        "init_lora_weights": "pissa", "use_dora": True, "use_rslora": True,
+        "rank_pattern": {"q_proj": 2}, "target_modules": [*ALL, "lm_head"],
+    },
+    "olora and dora": {"init_lora_weights": "olora", "use_dora": True, "target_modules": ALL},
     "ranks and dora": {"rank_pattern": {"v_proj": 2}, "use_dora": True},
     "a target that is nowhere": {"target_modules": [*QV, "no_such_proj"]},
     "fan in, fan out": {"fan_in_fan_out": True},

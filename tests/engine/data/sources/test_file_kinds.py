@@ -48,3 +48,23 @@ def test_the_content_decides_and_not_the_name(name: str, tmp_path: Path) -> None
         path = tmp_path / name
         path.write_bytes(content)
         assert load_rows(path)[0].messages[0]["content"] == "Q"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("org/name", "hf download org/name --repo-type dataset"),
+        ("https://host.org/rows.jsonl", "download the file"),
+        ("*.jsonl", "patterns are the shell's"),
+        ("{here}/a.jsonl,{here}/b.jsonl", "--data {here}/a.jsonl --data {here}/b.jsonl"),
+        ("rows.jsonl", "Check the path"),
+    ],
+)
+def test_a_name_of_no_file_is_answered_by_what_it_looks_like(
+    name: str, advice: str, tmp_path: Path
+) -> None:
+    for file in ("a.jsonl", "b.jsonl"):
+        (tmp_path / file).write_bytes(ROW)
+    with pytest.raises(DataError, match="there is no such data file") as caught:
+        load_rows(name.format(here=tmp_path))
+    assert advice.format(here=tmp_path) in str(caught.value)

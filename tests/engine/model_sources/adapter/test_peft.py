@@ -270,7 +270,8 @@ def test_a_folder_under_a_file_is_named(tmp_path: Path) -> None:
         ({"r": True}, "r is True"),
         ({"r": 8}, "gives the rank 8"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
-        ({"lora_alpha": -1}, "lora_alpha is -1"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
+        ({"lora_dropout": -0.1}, "lora_dropout is -0.1"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
     ],
 )
