@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.adapters_triton import pack_triton, unpack_triton
+from kernels.linear.dora import RowScale
 from kernels.linear.projection import GroupLayout, Projection
 from kernels.runtime.dispatch import use_triton
 
@@ -36,6 +37,18 @@ class Adapters:
     layout: GroupLayout
     a: Tensor
     b: Tensor
+
+
+@dataclass(frozen=True)
+class AdapterSaved:
+    """What the adapters of a group leave for backward.
+
+    `low` is x~ A^T, (N, spare) or on a CPU (N, sum of ranks); None without adapters. `scales` are
+    those of DoRA, one per projection, None where a projection has none.
+    """
+
+    low: Tensor | None
+    scales: tuple[RowScale | None, ...]
 
 
 def pairs_of(projections: Sequence[Projection]) -> list[tuple[Tensor, Tensor, float]]:

@@ -7,12 +7,13 @@ reused scratch. Where adapters join the products, that is the matrix E of `kerne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels.linear.adapters import Adapters, pack
+from kernels.linear.dora import RowScale, row_scale
 from kernels.linear.int8 import Int8Weight, dequantize_int8
 from kernels.linear.projection import (
     LastingWeights,
@@ -41,6 +42,13 @@ class Decoded:
     weights: list[Tensor]
     adapters: Adapters | None = None
     extended: Tensor | None = None
+    _scales: list[RowScale | None] = field(default_factory=list)
+
+    def row_scales(self, projections: Sequence[Projection]) -> tuple[RowScale | None, ...]:
+        """DoRA's scale of each projection of the group, computed when it is first asked for."""
+        if not self._scales:
+            self._scales.extend(map(row_scale, self.weights, projections))
+        return tuple(self._scales)
 
     def forward_matrix(self) -> Tensor:
         """Upper rows of E: what [x | x~ A^T] is multiplied by, transposed."""

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed
-from kernels.linear.adapters import Adapters, Gradients
+from kernels.linear.adapters import Adapters, AdapterSaved, Gradients
 from kernels.linear.columns import (
     Columns,
     input_columns,
@@ -44,7 +44,7 @@ from kernels.linear.columns import (
     stacked,
 )
 from kernels.linear.decode import Decoded, decode, join
-from kernels.linear.dora import row_scale
+from kernels.linear.dora import RowScale
 from kernels.linear.lora_backward import adapter_input, project_backward, split_ranks
 from kernels.linear.projection import Projection
 from kernels.nf4.matmul import fused_pays, nf4_linear
@@ -61,8 +61,8 @@ def project(
     slot: str = "wide",
     *,
     spare: bool = True,
-) -> tuple[Columns, Tensor | None]:
-    """y_i (N, out_i) for x (N, in), as column blocks of one matrix, and x~ A^T for backward.
+) -> tuple[Columns, AdapterSaved]:
+    """y_i (N, out_i) for x (N, in), as column blocks of one matrix, and what backward reads.
 
     `seed` None means no dropout (evaluation). `decoded` are weights already at hand; without them
     few rows on a GPU are multiplied by the codes directly (`kernels.nf4.matmul`), and otherwise the
@@ -71,6 +71,7 @@ def project(
     """
     matrix = matrix_of(x)
     ys = output_columns(matrix.shape[0], projections, matrix, spare=spare)
+    scales: tuple[RowScale | None, ...] = (None,) * len(projections)
     if decoded is None and _without_decoding(matrix, projections):
         for y, projection in zip(ys.parts, projections, strict=True):
             assert isinstance(projection.weight, PlanarNF4Weight)
@@ -82,13 +83,13 @@ def project(
         decoded = decoded or decode(projections, matrix.dtype, slot)
         xa = adapter_input(matrix, projections, seed, decoded.adapters)
         _multiply(x, xa, projections, decoded, ys)
-    for index, (y, projection) in enumerate(zip(ys.parts, projections, strict=True)):
-        if projection.magnitude is not None:
-            assert decoded is not None
-            y.mul_(row_scale(decoded.weights[index], projection).to(y.dtype))
+        scales = decoded.row_scales(projections)
+    for y, projection, scale in zip(ys.parts, projections, scales, strict=True):
+        if scale is not None:
+            y.mul_(scale.scale)
         if projection.bias is not None:
             y += projection.bias.to(y.dtype)
-    return ys, xa
+    return ys, AdapterSaved(xa, scales)
 
 
 def _without_decoding(x: Tensor, projections: Sequence[Projection]) -> bool:
@@ -170,18 +171,25 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, projections: tuple[Projection, ...], seed: Seed | None, *params: Tensor
     ) -> tuple[Tensor, ...]:
-        ys, xa = project(x, projections, seed, spare=False)
-        ctx.save_for_backward(x, xa)
+        ys, saved = project(x, projections, seed, spare=False)
+        ctx.save_for_backward(x, saved.low)
         ctx.projections, ctx.seed, ctx.params = projections, seed, params
+        ctx.scales = saved.scales
         return tuple(y.contiguous() for y in ys.parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, xa = ctx.saved_tensors
+        x, low = ctx.saved_tensors
         grads: Gradients = {}
         dx = project_backward(
-            dys, x, ctx.projections, grads, seed=ctx.seed, xa=xa, need_dx=ctx.needs_input_grad[0]
+            dys,
+            x,
+            ctx.projections,
+            grads,
+            seed=ctx.seed,
+            saved=AdapterSaved(low, ctx.scales),
+            need_dx=ctx.needs_input_grad[0],
         )
         return dx, None, None, *(grads.get(id(p)) for p in ctx.params)
 

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from kernels.elementwise.dropout import Seed, dropout
-from kernels.linear.adapters import Adapters, Gradients, unpack
+from kernels.linear.adapters import Adapters, AdapterSaved, Gradients, unpack
 from kernels.linear.columns import Columns, copied, matrix_of, output_columns, stacked
 from kernels.linear.decode import Decoded, decode, join
-from kernels.linear.dora import magnitude_gradient, row_scale
+from kernels.linear.dora import RowScale, magnitude_gradient
 from kernels.linear.projection import Projection, layout_of
 
 
@@ -72,12 +72,15 @@ def split_ranks(joined: Tensor | None, projections: Sequence[Projection]) -> lis
 class OutputGradients:
     """The outputs' gradients of a group on their way back.
 
-    dys as they came, dzs those of z, and P (N, spare), or on a CPU (N, sum of ranks).
+    dys as they came, dzs those of z, and P (N, spare), or on a CPU (N, sum of ranks). `saved` is
+    what the forward pass left; without it x~ A^T is recomputed.
     """
 
     dys: Sequence[Tensor]
     dzs: Columns | Sequence[Tensor]
     low: Tensor | None
+    saved: AdapterSaved | None
+    scales: Sequence[RowScale | None]
     decoded: Decoded | None
     adapters: Adapters | None
 
@@ -97,18 +100,20 @@ def project_backward(
     grads: Gradients,
     *,
     seed: Seed | None = None,
-    xa: Tensor | None = None,
+    saved: AdapterSaved | None = None,
     decoded: Decoded | None = None,
     need_dx: bool = True,
 ) -> Tensor | None:
     """Adds every wanted parameter gradient to `grads` and returns dx (N, in).
 
-    `xa` is the second value of `project`, recomputed when None. With `need_dx=False` the products
-    with W are skipped: nothing below needs a gradient. The spare columns of `dys`, if they are
-    `Columns`, are written to, and nothing else that is given.
+    `saved` is the second value of `project`, recomputed when None. With `need_dx=False` the
+    products with W are skipped: nothing below needs a gradient. The spare columns of `dys`, if they
+    are `Columns`, are written to, and nothing else that is given.
     """
-    dx, outputs = input_gradient(dys, projections, seed=seed, decoded=decoded, need_dx=need_dx)
-    parameter_gradients(outputs, matrix_of(x), projections, grads, seed=seed, xa=xa)
+    dx, outputs = input_gradient(
+        dys, projections, seed=seed, saved=saved, decoded=decoded, need_dx=need_dx
+    )
+    parameter_gradients(outputs, matrix_of(x), projections, grads, seed=seed)
     return dx
 
 
@@ -117,6 +122,7 @@ def input_gradient(
     projections: Sequence[Projection],
     *,
     seed: Seed | None = None,
+    saved: AdapterSaved | None = None,
     decoded: Decoded | None = None,
     need_dx: bool = True,
 ) -> tuple[Tensor | None, OutputGradients]:
@@ -131,32 +137,35 @@ def input_gradient(
         adapters = decoded.adapters
     masked = seed is not None and max(p.dropout for p in projections) > 0.0
     dzs: Columns | Sequence[Tensor] = dys
+    scales: Sequence[RowScale | None] = (None,) * len(projections)
     if dora:
         assert decoded is not None
-        dzs = _scaled(dys, projections, decoded)
+        scales = decoded.row_scales(projections) if saved is None else saved.scales
+        dzs = _scaled(dys, projections, scales)
     if adapters is None:
         low = _low_gradients(list(dzs), projections)
     else:
         if not isinstance(dzs, Columns) and stacked(dzs, 1) is None:
             dzs = copied(dzs, projections)
         low = _low_gradient(dzs, adapters)
-    outputs = OutputGradients(list(dys), dzs, low, decoded, adapters)
+    outputs = OutputGradients(list(dys), dzs, low, saved, scales, decoded, adapters)
     if not need_dx:
         return None, outputs
     return _input_gradient(outputs, projections, seed if masked else None), outputs
 
 
 def _scaled(
-    dys: Columns | Sequence[Tensor], projections: Sequence[Projection], decoded: Decoded
+    dys: Columns | Sequence[Tensor],
+    projections: Sequence[Projection],
+    scales: Sequence[RowScale | None],
 ) -> Columns:
     """dz = c * dy, in memory of its own: dy may be read again."""
     dzs = output_columns(dys[0].shape[0], projections, dys[0])
-    given = zip(dzs.parts, dys, projections, decoded.weights, strict=True)
-    for dz, dy, projection, weight in given:
-        if projection.magnitude is None:
+    for dz, dy, scale in zip(dzs.parts, dys, scales, strict=True):
+        if scale is None:
             dz.copy_(dy)
         else:
-            torch.mul(dy, row_scale(weight, projection).to(dy.dtype), out=dz)
+            torch.mul(dy, scale.scale, out=dz)
     return dzs
 
 
@@ -234,13 +243,13 @@ def parameter_gradients(
     grads: Gradients,
     *,
     seed: Seed | None = None,
-    xa: Tensor | None = None,
 ) -> None:
     """Adds every wanted parameter gradient to `grads`, for the group's input x (N, in).
 
     The decoded weights, if there are any, must still be those of `input_gradient`.
     """
     adapters = outputs.adapters
+    xa = None if outputs.saved is None else outputs.saved.low
     if xa is None:
         xa = adapter_input(x, projections, seed, adapters)
     lows = _lows(xa, projections, adapters)
@@ -250,8 +259,10 @@ def parameter_gradients(
             grads[id(projection.bias)] = dy.sum(0).to(projection.bias.dtype)
         if projection.magnitude is not None and projection.magnitude.requires_grad:
             assert outputs.decoded is not None
-            weight = outputs.decoded.weights[index]
-            grads[id(projection.magnitude)] = _magnitude_gradient(dy, x, low, weight, projection)
+            weight, scale = outputs.decoded.weights[index], outputs.scales[index]
+            assert scale is not None
+            dm = magnitude_gradient(dy, _unscaled(x, low, weight, projection), scale)
+            grads[id(projection.magnitude)] = dm.to(projection.magnitude.dtype)
         if isinstance(projection.weight, Tensor) and projection.weight.requires_grad:
             grads[id(projection.weight)] = (dz.T @ x).to(projection.weight.dtype)
     if outputs.low is None or xa is None:
@@ -274,14 +285,12 @@ def _lows(
     return lows
 
 
-def _magnitude_gradient(
-    dy: Tensor, x: Tensor, low: Tensor | None, weight: Tensor, projection: Projection
-) -> Tensor:
-    """The gradient of a magnitude needs z, which is recomputed."""
+def _unscaled(x: Tensor, low: Tensor | None, weight: Tensor, projection: Projection) -> Tensor:
+    """z, which the gradient of a magnitude needs, recomputed."""
     z = x @ weight.T
     if projection.lora_b is not None and low is not None:
         z.addmm_(low, projection.lora_b.to(z.dtype).T, alpha=projection.scale)
-    return magnitude_gradient(dy, z, weight, projection)
+    return z
 
 
 def _joint_gradients(

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.elementwise.dropout import Seed
 from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
-from kernels.linear.adapters import Gradients
+from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, blocks_of, copied, input_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
@@ -76,14 +76,14 @@ class SwiGLUMLP:
 class MLPActivations:
     """gate and up (N, I) of a forward pass, in the matrices they were made in.
 
-    Backward overwrites them. What adapters made of the inputs is recomputed when None:
-    `adapter_input` of gate and up, `down_input` of down (the second values of `project`).
+    Backward overwrites them. What adapters left (the second values of `project`) is recomputed when
+    None: `adapter_input` of gate and up, `down_input` of down.
     `strength` (N, 1) scales h.
     """
 
     outputs: tuple[Columns, ...]
-    adapter_input: Tensor | None = None
-    down_input: Tensor | None = None
+    adapter_input: AdapterSaved | None = None
+    down_input: AdapterSaved | None = None
     strength: Tensor | None = None
 
     def gate_up(self) -> tuple[Tensor, Tensor]:
@@ -100,11 +100,12 @@ def mlp_inner(
 ) -> MLPActivations:
     """gate and up (N, I) of x (N, H)."""
     outputs: list[Columns] = []
-    xa = None
+    saved = None
     for group in mlp.products():
-        ys, xa = project(x, group, mlp.seeds[0], decoded[0])
+        ys, saved = project(x, group, mlp.seeds[0], decoded[0])
         outputs.append(ys)
-    saved = None if mlp.one_weight_at_a_time else xa
+    if mlp.one_weight_at_a_time:
+        saved = None
     return MLPActivations(tuple(outputs), saved, strength=strength)
 
 
@@ -169,7 +170,7 @@ def mlp_gate_up_backward(
             group,
             grads,
             seed=mlp.seeds[0],
-            xa=inner.adapter_input,
+            saved=inner.adapter_input,
             decoded=decoded,
             need_dx=need_dx,
         )
@@ -197,15 +198,15 @@ def mlp_down_backward(
     if strength is not None:
         h = swiglu_forward(gate, up)
         scaled, low = h * strength.to(h.dtype), inner.down_input
-        dh = project_backward(dys, scaled, down, grads, seed=seed, xa=low, decoded=decoded)
+        dh = project_backward(dys, scaled, down, grads, seed=seed, saved=low, decoded=decoded)
         assert dh is not None
         d_strength = (dh.to(strength.dtype) * h).sum(1, keepdim=True)
         swiglu_backward_(dh.mul_(strength.to(dh.dtype)), gate, up)
         return d_strength
-    dh, outputs = input_gradient(dys, down, seed=seed, decoded=decoded)
+    dh, outputs = input_gradient(dys, down, seed=seed, saved=inner.down_input, decoded=decoded)
     assert dh is not None
     swiglu_backward_(dh, gate, up, keep_h=True)
-    parameter_gradients(outputs, dh, down, grads, seed=seed, xa=inner.down_input)
+    parameter_gradients(outputs, dh, down, grads, seed=seed)
     return None
 
 
@@ -213,19 +214,23 @@ class _LoraMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: SwiGLUMLP, *params: Tensor) -> Tensor:
         y, inner = mlp_forward(x, mlp)
-        ctx.save_for_backward(x, *inner.gate_up(), inner.adapter_input, inner.down_input)
-        ctx.mlp, ctx.params = mlp, params
+        first, second = inner.adapter_input, inner.down_input
+        assert first is not None and second is not None
+        ctx.save_for_backward(x, *inner.gate_up(), first.low, second.low)
+        ctx.mlp, ctx.params, ctx.scales = mlp, params, (first.scales, second.scales)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, xa, low = ctx.saved_tensors
+        x, gate, up, first, second = ctx.saved_tensors
         mlp: SwiGLUMLP = ctx.mlp
         grads: Gradients = {}
         # Saved tensors must survive a backward pass that is asked for again: work on a copy, in
         # the layout with spare columns for P (see `kernels.linear.lora`).
-        inner = MLPActivations((copied((gate, up), (mlp.gate, mlp.up)),), xa, low)
+        outputs = (copied((gate, up), (mlp.gate, mlp.up)),)
+        saved = (AdapterSaved(first, ctx.scales[0]), AdapterSaved(second, ctx.scales[1]))
+        inner = MLPActivations(outputs, *saved)
         dx, _ = mlp_backward(dy, x, mlp, inner, grads, need_dx=ctx.needs_input_grad[0])
         return dx, None, *(grads.get(id(p)) for p in ctx.params)
 

@@ -20,7 +20,7 @@ from kernels.attention import (
     writes_gradients,
 )
 from kernels.elementwise.rope import rope_qk_
-from kernels.linear.adapters import Gradients
+from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, blocks_of, matrix_of, output_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
@@ -35,8 +35,8 @@ from models.layers.linear import Linear, RMSNorm
 class AttentionSaved:
     """What backward reads of attention; None where it is recomputed.
 
-    `adapter_input` and `output_adapter_input` are what the adapters of q, k, v and of o made of
-    their inputs (the second value of `project`).
+    `adapter_input` and `output_adapter_input` are what the adapters of q, k, v and of o left (the
+    second value of `project`).
     """
 
     q: Tensor | None = None
@@ -45,8 +45,8 @@ class AttentionSaved:
     gate: Tensor | None = None
     out: Tensor | None = None
     lse: list[Tensor] = field(default_factory=list)
-    adapter_input: Tensor | None = None
-    output_adapter_input: Tensor | None = None
+    adapter_input: AdapterSaved | None = None
+    output_adapter_input: AdapterSaved | None = None
 
     def trim(self, policy: str) -> AttentionSaved:
         """Only what `policy` saves."""
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         if frugal or not recompute:
             h, rstd = norm.forward_with_rstd(x)
         dh = project_backward(
-            d_qkv, h, qkv, grads, seed=seed, xa=low, decoded=decoded, need_dx=need_dh
+            d_qkv, h, qkv, grads, seed=seed, saved=low, decoded=decoded, need_dx=need_dh
         )
         del d_qkv, h
         if dh is None:
@@ -219,7 +219,7 @@ class Attention(nn.Module):
             output,
             grads,
             seed=context.seed(self.index, 1),
-            xa=saved.output_adapter_input,
+            saved=saved.output_adapter_input,
             decoded=decode(output, matrix_of(dx1).dtype, slot),
         )
         assert d_out is not None

@@ -33,7 +33,7 @@ from kernels.delta_net.causal_conv1d import (
     final_conv_state,
 )
 from kernels.delta_net.gated_rms_norm import gated_rms_norm_backward, gated_rms_norm_forward
-from kernels.linear.adapters import Gradients
+from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, blocks_of, matrix_of, output_columns
 from kernels.linear.decode import Decoded, decode
 from kernels.linear.lora import project
@@ -51,7 +51,7 @@ class DeltaNetSaved:
 
     mixed (N, C) and z (N, Hv, V), b, a (N, Hv) are the projections' outputs, `out` (N, Hv, V) the
     rule's. `adapter_input` and `output_adapter_input` are what the adapters of the wide projections
-    and of out_proj made of their inputs (the second value of `project`).
+    and of out_proj left (the second value of `project`).
     """
 
     mixed: Tensor | None = None
@@ -60,8 +60,8 @@ class DeltaNetSaved:
     a: Tensor | None = None
     out: Tensor | None = None
     rule: GatedDeltaSaved | None = None
-    adapter_input: Tensor | None = None
-    output_adapter_input: Tensor | None = None
+    adapter_input: AdapterSaved | None = None
+    output_adapter_input: AdapterSaved | None = None
 
     def trim(self, policy: str) -> DeltaNetSaved:
         """Only what `policy` saves."""
@@ -234,7 +234,7 @@ class DeltaNet(nn.Module):
         dys = self._joined_gradients(d_mixed, dz, x)
         low = saved.adapter_input
         dh = project_backward(
-            dys, h, wide, grads, seed=seed, xa=low, decoded=decoded, need_dx=need_dh
+            dys, h, wide, grads, seed=seed, saved=low, decoded=decoded, need_dx=need_dh
         )
         narrow = self._narrow()
         d_narrow: tuple[Tensor, ...] = (db, da)
@@ -259,7 +259,7 @@ class DeltaNet(nn.Module):
             output,
             grads,
             seed=context.seed(self.index, 1),
-            xa=saved.output_adapter_input,
+            saved=saved.output_adapter_input,
             decoded=decode(output, normed.dtype, "narrow"),
         )
         assert d_normed is not None and saved.out is not None and saved.z is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from kernels.linear.adapters import Gradients
+from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, matrix_of
 from kernels.linear.lora import project
 from kernels.linear.projection import Projection
@@ -36,11 +36,11 @@ from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles,
 class MLPSaved:
     """What backward reads of the feed-forward part; None where it is recomputed.
 
-    `down_input` is what down's adapter made of its input (the second value of `project`).
+    `down_input` is what down's adapter left (the second value of `project`).
     """
 
     inner: MLPActivations | None = None
-    down_input: Tensor | None = None
+    down_input: AdapterSaved | None = None
 
     def trim(self, policy: str) -> MLPSaved:
         """Only what `policy` saves."""

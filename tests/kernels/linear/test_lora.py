@@ -128,13 +128,13 @@ def test_adapters_inside_the_base_product_give_the_same_values_and_gradients(
             monkeypatch.setenv("ENGINE_INTERPRET", "1")
         grads: dict[int, Tensor] = {}
         with torch.no_grad():
-            ys, xa = project(x, group, seed)
+            ys, saved = project(x, group, seed)
             decoded = decode(group, x.dtype)
             assert (decoded.extended is not None) == extend
             dys = output_columns(9, group, x)
             for part, dy in zip(dys, given, strict=True):
                 part.copy_(dy)
-            dx = project_backward(dys, x, group, grads, seed=seed, xa=xa, decoded=decoded)
+            dx = project_backward(dys, x, group, grads, seed=seed, saved=saved, decoded=decoded)
         assert dx is not None
         assert dys.lends(1) == extend
         outcome.append([*ys, dx, *(grads[id(t)] for p in group for t in p.trainable())])

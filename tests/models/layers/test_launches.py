@@ -39,6 +39,24 @@ def test_a_layer_takes_no_more_launches_and_bytes(
     assert min(counted["mm"], counted["unpack_kernel"], counted["_flash_attention_backward"]) > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "norms", "launches"),
+    [
+        ({}, 7, 236),
+        ({"gradient_checkpointing": "selective"}, 12, 332),
+        # A tile of the feed-forward part computes none: its weights are decoded for all tiles.
+        ({"gradient_checkpointing": "selective", "mlp_tile_tokens": 4096}, 13, 720),
+        ({"gradient_checkpointing": "full"}, 14, 381),
+    ],
+)
+def test_a_step_computes_the_norms_of_dora_once_and_once_more_where_it_recomputes(
+    changes: dict[str, Any], norms: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, _ = per_layer(MODEL, monkeypatch, **(QLORA | {"use_dora": True} | changes))
+    assert counted["linalg_vector_norm"] == norms
+    assert counted.total() <= launches, counted
+
+
 def test_an_operation_and_a_launch_more_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     before, moved = per_layer(MODEL, monkeypatch, **QLORA)
     right = RMSNorm.backward
