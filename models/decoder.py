@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         loss is added. With a `teacher` of the same vocabulary its distribution is learnt in place
         of the tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
         """
-        batch = batch.to(self.device, self.ids_device)
+        given, batch = batch, batch.to(self.device, self.ids_device)
         items = max(1, batch.trained_tokens) if num_items is None else num_items
         divisor = items / loss_scale
         factor = self.router_loss if settings.router_loss is None else settings.router_loss
@@ -186,7 +186,10 @@ class Decoder(nn.Module):
         trained = self.model.norm(x.index_select(0, batch.trained))
         chunk = settings.loss_chunk_tokens
         if teacher is not None:
-            loss = self._distillation(trained, teacher, batch, divisor, chunk)
+            wanted = (teacher.device, teacher.ids_device)
+            # Else from where the batch was: what a teacher reads on the host never comes back.
+            there = batch if wanted == (self.device, self.ids_device) else given.to(*wanted)
+            loss = self._distillation(trained, teacher, there, divisor, chunk)
         else:
             head = self.head_weight()
             loss = linear_cross_entropy(trained, head, batch.targets, divisor, chunk)
@@ -310,9 +313,9 @@ class Decoder(nn.Module):
         num_items: float,
         chunk: int | None,
     ) -> Tensor:
+        """`batch` is where the teacher reads it."""
         with torch.no_grad():
-            there = batch.to(teacher.device, teacher.ids_device)
-            states = teacher.hidden_states(there).index_select(0, there.trained)
+            states = teacher.hidden_states(batch).index_select(0, batch.trained)
             known = teacher.model.norm(states)
         return linear_distillation(
             trained,

@@ -15,6 +15,7 @@ from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
+from models.layers.packed_batch import PackedBatch
 
 Rows = Callable[..., Path]
 
@@ -51,6 +52,20 @@ def test_the_loss_is_that_of_the_two_models_probabilities(tiny_model: Path) -> N
     got.backward()
     grads = [p.grad for p in student.parameters() if p.requires_grad]
     assert all(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def test_a_teacher_embedded_on_the_host_reads_no_ids_from_the_device(tiny_model: Path) -> None:
+    """Meta tensors are the device: of them nothing can be read on the host."""
+    device = torch.device("meta")
+    student, teacher = load_model(tiny_model).to(device), load_model(tiny_model).to(device)
+    table = torch.zeros(teacher.model.embed_tokens.shape)
+    teacher.model.embed_tokens.set_weight(table, device)
+    ids = torch.arange(24).view(2, 12) % 60
+    batch = PackedBatch.of(ids, ids)
+    with torch.no_grad():
+        assert student.batch_loss(batch, teacher=teacher).is_meta
+        with pytest.raises(NotImplementedError, match="meta"):
+            student.batch_loss(batch.to(device), teacher=teacher)
 
 
 def test_a_model_has_nothing_to_learn_from_itself(
