@@ -139,14 +139,20 @@ def read_rows(
             if _passes(row, min_rating, categories, report):
                 rows.append(row)
     _refuse_nothing(rows, files, report, policy)
-    if report.skipped or report.filtered:
+    log_read(report)
+    return rows, report
+
+
+def log_read(report: ReadReport) -> None:
+    """Warn of rows that were left out, and of what was ignored in the others."""
+    skipped, filtered = len(report.skipped), report.filtered
+    if skipped or filtered:
         log.warning(
             "Of %d rows, %d bad ones were skipped and %d filtered out; %d are left.",
-            report.read, len(report.skipped), report.filtered, len(rows),
+            report.read, skipped, filtered, report.read - skipped - filtered,
         )  # fmt: skip
     for note in report.notes():
         log.warning("%s", note)
-    return rows, report
 
 
 def data_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:

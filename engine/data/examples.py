@@ -324,7 +324,12 @@ def _judge(report: ExampleReport, max_length: int, policy: BadLines) -> None:
             f"raise the length limit (now {max_length} tokens; the longest row has "
             f"{report.longest}) or fix the rows."
         )
-    # Rows that are cut are counted, here and in the summary; rows that are lost are a warning.
+    log_examples(report)
+
+
+def log_examples(report: ExampleReport) -> None:
+    """Count rows that are cut, as the summary does; warn of rows that are lost."""
+    dropped = len(report.dropped)
     loss = dropped > _WARN_DROPPED * report.rows
     log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())
     for reason in report.dropped[:20]:

@@ -20,7 +20,7 @@ from engine.memory.search import changed, least_step
 from engine.memory.simulate.step import SimulatedStep
 from engine.model_sources.open import describe_model
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.training.prepare import read_examples
+from engine.training.prepare import RowSet, read_examples
 from models.config.model_config import ModelConfig
 
 USABLE = 0.95
@@ -33,11 +33,13 @@ _BASE = ("NF4 base", "dense base", "embeddings", "head", "norms and biases")
 class KnownRows:
     """The rows of a plan: how many there are, and their tokens where a tokenizer is at hand.
 
-    `count` is None where no data was named, and `lengths` is None where tokens are not known.
+    `count` is None where no data was named; `lengths` and `row_set`, the tokenised rows, are None
+    where tokens are not known.
     """
 
     count: int | None
     lengths: tuple[int, ...] | None
+    row_set: RowSet | None = None
 
     def text(self, config: TrainConfig) -> str:
         """One line: what the plan takes the rows to be."""
@@ -65,12 +67,13 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
         described = describe_model(config.model, config.revision)
         if described.tokenizer_files():
             tokenizer = load_tokenizer(described, config.template_date)
-            examples = read_examples(config, tokenizer, model.vocab_size).examples
-            return KnownRows(len(examples), tuple(len(example) for example in examples))
-    rows, _ = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
+            rows = read_examples(config, tokenizer, model.vocab_size)
+            lengths = tuple(len(example) for example in rows.examples)
+            return KnownRows(len(lengths), lengths, rows)
+    plain, _ = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
     if config.eval_data:
         read_rows(list(config.eval_data), bad_lines=config.bad_lines)
-    return KnownRows(len(rows[: config.limit_rows]), None)
+    return KnownRows(len(plain[: config.limit_rows]), None)
 
 
 @dataclass(frozen=True)

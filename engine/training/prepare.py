@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from engine.config.train_config import TrainConfig
 from engine.data.batches.loader import BatchPlan, collate, split_heldout
 from engine.data.batches.taught_stops import taught_stops
-from engine.data.dataset import ReadReport, data_files, read_rows
-from engine.data.examples import Example, ExampleReport, build_examples, check_ids
+from engine.data.dataset import ReadReport, data_files, log_read, read_rows
+from engine.data.examples import Example, ExampleReport, build_examples, check_ids, log_examples
 from engine.data.rows import Row
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
@@ -94,11 +95,16 @@ class Prepared:
         return batches, epoch + last / self.plan.steps_per_epoch
 
 
-def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig,
+    check: Callable[[ModelConfig], None] | None = None,
+    planned: RowSet | None = None,
+) -> Prepared:
     """Check the run, tokenise its rows and open the model's files; no weight is read.
 
     The weight files are opened last, when all that can be known without them is known to be good.
-    `check` is given the model's shape before any row is read, and may refuse it. Raises
+    `check` is given the model's shape before any row is read, and may refuse it. `planned` are rows
+    that were read to plan this run: they serve where they would be read alike now. Raises
     `ConfigError`, `CheckpointError` or `DataError`.
     """
     machine = check_request(config)
@@ -107,7 +113,11 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
     if check is not None:
         check(described.config)
     tokenizer = load_tokenizer(described, config.template_date)
-    rows = read_examples(config, tokenizer, described.config.vocab_size)
+    if planned is not None and planned.settings == _row_settings(config, tokenizer):
+        rows = planned
+        rows.log()  # what was said of them then is in no log of this run
+    else:
+        rows = read_examples(config, tokenizer, described.config.vocab_size)
     source = open_model_source(config.model, config.revision)
     digests = _digests(config, source, tokenizer)
     init = open_init_adapter(config, adapter, source, digests["base"])
@@ -117,7 +127,10 @@ def prepare(config: TrainConfig, check: Callable[[ModelConfig], None] | None = N
 
 @dataclass
 class RowSet:
-    """The rows of a run as examples, those held out, and what became of the others."""
+    """The rows of a run as examples, those held out, and what became of the others.
+
+    `settings` are those that decide all this.
+    """
 
     examples: list[Example]
     heldout: list[Example]
@@ -125,6 +138,38 @@ class RowSet:
     read_heldout: ReadReport
     report: ExampleReport
     report_heldout: ExampleReport
+    settings: tuple[Any, ...]
+
+    def log(self) -> None:
+        """Log what is logged as the rows are read."""
+        for read in (self.read, self.read_heldout):
+            log_read(read)
+        for report in (self.report, self.report_heldout):
+            if report.rows:
+                log_examples(report)
+
+
+_DECIDING_ROWS = (
+    "model",
+    "revision",
+    "data",
+    "eval_data",
+    "heldout",
+    "seed",
+    "limit_rows",
+    "min_rating",
+    "category",
+    "bad_lines",
+    "max_length",
+    "system_prompt",
+    "chat_template_kwargs",
+)
+
+
+def _row_settings(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Any, ...]:
+    """What decides which examples there are; the date does where the template reads it."""
+    date = config.template_date if tokenizer.chat_template.reads_clock else None
+    return (*(getattr(config, name) for name in _DECIDING_ROWS), date)
 
 
 def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> RowSet:
@@ -153,7 +198,8 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
         )
         _tell_shared(examples, heldout)
     check_ids([*examples, *heldout], vocab_size)
-    return RowSet(examples, heldout, read, read_heldout, report, report_heldout)
+    settings = _row_settings(config, tokenizer)
+    return RowSet(examples, heldout, read, read_heldout, report, report_heldout, settings)
 
 
 def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:

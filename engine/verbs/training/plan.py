@@ -34,6 +34,7 @@ from engine.runs.stored import CONFIG, read_settings
 from engine.training.checks import check_model, check_request
 from engine.training.cpu_dtype import with_cpu_dtype
 from engine.training.init_adapter import with_init_adapter
+from engine.training.prepare import RowSet
 from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count
@@ -105,21 +106,23 @@ def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
     return choose(config, limit, target.plan), limit
 
 
-def with_fitted(config: TrainConfig) -> TrainConfig:
+def with_fitted(config: TrainConfig) -> tuple[TrainConfig, RowSet | None]:
     """`config` with the settings chosen that `fit_memory` leaves to the planner.
 
-    A run that goes on has those of its own settings. Raises as `find_target` and `fit` do.
+    With them the rows, if they were tokenised for that. A run that goes on has the settings that it
+    was begun with. Raises as `find_target` and `fit` do.
     """
     if config.fit_memory is None:
-        return config
-    output = config.output_dir
+        return config, None
+    output, rows = config.output_dir, None
     if config.resume is not None and output is not None and (output / CONFIG).is_file():
         own = build(TrainConfig, read_settings(output))
         update = {name: getattr(own, name) for name in NAMES}
     else:
-        planned = fit(config, find_target(config))[0].plan.config
+        target = find_target(config)
+        planned, rows = fit(config, target)[0].plan.config, target.rows.row_set
         update = {name: getattr(planned, name) for name in NAMES}
-    return changed(config, fit_memory=None, **update)
+    return changed(config, fit_memory=None, **update), rows
 
 
 def fitted_changes(asked: TrainConfig, fitted: TrainConfig) -> str:

@@ -39,7 +39,7 @@ from engine.training.loop import (
     TrainerHooks,
     TrainerSettings,
 )
-from engine.training.prepare import Prepared, prepare
+from engine.training.prepare import Prepared, RowSet, prepare
 from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
@@ -291,10 +291,10 @@ def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
         torch.set_num_threads(config.threads)
     asked = with_cpu_dtype(with_init_adapter(config))
     process = _process(asked)
-    config = with_fitted(asked)
+    config, rows = with_fitted(asked)
     where = destination(config)
     with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = _checked(directory.config, process)
+        prepared = _checked(directory.config, process, rows)
         directory.open()
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         stack.enter_context(_explained(directory.config, prepared))
@@ -348,11 +348,14 @@ def _process(config: TrainConfig) -> int:
     return process_bytes(resolve_device(config.device))
 
 
-def _checked(config: TrainConfig, process: int) -> Prepared:
-    """Everything that can be known before a weight is read; `config` has its directory and date."""
+def _checked(config: TrainConfig, process: int, rows: RowSet | None) -> Prepared:
+    """Everything that can be known before a weight is read; `config` has its directory and date.
+
+    `rows` are those that were read to plan the run.
+    """
     check_earlier(config)
     with deterministic(resolve_device(config.device), config.deterministic):
-        prepared = prepare(config, partial(_require_space, config, process))
+        prepared = prepare(config, partial(_require_space, config, process), rows)
     check_identity(prepared.identity)
     return prepared
 
@@ -367,8 +370,9 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
 
     config = with_cpu_dtype(with_init_adapter(config))
     process = _process(config)
-    config = dated(name_run(with_fitted(config)))
-    prepared = _checked(config, process)
+    config, planned = with_fitted(config)
+    config = dated(name_run(config))
+    prepared = _checked(config, process, planned)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     lines = [dump_yaml(config).rstrip(), "", prepared.rows.report.describe()]

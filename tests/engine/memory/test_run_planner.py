@@ -20,7 +20,7 @@ from engine.memory.estimate import plan as plan_memory
 from engine.memory.options import NAMES, memory_options
 from engine.memory.run_planner import usable_memory
 from engine.memory.search import changed
-from engine.training.prepare import prepare
+from engine.training.prepare import RowSet, prepare, read_examples
 from engine.verbs.training.plan import find_target, plan, with_fitted
 from engine.verbs.training.train import train
 from tests.support.tiny_model import write_tiny_model
@@ -157,7 +157,7 @@ def test_train_takes_what_the_planner_chose(
     flags = {"model": str(tiny_model), "data": str(write_rows(9)), "device": "cpu", "plot": False}
     flags |= {"output_dir": str(tmp_path / "run"), "max_steps": 2}
     config = load_config(preset="auto", flags=flags)
-    chosen = with_fitted(config)
+    chosen, _ = with_fitted(config)
     assert chosen.fit_memory is None
     assert chosen.gradient_checkpointing == "none"
     assert chosen.batch_size * chosen.accumulate == 16
@@ -167,8 +167,43 @@ def test_train_takes_what_the_planner_chose(
     assert [getattr(stored, name) for name in NAMES] == [getattr(chosen, name) for name in NAMES]
     log = next((tmp_path / "run").glob("*.log")).read_text()
     assert "chosen for the memory: --gradient-checkpointing none" in log
-    again = with_fitted(changed(config, resume="auto", fit_memory=GIB // 1024))
+    again, rows = with_fitted(changed(config, resume="auto", fit_memory=GIB // 1024))
+    assert rows is None
     assert [getattr(again, name) for name in NAMES] == [getattr(stored, name) for name in NAMES]
+
+
+@pytest.mark.parametrize(("longest", "times"), [(512, 1), (32, 2)])
+def test_rows_are_tokenised_once_unless_the_planner_shortens_them(
+    longest: int,
+    times: int,
+    tiny_model: Path,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[int] = []
+
+    def counted(config: TrainConfig, *given: Any) -> RowSet:
+        read.append(config.max_length)
+        return read_examples(config, *given)
+
+    for module in ("engine.memory.run_planner", "engine.training.prepare"):
+        monkeypatch.setattr(f"{module}.read_examples", counted)
+    config = small(tiny_model, write_rows(9), tmp_path / "run", max_steps=1)
+    config = changed(config, fit_memory=GIB)
+    fitted, rows = with_fitted(config)
+    assert rows is not None and rows.examples
+    fitted = changed(fitted, max_length=longest, template_date="2026-01-01T00:00:00")
+    prepared = prepare(fitted, None, rows)
+    assert len(read) == times
+    assert (prepared.rows is rows) == (times == 1)
+    assert max(map(len, prepared.examples)) <= longest
+    if times == 1:
+        read.clear()
+        train(config, console=False)
+        assert len(read) == 1
+        log = next((tmp_path / "run").glob("*.log")).read_text()
+        assert prepared.rows.report.describe() in log
 
 
 def test_less_memory_takes_smaller_micro_batches(
@@ -178,8 +213,8 @@ def test_less_memory_takes_smaller_micro_batches(
     target = find_target(config)
     one = changed(config, batch_size=1, gradient_checkpointing="none", keep_decoded="none")
     limit = target.plan(one).total
-    less = with_fitted(changed(config, fit_memory=limit))
+    less, _ = with_fitted(changed(config, fit_memory=limit))
     assert target.plan(less).total <= limit
     assert less.batch_size * less.accumulate == 4
-    more = with_fitted(changed(config, fit_memory=100 * limit))
+    more, _ = with_fitted(changed(config, fit_memory=100 * limit))
     assert (more.batch_size, more.gradient_checkpointing) == (4, "none")
