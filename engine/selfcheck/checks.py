@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.selfcheck import attention, kernels, machine, steps
+from engine.selfcheck import attention, experts, kernels, machine, steps
 from engine.selfcheck.options import CheckOptions, Finding, not_run
 from kernels.attention.table import BACKENDS
 
@@ -100,6 +100,9 @@ CHECKS: dict[str, SelfCheck] = {
     "DoRA": SelfCheck(kernels.kernel_check("dora"), "leave out --use-dora"),
     **{f"rank {rank}": _rank(rank) for rank in RANKS},
     "mixture": _kernel("moe", "mixture", model=kernels.MIXTURE),
+    "grouped product": SelfCheck(
+        experts.check_grouped_library, "ENGINE_REFERENCE=grouped_library decodes experts on the way"
+    ),
     "gated delta rule": _kernel("delta_net", "gated_delta", **_HYBRID),
     "causal convolution": _kernel("delta_net", "causal_conv1d", **_HYBRID),
     "gated norm": _kernel("delta_net", "gated_rms_norm", **_HYBRID),

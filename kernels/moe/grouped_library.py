@@ -84,7 +84,12 @@ def suits(product: ExpertProduct) -> bool:
     gpu = simulated_gpu()
     if gpu is not None:
         return gpu.multiplies_groups and _grouped_mm is not None
-    return x.is_cuda and architecture(x.device) == _HOPPER and solves(x.device) == "ok"
+    return called_on(x.device) and solves(x.device) == "ok"
+
+
+def called_on(device: torch.device) -> bool:
+    """Whether the device is one on which torch's function may be called at all."""
+    return device.type == "cuda" and architecture(device) == _HOPPER
 
 
 def strides_suit(rows: Gathered, widths: tuple[int, int]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from typer.main import get_command
 
 import kernels
@@ -21,6 +22,7 @@ from engine.selfcheck.options import CheckOptions
 from engine.selfcheck.report import CheckResult, failures, run_checks
 from engine.selfcheck.steps import run_config
 from kernels.attention import backends, table
+from kernels.moe import grouped_library
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs no GPU")
 ROOT = Path(kernels.__path__[0]).parent
@@ -145,6 +147,34 @@ def test_every_attention_back_end_has_a_check_and_a_wrong_one_fails(
     finding = backend_check("documents")(options)
     assert finding["passed"] is False
     assert "o is off" in finding["detail"]
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no _grouped_mm")
+def test_a_grouped_product_that_is_absent_or_wrong_fails_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check = CHECKS["grouped product"]
+    options = CheckOptions(torch.device("cpu"), (torch.float32,), interpret=True)
+    finding = check.run(options)
+    assert finding["passed"] is True
+    assert "torch's function for CPUs stands in" in finding["detail"]
+    right = torch._grouped_mm
+
+    def off(x: Tensor, dense: Tensor, offs: Tensor) -> Tensor:
+        made = right(x, dense, offs=offs)
+        return made + (made.shape[0] == 138) * 2.0  # right in its trial, and wrong in what follows
+
+    for function, said in (
+        (None, "torch._grouped_mm: this torch does not have it"),
+        (lambda x, dense, offs: x @ dense[0], "torch._grouped_mm: its product is wrong by"),
+        (off, "W x: out is off by"),
+    ):
+        grouped_library.solves.cache_clear()
+        monkeypatch.setattr(grouped_library, "_grouped_mm", function)
+        finding = check.run(options)
+        assert finding["passed"] is False
+        assert finding["detail"].startswith(said)
+    grouped_library.solves.cache_clear()
 
 
 def test_the_steps_that_are_checked_have_the_settings_of_train() -> None:
