@@ -2,19 +2,25 @@
 
 import json
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
-from bench.gpu import suite_sections, train_steps
+from bench.gpu import step_torchtune, step_unsloth, suite_sections, train_steps
+from bench.gpu.step import RANK, StepSpec
 from bench.gpu.suite import main
 from engine.benchmark.cases import elementwise
+from engine.benchmark.cases.random_weights import random_decoder
+from engine.benchmark.cases.shapes import configuration
 from engine.selfcheck import accuracy
 from engine.selfcheck.isolation import run_apart, run_here
 from kernels.elementwise.swiglu import swiglu_forward
 
-SECTIONS = ["accuracy", "roofline", "steps", "train", "graphs", "profile", "ops"]
+OTHERS = ["unsloth", "torchtune"]
+SECTIONS = ["accuracy", "roofline", "steps", "train", "graphs", "profile", *OTHERS, "ops"]
 
 MODULE = """
 import os, time
@@ -38,7 +44,10 @@ SECTIONS = {"only": Section()}
 def test_smoke_run_measures_every_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(["--smoke", "--output", str(tmp_path), "--sections", *SECTIONS])
+    # The time of a busy machine is not what is tested here.
+    status = main(
+        ["--smoke", "--minutes", "60", "--output", str(tmp_path), "--sections", *SECTIONS]
+    )
     capsys.readouterr()
     results = json.loads((tmp_path / "gpu_suite.json").read_text())
     errors = [o for name in SECTIONS for o in results["sections"][name] if o["error"]]
@@ -53,6 +62,12 @@ def test_smoke_run_measures_every_section(
     runs = {o["item"]: o["data"] for o in results["sections"]["train"]}
     assert len(runs) == len(train_steps.RUNS)
     assert all(run["planned_bytes"] > 0 and run["last_loss"] > 0 for run in runs.values())
+    for name in OTHERS:
+        if find_spec(name) is None:
+            (outcome,) = results["sections"][name]
+            reason = outcome["data"]["skipped"]
+            assert reason.startswith(f"llama-3.1-8b 2x8 full: not installed: {name}")
+            assert f"skipped, {reason}" in (tmp_path / "gpu_suite.md").read_text()
     assert "planned GiB" in (tmp_path / "gpu_suite.md").read_text()
     assert "within the rule" in (tmp_path / "gpu_suite.md").read_text()
 
@@ -134,6 +149,47 @@ def test_correctness_comes_first_and_every_item_has_a_limit() -> None:
     assert names[0] == "accuracy"
     assert names.index("train") < names.index("ops")
     assert all(0 < section.seconds <= 90 for section in suite_sections.SECTIONS.values())
+
+
+def options(**changes: object) -> dict[str, object]:
+    given = {"smoke": True, "device": "cpu", "seconds": 0.001, "roofline": None, "peers": False}
+    return given | changes
+
+
+def test_another_program_that_fails_gives_a_row_with_its_reason() -> None:
+    def measure_step(*args: object, **options: object) -> None:
+        raise NotImplementedError("no accelerator\n was seen")
+
+    side = ModuleType("side")
+    side.PACKAGES, side.measure_step = ("torch",), measure_step  # type: ignore[attr-defined]
+    row = suite_sections.run_peer(side, "llama-3.1-8b 2x8 full", options())
+    assert row == {
+        "skipped": "llama-3.1-8b 2x8 full: torch failed: NotImplementedError: no accelerator was "
+        "seen"
+    }
+
+
+def test_torchtune_is_asked_for_the_shape_that_ours_is_measured_at() -> None:
+    config = configuration("llama-3.1-8b", small=False)
+    given = step_torchtune.model_arguments(config, 2048)
+    ours = random_decoder(config.with_layers(1), torch.device("meta"), torch.bfloat16, rank=RANK)
+    adapted = {name.split(".")[-2] for name, p in ours.named_parameters() if p.requires_grad}
+    renamed = {"output_proj": "o_proj"}
+    attention = {renamed.get(name, name) for name in given["lora_attn_modules"]}
+    assert attention | {"gate_proj", "up_proj", "down_proj"} == adapted
+    assert given["apply_lora_to_mlp"] and given["quantize_base"]
+    assert given["embed_dim"] // given["num_heads"] == config.head_dim
+    assert (given["embed_dim"], given["intermediate_dim"], given["num_layers"]) == (4096, 14336, 32)
+    assert (given["num_kv_heads"], given["vocab_size"], given["max_seq_len"]) == (8, 128256, 2048)
+    assert (given["lora_rank"], given["rope_base"]) == (RANK, 500000)
+    with pytest.raises(ValueError, match="qwen3"):
+        step_torchtune.model_arguments(configuration("qwen3-8b", small=False), 2048)
+    for policy, checkpointing in (("full", "unsloth"), ("none", False)):
+        spec = StepSpec("llama-3.1-8b", 4, 4096, policy)
+        asked = step_unsloth.adapter_arguments(spec)
+        assert set(asked["target_modules"]) == adapted
+        assert asked["use_gradient_checkpointing"] == checkpointing
+        assert (asked["r"], asked["lora_alpha"]) == (given["lora_rank"], given["lora_alpha"])
 
 
 def test_the_runs_cover_what_training_offers() -> None:

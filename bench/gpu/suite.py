@@ -7,8 +7,9 @@ Sections: accuracy of every op at real sizes against float64; the machine's limi
 steps of 8B models with random weights; the step as `engine train` runs it (packed, ranks, biases,
 DoRA, dropout, offload, mixtures, Qwen3-Next, every weight) beside its plan; steps of small batches
 from CUDA graphs beside the same launch by launch; where a step's time goes; the same steps through
-transformers + PEFT + bitsandbytes where they are installed; and the table of ops. Each has a share
-of the time, and unused time passes on; each item has a limit. Items run in processes of their own
+transformers + PEFT + bitsandbytes, through unsloth and through torchtune, where they are installed
+(what is not, or fails, has a line with the reason); and the table of ops. Each has a share of the
+time, and unused time passes on; each item has a limit. Items run in processes of their own
 (`engine.selfcheck.isolation`): one that fails is recorded with its error and the others go on.
 After every section the results so far are written as `gpu_suite.json` and `gpu_suite.md`, to
 --output, else to $OUT if it is set, else to `bench/results`. Exit status 1 where an item failed.

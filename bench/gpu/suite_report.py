@@ -168,5 +168,7 @@ _TABLES: dict[str, Callable[[Outcomes], str]] = {
     "graphs": _graphs,
     "profile": _profile,
     "peers": _steps,
+    "unsloth": _steps,
+    "torchtune": _steps,
     "ops": _ops,
 }

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from bench import peers
-from bench.gpu import profile_step, step, step_peers, train_steps
+from bench.gpu import (
+    profile_step,
+    step,
+    step_peers,
+    step_torchtune,
+    step_unsloth,
+    train_steps,
+)
 from bench.gpu.step import StepSpec
 from engine.benchmark.cases.case import Case, CaseSizes
 from engine.benchmark.cases.shapes import configuration
@@ -155,18 +164,29 @@ def _peer_items(options: Options) -> list[str]:
     return [*shapes, f"{QWEN} 4x4096 full", f"{QWEN} 4x4096 none", f"{QWEN} 1x2048 none"]
 
 
-def _run_peer(item: str, options: Options) -> dict[str, Any]:
-    absent = step_peers.missing()
+def _llama_items(options: Options) -> list[str]:
+    return [item for item in _peer_items(options) if item.startswith(LLAMA)]
+
+
+def run_peer(side: ModuleType, item: str, options: Options) -> dict[str, Any]:
+    """A step through the packages of `side`; where they do not serve, the reason is the result."""
+    absent = step_peers.missing(side.PACKAGES)
     if absent:
-        return {"skipped": f"not installed: {', '.join(absent)}"}
-    return step_peers.measure_step(
-        StepSpec.parse(item),
-        device_of(options),
-        dtype_of(options),
-        small=options["smoke"],
-        steps=1 if options["smoke"] else 3,
-        peak_flops=_peak(options),
-    )
+        return {"skipped": f"{item}: not installed: {', '.join(absent)}"}
+    try:
+        measured: dict[str, Any] = side.measure_step(
+            StepSpec.parse(item),
+            device_of(options),
+            dtype_of(options),
+            small=options["smoke"],
+            steps=1 if options["smoke"] else 3,
+            peak_flops=_peak(options),
+        )
+    except Exception as error:
+        # Whatever another program raises is no fault of what is measured here.
+        text = " ".join(str(error).split())[:300]
+        return {"skipped": f"{item}: {side.PACKAGES[0]} failed: {type(error).__name__}: {text}"}
+    return measured
 
 
 def _run_profile(item: str, options: Options) -> dict[str, Any]:
@@ -209,7 +229,9 @@ SECTIONS: dict[str, Section] = {
     "train": Section(2.5, 45.0, _train_items, _run_train),
     "graphs": Section(0.5, 45.0, _graph_items, _run_graphs),
     "profile": Section(0.8, 45.0, _profile_items, _run_profile),
-    "peers": Section(1.5, 90.0, _peer_items, _run_peer),
+    "peers": Section(1.5, 90.0, _peer_items, partial(run_peer, step_peers)),
+    "unsloth": Section(0.8, 90.0, _llama_items, partial(run_peer, step_unsloth)),
+    "torchtune": Section(0.8, 90.0, _llama_items, partial(run_peer, step_torchtune)),
     "ops": Section(2.0, 20.0, lambda options: list(_op_cases(options)), _run_op),
 }
 """In the order in which they run: what is right, then by what matters if time runs out."""

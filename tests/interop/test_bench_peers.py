@@ -1,10 +1,17 @@
 """What the benchmarks time beside ours computes the same thing, and its steps run."""
 
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench import peers
-from bench.gpu import step_peers
+from bench.gpu import step_peers, step_unsloth
 from bench.gpu.step import StepSpec
 from engine.benchmark.cases.case import CaseSizes, Work
 from engine.benchmark.cases.shapes import configuration
@@ -48,3 +55,59 @@ def test_the_other_sides_step_runs_and_trains_the_adapters_alone(model: str) -> 
     trained = [name for name, p in built.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * config.num_hidden_layers
     assert all("lora_" in name for name in trained)
+
+
+class StandIn:
+    """What unsloth's `FastLanguageModel` does, by transformers and PEFT alone."""
+
+    asked: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name: str, max_seq_length: int, dtype: torch.dtype, load_in_4bit: bool
+    ) -> tuple[Any, Any]:
+        assert load_in_4bit and max_seq_length == 8
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
+        return model, AutoTokenizer.from_pretrained(model_name)
+
+    @classmethod
+    def get_peft_model(cls, model: Any, **asked: Any) -> Any:
+        cls.asked = asked
+        names = ("r", "lora_alpha", "lora_dropout", "bias", "target_modules")
+        return get_peft_model(model, LoraConfig(**{name: asked[name] for name in names}))
+
+    @staticmethod
+    def for_training(model: Any) -> Any:
+        return model.train()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_unsloth_is_given_a_checkpoint_that_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("unsloth")
+    module.FastLanguageModel = StandIn  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "unsloth", module)
+    spec = StepSpec("llama-3.1-8b", 2, 8, "full")
+    result = step_unsloth.measure_step(spec, CPU, torch.float32, small=True, steps=1)
+    assert result["tokens_per_second"] > 0
+    assert all(loss > 0 for loss in result["losses"])
+    assert StandIn.asked["use_gradient_checkpointing"] == "unsloth"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "qwen3-0.6b"])
+def test_the_written_checkpoint_is_the_model(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, made = configuration(model, small=True), []
+
+    def quantised(*given: Any) -> Any:
+        made.append(step_peers.quantised(*given))
+        return made[0]
+
+    monkeypatch.setattr(step_unsloth, "quantised", quantised)
+    step_unsloth.write_checkpoint(tmp_path, config, CPU, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, made[0].eval()(ids).logits)
+    assert loaded.is_loaded_in_4bit
