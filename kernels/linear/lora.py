@@ -73,12 +73,12 @@ def project(
     ys = output_columns(matrix.shape[0], projections, matrix, spare=spare)
     scales: tuple[RowScale | None, ...] = (None,) * len(projections)
     if decoded is None and _without_decoding(matrix, projections):
-        for y, projection in zip(ys.parts, projections, strict=True):
-            assert isinstance(projection.weight, PlanarNF4Weight)
-            nf4_linear(matrix, projection.weight, out=y)
         adapters = join(projections, matrix.dtype, matrix.device, slot)
         xa = adapter_input(matrix, projections, seed, adapters)
-        _add_adapters(xa, projections, ys, adapters)
+        _add_adapters(xa, projections, ys, adapters, 0.0)  # first, as in `_multiply`
+        for y, projection in zip(ys.parts, projections, strict=True):
+            assert isinstance(projection.weight, PlanarNF4Weight)
+            nf4_linear(matrix, projection.weight, out=y, accumulate=xa is not None)
     else:
         decoded = decoded or decode(projections, matrix.dtype, slot)
         xa = adapter_input(matrix, projections, seed, decoded.adapters)

@@ -65,7 +65,8 @@ def nf4_matmul_kernel(
     x, codes, absmax, value_map, nested, offset, bias, out, partial, counters, m, rows, columns,
     ldx, ldo, parts,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NESTED_SHIFT: tl.constexpr, NESTED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr, PTX: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACCUMULATE: tl.constexpr, SPLIT: tl.constexpr, DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """One tile of out^T (rows, m), over one of `parts` shares of the columns.
 
@@ -153,13 +154,18 @@ def nf4_matmul_kernel(
                 each += size
             if HAS_BIAS:
                 total += tl.load(bias + row, mask=row_inside, other=0.0).to(tl.float32)[None, :]
-            tl.store(out + token[:, None] * ldo + row[None, :], total.to(DTYPE), mask=inside_t)
+            target = out + token[:, None] * ldo + row[None, :]
+            if ACCUMULATE:
+                total += tl.load(target, mask=inside_t, other=0.0).to(tl.float32)
+            tl.store(target, total.to(DTYPE), mask=inside_t)
             # Zero again for the next launch, which shares the counters.
             tl.store(counters + tile, 0)
     else:
         if HAS_BIAS:
             acc += tl.load(bias + row, mask=row_inside, other=0.0).to(tl.float32)[:, None]
         target = out + token[None, :] * ldo + row[:, None]
+        if ACCUMULATE:
+            acc += tl.load(target, mask=x_mask & w_mask, other=0.0).to(tl.float32)
         tl.store(target, acc.to(DTYPE), mask=x_mask & w_mask)
 
 
@@ -167,7 +173,7 @@ class _NF4Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: AnyNF4, bias: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.weight = weight
-        return _linear(x, weight, bias, None)
+        return _linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -178,14 +184,20 @@ class _NF4Linear(torch.autograd.Function):
 
 
 def nf4_linear(
-    x: Tensor, weight: AnyNF4, bias: Tensor | None = None, out: Tensor | None = None
+    x: Tensor,
+    weight: AnyNF4,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    *,
+    accumulate: bool = False,
 ) -> Tensor:
     """x (..., K) times an NF4 weight (N, K) transposed, plus bias (N,): (..., N) in x's dtype.
 
     The gradient reaches x and bias. `out`, if given, is written and returned; it must have the
     result's shape and dtype and contiguous rows, and may be columns of a wider matrix, but then no
-    gradient can be asked for. x is bf16, fp16 or fp32. Raises ValueError for shapes, dtypes or
-    devices that do not go together.
+    gradient can be asked for. With `accumulate` what `out` holds is added before the result is
+    rounded. x is bf16, fp16 or fp32. Raises ValueError for shapes, dtypes or devices that do not go
+    together.
     """
     _check(x, weight, weight.shape[1])
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != x.device):
@@ -197,10 +209,12 @@ def nf4_linear(
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
     if out is None:
+        if accumulate:
+            raise ValueError("nf4_linear accumulates into an `out` that is given")
         if wants_gradient:
             y: Tensor = _NF4Linear.apply(x, weight, bias)
             return y
-        return _linear(x, weight, bias, None)
+        return _linear(x, weight, bias)
     if wants_gradient:
         raise ValueError("nf4_linear cannot write into `out` and record a gradient")
     shape = (*x.shape[:-1], weight.shape[0])
@@ -209,7 +223,7 @@ def nf4_linear(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}, "
             f"expected {shape} {x.dtype} on {x.device}"
         )
-    return _linear(x, weight, bias, out)
+    return _linear(x, weight, bias, out, accumulate)
 
 
 def nf4_linear_backward_input(dy: Tensor, weight: AnyNF4) -> Tensor:
@@ -224,12 +238,18 @@ def nf4_linear_backward_input(dy: Tensor, weight: AnyNF4) -> Tensor:
 
 
 def nf4_matmul(
-    x: Tensor, weight: PlanarNF4Weight, bias: Tensor | None, out: Tensor, plan: MatmulPlan
+    x: Tensor,
+    weight: PlanarNF4Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    plan: MatmulPlan,
+    *,
+    accumulate: bool = False,
 ) -> None:
     """Launch the fused product: x (M, K) and out (M, N) bf16 or fp16 with contiguous rows.
 
-    `plan.tile` must be set. Raises ValueError where there are more tiles than counters, and for
-    codes that are not aligned to the 16 bytes of one copy.
+    `plan.tile` must be set; `accumulate` as in `nf4_linear`. Raises ValueError where there are more
+    tiles than counters, and for codes that are not aligned to the 16 bytes of one copy.
     """
     tile = plan.tile
     assert tile is not None
@@ -244,9 +264,9 @@ def nf4_matmul(
             x, weight.codes, weight.absmax, *nested_arguments(weight), x if bias is None else bias,
             out, partial, counters, m, rows, columns, x.stride(0), out.stride(0), plan.split_k,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, NESTED_SHIFT=nested_shift(weight),
-            NESTED=weight.nested_absmax is not None, HAS_BIAS=bias is not None, SPLIT=split,
-            DTYPE=triton_dtype(x.dtype), PTX=not INTERPRETED, num_warps=tile.warps,
-            num_stages=tile.stages,
+            NESTED=weight.nested_absmax is not None, HAS_BIAS=bias is not None,
+            ACCUMULATE=accumulate, SPLIT=split, DTYPE=triton_dtype(x.dtype), PTX=not INTERPRETED,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
 
@@ -259,10 +279,18 @@ def _check(x: Tensor, weight: AnyNF4, width: int) -> None:
         raise ValueError(f"x is on {x.device}, the weight on {weight.device}")
 
 
-def _linear(x: Tensor, weight: AnyNF4, bias: Tensor | None, out: Tensor | None) -> Tensor:
+def _linear(
+    x: Tensor,
+    weight: AnyNF4,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    accumulate: bool = False,
+) -> Tensor:
     if not use_triton(x):
         y = nf4_linear_reference(x, weight, bias)
-        return y if out is None else out.copy_(y)
+        if out is None:
+            return y
+        return out.add_(y) if accumulate else out.copy_(y)
     n, k = weight.shape
     if out is None:
         out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
@@ -274,15 +302,17 @@ def _linear(x: Tensor, weight: AnyNF4, bias: Tensor | None, out: Tensor | None) 
     plan = matmul_plan(architecture(device), multiprocessors(device), m, n, k)
     fits = x.dtype != torch.float32 and flat_x.stride(1) == 1 and flat_out.stride(1) == 1
     if plan.tile is not None and isinstance(weight, PlanarNF4Weight) and fits:
-        nf4_matmul(flat_x, weight, bias, flat_out, plan)
+        nf4_matmul(flat_x, weight, bias, flat_out, plan, accumulate=accumulate)
     else:
-        _through_scratch(flat_x, weight, flat_out, forward=True)
+        _through_scratch(flat_x, weight, flat_out, forward=True, accumulate=accumulate)
         if bias is not None:
             flat_out += bias
     return out
 
 
-def _through_scratch(x: Tensor, weight: AnyNF4, out: Tensor, *, forward: bool) -> None:
+def _through_scratch(
+    x: Tensor, weight: AnyNF4, out: Tensor, *, forward: bool, accumulate: bool = False
+) -> None:
     """out = x W^T, or x W with `forward` false, a slab of W decoded at a time.
 
     A slab is a run of W's lines along the output (rows forward, columns backward), so that every
@@ -290,23 +320,26 @@ def _through_scratch(x: Tensor, weight: AnyNF4, out: Tensor, *, forward: bool) -
     """
     n, k = weight.shape
     arch, size = architecture(x.device), x.element_size()
+    beta = float(accumulate)
     if not isinstance(weight, PlanarNF4Weight):
         whole = nf4_dequantize(weight, out=scratch("nf4 weight", (n, k), x.dtype, x.device))
-        torch.mm(x, whole.T if forward else whole, out=out)
+        torch.addmm(out, x, whole.T if forward else whole, beta=beta, out=out)
     elif forward:
         step = slab(arch, n, k * size, BLOCK)
         for start in range(0, n, step):
             rows = range(start, min(start + step, n))
             part = scratch("nf4 weight", (len(rows), k), x.dtype, x.device)
             dequantize_planar(weight, part, rows=rows)
-            torch.mm(x, part.T, out=out[:, rows.start : rows.stop])
+            own = out[:, rows.start : rows.stop]
+            torch.addmm(own, x, part.T, beta=beta, out=own)
     else:
         step = slab(arch, k, n * size, BLOCK)
         for start in range(0, k, step):
             stop = min(start + step, k)
             part = scratch("nf4 weight", (n, stop - start), x.dtype, x.device)
             dequantize_planar(weight, part, blocks=range(start // BLOCK, stop // BLOCK))
-            torch.mm(x, part, out=out[:, start:stop])
+            own = out[:, start:stop]
+            torch.addmm(own, x, part, beta=beta, out=own)
 
 
 def _split_buffers(

@@ -147,11 +147,15 @@ def _tiles() -> dict[MatmulTile, tuple[int, ...]]:
 
 
 def _matmul() -> Iterator[CompileCase]:
-    choices = product(_tiles().items(), ("bf16", "fp16"), (True, False), (True, False), (1, 4))
-    for (tile, architectures), dtype, nested, bias, parts in choices:
+    # An adapter's part is added to before the product is rounded; biases come after both.
+    addends = ("", "bias", "accumulate")
+    choices = product(_tiles().items(), ("bf16", "fp16"), (True, False), addends, (1, 4))
+    for (tile, architectures), dtype, nested, addend, parts in choices:
+        if addend == "accumulate" and not nested:
+            continue
         config = (
             f"N {tile.block_n} M {tile.block_m} warps {tile.warps} stages {tile.stages} {dtype} "
-            f"{'nested' if nested else 'plain'}{' bias' if bias else ''}"
+            f"{'nested' if nested else 'plain'}{f' {addend}' if addend else ''}"
             f"{' split' if parts > 1 else ''}"
         )
         yield CompileCase(
@@ -178,7 +182,8 @@ def _matmul() -> Iterator[CompileCase]:
                 "BLOCK_N": tile.block_n,
                 "NESTED_SHIFT": 8,
                 "NESTED": nested,
-                "HAS_BIAS": bias,
+                "HAS_BIAS": addend == "bias",
+                "ACCUMULATE": addend == "accumulate",
                 "SPLIT": parts > 1,
                 "DTYPE": DTYPES[dtype],
                 "PTX": True,
@@ -191,5 +196,8 @@ def _matmul() -> Iterator[CompileCase]:
             architectures=architectures,
             is_matmul=True,
             left_in_registers=True,
-            checked=dtype == "bf16" and nested and bias and (parts > 1) == (tile.block_m == 16),
+            checked=dtype == "bf16"
+            and nested
+            and bool(addend)
+            and (parts > 1) == (tile.block_m == 16),
         )

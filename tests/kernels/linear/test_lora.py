@@ -10,13 +10,15 @@ from torch import Tensor
 from kernels.elementwise.dropout import Seed
 from kernels.linear import lora_backward as lora_module
 from kernels.linear.columns import output_columns
-from kernels.linear.decode import decode
+from kernels.linear.decode import decode, decode_weight
 from kernels.linear.dora import adapted_row_norms
 from kernels.linear.int8 import dequantize_int8, quantize_int8
 from kernels.linear.lora import lora_linear, lora_qkv, project, project_backward
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import lora_mlp
 from kernels.nf4 import dequantize, quantize
+from kernels.nf4.matmul import fused_pays
+from kernels.nf4.planar import PlanarNF4Weight, to_planar
 
 G = torch.Generator().manual_seed(0)
 
@@ -252,3 +254,33 @@ def test_a_small_adapter_is_not_rounded_away_in_16_bits(missing: bool) -> None:
             part += dy.double() @ p.lora_b.double() @ p.lora_a.double()
     share = float(((dx.double() - base) * part).sum() / part.square().sum())
     assert abs(share - 1.0) < 0.2
+
+
+def test_a_small_adapter_survives_the_product_that_reads_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few rows on a GPU; in float16, for the interpreter cuts bfloat16 off."""
+    pytest.importorskip("triton", reason="Triton is not installed on this platform")
+    monkeypatch.setenv("ENGINE_INTERPRET", "1")
+    rows, width = 48, 128
+    x = torch.randn(rows, width, generator=G).half()
+    group = tuple(
+        Projection(
+            to_planar(quantize(torch.randn(out, width, generator=G))),
+            None,
+            torch.randn(4, width, generator=G),
+            torch.randn(out, 4, generator=G) * 2.0**-14,
+        )
+        for out in (128, 64)
+    )
+    assert all(isinstance(p.weight, PlanarNF4Weight) and fused_pays(x, p.weight) for p in group)
+    with torch.no_grad():
+        ys, _ = project(x, group)
+    for y, p in zip(ys.parts, group, strict=True):
+        assert p.lora_a is not None and p.lora_b is not None
+        assert isinstance(p.weight, PlanarNF4Weight)
+        base = x.double() @ decode_weight(p.weight, torch.float32).half().double().T
+        part = x.double() @ p.lora_a.double().T @ p.lora_b.double().T
+        assert part.std() < 2.0**-11 * base.std()
+        share = float(((y.double() - base) * part).sum() / part.square().sum())
+        assert abs(share - 1.0) < 0.2

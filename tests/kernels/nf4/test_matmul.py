@@ -82,6 +82,37 @@ def test_every_form_of_the_fused_product_is_accurate(
         check(out, *linear_pair(x, weight, b))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+def test_what_out_holds_is_added_before_the_only_rounding(parts: int, device: torch.device) -> None:
+    """Addends far below a unit in the last place of the product survive on the average."""
+    x, weight = torch.randn(40, 320, dtype=DTYPE, device=device), weight_of(130, 320, device)
+    _, base = linear_pair(x, weight, None)
+    small = torch.randn_like(base) * torch.finfo(DTYPE).eps / 8
+    for addend, least in ((torch.randn_like(base), None), (small, 0.5)):
+        out = addend.to(DTYPE)
+        truth = base + out.double()
+        plain = torch.addmm(out, x, decoded(weight, DTYPE).T)
+        nf4_matmul.nf4_matmul(x, weight, None, out, MatmulPlan(TILE, parts), accumulate=True)
+        check(out, plain, truth)
+        share = ((out.double() - base) * addend).sum() / addend.square().sum()
+        assert least is None or share > least
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_op_accumulates_however_it_multiplies(wide: bool, device: torch.device) -> None:
+    """Fused, and through scratch, which a reduction of 100 columns takes."""
+    x = torch.randn(5, 128, dtype=DTYPE, device=device)
+    weight: AnyNF4 = weight_of(48, 128, device)
+    if wide:
+        x, weight = x[:, :100].contiguous(), quantize(torch.randn(48, 100, device=device))
+    plain, truth = linear_pair(x, weight, None)
+    out = torch.ones(5, 48, dtype=DTYPE, device=device)
+    assert nf4_linear(x, weight, out=out, accumulate=True) is out
+    check(out, plain + 1, truth + 1)
+    with pytest.raises(ValueError, match="accumulates into an `out`"):
+        nf4_linear(x, weight, accumulate=True)
+
+
 def test_a_split_product_repeats_bit_for_bit(device: torch.device) -> None:
     x = torch.randn(5, 512, dtype=DTYPE, device=device)
     weight = weight_of(70, 512, device)
@@ -192,6 +223,8 @@ def test_a_planted_fault_breaks_the_accuracy_rule(fault: str, device: torch.devi
         ("for _ in range(parts)", "for _ in range(parts - 1)"),
         ("acc += tl.load(bias + row", "acc += 2 * tl.load(bias + row"),
         ("total += tl.load(bias + row", "total += 2 * tl.load(bias + row"),
+        ("acc += tl.load(target", "acc += 2 * tl.load(target"),
+        ("total += tl.load(target", "total += 2 * tl.load(target"),
         ("row_inside = row < rows", "row_inside = row < rows - 1"),
         ("token_inside = token < m", "token_inside = token < m - 1"),
         ("tl.store(counters + tile, 0)", "tl.store(counters + tile, 1)"),
@@ -206,14 +239,18 @@ def test_a_planted_fault_in_the_kernel_breaks_the_accuracy_rule(
     changed = mutant(nf4_matmul, old, new)
     weight = weight_of(70, 256, device)
     bias = torch.randn(70, dtype=DTYPE, device=device)
+    adds = "target" in old
     for module, right in ((nf4_matmul, True), (changed, False)):
         results = []
         # Split twice, for what a launch leaves to the next.
         for parts in (1, 4, 4):
             x = torch.randn(5, 256, dtype=DTYPE, device=device)
-            out = torch.full((5, 70), torch.nan, dtype=DTYPE, device=device)
-            module.nf4_matmul(x, weight, bias, out, MatmulPlan(TILE, parts))
-            results.append(within(out, *linear_pair(x, weight, bias)))
+            out = torch.full((5, 70), 1.0 if adds else torch.nan, dtype=DTYPE, device=device)
+            plain, truth = linear_pair(x, weight, bias)
+            if adds:
+                plain, truth = plain + 1, truth + 1
+            module.nf4_matmul(x, weight, bias, out, MatmulPlan(TILE, parts), accumulate=adds)
+            results.append(within(out, plain, truth))
         assert all(results) == right
 
 
