@@ -54,10 +54,19 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **_keys(
         "parallel_attn use_parallel_residual parallel_residual parallel_blocks sandwich_norm "
         "post_norm use_post_norm use_layernorm layernorm_sequential_residual attention_sinks "
-        "attn_sink use_attention_sink layer_scale num_kv_shared_layers hc_mult",
+        "attn_sink attention_sink use_attention_sink num_sink_tokens num_meta_tokens "
+        "num_memory_tokens layer_scale num_kv_shared_layers hc_mult altup_num_inputs laurel_rank "
+        "hidden_size_per_layer_input normalize_embedding embedding_layernorm use_mup mup "
+        "multi_query scale_attn_by_inverse_layer_idx",
         _OFF,
     ),
-    **_keys("norm_type normalization_type", (None, "rmsnorm", "rms_norm", "RMSNorm")),
+    # biases that no supported family has
+    **_keys("use_bias add_bias_linear bias lm_head_bias head_bias embedding_bias", _OFF),
+    **_keys("use_rms_norm use_rmsnorm rms_norm", (None, True)),
+    **_keys(
+        "norm_type normalization_type layer_norm_type norm",
+        (None, "rmsnorm", "rms_norm", "RMSNorm"),
+    ),
     **_keys("hidden_activation activation_function mlp_activation ffn_act_fn", _SILU),
     # routing and attention of other families
     **_keys(

@@ -33,6 +33,8 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | s
         {"max_sequence_length": 2048, "unk_token_id": 0, "num_labels": 2},
         {"neftune_noise_alpha": 5, "attn_logit_softcapping": None, "residual_multiplier": 1.0},
         {"position_embedding_type": "rope", "scoring_func": "softmax", "alibi": False},
+        {"use_rms_norm": True, "bias": "none", "use_bias": False, "layer_norm_type": "rms"},
+        {"dual_chunk_attention_config": {"chunk_size": 262144}},
     ],
 )
 def test_keys_that_ask_for_nothing_change_nothing(inert: dict[str, Any]) -> None:
@@ -66,6 +68,12 @@ def test_an_ignored_key_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
         ("parallel_attn", True),
         ("clip_qkv", 8.0),
         ("norm_type", "layernorm"),
+        ("layer_norm_type", "low_precision"),
+        ("use_rms_norm", False),
+        ("lm_head_bias", True),
+        ("use_bias", True),
+        ("num_meta_tokens", 128),
+        ("laurel_rank", 64),
         ("num_experts", 8),
         ("scoring_func", "sigmoid"),
         ("mrope_section", [16, 24, 24]),
