@@ -64,8 +64,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **_keys("use_bias add_bias_linear bias lm_head_bias head_bias embedding_bias", _OFF),
     **_keys("use_rms_norm use_rmsnorm rms_norm", (None, True)),
     **_keys(
-        "norm_type normalization_type layer_norm_type norm",
-        (None, "rmsnorm", "rms_norm", "RMSNorm"),
+        "norm_type normalization_type layer_norm_type",
+        (None, "rms", "rmsnorm", "rms_norm", "RMSNorm"),
     ),
     **_keys("hidden_activation activation_function mlp_activation ffn_act_fn", _SILU),
     # routing and attention of other families
