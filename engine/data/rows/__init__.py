@@ -2,7 +2,7 @@
 
 Accepted: `messages` (OpenAI's form), `conversations` or `conversation` (ShareGPT's form, `from`
 and `value`), and a prompt with its response under any of their usual names, with `input`, `context`
-and `history` where a row has them. With every form: `system` or `system_prompt`, `tools` or
+and `history` where a row has them. With every form: `system` (or `system_prompt`), `tools` or
 `functions`, `category`, `rating` (1 to 5), `schema_version`. Every form becomes a list of messages.
 A key that is not used is noted, and never dropped without a word.
 """
@@ -21,7 +21,7 @@ PROMPT_KEYS = ("prompt", "instruction", "question")
 RESPONSE_KEYS = ("response", "output", "completion", "answer")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 
-_SYSTEM_KEYS = ("system", "system_prompt")
+_SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 _TOOL_KEYS = ("tools", "functions")
 _CONTEXT_KEYS = ("input", "context")
 _RARE_PROMPT_KEYS = ("query", "problem", "input")

@@ -25,10 +25,26 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
+    "tool_response": "tool",
     "function_call": "assistant",
+    "tool_call": "assistant",
 }
+_CALLS = ("function_call", "tool_call")
+"""Speakers whose value is a tool call, or a list of them."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 RESULT_ROLES = ("tool", "function", "ipython")
+
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
+"""What programs call the arguments of a tool call; OpenAI's name comes first."""
+
+_AROUND_CALL = ("id", "type", "index", "function")
+"""Keys beside a call, in forms that write its name and arguments beside them."""
+
+_OTHER_FLAGS = (
+    "mask", "masked", "loss_mask", "ignore", "ignore_loss", "no_loss", "compute_loss", "trainable",
+    "training", "train_on_turn", "train_detail",
+)  # fmt: skip
+"""Keys by which other programs leave messages, or parts of them, out of the loss."""
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that hold text, in OpenAI's two programming interfaces."""
@@ -59,6 +75,7 @@ def parse_message(item: Any, where: str, unused: set[str]) -> dict[str, Any]:
         message = _sharegpt_message(item, where, unused)
     else:
         message = _openai_message(item, where, unused)
+    _refuse_other_flags(item, where)
     _check_flags(message, where, unused)
     return message
 
@@ -74,12 +91,12 @@ def _one_form(item: dict[str, Any]) -> dict[str, Any]:
 
 def _openai_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     role = item.get("role")
-    role = _ROLE_ALIASES.get(role, role) if isinstance(role, str) else role
+    role = _ROLE_ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else role
     if role not in ROLES:
-        raise RowFault(f"{where}.role is {role!r}; expected one of {listed(ROLES)}")
+        raise RowFault(f"{where}.role is {item.get('role')!r}; expected one of {listed(ROLES)}")
     message = {**item, "role": role}
     unused |= _unused(item, _USED, where)
-    calls = _tool_calls(message, where)
+    calls = _tool_calls(message, where, unused)
     if calls:
         message["tool_calls"] = calls
     if "content" in item or not calls:
@@ -126,7 +143,7 @@ def _part_text(part: Any, where: str) -> str:
     return text
 
 
-def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _tool_calls(message: dict[str, Any], where: str, unused: set[str]) -> list[dict[str, Any]]:
     """The calls of a message, which lose their keys there."""
     calls, old = message.pop("tool_calls", None), message.pop("function_call", None)
     if old is not None:
@@ -142,10 +159,10 @@ def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
         raise RowFault(f"{where}.tool_calls is {json_name(calls)} where a list was expected")
     if calls and message["role"] != "assistant":
         raise RowFault(f"{where} calls tools, but its role is {message['role']!r}")
-    return [_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    return [_call(call, f"{where}.tool_calls[{i}]", unused) for i, call in enumerate(calls)]
 
 
-def _call(call: Any, where: str) -> dict[str, Any]:
+def _call(call: Any, where: str, unused: set[str]) -> dict[str, Any]:
     """One tool call, {"type": "function", "function": {"name", "arguments"}}."""
     if not isinstance(call, dict):
         raise RowFault(f"{where} is {json_name(call)} where a tool call (an object) was expected")
@@ -153,7 +170,12 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call["function"] if nested else call
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise RowFault(f"{where} has no name of a function; its keys are {listed(call)}")
-    arguments = function.get("arguments", function.get("parameters"))
+    given = [key for key in _ARGUMENTS if function.get(key) is not None]
+    if len(given) > 1:
+        raise RowFault(f"{where} has both '{given[0]}' and '{given[1]}'; keep one of them")
+    used = {"name", *_ARGUMENTS, *(() if nested else _AROUND_CALL)}
+    unused |= {f"{_list_name(where)}[].tool_calls[].{key}" for key in function if key not in used}
+    arguments = function[given[0]] if given else None
     arguments = from_text(arguments, f"{where}: the arguments of {function['name']!r}")
     if arguments is None:
         arguments = {}
@@ -163,7 +185,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
             "object, or one as JSON text, was expected"
         )
     if nested:
-        return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+        named = {key: value for key, value in function.items() if key not in _ARGUMENTS}
+        return {"type": "function", **call, "function": {**named, "arguments": arguments}}
     inner = {"name": function["name"], "arguments": arguments}
     return {
         **({"id": call["id"]} if isinstance(call.get("id"), str) else {}),
@@ -174,18 +197,30 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 def _sharegpt_message(item: Mapping[str, Any], where: str, unused: set[str]) -> dict[str, Any]:
     speaker, value = item["from"], item.get("value")
+    speaker = speaker.lower() if isinstance(speaker, str) else None
     if speaker not in SHAREGPT_ROLES:
-        raise RowFault(f"{where}.from is {speaker!r}; expected one of {listed(SHAREGPT_ROLES)}")
+        raise RowFault(
+            f"{where}.from is {item['from']!r}; expected one of {listed(SHAREGPT_ROLES)}"
+        )
     unused |= _unused(item, _USED_SHAREGPT, where)
     message: dict[str, Any] = {"role": SHAREGPT_ROLES[speaker]}
     message |= {key: item[key] for key in (*REASONING_KEYS, *LOSS_FLAGS) if key in item}
-    if speaker == "function_call":
+    if speaker in _CALLS:
         message["tool_calls"] = from_text(value, f"{where}.value")
-        message["tool_calls"] = _tool_calls(message, where)
+        message["tool_calls"] = _tool_calls(message, where, unused)
         if not message["tool_calls"]:
             raise RowFault(f"{where}.value is {json_name(value)} where a tool call was expected")
         return {**message, "content": ""}
     return {**message, "content": _content(value, message["role"], f"{where}.value")}
+
+
+def _refuse_other_flags(item: Mapping[str, Any], where: str) -> None:
+    other = next((key for key in _OTHER_FLAGS if item.get(key) is not None), None)
+    if other is not None:
+        raise RowFault(
+            f"{where}: '{other}' seems to say what is trained on, and would be ignored; leave a "
+            'message out of the loss with "loss": false, and remove the key'
+        )
 
 
 def _check_flags(message: Mapping[str, Any], where: str, unused: set[str]) -> None:

@@ -327,3 +327,60 @@ def test_json_printed_over_several_lines_is_read(
     rows = load_rows(path)
     assert [row.messages[0]["content"] for row in rows] == ["Q0", "Q1", "Q2"]
     assert [row.line for row in rows] == lines
+
+
+@pytest.mark.parametrize("key", ["arguments", "parameters", "input", "args", "kwargs"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_arguments_are_read_under_every_usual_name(key: str, nested: bool, text: bool) -> None:
+    function = {"name": "f", key: json.dumps(ARGUMENTS) if text else ARGUMENTS}
+    made = {"function": function, "type": "function"} if nested else function
+    row = parse({"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [made]}]})
+    assert arguments_of(row) == [ARGUMENTS] and row.unused == ()
+    assert key == "arguments" or key not in row.messages[1]["tool_calls"][0]["function"]
+
+
+def test_what_a_call_says_besides_is_reported_and_two_arguments_are_refused() -> None:
+    def turn(**function: Any) -> list[Any]:
+        calls = [{"name": "f", **function}]
+        return [USER, {"role": "assistant", "content": "", "tool_calls": calls}]
+
+    assert parse({"messages": turn(values={"a": 1})}).unused == ("messages[].tool_calls[].values",)
+    with pytest.raises(RowFault, match="both 'arguments' and 'input'"):
+        parse({"messages": turn(arguments={}, input={"a": 1})})
+
+
+@pytest.mark.parametrize("form", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("mask", True), ("masked", 0), ("trainable", False), ("train_detail", [{"begin_offset": 0}])],
+)
+def test_other_names_for_what_is_trained_are_refused(
+    form: tuple[str, str], key: str, value: Any
+) -> None:
+    role, content = form
+    turns = [{role: "user", content: "Q"}, {role: "assistant", content: "A", key: value}]
+    with pytest.raises(RowFault, match=f'{key}.* with "loss": false'):
+        parse({"messages": turns})
+
+
+@pytest.mark.parametrize("form", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("names", [("User", "Assistant"), ("Human", "GPT"), ("USER", "Bot")])
+def test_speakers_are_known_in_any_case(form: tuple[str, str], names: tuple[str, str]) -> None:
+    turns = [{form[0]: names[0], form[1]: "Q"}, {form[0]: names[1], form[1]: "A"}]
+    assert parse({"messages": turns}).messages == TURNS
+
+
+def test_calls_and_their_results_under_names_of_other_trainers() -> None:
+    row = parse(
+        {
+            "conversations": [
+                {"from": "user", "value": "Q"},
+                {"from": "tool_call", "value": json.dumps({"name": "f", "arguments": ARGUMENTS})},
+                {"from": "tool_response", "value": "1"},
+                {"from": "assistant", "value": "A"},
+            ]
+        }
+    )
+    assert arguments_of(row) == [ARGUMENTS]
+    assert [turn["role"] for turn in row.messages] == ["user", "assistant", "tool", "assistant"]
