@@ -59,6 +59,9 @@ class RandomSource:
             drawn *= float(shape[-1]) ** -0.5
         return drawn.to(torch.bfloat16)
 
+    def codes(self, name: str) -> None:
+        """Nothing is quantised."""
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 
