@@ -220,7 +220,7 @@ def plot_loss(run_directory: Path, heldout_before: float | None = None) -> Path 
     losses = [loss for _, loss in points]
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", alpha=0.35, linewidth=1, label="loss per step")
-    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=2, label="smoothed")
     heldout = [
         (line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None
     ]
@@ -237,11 +237,11 @@ def plot_loss(run_directory: Path, heldout_before: float | None = None) -> Path 
     return target
 
 
-def _smooth(values: list[float], decay: float = 0.9) -> list[float]:
+def smoothed(values: list[float], decay: float = 0.9) -> list[float]:
     """Exponential moving mean, corrected for its start at zero."""
-    mean, weight, smoothed = 0.0, 0.0, []
+    mean, weight, means = 0.0, 0.0, []
     for value in values:
         mean = decay * mean + (1 - decay) * value
         weight = decay * weight + (1 - decay)
-        smoothed.append(mean / weight)
-    return smoothed
+        means.append(mean / weight)
+    return means

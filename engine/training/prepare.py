@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from engine.config.train_config import TrainConfig
@@ -177,29 +176,42 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
 
     Raises `DataError` naming a row that cannot be used, where `bad_lines` does not allow it.
     """
-    rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
-    rows, heldout_rows, read_heldout = rows[: config.limit_rows], list[Row](), ReadReport()
-    if config.eval_data:
-        heldout_rows, read_heldout = read_rows(list(config.eval_data), bad_lines=config.bad_lines)
-    if config.heldout:
-        rows, heldout_rows = split_heldout(rows, config.heldout, config.seed)
-    render = partial(
-        build_examples,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        template_kwargs=config.chat_template_kwargs,
-        bad_rows=config.bad_lines,
-    )
-    examples, report = render([with_system(row, config.system_prompt) for row in rows])
+    rows, heldout_rows, read, read_heldout = rows_of_run(config)
+    examples, report = examples_of_run(config, rows, tokenizer)
     heldout, report_heldout = list[Example](), ExampleReport()
     if heldout_rows:
-        heldout, report_heldout = render(
-            [with_system(row, config.system_prompt) for row in heldout_rows]
-        )
+        heldout, report_heldout = examples_of_run(config, heldout_rows, tokenizer)
         _tell_shared(examples, heldout)
     check_ids([*examples, *heldout], vocab_size)
     settings = _row_settings(config, tokenizer)
     return RowSet(examples, heldout, read, read_heldout, report, report_heldout, settings)
+
+
+def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, ReadReport]:
+    """The rows to train on and those held out, with what was left out of each.
+
+    Raises `DataError`.
+    """
+    rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
+    rows, heldout, read_heldout = rows[: config.limit_rows], list[Row](), ReadReport()
+    if config.eval_data:
+        heldout, read_heldout = read_rows(list(config.eval_data), bad_lines=config.bad_lines)
+    if config.heldout:
+        rows, heldout = split_heldout(rows, config.heldout, config.seed)
+    return rows, heldout, read, read_heldout
+
+
+def examples_of_run(
+    config: TrainConfig, rows: Sequence[Row], tokenizer: Tokenizer
+) -> tuple[list[Example], ExampleReport]:
+    """These rows as the run tokenises them. Raises `DataError`."""
+    return build_examples(
+        [with_system(row, config.system_prompt) for row in rows],
+        tokenizer,
+        config.max_length,
+        template_kwargs=config.chat_template_kwargs,
+        bad_rows=config.bad_lines,
+    )
 
 
 def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
