@@ -30,7 +30,7 @@ help:  ## Show this list
 demo: $(VENV)/.demo  ## Fine-tune a real 135M model on this machine and show what it learnt
 	$(VENV)/bin/python -m examples.demo
 
-test: $(VENV)/.test  ## Run the tests (all but the comparisons with other programs)
+test: $(VENV)/.test $(VENV)/.browser  ## Run the tests (all but the comparisons with other programs)
 	$(VENV)/bin/python $(PYTEST) -m "not interop" $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test  ## Run the quick tests, in under 90 seconds on 2 cores
@@ -100,6 +100,15 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need into $(VENV): half a minute."
 	@$(VENV)/bin/python $(INSTALL) --editable '.[test]'
 	@$(VENV)/bin/python $(INSTALL) --no-deps mistral-common dashscope
+	@touch $@
+
+# The tests of the pages run in Debian's chromium; without one they are not collected, and pytest
+# says so. It is installed where that needs no password: for root, as in a container.
+$(VENV)/.browser: $(VENV)/.test
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+	    echo "Installing chromium for the tests of the pages: a minute."; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	        apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; fi
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created $(REQUIREMENTS)

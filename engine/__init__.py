@@ -16,6 +16,7 @@
     engine.forge(model=..., data=..., output_dir=..., fraction=0.1, max_steps=100)
     engine.plan(engine.TrainConfig(...)).text()
     engine.serve(model, adapter=["tuned=runs/first"])       # until the process is told to stop
+    engine.board(["runs"])                                  # a page in a browser, until Ctrl-C
 
 One function per verb; its keyword arguments are the settings that `engine VERB --help` lists, and a
 wrong one raises `ConfigError`. Names are imported when they are first used, so that `engine --help`
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from engine.verbs.models.prune import prune
     from engine.verbs.models.quantize import quantize
     from engine.verbs.models.serve import serve
+    from engine.verbs.training.board import board
     from engine.verbs.training.plan import plan
     from engine.verbs.training.resume import resume
     from engine.verbs.training.train import TrainResult, train
@@ -80,6 +82,7 @@ _HOME = {
     "forge": "engine.verbs.models.forge",
     "serve": "engine.verbs.models.serve",
     "plan": "engine.verbs.training.plan",
+    "board": "engine.verbs.training.board",
 }
 _EARLIER = {"generate_text": "generate"}
 
@@ -94,6 +97,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "board",
     "evaluate",
     "forge",
     "generate",

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.browsers import HAS_BROWSER
+
 # The tensors here are small: more threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -40,15 +42,25 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The comparisons import transformers, PEFT and others, which the product must work without.
+# The comparisons import transformers, PEFT and others, which the product must work without. The
+# tests of the pages need a browser, which may not be here.
 collect_ignore = ["interop"] if MISSING_PEERS else []
+collect_ignore += [] if HAS_BROWSER else ["browser"]
 
 
-def pytest_report_header() -> str | None:
-    if not MISSING_PEERS:
-        return None
-    missing = ", ".join(MISSING_PEERS)
-    return f"tests/interop: not collected, {missing} not installed (`make interop` installs them)"
+def pytest_report_header() -> list[str]:
+    lines = []
+    if MISSING_PEERS:
+        missing = ", ".join(MISSING_PEERS)
+        lines.append(
+            f"tests/interop: not collected, {missing} not installed (`make interop` installs them)"
+        )
+    if not HAS_BROWSER:
+        lines.append(
+            "tests/browser: not collected, they need playwright and a browser "
+            "(`apt-get install chromium`)"
+        )
+    return lines
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

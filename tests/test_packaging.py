@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,24 @@ def test_pre_commit_uses_the_constrained_versions() -> None:
 
 def test_every_package_is_typed_and_says_so() -> None:
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert table["package-data"] == {"*": ["py.typed"]}
+    assert table["package-data"]["*"] == ["py.typed"]
     for pattern in table["packages"]["find"]["include"]:
         assert (ROOT / pattern.rstrip("*") / "py.typed").exists(), pattern
+
+
+def test_a_wheel_holds_the_pages(tmp_path: Path) -> None:
+    # Of links, so that what building leaves behind is not left in the tree.
+    for name in ("pyproject.toml", "README.md", "LICENSE", "engine", "cli"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", "wheels", "."]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    pages = {
+        f"engine/pages/static/{path.name}" for path in (ROOT / "engine/pages/static").iterdir()
+    }
+    assert len(pages) >= 5
+    assert pages <= set(zipfile.ZipFile(wheel).namelist())
 
 
 def test_every_package_directory_is_installed() -> None:

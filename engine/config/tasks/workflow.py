@@ -119,6 +119,17 @@ class StatusSettings(Settings):
     tail: int = setting(0, "Run", "also show the log's last lines", ge=0)
 
 
+class BoardSettings(Settings):
+    """`engine board`."""
+
+    runs: Paths = setting(
+        ("runs",), "Board", "run directories, or folders of them; by default runs/", repeat=True
+    )
+    port: int = setting(
+        8765, "Board", "port on 127.0.0.1; 0 takes any that is free", ge=0, le=65535
+    )
+
+
 class DoctorSettings(Settings):
     """`engine doctor`."""
 

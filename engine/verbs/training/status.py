@@ -10,17 +10,11 @@ from typing import Any
 
 from engine.config.tasks.commands import command_of
 from engine.errors import ConfigError
-from engine.forging.stages import JOB
+from engine.monitoring.state import MARKS, RUN_FILES, is_made_here, state_of, verb_of
 from engine.runs.metrics import describe_seconds, read_metrics
 from engine.runs.output import CHECKPOINT
-from engine.runs.summary import SUMMARY
 from engine.storage.lock import is_locked, read_holder
 from engine.storage.safe_files import json_object_or_empty, open_regular
-
-_RUN_FILES = ("metrics.jsonl", "config.yaml", "summary.json", "pipeline.log")
-_PRUNING = "pruning.json"
-_MARKS = (*_RUN_FILES, JOB, _PRUNING)
-"""What a directory holds that a run, a job of forge, or a verb that writes a model has made."""
 
 
 def find_run(name: str, root: Path) -> Path:
@@ -30,11 +24,11 @@ def find_run(name: str, root: Path) -> Path:
     """
     if name:
         for candidate in (Path(name), root / name):
-            if any((candidate / file).exists() for file in _MARKS):
+            if is_made_here(candidate):
                 return candidate
         raise ConfigError(_no_run(name, root))
     runs = [entry for entry in root.iterdir() if entry.is_dir()] if root.is_dir() else []
-    runs = [entry for entry in runs if any((entry / file).exists() for file in _RUN_FILES)]
+    runs = [entry for entry in runs if any((entry / file).exists() for file in RUN_FILES)]
     if not runs:
         raise ConfigError(f"There are no runs under {root}/. Name a run directory.")
     return max(runs, key=_last_change)
@@ -49,7 +43,7 @@ def _no_run(name: str, root: Path) -> str:
     if (path / "config.json").exists():
         what = "it holds a model that no verb of this program wrote"
     elif path.is_dir():
-        what = f"it holds none of {', '.join(_MARKS)}"
+        what = f"it holds none of {', '.join(MARKS)}"
     elif path.exists():
         what = "it is a file"
     runs = sorted(entry.name for entry in root.iterdir()) if root.is_dir() else []
@@ -58,7 +52,7 @@ def _no_run(name: str, root: Path) -> str:
 
 
 def _last_change(run: Path) -> float:
-    times = [(run / file).stat().st_mtime for file in _RUN_FILES if (run / file).exists()]
+    times = [(run / file).stat().st_mtime for file in RUN_FILES if (run / file).exists()]
     return max(times)
 
 
@@ -78,7 +72,7 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     summary = json_object_or_empty(run / "summary.json")
     manifest = json_object_or_empty(run / "manifest.json")
     alive = is_locked(run)
-    state = _state(alive, summary)
+    state = state_of(alive, summary)
     status: dict[str, Any] = {
         "run": str(run),
         "state": state,
@@ -98,35 +92,17 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     return status
 
 
-def _state(alive: bool, summary: dict[str, Any]) -> str:
-    if alive:
-        return "running"
-    if not summary:
-        return "died"
-    if summary.get("status") == "Success":
-        return "finished"
-    stopped = summary.get("stopped")
-    if not isinstance(stopped, dict):
-        return "failed"
-    step = stopped.get("step")
-    return f"stopped at step {step}" if isinstance(step, int) else "stopped"
-
-
 def _other_verb(folder: Path) -> dict[str, Any] | None:
     """The status of what another verb than train made, or is making, in `folder`."""
-    summary = json_object_or_empty(folder / SUMMARY)
-    verb = summary.get("verb")
-    if (folder / JOB).exists():
-        verb = "forge"
-    elif (folder / _PRUNING).exists() and verb is None:
-        verb = "prune"
-    if verb in (None, "train"):
+    summary = json_object_or_empty(folder / "summary.json")
+    verb = verb_of(folder, summary)
+    if verb == "train":
         return None
     alive = is_locked(folder)
     status: dict[str, Any] = {
         "run": str(folder),
         "verb": verb,
-        "state": "finished" if verb == "prune" and not summary else _state(alive, summary),
+        "state": "finished" if verb == "prune" and not summary else state_of(alive, summary),
         "alive": alive,
         "process": read_holder(folder) if alive else None,
         "parameters": summary.get("parameters", {}),

@@ -1,0 +1,1 @@
+"""Training runs in a browser: what their directories say, as JSON"""

@@ -1,0 +1,89 @@
+"""The rows of a run as its model reads them, with the trained tokens told apart.
+
+Only reads: the run's data and tokenizer, wherever its settings say that they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config.train_config import TrainConfig
+    from engine.data.rows import Row
+    from engine.tokenization.tokenizer import Tokenizer
+
+MOST_ROWS = 20
+_CHARACTERS = 20_000
+
+
+class RowPreview:
+    """Previews of rows; the rows and tokenizer of the last run stay in memory."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._key: tuple[Path, int] | None = None
+        self._rows: dict[str, list[Row]] = {}
+        self._config: TrainConfig
+        self._tokenizer: Tokenizer
+
+    def rows(self, run: Path, part: str, first: int, count: int) -> dict[str, Any]:
+        """Rows `first` (from 1) and after it of a run's `part`, `train` or `heldout`.
+
+        Each row is a list of stretches of text that are trained or not, as `engine data preview`
+        shows them. Raises `EngineError` where the run's data or tokenizer cannot be read.
+        """
+        with self._lock:
+            self._open(run)
+            rows = self._rows[part]
+            chosen = rows[first - 1 : first - 1 + min(count, MOST_ROWS)]
+            return {
+                "total": len(rows),
+                "first": first,
+                "rows": [self._shown(row) for row in chosen],
+            }
+
+    def _open(self, run: Path) -> None:
+        """Read settings, rows and tokenizer, unless they are those of the last call."""
+        from engine.config.sources import build
+        from engine.config.train_config import TrainConfig
+        from engine.model_sources.open import describe_model
+        from engine.runs.stored import CONFIG, read_settings
+        from engine.storage.safe_files import read_text
+        from engine.tokenization.tokenizer import load_tokenizer
+        from engine.training.prepare import rows_of_run
+
+        read_text(run / CONFIG)  # refuses what is no regular file of the run
+        key = run, (run / CONFIG).stat().st_mtime_ns
+        if key == self._key:
+            return
+        self._key = None
+        self._config = build(TrainConfig, read_settings(run))
+        described = describe_model(self._config.model, self._config.revision)
+        self._tokenizer = load_tokenizer(described, self._config.template_date)
+        train, heldout, _, _ = rows_of_run(self._config)
+        self._rows, self._key = {"train": train, "heldout": heldout}, key
+
+    def _shown(self, row: Row) -> dict[str, Any]:
+        from engine.errors import EngineError
+        from engine.training.prepare import examples_of_run
+
+        try:
+            (example,), _ = examples_of_run(self._config, [row], self._tokenizer)
+        except EngineError as error:
+            return {"source": row.source, "error": str(error)}
+        stretches, left = [], _CHARACTERS
+        for trained, ids in example.stretches():
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            stretches.append({"trained": trained, "text": text[:left]})
+            left -= len(text)
+            if left <= 0:
+                break
+        return {
+            "source": row.source,
+            "tokens": len(example),
+            "trained_tokens": example.trained_tokens,
+            "cut": left < 0,
+            "stretches": stretches,
+        }

@@ -1,0 +1,1 @@
+"""Pages for a browser: their files, and who may ask for them"""
