@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.browsers import HAS_BROWSER
+from tests.support.pages.browsers import HAS_BROWSER
 
 # The tensors here are small: more threads would only wait for each other.
 torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The web application of engine board: a page, and the endpoints that it reads from.
+"""The web application of engine board: a page and its endpoints.
 
 Every endpoint only reads, and only below the directories that were named: a run is asked for by an
 id of `RunDirectories`. Names, errors and samples are data; the page shows them as text.

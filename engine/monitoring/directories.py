@@ -1,4 +1,4 @@
-"""The run directories below the folders that were named, each with an id.
+"""Run directories below the named folders, each with an id.
 
 The page asks by id, and an id is only ever looked up in this table: no path comes from a request.
 """

@@ -1,4 +1,4 @@
-"""Read metrics.jsonl while it grows: only what is new, into one column per figure."""
+"""Read metrics.jsonl while it grows, into one column per figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line about each run: its state, how far it is, and its newest figures."""
+"""One entry per run: state, progress and newest figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a run as its model reads them, with the trained tokens told apart.
+"""Rows of a run as its model reads them, trained tokens marked.
 
 Only reads: the run's data and tokenizer, wherever its settings say that they are.
 """

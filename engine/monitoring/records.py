@@ -1,4 +1,4 @@
-"""Settings, samples, pruned heads and stages that a run's directory holds, as JSON has them.
+"""Settings, samples, pruned heads and stages in a run's directory.
 
 What is read may come from anywhere: a value of another type than expected is left out.
 """

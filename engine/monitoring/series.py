@@ -1,4 +1,4 @@
-"""Series of figures for a chart: few enough points, and no extreme left out."""
+"""Series for a chart: few points, and no extreme left out."""
 
 from __future__ import annotations
 

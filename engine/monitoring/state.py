@@ -1,4 +1,4 @@
-"""What a directory is of, and how it ended, from its files alone.
+"""Which verb made a directory, and how it ended, by its files.
 
 Reads small files only and does not import torch: a status line in a shell loop should be cheap.
 """

@@ -1,4 +1,4 @@
-"""Let only pages of this machine ask a server that listens on 127.0.0.1.
+"""Let only this machine's pages ask a server on 127.0.0.1.
 
 A browser lets any site send requests to 127.0.0.1, and a site whose name is made to point there may
 even read the answers (DNS rebinding). The names that the browser itself reports tell them apart:

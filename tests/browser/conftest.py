@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 
-from tests.support.browsers import CHROMIUM
+from tests.support.pages.browsers import CHROMIUM
 
 # Other tests run at the same time.
 expect.set_options(timeout=20_000)

@@ -11,15 +11,15 @@ from engine.errors import DataError
 from engine.monitoring.app import Board
 from engine.monitoring.directories import RunDirectories
 from engine.storage.lock import DirectoryLock
-from tests.support.served import served
-from tests.support.tiny_model import write_tiny_model
-from tests.support.written_runs import (
+from tests.support.pages.served import served
+from tests.support.pages.written_runs import (
     step_line,
     write_job,
     write_lines,
     write_pruned,
     write_run,
 )
+from tests.support.tiny_model import write_tiny_model
 
 Opened = Callable[..., Page]
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)<∕script>"

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.support.chat_stub import ChatStub
-from tests.support.served import served
+from tests.support.pages.chat_stub import ChatStub
+from tests.support.pages.served import served
 
 Opened = Callable[..., Page]
 

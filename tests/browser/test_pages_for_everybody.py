@@ -12,9 +12,15 @@ from playwright.sync_api import Page, expect
 
 from engine.monitoring.app import Board
 from engine.monitoring.directories import RunDirectories
-from tests.support.chat_stub import ChatStub
-from tests.support.served import served
-from tests.support.written_runs import step_line, write_job, write_lines, write_pruned, write_run
+from tests.support.pages.chat_stub import ChatStub
+from tests.support.pages.served import served
+from tests.support.pages.written_runs import (
+    step_line,
+    write_job,
+    write_lines,
+    write_pruned,
+    write_run,
+)
 
 Opened = Callable[..., Page]
 CHECK = (Path(__file__).parent / "accessibility.js").read_text()

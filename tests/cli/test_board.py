@@ -12,8 +12,8 @@ import pytest
 
 from cli.main import main
 from engine.pages.server import listen
+from tests.support.pages.written_runs import write_run
 from tests.support.source_tree import ROOT
-from tests.support.written_runs import write_run
 
 
 def test_the_board_answers_until_it_is_interrupted(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from engine.errors import ConfigError, DataError
 from engine.monitoring.app import Board
 from engine.monitoring.directories import RunDirectories
 from engine.storage.lock import DirectoryLock
-from tests.support.written_runs import (
+from tests.support.pages.written_runs import (
     step_line,
     write_job,
     write_lines,

@@ -8,7 +8,7 @@ import pytest
 
 from engine.monitoring.metrics_tail import MetricsTail
 from engine.monitoring.series import MOST_POINTS, downsampled, series
-from tests.support.written_runs import step_line, write_lines
+from tests.support.pages.written_runs import step_line, write_lines
 
 
 def steps_of(tail: MetricsTail) -> list[int]:
