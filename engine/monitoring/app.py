@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from engine.errors import EngineError
 from engine.monitoring import records
+from engine.monitoring.confined import is_own_file
 from engine.monitoring.directories import RunDirectories
 from engine.monitoring.metrics_tail import MetricsTail
 from engine.monitoring.overview import overview
@@ -85,7 +86,7 @@ class Board:
         """The memory that the run's plan needs, planned once; or why there is no plan."""
         run = self._run(request)
         config = run / "config.yaml"
-        if not config.is_file():
+        if not is_own_file(config):
             return {"bytes": None, "why": "The run has no config.yaml to plan for."}
         key = run, config.stat().st_mtime_ns
         with self._planning:

@@ -11,8 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from engine.errors import CheckpointError
-from engine.storage.safe_files import open_regular
+from engine.monitoring.confined import is_own_file
 
 FIGURES = (
     "loss",
@@ -57,12 +56,10 @@ class MetricsTail:
 
         A missing file has no steps. The caller holds `lock`.
         """
-        try:
-            descriptor = open_regular(self.path)
-        except CheckpointError:
+        if not is_own_file(self.path):
             self._begin_anew()
             return
-        with os.fdopen(descriptor, "rb") as file:
+        with self.path.open("rb") as file:
             if not self._continues(file.fileno()):
                 self._begin_anew()
             file.seek(self._offset)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from engine.forging.stages import JOB
+from engine.monitoring.confined import is_own_file, own_object
 from engine.monitoring.metrics_tail import MetricsTail
 from engine.monitoring.state import state_of, verb_of
 from engine.runs.summary import SUMMARY
 from engine.storage.lock import is_locked
-from engine.storage.safe_files import json_object_or_empty
 
 _OF_A_STEP = (
     "epoch",
@@ -40,8 +40,8 @@ def overview(folder: Path, tail: MetricsTail) -> dict[str, Any]:
         tail.update()
         last, count = dict(tail.last), len(tail.steps)
         heldout = next((x for x in reversed(tail.columns["eval_perplexity"]) if x == x), None)
-    summary = json_object_or_empty(folder / SUMMARY)
-    manifest = json_object_or_empty(folder / "manifest.json")
+    summary = own_object(folder / SUMMARY)
+    manifest = own_object(folder / "manifest.json")
     alive = is_locked(folder)
     verb = verb_of(folder, summary)
     state = state_of(alive, summary)
@@ -74,7 +74,7 @@ def _views(folder: Path, verb: str) -> set[str]:
         "forge": JOB,
         "settings": "config.yaml",
     }
-    has = {view for view, file in views.items() if (folder / file).is_file()}
+    has = {view for view, file in views.items() if is_own_file(folder / file)}
     if "forge" in has:
         has |= {"samples", "pruning", "settings"}
     if verb == "train" and "settings" in has:

@@ -9,6 +9,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from engine.monitoring.confined import is_own_file
+
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig
     from engine.data.rows import Row
@@ -48,13 +50,14 @@ class RowPreview:
         """Read settings, rows and tokenizer, unless they are those of the last call."""
         from engine.config.sources import build
         from engine.config.train_config import TrainConfig
+        from engine.errors import DataError
         from engine.model_sources.open import describe_model
         from engine.runs.stored import CONFIG, read_settings
-        from engine.storage.safe_files import read_text
         from engine.tokenization.tokenizer import load_tokenizer
         from engine.training.prepare import rows_of_run
 
-        read_text(run / CONFIG)  # refuses what is no regular file of the run
+        if not is_own_file(run / CONFIG):
+            raise DataError(f"{run} has no {CONFIG} of its own, which would name its rows.")
         key = run, (run / CONFIG).stat().st_mtime_ns
         if key == self._key:
             return

@@ -6,7 +6,6 @@ What is read may come from anywhere: a value of another type than expected is le
 from __future__ import annotations
 
 import math
-import os
 import reprlib
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -16,8 +15,9 @@ from typing import Any
 from engine.config.sources import read_mapping
 from engine.errors import EngineError
 from engine.forging.stages import JOB
+from engine.monitoring.confined import is_own_file, own_object
 from engine.monitoring.state import PRUNING
-from engine.storage.safe_files import json_object_or_empty, open_regular, read_regular
+from engine.storage.safe_files import read_regular
 from engine.storage.strict_json import loads
 
 _MOST_SETTINGS, _LONGEST_SETTING = 1000, 2000
@@ -32,9 +32,8 @@ def settings(folder: Path) -> dict[str, str]:
     """Every setting of a run or job as text, by its dotted name; empty where there is none."""
     path = folder / "config.yaml"
     try:
-        values = json_object_or_empty(folder / JOB)
-        if path.exists():
-            os.close(open_regular(path))  # which refuses a link that leads elsewhere
+        values = own_object(folder / JOB)
+        if is_own_file(path):
             values = read_mapping(path)
     except EngineError:
         return {}
@@ -81,7 +80,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 
 
 def _sample_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
+    if not is_own_file(path):
         return
     rows = read_regular(path, _LONGEST_SAMPLES).split(b"\n")
     for row in [row for row in rows if row.strip()][-_MOST_SAMPLES:]:
@@ -115,7 +114,7 @@ def _assessed(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     """The models that a job of forge has judged so far, in order."""
     files = _within(folder, "stages/*.json")
     files.sort(key=lambda path: path.stat().st_mtime_ns)
-    stages = [(file.stem, json_object_or_empty(file)) for file in files]
+    stages = [(file.stem, own_object(file)) for file in files]
     return [(_told(name), stage) for name, stage in stages if "perplexity" in stage]
 
 
@@ -149,7 +148,7 @@ def pruning(folder: Path) -> list[dict[str, Any]]:
     before.
     """
     models = [folder, *_within(folder, "cycle-*/pruned")]
-    records = [(path, json_object_or_empty(path / PRUNING)) for path in models]
+    records = [(path, own_object(path / PRUNING)) for path in models]
     return [
         {
             "name": str(path.relative_to(folder)) if path != folder else folder.name,
