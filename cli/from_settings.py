@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from typer.core import TyperCommand
 
+from engine.config.data_names.passwords import hide_in_words
 from engine.config.explain import Setting
 from engine.config.presets import SUMMARIES
 from engine.config.settings import Settings, group_of, is_repeated
@@ -75,7 +76,7 @@ class Verb:
         """Everything that was given, from what was typed. Raises `ConfigError`."""
         config, plain, overrides = typed.pop("config"), list[str](), list[str]()
         known = Vocabulary.of(self.name, *self.tables, *self.also)
-        for word in typed.pop("words") or []:
+        for word in hide_in_words(typed.pop("words") or []):
             if "=" in word and not (self.words and _is_path(word, known)):
                 overrides.append(word)
             elif self.words:

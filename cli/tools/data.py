@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engine.data.dataset import ReadReport
-    from engine.data.examples import Example, ExampleReport
+    from engine.data.example_report import ExampleReport
+    from engine.data.examples import Example
     from engine.data.rows import Row
     from engine.tokenization.tokenizer import Tokenizer
 
@@ -142,9 +143,9 @@ def docstrings(call: Call) -> None:
 
 
 def _read(settings: DataSettings) -> tuple[list["Row"], "ReadReport"]:
-    from engine.data.dataset import read_rows
+    from engine.data.dataset import RowChoice, read_chosen
 
-    return read_rows(settings.data, settings.min_rating, settings.category, settings.bad_lines)
+    return read_chosen(settings.data, RowChoice.of(settings, settings.category))
 
 
 def _tokenizer(model: str) -> tuple["Tokenizer", int]:
@@ -162,6 +163,7 @@ def _build(
     settings: DataSettings,
 ) -> tuple[list["Example"], "ExampleReport"]:
     from engine.data.examples import build_examples, check_ids
+    from engine.data.rendering import Learning
 
     examples, report = build_examples(
         rows,
@@ -169,6 +171,7 @@ def _build(
         settings.max_length,
         template_kwargs=settings.chat_template_kwargs,
         bad_rows=settings.bad_lines,
+        learning=Learning.of(settings),
     )
     check_ids(examples, vocab_size)
     return examples, report

@@ -80,6 +80,5 @@ def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
     return 0
 
 
-app = make_app(
-    (Verb("plan", (PlanSettings, TrainConfig), presets=True, defaults=(("data", ["-"]),)), plan)
-)
+_VERB = Verb("plan", (PlanSettings, TrainConfig), presets=True, defaults=(("data", list(NO_DATA)),))
+app = make_app((_VERB, plan))

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from engine.config.aliases import ALIASES
+from engine.config.data_names.passwords import scrub
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def describe(
 ) -> str:
     """pydantic's findings as one paragraph: setting, value, source, what was expected."""
     findings = [_finding(fault, fields, settings) for fault in error.errors(include_url=False)]
-    return "The configuration cannot be used: " + "; ".join(dict.fromkeys(findings)) + "."
+    return scrub("The configuration cannot be used: " + "; ".join(dict.fromkeys(findings)) + ".")
 
 
 def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:

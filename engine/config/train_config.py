@@ -25,14 +25,15 @@ from engine.config.choices import (
     Offload,
     Optimizer,
     Schedule,
+    Streaming,
     Tracker,
 )
+from engine.config.data_names import DataNames
 from engine.config.publishing import Publishing
+from engine.config.row_settings import RowSettings
 from engine.config.rules import Facts, broken
 from engine.config.settings import setting
 from engine.config.spelling import (
-    BAD_LINES,
-    BAD_LINES_WORDS,
     DEVICE,
     DEVICES,
     DTYPES,
@@ -46,56 +47,18 @@ from engine.config.spelling import (
     iso_date,
     json_object,
     minus_one_is_none,
-    one_or_many,
     size_in_bytes,
     spelled,
 )
+from engine.config.trajectory import KNOWN_OTHERWISE, NOT_TRAJECTORY
 
-# Settings that change where a run writes or what it shows, and never what it learns.
-_NOT_TRAJECTORY = frozenset(
-    {
-        "output_dir",
-        "run_id",
-        "resume",
-        "overwrite",
-        "keep_checkpoints",
-        "checkpoint_every",
-        "eval_every",
-        "report_to",
-        "log_level",
-        "log_every",
-        "memory_budget",
-        "fit_memory",
-        "keep_decoded",
-        "embedding_on",
-        "offload",
-        "optimizer_in_backward",
-        "plot",
-        *Publishing.model_fields,
-    }
-)
-# What the digests of a run's manifest say more of than a name can, and how long a run is.
-_KNOWN_OTHERWISE = frozenset(
-    {
-        "data",
-        "epochs",
-        "eval_data",
-        "init_adapter",
-        "max_steps",
-        "model",
-        "revision",
-        "teacher",
-        "template_date",
-        "threads",
-    }
-)
 VERBS = ("resume", "overwrite")
 """Settings that say what to do now, and are no part of what a run is."""
 NO_DATA = ("-",)
-"""Stands for the rows where a plan is made without any."""
+"""Stands for the rows where a plan is made without any; elsewhere it is standard input."""
 
 
-class TrainConfig(Publishing):
+class TrainConfig(RowSettings, Publishing):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -104,49 +67,45 @@ class TrainConfig(Publishing):
         "decode_singly": "low_memory_decode",
     }
 
-    model: str = setting(
-        ..., "Model and data", "Hugging Face directory, hub id or .gguf file", min_length=1
-    )
-    revision: str | None = setting(None, "Model and data", "branch, tag or commit of a hub id")
+    model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
+    revision: str | None = setting(None, "Model", "branch, tag or commit of a hub id")
     teacher: str | None = setting(
-        None, "Model and data", "learn this model's next-token probabilities, not the rows' tokens"
+        None, "Model", "learn this model's next-token probabilities, not the rows' tokens"
     )
-    data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = setting(
+    data: DataNames = setting(
         ...,
-        "Model and data",
-        "JSONL or JSON file(s) of rows to train on",
+        "Data",
+        "rows to train on: file, folder, pattern, URL of a database, id of a hub's data set, or - "
+        "for standard input; NAME=0.5 reads half of its rows in an epoch, NAME=2 all twice",
         repeat=True,
         min_length=1,
     )
-    eval_data: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = setting(
-        (), "Model and data", "file(s) of held-out rows, never trained on", repeat=True
+    eval_data: DataNames = setting((), "Data", "held-out rows, never trained on", repeat=True)
+    eval_query: str | None = setting(
+        None, "Data", "SQL query whose rows are held out, where --eval-data is a database"
     )
-    heldout: float = setting(
-        0.0, "Model and data", "fraction of the rows to hold out instead", ge=0, lt=1
+    heldout: float = setting(0.0, "Data", "fraction of the rows to hold out instead", ge=0, lt=1)
+    category: str | None = setting(None, "Data", "only rows of this category")
+    limit_rows: int | None = setting(None, "Data", "only the first N rows", ge=1)
+    streaming: Annotated[Streaming, spelled({"true": "on", "false": "off"})] = setting(
+        "auto",
+        "Data",
+        "read and tokenise rows while training, in little memory; auto: where the files are large",
     )
-    min_rating: int | None = setting(
-        None, "Model and data", "leave out rows rated lower", ge=1, le=5
+    token_cache: str = setting(
+        "auto", "Data", "folder for rows that are tokenised, to be used again; auto, or none"
     )
-    category: str | None = setting(None, "Model and data", "only rows of this category")
-    bad_lines: str = setting(
-        "fail",
-        "Model and data",
-        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
-        pattern=BAD_LINES,
-        expected=BAD_LINES_WORDS,
-    )
-    limit_rows: int | None = setting(None, "Model and data", "only the first N rows", ge=1)
     system_prompt: str | None = setting(
-        None, "Model and data", "system message put before rows that have none"
+        None, "Data", "system message put before rows that have none"
     )
 
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
-        {}, "Model and data", 'further variables of the chat template: {"enable_thinking": false}'
+        {}, "Data", 'further variables of the chat template: {"enable_thinking": false}'
     )
 
     template_date: Annotated[str | None, BeforeValidator(iso_date)] = setting(
         None,
-        "Model and data",
+        "Data",
         "what the chat template takes for the present, such as 2026-01-31; by default the start",
     )
 
@@ -374,7 +333,7 @@ class TrainConfig(Publishing):
 
     def trajectory(self) -> dict[str, Any]:
         """The settings that decide the weights: a resumed run must have the same ones."""
-        return self.model_dump(mode="json", exclude=set(_NOT_TRAJECTORY))
+        return self.model_dump(mode="json", exclude=set(NOT_TRAJECTORY))
 
     def other_trajectory(self, saved: Mapping[str, Any], names: bool) -> dict[str, tuple[Any, Any]]:
         """Settings that differ from a `saved` trajectory's, with both values.
@@ -383,7 +342,7 @@ class TrainConfig(Publishing):
         and so are the names of what it reads unless `names` asks for them: digests know better.
         """
         length = {"epochs", "max_steps", "template_date"}
-        ignored = length | {"threads"} if names else _KNOWN_OTHERWISE
+        ignored = length | {"threads"} if names else KNOWN_OTHERWISE
         mine = self.trajectory()
         fields = type(self).model_fields
         before = {key: saved.get(key, fields[key].default) for key in mine}

@@ -1,24 +1,23 @@
 """Read data sets into `Row`s, counting what is left out.
 
-Files are JSON Lines or one JSON array, plain or gzip-compressed. A broken row stops the load with
-its file, line and column, unless the caller allows some to be skipped; nothing is ever left out
-without being counted in the `ReadReport`.
+Where rows come from is `engine.data.sources`. A broken row stops the load with its file, line and
+column, unless the caller allows some to be skipped; nothing is ever left out without being counted
+in the `ReadReport`.
 """
 
 import logging
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
 
+from engine.config.row_settings import RowSettings
 from engine.data.rows import Row, is_row, parse_row
 from engine.data.rows.fields import RowFault
-from engine.data.sources.json_lines import BadLine, Located, read_values
-from engine.errors import ConfigError, DataError
+from engine.data.sources.located import BadLine, Located
+from engine.data.sources.resolve import Names, RowFile, data_files
+from engine.errors import ConfigError, DataError, listing
 
 log = logging.getLogger(__name__)
-
-DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonl.gz", ".json.gz", ".ndjson.gz")
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,7 @@ class ReadReport:
         other_category: rows left out because of their category.
         unused: keys that nothing reads, with the number of rows that have them; those of
             messages as `messages[].key`.
+        forms: what rows were recognised as, with their number.
     """
 
     read: int = 0
@@ -76,11 +76,23 @@ class ReadReport:
     unrated: int = 0
     other_category: int = 0
     unused: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
 
     @property
     def filtered(self) -> int:
         """Good rows that a filter left out."""
         return self.below_rating + self.unrated + self.other_category
+
+    def count(self, row: Row) -> None:
+        """Count a good row: its form, and the keys of it that nothing reads."""
+        self.forms[row.form] = self.forms.get(row.form, 0) + 1
+        for key in row.unused:
+            self.unused[key] = self.unused.get(key, 0) + 1
+
+    def recognised(self) -> str:
+        """What the rows were recognised as, in one line."""
+        counts = sorted(self.forms.items(), key=lambda item: -item[1])
+        return ", ".join(f"{form} ({count:,} rows)" for form, count in counts)
 
     def notes(self) -> list[str]:
         """What was read and is not used, a line for each."""
@@ -94,51 +106,95 @@ class ReadReport:
         return [note]
 
 
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows of a data set are read, and how.
+
+    Attributes:
+        min_rating: keep only rows whose `rating` is at least this; unrated rows do not pass.
+        category: keep only rows of this category, or of one of these.
+        bad_lines: 'fail', 'skip' or 'skip:5%' (see `BadLines.parse`).
+        query: which rows of a database.
+        columns: field of a row -> column of the data, where it is named otherwise.
+    """
+
+    min_rating: int | None = None
+    category: str | Sequence[str] | None = None
+    bad_lines: str = "fail"
+    query: str | None = None
+    columns: Mapping[str, str] | None = None
+
+    @classmethod
+    def of(cls, settings: RowSettings, category: str | Sequence[str] | None = None) -> Self:
+        """The choice that a table of settings makes."""
+        return cls(settings.min_rating, category, settings.bad_lines, settings.query, settings.map)
+
+    @property
+    def categories(self) -> set[str]:
+        """The categories that pass; empty for all of them."""
+        return {self.category} if isinstance(self.category, str) else set(self.category or ())
+
+    def parse(self, item: Located | BadLine, file: RowFile) -> Row | BadLine:
+        """A value of `file` as a row, or as what is wrong with it."""
+        if isinstance(item, BadLine):
+            return item
+        try:
+            row = parse_row(item.value, item.position.file, item.position.line, self.columns)
+        except RowFault as fault:
+            return BadLine(item.position, f"found {fault}", "Change the row, or remove it.")
+        origin = file.origin, file.weight
+        return row if origin == row.origin else replace(row, origin=origin)
+
+    def passes(self, row: Row, report: ReadReport) -> bool:
+        """Whether a good row passes the filters; one that does not is counted."""
+        return _passes(row, self.min_rating, self.categories, report)
+
+
 def load_rows(
-    paths: str | Path | Sequence[str | Path],
+    names: Names,
     min_rating: int | None = None,
     category: str | Sequence[str] | None = None,
     bad_lines: str = "fail",
 ) -> list[Row]:
-    """Read every row of the files that passes the filters.
+    """Read every row of a data set that passes the filters.
 
-    Args:
-        paths: a file, a folder with a `train.jsonl` (or a single data file), or several of them.
-        min_rating: keep only rows whose `rating` is at least this; unrated rows do not pass.
-        category: keep only rows of this category, or of one of these.
-        bad_lines: 'fail', 'skip' or 'skip:5%' (see `BadLines.parse`).
+    `names` are what `data_files` takes: a path, or several; the filters are those of `RowChoice`.
 
     Raises:
         DataError: a file cannot be read, a row is bad, or no row is left.
         ConfigError: `bad_lines` cannot be understood.
     """
-    return read_rows(paths, min_rating, category, bad_lines)[0]
+    return read_rows(names, min_rating, category, bad_lines)[0]
 
 
 def read_rows(
-    paths: str | Path | Sequence[str | Path],
+    names: Names,
     min_rating: int | None = None,
     category: str | Sequence[str] | None = None,
     bad_lines: str = "fail",
 ) -> tuple[list[Row], ReadReport]:
     """`load_rows` that also tells what was left out."""
-    policy = BadLines.parse(bad_lines)
-    categories = {category} if isinstance(category, str) else set(category or ())
-    files = data_files(paths)
+    return read_chosen(names, RowChoice(min_rating, category, bad_lines))
+
+
+def read_chosen(names: Names, choice: RowChoice) -> tuple[list[Row], ReadReport]:
+    """`read_rows` with everything that may be chosen."""
+    policy = BadLines.parse(choice.bad_lines)
+    files = data_files(names, choice.query)
     rows: list[Row] = []
     report = ReadReport()
     for file in files:
-        for item in read_values(file, is_row):
+        for item in file.values(is_row):
             report.read += 1
-            row = _make_row(item) if isinstance(item, Located) else item
+            row = choice.parse(item, file)
             if isinstance(row, BadLine):
                 _count_bad(row, policy, report)
                 continue
-            for key in row.unused:
-                report.unused[key] = report.unused.get(key, 0) + 1
-            if _passes(row, min_rating, categories, report):
+            report.count(row)
+            if choice.passes(row, report):
                 rows.append(row)
     _refuse_nothing(rows, files, report, policy)
+    log.info("%s: %s", ", ".join(dict.fromkeys(f.name for f in files[:8])), report.recognised())
     log_read(report)
     return rows, report
 
@@ -153,67 +209,6 @@ def log_read(report: ReadReport) -> None:
         )  # fmt: skip
     for note in report.notes():
         log.warning("%s", note)
-
-
-def data_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Resolve files and folders to data files.
-
-    Raises:
-        DataError: something does not exist, or a folder does not say which file is meant.
-    """
-    listed = [paths] if isinstance(paths, str | Path) else list(paths)
-    if not listed:
-        raise DataError("No data file was given; name a .jsonl or .json file, or a folder.")
-    return [_data_file(Path(path)) for path in listed]
-
-
-def _what_it_may_be(name: str) -> str:
-    """What to do about a name of no file, by what it looks like."""
-    parts = [part.strip() for part in name.split(",")]
-    if len(parts) > 1 and all(Path(part).exists() for part in parts):
-        return f"Several are named one by one: --data {' --data '.join(parts)}."
-    if any(sign in name for sign in "*?["):
-        return "No file has a name of this pattern; patterns are the shell's, so leave the quotes."
-    if re.match(r"https?:/", name):
-        return "Data is not fetched from the network: download the file and name it."
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.lower().endswith(DATA_SUFFIXES):
-        return (
-            "Check the path. If it is a data set of the hub, fetch it first: hf download "
-            f"{name} --repo-type dataset --local-dir data"
-        )
-    return "Check the path."
-
-
-def _data_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise DataError(
-            f"{path}: there is no such data file; expected JSON Lines or a JSON array, "
-            f"plain or compressed with gzip. {_what_it_may_be(str(path))}"
-        )
-    files = sorted(p for p in path.iterdir() if p.name.lower().endswith(DATA_SUFFIXES))
-    train = [p for p in files if p.name.split(".")[0] == "train"]
-    chosen = train or files
-    if len(chosen) == 1:
-        return chosen[0]
-    if (path / "config.json").exists():
-        raise DataError(
-            f"{path}: the folder holds a model and no rows. Name the rows with --data, and the "
-            "model with --model."
-        )
-    names = ", ".join(p.name for p in files[:8]) or "none"
-    raise DataError(
-        f"{path}: the folder has no single train.jsonl (data files found: {names}). "
-        "Name the file to read."
-    )
-
-
-def _make_row(item: Located) -> Row | BadLine:
-    try:
-        return parse_row(item.value, item.position.file, item.position.line)
-    except RowFault as fault:
-        return BadLine(item.position, f"found {fault}", "Change the row, or remove it.")
 
 
 def _passes(row: Row, min_rating: int | None, categories: set[str], report: ReadReport) -> bool:
@@ -238,9 +233,9 @@ def _count_bad(bad: BadLine, policy: BadLines, report: ReadReport) -> None:
 
 
 def _refuse_nothing(
-    rows: list[Row], files: list[Path], report: ReadReport, policy: BadLines
+    rows: list[Row], files: Sequence[RowFile], report: ReadReport, policy: BadLines
 ) -> None:
-    names = ", ".join(str(file) for file in files)
+    names = listing(file.name for file in files)
     if len(report.skipped) > policy.at_most * report.read:
         raise DataError(
             f"{names}: {len(report.skipped)} of {report.read} rows are bad, more than the "

@@ -3,11 +3,11 @@
 A conversation is rendered once, its text encoded once, and a token is trained when it covers
 characters of a loss span. Encoding the turns apart and joining the ids would split words at the
 seams differently from how the model reads them; marking tokens by id (`ids == pad`) would leave the
-end token untrained where it doubles as padding.
+end token untrained where it doubles as padding. A document is encoded whole, ended by the EOS token
+and divided where it is longer than an example: every token but its first is trained, once.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.data.dataset import BadLines
-from engine.data.rendering import render_row
+from engine.data.example_report import ExampleReport, judge
+from engine.data.rendering import EVERYTHING, Learning, render_row
 from engine.data.rows import Row
 from engine.errors import DataError
 from engine.tokenization.loss_spans import LocatedTurns
@@ -25,22 +26,9 @@ from engine.tokenization.messages import ConversationError, LimitError
 from engine.tokenization.tokenizer import Offsets, Tokenizer
 from engine.tokenization.turn_edges import Span
 
-log = logging.getLogger(__name__)
-
-_BATCH = 256
-_WARN_DROPPED, _MOST_DROPPED = 0.01, 0.5
+_BATCH, _BATCH_CHARACTERS = 256, 1 << 22
 _MOST_STOPPED = 8
 """Rows of a batch on which the template may be stopped; each costs seconds."""
-
-_LEFT_OUT = {
-    "reasoning": "reasoning",
-    "content": "text",
-    "argument": "tool calls' arguments",
-    "name": "tool calls",
-    "system": "system prompt",
-    "result": "tool results",
-    "tools": "tools",
-}
 
 
 class Example:
@@ -102,62 +90,22 @@ class Example:
         return f"Example({self.source}, {len(self)} tokens, {self.trained_tokens} trained)"
 
 
-@dataclass
-class ExampleReport:
-    """What became of the rows.
+@dataclass(frozen=True)
+class ExampleSettings:
+    """How rows become examples.
 
     Attributes:
-        rows: rows given.
-        examples: examples made of them.
-        tokens: tokens in the examples.
-        trained_tokens: those of them that are trained.
-        longest: tokens of the longest row before truncation.
-        truncated: rows that lost tokens to the length limit.
-        truncated_tokens: tokens they lost.
-        dropped: `file:line: reason` of each row that became no example.
-        misfits: how many of those do not fit the chat template.
-        left_out: what the chat template does not show: 'reasoning', 'content', 'argument',
-            'system' or 'tools', and in how many messages (of tools: rows).
-        left_out_first: the first row of each.
+        max_length: most tokens of one example.
+        template_kwargs: further variables of the chat template, such as `enable_thinking`.
+        bad_rows: 'fail' to stop at a row that does not fit the chat template, 'skip' to drop it,
+            'skip:5%' to stop if more than that are dropped (see `BadLines.parse`).
+        learning: which answers are trained, and what becomes of reasoning.
     """
 
-    rows: int = 0
-    examples: int = 0
-    tokens: int = 0
-    trained_tokens: int = 0
-    longest: int = 0
-    truncated: int = 0
-    truncated_tokens: int = 0
-    dropped: list[str] = field(default_factory=list)
-    misfits: int = 0
-    left_out: dict[str, int] = field(default_factory=dict)
-    left_out_first: dict[str, str] = field(default_factory=dict)
-
-    def count_left_out(self, source: str, located: LocatedTurns) -> None:
-        """Count what a row lost to the template; a function's name is refused elsewhere."""
-        kinds = [kind for kinds in located.left_out.values() for kind in kinds]
-        for kind in [*kinds, *(["tools"] if located.ignores_tools else [])]:
-            self.left_out[kind] = self.left_out.get(kind, 0) + 1
-            self.left_out_first.setdefault(kind, source)
-
-    def notes(self) -> list[str]:
-        """What the template left out, a line for each kind."""
-        return [
-            f"The chat template leaves out the {_LEFT_OUT[kind]} of {count:,} "
-            f"{'rows' if kind == 'tools' else 'messages'} (first in {self.left_out_first[kind]}): "
-            "the model neither reads nor learns that. Use a template that shows it, or remove it "
-            "from the rows."
-            for kind, count in sorted(self.left_out.items())
-        ]
-
-    def describe(self) -> str:
-        """The report as one line."""
-        share = 100 * self.trained_tokens / max(self.tokens, 1)
-        return (
-            f"{self.examples} of {self.rows} rows, {self.tokens} tokens ({share:.1f} % trained), "
-            f"longest row {self.longest} tokens, {self.truncated} rows truncated by "
-            f"{self.truncated_tokens} tokens, {len(self.dropped)} rows dropped"
-        )
+    max_length: int
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    bad_rows: str = "fail"
+    learning: Learning = EVERYTHING
 
 
 def build_examples(
@@ -167,51 +115,195 @@ def build_examples(
     *,
     template_kwargs: Mapping[str, Any] | None = None,
     bad_rows: str = "fail",
+    learning: Learning | None = None,
 ) -> tuple[list[Example], ExampleReport]:
     """Render and tokenise rows.
 
-    A row longer than `max_length` keeps its first tokens. A row without a trained token left is
-    dropped and named in the report.
+    A row longer than `max_length` keeps its first tokens; a document is divided instead. A row
+    without a trained token left is dropped and named in the report.
 
     Args:
         rows: the data set.
         tokenizer: of the model that will be trained.
-        max_length: most tokens of one example.
-        template_kwargs: further variables of the chat template, such as `enable_thinking`.
-        bad_rows: 'fail' to stop at a row that does not fit the chat template, 'skip' to drop it,
-            'skip:5%' to stop if more than that are dropped (see `BadLines.parse`).
+        max_length, template_kwargs, bad_rows, learning: see `ExampleSettings`.
 
     Raises:
-        DataError: a row does not fit the chat template; the template is broken; or more than half
-            of the rows would be dropped.
+        DataError: a row does not fit the chat template; the template is broken; a row is a
+            preference pair; or more than half of the rows would be dropped.
     """
-    if max_length < 2:
-        raise DataError(f"A row of {max_length} tokens teaches nothing; allow at least 2.")
-    examples: list[Example] = []
-    report = ExampleReport(rows=len(rows))
-    policy = BadLines.parse(bad_rows)
-    for start in range(0, len(rows), _BATCH):
-        batch = rows[start : start + _BATCH]
-        rendered = _render(batch, tokenizer, template_kwargs or {}, policy)
-        usable = [item for item in rendered if not isinstance(item, str)]
-        report.dropped += [item for item in rendered if isinstance(item, str)]
-        report.misfits += len(rendered) - len(usable)
-        encoded = tokenizer.encode_batch_with_offsets([located.text for _, located in usable])
-        for (row, located), (ids, offsets) in zip(usable, encoded, strict=True):
-            _refuse_double_bos(row, ids, tokenizer)
-            report.count_left_out(row.source, located)
-            text, spans = located.text, located.spans
-            mask = trained_mask(offsets, spans)
-            example = _cut(ids, mask, max_length, row.source, report)
-            if example is None:
-                report.dropped.append(_without_label(row, text, spans, max_length))
-                continue
-            examples.append(example)
-            report.tokens += len(example)
-            report.trained_tokens += example.trained_tokens
-    report.examples = len(examples)
-    _judge(report, max_length, policy)
+    how = ExampleSettings(max_length, template_kwargs or {}, bad_rows, learning or EVERYTHING)
+    builder = ExampleBuilder(tokenizer, how)
+    report = ExampleReport()
+    examples = [example for batch in _batches(rows) for example in builder.build(batch, report)]
+    judge(report, max_length, BadLines.parse(bad_rows))
     return examples, report
+
+
+class ExampleBuilder:
+    """Makes examples of rows, some at a time. Raises `DataError` for a limit below 2 tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, how: ExampleSettings) -> None:
+        if how.max_length < 2:
+            raise DataError(f"A row of {how.max_length} tokens teaches nothing; allow at least 2.")
+        self._tokenizer, self._how = tokenizer, how
+        self._policy = BadLines.parse(how.bad_rows)
+
+    def build(self, rows: Sequence[Row], report: ExampleReport) -> Iterator[Example]:
+        """The examples of some rows, in order; what becomes of each is counted.
+
+        Raises `DataError` as `build_examples`, all rows together being judged there.
+        """
+        report.rows += len(rows)
+        rendered = self._render(rows, report)
+        talks = [item for item in rendered if isinstance(item, tuple)]
+        texts = [row.text for row in rendered if isinstance(row, Row) and row.text is not None]
+        encoded = iter(
+            self._tokenizer.encode_batch_with_offsets([located.text for _, located in talks])
+        )
+        whole = iter(self._encode_documents(texts))
+        for item in rendered:
+            if isinstance(item, tuple):
+                made = self._conversation(*item, *next(encoded), report)
+            elif item.ids is not None:
+                ids, trained = np.array(item.ids.ids), np.array(item.ids.trained)
+                made = self._checked(item, ids, trained, report, None)
+            else:
+                made = self._document(item, *next(whole), report)
+            for example in made:
+                report.examples += 1
+                report.tokens += len(example)
+                report.trained_tokens += example.trained_tokens
+                yield example
+
+    def _render(
+        self, rows: Sequence[Row], report: ExampleReport
+    ) -> list[tuple[Row, LocatedTurns] | Row]:
+        """Conversations with their text and spans; other rows as they are; neither of misfits."""
+        rendered: list[tuple[Row, LocatedTurns] | Row] = []
+        stopped = 0
+        for row in rows:
+            if row.rejected is not None:
+                raise DataError(
+                    f"{row.source}: this is a preference pair, and this training learns one "
+                    "answer. To learn the chosen one: --map prompt=prompt,response=chosen (or "
+                    "--map messages=chosen)."
+                )
+            if not row.messages:
+                rendered.append(row)
+                continue
+            try:
+                rendered.append((row, self._located(row)))
+            except ConversationError as error:
+                stopped += isinstance(error, LimitError)
+                if not self._policy.skip or stopped > _MOST_STOPPED:
+                    raise ConversationError(
+                        f"{row.source}: {error} `--bad-lines skip` leaves such rows out."
+                        if not self._policy.skip
+                        else f"{row.source}: {error} It is the {stopped}th such row."
+                    ) from error
+                report.dropped.append(f"{row.source}: {error}")
+                report.misfits += 1
+            except DataError as error:
+                raise DataError(f"{row.source}: {error}") from error
+        return rendered
+
+    def _located(self, row: Row) -> LocatedTurns:
+        template = self._tokenizer.chat_template
+        return render_row(row, template, self._how.template_kwargs, self._how.learning)
+
+    def _encode_documents(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets | None]]:
+        if self._how.learning.marker is None:
+            return [(ids, None) for ids in self._tokenizer.encode_batch(texts)]
+        return [*self._tokenizer.encode_batch_with_offsets(texts)]
+
+    def _conversation(
+        self,
+        row: Row,
+        located: LocatedTurns,
+        ids: list[int],
+        offsets: Offsets,
+        report: ExampleReport,
+    ) -> list[Example]:
+        report.count_left_out(row.source, located)
+        mask = trained_mask(offsets, located.spans)
+        return self._checked(row, np.array(ids), mask, report, located)
+
+    def _checked(
+        self,
+        row: Row,
+        ids: npt.NDArray[Any],
+        mask: npt.NDArray[np.bool_],
+        report: ExampleReport,
+        located: LocatedTurns | None,
+    ) -> list[Example]:
+        """The one example of a row that is cut where it is too long; none if nothing is trained."""
+        self._refuse_double_bos(row, ids)
+        limit = self._how.max_length
+        report.longest = max(report.longest, len(ids))
+        example = Example(ids[:limit], mask[:limit], row.source)
+        if example.trained_tokens == 0:
+            spans, text = (located.spans, located.text) if located else ([], "")
+            nothing = located is not None and not any(text[a:b].strip() for a, b in spans)
+            report.dropped.append(
+                f"{row.source}: the chat template leaves nothing to learn from"
+                if nothing
+                else f"{row.source}: the answer begins beyond the first {limit} tokens"
+            )
+            return []
+        if len(ids) > limit:
+            report.truncated += 1
+            report.truncated_tokens += len(ids) - limit
+        return [example]
+
+    def _document(
+        self, row: Row, ids: list[int], offsets: Offsets | None, report: ExampleReport
+    ) -> list[Example]:
+        """The pieces of a document. Each begins with the last token of the one before it."""
+        tokenizer, limit = self._tokenizer, self._how.max_length
+        before = (
+            []
+            if ids[: len(tokenizer.prefix_ids)] == tokenizer.prefix_ids
+            else (tokenizer.prefix_ids)
+        )
+        eos = tokenizer.eos_token_id
+        after = [eos] if eos is not None and ids[-1:] != [eos] else []
+        whole = np.array([*before, *ids, *after])
+        mask = np.ones(len(whole), dtype=np.bool_)
+        if offsets is not None and row.text is not None and self._how.learning.marker is not None:
+            spans = tokenizer.chat_template.spans_after(row.text, self._how.learning.marker)
+            inner = trained_mask(offsets, spans)
+            ends = [bool(spans) and spans[-1][1] == len(row.text)] * len(after)
+            mask = np.array([*[False] * len(before), *inner, *ends], dtype=np.bool_)
+        self._refuse_double_bos(row, whole)
+        report.documents += 1
+        report.longest = max(report.longest, len(whole))
+        starts = range(0, max(len(whole) - 1, 1), limit - 1)
+        pieces = [Example(whole[s : s + limit], mask[s : s + limit], row.source) for s in starts]
+        pieces = [piece for piece in pieces if piece.trained_tokens]
+        if not pieces:
+            report.dropped.append(f"{row.source}: the document has nothing to learn from")
+        return pieces
+
+    def _refuse_double_bos(self, row: Row, ids: npt.NDArray[Any]) -> None:
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and ids[:2].tolist() == [bos, bos]:
+            raise DataError(
+                f"{row.source}: the text begins with two BOS tokens "
+                f"({self._tokenizer.bos_token!r} twice). The chat template writes one itself; "
+                "remove it from the row, or one from the template."
+            )
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows to be encoded together: so many, and no more characters than memory has space for."""
+    start = size = 0
+    for index, row in enumerate(rows):
+        size += len(row.text or "")
+        if index + 1 - start == _BATCH or size >= _BATCH_CHARACTERS:
+            yield rows[start : index + 1]
+            start, size = index + 1, 0
+    if start < len(rows):
+        yield rows[start:]
 
 
 def trained_mask(offsets: Offsets, spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
@@ -251,88 +343,3 @@ def check_ids(examples: Sequence[Example], vocab_size: int) -> None:
                 f"{vocab_size} rows; the tokenizer does not belong to this model, or tokens were "
                 "added to it without enlarging the embedding. Use the model's own tokenizer files."
             )
-
-
-def _render(
-    rows: Sequence[Row], tokenizer: Tokenizer, kwargs: Mapping[str, Any], policy: BadLines
-) -> list[tuple[Row, LocatedTurns] | str]:
-    """Text and spans of each row, or why it was left out."""
-    rendered: list[tuple[Row, LocatedTurns] | str] = []
-    stopped = 0
-    for row in rows:
-        try:
-            located = render_row(row, tokenizer.chat_template, kwargs)
-        except ConversationError as error:
-            stopped += isinstance(error, LimitError)
-            if not policy.skip or stopped > _MOST_STOPPED:
-                raise ConversationError(
-                    f"{row.source}: {error} `--bad-lines skip` leaves such rows out."
-                    if not policy.skip
-                    else f"{row.source}: {error} It is the {stopped}th such row."
-                ) from error
-            rendered.append(f"{row.source}: {error}")
-            continue
-        except DataError as error:
-            raise DataError(f"{row.source}: {error}") from error
-        rendered.append((row, located))
-    return rendered
-
-
-def _refuse_double_bos(row: Row, ids: Sequence[int], tokenizer: Tokenizer) -> None:
-    bos = tokenizer.bos_token_id
-    if bos is not None and list(ids[:2]) == [bos, bos]:
-        raise DataError(
-            f"{row.source}: the text begins with two BOS tokens ({tokenizer.bos_token!r} twice). "
-            "The chat template writes one itself; remove it from the row, or one from the template."
-        )
-
-
-def _cut(
-    ids: Sequence[int],
-    mask: npt.NDArray[np.bool_],
-    max_length: int,
-    source: str,
-    report: ExampleReport,
-) -> Example | None:
-    report.longest = max(report.longest, len(ids))
-    example = Example(ids[:max_length], mask[:max_length], source)
-    if example.trained_tokens == 0:
-        return None
-    if len(ids) > max_length:
-        report.truncated += 1
-        report.truncated_tokens += len(ids) - max_length
-    return example
-
-
-def _without_label(row: Row, text: str, spans: Sequence[Span], max_length: int) -> str:
-    if not any(text[start:end].strip() for start, end in spans):
-        return f"{row.source}: the chat template leaves nothing to learn from"
-    return f"{row.source}: the answer begins beyond the first {max_length} tokens"
-
-
-def _judge(report: ExampleReport, max_length: int, policy: BadLines) -> None:
-    dropped = len(report.dropped)
-    if report.misfits > policy.at_most * report.rows:
-        raise DataError(
-            f"{report.misfits} of {report.rows} rows do not fit the chat template, more than the "
-            f"{100 * policy.at_most:.4g} % that may be skipped; the first is {report.dropped[0]}"
-        )
-    if report.rows and (report.examples == 0 or dropped > _MOST_DROPPED * report.rows):
-        raise DataError(
-            f"{dropped} of {report.rows} rows have no trained token, the first of them "
-            f"{report.dropped[0]}. A run on what is left would not be the one that was asked for; "
-            f"raise the length limit (now {max_length} tokens; the longest row has "
-            f"{report.longest}) or fix the rows."
-        )
-    log_examples(report)
-
-
-def log_examples(report: ExampleReport) -> None:
-    """Count rows that are cut, as the summary does; warn of rows that are lost."""
-    dropped = len(report.dropped)
-    loss = dropped > _WARN_DROPPED * report.rows
-    log.log(logging.WARNING if loss else logging.INFO, "%s", report.describe())
-    for reason in report.dropped[:20]:
-        log.warning("dropped %s", reason)
-    for note in report.notes():
-        log.warning("%s", note)

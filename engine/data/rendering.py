@@ -10,14 +10,28 @@ row that it accepts whole is never changed.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any, Self
 
+from engine.config.row_settings import RowSettings
 from engine.data.rows import Row
+from engine.data.rows.thinking import (
+    CLOSE,
+    OPEN,
+    with_empty_blocks,
+    with_written_reasoning,
+    without_reasoning,
+)
 from engine.data.rows.turns import RESULT_ROLES
 from engine.tokenization.chat_template import ChatTemplate
 from engine.tokenization.loss_spans import LocatedTurns
-from engine.tokenization.messages import ConversationError, LimitError
+from engine.tokenization.messages import (
+    LOSS_FLAGS,
+    ConversationError,
+    LimitError,
+    contributes_to_loss,
+)
 
 Messages = list[dict[str, Any]]
 
@@ -27,7 +41,38 @@ _ID_LENGTH = 9
 """Characters of a call id in Mistral's templates."""
 
 
-def render_row(row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]) -> LocatedTurns:
+@dataclass(frozen=True)
+class Learning:
+    """What of a conversation is trained: `--train-on` and `--thinking`.
+
+    Attributes:
+        train_on: 'all' answers, the 'last', or a text after which everything is.
+        thinking: 'auto', 'keep', 'strip' or 'empty'.
+    """
+
+    train_on: str = "all"
+    thinking: str = "auto"
+
+    @property
+    def marker(self) -> str | None:
+        """The text after which everything is trained, if one was given."""
+        return None if self.train_on in ("all", "last") else self.train_on
+
+    @classmethod
+    def of(cls, settings: RowSettings) -> Self:
+        """What a table of settings says."""
+        return cls(settings.train_on, settings.thinking)
+
+
+EVERYTHING = Learning()
+
+
+def render_row(
+    row: Row,
+    template: ChatTemplate,
+    kwargs: Mapping[str, Any],
+    learning: Learning = Learning(),
+) -> LocatedTurns:
     """Render one row and find what is trained in it.
 
     Where the template passes over messages of a role, the role's usual name is tried too.
@@ -37,6 +82,76 @@ def render_row(row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]) -> L
             the row as it stands.
         DataError: the template is not valid or tried to leave its sandbox.
     """
+    row = replace(row, messages=_with_learning(row.messages, learning))
+    if learning.marker is not None:
+        return _located_after(row, template, kwargs, learning.marker)
+    located = _render_usual(row, template, kwargs)
+    hidden = {index for index, kinds in located.left_out.items() if "reasoning" in kinds}
+    if learning.thinking != "keep" or not hidden:
+        return located
+    return _with_reasoning_shown(row, template, kwargs, hidden)
+
+
+def _with_learning(messages: Messages, learning: Learning) -> Messages:
+    if learning.thinking == "strip":
+        messages = without_reasoning(messages)
+    elif learning.thinking == "empty":
+        messages = with_empty_blocks(messages)
+    if learning.train_on != "last":
+        return messages
+    last = max(index for index, message in enumerate(messages) if contributes_to_loss(message))
+    return [
+        {**{k: v for k, v in message.items() if k not in LOSS_FLAGS}, "train": index == last}
+        if message["role"] == "assistant"
+        else message
+        for index, message in enumerate(messages)
+    ]
+
+
+def _located_after(
+    row: Row, template: ChatTemplate, kwargs: Mapping[str, Any], marker: str
+) -> LocatedTurns:
+    try:
+        return template.locate_after(row.messages, marker, tools=row.tools, **kwargs)
+    except ConversationError as error:
+        for messages in spellings(row.messages):
+            try:
+                return template.locate_after(messages, marker, tools=row.tools, **kwargs)
+            except ConversationError:
+                continue
+        raise error
+
+
+def _with_reasoning_shown(
+    row: Row, template: ChatTemplate, kwargs: Mapping[str, Any], hidden: set[int]
+) -> LocatedTurns:
+    """The row with reasoning that the template leaves out written into the answers.
+
+    It stands between words that the template does not know, which become tags in the result.
+    """
+    said = json.dumps(row.messages, ensure_ascii=False)
+    stem = next(word for word in map("qthink{}q".format, count()) if word not in said)
+    words = f"{stem}a", f"{stem}b"
+    messages = with_written_reasoning(row.messages, hidden, words)
+    located = _render_usual(replace(row, messages=messages), template, kwargs)
+    if any("reasoning" in kinds for kinds in located.left_out.values()):
+        raise ConversationError(
+            f"The chat template leaves out the reasoning of messages[{min(hidden)}], however it is "
+            "given. --thinking auto trains the row without it."
+        )
+    text, spans, tags = located.text, located.spans, dict(zip(words, (OPEN, CLOSE), strict=True))
+    while match := re.search("|".join(words), text):
+        tag = tags[match.group()]
+        shift = len(tag) - len(match.group())
+        text = text[: match.start()] + tag + text[match.end() :]
+        spans = [
+            (a + shift * (a > match.start()), b + shift * (b > match.start())) for a, b in spans
+        ]
+    return replace(located, text=text, spans=spans)
+
+
+def _render_usual(row: Row, template: ChatTemplate, kwargs: Mapping[str, Any]) -> LocatedTurns:
+    """The row in the first spelling that the template accepts, roles by their usual names."""
     messages, located = _first_accepted(row, template, kwargs)
     renamed = _with_usual_roles(messages)
     if located.left_out and renamed != messages:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.data.dataset import DATA_SUFFIXES, data_files
 from engine.data.rows import CHAT_KEYS, RESPONSE_KEYS, Row, is_row, parse_row
 from engine.data.rows.fields import RowFault, json_name
-from engine.data.sources.json_lines import BadLine, read_values
+from engine.data.sources.file_kinds import DATA_SUFFIXES, plain_suffix
+from engine.data.sources.located import BadLine
+from engine.data.sources.resolve import RowFile, data_files
 from engine.errors import DataError
 
 _REFERENCES = (*RESPONSE_KEYS, *CHAT_KEYS, "solution")
@@ -59,7 +60,7 @@ def read_questions(paths: Sequence[str], most: int) -> list[Question]:
     """
     questions: list[Question] = []
     for file in _files(paths):
-        for item in read_values(file, lambda raw: is_row(raw) or "prompt" in raw):
+        for item in file.values(lambda raw: is_row(raw) or "prompt" in raw):
             if isinstance(item, BadLine):
                 raise DataError(str(item))
             if len(questions) == most:
@@ -74,11 +75,12 @@ def read_questions(paths: Sequence[str], most: int) -> list[Question]:
     return questions
 
 
-def _files(paths: Sequence[str]) -> list[Path]:
-    files: list[Path] = []
+def _files(paths: Sequence[str]) -> list[RowFile]:
+    files: list[RowFile] = []
     for path in map(Path, paths):
         if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.name.lower().endswith(DATA_SUFFIXES))
+            here = sorted(p for p in path.iterdir() if plain_suffix(p) in DATA_SUFFIXES)
+            files += [RowFile(p, str(p)) for p in here]
         else:
             files += data_files(path)
     if not files:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config.train_config import NO_DATA, TrainConfig
-from engine.data.dataset import read_rows
+from engine.data.dataset import RowChoice, read_chosen
 from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import free_memory, resolve_policy
 from engine.memory.budget import step_of
@@ -20,7 +20,7 @@ from engine.memory.search import changed, least_step
 from engine.memory.simulate.step import SimulatedStep
 from engine.model_sources.open import describe_model
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.training.prepare import RowSet, read_examples
+from engine.training.prepare import RowSet, heldout_choice, read_examples
 from models.config.model_config import ModelConfig
 
 USABLE = 0.95
@@ -69,10 +69,12 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
             tokenizer = load_tokenizer(described, config.template_date)
             rows = read_examples(config, tokenizer, model.vocab_size)
             lengths = tuple(len(example) for example in rows.examples)
+            if rows.report.documents:  # they are packed, so that every row is full
+                lengths = (config.max_length,) * len(lengths)
             return KnownRows(len(lengths), lengths, rows)
-    plain, _ = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
+    plain, _ = read_chosen(config.data, RowChoice.of(config, config.category))
     if config.eval_data:
-        read_rows(list(config.eval_data), bad_lines=config.bad_lines)
+        read_chosen(config.eval_data, heldout_choice(config))
     return KnownRows(len(plain[: config.limit_rows]), None)
 
 

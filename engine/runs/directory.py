@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from engine.config.data_names.passwords import hide_in_words, scrub
 from engine.config.sources import dump_yaml
 from engine.config.train_config import TrainConfig
 from engine.errors import EngineError
@@ -144,7 +145,7 @@ class RunDirectory:
         earlier = earlier if isinstance(earlier, list) else []
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "argv": sys.argv,
+            "argv": hide_in_words(sys.argv),
             "pid": os.getpid(),
             "resume": self.config.resume,
         }
@@ -187,7 +188,7 @@ class RunDirectory:
                 "parameters": self.config.stored(),
                 "status": status,
                 "output_path": str(output_path) if output_path is not None else None,
-                "error_message": error_message,
+                "error_message": scrub(error_message) if error_message else None,
                 "metrics": dict(metrics or {}),
                 "wall_seconds": round(time.time() - self._started, 3),
                 **more,

@@ -18,6 +18,7 @@ from typing import Any
 from engine.config.settings import with_present_names
 from engine.config.tasks.commands import continued
 from engine.config.train_config import TrainConfig
+from engine.data.sources.resolve import RowFile
 from engine.errors import CheckpointError, ConfigError
 from engine.runs.output import CHECKPOINT
 from engine.storage import durable
@@ -49,9 +50,13 @@ class RunIdentity:
         return max_steps or epochs * self.steps_per_epoch
 
 
-def digest_files(paths: Iterable[Path]) -> str:
-    """One SHA-256 of several files' contents, in order."""
-    return hashlib.sha256(" ".join(map(durable.sha256_file, paths)).encode()).hexdigest()
+def digest_files(files: Iterable[RowFile]) -> str:
+    """One SHA-256 of several files' contents and weights, in order."""
+    parts = [
+        durable.sha256_file(file.path) + ("" if file.weight == 1.0 else f"*{file.weight:g}")
+        for file in files
+    ]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
 
 def check_identity(identity: RunIdentity) -> None:

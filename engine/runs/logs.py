@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from engine.config.data_names.passwords import scrub
 from engine.storage.safe_files import append_regular
 
 OWN_LOGGERS = ("engine", "cli", "models", "optim", "kernels")
@@ -29,7 +30,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message; levels from WARNING up are named."""
-        text = record.getMessage()
+        text = scrub(record.getMessage())
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         if self.closed:
@@ -52,6 +53,13 @@ class _FileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is found, and reported, by what the run has to write, not by its log."""
+
+
+class _ScrubbedFormatter(logging.Formatter):
+    """Formats lines and tracebacks without passwords."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
 
 
 class RunLog:
@@ -83,7 +91,7 @@ class RunLog:
         file.setLevel(logging.DEBUG)
         file.addFilter(_ours)
         file.setFormatter(
-            logging.Formatter(
+            _ScrubbedFormatter(
                 "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%F %T"
             )
         )

@@ -21,6 +21,7 @@ from engine.tokenization.sandbox import (
     TemplateInput,
     TemplateProcess,
 )
+from engine.tokenization.turn_edges import Span
 
 CHATML = """\
 {%- for message in messages %}
@@ -176,6 +177,38 @@ class ChatTemplate:
             return self._for_tools.locate(messages, tools=tools, **kwargs)
         conversation = TemplateInput(plain_messages(messages), tools, kwargs)
         return self._finder.find(conversation, self._process.render)
+
+    def locate_after(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        marker: str,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> LocatedTurns:
+        """Render a conversation; what follows each `marker` to the end of its turn is trained.
+
+        Raises as `render`, and `ConversationError` where the text does not hold the marker.
+        """
+        text = self.render(messages, tools=tools, **kwargs)
+        spans = self.spans_after(text, marker)
+        if not spans:
+            raise ConversationError(
+                f"The rendered conversation does not hold {marker!r}, after which --train-on says "
+                f"that it is trained: {text[:200]!r}. Look at a row with `engine data preview`."
+            )
+        return LocatedTurns(text, spans)
+
+    def spans_after(self, text: str, marker: str) -> list[Span]:
+        """What follows each `marker` in a text, up to and including the next end-of-turn token."""
+        spans: list[Span] = []
+        start = text.find(marker)
+        while start >= 0:
+            end = self._finder.end_after(text, start + len(marker))
+            if end > start + len(marker):
+                spans.append((start + len(marker), end))
+            start = text.find(marker, end)
+        return spans
 
     def close(self) -> None:
         """End the helper process; rendering again starts a new one."""

@@ -66,6 +66,11 @@ class SpanFinder:
         self._has_prompt = "add_generation_prompt" in source
         self._ends = EndTokens(end_tokens)
 
+    def end_after(self, text: str, start: int) -> int:
+        """The index behind the first end-of-turn token from `start` on, or the end of the text."""
+        match = self._ends.pattern.search(text, start)
+        return match.end() if match is not None else len(text)
+
     def find(self, conversation: TemplateInput, render: Render) -> LocatedTurns:
         """Render a conversation and find what is trained in it.
 

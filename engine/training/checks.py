@@ -14,7 +14,7 @@ import torch
 
 from engine.config.rules import Facts, check
 from engine.config.train_config import NO_DATA, TrainConfig
-from engine.data.dataset import data_files
+from engine.data.sources.resolve import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.adapter.peft import Adapter
@@ -46,9 +46,9 @@ def check_request(config: TrainConfig, machine: Machine | None = None) -> Machin
         machine = device, resolve_dtype(config.dtype, device)
     check_run(config, None, *machine)
     check_output(config)
-    for paths in (config.data, config.eval_data):
-        if paths and paths != NO_DATA:
-            data_files(list(paths))
+    for names, query in ((config.data, config.query), (config.eval_data, config.eval_query)):
+        if names and names != NO_DATA:
+            data_files(names, query)
     if config.init_adapter is not None:
         open_adapter(config.init_adapter)
     return machine

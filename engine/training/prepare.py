@@ -12,9 +12,13 @@ from typing import Any
 from engine.config.train_config import TrainConfig
 from engine.data.batches.loader import BatchPlan, collate, split_heldout
 from engine.data.batches.taught_stops import taught_stops
-from engine.data.dataset import ReadReport, data_files, log_read, read_rows
-from engine.data.examples import Example, ExampleReport, build_examples, check_ids, log_examples
+from engine.data.batches.weights import weighted_rows
+from engine.data.dataset import ReadReport, RowChoice, log_read, read_chosen
+from engine.data.example_report import ExampleReport, log_examples
+from engine.data.examples import Example, build_examples, check_ids
+from engine.data.rendering import Learning
 from engine.data.rows import Row
+from engine.data.sources.resolve import data_files
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source
@@ -117,6 +121,7 @@ def prepare(
         rows.log()  # what was said of them then is in no log of this run
     else:
         rows = read_examples(config, tokenizer, described.config.vocab_size)
+    config = packed_for(config, rows)
     source = open_model_source(config.model, config.revision)
     digests = _digests(config, source, tokenizer)
     init = open_init_adapter(config, adapter, source, digests["base"])
@@ -162,6 +167,11 @@ _DECIDING_ROWS = (
     "max_length",
     "system_prompt",
     "chat_template_kwargs",
+    "query",
+    "eval_query",
+    "map",
+    "train_on",
+    "thinking",
 )
 
 
@@ -177,7 +187,7 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
     Raises `DataError` naming a row that cannot be used, where `bad_lines` does not allow it.
     """
     rows, heldout_rows, read, read_heldout = rows_of_run(config)
-    examples, report = examples_of_run(config, rows, tokenizer)
+    examples, report = examples_of_run(config, weighted_rows(rows, config.seed), tokenizer)
     heldout, report_heldout = list[Example](), ExampleReport()
     if heldout_rows:
         heldout, report_heldout = examples_of_run(config, heldout_rows, tokenizer)
@@ -192,10 +202,10 @@ def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, 
 
     Raises `DataError`.
     """
-    rows, read = read_rows(list(config.data), config.min_rating, config.category, config.bad_lines)
+    rows, read = read_chosen(config.data, RowChoice.of(config, config.category))
     rows, heldout, read_heldout = rows[: config.limit_rows], list[Row](), ReadReport()
     if config.eval_data:
-        heldout, read_heldout = read_rows(list(config.eval_data), bad_lines=config.bad_lines)
+        heldout, read_heldout = read_chosen(config.eval_data, heldout_choice(config))
     if config.heldout:
         rows, heldout = split_heldout(rows, config.heldout, config.seed)
     return rows, heldout, read, read_heldout
@@ -211,6 +221,7 @@ def examples_of_run(
         config.max_length,
         template_kwargs=config.chat_template_kwargs,
         bad_rows=config.bad_lines,
+        learning=Learning.of(config),
     )
 
 
@@ -223,6 +234,19 @@ def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
             "%d of %d held-out rows stand among the rows to train on too: what they measure is "
             "partly memory, not what is learnt for other rows", shared, len(heldout),
         )  # fmt: skip
+
+
+def packed_for(config: TrainConfig, rows: RowSet) -> TrainConfig:
+    """The settings, with packing where there are documents: every batch is to be full."""
+    if config.packing or not rows.report.documents:
+        return config
+    log.info("%d documents are packed into rows of --max-length tokens", rows.report.documents)
+    return config.model_copy(update={"packing": True})
+
+
+def heldout_choice(config: TrainConfig) -> RowChoice:
+    """How the rows of `eval_data` are read."""
+    return RowChoice(bad_lines=config.bad_lines, query=config.eval_query, columns=config.map)
 
 
 def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
@@ -240,12 +264,12 @@ def _digests(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer) -> 
     template = "\0".join(tokenizer.chat_template.sources).encode(errors="surrogatepass")
     digests = {
         "base": source.digest(),
-        "data": digest_files(data_files(list(config.data))),
+        "data": digest_files(data_files(config.data, config.query)),
         "template": hashlib.sha256(template).hexdigest(),
         "tokenizer": tokenizer_digest(source.tokenizer_files()),
     }
     if config.eval_data:
-        digests["eval_data"] = digest_files(data_files(list(config.eval_data)))
+        digests["eval_data"] = digest_files(data_files(config.eval_data, config.eval_query))
     if config.teacher is not None:
         digests["teacher"] = open_model_source(config.teacher).digest()
     return digests

@@ -13,12 +13,12 @@ from engine.config.choices import (
     HeadPrecision,
     Quantization,
 )
+from engine.config.data_names import DataNames
 from engine.config.given_adapters import Adapters
 from engine.config.publishing import Publishing
+from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
-    BAD_LINES,
-    BAD_LINES_WORDS,
     DEVICE,
     DEVICES,
     DTYPES,
@@ -66,15 +66,16 @@ class OneModel(Machine):
     deterministic: bool = setting(False, "Machine", DETERMINISTIC)
 
 
-class EvalSettings(OneModel):
+class EvalSettings(OneModel, RowSettings):
     """`engine eval`."""
 
-    data: Paths = setting(..., "Data", "JSONL or JSON file(s) of rows", repeat=True, min_length=1)
+    data: DataNames = setting(
+        ..., "Data", "rows: files, folders, databases, hub ids, or -", repeat=True, min_length=1
+    )
     batch_size: int | None = setting(
         None, "Data", "rows at a time; bounds memory, not the result", ge=1
     )
     max_length: int = setting(2048, "Data", "longest example in tokens", ge=8)
-    min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
     category: str | None = setting(None, "Data", "only rows of this category")
     limit_rows: int | None = setting(None, "Data", "only the first N rows", ge=1)
     heldout: float = setting(
@@ -85,13 +86,6 @@ class EvalSettings(OneModel):
         lt=1,
     )
     seed: int = setting(42, "Data", "of the choice of held-out rows", ge=0, lt=1 << 63)
-    bad_lines: str = setting(
-        "fail",
-        "Data",
-        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
-        pattern=BAD_LINES,
-        expected=BAD_LINES_WORDS,
-    )
     system_prompt: str | None = setting(
         None, "Data", "system message put before rows that have none"
     )

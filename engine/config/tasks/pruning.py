@@ -16,9 +16,10 @@ from engine.config.choices import (
     Scope,
     StoredType,
 )
+from engine.config.data_names import DataNames
 from engine.config.settings import Settings, setting
 from engine.config.spelling import DTYPES, inner_share, layer_numbers, shard_size, spelled
-from engine.config.tasks.inference import Machine, Paths
+from engine.config.tasks.inference import Machine
 from engine.config.train_config import TrainConfig
 
 
@@ -74,7 +75,7 @@ class PruneSettings(HeadChoice, Machine):
     heads: HeadKind = setting(
         "attention", "Heads", "those of attention, or of DeltaNet layers, by their own rules"
     )
-    data: Paths = setting((), "Heads", "calibration rows (JSONL or JSON)", repeat=True)
+    data: DataNames = setting((), "Heads", "calibration rows (JSONL or JSON)", repeat=True)
     max_length: int = setting(512, "Heads", "longest calibration row in tokens", ge=8)
     seed: int = setting(0, "Heads", "of the metric random", ge=0)
     compute_dtype: Annotated[ComputeType, spelled(DTYPES)] = setting(
@@ -160,8 +161,8 @@ class ForgeJob(ForgeCycles, HeadChoice):
     """`engine forge`: one flat table; how to fine-tune comes from `TrainConfig`."""
 
     model: str = setting(..., "Data", "Hugging Face directory, hub id or .gguf file", min_length=1)
-    data: Paths = setting((), "Data", "rows to train on", repeat=True)
-    eval_data: Paths = setting((), "Data", "rows held out", repeat=True)
+    data: DataNames = setting((), "Data", "rows to train on", repeat=True)
+    eval_data: DataNames = setting((), "Data", "rows held out", repeat=True)
     metric: Metric = setting(
         "activation", "Heads", "what makes a head important; see `engine prune`"
     )

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from engine.config.choices import MAX_SHARD_SIZE, MergeOnto, StoredType
+from engine.config.data_names import DataNames
 from engine.config.given_adapters import Adapters
 from engine.config.publishing import Publishing
 from engine.config.settings import setting
@@ -46,7 +47,7 @@ class MergeSettings(WrittenModelSettings):
     onto: Annotated[MergeOnto, spelled({"dequantized": "dequantised"})] = setting(
         "original", "Output", "the weights as they are, or as 4-bit training saw them"
     )
-    check: Paths = setting(
+    check: DataNames = setting(
         (), "Output", "rows on which to compare the result with the adapter as trained", repeat=True
     )
     verify: bool = setting(

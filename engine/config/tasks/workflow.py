@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator
 
 from engine.config.choices import GPU_TFLOPS, Method, Program
+from engine.config.data_names import DataNames
+from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
-    BAD_LINES,
-    BAD_LINES_WORDS,
     DEVICE,
     DEVICES,
     json_object,
@@ -51,7 +51,7 @@ class InitSettings(Settings):
     """`engine init`."""
 
     model: str = setting(..., "Init", "Hugging Face directory, hub id or .gguf file", min_length=1)
-    data: Paths = setting(..., "Init", "rows to train on", repeat=True, min_length=1)
+    data: DataNames = setting(..., "Init", "rows to train on", repeat=True, min_length=1)
     memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
         None, "Init", "memory of the GPU to train on, such as 12GiB; by default this machine's"
     )
@@ -148,23 +148,15 @@ class DoctorSettings(Settings):
     seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0)
 
 
-class DataSettings(Settings):
+class DataSettings(RowSettings):
     """`engine data stats`, and what the other verbs on data share."""
 
-    data: Paths = setting((), "Data", "data files, or a folder with a train.jsonl", repeat=True)
+    data: DataNames = setting(
+        (), "Data", "rows: files, folders, databases, hub ids, or -", repeat=True
+    )
     model: str | None = setting(None, "Data", "also render and tokenise as for this model")
     max_length: int = setting(2048, "Data", "longest example in tokens", ge=2)
-    min_rating: int | None = setting(
-        None, "Data", "leave out rows rated lower, or not at all", ge=1, le=5
-    )
     category: Paths = setting((), "Data", "only rows of this category", repeat=True)
-    bad_lines: str = setting(
-        "fail",
-        "Data",
-        "fail: stop at a bad row; skip, or skip:5%: leave it out and count it",
-        pattern=BAD_LINES,
-        expected=BAD_LINES_WORDS,
-    )
     chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(json_object)] = setting(
         {}, "Data", 'further variables of the chat template: {"enable_thinking": false}'
     )

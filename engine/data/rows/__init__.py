@@ -1,10 +1,11 @@
-"""Parse one row of a data set into messages.
+"""Parse one row of a data set, in any of its forms.
 
 Accepted: `messages` (OpenAI's form), `conversations` or `conversation` (ShareGPT's form, `from`
 and `value`), and a prompt with its response under any of their usual names, with `input`, `context`
-and `history` where a row has them. With every form: `system` (or `system_prompt`), `tools` or
-`functions`, `category`, `rating` (1 to 5), `schema_version`. Every form becomes a list of messages.
-A key that is not used is noted, and never dropped without a word.
+and `history` where a row has them; these become a list of messages. `chosen` with `rejected` is a
+preference pair, `text` a document, `input_ids` a row that is tokenised already. With every form:
+`system` (or `system_prompt`), `tools` or `functions`, `category`, `rating` (1 to 5),
+`schema_version`. A key that is not used is noted, and never dropped without a word.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,17 @@ from difflib import get_close_matches
 from typing import Any
 
 from engine.data.rows import fields
-from engine.data.rows.fields import RowFault, json_name, listed, only_key, optional_text
+from engine.data.rows.columns import with_columns
+from engine.data.rows.documents import TokenIds, document_text, token_ids
+from engine.data.rows.fields import (
+    RowFault,
+    from_text,
+    json_name,
+    listed,
+    only_key,
+    optional_text,
+)
+from engine.data.rows.preference import split_pair
 from engine.data.rows.turns import parse_message
 from engine.tokenization.messages import contributes_to_loss, has_text
 
@@ -28,21 +39,23 @@ _RARE_PROMPT_KEYS = ("query", "problem", "input")
 _RARE_RESPONSE_KEYS = ("solution",)
 """Names that mean a prompt or a response where a row has none of the usual ones."""
 
+TEXT_KEY, IDS_KEY = "text", "input_ids"
+PAIR_KEYS = ("chosen", "rejected")
+
 _ALWAYS_USED = {*_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "schema_version"}
 _KNOWN = {
     *CHAT_KEYS, *PROMPT_KEYS, *RESPONSE_KEYS, *_RARE_PROMPT_KEYS, *_RARE_RESPONSE_KEYS,
-    *_CONTEXT_KEYS, "history", *_ALWAYS_USED,
+    *_CONTEXT_KEYS, "history", TEXT_KEY, IDS_KEY, *PAIR_KEYS, *_ALWAYS_USED,
 }  # fmt: skip
 
 _HINTS = {
-    "text": "'text' alone does not say what is a prompt and what a response; split it into both",
-    "chosen": "of preference pairs the answer to learn is 'chosen'; rename it to 'response'",
-    "input_ids": "rows of token ids cannot be read; give the text, which is tokenised here",
+    "chosen": "a pair has 'rejected' too; to learn 'chosen' alone: --map response=chosen",
     "answers": "'answers' are several or have a form of their own; give one text as 'answer'",
     "user": "rename 'user' to 'prompt' and what answers it to 'response'",
     "parts": "these are Gemini's messages; give a list 'messages' with 'role' and 'content'",
     "train": "it holds several data sets; write each as a file of its own",
     "role": "this is a message; a row is an object with the list of them under 'messages'",
+    "content": "if 'content' is a document to learn from: --map text=content",
     "dialogue": "rename 'dialogue' to 'messages', a list of objects with 'role' and 'content'",
     "dialog": "rename 'dialog' to 'messages', a list of objects with 'role' and 'content'",
     "turns": "rename 'turns' to 'messages', a list of objects with 'role' and 'content'",
@@ -54,12 +67,19 @@ class Row:
     """One training row.
 
     Attributes:
-        messages: at least one of them an assistant message with something to learn.
+        messages: at least one of them an assistant message with something to learn; empty for a
+            document and for token ids.
         line: 1-based line in the file on which the row starts.
         file: path as it was given.
         category, rating, schema_version: as the row has them, or None.
         tools: JSON schemas of callable tools, handed to the chat template, or None.
         unused: keys of the row that nothing reads; those of messages as `messages[].key`.
+        form: what was recognised, in words.
+        text: of a document, all of it to be learnt.
+        ids: of a row that is tokenised already.
+        rejected: of a preference pair, the conversation with the worse answer; `messages` has the
+            better one.
+        origin: which of the data names the row belongs to, from 0, and that one's weight.
     """
 
     messages: list[dict[str, Any]]
@@ -70,6 +90,11 @@ class Row:
     schema_version: str | int | None = None
     tools: list[dict[str, Any]] | None = field(default=None)
     unused: tuple[str, ...] = ()
+    form: str = "messages"
+    text: str | None = None
+    ids: TokenIds | None = None
+    rejected: list[dict[str, Any]] | None = None
+    origin: tuple[int, float] = (0, 1.0)
 
     @property
     def source(self) -> str:
@@ -77,23 +102,23 @@ class Row:
         return f"{self.file}:{self.line}"
 
 
-def parse_row(raw: Any, file: str, line: int) -> Row:
+def parse_row(raw: Any, file: str, line: int, columns: Mapping[str, str] | None = None) -> Row:
     """Turn one JSON value into a row.
+
+    `columns` says which key of the value a field of the row is, where they are named otherwise.
 
     Raises:
         RowFault: it is not an object, has no known form, or a field has the wrong type.
     """
     if not isinstance(raw, dict):
         raise RowFault(f"{json_name(raw)} where an object was expected")
-    raw = _known_spelling(raw)
-    used = set(_ALWAYS_USED)
     unused: set[str] = set()
-    messages = _with_system(raw, _messages(raw, used, unused))
-    _require_answer(messages)
+    raw = with_columns(raw, columns, unused) if columns else _known_spelling(raw)
+    used = set(_ALWAYS_USED)
+    content = _content_of(raw, used, unused)
     unused |= {key for key, value in raw.items() if key not in used and value is not None}
     tool_key = only_key(raw, _TOOL_KEYS)
     return Row(
-        messages=messages,
         line=line,
         file=file,
         category=optional_text(raw, "category"),
@@ -101,7 +126,54 @@ def parse_row(raw: Any, file: str, line: int) -> Row:
         schema_version=fields.schema_version(raw.get("schema_version")),
         tools=fields.tools(raw[tool_key], tool_key) if tool_key is not None else None,
         unused=tuple(sorted(unused)),
+        **content,
     )
+
+
+def _content_of(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> dict[str, Any]:
+    """What a row holds: its form, and the fields of `Row` that the form fills."""
+    if all(raw.get(key) is not None for key in PAIR_KEYS):
+        used |= {*PAIR_KEYS, *PROMPT_KEYS, *_CONTEXT_KEYS, "history"}
+        chosen, rejected = split_pair(raw, lambda side: _side_messages(raw, side, unused))
+        return {
+            "form": "preference pairs",
+            "messages": _with_system(raw, chosen),
+            "rejected": _with_system(raw, rejected),
+        }
+    if raw.get(IDS_KEY) is not None:
+        used |= {IDS_KEY, "labels", "attention_mask"}
+        return {"form": "token ids", "messages": [], "ids": token_ids(raw)}
+    if raw.get(TEXT_KEY) is not None and not _has_answer(raw):
+        used.add(TEXT_KEY)
+        unused |= {key for key in (*_SYSTEM_KEYS, *_TOOL_KEYS) if raw.get(key)}
+        return {"form": "text", "messages": [], "text": document_text(raw[TEXT_KEY], TEXT_KEY)}
+    form, messages = _messages(raw, used, unused)
+    messages = _with_system(raw, messages)
+    _require_answer(messages)
+    return {"form": form, "messages": messages}
+
+
+def _has_answer(raw: Mapping[str, Any]) -> bool:
+    """Whether a row is a conversation, or a prompt with its response."""
+    keys = (*PROMPT_KEYS, *_RARE_PROMPT_KEYS), (*RESPONSE_KEYS, *_RARE_RESPONSE_KEYS)
+    return _first(raw, CHAT_KEYS) is not None or all(_first(raw, some) for some in keys)
+
+
+def _side_messages(raw: Mapping[str, Any], side: str, unused: set[str]) -> list[dict[str, Any]]:
+    """The conversation with one of a pair's two answers."""
+    answer = from_text(raw[side], f"'{side}'") if _is_list(raw[side]) else raw[side]
+    prompt_key = only_key(raw, PROMPT_KEYS) or _first(raw, _RARE_PROMPT_KEYS)
+    whole = isinstance(answer, list) and len(answer) > 1
+    if prompt_key is not None and not whole:
+        return _pair_messages({**raw, side: answer}, prompt_key, side, unused)
+    if not isinstance(answer, list):
+        raise RowFault(f"'{side}' is {json_name(answer)} and no prompt stands beside it")
+    return _chat_messages(answer, side, unused)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value is text that holds a list of messages."""
+    return isinstance(value, str) and value.lstrip().startswith("[{")
 
 
 def is_row(raw: Mapping[str, Any]) -> bool:
@@ -117,19 +189,24 @@ def _known_spelling(raw: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _messages(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> list[dict[str, Any]]:
+def _messages(
+    raw: Mapping[str, Any], used: set[str], unused: set[str]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The form of a conversation in words, and its messages."""
     chat_key = only_key(raw, CHAT_KEYS)
     if chat_key is not None:
         used |= set(CHAT_KEYS)
-        return _chat_messages(raw[chat_key], chat_key, unused)
+        return chat_key, _chat_messages(raw[chat_key], chat_key, unused)
     prompt_key = only_key(raw, PROMPT_KEYS) or _first(raw, _RARE_PROMPT_KEYS)
     response_key = only_key(raw, RESPONSE_KEYS) or _first(raw, _RARE_RESPONSE_KEYS)
     if prompt_key is not None and response_key is not None:
         used |= {prompt_key, response_key, *_CONTEXT_KEYS, "history"}
-        return _pair_messages(raw, prompt_key, response_key, unused)
+        messages = _pair_messages(raw, prompt_key, response_key, unused)
+        return f"{prompt_key}/{response_key}", messages
     raise RowFault(
-        f"an object with the keys {listed(raw)}, where 'messages', 'conversations', or a "
-        f"prompt ({listed(PROMPT_KEYS)}) with a response ({listed(RESPONSE_KEYS)}) was expected"
+        f"an object with the keys {listed(raw)}, where 'messages', 'conversations', a "
+        f"prompt ({listed(PROMPT_KEYS)}) with a response ({listed(RESPONSE_KEYS)}), 'chosen' with "
+        f"'rejected', 'text' or 'input_ids' was expected (--map names columns otherwise)"
         f"{_hint(raw)}"
     )
 
@@ -158,6 +235,7 @@ def _first(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 
 def _chat_messages(value: Any, key: str, unused: set[str]) -> list[dict[str, Any]]:
+    value = from_text(value, f"'{key}'") if _is_list(value) else value
     if not isinstance(value, list) or not value:
         raise RowFault(f"'{key}' is {json_name(value)} where a list of messages was expected")
     return [parse_message(item, f"{key}[{index}]", unused) for index, item in enumerate(value)]

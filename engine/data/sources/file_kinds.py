@@ -1,26 +1,23 @@
-"""Data files that are not JSON, and what to do with them."""
+"""What a data file is, by its content and its name."""
 
+from __future__ import annotations
+
+import csv
+import re
 from pathlib import Path
 
-_PANDAS = (
-    "python -c \"import pandas; pandas.{read}.to_json('{new}', orient='records', lines=True)\""
-)
-_READERS = {
-    "Parquet": "read_parquet('{path}')",
-    "CSV": "read_csv('{path}')",
-    "TSV": "read_csv('{path}', sep='\\t')",
-    "Excel": "read_excel('{path}')",
-    "Arrow": "read_feather('{path}')",
-    "Feather": "read_feather('{path}')",
-}
+from engine.config.data_names import ROW_FIELDS
+from engine.data.sources.compressed import SUFFIXES as COMPRESSED
+
+JSON, CSV, PARQUET, ARROW, TEXT = "JSON", "CSV", "Parquet", "Arrow", "text"
+"""The kinds that are read."""
+
 _MAGIC = (
-    (b"PAR1", "Parquet"),
-    (b"ARROW1", "Arrow"),
-    (b"FEA1", "Feather"),
+    (b"PAR1", PARQUET),
+    (b"ARROW1", ARROW),
+    (b"FEA1", ARROW),
+    (b"\xff\xff\xff\xff", ARROW),
     (b"PK\x03\x04", "ZIP"),
-    (b"\x28\xb5\x2f\xfd", "Zstandard"),
-    (b"BZh", "bzip2"),
-    (b"\xfd7zXZ\x00", "xz"),
     (b"SQLite format 3\x00", "SQLite"),
     (b"\xff\xfe", "UTF-16"),
     (b"\xfe\xff", "UTF-16"),
@@ -29,50 +26,83 @@ _MAGIC = (
     (b"<html", "HTML"),
     (b"%PDF", "PDF"),
 )
-_SUFFIXES = {".csv": "CSV", ".tsv": "TSV", ".xlsx": "Excel", ".parquet": "Parquet"}
+_SUFFIXES = {
+    ".csv": CSV, ".tsv": CSV, ".tab": CSV, ".txt": TEXT, ".text": TEXT, ".md": TEXT,
+    ".markdown": TEXT, ".rst": TEXT, ".xlsx": "Excel", ".parquet": PARQUET,
+}  # fmt: skip
+DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
+_JSON_HEAD = re.compile(rb'\s*(\[\s*(\{|\]|$)|\{\s*("|\}|$))')
 _ADVICE = {
     "ZIP": "Unpack it (unzip '{path}') and name the data file inside",
-    "Zstandard": "Decompress it: zstd -d '{path}'",
-    "bzip2": "Decompress it: bunzip2 '{path}'",
-    "xz": "Decompress it: unxz '{path}'",
-    "SQLite": "Write its rows as JSON: sqlite3 -json '{path}' 'SELECT ...' > data.json",
+    "Excel": (
+        'Save it as CSV in UTF-8, or with pandas: python -c "import pandas; '
+        "pandas.read_excel('{path}').to_csv('{new}', index=False)\""
+    ),
+    "SQLite": "Name it as a database, with a query: --data sqlite:///{path} --query 'SELECT ...'",
     "UTF-16": "Save it as UTF-8: iconv -f UTF-16 -t UTF-8 '{path}' > '{new}'",
     "Git LFS": "The file itself was not downloaded, only a pointer to it: git lfs pull",
     "HTML": "A web page was saved in the file's stead; download the raw file",
-    "PDF": "Write its text as rows of prompt and response",
-    "text": (
-        "A row says what is a prompt and what the response: write one JSON object a line, "
-        '{{"prompt": "...", "response": "..."}}'
-    ),
+    "PDF": "Write its text into a .txt or .md file",
 }
 
 
-def foreign_kind(path: Path, head: bytes) -> str | None:
-    """What a file is that is neither JSON nor JSON compressed with gzip, or None.
+def kind_of(path: Path, head: bytes) -> str:
+    """The kind of a file: one of those above, or the name of one that is not read.
 
     Args:
-        path: of the file.
+        path: of the file; its suffix decides where the content does not.
         head: its first bytes, decompressed.
     """
+    suffix = plain_suffix(path)
     for magic, kind in _MAGIC:
         if head.startswith(magic):
-            return "Excel" if kind == "ZIP" and path.suffix.lower() == ".xlsx" else kind
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
-        return None
-    if path.suffix.lower() in (".txt", ".md") and head.strip():
-        return "text"
-    return _SUFFIXES.get(path.suffix.lower())
+            return "Excel" if kind == "ZIP" and suffix == ".xlsx" else kind
+    start = head.removeprefix(b"\xef\xbb\xbf")
+    if _JSON_HEAD.match(start):
+        return JSON
+    named = _SUFFIXES.get(suffix)
+    if named in (CSV, TEXT) and not start.strip():
+        return JSON  # empty: the reader of JSON says so
+    if named is not None:
+        return named
+    return CSV if suffix not in DATA_SUFFIXES and _is_header(start) else JSON
+
+
+def plain_suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def delimiter_of(path: Path, header: str) -> str:
+    """What stands between the cells of a table, by its first line."""
+    if plain_suffix(path) in (".tsv", ".tab") and "\t" in header:
+        return "\t"
+    outside = re.sub(r'"[^"]*"', "", header)
+    return next((mark for mark in (",", ";", "\t", "|") if mark in outside), ",")
+
+
+def _is_header(start: bytes) -> bool:
+    """Whether a file without a telling name begins with columns that rows have."""
+    try:
+        line = start.splitlines()[0].decode() if start.strip() else ""
+        cells = next(csv.reader([line], delimiter=delimiter_of(Path(), line)), [])
+    except (UnicodeDecodeError, csv.Error, IndexError):
+        return False
+    usual = {*ROW_FIELDS, "question", "answer", "instruction", "output", "completion"}
+    return len(cells) > 1 and bool(usual & {cell.strip().lower() for cell in cells})
 
 
 def advice(path: Path, kind: str) -> str:
     """What to do with a file of a kind that is not read."""
-    new = f"{path.stem.removesuffix('.jsonl')}.new.jsonl"
-    if kind in _READERS:
-        command = _PANDAS.format(read=_READERS[kind].format(path=path), new=new)
-        return f"Turn it into JSON Lines, with pandas for instance: {command}"
+    suffix = ".csv" if kind == "Excel" else ".jsonl"
+    new = f"{path.stem.removesuffix('.jsonl')}.new{suffix}"
     return _ADVICE[kind].format(path=path, new=new)
 
 
 def with_article(kind: str) -> str:
     """The kind with `a` or `an`, as it is spoken."""
-    return f"{'an' if kind in ('Arrow', 'Excel', 'SQLite', 'HTML', 'xz') else 'a'} {kind}"
+    return f"{'an' if kind in ('Arrow', 'Excel', 'SQLite', 'HTML') else 'a'} {kind}"

@@ -6,66 +6,22 @@ begins an array, and a first line that is no whole value begins one of several l
 broken does not hide the lines after it; a broken array ends there.
 """
 
-import gzip
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-from engine.data.sources.file_kinds import advice, foreign_kind, with_article
+from engine.data.sources.compressed import open_plain
+from engine.data.sources.located import MAX_ROW_BYTES, BadLine, Located, Position
 from engine.errors import DataError
 from engine.storage import strict_json
-
-MAX_ROW_BYTES = 16 * 2**20
-"""A longer line, or array element, is refused: it is a damaged file more often than a row."""
 
 MAX_WRAPPED_BYTES = 2**30
 """A longer file is read line by line, or as an array."""
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEAD_BYTES = 4096
-_GZIP = b"\x1f\x8b"
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ARRAY_ADVICE = "The rest of a broken array cannot be read; fix the file or use JSON Lines."
-
-
-@dataclass(frozen=True)
-class Position:
-    """A position in a file; line and column count from 1, columns in characters."""
-
-    file: str
-    line: int
-    column: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.column}"
-
-    def after(self, text: str) -> "Position":
-        """The position reached by reading `text` from here."""
-        newlines = text.count("\n")
-        if newlines == 0:
-            return Position(self.file, self.line, self.column + len(text))
-        return Position(self.file, self.line + newlines, len(text) - text.rfind("\n"))
-
-
-@dataclass(frozen=True)
-class Located:
-    """A JSON value and the position of its first character (for a line, of the line)."""
-
-    position: Position
-    value: Any
-
-
-@dataclass(frozen=True)
-class BadLine:
-    """Something that cannot be used as a row: where, what was found, and what to do."""
-
-    position: Position
-    fault: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.position}: {self.fault}. {self.advice}"
+_IsRow = Callable[[Mapping[str, Any]], bool]
 
 
 class _Broken(Exception):
@@ -78,73 +34,50 @@ class _Broken(Exception):
         self.line = BadLine(position, fault, advice)
 
 
-def read_values(
-    path: Path, is_row: Callable[[Mapping[str, Any]], bool]
-) -> Iterator[Located | BadLine]:
-    """Every value of one file in order; a bad line comes as a `BadLine`.
+def read_json(path: Path, name: str, is_row: _IsRow) -> Iterator[Located | BadLine]:
+    """Every value of a file of JSON in order; a bad line comes as a `BadLine`.
 
     Args:
         path: of the file.
+        name: what positions call it.
         is_row: whether an object is a row; one that is not and holds a single list of objects
             stands for the rows in that list.
 
     Raises:
-        DataError: the file cannot be read, is no JSON, or is an array that is broken.
+        DataError: the file is an array that is broken.
     """
-    try:
-        with _open(path) as stream:
-            head = stream.read(_HEAD_BYTES)
-            kind = foreign_kind(path, head)
-            if kind is not None:
-                raise DataError(
-                    f"{path}: this is {with_article(kind)} file, and data files here are JSON "
-                    f"Lines or a JSON array, plain or compressed with gzip. {advice(path, kind)}."
-                )
-            stream.seek(0)
-            if head.removeprefix(_BYTE_ORDER_MARK).lstrip().startswith(b"["):
-                yield from _read_array(stream, str(path))
-                return
-            start = _several_lines(stream, str(path), is_row)
-            if start is not None:
-                yield from start
-                return
-            stream.seek(0)
-            yield from _read_lines(stream, str(path))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: the file cannot be read ({error}). Check that it is complete, readable, "
-            "and, if its name ends in .gz, really compressed with gzip."
-        ) from error
-
-
-def _open(path: Path) -> BinaryIO:
-    stream = path.open("rb")
-    zipped = stream.read(2) == _GZIP or path.name.lower().endswith(".gz")
-    stream.seek(0)
-    if not zipped:
-        return stream
-    stream.close()
-    return cast(BinaryIO, gzip.open(path, "rb"))
+    with open_plain(path) as stream:
+        head = stream.read(_HEAD_BYTES)
+    with open_plain(path) as stream:
+        if head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+            yield from _read_array(stream, name)
+            return
+        start = _several_lines(stream, name, is_row)
+        if start is not None:
+            yield from start
+            return
+    with open_plain(path) as stream:
+        yield from _read_lines(stream, name)
 
 
 def _several_lines(
-    stream: BinaryIO, file: str, is_row: Callable[[Mapping[str, Any]], bool]
+    stream: BinaryIO, file: str, is_row: _IsRow
 ) -> Iterator[Located | BadLine] | None:
     """Values that are printed over several lines, or rows inside one object; else None."""
-    first = stream.readline(MAX_ROW_BYTES).removeprefix(_BYTE_ORDER_MARK)
+    first, blank = stream.readline(MAX_ROW_BYTES).removeprefix(BYTE_ORDER_MARK), b""
     while first and not first.strip():
+        blank += first
         first = stream.readline(MAX_ROW_BYTES)
     if not first.lstrip().startswith(b"{") or len(first) >= MAX_ROW_BYTES:
         return None
     value = _whole(first)
     if isinstance(value, dict) and (is_row(value) or _list_of_rows(value) is None):
         return None
-    stream.seek(0)
-    data = stream.read(MAX_WRAPPED_BYTES + 1)
+    data = blank + first + stream.read(MAX_WRAPPED_BYTES + 1)
     if len(data) > MAX_WRAPPED_BYTES:
         return None
     try:
-        text = data.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+        text = data.decode("utf-8")
         values = _sequence(text, Position(file, 1))
     except (UnicodeDecodeError, strict_json.JSONFault):
         return None
@@ -212,16 +145,21 @@ def _read_lines(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
             yield BadLine(position, "the line is longer than 16 MiB", "Split or shorten the row.")
             continue
         if number == 1:
-            line = line.removeprefix(_BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if not line.strip():
             continue
-        try:
-            yield Located(position, _parse_line(line.rstrip(b"\r\n"), position))
-        except _Broken as broken:
-            yield broken.line
+        yield parse_line(line.rstrip(b"\r\n"), position)
 
 
-def _parse_line(line: bytes, position: Position) -> Any:
+def parse_line(line: bytes, position: Position) -> Located | BadLine:
+    """One line of JSON Lines, without what ends it, as a value or as what is wrong with it."""
+    try:
+        return Located(position, _parsed(line, position))
+    except _Broken as broken:
+        return broken.line
+
+
+def _parsed(line: bytes, position: Position) -> Any:
     text = _to_text(line, position)
     try:
         return strict_json.loads(text)
@@ -238,7 +176,7 @@ def _line_advice(text: str, fault: strict_json.JSONFault) -> str:
     if rest == "," and text[0] in "{[":
         return "In JSON Lines no comma stands between the lines; remove it."
     if text[0] not in "{[" and "," in text:
-        return "If this is a CSV file, call it .csv to be told how to turn it into JSON Lines."
+        return "If this is a CSV file, call it .csv."
     return "In JSON Lines each line is one complete JSON object; fix or remove this one."
 
 
@@ -254,7 +192,7 @@ def _to_text(data: bytes, start: Position) -> str:
 def _read_array(stream: BinaryIO, file: str) -> Iterator[Located | BadLine]:
     start = Position(file, 1)
     try:
-        text = _to_text(stream.read().removeprefix(_BYTE_ORDER_MARK), start)
+        text = _to_text(stream.read().removeprefix(BYTE_ORDER_MARK), start)
         cursor = _Cursor(text, start)
         cursor.move(text.index("["))
         yield from _array_values(cursor)

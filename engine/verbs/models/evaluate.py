@@ -12,9 +12,11 @@ from typing import Any
 from engine.config.spelling import given_chunk
 from engine.config.tasks.inference import EvalSettings
 from engine.data.batches.loader import split_heldout
-from engine.data.dataset import data_files, read_rows
+from engine.data.dataset import RowChoice, read_chosen
 from engine.data.examples import build_examples, check_ids
+from engine.data.rendering import Learning
 from engine.data.rows import Row
+from engine.data.sources.resolve import data_files
 from engine.device import resolve_device
 from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
@@ -81,6 +83,7 @@ class LoadedModel:
             settings.max_length,
             template_kwargs=settings.chat_template_kwargs,
             bad_rows=settings.bad_lines,
+            learning=Learning.of(settings),
         )
         check_ids(examples, self.source.config.vocab_size)
         bound = settings.batch_size
@@ -99,7 +102,7 @@ def loaded(settings: EvalSettings) -> Iterator[LoadedModel]:
     Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
     device = resolve_device(settings.device)  # refused before any file is read
-    data_files(settings.data)
+    data_files(settings.data, settings.query)
     check_adapter(settings)
     source = open_model_source(settings.model)
     model = LoadedModel(settings, source, load_tokenizer(source, settings.template_date))
@@ -109,7 +112,7 @@ def loaded(settings: EvalSettings) -> Iterator[LoadedModel]:
 
 def _rows(settings: EvalSettings) -> list[Row]:
     """The rows to evaluate, chosen as `engine train` chooses those that it holds out."""
-    rows, _ = read_rows(settings.data, settings.min_rating, settings.category, settings.bad_lines)
+    rows, _ = read_chosen(settings.data, RowChoice.of(settings, settings.category))
     rows = rows[: settings.limit_rows]
     if settings.heldout:
         rows = split_heldout(rows, settings.heldout, settings.seed)[1]

@@ -28,7 +28,7 @@ from engine.config.settings import Settings, given_settings
 from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.batches.loader import split_heldout
-from engine.data.dataset import load_rows
+from engine.data.dataset import RowChoice, load_rows, read_chosen
 from engine.data.docstrings import write_docstrings
 from engine.data.rows import Row
 from engine.errors import ConfigError
@@ -77,7 +77,7 @@ def job_settings(options: Mapping[str, Any]) -> ForgeSettings:
     """One flat table of `ForgeJob`'s settings, and of `TrainConfig`'s for each fine-tuning."""
     job = ForgeJob(**{key: value for key, value in options.items() if key in _names(ForgeJob)})
     training = {key: value for key, value in options.items() if key not in _OWN}
-    return job.settings(TrainConfig(**{"data": ["-"], **training}))
+    return job.settings(TrainConfig(**{"data": list(NO_DATA), **training}))
 
 
 def _names(table: type[Settings]) -> set[str]:
@@ -211,9 +211,9 @@ class _Forge:
         if len(files) == 2:
             rows, heldout = load_rows(files[0]), load_rows(files[1])
         else:
-            rows = load_rows(files or list(config.data), config.min_rating, config.category)
+            rows = read_chosen(files or config.data, RowChoice.of(config, config.category))[0]
             if config.eval_data:
-                heldout = load_rows(list(config.eval_data))
+                heldout = read_chosen(config.eval_data, RowChoice(query=config.eval_query))[0]
             else:
                 rows, heldout = split_heldout(rows, self.settings.heldout, config.seed)
         rows, heldout = rows[: config.limit_rows], heldout[: self.settings.heldout_rows]

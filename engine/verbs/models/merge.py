@@ -19,7 +19,7 @@ import torch
 from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import MergeSettings
-from engine.data.dataset import data_files
+from engine.data.sources.resolve import data_files
 from engine.errors import CheckpointError
 from engine.exporting.merging import BelowPairs, Merger
 from engine.exporting.publish import destination, publish_folder

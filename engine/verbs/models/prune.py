@@ -16,7 +16,7 @@ from typing import Any
 from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
-from engine.data.dataset import data_files
+from engine.data.sources.resolve import data_files
 from engine.errors import ConfigError
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.gguf.source import type_to_write

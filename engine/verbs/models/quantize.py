@@ -13,7 +13,7 @@ import torch
 
 from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import QuantizeSettings
-from engine.data.dataset import data_files
+from engine.data.sources.resolve import data_files
 from engine.exporting.merging import Merger
 from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters

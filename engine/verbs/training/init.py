@@ -14,7 +14,7 @@ import yaml
 
 from engine.config.tasks.workflow import InitSettings
 from engine.config.train_config import TrainConfig
-from engine.data.dataset import read_rows
+from engine.data.dataset import RowChoice, read_chosen
 from engine.data.examples import build_examples
 from engine.data.rows import Row
 from engine.errors import DataError, EngineError
@@ -87,7 +87,7 @@ def propose(settings: InitSettings) -> Proposal:
     Raises `ConfigError` for a model that is not there, `DataError` for rows that cannot be read,
     and `MemoryPlanError` where nothing fits the memory.
     """
-    rows, read = read_rows(list(settings.data), bad_lines="skip")
+    rows, read = read_chosen(settings.data, RowChoice(bad_lines="skip"))
     memory, on_gpu, where = _memory(settings)
     lengths = _lengths(settings.model, rows)
     reasons: dict[str, str] = {}

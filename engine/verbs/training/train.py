@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.config.settings import given_settings
 from engine.config.tasks.commands import command_of, next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
@@ -280,13 +281,17 @@ class _Run:
         )
 
 
-def train(config: TrainConfig, *, console: bool = True) -> TrainResult:
+def train(
+    config: TrainConfig | None = None, *, console: bool = True, **settings: Any
+) -> TrainResult:
     """Run a fine-tuning from start to end; on any failure the directory's summary says why.
 
-    A start that is refused writes nothing into a run that stands there. Raises children of
-    `EngineError` for what the user can fix, and `Interrupted` (an exit status) when a signal
-    stopped the run after a checkpoint.
+    The settings come as one table, or as keyword arguments; `data` may be rows themselves: a list
+    of mappings, a generator, or a function that returns one. A start that is refused writes nothing
+    into a run that stands there. Raises children of `EngineError` for what the user can fix, and
+    `Interrupted` (an exit status) when a signal stopped the run after a checkpoint.
     """
+    config = given_settings(TrainConfig, config, settings)
     if config.threads:
         torch.set_num_threads(config.threads)
     asked = with_cpu_dtype(with_init_adapter(config))

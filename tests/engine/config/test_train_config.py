@@ -208,7 +208,7 @@ def test_one_error_names_every_missing_setting() -> None:
         load_config()
     message = str(caught.value)
     assert "`model` is missing (--model: Hugging Face directory" in message
-    assert "`data` is missing (--data: JSONL" in message
+    assert "`data` is missing (--data: rows to train on" in message
 
 
 def test_a_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.dataset import BadLines, load_rows, read_rows
-from engine.data.sources.json_lines import MAX_ROW_BYTES
+from engine.data.sources.located import MAX_ROW_BYTES
 from engine.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "response": "A"}
@@ -112,7 +112,7 @@ BAD_ROWS = [
     (b'{"prompt": "a", "prompt": "b"}', ":2:17:", "second time"),
     (b'["a"]', ":2:1:", "object was expected"),
     (b'"text"', ":2:1:", "a text where an object was expected"),
-    (b'{"text": "a"}', ":2:1:", "'messages'"),
+    (b'{"words": "a"}', ":2:1:", "'messages'"),
     (b'{"prompt": 1, "response": "a"}', ":2:1:", "'prompt' is a number"),
     (b'{"prompt": "q", "response": null}', ":2:1:", "was expected"),
     (b'{"prompt": "q", "response": " "}', ":2:1:", "empty"),

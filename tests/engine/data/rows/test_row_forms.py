@@ -241,9 +241,9 @@ REFUSED = [
     ({"conversations": [{"from": "function_call", "value": "[]"}]}, "where a tool call was"),
     ({"messages": TURNS, "tools": "no"}, "'tools' is text that is not JSON"),
     ({"messages": TURNS, "tools": [1]}, r"tools\[0\] is a number"),
-    ({"prompt": "Q", "chosen": "A", "rejected": "B"}, "rename it to 'response'"),
-    ({"text": "long"}, "split it into both"),
-    ({"input_ids": [1]}, "rows of token ids"),
+    ({"prompt": "Q", "chosen": "A"}, "--map response=chosen"),
+    ({"text": " "}, "'text' is empty"),
+    ({"input_ids": [1]}, "no token of 'input_ids' is trained"),
     ({"dialog": []}, "rename 'dialog' to 'messages'"),
 ]
 

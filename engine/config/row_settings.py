@@ -1,0 +1,38 @@
+"""Settings about rows that training, evaluating and looking at data share."""
+
+from engine.config.choices import Thinking
+from engine.config.data_names import ColumnMap
+from engine.config.settings import Settings, setting
+from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS
+
+
+class RowSettings(Settings):
+    """Which rows of a source are read, in which columns, and what of them is trained."""
+
+    query: str | None = setting(
+        None, "Data", "SQL query whose rows are read, where --data is the URL of a database"
+    )
+    map: ColumnMap = setting(
+        {}, "Data", "columns by the fields they are: prompt=question,response=answer"
+    )
+    min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
+    bad_lines: str = setting(
+        "fail",
+        "Data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
+    )
+    train_on: str = setting(
+        "all",
+        "Data",
+        "which answers of a conversation are trained: all, last, or a text, such as "
+        "'### Response:', after which everything up to the end of the turn is",
+        min_length=1,
+    )
+    thinking: Thinking = setting(
+        "auto",
+        "Data",
+        "reasoning: as the template has it (auto), always shown (keep), removed (strip), or "
+        "removed with an empty block in its stead (empty)",
+    )

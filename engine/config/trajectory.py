@@ -1,0 +1,45 @@
+"""Which settings decide what a run learns, and which do not."""
+
+from engine.config.publishing import Publishing
+
+# Settings that change where a run writes or what it shows, and never what it learns.
+NOT_TRAJECTORY = frozenset(
+    {
+        "output_dir",
+        "run_id",
+        "resume",
+        "overwrite",
+        "keep_checkpoints",
+        "checkpoint_every",
+        "eval_every",
+        "report_to",
+        "log_level",
+        "log_every",
+        "memory_budget",
+        "fit_memory",
+        "keep_decoded",
+        "embedding_on",
+        "offload",
+        "optimizer_in_backward",
+        "plot",
+        "token_cache",
+        *Publishing.model_fields,
+    }
+)
+# What the digests of a run's manifest say more of than a name can, and how long a run is.
+KNOWN_OTHERWISE = frozenset(
+    {
+        "data",
+        "epochs",
+        "eval_data",
+        "eval_query",
+        "init_adapter",
+        "max_steps",
+        "model",
+        "query",
+        "revision",
+        "teacher",
+        "template_date",
+        "threads",
+    }
+)
