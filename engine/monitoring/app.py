@@ -26,7 +26,8 @@ from engine.monitoring.overview import overview
 from engine.monitoring.preview import MOST_ROWS, RowPreview
 from engine.monitoring.series import series
 from engine.pages.assets import json_answer, page_routes
-from engine.pages.local_access import LocalAccess
+from engine.pages.server import ADDRESS
+from engine.serving.guards import Guard, rules_for_host
 
 Answer = Callable[[Request], dict[str, Any]]
 
@@ -63,9 +64,8 @@ class Board:
             "rows": self.rows,
         }
         routes = [Route(f"/api/{name}", _endpoint(answer)) for name, answer in answers.items()]
-        return Starlette(
-            routes=[*page_routes("board"), *routes], middleware=[Middleware(LocalAccess)]
-        )
+        guard = Middleware(Guard, rules_for_host(ADDRESS, (), (), None))
+        return Starlette(routes=[*page_routes("board"), *routes], middleware=[guard])
 
     def runs(self, request: Request) -> dict[str, Any]:
         """All runs there are now, with state and newest figures."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
-from engine.pages.server import listen
+from engine.serving.server import listen
 from tests.support.pages.written_runs import write_run
 from tests.support.source_tree import ROOT
 
@@ -43,13 +43,13 @@ def test_the_board_answers_until_it_is_interrupted(tmp_path: Path) -> None:
     [
         (["nowhere"], "nowhere does not exist"),
         (["--port", "70000"], "less than or equal to 65535"),
-        (["TAKEN"], "cannot be used"),
+        (["TAKEN"], "cannot listen on 127.0.0.1"),
     ],
 )
 def test_what_cannot_be_served_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
-    with listen(0) as taken:
+    with listen("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         words = [str(tmp_path), "--port", port] if words == ["TAKEN"] else words
         assert main(["board", *words]) == 2

@@ -38,6 +38,9 @@ class ServeSettings(Machine):
         "127.0.0.1", "Network", "address to listen on; any but this machine's own needs a key"
     )
     port: int = setting(8000, "Network", "port to listen on; 0 takes a free one", ge=0, le=65535)
+    ui: bool = setting(
+        False, "Network", "also a page for chats in a browser, two models side by side"
+    )
     api_key: str | None = setting(
         None,
         "Network",

@@ -81,16 +81,22 @@ def checked_key(settings: ServeSettings, local: bool) -> str | None:
 def _serve_until_stopped(
     service: Service, settings: ServeSettings, sock: Any, key: str | None
 ) -> None:
+    from engine.pages.assets import page_routes
     from engine.serving.app import build_app
     from engine.serving.connections import Patience
     from engine.serving.guards import rules_for_host
-    from engine.serving.server import HttpServer, allow_many_files
+    from engine.serving.server import HttpServer, address_of, allow_many_files
 
     rules = rules_for_host(settings.host, settings.allowed_host, settings.allow_origin, key)
     rules = replace(rules, body_bytes=int(settings.max_body * (1 << 20)))
+    page = page_routes("chat") if settings.ui else []
+    if settings.ui:
+        # The page is the same for everybody; what it asks for needs the key.
+        rules = replace(rules, public=rules.public | {route.path for route in page})
+        log.info("Chats in a browser: %s/", address_of(sock))
     allow_many_files(settings.max_connections)
     server = HttpServer(
-        build_app(service, rules),
+        build_app(service, rules, page),
         service.thread,
         settings.shutdown_timeout,
         Patience(most=settings.max_connections),

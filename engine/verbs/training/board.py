@@ -26,10 +26,11 @@ def board(
         ) from None
     from engine.monitoring.app import Board
     from engine.monitoring.directories import RunDirectories
-    from engine.pages.server import listen, serve_page
+    from engine.pages.server import ADDRESS, serve_page
+    from engine.serving.server import listen
 
     directories = RunDirectories([Path(run) for run in runs])
-    serve_page(Board(directories, planned_bytes).app(), listen(port), ready)
+    serve_page(Board(directories, planned_bytes).app(), listen(ADDRESS, port), ready)
 
 
 def planned_bytes(run: Path) -> int:

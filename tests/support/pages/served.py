@@ -8,13 +8,13 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.applications import Starlette
 
-from engine.pages.server import listen
+from engine.serving.server import address_of, listen
 
 
 @contextmanager
 def served(app: Starlette, port: int = 0) -> Iterator[str]:
     """The address under which `app` answers while the block runs."""
-    listener = listen(port)
+    listener = listen("127.0.0.1", port)
     server = uvicorn.Server(
         uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
     )
@@ -23,7 +23,7 @@ def served(app: Starlette, port: int = 0) -> Iterator[str]:
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        yield f"{address_of(listener)}/"
     finally:
         server.should_exit = True
         thread.join(timeout=10)
