@@ -77,7 +77,7 @@ def _of_adapter(path: Path, weight: float) -> list[str]:
     metrics = json_object_or_empty(run / "summary.json").get("metrics")
     numbers = metrics if isinstance(metrics, dict) else {}
     lines += [
-        f"- {key}: {value:.6g}"
+        f"- {key}: {value}" if isinstance(value, int) else f"- {key}: {value:.6g}"
         for key, value in sorted(numbers.items())
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
