@@ -1,8 +1,8 @@
 """Write a model as a GGUF file, tensor by tensor.
 
 The container is the `gguf` package's, the numbers are ours. Memory holds one tensor of the model
-and its new form; the file appears under its name when it is complete, of several the first one
-last.
+and some rows of its new form; the file appears under its name when it is complete, of several the
+first one last.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from models.tensor_names import graph_tensors
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+_PART = 1 << 22
+"""Weights that are in memory in both forms at a time."""
 _AS_16_BIT = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -71,7 +73,8 @@ def write_gguf(
 ) -> WrittenGGUF:
     """Write the model as `output`, a new `.gguf` file of a type of `FILE_TYPES`.
 
-    `importance` holds the mean square of each input (columns,) of a parameter of the graph.
+    `importance` holds the mean square of each input of a parameter of the graph: (columns,), of
+    experts (E, columns).
     `max_file_size` in bytes divides the model into files `NAME-00001-of-0000N.gguf`; 0 does not.
 
     Raises `ConfigError` for a model that llama.cpp has no form of, an occupied output or an unknown
@@ -165,8 +168,11 @@ def _write(
             value = stored.assemble(tensor.parameter, shapes[tensor.parameter], source.tensor)
         made = tensor.make(value)
         weights = importance.get(tensor.parameter or "")
+        if weights is not None and tensor.columns_move:
+            weights = tensor.make(weights.view(1, -1)).view(-1)
+        parts = _InParts(made, formats[tensor.name], weights)
         try:
-            writer.write_tensor_data(encoded(made, formats[tensor.name], weights))
+            writer.write_tensor_data(cast("np.ndarray[Any, Any]", parts))
         except ValueError as error:
             raise CheckpointError(f"{source.path}: tensor {tensor.parameter}: {error}.") from error
         del value, made
@@ -175,11 +181,34 @@ def _write(
                 source.release(part)
 
 
+class _InParts:
+    """The bytes of a tensor in a format, made while they are written.
+
+    It stands for an array where the package writes one: `nbytes` and `tofile` are what it asks for.
+    """
+
+    def __init__(self, tensor: Tensor, form: str, importance: Tensor | None) -> None:
+        # Experts are parts of their own, for some lie apart in a tensor of gate and up.
+        self._matrices = tensor.unbind() if tensor.dim() == 3 else (tensor,)
+        self._importance = importance
+        self._form = form
+        self.nbytes = bytes_of(tuple(tensor.shape), form)
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Write all parts. Raises `ValueError` for values that the format does not hold."""
+        for number, matrix in enumerate(self._matrices):
+            weights = self._importance
+            if weights is not None and weights.dim() == 2:
+                weights = weights[number]
+            rows = max(1, _PART // matrix.shape[-1]) if matrix.dim() > 1 else len(matrix)
+            for part in matrix.split(rows):
+                file.write(encoded(part, self._form, weights).data)
+
+
 def encoded(tensor: Tensor, form: str, importance: Tensor | None) -> np.ndarray[Any, Any]:
-    """A tensor in a format of the file, as an array of its bytes. Raises `ValueError`."""
+    """A vector or matrix in a format of the file, as an array. Raises `ValueError`."""
     if form not in FLOATS:
-        rows = tensor.reshape(-1, tensor.shape[-1])
-        return quantize(rows, form, importance).numpy()
+        return quantize(tensor, form, importance).numpy()
     wanted = _AS_16_BIT.get(form, torch.float32)
     made = tensor.to(wanted).contiguous()
     if not torch.isfinite(made).all():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.gguf import k_quants, simple_blocks
 
-_CHUNK = 1 << 21
+_CHUNK = 1 << 17
 """Weights at a time: the search holds about ten fp32 copies of them."""
 
 

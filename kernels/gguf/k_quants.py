@@ -13,8 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.gguf.search import asymmetric, integers, symmetric
+from kernels.gguf.search import asymmetric, common_step, integers, symmetric
 from kernels.gguf.simple_blocks import as_stored, half_bytes
+
+_REFITS = 1
+Numbers = tuple[Tensor, Tensor, Tensor]
 
 
 def q4_k(x: Tensor, weight: Tensor) -> Tensor:
@@ -56,15 +59,69 @@ def q6_k(x: Tensor, weight: Tensor) -> Tensor:
 
 def _with_minima(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
     """The sixteen bytes of scales, and the integers (B, 8, 32) as bytes."""
-    groups = x.view(-1, 8, 32)
-    scales, minima = asymmetric(groups, weight.view(-1, 8, 32), high)
-    d = as_stored(scales.amax(1, keepdim=True) / 63)
-    e = as_stored(-minima.amin(1, keepdim=True) / 63)
+    groups, weights = x.view(-1, 8, 32), weight.view(-1, 8, 32)
+    scales, minima = asymmetric(groups, weights, high)
+    counts = weights.sum(-1, keepdim=True)
+    d = as_stored(common_step(scales, counts, 63))  # (B, 1, 1)
+    e = as_stored(common_step(-minima, counts, 63))
     a = integers(scales, d, 0, 63)
     b = integers(-minima, e, 0, 63)
-    q = integers(groups + e * b, d * a, 0, high).to(torch.uint8)
+    q = integers(groups + e * b, d * a, 0, high)
+    for _ in range(_REFITS):
+        a, b, q = _better_groups(groups, weights, (d, e), (a, b, q), high)
+        d, e, q = _better_steps(groups, weights, (d, e), (a, b, q), high)
     six_bit = _packed(a.squeeze(-1).to(torch.uint8), b.squeeze(-1).to(torch.uint8))
-    return torch.cat((half_bytes(d.flatten(1)), half_bytes(e.flatten(1)), six_bit), -1), q
+    header = torch.cat((half_bytes(d.flatten(1)), half_bytes(e.flatten(1)), six_bit), -1)
+    return header, q.to(torch.uint8)
+
+
+def _better_groups(
+    x: Tensor, weight: Tensor, steps: tuple[Tensor, Tensor], numbers: Numbers, high: int
+) -> Numbers:
+    """a, b and q of each group (B, 8, 32), by the best line through q where that errs less."""
+    (d, e), (a, b, q) = steps, numbers
+    s, m = _line(x, weight, q, torch.ones_like(b), (2,))
+    new_a, new_b = integers(s, d, 0, 63), integers(m, e, 0, 63)
+    new_q = integers(x + e * new_b, d * new_a, 0, high)
+    before = (weight * (x - d * a * q + e * b).square_()).sum(2, keepdim=True)
+    after = (weight * (x - d * new_a * new_q + e * new_b).square_()).sum(2, keepdim=True)
+    better = after < before
+    return (
+        torch.where(better, new_a, a), torch.where(better, new_b, b), torch.where(better, new_q, q)
+    )  # fmt: skip
+
+
+def _better_steps(
+    x: Tensor, weight: Tensor, steps: tuple[Tensor, Tensor], numbers: Numbers, high: int
+) -> Numbers:
+    """d, e and q of each block (B, 8, 32), by the best d and e where those err less."""
+    (d, e), (a, b, q) = steps, numbers
+    new_d, new_e = map(as_stored, _line(x, weight, a * q, b, (1, 2)))
+    new_q = integers(x + new_e * b, new_d * a, 0, high)
+    before = (weight * (x - d * a * q + e * b).square_()).sum((1, 2), keepdim=True)
+    after = (weight * (x - new_d * a * new_q + new_e * b).square_()).sum((1, 2), keepdim=True)
+    better = after < before
+    return (
+        torch.where(better, new_d, d), torch.where(better, new_e, e), torch.where(better, new_q, q)
+    )  # fmt: skip
+
+
+def _line(
+    x: Tensor, weight: Tensor, u: Tensor, v: Tensor, over: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """s, m >= 0 of the least weighted error of x ~ s u - m v, summed over the dimensions `over`."""
+
+    def total(values: Tensor) -> Tensor:
+        return (weight * values).sum(over, keepdim=True)
+
+    uu, uv, vv, xu, xv = total(u * u), total(u * v), total(v * v), total(x * u), total(x * v)
+    determinant = uu * vv - uv * uv
+    solvable = determinant > 1e-6 * uu * vv
+    safe = torch.where(solvable, determinant, torch.ones_like(determinant))
+    m = torch.where(solvable, (xu * uv - xv * uu) / safe, torch.zeros_like(uu)).clamp_min_(0)
+    # Without a minimum, or with one below zero, the best line goes through zero.
+    s = torch.where(m > 0, (xu * vv - xv * uv) / safe, xu / uu.clamp_min(1e-30))
+    return s.clamp_min_(0), m
 
 
 def _packed(a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _TINY = 1e-15
-_SYMMETRIC_TRIES, _ASYMMETRIC_TRIES = 19, 21
+_SYMMETRIC_TRIES, _ASYMMETRIC_TRIES, _STEP_TRIES = 19, 21, 9
 
 
 def symmetric(x: Tensor, weight: Tensor, low: int, high: int) -> Tensor:
@@ -69,6 +69,24 @@ def asymmetric(x: Tensor, weight: Tensor, high: int) -> tuple[Tensor, Tensor]:
         scale, minimum = torch.where(better, s, scale), torch.where(better, m, minimum)
         best = torch.where(better, error, best)
     return scale, minimum
+
+
+def common_step(values: Tensor, weight: Tensor, high: int) -> Tensor:
+    """The step s (B, 1, 1) by which values (B, n, 1) >= 0 are s q with 0 <= q <= high best."""
+    peak = values.amax(1, keepdim=True)
+    best, step = torch.full_like(peak, torch.inf), peak / high
+    for number in range(_STEP_TRIES):
+        tried = peak / (high + 0.1 * (number - _STEP_TRIES // 2))
+        q = integers(values, tried, 0, high)
+        dot, norm = (
+            (weight * q * values).sum(1, keepdim=True),
+            (weight * q * q).sum(1, keepdim=True),
+        )
+        tried = torch.where(norm > 0, dot / norm.clamp_min(1e-30), tried)
+        error = (weight * (values - tried * q).square_()).sum(1, keepdim=True)
+        better = error < best
+        step, best = torch.where(better, tried, step), torch.where(better, error, best)
+    return step
 
 
 def integers(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:

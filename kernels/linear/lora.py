@@ -46,6 +46,7 @@ from kernels.linear.columns import (
 from kernels.linear.decode import Decoded, decode, join
 from kernels.linear.dora import RowScale
 from kernels.linear.lora_backward import adapter_input, project_backward, split_ranks
+from kernels.linear.observer import input_observer
 from kernels.linear.projection import Projection
 from kernels.nf4.matmul import fused_pays, nf4_linear
 from kernels.nf4.planar import PlanarNF4Weight
@@ -70,6 +71,7 @@ def project(
     only backward uses, for outputs whose memory holds no gradient later.
     """
     matrix = matrix_of(x)
+    input_observer().linear(matrix, projections)
     ys = output_columns(matrix.shape[0], projections, matrix, spare=spare)
     scales: tuple[RowScale | None, ...] = (None,) * len(projections)
     if decoded is None and _without_decoding(matrix, projections):

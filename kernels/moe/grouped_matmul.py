@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.elementwise.dropout import Seed, dropout
 from kernels.linear.adapters import Gradients
 from kernels.linear.decode import decode_weight
+from kernels.linear.observer import input_observer, is_observed
 from kernels.linear.projection import Weight
 from kernels.moe import grouped_matmul_triton
 from kernels.moe.gathered import Gathered
@@ -238,6 +239,10 @@ def grouped_project(
     x has M rows; `seed` None means no dropout.
     """
     x, widths = Gathered.of(x), [projection.out_features for projection in projections]
+    if is_observed():
+        for expert, rows in groups.filled():
+            for projection in projections:
+                input_observer().expert(x.part(rows), expert, projection.weight)
     y = x.matrix.new_empty(groups.rows, sum(widths))
     lows = adapter_inputs(x, projections, groups, seed=seed)
     for part, projection, low in zip(torch.split(y, widths, 1), projections, lows, strict=True):

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from engine.config.choices import (
     DETERMINISTIC,
@@ -25,6 +25,7 @@ from engine.config.spelling import (
     PRECISIONS,
     ChunkTokens,
     as_text,
+    comma_list,
     iso_date,
     json_object,
     none_is_unset,
@@ -70,7 +71,20 @@ class EvalSettings(OneModel, RowSettings):
     """`engine eval`."""
 
     data: DataNames = setting(
-        ..., "Data", "rows: files, folders, databases, hub ids, or -", repeat=True, min_length=1
+        (), "Data", "rows: files, folders, databases, hub ids, or -; or else --tasks", repeat=True
+    )
+    tasks: Annotated[tuple[str, ...], BeforeValidator(comma_list)] = setting(
+        (), "Harness", "tasks of the LM Evaluation Harness, with commas between them, not --data"
+    )
+    include_path: Annotated[tuple[Path, ...], BeforeValidator(one_or_many)] = setting(
+        (), "Harness", "folder with tasks of your own", repeat=True
+    )
+    num_fewshot: int | None = setting(
+        None, "Harness", "solved examples before each question; by default the task's own", ge=0
+    )
+    limit: int | None = setting(None, "Harness", "only the first N questions of each task", ge=1)
+    apply_chat_template: bool = setting(
+        False, "Harness", "ask every question through the model's chat template"
     )
     batch_size: int | None = setting(
         None, "Data", "rows at a time; bounds memory, not the result", ge=1
@@ -112,6 +126,20 @@ class EvalSettings(OneModel, RowSettings):
         None, "Gates", "where results go: by default the adapter's run, else this folder"
     )
 
+    @model_validator(mode="after")
+    def _rows_or_tasks(self) -> Self:
+        """Rows have a perplexity, tasks have scores; settings of one mean nothing to the other."""
+        if bool(self.data) == bool(self.tasks):
+            raise ValueError("give either `data`, for a perplexity, or `tasks` of the harness")
+        of_rows = {"min_rating", "category", "limit_rows", "heldout", "bad_lines"}
+        of_rows |= {"loss_chunk_tokens", "mlp_tile_tokens", "gates", "strict", "output_dir"}
+        of_tasks = {"include_path", "num_fewshot", "limit", "apply_chat_template"}
+        idle = sorted((of_rows if self.tasks else of_tasks) & self.model_fields_set)
+        if idle:
+            asked = "tasks" if self.tasks else "data"
+            raise ValueError(f"{', '.join(idle)}: no setting of an evaluation by `{asked}`")
+        return self
+
 
 class Sampling(Settings):
     """How the next token is drawn. `temperature` 0 takes the most likely one.
@@ -152,6 +180,16 @@ class ExportGGUFSettings(Publishing):
     output: Path = setting(..., "Output", "new .gguf file")
     type: Annotated[GGUFType, spelled({})] = setting(
         "f16", "Output", "format of most matrices of a model"
+    )
+    calibration: Paths = setting(
+        (),
+        "Calibration",
+        "rows that tell which inputs of a weight matter, for the types in blocks; reads the model",
+        repeat=True,
+    )
+    calibration_rows: int = setting(128, "Calibration", "only the first N rows", ge=1)
+    device: str = setting(
+        "auto", "Calibration", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES
     )
     max_file_size: Annotated[int, BeforeValidator(shard_size)] = setting(
         0, "Output", "divide the model into files of this size, in GB or with a unit", ge=0

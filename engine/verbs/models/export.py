@@ -7,9 +7,12 @@ from typing import Any
 
 from engine.config.settings import given_settings
 from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSettings
+from engine.data.dataset import data_files
 from engine.errors import ConfigError
 from engine.exporting.gguf_adapter import write_gguf_adapter
 from engine.exporting.gguf_file import WrittenGGUF, write_gguf
+from engine.exporting.gguf_importance import measured_importance
+from engine.exporting.gguf_types import FLOATS
 from engine.exporting.modelfile import modelfile
 from engine.exporting.portable_adapter import write_portable
 from engine.exporting.publish import destination, publish_folder, publish_gguf
@@ -31,6 +34,7 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
         if settings.adapter is not None:
             raise ConfigError("--modelfile is for a model: leave it out beside --adapter.")
         durable.refuse_occupied(target)
+    _require_blocks(settings)
     source = open_model_source(settings.model)
     if settings.adapter is not None:
         adapter = load_adapter(adapter_path(settings.adapter))
@@ -38,14 +42,34 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
         size = settings.output.stat().st_size
         sent = publish_gguf(where, [settings.output], settings.model)
         return WrittenGGUF([settings.output], pairs, size, {"f32": 2 * pairs}, sent)
+    durable.refuse_occupied(settings.output)
+    importance = {}
+    if settings.calibration:
+        rows, device = settings.calibration_rows, settings.device
+        importance = measured_importance(source, settings.calibration, rows, device)
     written = write_gguf(
-        source, settings.output, settings.type, max_file_size=settings.max_file_size
-    )
+        source, settings.output, settings.type,
+        importance=importance, max_file_size=settings.max_file_size,
+    )  # fmt: skip
     files = list(written.files)
     if settings.modelfile:
         durable.write_text(target, modelfile(source, written.files[0].name))
         files.append(target)
     return replace(written, pushed=publish_gguf(where, files, settings.model))
+
+
+def _require_blocks(settings: ExportGGUFSettings) -> None:
+    """Raise `ConfigError` for calibration rows where nothing would read what they measure."""
+    if not settings.calibration:
+        return
+    data_files(settings.calibration)
+    if settings.adapter is not None:
+        raise ConfigError("--calibration is for a model: leave it out beside --adapter.")
+    if settings.type in (*FLOATS, "q8_0"):
+        raise ConfigError(
+            f"--calibration has no use for --type {settings.type}, whose scales span each block. "
+            "Leave it out, or take one of fewer bits, such as q4_k_m."
+        )
 
 
 @dataclass(frozen=True)
