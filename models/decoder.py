@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         self._check_ids(input_ids)
         batch = PackedBatch.of(input_ids, cu_seqlens=cu_seqlens)
         x = self.hidden_states(batch.to(self.device, self.ids_device))
-        return self._logits(self.model.norm(x)).view(*input_ids.shape, -1)
+        return self.logits(x).view(*input_ids.shape, -1)
 
     def loss(
         self,
@@ -261,6 +261,10 @@ class Decoder(nn.Module):
         """Logits (N, V) of the last layer's output (N, H), without gradients."""
         normed, _ = self.model.norm.forward_with_rstd(x)
         return self._logits(normed)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (N, V) of rows (N, H) of `hidden_states`, through the final norm."""
+        return self._logits(self.model.norm(states))
 
     def _logits(self, x: Tensor) -> Tensor:
         """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""

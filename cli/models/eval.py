@@ -1,4 +1,4 @@
-"""`engine eval`: token-weighted perplexity over the trained tokens of a data set."""
+"""`engine eval`: perplexity over the trained tokens of rows, or scores in tasks."""
 
 import dataclasses
 import math
@@ -14,9 +14,13 @@ def evaluate_model(call: Call) -> int | None:
     """Perplexity of a model on held-out rows, with or without an adapter; its gates.
 
     Counts the tokens a model would be trained on (the assistant's turns), each once. With --gates
-    the model also answers rows, and its answers are held against limits.
+    the model also answers rows, and its answers are held against limits. With --tasks it is scored
+    by the LM Evaluation Harness instead.
     """
     settings = call.read(EvalSettings)
+    if settings.tasks:
+        _score(call, settings)
+        return None
     if settings.gates is not None:
         return _judge(call, settings)
     from engine.verbs.models.evaluate import evaluate_with
@@ -29,6 +33,15 @@ def evaluate_model(call: Call) -> int | None:
         print(f"perplexity {result.perplexity:.4f}   loss {result.loss:.4f} nats per token")
         print(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
     return None
+
+
+def _score(call: Call, settings: EvalSettings) -> None:
+    """Print the scores in tasks."""
+    from engine.verbs.models.score import evaluate_tasks
+
+    done = evaluate_tasks(settings)
+    if not call.print_json({"results": done.results}):
+        print(done.table)
 
 
 def _judge(call: Call, settings: EvalSettings) -> int | None:

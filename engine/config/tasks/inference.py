@@ -131,7 +131,7 @@ class EvalSettings(OneModel, RowSettings):
         """Rows have a perplexity, tasks have scores; settings of one mean nothing to the other."""
         if bool(self.data) == bool(self.tasks):
             raise ValueError("give either `data`, for a perplexity, or `tasks` of the harness")
-        of_rows = {"min_rating", "category", "limit_rows", "heldout", "bad_lines"}
+        of_rows = {"category", "limit_rows", "heldout", *RowSettings.model_fields}
         of_rows |= {"loss_chunk_tokens", "mlp_tile_tokens", "gates", "strict", "output_dir"}
         of_tasks = {"include_path", "num_fewshot", "limit", "apply_chat_template"}
         idle = sorted((of_rows if self.tasks else of_tasks) & self.model_fields_set)
@@ -181,7 +181,7 @@ class ExportGGUFSettings(Publishing):
     type: Annotated[GGUFType, spelled({})] = setting(
         "f16", "Output", "format of most matrices of a model"
     )
-    calibration: Paths = setting(
+    calibration: DataNames = setting(
         (),
         "Calibration",
         "rows that tell which inputs of a weight matter, for the types in blocks; reads the model",

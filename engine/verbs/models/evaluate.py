@@ -102,7 +102,8 @@ def loaded(settings: EvalSettings) -> Iterator[LoadedModel]:
     Raises `DataError`, `CheckpointError` or `ConfigError`.
     """
     device = resolve_device(settings.device)  # refused before any file is read
-    data_files(settings.data, settings.query)
+    if settings.data:
+        data_files(settings.data, settings.query)
     check_adapter(settings)
     source = open_model_source(settings.model)
     model = LoadedModel(settings, source, load_tokenizer(source, settings.template_date))

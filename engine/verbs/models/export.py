@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.config.settings import given_settings
 from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSettings
-from engine.data.dataset import data_files
+from engine.data.sources.resolve import data_files
 from engine.errors import ConfigError
 from engine.exporting.gguf_adapter import write_gguf_adapter
 from engine.exporting.gguf_file import WrittenGGUF, write_gguf

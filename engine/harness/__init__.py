@@ -1,0 +1,1 @@
+"""The LM Evaluation Harness over a model of this engine, in process."""
