@@ -125,6 +125,17 @@ def make_batch(lengths: Sequence[int]) -> PackedBatch:
     return PackedBatch.of(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
 
+@dataclass(frozen=True)
+class Simulations:
+    """Steps that were simulated, by depth, settings and rows; all of one model and machine.
+
+    Where `whole`, every layer is simulated, and none is inferred from those of shallow models.
+    """
+
+    whole: bool = False
+    steps: dict[Hashable, SimulatedStep] = field(default_factory=dict)
+
+
 def plan(
     model: ModelConfig,
     config: TrainConfig,
@@ -133,17 +144,16 @@ def plan(
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
     work: Workload | Sequence[PackedBatch] | None = None,
-    whole: bool = False,
     process: int = PROCESS,
-    simulated: dict[Hashable, SimulatedStep] | None = None,
+    simulations: Simulations | None = None,
 ) -> MemoryPlan:
     """Plan a run of `config` on a model of this shape.
 
     `GPU` plans for CUDA, `stored` is the type of the files' tensors, and `work` the largest step
-    (by default the largest that the settings allow), or the batches of the step itself. `whole`
-    passes every layer, and `process` is what a CPU holds besides tensors. `simulated` holds
-    steps of earlier plans for the same model and machine, and gets those of this one. Raises
-    `ValueError` where the checkpointing policies are not those of the layers.
+    (by default the largest that the settings allow), or the batches of the step itself. `process`
+    is what a CPU holds besides tensors. `simulations` holds steps of earlier plans for the same
+    model and machine, and gets those of this one. Raises `ValueError` where the checkpointing
+    policies are not those of the layers.
     """
     work = work or workload(config)
     if isinstance(work, Workload):
@@ -151,8 +161,9 @@ def plan(
     else:
         batches = list(work)
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
-        simulated = None
-    lengths, known = work.micro_batches, {} if simulated is None else simulated
+        simulations = simulations and Simulations(simulations.whole)
+    simulations = simulations or Simulations()
+    lengths, known = work.micro_batches, simulations.steps
 
     def step(shallow: ModelConfig, own: TrainConfig) -> SimulatedStep:
         key = (shallow.num_hidden_layers, own.model_dump_json(), lengths)
@@ -160,7 +171,7 @@ def plan(
             known[key] = simulate_step(shallow, own, batches, gpu=gpu, dtype=dtype, stored=stored)
         return known[key]
 
-    result = step_of_layers(model, config, step, whole)
+    result = step_of_layers(model, config, step, simulations.whole)
     made = _plan_of(result, config, gpu, dtype, work, model.num_hidden_layers)
     if gpu:
         made = _with_batches_ahead(made, batches)

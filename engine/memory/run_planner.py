@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,10 +13,9 @@ from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import free_memory, resolve_policy
 from engine.memory.budget import step_of
 from engine.memory.decoded import FREE_SHARE, resolve_decoded, spare_memory
-from engine.memory.estimate import MemoryPlan
+from engine.memory.estimate import MemoryPlan, Simulations
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.search import changed, least_step
-from engine.memory.simulate.step import SimulatedStep
 from engine.model_sources.open import describe_model
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import RowSet, heldout_choice, read_examples
@@ -88,7 +86,7 @@ class RunPlanner:
     rows: KnownRows = field(default_factory=lambda: KnownRows(None, None))
     teacher: ModelConfig | None = None
     _teachers: dict[tuple[object, ...], int] = field(default_factory=dict)
-    _simulated: dict[Hashable, SimulatedStep] = field(default_factory=dict)
+    _simulations: Simulations = field(default_factory=Simulations)
 
     def __call__(self, config: TrainConfig) -> MemoryPlan:
         """The plan of these settings, what they leave to the machine chosen."""
@@ -106,7 +104,7 @@ class RunPlanner:
             dtype=compute_dtype(config, self.gpu),
             stored=self.stored,
             work=None if self.rows.lengths is None else step_of(config, self.rows.lengths),
-            simulated=self._simulated,
+            simulations=self._simulations,
         )
         if self.teacher is None:
             return made

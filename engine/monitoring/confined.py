@@ -1,4 +1,4 @@
-"""Files of a run that lie in the run, and not where a link leads.
+"""Files of a run that lie in it, not where a link leads.
 
 What the page reads it shows, and a directory that came from elsewhere may hold a link to a secret.
 """

@@ -1,14 +1,18 @@
-"""A complete tiny model that can chat: weights of a golden fixture and a character tokenizer."""
+"""A complete tiny model that can chat, and a model source of random weights."""
 
 import json
 import shutil
 import string
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders
 from tokenizers.models import BPE
+
+from models.config.model_config import ModelConfig
+from models.tensor_names import expected_tensors
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -43,3 +47,23 @@ def write_tokenizer(target: Path) -> None:
     tokenizer.save(str(target / "tokenizer.json"))
     config = {"eos_token": "<|im_end|>", "pad_token": "<pad>", "chat_template": CHATML}
     (target / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+class RandomSource:
+    """Random bfloat16 weights, made when they are asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
+        self._shapes = expected_tensors(config)
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return (torch.randn(self._shapes[name]) * 0.02).to(torch.bfloat16)
+
+    def codes(self, name: str) -> None:
+        """Nothing is quantised."""
+
+    def release(self, name: str) -> None:
+        """Nothing is mapped."""

@@ -17,7 +17,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
-from engine.memory.estimate import make_batch, plan
+from engine.memory.estimate import MemoryPlan, Simulations, make_batch, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
@@ -37,8 +37,8 @@ from models.decoder import Decoder
 from models.layers.block import DecoderLayer
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import WeightStream
-from models.tensor_names import expected_tensors
 from optim import AdamW8bit
+from tests.support.tiny_model import RandomSource
 
 SMALL: dict[str, Any] = {
     "model_type": "llama",
@@ -112,28 +112,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class RandomCheckpoint:
-    """A checkpoint of random bfloat16 weights, made when they are asked for."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._shapes = expected_tensors(config)
-
-    def names(self) -> list[str]:
-        return list(self._shapes)
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return (torch.randn(self._shapes[name]) * 0.02).to(torch.bfloat16)
-
-    def release(self, name: str) -> None:
-        """Nothing is mapped."""
-
-
 def prepared(
     model_config: ModelConfig, config: TrainConfig, dtype: torch.dtype
 ) -> tuple[Decoder, AdamW8bit]:
-    checkpoint: Any = RandomCheckpoint(model_config)
-    model = build_for(config, checkpoint, torch.device("cpu"), dtype)
+    source: Any = RandomSource(model_config)
+    model = build_for(config, source, torch.device("cpu"), dtype)
     make_trainable(model, config, None)
     return model, make_optimizer(model, config)
 
@@ -222,6 +205,11 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)
 
 
+def quick_and_whole(model: ModelConfig, config: TrainConfig, gpu: bool) -> list[MemoryPlan]:
+    dtype, each = torch.bfloat16 if gpu else torch.float32, Simulations(whole=True)
+    return [plan(model, config, gpu=gpu, dtype=dtype, simulations=s) for s in (None, each)]
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize(
     "changes",
@@ -250,9 +238,7 @@ def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
 def test_a_deep_model_is_planned_from_shallow_ones(gpu: bool, changes: dict[str, Any]) -> None:
     model = ModelConfig.from_dict(SMALL | {"num_hidden_layers": 11})
     config = settings(**({"batch_size": 2, "max_length": 150} | changes))
-    dtype = torch.bfloat16 if gpu else torch.float32
-    whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
-    quick = plan(model, config, gpu=gpu, dtype=dtype)
+    quick, whole = quick_and_whole(model, config, gpu)
     # On a GPU every tensor is rounded up to 512 bytes, which is not linear in anything.
     slack = 20_000 if gpu else 0
     for mine, theirs in ((quick.step, whole.step), (quick.load, whole.load)):
@@ -382,9 +368,7 @@ def test_a_deep_hybrid_is_planned_from_two_and_three_of_its_periods(
     model = ModelConfig.from_dict(raw).with_layers(10)
     assert model.period == 2
     config = settings(batch_size=2, max_length=150, **changes)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
-    quick = plan(model, config, gpu=gpu, dtype=dtype)
+    quick, whole = quick_and_whole(model, config, gpu)
     assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
     assert quick.host == pytest.approx(whole.host, rel=0.002)
     assert quick.flops == pytest.approx(whole.flops, rel=1e-9)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
-from engine.memory.estimate import plan
+from engine.memory.estimate import Simulations, plan
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
@@ -248,7 +248,7 @@ def test_the_plan_knows_the_heads_of_every_layer(tmp_path: Path, gpu: bool) -> N
     for heads in ([4, 2] * 5, [4] + [2] * 9, [4] * 10):
         lists = dict(zip(PER_LAYER, (heads, [n // 2 for n in heads]), strict=True))
         model = ModelConfig.from_dict(raw | {"num_hidden_layers": 10} | lists)
-        whole = plan(model, config, gpu=gpu, dtype=dtype, whole=True)
+        whole = plan(model, config, gpu=gpu, dtype=dtype, simulations=Simulations(whole=True))
         quick = plan(model, config, gpu=gpu, dtype=dtype)
         assert quick.step.bytes == pytest.approx(whole.step.bytes, rel=0.002)
         assert quick.flops == pytest.approx(whole.flops, rel=1e-9)

@@ -217,9 +217,9 @@ def test_a_full_disk_is_noticed_before_the_weights(
     assert "has 8 MiB free and a checkpoint needs" in said["train"]
 
 
-@pytest.mark.parametrize(("held", "shared"), [("rows.jsonl", 4), ("other.jsonl", 0)])
+@pytest.mark.parametrize(("file", "shared"), [("rows.jsonl", 4), ("other.jsonl", 0)])
 def test_heldout_rows_that_are_trained_on_are_told(
-    held: str,
+    file: str,
     shared: int,
     tiny_model: Path,
     write_rows: Callable[..., Path],
@@ -229,7 +229,7 @@ def test_heldout_rows_that_are_trained_on_are_told(
     write_rows(4)
     (tmp_path / "other.jsonl").write_text('{"prompt": "Other?", "response": "Yes."}\n')
     dry_run(small_run(tiny_model, tmp_path / "rows.jsonl", tmp_path / "run",
-                      eval_data=tmp_path / held))  # fmt: skip
+                      eval_data=tmp_path / file))  # fmt: skip
     told = [r.getMessage() for r in caplog.records if "held-out rows stand" in r.getMessage()]
     assert len(told) == bool(shared)
     assert not shared or told[0].startswith(f"{shared} of {shared} held-out rows stand among")
