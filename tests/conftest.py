@@ -5,9 +5,12 @@ uninitialised tensor is filled with NaN (or the largest integer), so that an out
 code writes cannot look right by luck.
 """
 
+import atexit
 import os
 import random
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +41,10 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
 
+# What is stored to be used again goes with the tests.
+os.environ["ENGINE_CACHE"] = tempfile.mkdtemp(prefix="engine-tests-")
+atexit.register(shutil.rmtree, os.environ["ENGINE_CACHE"], ignore_errors=True)
+
 # Triton reads this when a kernel is defined, so it is set before any test module is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -45,6 +52,8 @@ if not torch.cuda.is_available():
 # The comparisons import transformers, PEFT and others, which the product must work without. The
 # tests of the pages need a browser, which may not be here.
 collect_ignore = ["interop"] if MISSING_PEERS else []
+HAS_POSTGRES = all(map(shutil.which, ("initdb", "pg_ctl")))
+collect_ignore += [] if HAS_POSTGRES else ["examples/test_postgres.py"]
 collect_ignore += [] if HAS_BROWSER else ["browser"]
 
 

@@ -132,10 +132,17 @@ def build_examples(
             preference pair; or more than half of the rows would be dropped.
     """
     how = ExampleSettings(max_length, template_kwargs or {}, bad_rows, learning or EVERYTHING)
+    return examples_of(rows, tokenizer, how)
+
+
+def examples_of(
+    rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings
+) -> tuple[list[Example], ExampleReport]:
+    """`build_examples` by a table of settings."""
     builder = ExampleBuilder(tokenizer, how)
     report = ExampleReport()
     examples = [example for batch in _batches(rows) for example in builder.build(batch, report)]
-    judge(report, max_length, BadLines.parse(bad_rows))
+    judge(report, how.max_length, BadLines.parse(how.bad_rows))
     return examples, report
 
 

@@ -204,7 +204,7 @@ class MemoryBudget:
 
 def largest_step(prepared: Prepared) -> Workload:
     """The most tokens that a step of this run can have, from the lengths of its rows."""
-    return step_of(prepared.config, [len(example) for example in prepared.examples])
+    return step_of(prepared.config, prepared.lengths)
 
 
 def step_of(config: TrainConfig, lengths: Sequence[int]) -> Workload:

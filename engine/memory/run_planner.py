@@ -9,6 +9,7 @@ import torch
 
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.dataset import RowChoice, read_chosen
+from engine.data.sources.resolve import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import free_memory, resolve_policy
 from engine.memory.budget import step_of
@@ -19,6 +20,7 @@ from engine.memory.search import changed, least_step
 from engine.model_sources.open import describe_model
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import RowSet, heldout_choice, read_examples
+from engine.training.streamed import is_streamed
 from models.config.model_config import ModelConfig
 
 USABLE = 0.95
@@ -48,7 +50,8 @@ class KnownRows:
             )
         every = f"every one is taken to have max_length, {config.max_length:,} tokens"
         if self.count is None:
-            return f"rows: none were named (--data); {every}"
+            named = "they are streamed" if config.data != NO_DATA else "none were named (--data)"
+            return f"rows: {named}; {every}"
         return f"rows: {self.count:,}; {config.model} has no tokenizer here, so {every}"
 
 
@@ -60,6 +63,8 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
     """
     if config.data == NO_DATA:
         return KnownRows(None, None)
+    if is_streamed(config, data_files(config.data, config.query)):
+        return KnownRows(None, None)  # planned as if every row were full
     path = Path(config.model).expanduser()
     if (path.is_dir() or path.suffix == ".gguf") and path.exists():
         described = describe_model(config.model, config.revision)

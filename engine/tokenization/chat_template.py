@@ -99,7 +99,7 @@ class ChatTemplate:
                 f"jinja2 {jinja2.__version__} has known ways out of its sandbox, and chat "
                 "templates are other people's programs. Install jinja2>=3.1.6."
             )
-        self.source = source
+        self.source, self.now = source, now
         self.special_tokens = dict(special_tokens or {})
         ends = end_tokens or _default_ends(self.special_tokens)
         self._finder = SpanFinder(source, ends)

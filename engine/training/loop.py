@@ -54,7 +54,10 @@ class TrainerSettings:
 
 @dataclass
 class Progress:
-    """Where a run stands: the JSON part of a checkpoint."""
+    """Where a run stands: the JSON part of a checkpoint.
+
+    `cursor` says where rows that are streamed go on (`engine.data.streaming.batch_stream`).
+    """
 
     step: int = 0
     tokens: int = 0
@@ -64,6 +67,7 @@ class Progress:
     seconds: float = 0.0
     loss_scale: float = 1.0
     steps_at_scale: int = 0
+    cursor: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """What JSON holds; `Progress(**state)` is its inverse."""

@@ -13,12 +13,14 @@ from engine.config.train_config import TrainConfig
 from engine.data.batches.loader import BatchPlan, collate, split_heldout
 from engine.data.batches.taught_stops import taught_stops
 from engine.data.batches.weights import weighted_rows
-from engine.data.dataset import ReadReport, RowChoice, log_read, read_chosen
-from engine.data.example_report import ExampleReport, log_examples
-from engine.data.examples import Example, build_examples, check_ids
+from engine.data.dataset import BadLines, ReadReport, RowChoice, log_read, read_chosen
+from engine.data.example_report import ExampleReport, judge, log_examples
+from engine.data.examples import Example, ExampleSettings, check_ids, examples_of
 from engine.data.rendering import Learning
 from engine.data.rows import Row
 from engine.data.sources.resolve import data_files
+from engine.data.streaming.batch_stream import BatchStream
+from engine.data.token_cache import cache_of, key_of, read_tokens, write_tokens
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source
@@ -26,6 +28,7 @@ from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
 from engine.training.init_adapter import open_init_adapter
+from engine.training.streamed import open_stream
 from models.config.model_config import ModelConfig
 from models.layers.packed_batch import PackedBatch
 
@@ -40,7 +43,7 @@ class Prepared:
     model_source: ModelSource
     tokenizer: Tokenizer
     rows: RowSet
-    plan: BatchPlan
+    plan: BatchPlan | BatchStream
     digests: dict[str, str]
     init: InitAdapter | None = None
     steps_per_epoch: int = field(init=False)
@@ -48,13 +51,29 @@ class Prepared:
 
     def __post_init__(self) -> None:
         config = self.config
-        self.steps_per_epoch = math.ceil(self.plan.steps_per_epoch / config.accumulate)
+        per_epoch = self.plan.steps_per_epoch
+        streamed = isinstance(self.plan, BatchStream)
+        self.steps_per_epoch = per_epoch if streamed else math.ceil(per_epoch / config.accumulate)
         self.total_steps = config.max_steps or config.epochs * self.steps_per_epoch
 
     @property
     def examples(self) -> list[Example]:
-        """The examples to train on."""
+        """The examples to train on; of rows that are streamed the first ones."""
         return self.rows.examples
+
+    @property
+    def row_count(self) -> int:
+        """How many examples an epoch has; of rows that are streamed, rows."""
+        plan = self.plan
+        return plan.stream.length if isinstance(plan, BatchStream) else len(self.examples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the examples, for a plan of the largest step; streamed ones may be full."""
+        lengths = [len(example) for example in self.examples]
+        if not isinstance(self.plan, BatchStream):
+            return lengths
+        return [self.config.max_length] * max(len(lengths), 2 * self.config.batch_size)
 
     @property
     def heldout(self) -> list[Example]:
@@ -80,7 +99,7 @@ class Prepared:
             "rows_filtered": self.rows.read.filtered,
             "rows_truncated": self.rows.report.truncated,
             "rows_dropped": len(self.rows.report.dropped),
-            "rows_trained": len(self.examples),
+            "rows_trained": self.row_count,
             "rows_heldout": len(self.heldout),
             "heldout_rows_skipped": len(self.rows.read_heldout.skipped),
             "heldout_rows_dropped": len(self.rows.report_heldout.dropped),
@@ -88,6 +107,8 @@ class Prepared:
 
     def batches(self, step: int) -> tuple[list[PackedBatch], float]:
         """The micro-batches of a step, counted from 0, and the epoch reached after it."""
+        if isinstance(self.plan, BatchStream):
+            return self.plan.step(step)
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.config.accumulate
         last = min(first + self.config.accumulate, self.plan.steps_per_epoch)
@@ -96,6 +117,20 @@ class Prepared:
             for micro in range(first, last)
         ]
         return batches, epoch + last / self.plan.steps_per_epoch
+
+    def cursor(self, step: int) -> dict[str, int] | None:
+        """Where rows that are streamed stand after `step` steps, for a checkpoint."""
+        return self.plan.cursor(step) if isinstance(self.plan, BatchStream) else None
+
+    def go_on(self, step: int, cursor: dict[str, Any] | None) -> None:
+        """Go on after `step` steps, where a checkpoint's `cursor` says that the rows stood."""
+        if isinstance(self.plan, BatchStream):
+            self.plan.go_on(step, cursor)
+
+    def close(self) -> None:
+        """End what works ahead of the training."""
+        if isinstance(self.plan, BatchStream):
+            self.plan.close()
 
 
 def prepare(
@@ -116,17 +151,21 @@ def prepare(
     if check is not None:
         check(described.config)
     tokenizer = load_tokenizer(described, config.template_date)
-    if planned is not None and planned.settings == _row_settings(config, tokenizer):
+    stream = open_stream(config, tokenizer, described.config.vocab_size)
+    if stream is not None:
+        rows = streamed_rows(config, stream, tokenizer, described.config.vocab_size)
+    elif planned is not None and planned.settings == _row_settings(config, tokenizer):
         rows = planned
         rows.log()  # what was said of them then is in no log of this run
     else:
         rows = read_examples(config, tokenizer, described.config.vocab_size)
     config = packed_for(config, rows)
     source = open_model_source(config.model, config.revision)
-    digests = _digests(config, source, tokenizer)
+    digests = _digests(config, source, tokenizer, stream)
     init = open_init_adapter(config, adapter, source, digests["base"])
     check_run(config, source.config, *machine)
-    return Prepared(config, source, tokenizer, rows, _plan(config, rows.examples), digests, init)
+    plan = stream or _plan(config, rows.examples)
+    return Prepared(config, source, tokenizer, rows, plan, digests, init)
 
 
 @dataclass
@@ -214,15 +253,22 @@ def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, 
 def examples_of_run(
     config: TrainConfig, rows: Sequence[Row], tokenizer: Tokenizer
 ) -> tuple[list[Example], ExampleReport]:
-    """These rows as the run tokenises them. Raises `DataError`."""
-    return build_examples(
-        [with_system(row, config.system_prompt) for row in rows],
-        tokenizer,
-        config.max_length,
-        template_kwargs=config.chat_template_kwargs,
-        bad_rows=config.bad_lines,
-        learning=Learning.of(config),
+    """These rows as the run tokenises them, or as they were stored. Raises `DataError`."""
+    how = ExampleSettings(
+        config.max_length, config.chat_template_kwargs, config.bad_lines, Learning.of(config)
     )
+    rows = [with_system(row, config.system_prompt) for row in rows]
+    folder = cache_of(config.token_cache, rows)
+    if folder is None:
+        return examples_of(rows, tokenizer, how)
+    key = key_of(rows, tokenizer, how)
+    stored = read_tokens(folder, key)
+    if stored is not None:
+        judge(stored[1], how.max_length, BadLines.parse(how.bad_rows))
+        return stored
+    made = examples_of(rows, tokenizer, how)
+    write_tokens(folder, key, made)
+    return made
 
 
 def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
@@ -234,6 +280,20 @@ def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
             "%d of %d held-out rows stand among the rows to train on too: what they measure is "
             "partly memory, not what is learnt for other rows", shared, len(heldout),
         )  # fmt: skip
+
+
+def streamed_rows(
+    config: TrainConfig, stream: BatchStream, tokenizer: Tokenizer, vocab_size: int
+) -> RowSet:
+    """The first rows of a stream as examples, and all that are held out."""
+    heldout, read, report = stream.stream.heldout_examples(), ReadReport(), ExampleReport()
+    if config.eval_data:
+        rows, read = read_chosen(config.eval_data, heldout_choice(config))
+        heldout, report = examples_of_run(config, rows, tokenizer)
+        check_ids(heldout, vocab_size)
+    whole = stream.stream
+    settings = _row_settings(config, tokenizer)
+    return RowSet(stream.sample, heldout, whole.read, read, whole.report, report, settings)
 
 
 def packed_for(config: TrainConfig, rows: RowSet) -> TrainConfig:
@@ -259,12 +319,16 @@ def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
     )
 
 
-def _digests(config: TrainConfig, source: ModelSource, tokenizer: Tokenizer) -> dict[str, str]:
+def _digests(
+    config: TrainConfig, source: ModelSource, tokenizer: Tokenizer, stream: BatchStream | None
+) -> dict[str, str]:
     """What decides a run's rows and weights, by name (`engine.runs.identity`)."""
     template = "\0".join(tokenizer.chat_template.sources).encode(errors="surrogatepass")
     digests = {
         "base": source.digest(),
-        "data": digest_files(data_files(config.data, config.query)),
+        "data": stream.digest
+        if stream is not None
+        else digest_files(data_files(config.data, config.query)),
         "template": hashlib.sha256(template).hexdigest(),
         "tokenizer": tokenizer_digest(source.tokenizer_files()),
     }

@@ -21,7 +21,6 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 Rows = list[dict[str, str]]
-POSTGRES = ("initdb", "pg_ctl")
 _USER = "postgres"
 
 

@@ -21,7 +21,7 @@ from models.layers.packed_batch import PackedBatch
 IGNORED = -100
 """The label of a position that is not trained, as Hugging Face has it."""
 
-_SHUFFLE, _SPLIT = 1, 2
+SHUFFLE, SPLIT, WEIGHTS = 1, 2, 3
 """Purposes of random numbers, so that no two draw the same ones."""
 
 
@@ -107,7 +107,7 @@ class BatchPlan:
         return [example for group in groups for example in group]
 
     def _epoch(self, epoch: int) -> list[list[int]]:
-        order = permutation(len(self._sizes), self._seed, _SHUFFLE, 2 * epoch)
+        order = permutation(len(self._sizes), self._seed, SHUFFLE, 2 * epoch)
         if self._bins is None:
             return [[example] for example in order.tolist()]
         # The bins of an epoch are those of the plan with examples of equal length exchanged: who
@@ -115,7 +115,7 @@ class BatchPlan:
         assert self._budget is not None
         packed = best_fit(self._sizes[order].tolist(), self._budget)
         bins = [[int(order[index]) for index in group] for group in packed]
-        shuffled = permutation(len(bins), self._seed, _SHUFFLE, 2 * epoch + 1)
+        shuffled = permutation(len(bins), self._seed, SHUFFLE, 2 * epoch + 1)
         return [bins[number] for number in shuffled.tolist()]
 
 
@@ -144,7 +144,7 @@ def split_heldout(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list
     wanted = 0 if fraction == 0 or len(groups) < 2 else max(1, round(fraction * len(rows)))
     heldout: set[int] = set()
     members = list(groups.values())
-    for number in permutation(len(members), seed, _SPLIT, 0).tolist()[: len(members) - 1]:
+    for number in permutation(len(members), seed, SPLIT, 0).tolist()[: len(members) - 1]:
         if len(heldout) >= wanted:
             break
         heldout.update(members[number])

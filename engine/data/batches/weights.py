@@ -7,11 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine.data.batches.loader import permutation
+from engine.data.batches.loader import WEIGHTS, permutation
 from engine.data.rows import Row
-
-_WEIGHTS = 3
-"""Purpose of the random numbers (`engine.data.batches.loader`)."""
 
 
 def weighted_rows(rows: Sequence[Row], seed: int) -> list[Row]:
@@ -40,5 +37,5 @@ def times(count: int, weight: float, seed: int, origin: int) -> npt.NDArray[np.i
     total = max(1, round(count * weight))
     whole, rest = divmod(total, count)
     result = np.full(count, whole, dtype=np.int64)
-    result[permutation(count, seed, _WEIGHTS, origin)[:rest]] += 1
+    result[permutation(count, seed, WEIGHTS, origin)[:rest]] += 1
     return result

@@ -31,6 +31,11 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 _numbers = count(1)
 
 
+def new_file(stem: str) -> Path:
+    """The name of a new file that goes with this process."""
+    return Path(_folder().name) / f"{stem}-{next(_numbers)}.jsonl"
+
+
 def write_rows(rows: Iterable[Mapping[str, Any]], what: str) -> Path:
     """Write rows as JSON Lines into a new file, and return where.
 
@@ -41,7 +46,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], what: str) -> Path:
     Raises:
         DataError: something is no mapping, or holds what JSON cannot.
     """
-    path = Path(_folder().name) / f"rows-{next(_numbers)}.jsonl"
+    path = new_file("rows")
     number = 0
     with path.open("x", encoding="utf-8", errors="surrogatepass") as file:
         for row in rows:

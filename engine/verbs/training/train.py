@@ -221,6 +221,8 @@ class _Run:
         """The loop, with its progress bar, metrics and trackers."""
         config, prepared, directory = self.config, self.prepared, self.directory
         start = self.progress.step
+        prepared.go_on(start, self.progress.cursor)
+        self.stack.callback(prepared.close)
         metrics = MetricsWriter(directory.metrics_path, start)
         self.stack.callback(metrics.close)
         assert config.run_id is not None
@@ -244,6 +246,7 @@ class _Run:
 
         def save(progress: Progress) -> None:
             metrics.sync()
+            progress.cursor = prepared.cursor(progress.step)
             self.state.save(directory.checkpoints, progress, self.going)
             directory.reached_checkpoint()
 
@@ -315,13 +318,13 @@ def train(
             digests=prepared.digests,
             dtype=str(run.model.dtype).removeprefix("torch."),
             trainable_parameters=run.trainable,
-            rows=len(prepared.examples),
+            rows=prepared.row_count,
             total_steps=prepared.total_steps,
             **before,
         )
         log.info(
             "%s: %d trainable parameters, %d rows, %d steps",
-            config.method, run.trainable, len(prepared.examples), prepared.total_steps,
+            config.method, run.trainable, prepared.row_count, prepared.total_steps,
         )  # fmt: skip
         progress = run.train()
         after = run.evaluate_after()

@@ -1,0 +1,1 @@
+"""Rows that are read, shuffled and tokenised while training, in little memory."""

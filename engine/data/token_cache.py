@@ -1,0 +1,152 @@
+"""Rows that were tokenised once, stored under everything that decides their tokens.
+
+The key is a SHA-256 of the rows themselves, the tokenizer, the chat template (with the date, where
+it writes one), all settings, and the source code that does the work. A file is the key, the counts
+and the arrays behind each other, closed by a SHA-256 of all that: one that is damaged, or was made
+of anything else, is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from engine.data.example_report import ExampleReport
+from engine.data.examples import Example, ExampleSettings
+from engine.data.rows import Row
+from engine.errors import CheckpointError
+from engine.storage import durable
+from engine.storage.cache_folder import cache_folder
+from engine.tokenization.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+WORTH_IT = 1 << 20
+"""Characters of rows from which on they are stored, where it is left to the engine."""
+
+_MOST_FILES = 16
+_DIGEST = 32
+Tokenised = tuple[list[Example], ExampleReport]
+
+
+def cache_of(setting: str, rows: Sequence[Row]) -> Path | None:
+    """The folder of tokenised rows, by `--token-cache`; None where they are not to be stored."""
+    if setting == "none":
+        return None
+    if setting != "auto":
+        return Path(setting).expanduser()
+    return cache_folder("tokens") if _characters(rows) >= WORTH_IT else None
+
+
+def _characters(rows: Sequence[Row]) -> int:
+    return sum(
+        len(row.text or "") + sum(len(str(m.get("content") or "")) for m in row.messages)
+        for row in rows
+    )
+
+
+def key_of(rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings) -> str:
+    """What the tokens of these rows depend on, as 64 hexadecimal digits."""
+    template = tokenizer.chat_template
+    facts = {
+        "code": _code(),
+        "tokenizer": tokenizer.serialised(),
+        "special": tokenizer.special_tokens,
+        "around": [tokenizer.prefix_ids, tokenizer.suffix_ids],
+        "template": template.sources,
+        "now": template.now if template.reads_clock else None,
+        "settings": asdict(how),
+    }
+    digest = hashlib.sha256(_json(facts))
+    for row in rows:
+        ids = None if row.ids is None else [row.ids.ids, row.ids.trained]
+        digest.update(_json([row.source, row.messages, row.tools, row.text, ids]))
+    return digest.hexdigest()
+
+
+def read_tokens(folder: Path, key: str) -> Tokenised | None:
+    """What was stored under a key, or None."""
+    path = folder / f"{key}.tokens"
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    body = memoryview(data)[:-_DIGEST]
+    if len(data) < _DIGEST or hashlib.sha256(body).digest() != data[-_DIGEST:]:
+        log.warning("%s is damaged; the rows are tokenised again", path)
+        return None
+    head, _, _ = data.partition(b"\n")
+    header = json.loads(head)
+    if header["key"] != key:
+        return None
+    rest = body[len(head) + 1 :]
+    count, tokens = header["examples"], header["tokens"]
+    lengths = np.frombuffer(rest[: 4 * count], dtype="<i4")
+    ids = np.frombuffer(rest[4 * count : 4 * (count + tokens)], dtype="<i4")
+    bits = np.frombuffer(rest[4 * (count + tokens) :], dtype=np.uint8)
+    mask = np.unpackbits(bits, count=tokens).astype(np.bool_)
+    ends = np.cumsum(lengths)
+    examples = [
+        Example(ids[end - length : end], mask[end - length : end], source)
+        for end, length, source in zip(ends, lengths, header["sources"], strict=True)
+    ]
+    log.info("%d examples come from the token cache: %s", count, path)
+    return examples, ExampleReport(**header["report"])
+
+
+def write_tokens(folder: Path, key: str, tokenised: Tokenised) -> None:
+    """Store examples under a key. A disk that refuses is a warning: they are made again then."""
+    examples, report = tokenised
+    header = {
+        "key": key,
+        "examples": len(examples),
+        "tokens": sum(map(len, examples)),
+        "sources": [example.source for example in examples],
+        "report": asdict(report),
+    }
+    lengths = np.array([len(example) for example in examples], dtype="<i4")
+    ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, dtype=np.int32)]).astype("<i4")
+    mask = np.concatenate([e.mask for e in examples] or [np.zeros(0, dtype=np.bool_)])
+    digest = hashlib.sha256()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with durable.replacing(folder / f"{key}.tokens") as out:
+            for part in (_json(header) + b"\n", lengths, ids, np.packbits(mask)):
+                data = part if isinstance(part, bytes) else part.tobytes()
+                digest.update(data)
+                out.write(data)
+            out.write(digest.digest())
+        _prune(folder)
+    except (OSError, CheckpointError) as error:
+        log.warning("The token cache in %s was not written: %s", folder, error)
+
+
+def _prune(folder: Path) -> None:
+    """Remove all files but the newest."""
+    files = sorted(folder.glob("*.tokens"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in files[_MOST_FILES:]:
+        path.unlink(missing_ok=True)
+
+
+@cache
+def _code() -> str:
+    """A digest of the source code that turns rows into tokens, and of the library that encodes."""
+    import tokenizers
+
+    root = Path(__file__).parent.parent
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for room in ("data", "tokenization"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True).encode()
