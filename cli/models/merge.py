@@ -13,7 +13,7 @@ def merge_adapter(call: Call) -> None:
     figures: dict[str, float] = {"merged": result.merged, "tensors": result.written.tensors}
     apart = result.logit_difference
     figures |= result.check | ({} if apart is None else {"logit_difference": apart})
-    if not call.print_json({"output": str(result.output)} | figures):
+    if not call.print_json({"output": str(result.output), "pushed": result.pushed} | figures):
         print(f"Merged {result.merged} of {result.written.tensors} tensors into: {result.output}")
         if apart is not None:
             print(f"verified: logits as of model and adapter, to {apart:.1g} of their spread")

@@ -23,6 +23,7 @@ from engine.model_sources.hub import resolve
 from engine.model_sources.open import open_model_source
 from engine.model_sources.pruning_record import read_pruning, sealed
 from engine.verbs.models.export import export_adapter, export_gguf
+from engine.verbs.models.merge import merge
 from engine.verbs.training.train import train
 from tests.support.hub_stub import SIGNATURE, HubStub, StubRepository
 from tests.support.small_runs import small_run
@@ -156,6 +157,25 @@ def test_a_model_is_sent_without_what_is_no_part_of_it(stub: HubStub, tmp_path: 
     (folder / "pruning.json").write_bytes(sent["pruning.json"])
     record = read_pruning(folder)  # its digest fits what was sent
     assert record is not None and record.record["model"] == "base"
+
+
+def test_a_merged_model_is_sent_with_its_page_and_no_paths(
+    stub: HubStub, tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    train(small_run(tiny_model, write_rows(9), tmp_path / "run"), console=False)
+    result = merge(
+        tiny_model, tmp_path / "run", tmp_path / "merged", push_to_hub="org/merged", private=True
+    )
+    sent = stub.repositories["org/merged"]
+    assert result.pushed and sent.private
+    assert {"config.json", "model.safetensors", "README.md", "tokenizer.json"} <= sent.files.keys()
+    assert not {"summary.json", "manifest.json"} & sent.files.keys()
+    everything = everything_sent(stub)
+    for path in (tmp_path, Path.home(), Path.cwd()):
+        assert str(path).encode() not in everything
+    summary = (tmp_path / "merged" / "summary.json").read_text()
+    assert stub.token not in summary and stub.token.encode() not in everything
+    assert open_model_source("org/merged").config.hidden_size > 0
 
 
 def test_what_has_no_path_is_sent_byte_by_byte(stub: HubStub, tmp_path: Path) -> None:
