@@ -5,7 +5,9 @@ It is named by a preset, a folder, a file or a hub id.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,3 +43,23 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
     raw = read_json_object(file, ConfigError)
     stored = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
     return read_config(raw, str(file)), _STORED.get(str(stored), torch.bfloat16)
+
+
+def noted_quantisation(model: str, revision: str | None = None) -> Mapping[str, Any]:
+    """What config.json of a model says of quantised weights; empty where it says nothing."""
+    path = Path(model).expanduser()
+    if not path.exists():
+        name = hub_name(model, revision)
+        if preset_config(model) is not None or name is None or name.file is not None:
+            return {}
+        path = fetch_config(name)
+    file = path / "config.json" if path.is_dir() else path
+    if file.name != "config.json" or not file.is_file():
+        return {}
+    noted = read_json_object(file, ConfigError).get("quantization_config")
+    return noted if isinstance(noted, Mapping) else {}
+
+
+def stored_in_nf4(noted: Mapping[str, Any]) -> bool:
+    """Whether a quantisation that config.json notes is bitsandbytes' NF4."""
+    return bool(noted.get("load_in_4bit")) and noted.get("bnb_4bit_quant_type") == "nf4"

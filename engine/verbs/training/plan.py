@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
-from engine.memory.find_model import find_model
+from engine.memory.find_model import find_model, noted_quantisation, stored_in_nf4
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import NAMES, flag
 from engine.memory.process import PROCESS, refusal
@@ -44,7 +44,10 @@ _LONGEST_ROW = 1 << 20
 
 @dataclass(frozen=True)
 class Target:
-    """What is planned for: a model's shape and a kind of machine."""
+    """What is planned for: a model's shape and a kind of machine.
+
+    `noted` is what the model's config.json says of quantised weights.
+    """
 
     title: str
     model: ModelConfig
@@ -52,6 +55,7 @@ class Target:
     stored: torch.dtype
     plan: Planner
     rows: KnownRows
+    noted: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def longest_row(self) -> int:
@@ -82,9 +86,10 @@ def find_target(config: TrainConfig) -> Target:
     check_model(config, model, runs_on, disk=config.output_dir is not None)
     machine = "a CUDA GPU" if gpu else "the CPU"
     rows = read_known_rows(config, model)
+    noted = noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
     planner = RunPlanner(model, gpu, stored, rows, teacher)
-    return Target(f"{config.model} on {machine}", model, gpu, stored, planner, rows)
+    return Target(f"{config.model} on {machine}", model, gpu, stored, planner, rows, noted)
 
 
 def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
@@ -156,6 +161,9 @@ def plan(
     if tried is not None:
         target = replace(target, plan=told(target.plan, tried))
     config = with_cpu_dtype(config, target.gpu, target.model)
+    if stored_in_nf4(target.noted):  # what is loaded has the scales that the files have
+        nested = bool(target.noted.get("bnb_4bit_use_double_quant"))
+        config = config.model_copy(update={"double_quant": nested})
     rate = rate_of(gpu) if gpu else target.rate()
     started, choice, limit = time.perf_counter(), None, config.memory_budget
     if limit is not None or config.fit_memory is not None:
@@ -269,6 +277,8 @@ class PlanReport:
     def _assumed(self) -> list[str]:
         """What the plan takes the rows and the teacher to be, a line each."""
         lines = [self.target.rows.text(self.plan.config)]
+        if self.target.noted:
+            lines.append(_stored_as(self.target.noted, self.plan.config.method))
         if self.plan.config.teacher is not None:
             lines.append(
                 "teacher: its weights are counted; what its forward pass needs beside them is not"
@@ -358,3 +368,17 @@ def _text(value: object) -> str:
 
 def _present(owners: dict[str, int]) -> dict[str, int]:
     return {owner: size for owner, size in owners.items() if size}
+
+
+def _stored_as(noted: Mapping[str, Any], method: str) -> str:
+    """A line about a model whose files are quantised."""
+    named = str(noted.get("quant_method", "quantised"))
+    if not stored_in_nf4(noted):
+        return f"model: stored by {named}; its weights are decoded as they load"
+    if method != "qlora":
+        return f"model: stored in NF4 by {named}; its weights are decoded for --method {method}"
+    scales = "nested" if noted.get("bnb_4bit_use_double_quant") else "plain"
+    return (
+        f"model: stored in NF4 by {named} with {scales} scales, and used as it is; layers that "
+        "were left in 16 bits are counted in 4"
+    )

@@ -260,3 +260,14 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path) -> None:
     assert (again.quantised, again.copied) == (0, result.quantised)
     files = [folder / "model.safetensors" for folder in (tmp_path / "m", tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_plan_knows_that_a_model_is_stored_in_nf4(tmp_path: Path) -> None:
+    engine.quantize(write_tiny_model(tmp_path / "base"), tmp_path / "m", bits=4)
+    given: dict[str, Any] = {"data": str(rows(tmp_path)), "device": "cpu"}
+    stored = engine.plan(engine.TrainConfig(model=str(tmp_path / "m"), **given))
+    assert any("stored in NF4 by bitsandbytes" in line for line in stored.as_dict()["assumed"])
+    dense = engine.plan(engine.TrainConfig(model=str(tmp_path / "m"), method="lora", **given))
+    assert any("decoded for --method lora" in line for line in dense.as_dict()["assumed"])
+    plain = engine.plan(engine.TrainConfig(model=str(tmp_path / "base"), **given))
+    assert not any(line.startswith("model:") for line in plain.as_dict()["assumed"])
