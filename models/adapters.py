@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -165,19 +166,18 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int |
             yield path, [part for part in parts if part is not None], None
 
 
-@torch.no_grad()
-def attach_lora(
-    model: Decoder,
-    tensors: Mapping[str, tuple[Tensor, ...]],
-    scales: Mapping[str, float],
-    dropout: float = 0.0,
-) -> None:
-    """Freeze the base and give exactly the modules of `tensors` trainable copies of them.
+@dataclass(frozen=True)
+class MatchedPairs:
+    """The pairs of an adapter by the modules that they belong to, each with its factor."""
 
-    `tensors` maps the file's path of a projection to (A, B), under DoRA (A, B, magnitude), and
-    `scales` to the factor of B A. Ranks may differ. Raises `ValueError` listing modules that the
-    model does not have, and shapes that do not fit.
-    """
+    linears: list[tuple[Linear, tuple[Tensor, ...], float]]
+    experts: list[tuple[ExpertAdapter, dict[int, tuple[Tensor, ...]], dict[int, float]]]
+
+
+def match_pairs(
+    model: Decoder, tensors: Mapping[str, tuple[Tensor, ...]], scales: Mapping[str, float]
+) -> MatchedPairs:
+    """The modules of `tensors`; arguments and errors as in `attach_lora`."""
     layout = Layout(nested=model.config.nested)
     projections = {layout.path(p): linear for p, linear in linears(model, PROJECTIONS).items()}
     experts = {
@@ -201,17 +201,36 @@ def attach_lora(
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"adapter does not match: {'; '.join(sorted(wrong)[:5])}{more}")
+    return MatchedPairs(
+        [(projections[p], given[p], factors[p]) for p in given.keys() & projections.keys()],
+        [(experts[owner], each, pair_scales[owner]) for owner, each in pairs.items()],
+    )
+
+
+@torch.no_grad()
+def attach_lora(
+    model: Decoder,
+    tensors: Mapping[str, tuple[Tensor, ...]],
+    scales: Mapping[str, float],
+    dropout: float = 0.0,
+) -> None:
+    """Freeze the base and give exactly the modules of `tensors` trainable copies of them.
+
+    `tensors` maps the file's path of a projection to (A, B), under DoRA (A, B, magnitude), and
+    `scales` to the factor of B A. Ranks may differ. Raises `ValueError` listing modules that the
+    model does not have, and shapes that do not fit.
+    """
+    matched = match_pairs(model, tensors, scales)
     freeze(model)
-    for path in given.keys() & projections.keys():
-        linear = projections[path]
-        linear.scale, linear.dropout = factors[path], dropout
+    for linear, parts, scale in matched.linears:
+        linear.scale, linear.dropout = scale, dropout
         a, b, *magnitude = (
-            nn.Parameter(part.to(model.device, torch.float32, copy=True)) for part in given[path]
+            nn.Parameter(part.to(model.device, torch.float32, copy=True)) for part in parts
         )
         linear.lora_A, linear.lora_B = a, b
         linear.lora_magnitude_vector = magnitude[0] if magnitude else None
-    for owner, each in pairs.items():
-        experts[owner].set_pairs(each, pair_scales[owner], dropout, model.device)
+    for adapter, each, factors in matched.experts:
+        adapter.set_pairs(each, factors, dropout, model.device)
 
 
 def _owner_of_expert(path: str) -> tuple[str, int]:

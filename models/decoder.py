@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import AttentionPlan
+from kernels.linear.dense import dense_product
 from kernels.linear.int8 import Int8Weight
 from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_entropy
 from kernels.loss.linear_distillation import linear_distillation
@@ -29,7 +30,7 @@ from models.layers.context import (
     layer_policies,
 )
 from models.layers.experts import ExpertAdapter
-from models.layers.linear import Embedding, Linear, RMSNorm
+from models.layers.linear import Embedding, Linear, RMSNorm, RowGroups
 from models.layers.packed_batch import PackedBatch
 from models.layers.rotary import Rotary
 from models.memory.checkpointing import ForwardPass, Routed, run_layer
@@ -231,27 +232,38 @@ class Decoder(nn.Module):
         return self._head(x[-1:]).squeeze(0)
 
     @torch.no_grad()
-    def decode_batch(self, input_ids: Tensor, cache: BatchPass, rows: Sequence[int]) -> Tensor:
+    def decode_batch(
+        self,
+        input_ids: Tensor,
+        cache: BatchPass,
+        rows: Sequence[int],
+        groups: RowGroups | None = None,
+    ) -> Tensor:
         """Logits (R, V) after the tokens `rows` of input_ids (N,), the next ones of sequences.
 
-        `cache` says which tokens are whose.
+        `cache` says which tokens are whose, `groups` which are computed with a named adapter.
         """
         positions = torch.tensor(cache.positions(), device=input_ids.device)
-        x = self._next_states(input_ids, positions, cache)
+        x = self._next_states(input_ids, positions, cache, groups)
         cache.advance()
         every = len(rows) == x.shape[0]
         return self._head(x if every else x[torch.tensor(rows, device=x.device)])
 
-    def _next_states(self, input_ids: Tensor, positions: Tensor, cache: LayerCache) -> Tensor:
+    def _next_states(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        cache: LayerCache,
+        groups: RowGroups | None = None,
+    ) -> Tensor:
         """The last layer's output (N, H) of the next tokens of cached sequences."""
         self._check_ids(input_ids)
         tokens = input_ids.shape[0]
         cos, sin = self.rotary(positions, self.dtype)
         plan = AttentionPlan(torch.tensor([0, tokens], dtype=torch.int32), (0, tokens))
         policies = layer_policies("full", len(self.layers))
-        run = ForwardPass(
-            LayerContext(cos, sin, plan, cache=cache), policies, weights=self.weight_stream
-        )
+        context = LayerContext(cos, sin, plan, cache=cache, groups=groups)
+        run = ForwardPass(context, policies, weights=self.weight_stream)
         x: Tensor = self.model.embed_tokens(input_ids)
         for layer in self.layers:
             x = run_layer(x, layer, run)
@@ -260,7 +272,10 @@ class Decoder(nn.Module):
     def _head(self, x: Tensor) -> Tensor:
         """Logits (N, V) of the last layer's output (N, H), without gradients."""
         normed, _ = self.model.norm.forward_with_rstd(x)
-        return self._logits(normed)
+        head = self.head_weight()
+        if not isinstance(head, Tensor):
+            return head_logits(normed, head)
+        return dense_product(normed, head, normed.new_empty(len(normed), head.shape[0]))
 
     def logits(self, states: Tensor) -> Tensor:
         """Logits (N, V) of rows (N, H) of `hidden_states`, through the final norm."""

@@ -1,4 +1,4 @@
-"""`engine generate`: one answer to one prompt."""
+"""`engine generate`: answers to a prompt or to a file."""
 
 import dataclasses
 import sys
@@ -8,10 +8,14 @@ from engine.config.tasks.inference import GenerateSettings
 
 
 def generate(call: Call) -> int:
-    """Answer a prompt in the model's own chat format, word by word as it is written."""
+    """Answer a prompt in the model's own chat format, word by word, or every row of a file."""
     settings = call.read(GenerateSettings)
+    if settings.data is not None or settings.output is not None:
+        return _rows(call, settings)
     if settings.prompt == "-":
         settings = settings.model_copy(update={"prompt": sys.stdin.read()})
+    if settings.num_samples > 1 and settings.prompt is not None:
+        return _samples(call, settings, settings.prompt)
     from engine.verbs.models.generate import answer
 
     pieces: list[str] = []
@@ -38,6 +42,31 @@ def generate(call: Call) -> int:
                 f"--max-new-tokens {4 * settings.max_new_tokens} allows more.",
                 file=sys.stderr,
             )
+    return 0
+
+
+def _samples(call: Call, settings: GenerateSettings, prompt: str) -> int:
+    from engine.verbs.models.generate import answer_prompts
+
+    results = answer_prompts(settings, [prompt])
+    if not call.print_json({"samples": [dataclasses.asdict(result) for result in results]}):
+        for number, result in enumerate(results, 1):
+            print(f"[{number}] {result.text}")
+        if results[0].sampling is not None:
+            print(results[0].sampling, file=sys.stderr)
+    return 0
+
+
+def _rows(call: Call, settings: GenerateSettings) -> int:
+    from engine.verbs.models.generate import answer_rows
+
+    def show(done: int, rows: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {rows} rows", end="", file=sys.stderr, flush=True)
+
+    answered = answer_rows(settings, show)
+    if not call.print_json({"rows": answered, "output": str(settings.output)}):
+        print(f"{answered} rows answered into {settings.output}")
     return 0
 
 

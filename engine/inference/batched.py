@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, listing
+from engine.inference.loading import load_named_adapter
 from engine.inference.next_token import next_token
 from engine.inference.request import (
     Answer,
@@ -24,11 +26,13 @@ from engine.inference.request import (
     TokenLogprobs,
     logprobs_of,
 )
+from engine.model_sources.interface.model_source import ModelSource
 from engine.tokenization.tokenizer import Tokenizer
 from models.cache.many_sequences import BatchCache, BatchPass, CachedSequence, row_capacity
 from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
+from models.layers.linear import RowGroups
 
 PROMPT_TOKENS = 512
 """Tokens of prompts that one step reads."""
@@ -91,6 +95,24 @@ class BatchedGenerator:
         self._reading: list[_Request] = []
         self._running: dict[CachedSequence, _Request] = {}
         self._numbers = 0
+        self._adapters: set[str] = set()
+
+    def add_adapter(self, name: str, adapter: Path | str, source: ModelSource) -> frozenset[int]:
+        """Offer a saved adapter to requests that name it; the model was built from `source`.
+
+        Returns the ids that end an answer besides those of the model. Raises as
+        `load_named_adapter`, and `ConfigError` for a name that is taken.
+        """
+        if name in self._adapters:
+            raise ConfigError(f"there is an adapter named {name!r} already; give another name")
+        stops = load_named_adapter(self.model, source, name, adapter)
+        self._adapters.add(name)
+        return stops
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names of the adapters that requests may ask for."""
+        return frozenset(self._adapters)
 
     @property
     def active(self) -> int:
@@ -122,8 +144,11 @@ class BatchedGenerator:
         check_prompt(self.model.config, prompt, settings.max_new_tokens)
         if settings.stop and self.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and this generator has none")
-        if settings.adapter is not None:
-            raise ConfigError(f"there is no adapter named {settings.adapter!r}")
+        if settings.adapter is not None and settings.adapter not in self._adapters:
+            raise ConfigError(
+                f"there is no adapter named {settings.adapter!r}; there are "
+                f"{listing(sorted(self._adapters)) or 'none'}"
+            )
         generator = torch.Generator().manual_seed(settings.sampling.seed)
         answer = Answer(self.tokenizer, settings)
         request = _Request(self._numbers, list(prompt), settings, answer, generator)
@@ -163,12 +188,15 @@ class BatchedGenerator:
             return []
         run = BatchPass(self._cache.bands(), [(cache, tokens) for _, cache, tokens in parts])
         ids = [request.answer.ids[-1] for request in running]
-        rows = list(range(len(ids)))
-        for request, cache, tokens in parts:
-            start, end = len(ids), len(ids) + tokens
-            ids += request.prompt[cache.length : cache.length + tokens]
+        rows, owners = list(range(len(ids))), [request.settings.adapter for request in running]
+        for request, cache, part in parts:
+            start, end = len(ids), len(ids) + part
+            ids += request.prompt[cache.length : cache.length + part]
+            owners += [request.settings.adapter] * part
             rows += range(start if request.settings.prompt_logprobs else end - 1, end)
-        logits = self.model.decode_batch(torch.tensor(ids, device=self.model.ids_device), run, rows)
+        tokens = torch.tensor(ids, device=self.model.ids_device)
+        groups = _row_groups(owners, self.model.device)
+        logits = self.model.decode_batch(tokens, run, rows, groups)
         return self._events(running, [(request, tokens) for request, _, tokens in parts], logits)
 
     def run(self) -> dict[int, list[TokenEvent]]:
@@ -230,8 +258,14 @@ class BatchedGenerator:
         first = settings.prompt_logprobs and not answer.ids
         prompt = tuple(request.read) if first else None
         try:
-            seen = request.prompt + answer.ids
-            token = next_token(logits, seen, settings.sampling, request.generator)
+            token = next_token(
+                logits,
+                request.prompt,
+                settings.sampling,
+                request.generator,
+                made=answer.ids,
+                stop_ids=settings.stop_ids,
+            )
         except CheckpointError as error:
             assert request.sequence is not None
             self._leave(request.sequence)
@@ -249,6 +283,21 @@ class BatchedGenerator:
     def _leave(self, sequence: CachedSequence) -> None:
         del self._running[sequence]
         self._cache.leave(sequence)
+
+
+def _row_groups(owners: Sequence[str | None], device: torch.device) -> RowGroups | None:
+    """Which tokens of a pass are computed with which adapter, given the adapter of each."""
+    names = set(owners) - {None}
+    if not names:
+        return None
+    if len(set(owners)) == 1:
+        return RowGroups({name: None for name in names if name is not None}, len(owners))
+    rows = {
+        name: torch.tensor([i for i, owner in enumerate(owners) if owner == name], device=device)
+        for name in names
+        if name is not None
+    }
+    return RowGroups(rows, len(owners))
 
 
 def _note_prompt(request: _Request, start: int, logits: Tensor) -> None:

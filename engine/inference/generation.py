@@ -117,6 +117,15 @@ def prompt_ids(
         return tokenizer.encode(prompt)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
+    return conversation_ids(tokenizer, messages, template_kwargs)
+
+
+def conversation_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """The ids of a conversation up to the beginning of the next answer."""
     text = tokenizer.chat_template.render(
         messages, add_generation_prompt=True, **(template_kwargs or {})
     )

@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from engine.config.tasks.inference import OneModel
+from pathlib import Path
+
+from engine.config.tasks.inference import GenerateSettings, OneModel
 from engine.device import resolve_device, resolve_dtype
+from engine.errors import ConfigError
 from engine.model_sources.adapter.provenance import base_name, say_base
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.stops import adapter_stops
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
 from engine.model_sources.quantised.stored_codes import say_stored, used_weights
 from models.decoder import Decoder
+from models.memory.lasting import keep_decoded
+from models.named_adapters import attach_named
 
 
 def check_adapter(settings: OneModel) -> None:
     """Raises `CheckpointError` or `ConfigError` where the adapter of `settings` is not there."""
     for path, _ in settings.adapter:
         adapter_path(path)
+
+
+def load_named_adapter(
+    model: Decoder, source: ModelSource, name: str, adapter: Path | str
+) -> frozenset[int]:
+    """Put a saved adapter on `model`, which was built from `source`, under a name for requests.
+
+    Returns the token ids that end an answer besides those of the model. Raises `CheckpointError`
+    where the adapter does not fit, and `ConfigError` for one that changes more than the layers'
+    projections, which the model's other requests share.
+    """
+    both = adapted(source, adapter)
+    if both.folded or both.config != source.config:
+        raise ConfigError(
+            f"the adapter {both.adapter.path} changes tensors besides its low-rank pairs (biases, "
+            "embeddings, copies of modules or the base's own weights), which other requests read; "
+            "load it alone as the model's --adapter, or merge it and serve the merged model"
+        )
+    attach_named(model, name, both.pairs, both.scales)
+    return frozenset(adapter_stops(both.adapter.path))
 
 
 def load_decoder(
@@ -44,4 +70,6 @@ def load_decoder(
     )
     if both is not None:
         attach_adapter(decoder, both)
+    if isinstance(settings, GenerateSettings) and settings.keep_decoded:
+        keep_decoded(decoder.layers, decoder.dtype)
     return decoder

@@ -2,50 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from engine.config.tasks.inference import Sampling
 from engine.errors import CheckpointError
-
-_LARGEST = 1e38
-"""The largest score that a penalty makes; float32 ends at 3.4e38."""
+from engine.inference.processors import corrected, shaped
 
 
 def next_token(
-    logits: Tensor, seen: Sequence[int], sampling: Sampling, generator: torch.Generator
+    logits: Tensor,
+    seen: Sequence[int],
+    sampling: Sampling,
+    generator: torch.Generator,
+    *,
+    made: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
 ) -> int:
-    """Draw one id from logits (V,); `seen` are the ids that the repetition penalty knows.
+    """Draw one id from logits (V,), after the prompt's ids `seen` and the answer's ids `made`.
 
-    Any temperature, penalty and mass that the settings allow gives an id: quotients are formed in
-    float64, of distances from the likeliest token. Raises `CheckpointError` for logits that are not
-    numbers.
+    `stop_ids` are those that `min_new_tokens` holds back. Raises `CheckpointError` for logits that
+    are not numbers.
     """
-    scores = logits.float().cpu()
+    scores = logits.to("cpu", torch.float32, copy=True)
     if not bool(torch.isfinite(scores).all()):
         raise CheckpointError(
             "The model's logits are not finite numbers. Its values do not fit its compute type, or "
             "the weights are damaged: try --dtype float32."
         )
-    if sampling.repetition_penalty != 1.0 and seen:
-        ids = torch.tensor(sorted(set(seen)))
-        picked, penalty = scores[ids].double(), sampling.repetition_penalty
-        changed = torch.where(picked > 0, picked / penalty, picked * penalty)
-        scores[ids] = changed.clamp(-_LARGEST, _LARGEST).float()
+    scores = corrected(scores, seen, made, sampling, stop_ids)
+    if bool((scores == -torch.inf).all()):
+        raise CheckpointError(
+            "The sampling settings exclude every token of the vocabulary: allow some of the bad "
+            "words, or a shorter answer."
+        )
     if sampling.temperature == 0:
         return int(scores.argmax())
-    scores = ((scores.double() - scores.max()) / sampling.temperature).float()
-    if 0 < sampling.top_k < scores.numel():
-        scores[scores < scores.topk(sampling.top_k).values[-1]] = -torch.inf
-    probabilities = scores.softmax(-1)
-    if sampling.top_p < 1.0:
-        ordered, order = probabilities.sort(descending=True)
-        # A token stays if the mass before it is below top_p, so the most likely always does.
-        before = (ordered.cumsum(-1) - ordered).double()
-        ordered[before >= sampling.top_p] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(0, order, ordered)
-    if sampling.min_p > 0:
-        probabilities[probabilities < sampling.min_p * probabilities.max()] = 0
+    probabilities = shaped(scores, sampling).softmax(-1)
     return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -13,24 +13,25 @@ from typing import Any
 from engine.config.tasks.inference import Sampling
 from engine.errors import ConfigError
 
-_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
-_ALWAYS = {"repetition_penalty": 1.0}
+_DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+_ALWAYS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "bad_words_ids": (),
+}
 # Keys that change an answer and are not done here, with the value that changes nothing.
 _NOT_DONE = {
     "num_beams": 1,
     "penalty_alpha": 0,
-    "typical_p": 1.0,
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
     "encoder_repetition_penalty": 1.0,
-    "bad_words_ids": None,
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
     "sequence_bias": None,
     "guidance_scale": None,
     "forced_eos_token_id": None,
-    "min_new_tokens": 0,
 }
 
 
@@ -69,7 +70,7 @@ def resolve_sampling(
         ) from error
     neutral = {**_DRAWN, **_ALWAYS, "temperature": 0.0, "top_k": 0}
     used = [
-        f"{name.replace('_', ' ')} {getattr(result, name):g}"
+        f"{name.replace('_', ' ')} {_shown(getattr(result, name))}"
         for name in (*_DRAWN, *_ALWAYS)
         if name in values and name not in given and getattr(result, name) != neutral[name]
     ]
@@ -88,3 +89,7 @@ def resolve_sampling(
             f"{'; not' if line else 'Not'} done here of generation_config.json: {', '.join(left)}"
         )
     return result, f"{line}."
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

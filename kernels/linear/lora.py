@@ -44,6 +44,7 @@ from kernels.linear.columns import (
     stacked,
 )
 from kernels.linear.decode import Decoded, decode, join
+from kernels.linear.dense import dense_product
 from kernels.linear.dora import RowScale
 from kernels.linear.lora_backward import adapter_input, project_backward, split_ranks
 from kernels.linear.observer import input_observer
@@ -81,6 +82,7 @@ def project(
         for y, projection in zip(ys.parts, projections, strict=True):
             assert isinstance(projection.weight, PlanarNF4Weight)
             nf4_linear(matrix, projection.weight, out=y, accumulate=xa is not None)
+        _add_row_adapters(ys.parts, matrix, projections)
     else:
         decoded = decoded or decode(projections, matrix.dtype, slot)
         xa = adapter_input(matrix, projections, seed, decoded.adapters)
@@ -89,6 +91,8 @@ def project(
     for y, projection, scale in zip(ys.parts, projections, scales, strict=True):
         if scale is not None:
             y.mul_(scale.scale)
+        for adapter in projection.by_rows:
+            adapter.rescale(y)
         if projection.bias is not None:
             y += projection.bias.to(y.dtype)
     return ys, AdapterSaved(xa, scales)
@@ -116,21 +120,26 @@ def _multiply(
             own.spare(xa.shape[1]).copy_(xa)
             extended = own.extended(xa.shape[1])
             torch.mm(extended, decoded.forward_matrix().T, out=ys.matrix)
+            _add_row_adapters(ys.parts, matrix_of(x), projections)
             return
     matrix, joined = matrix_of(x), stacked(decoded.weights, 0)
     # An adapter's part is far smaller than the base's: added to a product that is rounded to 16
     # bits already it would mostly vanish, so there it comes first and the base is added to it.
-    first = xa is not None and ys.matrix.itemsize == 2
+    by_rows = any(projection.by_rows for projection in projections)
+    first = (xa is not None or by_rows) and ys.matrix.itemsize == 2
     if first:
+        if xa is None:
+            ys.matrix.zero_()
         _add_adapters(xa, projections, ys, decoded.adapters, 0.0)
-    beta = 1.0 if first else 0.0
+        _add_row_adapters(ys.parts, matrix, projections)
     if joined is not None:
-        torch.addmm(ys.matrix, matrix, joined.T, beta=beta, out=ys.matrix)
+        dense_product(matrix, joined, ys.matrix, add=first)
     else:
         for y, weight in zip(ys.parts, decoded.weights, strict=True):
-            torch.addmm(y, matrix, weight.T, beta=beta, out=y)
+            dense_product(matrix, weight, y, add=first)
     if not first:
         _add_adapters(xa, projections, ys, decoded.adapters)
+        _add_row_adapters(ys.parts, matrix, projections)
 
 
 def _with_spare(
@@ -166,6 +175,13 @@ def _add_adapters(
             torch.addmm(y, low, b.T, beta=beta, alpha=scale, out=y)
         elif beta == 0.0:
             y.zero_()
+
+
+def _add_row_adapters(ys: Sequence[Tensor], x: Tensor, projections: Sequence[Projection]) -> None:
+    """Add the pairs for some rows to the outputs y_i (N, out_i) for x (N, in)."""
+    for y, projection in zip(ys, projections, strict=True):
+        for adapter in projection.by_rows:
+            adapter.add_to(y, x)
 
 
 class _Project(torch.autograd.Function):

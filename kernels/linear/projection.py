@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.linear.int8 import Int8Weight
+from kernels.linear.row_adapters import RowAdapter
 from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import PlanarNF4Weight
 
@@ -40,7 +41,8 @@ class Projection:
     """One linear map: `weight` (out, in) dense or quantised, optional bias (out,) and LoRA pair.
 
     `magnitude` (out,) makes it DoRA. `lasting` are the decoded weights of its group, where they
-    stay in memory; all projections of the group have the same.
+    stay in memory; all projections of the group have the same. `by_rows` are pairs for some rows of
+    the input, for generation.
     """
 
     weight: Weight
@@ -51,6 +53,7 @@ class Projection:
     dropout: float = 0.0
     magnitude: Tensor | None = None
     lasting: LastingWeights | None = None
+    by_rows: tuple[RowAdapter, ...] = ()
 
     @cached_property
     def out_features(self) -> int:

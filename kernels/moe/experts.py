@@ -142,12 +142,11 @@ def moe_output(
     x: Tensor, moe: MixtureOfExperts, routing: Routing, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, MLPActivations | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
-    groups = routing.groups
-    inner, _ = grouped_project(
-        Gathered(x, routing.tokens), moe.inner, groups, seed=_expert_seed(seed, 0, moe)
-    )
+    groups, tokens = routing.groups, routing.tokens
+    seeds = _expert_seed(seed, 0, moe), _expert_seed(seed, 1, moe)
+    inner, _ = grouped_project(Gathered(x, tokens), moe.inner, groups, seed=seeds[0], tokens=tokens)
     h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
-    out, _ = grouped_project(h, (moe.down,), groups, seed=_expert_seed(seed, 1, moe))
+    out, _ = grouped_project(h, (moe.down,), groups, seed=seeds[1], tokens=tokens)
     y = routing.combine(out)
     if moe.shared is None:
         return y, inner, None

@@ -85,15 +85,40 @@ class Groups:
         return [(expert, slice(first, last)) for expert, (first, last) in parts if first < last]
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertRowAdapter:
+    """Pairs A (E, r, in), B (E, out, r) for the tokens that `mine` (N,) marks, for generation."""
+
+    mine: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+    def add_to(self, y: Tensor, x: Gathered, groups: Groups, tokens: Tensor) -> None:
+        """Add the pairs' part to y (M, out) of rows x (M, in), which are those of `tokens` (M,)."""
+        index = torch.nonzero(self.mine.index_select(0, tokens)).squeeze(1)
+        rows = torch.arange(groups.rows, device=index.device, dtype=groups.offsets.dtype)
+        experts = torch.searchsorted(groups.offsets[1:], rows, right=True).index_select(0, index)
+        own = Groups.from_sorted(experts, groups.count)
+        source = index if x.rows is None else x.rows.index_select(0, index)
+        low = grouped_matmul(Gathered(x.matrix, source), self.lora_a.to(y.dtype), own)
+        part = grouped_matmul(low, self.lora_b.to(y.dtype), own, scale=self.scale)
+        y.index_add_(0, index, part)
+
+
 @dataclass(frozen=True)
 class ExpertProjection:
-    """One linear map in E versions, with a LoRA pair (E, r, in), (E, out, r) or without."""
+    """One linear map in E versions, with a LoRA pair (E, r, in), (E, out, r) or without.
+
+    `by_rows` are pairs for some tokens.
+    """
 
     weight: ExpertWeights
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
     scale: float = 1.0
     dropout: float = 0.0
+    by_rows: tuple[ExpertRowAdapter, ...] = ()
 
     @property
     def out_features(self) -> int:
@@ -233,10 +258,12 @@ def grouped_project(
     groups: Groups,
     *,
     seed: Seed | None = None,
+    tokens: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """y (M, sum out_i), column blocks of one matrix, and A x~ (M, r_i) of every projection.
 
-    x has M rows; `seed` None means no dropout.
+    x has M rows; `seed` None means no dropout. `tokens` (M,) are the rows' tokens, which pairs for
+    some tokens need.
     """
     x, widths = Gathered.of(x), [projection.out_features for projection in projections]
     if is_observed():
@@ -250,6 +277,9 @@ def grouped_project(
         if low is not None and projection.lora_b is not None:
             b, scale = projection.lora_b, projection.scale
             grouped_matmul(low, b, groups, out=part, accumulate=True, scale=scale)
+        for adapter in projection.by_rows:
+            assert tokens is not None
+            adapter.add_to(part, x, groups, tokens)
     return y, lows
 
 

@@ -28,7 +28,7 @@ from kernels.linear.lora_backward import project_backward
 from kernels.linear.projection import Projection
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
-from models.layers.linear import Linear, RMSNorm
+from models.layers.linear import Linear, RMSNorm, RowGroups
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps, centred) if normed else None
         self.k_norm = RMSNorm(dim, config.rms_norm_eps, centred) if normed else None
 
-    def qkv(self) -> tuple[Projection, ...]:
-        return (self.q_proj.projection(), self.k_proj.projection(), self.v_proj.projection())
+    def qkv(self, groups: RowGroups | None = None) -> tuple[Projection, ...]:
+        return tuple(p.projection(groups) for p in (self.q_proj, self.k_proj, self.v_proj))
 
     def same_input(self) -> tuple[tuple[Linear, ...], ...]:
         """Groups of projections that read the same input."""
@@ -94,9 +94,9 @@ class Attention(nn.Module):
         split: Tensor = x.unflatten(1, (-1, self.head_dim))
         return split
 
-    def output(self) -> tuple[Projection]:
+    def output(self, groups: RowGroups | None = None) -> tuple[Projection]:
         """The projection that writes the mixer's output."""
-        return (self.o_proj.projection(),)
+        return (self.o_proj.projection(groups),)
 
     def _split(self, parts: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Outputs of the three projections as heads of q, k, v and gate, views."""
@@ -121,7 +121,8 @@ class Attention(nn.Module):
         else:
             saved.out, saved.lse = attention_forward(q, k, saved.v, self._settings(context))
         seed, slot = context.seed(self.index, 1), context.settings.output_scratch
-        ys, low = project(self._gated(saved), self.output(), seed, slot=slot, spare=False)
+        output = self.output(context.groups)
+        ys, low = project(self._gated(saved), output, seed, slot=slot, spare=False)
         saved.output_adapter_input = low
         return ys.matrix, saved
 
@@ -136,7 +137,8 @@ class Attention(nn.Module):
         decoded: Decoded | None,
     ) -> None:
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
-        ys, saved.adapter_input = project(h, self.qkv(), context.seed(self.index, 0), decoded)
+        qkv, seed = self.qkv(context.groups), context.seed(self.index, 0)
+        ys, saved.adapter_input = project(h, qkv, seed, decoded)
         saved.q, saved.k, saved.v, saved.gate = self._split(ys)
         if self.q_norm is None:
             self._rotate(saved.q, saved.k, context)

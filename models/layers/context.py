@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.elementwise.dropout import Seed
 from models.cache.one_sequence import LayerCache
+from models.layers.linear import RowGroups
 
 POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
@@ -78,7 +79,8 @@ class LayerContext:
     """What every layer reads besides its input, made once per forward pass.
 
     cos, sin (N, rotary_dim / 2); `dropout_key` int64 (), None means no dropout. With a `cache` the
-    tokens are the next ones of the cached sequences.
+    tokens are the next ones of the cached sequences, and `groups` may say which of them are
+    computed with which named adapter.
     """
 
     cos: Tensor
@@ -87,6 +89,7 @@ class LayerContext:
     dropout_key: Tensor | None = None
     cache: LayerCache | None = None
     settings: StepSettings = DEFAULT_SETTINGS
+    groups: RowGroups | None = None
 
     def seed(self, layer: int, site: int) -> Seed | None:
         """Seed of one dropout site: 0 and 1 are the mixer's, 2 to 5 the feed-forward part's."""

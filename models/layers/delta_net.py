@@ -42,7 +42,7 @@ from kernels.linear.projection import Projection
 from models.cache.one_sequence import DeltaState, LayerCache
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
-from models.layers.linear import Linear, RMSNorm
+from models.layers.linear import Linear, RMSNorm, RowGroups
 
 
 @dataclass
@@ -113,19 +113,19 @@ class DeltaNet(nn.Module):
             return ()
         return ((self.in_proj_qkv, self.in_proj_z), (self.in_proj_b, self.in_proj_a))
 
-    def _wide(self) -> tuple[Projection, ...]:
+    def _wide(self, groups: RowGroups | None = None) -> tuple[Projection, ...]:
         """The projections of m and z."""
         wide = (self.in_proj_qkvz,) if self.joint else (self.in_proj_qkv, self.in_proj_z)
-        return tuple(linear.projection() for linear in wide)
+        return tuple(linear.projection(groups) for linear in wide)
 
-    def _narrow(self) -> tuple[Projection, ...]:
+    def _narrow(self, groups: RowGroups | None = None) -> tuple[Projection, ...]:
         """The projections of b and a."""
         narrow = (self.in_proj_ba,) if self.joint else (self.in_proj_b, self.in_proj_a)
-        return tuple(linear.projection() for linear in narrow)
+        return tuple(linear.projection(groups) for linear in narrow)
 
-    def output(self) -> tuple[Projection]:
+    def output(self, groups: RowGroups | None = None) -> tuple[Projection]:
         """The projection that writes the mixer's output."""
-        return (self.out_proj.projection(),)
+        return (self.out_proj.projection(groups),)
 
     def _by_key_head(self) -> tuple[int, int, int, int]:
         """Columns of q, k, v and z of one key head in the joint projection."""
@@ -149,7 +149,7 @@ class DeltaNet(nn.Module):
         else:
             saved.out = self._cached(saved.mixed, g, beta, context.cache)
         normed, seed = self._normed(saved)[0].flatten(1), context.seed(self.index, 1)
-        ys, low = project(normed, self.output(), seed, slot="narrow", spare=False)
+        ys, low = project(normed, self.output(context.groups), seed, slot="narrow", spare=False)
         saved.output_adapter_input = low
         return ys.matrix, saved
 
@@ -161,8 +161,8 @@ class DeltaNet(nn.Module):
         decoded: Decoded | None,
     ) -> None:
         seed = context.seed(self.index, 0)
-        wide, saved.adapter_input = project(h, self._wide(), seed, decoded)
-        narrow, _ = project(matrix_of(h), self._narrow())
+        wide, saved.adapter_input = project(h, self._wide(context.groups), seed, decoded)
+        narrow, _ = project(matrix_of(h), self._narrow(context.groups))
         heads = (self.value_heads, self.value_dim)
         if not self.joint:
             (saved.mixed, z), (saved.b, saved.a) = wide, narrow

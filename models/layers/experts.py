@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.linear.projection import QuantizedWeight
-from kernels.moe.grouped_matmul import ExpertProjection, ExpertWeights
+from kernels.moe.grouped_matmul import ExpertProjection, ExpertRowAdapter, ExpertWeights
 from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import PlanarNF4Weight
+from models.layers.linear import RowGroups
 
 EXPERT_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -38,6 +39,7 @@ class ExpertAdapter(nn.Module):
         self.register_parameter("lora_B", None)
         self.scale = 1.0
         self.dropout = 0.0
+        self.named: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def attach(
         self, rank: int, scale: float, dropout: float, device: torch.device, seed: torch.Generator
@@ -64,6 +66,14 @@ class ExpertAdapter(nn.Module):
         """
         if not all(0 <= expert < self.count for expert in pairs):
             raise ValueError(f"there is no expert {max(pairs)}; the last is {self.count - 1}")
+        a, b, self.scale = self.joined(pairs, scales)
+        self.lora_A, self.lora_B = nn.Parameter(a.to(device)), nn.Parameter(b.to(device))
+        self.dropout = dropout
+
+    def joined(
+        self, pairs: Mapping[int, tuple[Tensor, ...]], scales: Mapping[int, float]
+    ) -> tuple[Tensor, Tensor, float]:
+        """The pairs of experts as A (E, r, in) and B (E, out, r), with one factor for all."""
         rank, scale = max(int(a.shape[0]) for a, *_ in pairs.values()), next(iter(scales.values()))
         a_all = torch.zeros(self.count, rank, self.in_features)
         b_all = torch.zeros(self.count, self.out_features, rank)
@@ -71,12 +81,24 @@ class ExpertAdapter(nn.Module):
             a_all[expert, : a.shape[0]] = a
             # There is one factor for all; that of another goes into its B.
             b_all[expert, :, : b.shape[1]] = b * (scales[expert] / scale)
-        self.lora_A, self.lora_B = nn.Parameter(a_all.to(device)), nn.Parameter(b_all.to(device))
-        self.scale, self.dropout = scale, dropout
+        return a_all, b_all, scale
 
-    def projection(self, weight: ExpertWeights) -> ExpertProjection:
-        """`weight` with these pairs."""
-        return ExpertProjection(weight, self.lora_A, self.lora_B, self.scale, self.dropout)
+    def chosen(self, groups: RowGroups | None) -> tuple[ExpertRowAdapter, ...]:
+        """The named pairs that a pass is computed with."""
+        if groups is None or not self.named:
+            return ()
+        return tuple(
+            ExpertRowAdapter(groups.mask(name, a.device), a, b, scale)
+            for name, (a, b, scale) in self.named.items()
+            if name in groups.rows
+        )
+
+    def projection(
+        self, weight: ExpertWeights, groups: RowGroups | None = None
+    ) -> ExpertProjection:
+        """`weight` with these pairs, and with the named ones of a pass."""
+        a, b, by_rows = self.lora_A, self.lora_B, self.chosen(groups)
+        return ExpertProjection(weight, a, b, self.scale, self.dropout, by_rows)
 
 
 class Experts(nn.Module):
@@ -112,23 +134,24 @@ class Experts(nn.Module):
         weight = self.stored["down_proj"]
         return (weight[0] if isinstance(weight, tuple) else weight).device
 
-    def inner(self) -> tuple[ExpertProjection, ...]:
+    def inner(self, groups: RowGroups | None = None) -> tuple[ExpertProjection, ...]:
         """Gate and up: one projection, or a pair where they are quantised or adapted."""
         joint = self.gate_up_proj
         gate: ExpertWeights
         up: ExpertWeights
         if joint is None:
             gate, up = self.stored["gate_proj"], self.stored["up_proj"]
-        elif self.gate_lora.lora_A is None and self.up_lora.lora_A is None:
+        elif not any(p.lora_A is not None or p.named for p in (self.gate_lora, self.up_lora)):
             return (ExpertProjection(joint),)
         else:
             gate, up = joint.detach().chunk(2, 1)
-        return (self.gate_lora.projection(gate), self.up_lora.projection(up))
+        return (self.gate_lora.projection(gate, groups), self.up_lora.projection(up, groups))
 
-    def down(self) -> ExpertProjection:
+    def down(self, groups: RowGroups | None = None) -> ExpertProjection:
         """The projection back to the hidden size."""
         dense = self.down_proj
-        return self.down_lora.projection(self.stored["down_proj"] if dense is None else dense)
+        weight = self.stored["down_proj"] if dense is None else dense
+        return self.down_lora.projection(weight, groups)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         super()._apply(fn, recurse)

@@ -6,7 +6,8 @@ and it may carry a LoRA pair; `projection()` is the view of all that which the k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,34 @@ from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns, gradient_columns, input_columns
 from kernels.linear.int8 import Int8Weight, rows_int8
 from kernels.linear.projection import LastingWeights, Projection, Weight
+from kernels.linear.row_adapters import RowAdapter
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.host_memory import gather_rows
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """Which rows of a pass each named adapter is computed for: indices (n,), None for all.
+
+    Rows that no name has are the model's alone.
+    """
+
+    rows: Mapping[str, Tensor | None]
+    tokens: int
+
+    def mask(self, name: str, device: torch.device) -> Tensor:
+        """The rows of an adapter as marks (N,)."""
+        rows = self.rows[name]
+        if rows is None:
+            return torch.ones(self.tokens, dtype=torch.bool, device=device)
+        return torch.zeros(self.tokens, dtype=torch.bool, device=device).index_fill_(0, rows, True)
 
 
 class Linear(nn.Module):
     """y = x W^T + b + scale * dropout(x) A^T B^T; `kernels.linear.dora` where it has a magnitude.
 
     weight (out, in); bias (out,) or None; lora_A (r, in) and lora_B (out, r) or None;
-    lora_magnitude_vector (out,) or None.
+    lora_magnitude_vector (out,) or None. `named` are pairs of adapters that a pass chooses by row.
     """
 
     weight: Weight
@@ -49,6 +69,7 @@ class Linear(nn.Module):
         self.scale = 1.0
         self.dropout = 0.0
         self.lasting: LastingWeights | None = None
+        self.named: dict[str, RowAdapter] = {}
 
     def set_weight(self, weight: Weight) -> None:
         """Replace the weight; a quantised one is frozen and no `Parameter`.
@@ -69,11 +90,23 @@ class Linear(nn.Module):
         else:
             self.__dict__["weight"] = weight
 
-    def projection(self) -> Projection:
+    def projection(self, groups: RowGroups | None = None) -> Projection:
         """What `kernels.linear.lora` computes with; shares memory with this module.
 
-        The same object as before while the module has the same tensors and numbers.
+        The same object as before while the module has the same tensors and numbers. With `groups`
+        it has the named pairs of their rows.
         """
+        known = self._projection()
+        if groups is None or not self.named:
+            return known
+        pairs = [
+            replace(pair, rows=groups.rows[name])
+            for name, pair in self.named.items()
+            if name in groups.rows
+        ]
+        return replace(known, by_rows=tuple(pairs)) if pairs else known
+
+    def _projection(self) -> Projection:
         own, parameters = self.__dict__, self._parameters
         weight = parameters.get("weight")
         if weight is None:

@@ -28,7 +28,7 @@ from kernels.linear.swiglu_mlp import (
     mlp_output,
 )
 from models.layers.context import LayerContext
-from models.layers.linear import Linear, RMSNorm
+from models.layers.linear import Linear, RMSNorm, RowGroups
 from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
 
 
@@ -59,8 +59,8 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, inner, bias)
         self.down_proj = Linear(inner, hidden, bias)
 
-    def gate_up(self) -> tuple[Projection, Projection]:
-        return self.gate_proj.projection(), self.up_proj.projection()
+    def gate_up(self, groups: RowGroups | None = None) -> tuple[Projection, Projection]:
+        return self.gate_proj.projection(groups), self.up_proj.projection(groups)
 
     def output(self) -> tuple[Projection, ...]:
         """The projection that writes the part's output."""
@@ -74,8 +74,8 @@ class MLP(nn.Module):
         """What `kernels.linear.swiglu_mlp` computes with; shares memory with this module."""
         settings = context.settings
         return SwiGLUMLP(
-            *self.gate_up(),
-            self.down_proj.projection(),
+            *self.gate_up(context.groups),
+            self.down_proj.projection(context.groups),
             (context.seed(self.index, 2), context.seed(self.index, 3)),
             settings.output_scratch,
             settings.low_memory_decode,

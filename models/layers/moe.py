@@ -29,7 +29,7 @@ from kernels.moe.experts import (
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.experts import Experts
-from models.layers.linear import Linear, RMSNorm
+from models.layers.linear import Linear, RMSNorm, RowGroups
 from models.layers.mlp import MLP
 from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
 
@@ -67,17 +67,17 @@ class MoE(nn.Module):
         """Groups of projections that read the same input."""
         return () if self.shared_expert is None else self.shared_expert.same_input()
 
-    def mixture(self) -> MixtureOfExperts:
+    def mixture(self, groups: RowGroups | None = None) -> MixtureOfExperts:
         """What `kernels.moe.experts` computes with; shares memory with this module."""
         shared = None
         if self.shared_expert is not None and self.shared_expert_gate is not None:
-            gate, up = self.shared_expert.gate_up()
-            down = self.shared_expert.down_proj.projection()
+            gate, up = self.shared_expert.gate_up(groups)
+            down = self.shared_expert.down_proj.projection(groups)
             shared = SharedExpert(gate, up, down, self.shared_expert_gate.projection())
         return MixtureOfExperts(
             self.gate.projection(),
-            self.experts.inner(),
-            self.experts.down(),
+            self.experts.inner(groups),
+            self.experts.down(groups),
             self.top_k,
             self.renormalise,
             shared,
@@ -90,7 +90,7 @@ class MoE(nn.Module):
 
         Adapters of experts are products of their own, so h needs no spare columns.
         """
-        moe, seed = self.mixture(), context.seed(self.index, 2)
+        moe, seed = self.mixture(context.groups), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
         h, x1 = matrix_of(norm.add_forward_for(x, addend, ())), addend
         if tile_tokens is None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.choices import (
     DETERMINISTIC,
@@ -34,6 +34,7 @@ from engine.config.spelling import (
     spelled,
 )
 
+TokenId = Annotated[int, Field(ge=0)]
 Paths = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]
 
 
@@ -144,10 +145,8 @@ class EvalSettings(OneModel, RowSettings):
 class Sampling(Settings):
     """How the next token is drawn. `temperature` 0 takes the most likely one.
 
-    The order is Hugging Face's: repetition penalty (Keskar et al. 2019, arXiv 1909.05858), then
-    temperature, then the `top_k` most likely, then the smallest set of mass `top_p` (Holtzman et
-    al. 2020, arXiv 1904.09751), then what is at least `min_p` times as likely as the likeliest
-    (Nguyen et al. 2024, arXiv 2407.01082).
+    `engine.inference.processors` has what each setting does, in the order of transformers. Biases
+    and penalties, bad words and the least length hold at temperature 0 too.
     """
 
     temperature: float = setting(0.0, "Sampling", "0 takes the likeliest token", ge=0)
@@ -156,18 +155,52 @@ class Sampling(Settings):
     min_p: float = setting(
         0.0, "Sampling", "only tokens at least this share as likely as the likeliest", ge=0, le=1
     )
+    typical_p: float = setting(
+        1.0, "Sampling", "tokens of this mass whose information is typical", gt=0, le=1
+    )
     repetition_penalty: float = setting(1.0, "Sampling", "1 is none", gt=0)
+    presence_penalty: float = setting(
+        0.0, "Sampling", "off the score of every token in the answer", ge=-2, le=2
+    )
+    frequency_penalty: float = setting(
+        0.0, "Sampling", "off a token's score each time it is in the answer", ge=-2, le=2
+    )
+    no_repeat_ngram_size: int = setting(
+        0, "Sampling", "no run of this many tokens comes twice; 0 is off", ge=0
+    )
+    min_new_tokens: int = setting(0, "Sampling", "no stop token before this many", ge=0)
+    logit_bias: Annotated[dict[TokenId, float], BeforeValidator(json_object)] = setting(
+        {}, "Sampling", 'added to the scores of token ids: {"17": -100}'
+    )
+    bad_words_ids: Annotated[
+        tuple[Annotated[tuple[TokenId, ...], Field(min_length=1)], ...],
+        BeforeValidator(json_object),
+    ] = setting((), "Sampling", "runs of token ids that never come: [[17], [4, 8]]")
     seed: int = setting(0, "Sampling", "of the drawing", ge=-(2**63), lt=2**64)
 
 
 class GenerateSettings(Sampling, OneModel):
     """`engine generate`. Sampling that is not given is that of generation_config.json, if any."""
 
-    prompt: str = setting(..., "Text", "what to answer; - reads standard input")
+    prompt: str | None = setting(None, "Text", "what to answer; - reads standard input")
+    data: Path | None = setting(
+        None, "Text", "file of rows to answer, each a text or with `prompt` or `messages`"
+    )
+    output: Path | None = setting(
+        None, "Text", "JSONL file of answers to --data; goes on where a stopped one ended"
+    )
+    num_samples: int = setting(1, "Text", "answers to each prompt, of different seeds", ge=1)
     system: str | None = setting(None, "Text", "system message")
     raw: bool = setting(False, "Text", "go on from the prompt, without the chat template")
     max_new_tokens: int = setting(128, "Text", "longest answer", ge=1)
     stop: Paths = setting((), "Text", "end before this text", repeat=True)
+    slots: int = setting(8, "Machine", "prompts that are answered at a time", ge=1)
+    cache_tokens: int | None = setting(
+        None, "Machine", "tokens of keys and values in memory; None is as many as come", ge=64
+    )
+    keep_decoded: bool = setting(
+        False, "Machine", "decode quantised weights once, and keep them beside their codes"
+    )
 
 
 class ExportGGUFSettings(Publishing):

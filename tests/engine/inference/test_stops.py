@@ -109,7 +109,7 @@ def test_a_stop_string_with_a_special_token_stops(base: Path, stop: str) -> None
         def eval(self) -> Any:
             return self
 
-        def decode_batch(self, input_ids: Any, cache: Any, rows: Any) -> Any:
+        def decode_batch(self, input_ids: Any, cache: Any, rows: Any, groups: Any) -> Any:
             import torch
 
             cache.advance()

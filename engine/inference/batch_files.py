@@ -1,0 +1,189 @@
+"""Answer a file of prompts in batches, row by row.
+
+Every row gets a line of JSON, in the order of the rows, and it is on the disk before the next
+begins. A job that was stopped goes on after the last whole line of its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config.tasks.inference import GenerateSettings
+from engine.data.sources.json_lines import read_json
+from engine.data.sources.located import BadLine
+from engine.errors import ConfigError, DataError
+from engine.inference.batched import BatchedGenerator
+from engine.inference.generation import GenerateResult, conversation_ids
+from engine.inference.request import RequestSettings
+from engine.storage import durable, safe_files, strict_json
+from engine.tokenization.tokenizer import Tokenizer
+
+ANSWER_KEYS = ("response", "responses", "finish_reason", "completion_tokens")
+"""What a line has besides the keys of its row."""
+
+
+@dataclass(frozen=True)
+class PromptJob:
+    """A prompt's ids and how it is answered."""
+
+    prompt: Sequence[int]
+    settings: RequestSettings
+
+
+def answer_in_order(
+    generator: BatchedGenerator, jobs: Iterator[PromptJob], ahead: int
+) -> Iterator[GenerateResult]:
+    """The answers of `jobs` in their order, at most `ahead` of them under way.
+
+    Raises as `BatchedGenerator.submit`, and `DataError` naming a request that cannot be answered.
+    """
+    open_jobs: dict[int, list[str]] = {}
+    order: list[tuple[int, int]] = []
+    ended: dict[int, GenerateResult] = {}
+    more = True
+    while more or order:
+        while more and len(order) < ahead:
+            job = next(jobs, None)
+            if job is None:
+                more = False
+                break
+            number = generator.submit(job.prompt, job.settings)
+            open_jobs[number] = []
+            order.append((number, len(job.prompt)))
+        lengths = dict(order)
+        for event in generator.step():
+            if event.error is not None:
+                raise DataError(f"request {event.request} cannot be answered: {event.error}")
+            pieces = open_jobs[event.request]
+            pieces.append(event.text)
+            if event.finish_reason is not None:
+                text, tokens = "".join(pieces), len(pieces)
+                size, reason = lengths[event.request], event.finish_reason
+                ended[event.request] = GenerateResult(text, size, tokens, reason, 0.0)
+                del open_jobs[event.request]
+        while order and order[0][0] in ended:
+            yield ended.pop(order.pop(0)[0])
+
+
+def answer_file(
+    settings: GenerateSettings,
+    generator: BatchedGenerator,
+    tokenizer: Tokenizer,
+    base: RequestSettings,
+    on_row: Callable[[int, int], None] | None = None,
+) -> int:
+    """Answer the rows of `settings.data` into `settings.output`; returns how many were answered.
+
+    `on_row` takes the rows that are done and all there are. Raises `DataError` for a row that is no
+    prompt, `ConfigError` for an output that is of other rows.
+    """
+    assert settings.data is not None and settings.output is not None
+    rows, output, samples = read_rows(settings.data), settings.output, settings.num_samples
+    done = resume_after(output, rows)
+
+    def jobs() -> Iterator[PromptJob]:
+        for index in range(done, len(rows)):
+            ids = row_ids(rows[index], settings, tokenizer)
+            for sample in range(samples):
+                yield PromptJob(ids, sampled(base, index * samples + sample))
+
+    answers = answer_in_order(generator, jobs(), 2 * generator.slots)
+    with safe_files.append_regular(output) as handle:
+        for index in range(done, len(rows)):
+            own = [next(answers) for _ in range(samples)]
+            handle.write(json.dumps(_line(rows[index], own), ensure_ascii=False) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+            if on_row is not None:
+                on_row(index + 1, len(rows))
+    durable.fsync_dir(output.parent)
+    return len(rows) - done
+
+
+def sampled(base: RequestSettings, index: int) -> RequestSettings:
+    """The settings of the answer `index` of many: its draws are those of a seed of its own."""
+    seed = base.sampling.seed + index
+    seed = seed if seed < 1 << 63 else seed - (1 << 63)
+    return replace(base, sampling=base.sampling.model_copy(update={"seed": seed}))
+
+
+def read_rows(path: Path) -> list[Mapping[str, Any]]:
+    """The rows of a file of prompts: texts, or objects with `prompt` or `messages`."""
+    rows: list[Mapping[str, Any]] = []
+    for value in read_json(path, str(path), lambda row: "prompt" in row or "messages" in row):
+        if isinstance(value, BadLine):
+            raise DataError(str(value))
+        row = {"prompt": value.value} if isinstance(value.value, str) else value.value
+        prompt, messages = (row.get(k) if isinstance(row, dict) else None for k in PROMPT_KEYS)
+        if not isinstance(prompt, str) and not (isinstance(messages, list) and messages):
+            raise DataError(
+                f"{value.position}: the row has no prompt; a text, or an object with a text "
+                "`prompt` or a list `messages` was expected"
+            )
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path} holds no rows; give one JSON object on each line")
+    return rows
+
+
+PROMPT_KEYS = ("prompt", "messages")
+
+
+def row_ids(row: Mapping[str, Any], settings: GenerateSettings, tokenizer: Tokenizer) -> list[int]:
+    """The ids that a row asks to be continued."""
+    kwargs = settings.chat_template_kwargs
+    if isinstance(row.get("messages"), list):
+        messages = list(row["messages"])
+    elif settings.raw:
+        return tokenizer.encode(row["prompt"])
+    else:
+        messages = [{"role": "user", "content": row["prompt"]}]
+    if settings.system and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": settings.system})
+    return conversation_ids(tokenizer, messages, kwargs)
+
+
+def resume_after(output: Path, rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many rows `output` answers already; a last line that is broken is cut off.
+
+    Raises `ConfigError` where the lines are not those of the rows.
+    """
+    if not output.exists():
+        return 0
+    data = safe_files.read_regular(output, 1 << 34)
+    whole, _, rest = data.rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    for index, line in enumerate(lines):
+        try:
+            value = strict_json.loads(line.decode())
+        except (ValueError, UnicodeDecodeError):
+            value = None
+        row = rows[index] if index < len(rows) else None
+        own = {k: v for k, v in (row or {}).items() if k not in ANSWER_KEYS}
+        given = value if isinstance(value, dict) else {}
+        if row is None or {k: v for k, v in given.items() if k not in ANSWER_KEYS} != own:
+            raise ConfigError(
+                f"{output}:{index + 1} is not an answer to row {index + 1} of the data; give "
+                "another --output, or delete this file"
+            )
+    if rest:
+        durable.write_bytes(output, whole + b"\n" if whole else b"")
+    return len(lines)
+
+
+def _line(row: Mapping[str, Any], answers: Sequence[GenerateResult]) -> dict[str, Any]:
+    if len(answers) == 1:
+        (one,) = answers
+        reason, tokens = one.finish_reason, one.completion_tokens
+        return {**row, "response": one.text, "finish_reason": reason, "completion_tokens": tokens}
+    return {
+        **row,
+        "responses": [answer.text for answer in answers],
+        "finish_reason": [answer.finish_reason for answer in answers],
+        "completion_tokens": [answer.completion_tokens for answer in answers],
+    }

@@ -1,0 +1,115 @@
+"""`engine generate --data`: an answer to every row, in order, and again after a stop."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from cli import main as cli
+from engine.config.tasks.inference import GenerateSettings
+from engine.errors import ConfigError, DataError
+from engine.verbs.models.generate import answer_rows
+
+ROWS: list[Any] = [
+    {"id": 1, "prompt": "Word?"},
+    "plain text",
+    {"messages": [{"role": "user", "content": "Who?"}], "z": [1], "a": None},
+    *({"id": n, "prompt": "x" * n} for n in range(1, 12)),
+]
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings_of(model: Path, tmp_path: Path, **options: Any) -> GenerateSettings:
+    data = write_rows(tmp_path / "rows.jsonl", ROWS)
+    given: dict[str, Any] = {
+        "model": model,
+        "max_new_tokens": 9,
+        "slots": 3,
+        "temperature": 1.0,
+        **options,
+    }
+    return GenerateSettings(data=data, output=tmp_path / "answers.jsonl", **given)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_are_answered_in_order_with_their_keys(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_model, tmp_path)
+    counted: list[tuple[int, int]] = []
+    assert answer_rows(settings, lambda done, rows: counted.append((done, rows))) == len(ROWS)
+    assert counted[-1] == (len(ROWS), len(ROWS))
+    lines = lines_of(tmp_path / "answers.jsonl")
+    answers = ["response", "finish_reason", "completion_tokens"]
+    assert [list(line) for line in lines] == [
+        [*(row if isinstance(row, dict) else ["prompt"]), *answers] for row in ROWS
+    ]
+    assert lines[1]["prompt"] == "plain text"
+    assert {line["finish_reason"] for line in lines} <= {"stop", "length"}
+    assert len({line["response"] for line in lines}) > 5
+
+
+@pytest.mark.parametrize("broken", [0, 1, 17])
+def test_a_stopped_job_goes_on_with_the_same_answers(
+    tiny_model: Path, tmp_path: Path, broken: int
+) -> None:
+    settings, output = settings_of(tiny_model, tmp_path), tmp_path / "answers.jsonl"
+    answer_rows(settings)
+    whole = output.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:5]) + lines[5][:broken])
+    assert answer_rows(settings) == len(ROWS) - 5
+    assert output.read_bytes() == whole
+    assert answer_rows(settings) == 0
+
+
+def test_an_output_of_other_rows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    settings, output = settings_of(tiny_model, tmp_path), tmp_path / "answers.jsonl"
+    for text in ('{"id": 2, "prompt": "Word?"}\n', "nonsense\n", "{}\n"):
+        output.write_text(text)
+        with pytest.raises(ConfigError, match=r"answers.jsonl:1 is not an answer to row 1"):
+            answer_rows(settings)
+        assert output.read_text() == text
+
+
+def test_rows_without_a_prompt_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_model, tmp_path)
+    row: Any
+    for row in ({"text": "x"}, {"prompt": 3}, {"messages": []}, 7):
+        write_rows(tmp_path / "rows.jsonl", ["good", row])
+        with pytest.raises(DataError, match=r"rows.jsonl:2:1: the row has no prompt"):
+            answer_rows(settings)
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(DataError, match="holds no rows"):
+        answer_rows(settings)
+
+
+def test_samples_differ_and_come_again(tiny_model: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_model, tmp_path, num_samples=4)
+    answer_rows(settings)
+    lines = lines_of(tmp_path / "answers.jsonl")
+    assert all(len(line["responses"]) == 4 for line in lines)
+    assert any(len(set(line["responses"])) > 1 for line in lines)
+    options: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "num_samples": 4}
+    texts = engine.generate(tiny_model, prompts=["Word?", "plain text"], slots=2, **options)
+    assert [one.text for one in texts] == [*lines[0]["responses"], *lines[1]["responses"]]
+
+
+def test_the_command_line_says_what_it_did(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, output = write_rows(tmp_path / "r.jsonl", ROWS[:3]), tmp_path / "o.jsonl"
+    words = ["generate", "--model", str(tiny_model), "--max-new-tokens", "3"]
+    cli.main([*words, "--data", str(data), "--output", str(output), "--json"])
+    assert json.loads(capsys.readouterr().out) == {"rows": 3, "output": str(output)}
+    cli.main([*words, "--prompt", "Hi", "--num-samples", "2", "--temperature", "1"])
+    assert capsys.readouterr().out.count("\n[2] ") == 1
+    for wrong in (["--data", str(data)], ["--output", str(output)], []):
+        assert cli.main([*words, *wrong]) == 2
