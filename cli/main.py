@@ -32,6 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
     "generate": ("cli.models.generate", "answer a prompt"),
+    "chat": ("cli.models.chat", "talk with a model, its adapter on, off or compared"),
     "serve": ("cli.models.serve", "an HTTP server that speaks OpenAI's interface"),
     "merge": ("cli.models.merge", "write a model with an adapter merged into its weights"),
     "quantize": ("cli.models.quantize", "write a model in 4, 8 or 16 bits"),
@@ -50,9 +51,8 @@ VERBS: dict[str, tuple[str, str]] = {
 _OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine_tune", "sft", "fit", "learn", "lora", "qlora"), "train"),
     **dict.fromkeys(("evaluate", "evaluation", "perplexity", "test", "score"), "eval"),
-    **dict.fromkeys(
-        ("chat", "infer", "inference", "run", "predict", "ask", "complete"), "generate"
-    ),
+    **dict.fromkeys(("infer", "inference", "run", "predict", "ask", "complete"), "generate"),
+    **dict.fromkeys(("talk", "repl", "converse", "interactive"), "chat"),
     **dict.fromkeys(("server", "api", "openai", "deploy", "host", "listen"), "serve"),
     **dict.fromkeys(("fuse", "merge_lora", "merge_adapter", "save"), "merge"),
     **dict.fromkeys(("quantise", "bnb", "nf4"), "quantize"),

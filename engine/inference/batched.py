@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, ConfigError, listing
-from engine.inference.loading import load_named_adapter
+from engine.inference.loading import GivenAdapter, load_named_adapter
 from engine.inference.next_token import next_token
 from engine.inference.request import (
     Answer,
@@ -97,7 +96,7 @@ class BatchedGenerator:
         self._numbers = 0
         self._adapters: set[str] = set()
 
-    def add_adapter(self, name: str, adapter: Path | str, source: ModelSource) -> frozenset[int]:
+    def add_adapter(self, name: str, adapter: GivenAdapter, source: ModelSource) -> frozenset[int]:
         """Offer a saved adapter to requests that name it; the model was built from `source`.
 
         Returns the ids that end an answer besides those of the model. Raises as

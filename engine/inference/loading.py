@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
+from engine.config.choices import Quantization
+from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import GenerateSettings, OneModel
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError
@@ -17,6 +20,9 @@ from models.decoder import Decoder
 from models.memory.lasting import keep_decoded
 from models.named_adapters import attach_named
 
+GivenAdapter = Path | str | tuple[WeightedPath, ...]
+"""A saved adapter, or several with weights, which are added up."""
+
 
 def check_adapter(settings: OneModel) -> None:
     """Raises `CheckpointError` or `ConfigError` where the adapter of `settings` is not there."""
@@ -25,7 +31,7 @@ def check_adapter(settings: OneModel) -> None:
 
 
 def load_named_adapter(
-    model: Decoder, source: ModelSource, name: str, adapter: Path | str
+    model: Decoder, source: ModelSource, name: str, adapter: GivenAdapter
 ) -> frozenset[int]:
     """Put a saved adapter on `model`, which was built from `source`, under a name for requests.
 
@@ -41,7 +47,19 @@ def load_named_adapter(
             "load it alone as the model's --adapter, or merge it and serve the merged model"
         )
     attach_named(model, name, both.pairs, both.scales)
-    return frozenset(adapter_stops(both.adapter.path))
+    return frozenset(stop for path in both.adapter.paths for stop in adapter_stops(path))
+
+
+def say_bases(
+    adapters: Iterable[Path],
+    source: ModelSource,
+    quantize: Quantization | None,
+    double_quant: bool = True,
+) -> None:
+    """Warn where an adapter was trained on other weights than those that `quantize` makes."""
+    used = base_name(*used_weights(source, quantize, double_quant))
+    for path in adapters:
+        say_base(path, used, "--quantize chooses the base, as training had it")
 
 
 def load_decoder(
@@ -57,9 +75,7 @@ def load_decoder(
     say_stored(source, settings.quantize)
     both = adapted(source, settings.adapter) if settings.adapter else None
     if both is not None:
-        used = base_name(*used_weights(source, settings.quantize, double_quant))
-        for path in both.adapter.paths:
-            say_base(path, used, "--quantize chooses the base, as training had it")
+        say_bases(both.adapter.paths, source, settings.quantize, double_quant)
     decoder = build_model(
         both or source,
         quantization=settings.quantize,

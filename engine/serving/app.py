@@ -56,6 +56,7 @@ def build_app(
         routes=routes,
         exception_handlers={ApiError: _api_error, HTTPException: _http_error},
     )
+    app.router.redirect_slashes = False
     app.state.service = service
     paths = (getattr(route, "path", "") for route in routes)
     return Observed(Guard(app, rules or AccessRules()), service.metrics, frozenset(paths))

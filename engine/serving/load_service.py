@@ -6,14 +6,15 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from engine.config.tasks.inference import Machine, OneModel
 from engine.config.tasks.serving import ServeSettings
-from engine.device import resolve_device, resolve_dtype
+from engine.device import resolve_device
 from engine.errors import ConfigError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import stop_ids_of
+from engine.inference.loading import load_decoder, say_bases
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
 from engine.serving.model_thread import ModelThread
 from engine.serving.service import Bounds, Loaded, ServedModel, Service
@@ -60,7 +61,7 @@ def load_service(settings: ServeSettings) -> Service:
 
     Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
-    device = resolve_device(settings.device)  # refused before any file is read
+    resolve_device(settings.device)  # refused before any file is read
     adapters, name = named_adapters(settings), base_model_name(settings)
     if name in adapters:
         raise ConfigError(
@@ -69,18 +70,17 @@ def load_service(settings: ServeSettings) -> Service:
         )
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
-    decoder = build_model(
-        source,
-        quantization=settings.quantize,
-        device=device,
-        dtype=resolve_dtype(settings.dtype, device),
-    )
+    machine = {name: getattr(settings, name) for name in Machine.model_fields}
+    decoder = load_decoder(source, OneModel(model=settings.model, **machine))
     generator = BatchedGenerator(
         decoder,
         tokenizer,
         slots=settings.max_running,
         cache_tokens=settings.max_cache_tokens,
     )
+    say_bases(adapters.values(), source, settings.quantize)
+    for adapter, folder in adapters.items():
+        generator.add_adapter(adapter, folder, source)
     loaded = Loaded(
         tokenizer=tokenizer,
         vocabulary=decoder.config.vocab_size,

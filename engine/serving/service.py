@@ -236,7 +236,7 @@ class Service:
         size = self._loaded.vocabulary
         for name, ids in (
             ("prompt", prompt),
-            ("logit_bias", decoding.logit_bias),
+            ("logit_bias", decoding.sampling.get("logit_bias", ())),
             ("stop_token_ids", decoding.stop_ids),
         ):
             outside = next((i for i in ids if not 0 <= i < size), None)
@@ -249,11 +249,14 @@ class Service:
         self, model: ServedModel, decoding: Decoding, length: int, seed: int
     ) -> RequestSettings:
         stop_ids = frozenset() if decoding.ignore_eos else model.stop_ids
+        try:
+            sampling = self.sampling(decoding.sampling)
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
+        whole = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
         return RequestSettings(
             max_new_tokens=length,
-            sampling=self.sampling(decoding.sampling).model_copy(
-                update={"seed": (seed + (1 << 63)) % (1 << 64) - (1 << 63)}
-            ),
+            sampling=sampling.model_copy(update={"seed": whole}),
             stop_ids=stop_ids | set(decoding.stop_ids),
             stop=decoding.stop,
             logprobs=decoding.logprobs,

@@ -110,7 +110,8 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "parts"),
     [
         (["trian"], ["no verb 'trian'", "Did you mean `engine train`?"]),
-        (["chat"], ["no verb 'chat'", "That is `engine generate` here."]),
+        (["ask"], ["no verb 'ask'", "That is `engine generate` here."]),
+        (["server"], ["no verb 'server'", "That is `engine serve` here."]),
         (["version"], ["That is `engine --version` here."]),
         (["--verison"], ["no option '--verison'", "Did you mean `engine --version`?"]),
         (["deepspeed"], ["no verb 'deepspeed'. Verbs: "]),

@@ -42,11 +42,9 @@ REFUSED = {
     "guided_regex": _CONSTRAINED,
     "json_schema": _CONSTRAINED,
     "length_penalty": "answers are drawn, not searched",
-    "min_tokens": "an answer ends where the model ends it, or with ignore_eos at max_tokens",
     "mirostat": "draw by temperature, top_p, top_k and min_p",
     "prompt_logprobs": "send echo and logprobs to /v1/completions",
     "structured_outputs": _CONSTRAINED,
-    "typical_p": "draw by temperature, top_p, top_k and min_p",
     "use_beam_search": "answers are drawn, not searched",
     "web_search_options": "nothing is fetched from the network",
 }
@@ -68,9 +66,6 @@ class Decoding:
     ignore_eos: bool
     choices: int
     seed: int | None
-    presence_penalty: float
-    frequency_penalty: float
-    logit_bias: dict[int, float]
     logprobs: int | None
     stream: bool
     include_usage: bool
@@ -83,7 +78,12 @@ def read_decoding(fields: Fields, logprobs: int | None, max_tokens: int | None) 
         "top_p": fields.number("top_p", 0, 1),
         "top_k": fields.whole("top_k", -1, 1 << 30),
         "min_p": fields.number("min_p", 0, 1),
+        "typical_p": fields.number("typical_p", 1e-6, 1),
+        "min_new_tokens": fields.whole("min_tokens", 0, 1 << 24),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "logit_bias": _logit_bias(fields) or None,
     }
     if sampling["top_p"] == 0:  # The likeliest token alone, as 1e-9 would say.
         sampling["top_p"], sampling["top_k"] = None, 1
@@ -98,9 +98,6 @@ def read_decoding(fields: Fields, logprobs: int | None, max_tokens: int | None) 
         ignore_eos=fields.flag("ignore_eos") or False,
         choices=fields.whole("n", 1, MOST_CHOICES) or 1,
         seed=fields.whole("seed", -(2**63), 2**63 - 1),
-        presence_penalty=fields.number("presence_penalty", -2, 2) or 0.0,
-        frequency_penalty=fields.number("frequency_penalty", -2, 2) or 0.0,
-        logit_bias=_logit_bias(fields),
         logprobs=logprobs,
         stream=stream,
         include_usage=_include_usage(fields, stream),

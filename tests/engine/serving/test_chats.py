@@ -220,6 +220,8 @@ def test_parameters_reach_the_model(scripted: Scripted) -> None:
     sampling = asked.sampling
     assert (sampling.temperature, sampling.top_p) == (0.7, 0.9)
     assert (sampling.top_k, sampling.min_p) == (5, 0.1)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
+    assert sampling.logit_bias == {7: -100}
     assert (sampling.seed, asked.max_new_tokens) == (-3, 11)
     assert 9 in asked.stop_ids
 

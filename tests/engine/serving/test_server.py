@@ -16,6 +16,7 @@ from engine.config.tasks.serving import ServeSettings
 from engine.errors import ConfigError
 from engine.verbs.models.serve import checked_key
 from tests.support.processes.served import ServedModel, completion_request
+from tests.support.request_fuzzer import campaign
 from tests.support.tiny_model import write_tiny_model
 
 LONG = {"prompt": "abc", "max_tokens": 3000, "ignore_eos": True}
@@ -235,3 +236,13 @@ def test_an_address_that_is_taken_is_told_before_the_model_loads(model: Path) ->
         serve(model / "nothing", port=taken.getsockname()[1])
     with pytest.raises(ConfigError, match="cannot listen"):
         serve(model, host="no such host", api_key="a-key-of-some-length")
+
+
+def test_nearly_right_requests_are_answered_with_a_reason(server: ServedModel) -> None:
+    outcomes = campaign(server, 250, seed=1)
+    assert set(outcomes) <= {"200", "400", "403", "404", "405", "408", "413", "415", "431"}, (
+        outcomes
+    )
+    assert outcomes["400"] > 50
+    assert server.health() == {"status": "ok", "running": 0, "waiting": 0}
+    assert "Traceback" not in server.output
