@@ -322,7 +322,6 @@ def test_status_answers_for_a_run_in_words_and_json(
     [
         (("export", "--model", "m"), "Its commands: gguf, adapter"),
         (("data", "rows.jsonl"), "Its commands: "),
-        (("quantize", "m"), "`engine export gguf`"),
         (("train", "--gpus", "2"), "a run is one process on one device"),
     ],
 )
