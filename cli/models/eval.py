@@ -1,4 +1,4 @@
-"""`engine eval`: perplexity over the trained tokens of rows, or scores in tasks."""
+"""`engine eval`: perplexity, gates, or scores in tasks."""
 
 import dataclasses
 import math

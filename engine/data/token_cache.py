@@ -142,8 +142,8 @@ def _code() -> str:
 
     root = Path(__file__).parent.parent
     digest = hashlib.sha256(tokenizers.__version__.encode())
-    for room in ("data", "tokenization"):
-        for path in sorted((root / room).rglob("*.py")):
+    for part in ("data", "tokenization"):
+        for path in sorted((root / part).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

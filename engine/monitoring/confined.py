@@ -1,4 +1,4 @@
-"""Files of a run that lie in it, not where a link leads.
+"""Files that lie in a run, not where a link leads.
 
 What the page reads it shows, and a directory that came from elsewhere may hold a link to a secret.
 """

@@ -1,4 +1,4 @@
-"""Rows that are streamed: when they are, and how a run's settings make the stream."""
+"""When rows are streamed, and the stream that settings make."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Do work in a thread, some items ahead of who needs them and no more."""
+"""Do work in a thread, a few items ahead of its user."""
 
 from __future__ import annotations
 

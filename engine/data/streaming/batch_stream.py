@@ -1,4 +1,4 @@
-"""The batches of a run over a stream of examples, and where it stands after each step.
+"""The batches of a run over a stream of examples.
 
 Batches depend on the position in the stream where they begin and on nothing else, so that a run
 goes on from any step with the batches that it would have had. Without packing a batch is the next

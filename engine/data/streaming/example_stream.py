@@ -1,4 +1,4 @@
-"""Examples of an epoch in its order, tokenised as they are asked for.
+"""Examples of an epoch in its order, tokenised when they are needed.
 
 An epoch reads every row as often as its source's weight says, in an order that is a pure function
 of (seed, epoch). Rows that are held out are left out of it.

@@ -1,4 +1,4 @@
-"""All rows of a data set by number, without any of them in memory.
+"""Rows of a data set by number, none of them in memory.
 
 A plain file of JSON Lines is indexed where it is. Rows of any other source are first written to a
 file of lines, one by one: `[line, value]`, or `[line, column, fault, advice]` for what is no row.

@@ -1,4 +1,4 @@
-"""engine eval --tasks: the scores of a model in tasks of the LM Evaluation Harness."""
+"""engine eval --tasks: scores in tasks of the LM Evaluation Harness."""
 
 from __future__ import annotations
 

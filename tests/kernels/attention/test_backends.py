@@ -26,7 +26,7 @@ from kernels.attention import (
 )
 from kernels.attention.choice import TrialKind, explain, select, trial
 from kernels.attention.table import BACKENDS
-from tests.support.attention_emulation import Emulation
+from tests.support.launches.attention_emulation import Emulation
 
 CPU = torch.device("cpu")
 WHOLE_BATCH = (128, 128)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.elementwise.swiglu import swiglu_forward
 from models.layers.linear import RMSNorm
-from tests.support.launch_counter import per_layer
+from tests.support.launches.launch_counter import per_layer
 
 QLORA = {"method": "qlora", "gradient_checkpointing": "none"}
 MODEL = "llama-3.1-8b"

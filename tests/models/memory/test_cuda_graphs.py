@@ -30,7 +30,7 @@ from models.memory import cuda_graphs as layer_graphs
 from models.memory.cuda_graphs import LayerGraphs
 from models.memory.recorder import CudaRecorder
 from optim import AdamW8bit
-from tests.support.launch_tape import LaunchTape
+from tests.support.launches.launch_tape import LaunchTape
 
 CPU = torch.device("cpu")
 VOCABULARY = 96
