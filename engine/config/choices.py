@@ -53,3 +53,9 @@ DETERMINISTIC = (
     "form. On a CPU they do anyway, with equal --threads"
 )
 """Help of the setting that training and running a model share."""
+
+RowShape = Literal[
+    "auto", "prompt-response", "prompt-completion", "question-answer", "alpaca", "messages",
+    "sharegpt", "text", "preference",
+]  # fmt: skip
+"""Shapes that `engine data convert` writes rows in."""

@@ -6,8 +6,8 @@ from engine.config.settings import Settings, setting
 from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS
 
 
-class RowSettings(Settings):
-    """Which rows of a source are read, in which columns, and what of them is trained."""
+class ChoiceSettings(Settings):
+    """Which rows of a source are read, and in which columns."""
 
     query: str | None = setting(
         None, "Data", "SQL query whose rows are read, where --data is the URL of a database"
@@ -23,6 +23,11 @@ class RowSettings(Settings):
         pattern=BAD_LINES,
         expected=BAD_LINES_WORDS,
     )
+
+
+class RowSettings(ChoiceSettings):
+    """Which rows of a source are read, and what of them is trained."""
+
     train_on: str = setting(
         "all",
         "Data",

@@ -6,11 +6,12 @@ in the `ReadReport`.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from engine.config.row_settings import RowSettings
+from engine.config.row_settings import ChoiceSettings
+from engine.data.origins import notice_stale
 from engine.data.rows import Row, is_row, parse_row
 from engine.data.rows.fields import RowFault
 from engine.data.sources.located import BadLine, Located
@@ -125,7 +126,7 @@ class RowChoice:
     columns: Mapping[str, str] | None = None
 
     @classmethod
-    def of(cls, settings: RowSettings, category: str | Sequence[str] | None = None) -> Self:
+    def of(cls, settings: ChoiceSettings, category: str | Sequence[str] | None = None) -> Self:
         """The choice that a table of settings makes."""
         return cls(settings.min_rating, category, settings.bad_lines, settings.query, settings.map)
 
@@ -181,22 +182,42 @@ def read_chosen(names: Names, choice: RowChoice) -> tuple[list[Row], ReadReport]
     """`read_rows` with everything that may be chosen."""
     policy = BadLines.parse(choice.bad_lines)
     files = data_files(names, choice.query)
-    rows: list[Row] = []
+    notice_stale(files)
     report = ReadReport()
+    rows = [row for _, row in each_row(files, choice, report)]
+    refuse_nothing(len(rows), files, report, policy)
+    log.info("%s: %s", ", ".join(dict.fromkeys(f.name for f in files[:8])), report.recognised())
+    log_read(report)
+    return rows, report
+
+
+def each_row(
+    files: Sequence[RowFile],
+    choice: RowChoice,
+    report: ReadReport,
+    on_bad: Callable[[Located | BadLine, BadLine], None] | None = None,
+) -> Iterator[tuple[Located, Row]]:
+    """The rows that pass the filters, each with the value it was read from.
+
+    `report` counts all of them. `on_bad` takes what is wrong with a row, after what was read of it.
+
+    Raises:
+        DataError: a row is bad, and `choice` does not say that such are skipped.
+    """
+    policy = BadLines.parse(choice.bad_lines)
     for file in files:
         for item in file.values(is_row):
             report.read += 1
             row = choice.parse(item, file)
             if isinstance(row, BadLine):
                 _count_bad(row, policy, report)
+                if on_bad is not None:
+                    on_bad(item, row)
                 continue
             report.count(row)
             if choice.passes(row, report):
-                rows.append(row)
-    _refuse_nothing(rows, files, report, policy)
-    log.info("%s: %s", ", ".join(dict.fromkeys(f.name for f in files[:8])), report.recognised())
-    log_read(report)
-    return rows, report
+                assert isinstance(item, Located)
+                yield item, row
 
 
 def log_read(report: ReadReport) -> None:
@@ -232,9 +253,10 @@ def _count_bad(bad: BadLine, policy: BadLines, report: ReadReport) -> None:
     report.skipped.append(str(bad))
 
 
-def _refuse_nothing(
-    rows: list[Row], files: Sequence[RowFile], report: ReadReport, policy: BadLines
+def refuse_nothing(
+    rows: int, files: Sequence[RowFile], report: ReadReport, policy: BadLines
 ) -> None:
+    """Raise `DataError` where no row is left of `files`, or more are bad than may be skipped."""
     names = listing(file.name for file in files)
     if len(report.skipped) > policy.at_most * report.read:
         raise DataError(

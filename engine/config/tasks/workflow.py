@@ -168,6 +168,22 @@ class ValidateSettings(DataSettings):
     strict: bool = setting(
         False, "Data", "fail where anything of a row is not used: keys, reasoning, tools, length"
     )
+    output: Path | None = setting(
+        None, "Output", "file for the good rows: .jsonl, .jsonl.gz or .parquet"
+    )
+    quarantine: Path | None = setting(
+        None,
+        "Output",
+        "file for the bad rows with their reasons; they are skipped then",
+    )
+    report: Path | None = setting(None, "Output", "file for the figures (.json)")
+    overwrite: bool = setting(False, "Output", "replace files that exist")
+
+
+class StatsSettings(DataSettings):
+    """`engine data stats`."""
+
+    plot: Path | None = setting(None, "Output", "picture of the lengths (.png)")
 
 
 class PreviewSettings(DataSettings):

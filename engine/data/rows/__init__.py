@@ -42,7 +42,12 @@ _RARE_RESPONSE_KEYS = ("solution",)
 TEXT_KEY, IDS_KEY = "text", "input_ids"
 PAIR_KEYS = ("chosen", "rejected")
 
-_ALWAYS_USED = {*_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "schema_version"}
+ABOUT_KEYS = ("tags", "constructs", "difficulty", "source")
+"""What `engine data` says of a row beside the rest; training has no use for it."""
+
+_ALWAYS_USED = {
+    *_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "schema_version", *ABOUT_KEYS,
+}  # fmt: skip
 _KNOWN = {
     *CHAT_KEYS, *PROMPT_KEYS, *RESPONSE_KEYS, *_RARE_PROMPT_KEYS, *_RARE_RESPONSE_KEYS,
     *_CONTEXT_KEYS, "history", TEXT_KEY, IDS_KEY, *PAIR_KEYS, *_ALWAYS_USED,

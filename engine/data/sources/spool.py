@@ -99,3 +99,8 @@ def spooled_standard_input() -> Path:
     with path.open("xb") as file:
         shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
     return path
+
+
+def is_spooled(path: Path) -> bool:
+    """Whether a file was written here, and ends with the process."""
+    return _folder.cache_info().currsize > 0 and path.parent == Path(_folder().name)

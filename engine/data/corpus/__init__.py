@@ -1,0 +1,1 @@
+"""Make corpora: convert, split, deduplicate, mix, and rows from documents and code."""
