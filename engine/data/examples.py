@@ -301,6 +301,14 @@ class ExampleBuilder:
             )
 
 
+def shown_stretches(example: Example, tokenizer: Tokenizer) -> list[str]:
+    """The text of an example, a line for each stretch; those that are trained begin with '>'."""
+    return [
+        f"{'> ' if trained else '  '}{tokenizer.decode(ids, skip_special_tokens=False)!r}"
+        for trained, ids in example.stretches()
+    ]
+
+
 def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     """Rows to be encoded together: so many, and no more characters than memory has space for."""
     start = size = 0

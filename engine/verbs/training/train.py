@@ -18,6 +18,7 @@ import torch
 from engine.config.settings import given_settings
 from engine.config.tasks.commands import command_of, next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
+from engine.data.examples import shown_stretches
 from engine.device import resolve_device, resolve_dtype
 from engine.exporting.publish import destination, publish_folder
 from engine.inference.perplexity import EvalResult, evaluate_examples
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     from engine.memory.estimate import MemoryPlan
 
 log = logging.getLogger(__name__)
+
+_SHOWN = 600
+"""Characters that the log shows of the first row."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +330,9 @@ def train(
             "%s: %d trainable parameters, %d rows, %d steps",
             config.method, run.trainable, prepared.row_count, prepared.total_steps,
         )  # fmt: skip
+        first = prepared.examples[0]
+        as_text = " ".join(shown_stretches(first, prepared.tokenizer))
+        log.info("%s as it is trained (behind '>'): %s", first.source, as_text[:_SHOWN])
         progress = run.train()
         after = run.evaluate_after()
         output = run.state.write_output(prepared.model_source, directory.path)
@@ -389,8 +396,5 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
         f"{device} in {str(dtype).removeprefix('torch.')}; {len(prepared.heldout)} rows held out"
     )
     for example in prepared.examples[:rows]:
-        lines += ["", f"{example.source}:"]
-        for trained, ids in example.stretches():
-            text = prepared.tokenizer.decode(ids, skip_special_tokens=False)
-            lines.append(f"{'> ' if trained else '  '}{text!r}")
+        lines += ["", f"{example.source}:", *shown_stretches(example, prepared.tokenizer)]
     return "\n".join(lines)
