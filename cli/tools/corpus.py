@@ -1,10 +1,17 @@
 """`engine data convert`, `split`, `dedup`, `decontaminate` and `mix`: rows into rows."""
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call
-from engine.config.tasks.corpus import ConvertSettings, CorpusSettings
+from engine.config.tasks.corpus import (
+    ConvertSettings,
+    CorpusSettings,
+    DecontaminateSettings,
+    DedupSettings,
+    SplitSettings,
+)
 
 if TYPE_CHECKING:
     from engine.data.corpus.publishing import CorpusReport
@@ -33,6 +40,94 @@ def convert(call: Call) -> None:
     report.left_out["of_another_shape"] = len(refused)
     publish(settings.output, rows, Making.of("convert", settings, corpus.origins), report)
     _tell(call, report, refused)
+
+
+def split(call: Call) -> None:
+    """Divide rows into training and held-out ones; what is alike stays on one side."""
+    from engine.data.corpus.publishing import Making, publish
+    from engine.data.corpus.split import linked_rows, split_rows
+    from engine.data.corpus.writing import refuse_output
+
+    settings = call.read(SplitSettings)
+    shares = {"train": 1.0, "heldout": settings.heldout, "test": settings.test}
+    outputs = {
+        side: settings.output_dir / f"{side}.jsonl" for side, share in shares.items() if share
+    }
+    refuse_output(*outputs.values(), overwrite=settings.overwrite)
+    corpus, report = _start("split", settings)
+    threshold = None if settings.exact else settings.threshold
+    sets = linked_rows(corpus.rows, settings.group_by, threshold)
+    sides = split_rows(corpus.rows, sets, {s: shares[s] for s in outputs}, settings.seed)
+    report.figures["sets_of_rows"] = len(sets)
+    report.figures["largest_set"] = max(map(len, sets))
+    making = Making.of("split", settings, corpus.origins)
+    for side, path in outputs.items():
+        publish(path, [corpus.rows[row].record for row in sides[side]], making, report)
+    _tell(call, report)
+
+
+def dedup(call: Call) -> None:
+    """Keep one row of those that are equal, or nearly."""
+    from engine.data.corpus.dedup import repeats_of
+    from engine.data.corpus.publishing import Making, publish
+    from engine.data.corpus.reading import records
+    from engine.data.corpus.writing import refuse_output
+
+    settings = call.read(DedupSettings)
+    refuse_output(settings.output, settings.removed, overwrite=settings.overwrite)
+    corpus, report = _start("dedup", settings)
+    rows = corpus.rows
+    threshold = None if settings.exact else settings.threshold
+    stay, repeats = repeats_of(rows, settings.compare, threshold)
+    exact = sum(repeat.exact for repeat in repeats)
+    report.left_out |= {"exact_duplicates": exact, "near_duplicates": len(repeats) - exact}
+    removed = [
+        {**rows[r.row].record, "duplicate_of": rows[r.original].row.source, "exact": r.exact}
+        for r in repeats
+    ]
+    making = Making.of("dedup", settings, corpus.origins)
+    publish(settings.output, records(rows[row] for row in stay), making, report)
+    _write_removed(settings.removed, removed, report)
+    _tell(call, report)
+
+
+def decontaminate(call: Call) -> None:
+    """Leave out rows that share runs of words with held-out ones."""
+    from engine.data.corpus.decontaminate import HeldoutRuns, contaminated_rows
+    from engine.data.corpus.publishing import Making, publish
+    from engine.data.corpus.reading import read_corpus
+    from engine.data.corpus.writing import refuse_output
+    from engine.data.dataset import RowChoice
+
+    settings = call.read(DecontaminateSettings)
+    refuse_output(settings.output, settings.removed, overwrite=settings.overwrite)
+    against = read_corpus(settings.against, RowChoice(bad_lines=settings.bad_lines))
+    heldout = HeldoutRuns(settings.ngram)
+    for item in against.rows:
+        heldout.add(item)
+    corpus, report = _start("decontaminate", settings)
+    shared = {match.row: match for match in contaminated_rows(corpus.rows, heldout)}
+    report.left_out["contaminated"] = len(shared)
+    report.figures["held_out_rows"] = len(against.rows)
+    report.figures["held_out_rows_too_short_to_recognise"] = heldout.ignored
+    clean = [item.record for row, item in enumerate(corpus.rows) if row not in shared]
+    removed = [
+        {**corpus.rows[row].record, "contaminated_by": match.heldout, "shared": match.words}
+        for row, match in shared.items()
+    ]
+    origins = [*corpus.origins, *against.origins]
+    publish(settings.output, clean, Making.of("decontaminate", settings, origins), report)
+    _write_removed(settings.removed, removed, report)
+    lines = [f"{row['source']} shares with {row['contaminated_by']}" for row in removed[:10]]
+    _tell(call, report, lines)
+
+
+def _write_removed(path: Path | None, rows: list[dict[str, Any]], report: "CorpusReport") -> None:
+    """Write the rows that were left out, if that was asked for."""
+    from engine.data.corpus.writing import write_records
+
+    if path is not None:
+        report.outputs[str(path)] = write_records(path, rows)
 
 
 def _start(tool: str, settings: CorpusSettings) -> tuple["Corpus", "CorpusReport"]:

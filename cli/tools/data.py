@@ -5,8 +5,13 @@ from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
 from cli.tools.check_data import build_rows, load_words, read_chosen_rows, stats, validate
-from cli.tools.corpus import convert
-from engine.config.tasks.corpus import ConvertSettings
+from cli.tools.corpus import convert, decontaminate, dedup, split
+from engine.config.tasks.corpus import (
+    ConvertSettings,
+    DecontaminateSettings,
+    DedupSettings,
+    SplitSettings,
+)
 from engine.config.tasks.workflow import (
     DocstringSettings,
     PreviewSettings,
@@ -105,5 +110,8 @@ app = make_app(
     (Verb("data stats", (StatsSettings,), words="data"), stats),
     (Verb("data preview", (PreviewSettings,), words="data", json=False), preview),
     (Verb("data convert", (ConvertSettings,), words="data"), convert),
+    (Verb("data split", (SplitSettings,), words="data"), split),
+    (Verb("data dedup", (DedupSettings,), words="data"), dedup),
+    (Verb("data decontaminate", (DecontaminateSettings,), words="data"), decontaminate),
     (Verb("data docstrings", (DocstringSettings,), json=False), docstrings),
 )

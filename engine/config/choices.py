@@ -59,3 +59,6 @@ RowShape = Literal[
     "sharegpt", "text", "preference",
 ]  # fmt: skip
 """Shapes that `engine data convert` writes rows in."""
+
+CompareOn = Literal["all", "prompt", "response"]
+"""What of two rows is compared."""

@@ -1,4 +1,4 @@
-"""Bad rows with their positions and reasons, in a file of their own."""
+"""Bad rows with their positions and reasons, in their own file."""
 
 from __future__ import annotations
 
