@@ -62,7 +62,7 @@ _OTHER_NAMES = {
     **dict.fromkeys(("env", "info", "check", "diagnose"), "doctor"),
     **dict.fromkeys(("tensorboard", "dashboard", "ui", "web", "view", "plot"), "board"),
     **dict.fromkeys(("ps", "runs", "watch", "progress", "logs"), "status"),
-    **dict.fromkeys(("quantize", "quantise", "convert", "gguf", "to_gguf"), "export gguf"),
+    **dict.fromkeys(("convert", "gguf", "to_gguf"), "export gguf"),
     "version": "--version",
 }
 
@@ -189,14 +189,17 @@ def _usage_message(error: Any) -> str:
     from engine.config.explain import nearest
 
     settings = {parameter.name: parameter for parameter in error.ctx.command.params}
-    field = nearest(option.lstrip("-").replace("-", "_"), settings)
+    name = option.lstrip("-").replace("-", "_")
+    hint = HINTS.get(name) if "method" in settings else None
+    if hint is not None:
+        return f"There is no option {option}: {hint}."
+    field = nearest(name, settings)
     near = [f"--{field.replace('_', '-')}"] if field else near
     if near:
         return f"There is no option {option}. Did you mean {near[0]}?"
     if commands := _commands(error):
         return f"There is no option {option} before a command.{commands}"
-    hint = HINTS.get(option.lstrip("-").replace("-", "_")) if "method" in settings else None
-    return f"There is no option {option}" + (f": {hint}." if hint else ".")
+    return f"There is no option {option}."
 
 
 def _commands(error: Any) -> str:

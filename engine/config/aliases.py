@@ -162,6 +162,7 @@ HINTS: dict[str, str] = {
     "load_in_4bit": "write `method: qlora`",
     "load_in_8bit": "write `method: qlora`; 8-bit bases cannot be trained on",
     "pad_to_sequence_len": "rows are never padded",
+    "lora": "write `method: lora`",
     "qlora": "write `method: qlora`",
     "train_on_inputs": "only the assistant's turns are trained on",
     "trust_remote_code": "code from a model's folder is never run",

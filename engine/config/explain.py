@@ -20,14 +20,41 @@ class Setting:
     source: str
 
 
+# What a single letter means in other programs, the most usual first; no setting here has one.
+_LETTERS: dict[str, tuple[str, ...]] = {
+    "a": ("adapter", "accumulate"),
+    "b": ("batch_size",),
+    "d": ("data",),
+    "e": ("epochs",),
+    "m": ("model",),
+    "n": ("max_new_tokens", "max_steps"),
+    "o": ("output_dir", "output"),
+    "p": ("prompt", "port"),
+    "r": ("lora_rank",),
+    "s": ("seed",),
+    "t": ("temperature",),
+}
+
+
 def nearest(name: str, known: Mapping[str, Any]) -> str | None:
-    """The known name (or the field of the known alias) that looks much like `name`.
+    """The known name (or the field of the known alias) that `name` is misspelt or short for.
 
     Below this likeness a suggestion misleads: `deepspeed` is no misspelt `seed`.
     """
     names = [*known, *(alias for alias, field in ALIASES.items() if field in known)]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return ALIASES.get(close[0], close[0]) if close else None
+    return ALIASES.get(close[0], close[0]) if close else _written_out(name, known)
+
+
+def _written_out(short: str, known: Mapping[str, Any]) -> str | None:
+    """The one name that `short` abbreviates: `m`, `batch` or `bs` for model or batch_size."""
+    names = [name for name in _LETTERS.get(short, ()) if name in known][:1]
+    if len(short) == 1:
+        names = names or [name for name in known if name.startswith(short)]
+    else:
+        names = [name for name in known if name.rpartition("_")[0] == short]
+        names = names or [n for n in known if "".join(word[0] for word in n.split("_")) == short]
+    return names[0] if len(names) == 1 else None
 
 
 def describe(
@@ -55,6 +82,8 @@ def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setti
         near = nearest(field, fields)
         return f"there is no setting `{field}`" + (f"; did you mean `{near}`" if near else "")
     message = _expected(fault, fields.get(field)) or message
+    if fault["type"] == "literal_error":
+        message += _switch(fault["input"], fields)
     given = settings.get(field)
     value = repr(given.value if given is not None else fault["input"])
     source = f" ({given.source})" if given is not None else ""
@@ -72,3 +101,12 @@ def _expected(fault: Any, field: Any) -> str | None:
         choices += ["none"] if getattr(field, "default", 0) is None else []
         return f"should be {', '.join(choices[:-1])} or {choices[-1]}" if choices[1:] else None
     return None
+
+
+def _switch(value: Any, fields: Mapping[str, Any]) -> str:
+    """The setting that switches on what was given as a choice of another, as a half-sentence."""
+    name = str(value).strip().lower()
+    name = ALIASES.get(name, name)
+    if getattr(fields.get(name), "annotation", None) is not bool:
+        return ""
+    return f", and `{name}` (--{name.replace('_', '-')}) goes with one of them"
