@@ -70,7 +70,8 @@ def named_dtype(dtype: "torch.dtype | str", device: "torch.device") -> "torch.dt
 
     if isinstance(dtype, torch.dtype):
         return dtype
-    name = DTYPES.get(dtype.lower(), dtype.lower())
+    given = str(dtype).lower().removeprefix("torch.")
+    name = DTYPES.get(given, given)
     if name == "auto":
         return resolve_dtype("auto", device)
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -20,11 +20,13 @@ _IN_RUN = "adapter"
 def adapter_path(name: Path | str) -> Path:
     """The folder or GGUF file of the adapter that `name` means.
 
-    A run's directory means its `adapter/`; what is no path may be a hub id, which is looked up in
-    the cache first. Raises `CheckpointError` for a path that holds no adapter, and `ConfigError`
-    for what is neither.
+    A run's directory means its `adapter/`, and a file of an adapter's folder that folder; what is
+    no path may be a hub id, which is looked up in the cache first. Raises `CheckpointError` for a
+    path that holds no adapter, and `ConfigError` for what is neither.
     """
     path = Path(name).expanduser()
+    if path.is_file() and path.suffix != ".gguf" and (path.parent / CONFIG).exists():
+        path = path.parent
     if path.is_file() or (path / CONFIG).exists():
         return path
     if (path / _IN_RUN / CONFIG).exists():
@@ -74,6 +76,13 @@ def _instead(path: Path) -> str:
             ", nor does its folder adapter: this run has not saved one yet. Let it finish: engine "
             f"resume {path}"
         )
+    if (path / "state.json").exists():
+        result = path.parent / _IN_RUN
+        given = f"Give --adapter {result}, or" if (result / CONFIG).exists() else "To have one,"
+        return f": it is a checkpoint. {given} go on with its run: engine resume {path.parent}"
+    runs = sorted(folder.parent.parent for folder in path.glob(f"*/{_IN_RUN}/{CONFIG}"))
+    if runs:
+        return f", but the runs {', '.join(map(str, runs[:4]))} do: name one of them."
     inner = sorted(folder.parent for folder in path.glob(f"*/{CONFIG}"))
     if inner:
         return f", but {', '.join(map(str, inner[:4]))} do: name one of them."

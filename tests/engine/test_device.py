@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from engine.benchmark.runner import default_settings
-from engine.device import multiplies_bfloat16, resolve_dtype
+from engine.device import multiplies_bfloat16, named_dtype, resolve_dtype
+from engine.errors import ConfigError
 from engine.verbs.doctor import examine
 
 GPUS = {"T4": (7, 5), "V100": (7, 0), "A100": (8, 0), "RTX 4090": (8, 9), "H200": (9, 0)}
@@ -39,3 +40,14 @@ def test_doctor_refuses_a_triton_that_aborts(
     (check,) = (check for check in examine() if check.name == "triton")
     assert (check.status != "problem") == enough
     assert ("needs 3.3" in check.detail) != enough
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "float32", "FP32", "torch.float32", "float"])
+def test_a_compute_type_is_known_by_all_its_names(dtype: torch.dtype | str) -> None:
+    assert named_dtype(dtype, torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float64", 3, "", "torch.int8"])
+def test_what_is_no_compute_type_is_named(dtype: str) -> None:
+    with pytest.raises(ConfigError, match="should be auto, float32, bfloat16, float16"):
+        named_dtype(dtype, torch.device("cpu"))

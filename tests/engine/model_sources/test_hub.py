@@ -264,6 +264,25 @@ def adapter_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_any_path_that_leads_to_an_adapter_means_it(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    files = adapter_files(run / "adapter")
+    assert {adapter_path(run), *(adapter_path(run / "adapter" / name) for name in files)} == {
+        run / "adapter"
+    }
+    checkpoint = run / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"it is a checkpoint. Give --adapter {run}/adapter"):
+        adapter_path(checkpoint)
+    with pytest.raises(CheckpointError, match=f"but the runs {run} do: name one of them"):
+        adapter_path(tmp_path / "runs")
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(CheckpointError, match=f"To have one, go on .* engine resume {run}"):
+        adapter_path(checkpoint)
+
+
 def test_an_adapter_of_the_hub_is_used_from_the_cache(cache: Path, tmp_path: Path) -> None:
     adapter_files(tmp_path / "a")
     snapshot = fill(cache, tmp_path / "a", ("adapter_config.json", "adapter_model.safetensors"))
