@@ -10,12 +10,15 @@ from engine.config.tasks.corpus import (
     CorpusSettings,
     DecontaminateSettings,
     DedupSettings,
+    MixSettings,
+    MixSource,
     SplitSettings,
 )
 
 if TYPE_CHECKING:
     from engine.data.corpus.publishing import CorpusReport
     from engine.data.corpus.reading import Corpus
+    from engine.data.origins import Origin
 
 
 def convert(call: Call) -> None:
@@ -39,7 +42,7 @@ def convert(call: Call) -> None:
         )
     report.left_out["of_another_shape"] = len(refused)
     publish(settings.output, rows, Making.of("convert", settings, corpus.origins), report)
-    _tell(call, report, refused)
+    tell(call, report, refused)
 
 
 def split(call: Call) -> None:
@@ -63,7 +66,7 @@ def split(call: Call) -> None:
     making = Making.of("split", settings, corpus.origins)
     for side, path in outputs.items():
         publish(path, [corpus.rows[row].record for row in sides[side]], making, report)
-    _tell(call, report)
+    tell(call, report)
 
 
 def dedup(call: Call) -> None:
@@ -88,7 +91,7 @@ def dedup(call: Call) -> None:
     making = Making.of("dedup", settings, corpus.origins)
     publish(settings.output, records(rows[row] for row in stay), making, report)
     _write_removed(settings.removed, removed, report)
-    _tell(call, report)
+    tell(call, report)
 
 
 def decontaminate(call: Call) -> None:
@@ -119,7 +122,60 @@ def decontaminate(call: Call) -> None:
     publish(settings.output, clean, Making.of("decontaminate", settings, origins), report)
     _write_removed(settings.removed, removed, report)
     lines = [f"{row['source']} shares with {row['contaminated_by']}" for row in removed[:10]]
-    _tell(call, report, lines)
+    tell(call, report, lines)
+
+
+def mix(call: Call) -> None:
+    """Mix sources in the proportions that a YAML file names."""
+    from engine.data.corpus.mix import MixPart, mix_rows
+    from engine.data.corpus.publishing import CorpusReport, Making, publish
+    from engine.data.corpus.writing import refuse_output
+    from engine.storage import durable
+
+    settings = call.read(MixSettings)
+    refuse_output(settings.output, overwrite=settings.overwrite)
+    report, parts = CorpusReport("mix"), list[MixPart]()
+    origins: list[Origin] = []
+    absent = []
+    for number, source in enumerate(settings.sources, 1):
+        name = source.name or ", ".join(source.path)
+        corpus = _mix_source(source, settings)
+        if corpus is None:
+            absent.append(name)
+            continue
+        name = f"{name} ({number})" if any(part.name == name for part in parts) else name
+        parts.append(MixPart(name, corpus.rows, source.rate, source.weight))
+        origins += corpus.origins
+        report.read += corpus.report.read
+        for reason, count in corpus.losses.items():
+            report.left_out[reason] = report.left_out.get(reason, 0) + count
+    rows, figures = mix_rows(parts, settings.rows, settings.seed)
+    report.left_out["not_drawn"] = sum(told["read"] - told["used"] for told in figures.values())
+    report.figures = {**figures, "absent": ", ".join(absent)}
+    publish(settings.output, rows, Making.of("mix", settings, origins), report)
+    if settings.report is not None:
+        durable.write_json(settings.report, dataclasses.asdict(report))
+    tell(call, report)
+
+
+def _mix_source(source: MixSource, settings: MixSettings) -> "Corpus | None":
+    """The rows of a source; None where it may be absent, and is."""
+    import logging
+
+    from engine.data.corpus.reading import read_corpus
+    from engine.data.dataset import RowChoice
+    from engine.errors import DataError
+
+    local = [Path(path).expanduser() for path in source.path]
+    if source.optional and not all(path.exists() for path in local):
+        if settings.strict:
+            raise DataError(f"{', '.join(source.path)} is absent (--strict).")
+        logging.getLogger(__name__).warning("%s is absent and optional", ", ".join(source.path))
+        return None
+    choice = RowChoice(
+        source.min_rating, source.category, settings.bad_lines, source.query, source.map
+    )
+    return read_corpus(source.path, choice, settings.strict)
 
 
 def _write_removed(path: Path | None, rows: list[dict[str, Any]], report: "CorpusReport") -> None:
@@ -147,7 +203,8 @@ def _start(tool: str, settings: CorpusSettings) -> tuple["Corpus", "CorpusReport
     return corpus, CorpusReport(tool, corpus.report.read, left_out=corpus.losses)
 
 
-def _tell(call: Call, report: "CorpusReport", more: list[str] | None = None) -> None:
+def tell(call: Call, report: "CorpusReport", more: list[str] | None = None) -> None:
+    """Print what a tool did, after the first of `more`."""
     told: dict[str, Any] = dataclasses.asdict(report)
     if not call.print_json(told):
         for line in (*(more or [])[:20], *report.lines()):

@@ -5,12 +5,18 @@ from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
 from cli.tools.check_data import build_rows, load_words, read_chosen_rows, stats, validate
-from cli.tools.corpus import convert, decontaminate, dedup, split
+from cli.tools.corpus import convert, decontaminate, dedup, mix, split
+from cli.tools.make_rows import extract, pairs, synth, tokenizer
 from engine.config.tasks.corpus import (
     ConvertSettings,
     DecontaminateSettings,
     DedupSettings,
+    ExtractSettings,
+    MixSettings,
+    PairsSettings,
     SplitSettings,
+    SynthSettings,
+    TokenizerSettings,
 )
 from engine.config.tasks.workflow import (
     DocstringSettings,
@@ -113,5 +119,10 @@ app = make_app(
     (Verb("data split", (SplitSettings,), words="data"), split),
     (Verb("data dedup", (DedupSettings,), words="data"), dedup),
     (Verb("data decontaminate", (DecontaminateSettings,), words="data"), decontaminate),
+    (Verb("data mix", (MixSettings,)), mix),
+    (Verb("data pairs", (PairsSettings,), words="data"), pairs),
+    (Verb("data extract", (ExtractSettings,), words="source"), extract),
+    (Verb("data synth", (SynthSettings,)), synth),
+    (Verb("data tokenizer", (TokenizerSettings,), words="data"), tokenizer),
     (Verb("data docstrings", (DocstringSettings,), json=False), docstrings),
 )

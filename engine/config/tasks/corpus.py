@@ -1,12 +1,18 @@
 """Settings of the verbs of `engine data` that write corpora."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from engine.config.choices import CompareOn, RowShape
-from engine.config.data_names import DataNames
+from engine.config.data_names import ColumnMap, DataNames
 from engine.config.row_settings import ChoiceSettings
 from engine.config.settings import Settings, setting
+from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS
 from engine.config.tasks.inference import Paths
+from engine.errors import ConfigError
 
 
 class CorpusSettings(ChoiceSettings):
@@ -71,9 +77,118 @@ class DecontaminateSettings(OneOutput):
     removed: Path | None = setting(None, "Output", "file for the rows that are left out (.jsonl)")
 
 
+class MixSource(Settings):
+    """A source of `engine data mix`."""
+
+    path: DataNames = setting(..., "Mix", "rows", min_length=1)
+    name: str | None = setting(None, "Mix", "what the report calls it; by default its path")
+    weight: float = setting(
+        1.0, "Mix", "how often a row is written; with a total, share beside the others'", gt=0
+    )
+    rate: float = setting(1.0, "Mix", "share of its rows that is drawn", gt=0, le=1)
+    optional: bool = setting(False, "Mix", "go on without it where it does not exist")
+    category: Paths = setting((), "Mix", "only rows of this category")
+    min_rating: int | None = setting(None, "Mix", "leave out rows rated lower", ge=1, le=5)
+    query: str | None = setting(None, "Mix", "SQL query, where the path is a database")
+    map: ColumnMap = setting({}, "Mix", "columns by the fields they are")
+
+
+def _mix_sources(value: Any) -> Any:
+    """Names of sources, or mappings with the keys of `MixSource`."""
+    if not isinstance(value, list | tuple):
+        value = (value,)
+    return tuple({"path": item} if isinstance(item, str) else item for item in value)
+
+
+def _one_source(value: Any) -> Any:
+    """A source as its table; `ConfigError` as what pydantic reports."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return MixSource(**value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+class MixSettings(Settings):
+    """`engine data mix`."""
+
+    sources: Annotated[
+        tuple[Annotated[MixSource, BeforeValidator(_one_source)], ...],
+        BeforeValidator(_mix_sources),
+    ] = setting(
+        ..., "Mix", "rows, in the YAML file with path, weight, rate and more", repeat=True,
+        min_length=1,
+    )  # fmt: skip
+    rows: int | None = setting(None, "Mix", "rows to write; by default what weights give", ge=1)
+    seed: int = setting(0, "Mix", "another seed draws and orders otherwise", ge=0)
+    bad_lines: str = setting(
+        "fail",
+        "Data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
+    )
+    strict: bool = setting(False, "Data", "fail where a source is stale, or an optional one absent")
+    output: Path = setting(..., "Output", "file to write: .jsonl, .jsonl.gz or .parquet")
+    report: Path | None = setting(None, "Output", "file for the figures (.json)")
+    overwrite: bool = setting(False, "Output", "replace files that exist")
+
+
 class MadeOutput(Settings):
     """What the verbs share that make rows of something else."""
 
     output: Path = setting(..., "Output", "file to write: .jsonl, .jsonl.gz or .parquet")
     overwrite: bool = setting(False, "Output", "replace files that exist")
     strict: bool = setting(False, "Data", "fail where something cannot be used")
+
+
+class PairsSettings(MadeOutput):
+    """`engine data pairs`."""
+
+    data: DataNames = setting((), "Pages", "rows to write before those of the pages", repeat=True)
+    docs: Paths = setting(..., "Pages", "folder of Markdown, or a page", repeat=True, min_length=1)
+    fence: Paths = setting(("python",), "Pages", "language of code to take", repeat=True)
+    mode: Literal["code", "prose", "both"] = setting(
+        "code", "Pages", "answers are fenced code, the text of sections, or both"
+    )
+    all_pages: bool = setting(
+        False,
+        "Pages",
+        "also pages that do not say `training_eligible`; never where it is false",
+    )
+
+
+class ExtractSettings(MadeOutput):
+    """`engine data extract`."""
+
+    source: Paths = setting(
+        ..., "Code", "Python file, folder, or installed package", repeat=True, min_length=1
+    )
+    task: Literal["write", "describe", "both"] = setting(
+        "write", "Code", "answers are code for a description, or docstrings for a name"
+    )
+    fewest_lines: int = setting(3, "Code", "leave out shorter definitions", ge=1)
+    most_lines: int = setting(80, "Code", "leave out longer definitions", ge=1)
+    private: bool = setting(False, "Code", "also names that begin with an underscore")
+    limit: int | None = setting(None, "Code", "most rows", ge=1)
+
+
+class SynthSettings(MadeOutput):
+    """`engine data synth`."""
+
+    templates: Path = setting(..., "Templates", "YAML file with values and templates")
+    limit: int = setting(500, "Templates", "most rows", ge=1)
+    seed: int = setting(0, "Templates", "another seed chooses and orders otherwise", ge=0)
+
+
+class TokenizerSettings(ChoiceSettings):
+    """`engine data tokenizer`."""
+
+    data: DataNames = setting(
+        (), "Data", "rows: files, folders, databases, hub ids, or -", repeat=True
+    )
+    category: Paths = setting((), "Data", "only rows of this category", repeat=True)
+    output_dir: Path = setting(..., "Tokenizer", "new folder, as Hugging Face's models have it")
+    vocab_size: int = setting(8192, "Tokenizer", "most ids, special tokens among them", ge=259)
+    special: Paths = setting((), "Tokenizer", "further special tokens", repeat=True)

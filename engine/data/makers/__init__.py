@@ -1,0 +1,1 @@
+"""Make rows of documents, code and templates; train a tokenizer."""
