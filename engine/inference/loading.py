@@ -15,7 +15,8 @@ from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.stops import adapter_stops
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
-from engine.model_sources.quantised.stored_codes import say_stored, used_weights
+from engine.model_sources.quantised.fates import say_loaded
+from engine.model_sources.quantised.stored_codes import used_weights
 from models.decoder import Decoder
 from models.memory.lasting import keep_decoded
 from models.named_adapters import attach_named
@@ -72,7 +73,7 @@ def load_decoder(
     Raises `ConfigError` or `CheckpointError` naming what cannot be used.
     """
     device = resolve_device(settings.device)
-    say_stored(source, settings.quantize)
+    say_loaded(source, settings.quantize)
     both = adapted(source, settings.adapter) if settings.adapter else None
     if both is not None:
         say_bases(both.adapter.paths, source, settings.quantize, double_quant)

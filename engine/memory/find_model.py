@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.hub.names import hub_name
 from engine.memory.model_shapes import preset_config, unknown_model
 from engine.model_sources.hub import fetch_config, resolve
 from engine.model_sources.interface.checks import read_config
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.storage.safe_files import read_json_object
 from models.config.model_config import ModelConfig
@@ -58,6 +59,21 @@ def noted_quantisation(model: str, revision: str | None = None) -> Mapping[str, 
         return {}
     noted = read_json_object(file, ConfigError).get("quantization_config")
     return noted if isinstance(noted, Mapping) else {}
+
+
+def quantised_files(model: str) -> ModelSource | None:
+    """The model with its weights, where they are at hand and quantised; only headers are read.
+
+    None too where they cannot be read, which whoever loads them is told.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() or not (path.is_dir() or path.suffix == ".gguf"):
+        return None
+    try:
+        source = open_model_source(path)
+    except EngineError:
+        return None
+    return source if any(map(source.stored_as, source.names())) else None
 
 
 def stored_in_nf4(noted: Mapping[str, Any]) -> bool:

@@ -47,6 +47,9 @@ class TrainedSource(ModelSourceView):
     def codes(self, name: str) -> None:
         """None: the tensors of a model whose every weight was trained are dense."""
 
+    def stored_as(self, name: str) -> None:
+        """None: they are in no file."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 

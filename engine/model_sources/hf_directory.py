@@ -79,6 +79,9 @@ class HFDirectory(ModelFiles):
     def codes(self, name: str) -> NF4Weight | Int8Weight | None:
         return self._stored(name).codes()
 
+    def stored_as(self, name: str) -> str | None:
+        return self._stored(name).form
+
     def release(self, name: str) -> None:
         self._stored(name).release()
 

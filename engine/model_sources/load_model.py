@@ -23,12 +23,12 @@ from engine.device import named_dtype, resolve_device
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.fates import say_loaded
 from engine.model_sources.quantised.stored_codes import (
     Codes,
     StoredCodes,
     decoded,
     joined_experts,
-    say_stored,
 )
 from kernels.linear.int8 import quantize_int8
 from kernels.linear.projection import QuantizedWeight
@@ -299,7 +299,7 @@ def load_model(
     where = resolve_device(device) if isinstance(device, str) else device
     kind = named_dtype(dtype, where)
     source = open_model_source(model)
-    say_stored(source, quantize)
+    say_loaded(source, quantize)
     if adapter is None:
         return build_model(source, quantization=quantize, device=where, dtype=kind)
     both = adapted(source, adapter)

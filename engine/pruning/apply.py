@@ -23,6 +23,8 @@ from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.pruning_record import HeadMap
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4 import NF4Weight
 from models.config.heads_per_layer import PER_LAYER
 from models.config.model_config import ModelConfig
 from models.head_slices import HeadSlices, Indices, layer_heads
@@ -84,6 +86,11 @@ class CutSource(ModelSourceView):
 
     def tensor(self, name: str) -> Tensor:
         return self._slices.cut(name, self.base.tensor(name))
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        """The stored codes; None for a tensor that heads are cut out of."""
+        cut = self.shape(name) != self.base.shape(name)
+        return None if cut else self.base.codes(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slices.cut_shape(name, self.base.shape(name))

@@ -16,6 +16,7 @@ from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.fates import run_fate, say
 from models.adapters import add_lora, attach_lora, target_modules
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -100,6 +101,7 @@ def load_teacher(config: TrainConfig, device: torch.device) -> Decoder | None:
         return None
     source = open_model_source(config.teacher)
     log.info("learning from %s", config.teacher)
+    say(source, run_fate(config, source))
     return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
 

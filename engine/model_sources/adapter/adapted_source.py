@@ -109,6 +109,12 @@ class AdaptedSource(ModelSourceView):
         own = name in self._base_names and name not in self._folded_names
         return self.base.codes(name) if own else None
 
+    def stored_as(self, name: str) -> str | None:
+        """How the base holds it; None for what the adapter puts in its stead."""
+        stored = self._stored(name)
+        own = stored in self._base_names and name not in self._copies
+        return self.base.stored_as(stored) if own else None
+
     def tensor(self, name: str) -> Tensor:
         """The tensor; in float32 where the adapter changes it."""
         module, _, leaf = name.rpartition(".")

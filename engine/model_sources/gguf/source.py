@@ -90,6 +90,11 @@ class GGUFSource:
         """None: the kernels compute with other codes than those of GGUF files."""
         self._check(name)
 
+    def stored_as(self, name: str) -> str | None:
+        self._check(name)
+        kinds = {self._file.tensors[part].kind for part in self._sources[name].tensors}
+        return " and ".join(sorted(kinds - _STORED.keys())) or None
+
     def release(self, name: str) -> None:
         """Nothing to do: `tensor` returns memory of its own, and drops the pages it read."""
         self._check(name)

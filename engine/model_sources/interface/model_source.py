@@ -74,6 +74,9 @@ class ModelSource(ModelDescription, Protocol):
         `tensor(name)` is what these codes decode to. They may be views of a mapped file.
         """
 
+    def stored_as(self, name: str) -> str | None:
+        """How the files hold tensor `name` (NF4, fp8, Q4_K, ...); None in 16 bits or more."""
+
     def release(self, name: str) -> None:
         """Say that no view of tensor `name` is in use, so that its pages can leave memory."""
 

@@ -40,6 +40,9 @@ class ModelSourceView:
     def codes(self, name: str) -> NF4Weight | Int8Weight | None:
         return self.base.codes(name)
 
+    def stored_as(self, name: str) -> str | None:
+        return self.base.stored_as(name)
+
     def release(self, name: str) -> None:
         self.base.release(name)
 

@@ -68,6 +68,11 @@ class EightBitTensor:
         """The weight as it is stored, views of the file."""
         return Int8Weight(self.weight.tensor(), self.scales.tensor().float(), self.dtype)
 
+    @property
+    def form(self) -> str:
+        """The words for such rows."""
+        return "8-bit rows"
+
     def release(self) -> None:
         """Let go of the pages of all parts."""
         self.weight.release()

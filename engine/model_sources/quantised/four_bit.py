@@ -111,6 +111,11 @@ class FourBitTensor:
         nested = self.parts["nested_absmax"].tensor()
         return replace(weight, nested_absmax=nested, nested_offset=torch.tensor(self.nested_offset))
 
+    @property
+    def form(self) -> str:
+        """NF4 or FP4."""
+        return self.kind.upper()
+
     def release(self) -> None:
         """Let go of the pages of all parts."""
         for part in self.parts.values():

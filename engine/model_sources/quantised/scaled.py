@@ -68,6 +68,11 @@ class ScaledTensor:
     def codes(self) -> None:
         """None: no operation here computes with such codes."""
 
+    @property
+    def form(self) -> str:
+        """fp8, or int8 with scales."""
+        return "fp8" if self.weight.dtype.is_floating_point else "int8 with scales"
+
     def release(self) -> None:
         """Let go of the pages of all parts."""
         for part in (self.weight, self.scale, self.zero_point):

@@ -7,7 +7,6 @@ codes are decoded first.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +23,18 @@ from models.layers.experts import EXPERT_PROJECTIONS
 from models.tensor_layout import Layout
 from models.tensor_names import is_quantised
 
-log = logging.getLogger(__name__)
-
 Codes = NF4Weight | Int8Weight
-_WORDS = {"nf4": "NF4", "int8": "8-bit rows"}
 
 
 def stored_kind(source: ModelSource) -> Quantization | None:
     """In which codes the files hold projections, if they hold any so."""
     first = _first_codes(source)
-    if first is None:
-        return None
-    return "nf4" if isinstance(first, NF4Weight) else "int8"
+    return None if first is None else kind_of(first)
+
+
+def kind_of(codes: Codes) -> Quantization:
+    """The quantisation that `codes` are in."""
+    return "nf4" if isinstance(codes, NF4Weight) else "int8"
 
 
 def used_weights(
@@ -48,18 +47,6 @@ def used_weights(
         return quantization, double_quant
     nested = not isinstance(first, NF4Weight) or first.nested_absmax is not None
     return kind, nested
-
-
-def say_stored(source: ModelSource, asked: Quantization | None, as_stored: bool = True) -> None:
-    """Say what becomes of codes that the files hold, where they hold any."""
-    kind = stored_kind(source)
-    if kind is None:
-        return
-    if as_stored and asked in (None, kind):
-        log.info("%s: its weights stay as they are stored, in %s", source.path, _WORDS[kind])
-    else:
-        then = f" and quantised to {_WORDS[asked]}" if asked else ""
-        log.info("%s: its weights, stored in %s, are decoded%s", source.path, _WORDS[kind], then)
 
 
 class _DecodedSource(ModelSourceView):

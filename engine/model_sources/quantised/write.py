@@ -54,6 +54,11 @@ class Encoding:
         self._copied: set[str] = set()
 
     @property
+    def form(self) -> str:
+        """The name of the codes."""
+        return "NF4" if self._bits == 4 else "8-bit rows"
+
+    @property
     def quantised(self) -> int:
         """Weights that were quantised here."""
         return len(self._quantised)
@@ -66,6 +71,10 @@ class Encoding:
     def encodes(self, name: str) -> bool:
         """Whether tensor `name` is stored in codes."""
         return name in self._names
+
+    def keeps(self, name: str) -> bool:
+        """Whether tensor `name` is stored in the codes that the source has."""
+        return self.encodes(name) and self._stored(name) is not None
 
     def specs(self, name: str) -> dict[str, Spec]:
         """Types and shapes of the file's tensors of weight `name`; of a `quant_state` the most."""

@@ -55,6 +55,10 @@ class StoredTensor:
     def codes(self) -> None:
         """None: it is not quantised."""
 
+    @property
+    def form(self) -> None:
+        """None: it is not quantised."""
+
     def release(self) -> None:
         """Let go of its pages."""
         self.file.release(self.name)
@@ -76,6 +80,10 @@ class Stored(Protocol):
 
     def codes(self) -> NF4Weight | Int8Weight | None:
         """The quantised weight, views of the file, where the kernels compute with such codes."""
+
+    @property
+    def form(self) -> str | None:
+        """The name of its quantisation; None where it has none."""
 
     def release(self) -> None:
         """Let go of its pages."""

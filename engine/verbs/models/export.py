@@ -19,6 +19,7 @@ from engine.exporting.publish import destination, publish_folder, publish_gguf
 from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.fates import say_decoded
 from engine.storage import durable
 
 
@@ -47,6 +48,7 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     if settings.calibration:
         rows, device = settings.calibration_rows, settings.device
         importance = measured_importance(source, settings.calibration, rows, device)
+    say_decoded(source, f"written as {settings.type}")
     written = write_gguf(
         source, settings.output, settings.type,
         importance=importance, max_file_size=settings.max_file_size,

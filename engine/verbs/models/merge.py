@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from engine.config.choices import Quantization
 from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import MergeSettings
@@ -32,6 +33,7 @@ from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import adapted
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.fates import loaded_fate, say
 from engine.model_sources.quantised.stored_codes import used_weights
 from engine.runs.summary import write_summary
 from engine.storage import durable
@@ -105,6 +107,8 @@ def merge_with(settings: MergeSettings) -> MergeResult:
         data_files(list(settings.check))
     source = adapted_source(settings.model, settings.adapter)
     nested = _say_bases(source, settings)
+    asked: Quantization | None = "nf4" if settings.onto == "dequantised" else None
+    say(source, loaded_fate(source, asked, written=True))
     merger = Merger(source, settings.onto, double_quant=nested)
     apart: list[float] = []
 

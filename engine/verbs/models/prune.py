@@ -30,6 +30,7 @@ from engine.model_sources.pruning_record import (
     read_pruning,
     sealed,
 )
+from engine.model_sources.quantised.fates import say_decoded
 from engine.provenance import version
 from engine.pruning.apply import (
     CutSource,
@@ -118,6 +119,7 @@ def prune(
             output_path=Path(output),
         )
 
+    say_decoded(source, "written dense")
     return _write(source, Path(output), settings, (scored, choice, record), sum_up)
 
 

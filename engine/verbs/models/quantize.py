@@ -21,6 +21,7 @@ from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.model_sources.quantised.fates import STAYS, Fate, say
 from engine.model_sources.quantised.write import Encoding
 from engine.runs.summary import write_summary
 from engine.storage import durable
@@ -91,6 +92,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
         changed = [f"{module}.weight" for module in adapted.pairs] if adapted else []
         encoding = Encoding(source, settings.bits, dtype, changed)
         _say_experts(source, settings.bits)
+    say(source, _fate(source, encoding))
     transform = (
         Merger(adapted, "original", double_quant=True) if adapted else lambda _, tensor: tensor
     )
@@ -135,6 +137,19 @@ def _sixteen_bits(source: ModelSource) -> torch.dtype:
     kinds = [source.dtype(name) for name in source.names()]
     half = sum(kind == torch.float16 for kind in kinds)
     return torch.float16 if half * 2 > len(kinds) else torch.bfloat16
+
+
+def _fate(source: ModelSource, encoding: Encoding | None) -> Fate:
+    """What becomes of each weight of a source that is quantised itself."""
+
+    def fate(name: str) -> str:
+        if encoding is not None and encoding.keeps(name):
+            return STAYS
+        anew = encoding is not None and encoding.encodes(name)
+        end = f"quantised to {encoding.form}" if encoding and anew else "written dense"
+        return f"are decoded and {end}" if source.stored_as(name) else f"are {end}"
+
+    return fate
 
 
 def _say_experts(source: ModelSource, bits: int) -> None:

@@ -16,7 +16,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
-from engine.memory.find_model import find_model, noted_quantisation, stored_in_nf4
+from engine.memory.find_model import find_model, noted_quantisation, quantised_files, stored_in_nf4
 from engine.memory.model_shapes import preset_config
 from engine.memory.options import NAMES, flag
 from engine.memory.process import PROCESS, refusal
@@ -29,7 +29,9 @@ from engine.memory.run_planner import (
 )
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model
+from engine.model_sources.quantised.fates import run_fate, stored_line
 from engine.runs.stored import CONFIG, read_settings
 from engine.training.checks import check_model, check_request
 from engine.training.cpu_dtype import with_cpu_dtype
@@ -46,7 +48,8 @@ _LONGEST_ROW = 1 << 20
 class Target:
     """What is planned for: a model's shape and a kind of machine.
 
-    `noted` is what the model's config.json says of quantised weights.
+    `noted` is what the model's config.json says of quantised weights, `files` has them where they
+    are at hand.
     """
 
     title: str
@@ -56,6 +59,7 @@ class Target:
     plan: Planner
     rows: KnownRows
     noted: Mapping[str, Any] = field(default_factory=dict)
+    files: ModelSource | None = None
 
     @property
     def longest_row(self) -> int:
@@ -89,7 +93,9 @@ def find_target(config: TrainConfig) -> Target:
     noted = noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
     planner = RunPlanner(model, gpu, stored, rows, teacher)
-    return Target(f"{config.model} on {machine}", model, gpu, stored, planner, rows, noted)
+    files = quantised_files(config.model)
+    title = f"{config.model} on {machine}"
+    return Target(title, model, gpu, stored, planner, rows, noted, files)
 
 
 def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
@@ -277,7 +283,10 @@ class PlanReport:
     def _assumed(self) -> list[str]:
         """What the plan takes the rows and the teacher to be, a line each."""
         lines = [self.target.rows.text(self.plan.config)]
-        if self.target.noted:
+        files = self.target.files
+        if files is not None:
+            lines.append(f"model: {stored_line(files, run_fate(self.plan.config, files))}")
+        elif self.target.noted:
             lines.append(_stored_as(self.target.noted, self.plan.config.method))
         if self.plan.config.teacher is not None:
             lines.append(

@@ -23,7 +23,7 @@ from engine.device import resolve_device, resolve_dtype
 from engine.exporting.publish import destination, publish_folder
 from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
-from engine.model_sources.quantised.stored_codes import say_stored
+from engine.model_sources.quantised.fates import run_fate, say, stored_line
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory, dated
 from engine.runs.identity import check_identity
@@ -157,8 +157,7 @@ class _Run:
         settings, planned = _with_policy(self.config, prepared, self.device, dtype, process)
         self.budget = _budget(prepared, settings, self.device, dtype, process, planned)
         base = prepared.model_source if prepared.init is None else prepared.init.source
-        four_bit = self.config.method == "qlora"
-        say_stored(base, "nf4" if four_bit else None, as_stored=four_bit)
+        say(base, run_fate(self.config, base))
         self.model = build_for(self.config, base, self.device, dtype)
         self.trainable = make_trainable(self.model, settings, prepared.init)
         self.settings = step_settings(settings)
@@ -395,6 +394,9 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "
         f"{device} in {str(dtype).removeprefix('torch.')}; {len(prepared.heldout)} rows held out"
     )
+    source = prepared.model_source
+    stored = stored_line(source, run_fate(config, source))
+    lines += [stored] if stored else []
     for example in prepared.examples[:rows]:
         lines += ["", f"{example.source}:", *shown_stretches(example, prepared.tokenizer)]
     return "\n".join(lines)

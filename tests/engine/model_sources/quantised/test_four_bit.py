@@ -16,53 +16,19 @@ from engine.errors import CheckpointError
 from engine.inference.agreement import difference
 from engine.model_sources.load_model import build_model, load_model
 from engine.model_sources.open import open_model_source
-from engine.model_sources.quantised.eight_bit import eight_bit_rows
-from engine.model_sources.quantised.four_bit import FP4_CODE, four_bit_parts
+from engine.model_sources.quantised.four_bit import FP4_CODE
 from engine.model_sources.quantised.stored_codes import decoded
 from kernels.adamw8bit.dynamic_map import dynamic_map
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4_CODE, NF4Weight, dequantize, quantize
 from models.decoder import Decoder
-from tests.support.scaled_folders import Encode, write_quantised
+from tests.support.scaled_folders import eight_bit, four_bit, fp4, write_quantised
 from tests.support.tiny_model import write_tiny_model
 
 NOTED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 Q = "model.layers.0.self_attn.q_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts"
 IDS = torch.arange(20).reshape(2, 10) * 5 % 61
-
-
-def four_bit(
-    block: int = 64,
-    nested: bool = True,
-    storage: torch.dtype = torch.uint8,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Encode:
-    def encode(name: str, tensor: Tensor) -> dict[str, Tensor]:
-        weight = quantize(tensor.to(dtype), block, nested)
-        parts = {
-            f"{name}.{leaf}" if leaf else name: t for leaf, t in four_bit_parts(weight).items()
-        }
-        parts[name] = parts[name].view(-1).view(storage).view(-1, 1)
-        return parts
-
-    return encode
-
-
-def fp4(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """As NF4 with the values of FP4: the codes are what matters, not how near they come."""
-    parts = four_bit(nested=False)(name, tensor)
-    state = json.loads(bytes(parts.pop(f"{name}.quant_state.bitsandbytes__nf4").tolist()))
-    state["quant_type"] = "fp4"
-    raw = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    return parts | {f"{name}.quant_state.bitsandbytes__fp4": raw, f"{name}.quant_map": FP4_CODE}
-
-
-def eight_bit(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    rows = eight_bit_rows(tensor)
-    module = name.removesuffix(".weight")
-    layout = torch.zeros((), dtype=torch.uint8)
-    return {name: rows.codes, f"{module}.SCB": rows.absmax, f"{module}.weight_format": layout}
 
 
 def decoded_by_hand(stored: dict[str, Tensor], name: str, table: Tensor) -> Tensor:
@@ -265,9 +231,10 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path: Path) -> None:
 def test_a_plan_knows_that_a_model_is_stored_in_nf4(tmp_path: Path) -> None:
     engine.quantize(write_tiny_model(tmp_path / "base"), tmp_path / "m", bits=4)
     given: dict[str, Any] = {"data": str(rows(tmp_path)), "device": "cpu"}
-    stored = engine.plan(engine.TrainConfig(model=str(tmp_path / "m"), **given))
-    assert any("stored in NF4 by bitsandbytes" in line for line in stored.as_dict()["assumed"])
-    dense = engine.plan(engine.TrainConfig(model=str(tmp_path / "m"), method="lora", **given))
-    assert any("decoded for --method lora" in line for line in dense.as_dict()["assumed"])
+    stored = engine.plan(engine.TrainConfig(model=str(tmp_path / "m"), **given)).as_dict()
+    assert any("stored in NF4 stay as they are" in line for line in stored["assumed"])
+    lora = engine.TrainConfig(model=str(tmp_path / "m"), method="lora", **given)
+    dense = engine.plan(lora).as_dict()
+    assert any("stored in NF4 are decoded" in line for line in dense["assumed"])
     plain = engine.plan(engine.TrainConfig(model=str(tmp_path / "base"), **given))
     assert not any(line.startswith("model:") for line in plain.as_dict()["assumed"])
