@@ -59,8 +59,9 @@ def say_bases(
 ) -> None:
     """Warn where an adapter was trained on other weights than those that `quantize` makes."""
     used = base_name(*used_weights(source, quantize, double_quant))
+    digest = source.digest()
     for path in adapters:
-        say_base(path, used, "--quantize chooses the base, as training had it")
+        say_base(path, used, "--quantize chooses the base, as training had it", digest)
 
 
 def load_decoder(

@@ -242,7 +242,8 @@ def _first(raw: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 def _chat_messages(value: Any, key: str, unused: set[str]) -> list[dict[str, Any]]:
     value = from_text(value, f"'{key}'") if _is_list(value) else value
     if not isinstance(value, list) or not value:
-        raise RowFault(f"'{key}' is {json_name(value)} where a list of messages was expected")
+        what = "an empty list" if value == [] else json_name(value)
+        raise RowFault(f"'{key}' is {what} where a list of messages was expected")
     return [parse_message(item, f"{key}[{index}]", unused) for index, item in enumerate(value)]
 
 

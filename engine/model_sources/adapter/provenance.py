@@ -46,13 +46,20 @@ def base_name(quantization: str | None, double_quant: bool | None = True) -> str
     return "NF4 weights" if double_quant in (True, None) else "NF4 weights with plain scales"
 
 
-def say_base(directory: Path, used: str, advice: str) -> str | None:
+def say_base(directory: Path, used: str, advice: str, digest: str) -> str | None:
     """Say which base is `used`, and warn where the adapter was trained on another.
 
-    Returns the base that it was trained on; None where the adapter does not say.
+    `digest` tells the files of that base from others. Returns the base that the adapter was trained
+    on; None where it does not say.
     """
     log.info("The adapter is used on %s", used)
     record = read_base(directory)
+    if record.get("digest", digest) != digest:
+        log.warning(
+            "the adapter %s was trained on a base with other files than those of this model, so it "
+            "may do worse or nothing sensible: base_model_name_or_path in its adapter_config.json "
+            "names that base", directory,
+        )  # fmt: skip
     if "quantization" not in record:
         return None
     trained = base_name(record["quantization"], record.get("double_quant"))

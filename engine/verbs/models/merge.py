@@ -163,8 +163,9 @@ def _say_bases(source: AdaptedSource, settings: MergeSettings) -> bool:
     used = base_name(
         *used_weights(source, "nf4" if settings.onto == "dequantised" else None, nested)
     )
+    advice = "--onto chooses the base, --check DATA measures what it comes to"
     for path in source.adapter.paths:
-        say_base(path, used, "--onto chooses the base, --check DATA measures what it comes to")
+        say_base(path, used, advice, source.base.digest())
     return nested
 
 

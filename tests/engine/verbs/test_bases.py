@@ -2,10 +2,13 @@
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import engine
 from engine.config.train_config import TrainConfig
@@ -61,3 +64,35 @@ def test_a_run_is_its_adapter_and_says_what_it_was_trained_on(
     result = merge(tiny_model, run, tmp_path / "b", check=[data])
     assert result.check["perplexity_merged"] == pytest.approx(on_original, rel=1e-4)
     assert "--check DATA measures" in warnings_of(caplog)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["weights", "config", "nothing"])
+def test_an_adapter_on_another_model_of_the_same_shapes_is_a_warning(
+    changed: str, tiny_model: Path, write_rows: Rows, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = TrainConfig(
+        model=str(tiny_model), data=str(write_rows(4)), output_dir=tmp_path / "run", method="lora",
+        max_steps=1,
+    )  # fmt: skip
+    engine.train(config, console=False)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    if changed == "weights":
+        weights = load_file(other / "model.safetensors")
+        weights["model.norm.weight"] *= 1.5
+        save_file(weights, other / "model.safetensors", {"format": "pt"})
+    elif changed == "config":
+        raw = json.loads((other / "config.json").read_text())
+        (other / "config.json").write_text(json.dumps(raw | {"rms_norm_eps": 1e-3}))
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.evaluate(other, write_rows(2), adapter=tmp_path / "run"),
+        lambda: engine.generate(other, "hi", tmp_path / "run", max_new_tokens=1),
+        lambda: merge(other, tmp_path / "run", tmp_path / "merged"),
+    ]
+    for call in calls:
+        caplog.clear()
+        call()
+        said = [text for text in warnings_of(caplog) if "a base with other files" in text]
+        assert len(said) == (changed != "nothing")
