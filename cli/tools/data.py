@@ -1,6 +1,7 @@
 """`engine data`: check, show, count and make training data."""
 
 import json
+import platform
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
@@ -66,6 +67,7 @@ def preview(call: Call) -> None:
 def docstrings(call: Call) -> None:
     """Make prompt/response rows from the Python standard library's docstrings."""
     from engine.data.docstrings import write_docstrings
+    from engine.data.origins import write_origins
     from engine.errors import ConfigError
 
     asked = call.read(DocstringSettings)
@@ -79,6 +81,9 @@ def docstrings(call: Call) -> None:
     train, rows, heldout, others = write_docstrings(
         asked.output_dir, asked.limit, asked.heldout_fraction
     )
+    told = {"python": platform.python_version(), "heldout_fraction": asked.heldout_fraction}
+    for file, count in ((train, rows), (heldout, others)):
+        write_origins(file, "docstrings", {**told, "limit": asked.limit}, [], {"written": count})
     print(f"{rows:,} rows in {train}")
     print(f"{others:,} rows in {heldout}, of modules that the first file does not have")
 

@@ -156,6 +156,7 @@ def _line(row: Row) -> str:
         "response": row.messages[1]["content"],
         "category": row.category,
         "rating": row.rating,
+        "source": row.source,
         "schema_version": row.schema_version,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"

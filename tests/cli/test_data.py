@@ -124,6 +124,28 @@ def test_docstrings_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixt
     written = [(tmp_path / "out" / f"{n}.jsonl").read_text() for n in ("train", "heldout")]
     assert 0 < sum(text.count("\n") for text in written) <= 60
     assert json.loads(written[0].splitlines()[0]).keys() >= {"prompt", "response", "rating"}
+    manifest = json.loads((tmp_path / "out" / "train.jsonl.manifest.json").read_text())
+    assert manifest["counts"]["written"] == written[0].count("\n")
+
+
+def test_rows_that_the_length_leaves_nothing_of_go_to_quarantine(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"prompt": "long " * 40, "response": "never read"}
+    rows = write(tmp_path / "r.jsonl", PAIR, long, PAIR, {"prompt": "no answer"})
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    words = ("--model", model, "--max-length", 64, "--output", good, "--quarantine", bad)
+    out = run(capsys, "validate", rows, *words)
+    assert f"2 rows in {good}" in out
+    assert f"2 rows in {bad}" in out
+    entries = [json.loads(line) for line in bad.read_text().splitlines()]
+    assert sorted(entry["line"] for entry in entries) == [2, 4]
+    dropped = next(entry for entry in entries if entry["line"] == 2)
+    assert "the answer begins beyond the first 64 tokens" in dropped["reason"]
+    assert dropped["row"]["response"] == "never read"
+    figures = json.loads(run(capsys, "stats", good, "--model", model, "--json"))
+    assert figures["trained_share"] == round(figures["trained_tokens"] / figures["all_tokens"], 4)
+    assert figures["exact_duplicates"] == 1
 
 
 def test_a_template_that_tries_to_escape_is_one_paragraph(
