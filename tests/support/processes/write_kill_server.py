@@ -1,0 +1,86 @@
+"""Kills verbs that write a model at random moments, and looks at what is left each time.
+
+A server that has torch loaded forks one child per life. A killed life must leave the output whole
+or absent; the next one works whatever was left. Prints one JSON object with what was seen.
+
+Usage: write_kill_server.py MODEL ADAPTER FOLDER KILLS
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.verbs.models.merge import merge
+from engine.verbs.models.quantize import quantize
+
+Write = Callable[[Path], object]
+
+
+def life(write: Write, output: Path, seconds: float | None) -> int:
+    """Write in a child, killed after some seconds; returns its exit status, -9 if killed."""
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            write(output)
+            status = 0
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files whose bytes the inputs decide: weights and configuration."""
+    names = ("model.safetensors", "config.json", "tokenizer.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
+
+
+def campaign(write: Write, folder: Path, kills: int, randomness: random.Random) -> dict[str, int]:
+    folder.mkdir()
+    started = time.monotonic()
+    assert life(write, folder / "undisturbed", None) == 0
+    duration, expected = time.monotonic() - started, contents(folder / "undisturbed")
+    output = folder / "out"
+    seen = {"killed": 0, "left": 0, "appeared": 0, "torn": 0}
+    for _ in range(kills):
+        status = life(write, output, randomness.uniform(0, duration))
+        assert status in (0, -9), status
+        seen["killed"] += status == -9
+        seen["left"] += any(folder.glob(".tmp-*"))
+        if output.exists():
+            seen["appeared"] += 1
+            whole = (output / "summary.json").exists() and (output / "README.md").exists()
+            seen["torn"] += contents(output) != expected or not whole
+            shutil.rmtree(output)
+    assert life(write, output, None) == 0
+    assert contents(output) == expected
+    return seen | {"swept": not any(folder.glob(".tmp-*"))}
+
+
+def main(model: str, adapter: str, folder: Path, kills: int) -> None:
+    torch.set_num_threads(1)
+    randomness = random.Random(0)
+    verbs: dict[str, Write] = {
+        "quantize": lambda output: quantize(model, output, bits=4),
+        "merge": lambda output: merge(model, adapter, output),
+    }
+    print(
+        json.dumps(
+            {name: campaign(verb, folder / name, kills, randomness) for name, verb in verbs.items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
