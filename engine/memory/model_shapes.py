@@ -227,13 +227,19 @@ def preset_config(name: str) -> ModelConfig | None:
 
     A preset is also found by its publisher's id on the hub, such as Qwen/Qwen3-8B.
     """
+    raw = preset_raw(name)
+    return None if raw is None else ModelConfig.from_dict(raw)
+
+
+def preset_raw(name: str) -> dict[str, Any] | None:
+    """What config.json says of a preset, found as above; None if there is no such preset."""
     name = _preset_name(name)
     other = _OTHERS.get(name)
     if other is not None:
         raw, hidden, layers, heads, kv_heads, more, _ = other
         sizes = {"hidden_size": hidden, "num_hidden_layers": layers}
         sizes |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-        return ModelConfig.from_dict(raw | sizes | more)
+        return raw | sizes | more
     shape = _SHAPES.get(name)
     if shape is None:
         return None
@@ -250,7 +256,7 @@ def preset_config(name: str) -> ModelConfig | None:
         raw["rope_scaling"] = _LLAMA3_ROPE | {"factor": 32.0}
     if vocabulary is not None:
         raw["vocab_size"] = vocabulary
-    return ModelConfig.from_dict(raw)
+    return raw
 
 
 def _preset_name(name: str) -> str:

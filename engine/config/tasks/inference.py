@@ -210,6 +210,12 @@ class ExportGGUFSettings(Publishing):
     adapter: Path | None = setting(
         None, "Model", "write this adapter, to be put on the model's own GGUF file"
     )
+    random_weights: bool = setting(
+        False,
+        "Model",
+        "to measure memory and time: random weights in the shape of --model, a folder with "
+        "config.json or a size by name, such as Qwen/Qwen3-8B",
+    )
     output: Path = setting(..., "Output", "new .gguf file")
     type: Annotated[GGUFType, spelled({})] = setting(
         "f16", "Output", "format of most matrices of a model"

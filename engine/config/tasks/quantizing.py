@@ -28,6 +28,12 @@ class WrittenModelSettings(Publishing):
     model: Annotated[str, BeforeValidator(as_text)] = setting(
         ..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1
     )
+    random_weights: bool = setting(
+        False,
+        "Model",
+        "to measure memory and time: random weights in the shape of --model, a folder with "
+        "config.json or a size by name, such as Qwen/Qwen3-8B",
+    )
     output: Path = setting(..., "Output", "new directory for the model")
     max_shard_size: Annotated[int, BeforeValidator(shard_size)] = setting(
         MAX_SHARD_SIZE, "Output", "largest file, in GB (10^9 bytes) or with a unit", ge=1000

@@ -16,9 +16,9 @@ from engine.exporting.gguf_types import FLOATS
 from engine.exporting.modelfile import modelfile
 from engine.exporting.portable_adapter import write_portable
 from engine.exporting.publish import destination, publish_folder, publish_gguf
+from engine.memory.random_model import open_base
 from engine.model_sources.adapter.peft import load_adapter
 from engine.model_sources.adapter_path import adapter_path
-from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.fates import say_decoded
 from engine.storage import durable
 
@@ -36,7 +36,9 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
             raise ConfigError("--modelfile is for a model: leave it out beside --adapter.")
         durable.refuse_occupied(target)
     _require_blocks(settings)
-    source = open_model_source(settings.model)
+    if settings.random_weights and settings.calibration:
+        raise ConfigError("--calibration reads rows; random weights have no tokenizer for them.")
+    source = open_base(settings.model, settings.random_weights)
     if settings.adapter is not None:
         adapter = load_adapter(adapter_path(settings.adapter))
         pairs = write_gguf_adapter(source, adapter, settings.output)

@@ -21,11 +21,12 @@ from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import MergeSettings
 from engine.data.sources.resolve import data_files
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ConfigError
 from engine.exporting.merging import BelowPairs, Merger
 from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
 from engine.inference.agreement import require_agreement
+from engine.memory.random_model import open_base
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
 from engine.model_sources.export import WrittenModel, write_directory
@@ -105,7 +106,10 @@ def merge_with(settings: MergeSettings) -> MergeResult:
     durable.refuse_occupied(settings.output)
     if settings.check:
         data_files(list(settings.check))
-    source = adapted_source(settings.model, settings.adapter)
+    if settings.random_weights and settings.check:
+        raise ConfigError("--check reads rows; random weights have no tokenizer for them.")
+    base = open_base(settings.model, settings.random_weights)
+    source = adapted_source(base, settings.adapter)
     nested = _say_bases(source, settings)
     asked: Quantization | None = "nf4" if settings.onto == "dequantised" else None
     say(source, loaded_fate(source, asked, written=True))
@@ -125,6 +129,7 @@ def merge_with(settings: MergeSettings) -> MergeResult:
             folder, "merge", parameters, started=started, metrics=figures, output_path=output
         )
         facts = {
+            "base weights": "random, to measure" if settings.random_weights else None,
             "base digest": source.base.digest(),
             "merged onto": settings.onto + " weights",
             "weights with an adapter": merged,

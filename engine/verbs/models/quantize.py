@@ -14,13 +14,14 @@ import torch
 from engine.config.tasks.inference import EvalSettings
 from engine.config.tasks.quantizing import QuantizeSettings
 from engine.data.sources.resolve import data_files
+from engine.errors import ConfigError
 from engine.exporting.merging import Merger
 from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
+from engine.memory.random_model import open_base
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.fates import STAYS, Fate, say
 from engine.model_sources.quantised.write import Encoding
 from engine.runs.summary import write_summary
@@ -83,7 +84,8 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
     durable.refuse_occupied(settings.output)
     if settings.data:
         data_files(list(settings.data))
-    base = open_model_source(settings.model)
+    _require_tokenizer(settings)
+    base = open_base(settings.model, settings.random_weights)
     adapted = adapted_source(base, settings.adapter) if settings.adapter else None
     source = adapted or base
     dtype = parse_dtype(settings.dtype) or _sixteen_bits(source)
@@ -97,7 +99,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
         Merger(adapted, "original", double_quant=True) if adapted else lambda _, tensor: tensor
     )
     before = _perplexity(settings, settings.model) if settings.data else None
-    size = _file_bytes(base.path)
+    size = _bytes_of(base) if settings.random_weights else _file_bytes(base.path)
 
     def write_more(folder: Path) -> None:
         figures = {
@@ -168,6 +170,19 @@ def _perplexity(settings: QuantizeSettings, model: str, adapter: bool = True) ->
     return evaluate_with(EvalSettings(model=model, **given)).perplexity
 
 
+def _require_tokenizer(settings: QuantizeSettings) -> None:
+    if settings.random_weights and settings.data:
+        raise ConfigError("--data reads rows; random weights have no tokenizer for them.")
+
+
+def _bytes_of(source: ModelSource) -> int:
+    """Bytes of all tensors."""
+    return sum(
+        source.dtype(name).itemsize * torch.Size(source.shape(name)).numel()
+        for name in source.names()
+    )
+
+
 def _file_bytes(path: Path) -> int:
     """Bytes of the weights' files."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
@@ -184,6 +199,7 @@ def _readme(
     tags = (*(("merged",) if adapted else ()), *(("bitsandbytes",) if how else ("16-bit",)))
     before = figures["perplexity_before"]
     facts = {
+        "base weights": "random, to measure" if settings.random_weights else None,
         "base digest": base.digest(),
         "weights": f"{how}, in the format of bitsandbytes" if how else "16 bits",
         "bytes of the weights": f"{figures['bytes_after']:,}, of {figures['bytes_before']:,}",
