@@ -1,7 +1,7 @@
 """Quantise a weight matrix to one of GGUF's block formats.
 
-Which weights count more in a block follows from their size, or where the activations are known
-from both: with the mean square v_j of input j, the error of an output is sum_j v_j (x_j - x'_j)^2.
+Which weights count more in a block follows from their size, or where the activations are known from
+these: with the mean square v_j of input j, the error of an output is sum_j v_j (x_j - x'_j)^2.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from kernels.gguf import k_quants, simple_blocks
 
 _CHUNK = 1 << 17
 """Weights at a time: the search holds about ten fp32 copies of them."""
+_LEAST_IMPORTANCE = 1e-5
+"""Of an input, over the mean of all."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> Ten
 
 def _weights(part: Tensor, importance: Tensor | None) -> Tensor:
     """How much the error of each weight counts."""
-    spread = part.square().mean(-1, keepdim=True)
     if importance is None:
-        return part.abs() + spread.sqrt()
-    return importance.float() * (part.square() + spread).sqrt()
+        return part.abs() + part.square().mean(-1, keepdim=True).sqrt()
+    relative = importance.float() / importance.float().mean().clamp_min(1e-30)
+    # An input that was silent on the calibration rows may speak on others.
+    return relative.clamp_min(_LEAST_IMPORTANCE).expand_as(part)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.gguf.search import asymmetric, common_step, integers, symmetric
 from kernels.gguf.simple_blocks import as_stored, half_bytes
 
-_REFITS = 1
+_REFITS = 2
 Numbers = tuple[Tensor, Tensor, Tensor]
 
 

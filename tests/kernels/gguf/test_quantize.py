@@ -71,6 +71,24 @@ def test_inputs_that_matter_more_are_kept_better(kind: str) -> None:
     assert error[1] < 0.8 * error[0]
 
 
+@pytest.mark.parametrize("kind", ["q4_0", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"])
+def test_inputs_silent_on_the_calibration_rows_have_weights_too(kind: str) -> None:
+    x = torch.randn(16, 512)
+    for silent in (512, 256, 40):
+        importance = torch.rand(512)
+        importance[:silent] = 0.0
+        back = decoded(quantize(x, kind, importance), kind)
+        assert relative(x[:, :silent], back[:, :silent]) < 2 * LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q5_1", "q4_k", "q6_k"])
+def test_only_the_ratios_of_importance_count(kind: str) -> None:
+    x, importance = torch.randn(4, 256), torch.rand(256)
+    expected = quantize(x, kind, importance)
+    for factor in (2.0**-40, 2.0**40):
+        assert torch.equal(quantize(x, kind, importance * factor), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_type_of_the_weight_does_not_matter(dtype: torch.dtype) -> None:
     x = torch.randn(3, 256).to(dtype)
