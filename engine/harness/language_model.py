@@ -81,6 +81,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(context, continuation) for _, context, continuation in requests]
+        for key, _, continuation in requests:
+            if not 0 < len(continuation) <= self._window:
+                raise ConfigError(_not_scorable(key, len(continuation), self._window))
         scores = score_pairs(self._model, pairs, self._window, self._tokens)
         for (key, *_), score in zip(requests, scores, strict=True):
             if key is not None:
@@ -156,3 +159,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's text, for the harness's records; None where none is applied."""
         return self._tokenizer.chat_template.source if chat_template else None
+
+
+def _not_scorable(texts: tuple[str, str] | None, tokens: int, window: int) -> str:
+    """Why a continuation of so many tokens has no log-likelihood; `texts` are both, where known."""
+    which = "" if texts is None else f" ({texts[1][:60]!r} after {texts[0][-60:]!r})"
+    if not tokens:
+        return (
+            f"A task has an answer without a token of its own{which}: the tokenizer joins it to "
+            "the question's end. Let the task's answers begin with a space, and leave out empty "
+            "ones."
+        )
+    return (
+        f"A task has an answer of {tokens} tokens{which}, and the model reads {window}. Give a "
+        "larger --max-length, or a task with shorter answers."
+    )

@@ -82,6 +82,22 @@ def test_log_likelihoods_equal_those_of_its_own_model(ours: HarnessModel, theirs
         assert mine[0] == pytest.approx(other[0], abs=1e-3) and mine[1] == other[1]
 
 
+@pytest.mark.parametrize(
+    ("context", "continuation", "message"),
+    [
+        ("a", "b", "without a token of its own .'b' after 'a'."),
+        ("a", "", "without a token of its own"),
+        ("a", " b c d" * 4, "and the model reads 8"),
+    ],
+)
+def test_answers_that_have_no_score_are_refused(
+    ours: HarnessModel, context: str, continuation: str, message: str
+) -> None:
+    ours._window = 8
+    with pytest.raises(ConfigError, match=message):
+        ours.loglikelihood(asked("loglikelihood", (context, continuation)))
+
+
 def test_whole_texts_equal_in_windows_too(ours: HarnessModel, theirs: HFLM) -> None:
     # Its own model takes two windows of equal tokens for one, however they are divided, so the
     # text does not repeat itself.
