@@ -1,4 +1,4 @@
-"""llama.cpp as an oracle of token ids: GGUF files with a vocabulary, and its own server."""
+"""llama.cpp as an oracle: GGUF files with a vocabulary, its token ids and its answers."""
 
 import http.client
 import json
@@ -12,6 +12,7 @@ import numpy as np
 
 Tokenise = Callable[[str], list[int]]
 WIDTH = 32
+FLOAT32 = 0
 
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any], count: int) -> Path:
@@ -51,20 +52,31 @@ def write_vocabulary(path: Path, metadata: Mapping[str, Any], count: int) -> Pat
     return path
 
 
-@contextmanager
-def llama_cpp(path: Path) -> Iterator[Tokenise]:
-    """llama.cpp's tokenizer for the file: special tokens in the text count, none are added."""
+def _parameters(path: Path, context: int) -> Any:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(path)
-    parameters.n_ctx = 64
+    parameters.n_ctx = context
     parameters.n_parallel = 1
     parameters.warmup = False
     parameters.verbosity = 0
+    return parameters
+
+
+def _served(parameters: Any) -> tuple[Any, http.client.HTTPConnection]:
+    """A server, which ends when nothing refers to it, and a connection to it."""
+    import xllamacpp
+
     server = xllamacpp.Server(parameters)
     address = urlparse(server.listening_address)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port)
+    return server, http.client.HTTPConnection(str(address.hostname), address.port)
+
+
+@contextmanager
+def llama_cpp(path: Path) -> Iterator[Tokenise]:
+    """llama.cpp's tokenizer for the file: special tokens in the text count, none are added."""
+    server, connection = _served(_parameters(path, 64))
 
     def tokenise(text: str) -> list[int]:
         body = {"content": text, "add_special": False, "parse_special": True}
@@ -84,3 +96,50 @@ def differences(ours: Callable[[str], Sequence[int]], path: Path, texts: list[st
     """The texts whose ids differ from llama.cpp's."""
     with llama_cpp(path) as theirs:
         return [text for text in texts if list(ours(text)) != theirs(text)]
+
+
+def answers(
+    path: Path,
+    prompts: Sequence[list[int]],
+    *,
+    adapter: Path | None = None,
+    exact_cache: bool = False,
+    **asked: Any,
+) -> list[dict[str, Any]]:
+    """What llama.cpp answers to each prompt of token ids, by its likeliest tokens.
+
+    `asked` goes into the requests. `exact_cache` keeps keys and values in float32.
+    """
+    import xllamacpp
+
+    parameters = _parameters(path, 256)
+    parameters.cpuparams.n_threads = 1
+    if exact_cache:
+        parameters.cache_type_k = parameters.cache_type_v = FLOAT32
+    if adapter is not None:
+        parameters.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server, connection = _served(parameters)
+    made = []
+    for ids in prompts:
+        body = json.dumps({"prompt": ids, "temperature": 0, **asked})
+        connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
+        made.append(json.loads(connection.getresponse().read()))
+    connection.close()
+    del server
+    return made
+
+
+def likeliest(
+    path: Path, prompts: Sequence[list[int]], count: int, adapter: Path | None = None
+) -> list[dict[int, float]]:
+    """llama.cpp's log-probabilities of the `count` likeliest tokens after every prompt."""
+    made = answers(path, prompts, adapter=adapter, n_predict=1, n_probs=count)
+    # A stop token leaves no text, and the server then tells no probabilities.
+    return [
+        {
+            token["id"]: token["logprob"]
+            for step in answer.get("completion_probabilities", [])
+            for token in step["top_logprobs"]
+        }
+        for answer in made
+    ]

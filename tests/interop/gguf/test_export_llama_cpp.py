@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import urlparse
 
 import pytest
 import torch
-import xllamacpp
 
 import engine
 from engine.model_sources.adapter.config import AdapterConfig
@@ -19,6 +14,7 @@ from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.open import open_model_source
 from engine.verbs.models.export import export_gguf
 from models.tensor_names import expected_tensors
+from tests.support.llama_cpp import likeliest
 from tests.support.tokenizer_folder import write_byte_tokenizer
 
 pytestmark = pytest.mark.interop
@@ -28,37 +24,6 @@ FAMILIES = [
     "llama", "llama3", "mistral", "qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "qwen3_next",
     "qwen3_5_vl", "qwen3_5_moe_vl",
 ]  # fmt: skip
-
-
-def likeliest(
-    path: Path, prompts: Sequence[list[int]], adapter: Path | None = None
-) -> list[dict[int, float]]:
-    """llama.cpp's log-probability of each of the four likeliest tokens after every prompt."""
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(path)
-    parameters.n_ctx = 256
-    parameters.n_parallel = 1
-    parameters.warmup = False
-    parameters.verbosity = 0
-    parameters.cpuparams.n_threads = 1
-    if adapter is not None:
-        lora = xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)
-        parameters.lora_adapters = [lora]
-    server = xllamacpp.Server(parameters)
-    address = urlparse(server.listening_address)
-    connection = http.client.HTTPConnection(str(address.hostname), address.port)
-    answers = []
-    for ids in prompts:
-        body = {"prompt": ids, "n_predict": 1, "n_probs": 4, "temperature": 0}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/completion", json.dumps(body), headers)
-        answer = json.loads(connection.getresponse().read())
-        # A stop token leaves no text, and the server then tells no probabilities.
-        steps = answer.get("completion_probabilities", [])
-        answers.append({t["id"]: t["logprob"] for step in steps for t in step["top_logprobs"]})
-    connection.close()
-    del server
-    return answers
 
 
 def compare(
@@ -74,7 +39,7 @@ def compare(
         for n in range(2, longest, max(1, longest // 10))
     ]
     model = engine.load_model(folder, adapter=None if adapter is None else adapter[0])
-    answers = likeliest(file, prompts, None if adapter is None else adapter[1])
+    answers = likeliest(file, prompts, 4, None if adapter is None else adapter[1])
     assert sum(bool(answer) for answer in answers) >= 7
     for ids, answer in zip(prompts, answers, strict=True):
         with torch.no_grad():
