@@ -35,12 +35,7 @@ from engine.runs.trackers import Trackers
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.init_adapter import with_init_adapter
-from engine.training.loop import (
-    Progress,
-    Trainer,
-    TrainerHooks,
-    TrainerSettings,
-)
+from engine.training.loop import Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.prepare import Prepared, RowSet, prepare
 from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
@@ -394,9 +389,8 @@ def dry_run(config: TrainConfig, rows: int = 2) -> str:
         f"{prepared.total_steps} steps of {config.batch_size} x {config.accumulate} rows on "
         f"{device} in {str(dtype).removeprefix('torch.')}; {len(prepared.heldout)} rows held out"
     )
-    source = prepared.model_source
-    stored = stored_line(source, run_fate(config, source))
-    lines += [stored] if stored else []
+    line = stored_line(prepared.model_source, run_fate(config, prepared.model_source))
+    lines += [line] if line else []
     for example in prepared.examples[:rows]:
         lines += ["", f"{example.source}:", *shown_stretches(example, prepared.tokenizer)]
     return "\n".join(lines)

@@ -76,6 +76,6 @@ def test_what_needs_a_tokenizer_is_refused(shape: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--data"):
         engine.quantize(shape, tmp_path / "out", data=data, random_weights=True)
     with pytest.raises(ConfigError, match="--calibration"):
-        export_gguf(ExportGGUFSettings(model=shape, calibration=data, type="q4_0", **given))
+        export_gguf(ExportGGUFSettings(model=shape, calibration=(data,), type="q4_0", **given))
     with pytest.raises(ConfigError, match="no model directory"):
         open_base("no-such-size", True)
