@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -27,13 +28,14 @@ def next_token(
     are not numbers.
     """
     scores = logits.to("cpu", torch.float32, copy=True)
-    if not bool(torch.isfinite(scores).all()):
+    low, high = torch.aminmax(scores)  # one pass; either is NaN where any score is
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(
             "The model's logits are not finite numbers. Its values do not fit its compute type, or "
             "the weights are damaged: try --dtype float32."
         )
     scores = corrected(scores, seen, made, sampling, stop_ids)
-    if bool((scores == -torch.inf).all()):
+    if float(scores.max()) == -torch.inf:
         raise CheckpointError(
             "The sampling settings exclude every token of the vocabulary: allow some of the bad "
             "words, or a shorter answer."

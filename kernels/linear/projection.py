@@ -140,4 +140,5 @@ def layout_of(projections: Sequence[Projection]) -> GroupLayout:
 
 def spare_columns(projections: Sequence[Projection], device: torch.device) -> int:
     """Columns of the adapters of a group in its joint matrices; 0 where none joins the products."""
-    return layout_of(projections).spare if joins_adapters(device) else 0
+    spare = layout_of(projections).spare
+    return spare if spare and joins_adapters(device) else 0
