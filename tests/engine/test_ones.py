@@ -1,7 +1,7 @@
 """Models in which a number is one: experts, experts a token, heads, layers, tokens.
 
 Against models without ones that compute the same: a mixture of one expert is that expert, and of
-two equal ones too; equality with transformers stands in `tests/interop/test_random_configs.py`.
+two equal ones too. tests/interop/models/test_random_configs.py has the equality with transformers.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,11 +47,15 @@ from engine.training.trainable import (
     step_settings,
 )
 from engine.verbs.training.plan import fitted_changes, with_fitted
-from models.config.model_config import ModelConfig
+from engine.verbs.training.run_memory import (
+    budget_of,
+    explained_memory,
+    require_space_for,
+    with_policy,
+)
 
 if TYPE_CHECKING:
-    from engine.memory.budget import MemoryBudget
-    from engine.memory.estimate import MemoryPlan
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -76,69 +80,6 @@ class TrainResult:
     pushed: str | None = None
 
 
-def _with_policy(
-    config: TrainConfig, prepared: Prepared, device: torch.device, dtype: torch.dtype, process: int
-) -> tuple[TrainConfig, MemoryPlan | None]:
-    """The settings with the checkpointing policy chosen, where they leave it to the machine.
-
-    With them the plan of the largest step, if the choice needed one. `process` is what a CPU holds
-    besides tensors.
-    """
-    if config.gradient_checkpointing != "auto" and config.keep_decoded != "auto":
-        return config, None
-    from engine.memory.auto_policy import planned_policy
-    from engine.memory.budget import largest_step
-    from engine.memory.decoded import resolve_decoded, spare_memory
-    from engine.memory.estimate import plan
-
-    model, work = prepared.model_source.config, largest_step(prepared)
-    bare = config.model_copy(update={"keep_decoded": "none"})
-    policy, planned = planned_policy(model, bare, device, dtype, work, process=process)
-    config = config.model_copy(update={"gradient_checkpointing": policy})
-    gpu = device.type == "cuda"
-    make = partial(plan, model, gpu=gpu, dtype=dtype, work=work, process=process)
-    limit = spare_memory(config, device)
-    keep, made = resolve_decoded(config, model.num_hidden_layers, limit, make)
-    if keep != "none":
-        log.info("the decoded weights of the last %s layers stay in memory", keep)
-    return config.model_copy(update={"keep_decoded": keep}), made or planned
-
-
-def _require_space(config: TrainConfig, process: int, model: ModelConfig) -> None:
-    """Raises `MemoryPlanError` where no row at all would fit the run's memory budget."""
-    if config.memory_budget is not None:
-        from engine.memory.budget import require_space
-
-        device = resolve_device(config.device)
-        require_space(config, model, device, resolve_dtype(config.dtype, device), process)
-
-
-def _budget(
-    prepared: Prepared,
-    config: TrainConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    process: int,
-    planned: MemoryPlan | None,
-) -> MemoryBudget | None:
-    """The run's memory budget, if it has one; raises `MemoryPlanError` where it cannot hold."""
-    if config.memory_budget is None:
-        return None
-    from engine.memory.budget import MemoryBudget
-
-    return MemoryBudget(prepared, config, device, dtype, process, planned)
-
-
-def _explained(config: TrainConfig, prepared: Prepared) -> AbstractContextManager[None]:
-    """Around a run whose device may run out of memory: the error says what would fit."""
-    from engine.memory.budget import largest_step
-    from engine.memory.out_of_memory import explained
-
-    device = resolve_device(config.device)
-    dtype, model = resolve_dtype(config.dtype, device), prepared.model_source.config
-    return explained(model, config, device, dtype, largest_step(prepared))
-
-
 class _Run:
     """One training run between the opening of its directory and its summary."""
 
@@ -149,8 +90,8 @@ class _Run:
         self.config = directory.config
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
-        settings, planned = _with_policy(self.config, prepared, self.device, dtype, process)
-        self.budget = _budget(prepared, settings, self.device, dtype, process, planned)
+        settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
+        self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
         self.model = build_for(self.config, base, self.device, dtype)
@@ -303,7 +244,7 @@ def train(
         prepared = _checked(directory.config, process, rows)
         directory.open()
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
-        stack.enter_context(_explained(directory.config, prepared))
+        stack.enter_context(explained_memory(directory.config, prepared))
         run = _Run(directory, prepared, stack, process)
         directory.begin()
         if asked.fit_memory is not None:
@@ -364,7 +305,7 @@ def _checked(config: TrainConfig, process: int, rows: RowSet | None) -> Prepared
     """
     check_earlier(config)
     with deterministic(resolve_device(config.device), config.deterministic):
-        prepared = prepare(config, partial(_require_space, config, process), rows)
+        prepared = prepare(config, partial(require_space_for, config, process), rows)
     check_identity(prepared.identity)
     return prepared
 

@@ -16,7 +16,7 @@ from engine.pruning.calibration import activations, gradients
 from engine.verbs.models.prune import prune
 
 pytestmark = pytest.mark.interop
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
 IDS = (torch.arange(80) * 7 % 61 + 3).reshape(2, 40)
 

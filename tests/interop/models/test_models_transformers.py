@@ -22,7 +22,7 @@ from models.adapters import adapter_tensors, add_lora
 from models.families import FAMILIES as FUSED
 
 pytestmark = pytest.mark.interop
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
 
 
