@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.config.tasks.gates import GateSettings
 from engine.config.tasks.inference import Sampling
 from engine.gates.rows import Question
-from engine.inference.generation import complete
+from engine.inference.batch_files import PromptJob, answer_in_order
+from engine.inference.batched import BatchedGenerator
+from engine.inference.request import RequestSettings
 from engine.tokenization.tokenizer import Tokenizer
 from models.decoder import Decoder
 
@@ -21,7 +23,6 @@ class Answerer:
     Attributes:
         stop_ids: ids that end an answer.
         kwargs: further variables of the chat template.
-        sampling: penalties and the like; temperature and seed are the gates file's.
     """
 
     decoder: Decoder
@@ -30,29 +31,27 @@ class Answerer:
     kwargs: Mapping[str, Any]
     max_new_tokens: int
 
-    def answer(self, question: Question, temperature: float = 0.0, seed: int = 0) -> str:
-        """The model's answer: the likeliest tokens, or drawn ones."""
-        text = self.tokenizer.chat_template.render(
-            question.messages, tools=question.row.tools, add_generation_prompt=True, **self.kwargs
-        )
-        result = complete(
-            self.decoder,
-            self.tokenizer,
-            self.tokenizer.encode(text, add_special_tokens=False),
-            max_new_tokens=self.max_new_tokens,
-            stop_ids=self.stop_ids,
-            sampling=Sampling(temperature=temperature, seed=seed),
-        )
-        return result.text
-
     def answers(self, questions: Sequence[Question]) -> list[str]:
         """The likeliest answer to each."""
-        return [self.answer(question) for question in questions]
+        return self._answered(self._job(question, Sampling()) for question in questions)
 
     def programs(self, question: Question, gates: GateSettings, index: int) -> list[str]:
         """`gates.samples` drawn answers to the question with this index."""
         first = gates.seed + index * gates.samples
-        return [
-            self.answer(question, gates.temperature, first + number)
+        return self._answered(
+            self._job(question, Sampling(temperature=gates.temperature, seed=first + number))
             for number in range(gates.samples)
-        ]
+        )
+
+    def _job(self, question: Question, sampling: Sampling) -> PromptJob:
+        text = self.tokenizer.chat_template.render(
+            question.messages, tools=question.row.tools, add_generation_prompt=True, **self.kwargs
+        )
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return PromptJob(ids, RequestSettings(self.max_new_tokens, sampling, self.stop_ids))
+
+    def _answered(self, jobs: Iterable[PromptJob]) -> list[str]:
+        """The answers in the order of the jobs, which share every pass."""
+        generator = BatchedGenerator(self.decoder, self.tokenizer)
+        ahead = 2 * generator.slots
+        return [result.text for result in answer_in_order(generator, iter(jobs), ahead)]
