@@ -39,6 +39,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("cli.models.export", "write a model or adapter for llama.cpp and Ollama"),
     "prune": ("cli.models.prune", "remove the least important attention heads"),
     "forge": ("cli.models.forge", "prune, fine-tune and judge, cycle after cycle"),
+    "pipeline": ("cli.tools.pipeline", "verbs in an order, each done once: data, train, gates"),
     "data": ("cli.tools.data", "check, show and make training data"),
     "bench": ("cli.tools.bench", "time the kernels against this machine's limits"),
     "board": ("cli.training.board", "runs in a browser: curves, samples, rows, pruned heads"),

@@ -29,6 +29,7 @@ Thinking = Literal["auto", "keep", "strip", "empty"]
 Streaming = Literal["auto", "on", "off"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"]
+PipelineEvents = Literal["text", "jsonl"]
 Program = Literal["axolotl", "llama-factory", "trl", "mlx-lm"]
 TARGET_PRESETS = ("all", "attn", "qv")
 """Names for sets of projections; `models.adapters` resolves them."""

@@ -1,4 +1,4 @@
-"""Models of random weights, to measure what a verb needs for a size."""
+"""Models of random weights, to measure what a size needs."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import GPU_TFLOPS, Method, Program
+from engine.config.choices import GPU_TFLOPS, Method, PipelineEvents, Program
 from engine.config.data_names import DataNames
 from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
@@ -109,6 +109,22 @@ class BenchSettings(Settings):
     csv: bool = setting(False, "Output", "print rows with commas between the values instead")
     output: Path | None = setting(
         None, "Output", "new folder for ops.json, ops.csv and roofline.png"
+    )
+
+
+class PipelineSettings(Settings):
+    """`engine pipeline`."""
+
+    file: str = setting(..., "Pipeline", "YAML file of stages: engine pipeline FILE")
+    output_dir: Path | None = setting(
+        None, "Pipeline", "the pipeline's directory, in place of the file's own"
+    )
+    set: Paths = setting((), "Pipeline", "name=value of one of the file's variables", repeat=True)
+    again: str | None = setting(
+        None, "Pipeline", "do this stage anew, and those after it, whatever is there"
+    )
+    events: Annotated[PipelineEvents, spelled({})] = setting(
+        "text", "Pipeline", "what standard output has: the verbs' own text, or events as JSON Lines"
     )
 
 

@@ -8,6 +8,7 @@ itself its answers leave ours in 7 of these 20 within 12 tokens.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_greedy_text_of_the_same_weights_is_the_same(smollm2_gguf: Path, tmp_pat
     ]
     stops = stop_ids_of(source, tokenizer)
     model = build_model(source, dtype=torch.float32)
-    asked = {"n_predict": TOKENS, "return_tokens": True}
+    asked: dict[str, Any] = {"n_predict": TOKENS, "return_tokens": True}
     made = answers(same_weights, prompts, exact_cache=True, **asked)
     differences = {}
     for number, (ids, ours, answer) in enumerate(

@@ -1,0 +1,1 @@
+"""Pipelines: verbs in an order, each done once."""

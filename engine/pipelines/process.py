@@ -1,0 +1,45 @@
+"""Run one stage of a pipeline in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.storage import durable
+
+_MOST_MESSAGE = 4000
+
+
+def run_stage(
+    verb: str, settings: Mapping[str, Any], folder: Path, *, quiet: bool
+) -> tuple[int, str | None]:
+    """Run `engine VERB` with these settings; its exit status, and its last words if it failed.
+
+    What it prints goes to this program's own output and, of its errors, to `stderr.log` of the
+    folder; with `quiet`, standard output goes to `stdout.log` instead.
+    """
+    file = folder / "settings.yaml"
+    durable.write_text(file, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    command = [sys.executable, "-m", "engine", *verb.split(), "--config", str(file)]
+    errors = folder / "stderr.log"
+    with errors.open("wb") as log, (folder / "stdout.log").open("wb") as output:
+        with subprocess.Popen(
+            command, stdout=output if quiet else None, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            # An interrupt reaches the process as well, which puts itself in order: leaving the
+            # block waits for that.
+            for line in process.stderr:
+                log.write(line)
+                sys.stderr.write(line.decode("utf-8", "replace"))
+                sys.stderr.flush()
+        status = process.returncode
+    if status == 0:
+        return 0, None
+    last = errors.read_text(encoding="utf-8", errors="replace").strip()[-_MOST_MESSAGE:]
+    return status, last.splitlines()[-1] if last else f"ended with status {status}"

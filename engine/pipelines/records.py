@@ -1,0 +1,111 @@
+"""What a pipeline remembers of its stages."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import CheckpointError
+from engine.pipelines.recipe import Stage
+from engine.runs.summary import SUMMARY
+from engine.storage import durable
+from engine.storage.safe_files import read_json_object
+
+_BEGUN = "begun.json"
+_RESUMED = ("train",)
+"""Verbs that go on with what they began; what others began is made anew."""
+
+
+class StageRecord:
+    """The directory of one stage: its settings, its log, and how it ended."""
+
+    def __init__(self, directory: Path, stage: Stage) -> None:
+        self.folder = directory / "stages" / stage.name
+        self.stage = stage
+
+    @property
+    def summary(self) -> Path:
+        """The file that says how the stage ended."""
+        return self.folder / SUMMARY
+
+    def is_done(self) -> bool:
+        """Whether the stage ended well, with these settings, and what it wrote is there."""
+        same = self._facts().get("identity") == self.stage.identity
+        return self._ended_well() and same and all(p.exists() for p in self.stage.outputs())
+
+    def _facts(self) -> dict[str, Any]:
+        try:
+            return read_json_object(self.summary) if self.summary.exists() else {}
+        except CheckpointError:
+            return {}  # A damaged record is none: the stage is done again.
+
+    def _ended_well(self) -> bool:
+        return self._facts().get("status") == "Success"
+
+    def _set_aside(self, paths: list[Path]) -> None:
+        replaced = self.folder / "replaced"
+        if paths and replaced.exists():
+            shutil.rmtree(replaced)
+        for number, path in enumerate(paths):
+            target = replaced / str(number) / path.name
+            target.parent.mkdir(parents=True)
+            shutil.move(path, target)
+        self.summary.unlink(missing_ok=True)
+
+    def begin(self) -> dict[str, Any]:
+        """Make ready for the stage's run; the settings that it is to have.
+
+        What an unfinished run of this stage left is removed, where nothing stood before it; a
+        training run goes on instead. What a finished one wrote is set aside in `replaced/` until
+        the new stands. Raises `CheckpointError`.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = dict(self.stage.settings)
+        own = self._own_outputs()
+        standing = [path for path in own if path.exists()]
+        if self._ended_well():
+            self._set_aside(standing)
+        elif self.stage.verb in _RESUMED:
+            if standing:
+                settings.setdefault("resume", "auto")
+        else:
+            for path in standing:
+                _remove(path)
+        durable.write_json(self.folder / _BEGUN, {"absent": [str(path) for path in own]})
+        return settings
+
+    def _own_outputs(self) -> list[Path]:
+        """Outputs that did not exist before this stage was first begun."""
+        begun = self.folder / _BEGUN
+        earlier = set(read_json_object(begun).get("absent", ())) if begun.exists() else set()
+        return [p for p in self.stage.outputs() if not p.exists() or str(p) in earlier]
+
+    def end(self, status: int, seconds: float, message: str | None) -> Mapping[str, Any]:
+        """Write and return how the stage ended."""
+        outputs = self.stage.outputs()
+        facts = {
+            "stage": self.stage.name,
+            "verb": self.stage.verb,
+            "parameters": self.stage.settings,
+            "identity": self.stage.identity,
+            "status": "Success" if status == 0 else "Failure",
+            "exit_status": status,
+            "output_path": str(outputs[0]) if outputs else None,
+            "error_message": message,
+            "wall_seconds": round(seconds, 3),
+            "ended": round(time.time(), 3),
+        }
+        durable.write_json(self.summary, facts)
+        if status == 0 and (self.folder / "replaced").exists():
+            shutil.rmtree(self.folder / "replaced")
+        return facts
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

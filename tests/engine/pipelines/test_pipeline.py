@@ -1,0 +1,184 @@
+"""Stages of a pipeline run in order, each once, and say how they ended."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli import main as cli
+from engine.errors import ConfigError
+from engine.pipelines.recipe import VERBS, Stage, read_recipe
+from engine.pipelines.records import StageRecord
+
+
+def recipe_file(tmp_path: Path, *stages: dict[str, Any]) -> Path:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(json.dumps({"output_dir": str(tmp_path / "out"), "stages": list(stages)}))
+    return file
+
+
+def convert(rows: Path, name: str = "rows", target: str = "${out}/rows.jsonl") -> dict[str, Any]:
+    return {"name": name, "run": "data convert", "with": {"data": str(rows), "output": target}}
+
+
+def events(capsys: pytest.CaptureFixture[str]) -> list[tuple[str, str | None]]:
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [(line["event"], line.get("stage")) for line in lines]
+
+
+def test_data_training_and_gates_run_once_and_a_failed_gate_ends_with_its_status(
+    tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("{checker: regex, pattern: '^', coverage: none, max_new_tokens: 2}")
+    train = {"model": str(tiny_model), "data": "${out}/rows.jsonl", "output_dir": "${out}/run",
+             "max_steps": 2, "method": "lora", "device": "cpu", "plot": False}  # fmt: skip
+    judge = {"model": str(tiny_model), "adapter": "${out}/run/adapter", "device": "cpu",
+             "data": "${out}/rows.jsonl", "gates": str(gates), "strict": True,
+             "output_dir": "${out}/eval"}  # fmt: skip
+    file = recipe_file(
+        tmp_path,
+        convert(write_rows(4)),
+        {"run": "train", "with": train},
+        {"name": "gates", "run": "engine eval", "with": judge},
+    )
+    out = tmp_path / "out"
+    assert cli.main(["pipeline", str(file), "--events", "jsonl"]) == 0
+    each = [("stage_begins", "x"), ("stage_ends", "x")]
+    assert events(capsys) == [
+        ("pipeline_begins", None),
+        *[(kind, stage) for stage in ("rows", "train", "gates") for kind, _ in each],
+        ("pipeline_ends", None),
+    ]
+    for stage in ("rows", "train", "gates"):
+        facts = json.loads((out / "stages" / stage / "summary.json").read_text())
+        assert (facts["status"], facts["exit_status"]) == ("Success", 0)
+    assert (out / "run" / "adapter").is_dir()
+    before = (out / "run" / "summary.json").stat().st_mtime_ns
+
+    assert cli.main(["pipeline", str(file)]) == 0
+    assert capsys.readouterr().out.count("done before") == 3
+    assert (out / "run" / "summary.json").stat().st_mtime_ns == before
+
+    gates.write_text("{checker: json, coverage: none, max_new_tokens: 2}")
+    assert cli.main(["pipeline", str(file), "--again", "gates"]) == 3
+    facts = json.loads((out / "stages" / "gates" / "summary.json").read_text())
+    assert (facts["status"], facts["exit_status"]) == ("Failure", 3)
+    assert (out / "eval" / "eval_gate_failed.json").exists()
+    assert json.loads((out / "summary.json").read_text())["status"] == "Failure"
+
+
+def test_a_stage_whose_settings_changed_is_done_anew_with_those_after_it(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, more = write_rows(2), write_rows(3, "more.jsonl")
+    last = {"name": "last", "run": "data convert",
+            "with": {"data": "${out}/rows.jsonl", "output": "${out}/last.jsonl"}}  # fmt: skip
+    assert cli.main(["pipeline", str(recipe_file(tmp_path, convert(rows), last))]) == 0
+    assert cli.main(["pipeline", str(recipe_file(tmp_path, convert(more), last))]) == 0
+    out = tmp_path / "out"
+    assert len((out / "last.jsonl").read_text().splitlines()) == 3
+    assert not (out / "stages" / "rows" / "replaced").exists()
+    capsys.readouterr()
+
+
+def test_a_failed_stage_says_why_and_keeps_what_stood_before_it(
+    write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = write_rows(2)
+    assert cli.main(["pipeline", str(recipe_file(tmp_path, convert(rows)))]) == 0
+    bad = recipe_file(tmp_path, convert(tmp_path / "absent.jsonl"))
+    assert cli.main(["pipeline", str(bad)]) == 2
+    folder = tmp_path / "out" / "stages" / "rows"
+    assert "absent.jsonl" in json.loads((folder / "summary.json").read_text())["error_message"]
+    assert len((folder / "replaced" / "0" / "rows.jsonl").read_text().splitlines()) == 2
+    capsys.readouterr()
+
+
+def test_what_an_unfinished_stage_left_is_removed_and_what_was_there_before_is_not(
+    tmp_path: Path,
+) -> None:
+    mine, theirs = tmp_path / "mine.jsonl", tmp_path / "theirs.jsonl"
+    theirs.write_text("rows")
+    stage = Stage("s", "data split", {"output": str(mine), "report": str(theirs)})
+    record = StageRecord(tmp_path / "out", stage)
+    record.begin()
+    mine.write_text("half")
+    assert record.begin() == stage.settings
+    assert not mine.exists()
+    assert theirs.read_text() == "rows"
+    train = StageRecord(tmp_path / "out", Stage("t", "train", {"output_dir": str(mine)}))
+    assert "resume" not in train.begin()
+    mine.mkdir()
+    assert train.begin()["resume"] == "auto"
+
+
+def test_an_interrupted_pipeline_goes_on_where_it_was(
+    tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = write_rows(4)
+    train = {"model": str(tiny_model), "data": "${out}/rows.jsonl", "output_dir": "${out}/run",
+             "max_steps": 60, "method": "lora", "device": "cpu", "plot": False,
+             "checkpoint_every": 1, "lr_schedule": "constant"}  # fmt: skip
+    file = recipe_file(tmp_path, convert(rows), {"run": "train", "with": train})
+    command = [sys.executable, "-m", "engine", "pipeline", str(file)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)  # fmt: skip
+    run, end = tmp_path / "out" / "run", time.monotonic() + 120
+    while not list(run.glob("checkpoint-*")) and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(120) == 130
+    assert cli.main(["pipeline", str(file)]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 60
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"stages": []}, "is to be a list"),
+        ({"stages": [{"run": "serve"}]}, "no verb that a pipeline runs"),
+        ({"stages": [{"run": "trian"}]}, "Did you mean 'train'"),
+        ({"stages": [{"name": "../x", "run": "train"}]}, "is named"),
+        ({"stages": [{"run": "train"}, {"run": "train"}]}, "two stages"),
+        ({"stages": [{"run": "train", "model": "m"}]}, "stand under `with`"),
+        ({"stages": [{"run": "train", "with": [1]}]}, "is to be a mapping"),
+        ({"steps": []}, "there is also steps"),
+        (
+            {"stages": [{"run": "train", "with": {"model": "${base}"}}]},
+            "variable; known: out",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_named(
+    tmp_path: Path, content: dict[str, Any], said: str
+) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=said):
+        read_recipe(file)
+
+
+def test_variables_are_filled_in_and_may_be_given_anew(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    stage = {"run": "train", "with": {"model": "${base}", "data": ["${out}/a", "$b", "${base}x"]}}
+    file.write_text(json.dumps({"variables": {"base": "m"}, "stages": [stage]}))
+    settings = read_recipe(file, tmp_path).stages[0].settings
+    assert settings == {"model": "m", "data": [f"{tmp_path}/a", "$b", "mx"]}
+    assert read_recipe(file, tmp_path, ["base=other=1"]).stages[0].settings["model"] == "other=1"
+    with pytest.raises(ConfigError, match="one of: base"):
+        read_recipe(file, tmp_path, ["bass=x"])
+
+
+def test_every_verb_of_a_stage_is_one_of_the_command_line() -> None:
+    from cli.main import VERBS as KNOWN
+
+    assert {verb.split()[0] for verb in VERBS} <= set(KNOWN)
