@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.config.choices import Quantization
 from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import GenerateSettings, OneModel
+from engine.config.tasks.quantizing import MergeSettings, QuantizeSettings
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError
 from engine.model_sources.adapter.provenance import base_name, say_base
@@ -25,8 +26,8 @@ GivenAdapter = Path | str | tuple[WeightedPath, ...]
 """A saved adapter, or several with weights, which are added up."""
 
 
-def check_adapter(settings: OneModel) -> None:
-    """Raises `CheckpointError` or `ConfigError` where the adapter of `settings` is not there."""
+def check_adapter(settings: OneModel | MergeSettings | QuantizeSettings) -> None:
+    """Raises `CheckpointError` or `ConfigError` where an adapter of `settings` is not there."""
     for path, _ in settings.adapter:
         adapter_path(path)
 

@@ -38,9 +38,11 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     _require_blocks(settings)
     if settings.random_weights and settings.calibration:
         raise ConfigError("--calibration reads rows; random weights have no tokenizer for them.")
+    adapter = None if settings.adapter is None else load_adapter(adapter_path(settings.adapter))
+    if settings.calibration:
+        data_files(list(settings.calibration))
     source = open_base(settings.model, settings.random_weights)
-    if settings.adapter is not None:
-        adapter = load_adapter(adapter_path(settings.adapter))
+    if adapter is not None:
         pairs = write_gguf_adapter(source, adapter, settings.output)
         size = settings.output.stat().st_size
         sent = publish_gguf(where, [settings.output], settings.model)

@@ -26,6 +26,7 @@ from engine.exporting.merging import BelowPairs, Merger
 from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
 from engine.inference.agreement import require_agreement
+from engine.inference.loading import check_adapter
 from engine.memory.random_model import open_base
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
@@ -106,6 +107,7 @@ def merge_with(settings: MergeSettings) -> MergeResult:
     durable.refuse_occupied(settings.output)
     if settings.check:
         data_files(list(settings.check))
+    check_adapter(settings)
     if settings.random_weights and settings.check:
         raise ConfigError("--check reads rows; random weights have no tokenizer for them.")
     base = open_base(settings.model, settings.random_weights)

@@ -18,6 +18,7 @@ from engine.errors import ConfigError
 from engine.exporting.merging import Merger
 from engine.exporting.publish import destination, publish_folder
 from engine.exporting.readme import model_readme, named_adapters
+from engine.inference.loading import check_adapter
 from engine.memory.random_model import open_base
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
@@ -84,6 +85,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
     durable.refuse_occupied(settings.output)
     if settings.data:
         data_files(list(settings.data))
+    check_adapter(settings)
     _require_tokenizer(settings)
     base = open_base(settings.model, settings.random_weights)
     adapted = adapted_source(base, settings.adapter) if settings.adapter else None

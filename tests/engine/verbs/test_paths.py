@@ -8,6 +8,7 @@ import pytest
 
 import engine
 from engine.errors import EngineError
+from engine.verbs.models.export import export_gguf
 from tests.support.tiny_model import write_tiny_model
 
 MISSING = "nowhere/at/all.jsonl"
@@ -17,6 +18,17 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
     "generate --adapter": lambda m, t: engine.generate(str(m), "hi", MISSING),
     "merge --adapter": lambda m, t: engine.merge(str(m), MISSING, t / "out"),
     "merge --check": lambda m, t: engine.merge(str(m), t / "adapter", t / "out", check=[MISSING]),
+    "quantize --adapter": lambda m, t: engine.quantize(str(m), t / "out", bits=4, adapter=MISSING),
+    "quantize --data": lambda m, t: engine.quantize(str(m), t / "out", bits=4, data=[MISSING]),
+    "export gguf --adapter": lambda m, t: export_gguf(
+        model=str(m), adapter=MISSING, output=t / "out"
+    ),
+    "export gguf --calibration": lambda m, t: export_gguf(
+        model=str(m), calibration=[MISSING], output=t / "out", type="q4_k_m"
+    ),
+    "judge --adapter": lambda m, t: engine.judge(
+        str(m), str(t / "rows.jsonl"), MISSING, gates={"parse_rate": None, "coverage": None}
+    ),
     "prune --data": lambda m, t: engine.prune(
         str(m), t / "out", fraction=0.5, metric="activation", data=[MISSING]
     ),

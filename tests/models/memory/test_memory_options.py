@@ -50,6 +50,9 @@ class Random:
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
+    def codes(self, name: str) -> None:
+        """Nothing is quantised."""
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 

@@ -58,6 +58,9 @@ class Random:
         shape = self._shapes[name]
         return torch.randn(shape, generator=self._generator) * 0.1 + float(len(shape) == 1)
 
+    def codes(self, name: str) -> None:
+        """Nothing is quantised."""
+
     def release(self, name: str) -> None:
         """Nothing is mapped."""
 
