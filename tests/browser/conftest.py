@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
 from tests.support.pages.browsers import CHROMIUM
 
 # Other tests run at the same time.
-expect.set_options(timeout=20_000)
+expect.set_options(timeout=90_000)
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def open_page(chromium: Browser) -> Iterator[Callable[..., Page]]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(90_000)
 
         def asked(request: Request) -> None:
             if not request.url.startswith(address.partition("#")[0]):

@@ -63,7 +63,17 @@ def faults_on_screens(page: Page, at_least: int) -> list[str]:
     for width, scheme in SCREENS:
         page.set_viewport_size({"width": width, "height": 800})
         page.emulate_media(color_scheme=scheme)
-        told += [f"{width} {scheme}: {fault}" for fault in faults(page, at_least)]
+        told += [f"{width} {scheme}: {fault}" for fault in lasting_faults(page, at_least)]
+    return told
+
+
+def lasting_faults(page: Page, at_least: int) -> list[str]:
+    """The faults of a page that has come to rest: what is drawn anew may be found half done."""
+    for _ in range(50):
+        told = faults(page, at_least)
+        if not told:
+            break
+        page.wait_for_timeout(200)
     return told
 
 
