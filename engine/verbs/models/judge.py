@@ -134,14 +134,12 @@ def _base(settings: EvalSettings, gates: GateSettings) -> EvalSettings | None:
     """The settings of the base model, where a gate compares with it."""
     if gates.worse_than_base is None and gates.perplexity_over_base is None:
         return None
-    if gates.base is not None:
-        return settings.model_copy(update={"model": gates.base, "adapter": None})
-    if not settings.adapter:
+    if gates.base is None and not settings.adapter:
         raise ConfigError(
             "`worse_than_base` and `perplexity_over_base` compare with the base model: without an "
             "adapter, name it as `base` in the gates file."
         )
-    return settings.model_copy(update={"adapter": ()})
+    return settings.model_copy(update={"model": gates.base or settings.model, "adapter": ()})
 
 
 def _output_dir(settings: EvalSettings) -> Path:

@@ -210,6 +210,12 @@ def test_an_adapter_is_compared_with_its_base(
     assert results["passed"]
     assert results["figures"]["perplexity"] < 0.9 * results["base"]["perplexity"]
     assert cli.main(asked) == 2  # without an adapter there is no base to compare with
+    gates_file(tmp_path, parse_rate="none", coverage="none", perplexity_over_base=0.9,
+               answered_rows=2, max_new_tokens=4, base=str(tiny_model))  # fmt: skip
+    assert cli.main([*asked, "--output-dir", str(tmp_path / "same"), "--device", "cpu"]) == 0
+    same = json.loads((tmp_path / "same" / RESULTS).read_text())
+    assert same["figures"] == same["base"]
+    assert not same["passed"]
 
 
 def test_python_judges_as_the_command_does(
