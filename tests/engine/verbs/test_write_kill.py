@@ -31,7 +31,7 @@ def test_twenty_kills_of_each_leave_whole_directories_or_none(
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     for verb in ("quantize", "merge"):
-        # How many die, and how many while they write, is a matter of the machine's load.
-        assert seen[verb]["killed"] >= 1, seen
+        assert seen[verb]["killed"] >= KILLS // 2, seen
+        assert seen[verb]["left"] >= 1, seen  # some were killed while they wrote
         assert seen[verb]["torn"] == 0, seen
         assert seen[verb]["swept"], seen

@@ -24,8 +24,18 @@ from engine.verbs.models.quantize import quantize
 Write = Callable[[Path], object]
 
 
-def life(write: Write, output: Path, seconds: float | None) -> int:
-    """Write in a child, killed after some seconds; returns its exit status, -9 if killed."""
+_ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _begun(output: Path) -> bool:
+    return any(output.parent.glob(".tmp-*"))
+
+
+def life(write: Write, output: Path, seconds: float | None, writing: bool = False) -> int:
+    """Write in a child, killed after some seconds; returns its exit status, -9 if killed.
+
+    With `writing` the seconds count from its first temporary file.
+    """
     child = os.fork()
     if child == 0:
         status = 70
@@ -35,6 +45,9 @@ def life(write: Write, output: Path, seconds: float | None) -> int:
         finally:
             os._exit(status)
     if seconds is not None:
+        if writing:
+            while os.waitid(os.P_PID, child, _ENDED) is None and not _begun(output):
+                time.sleep(0.0005)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -53,8 +66,11 @@ def campaign(write: Write, folder: Path, kills: int, randomness: random.Random) 
     duration, expected = time.monotonic() - started, contents(folder / "undisturbed")
     output = folder / "out"
     seen = {"killed": 0, "left": 0, "appeared": 0, "torn": 0}
-    for _ in range(kills):
-        status = life(write, output, randomness.uniform(0, duration))
+    for number in range(kills):
+        # Every other life is killed while it writes, however busy the machine is.
+        writing = number % 2 == 0 and not _begun(output)
+        seconds = randomness.uniform(0, duration / 50 if writing else duration)
+        status = life(write, output, seconds, writing)
         assert status in (0, -9), status
         seen["killed"] += status == -9
         seen["left"] += any(folder.glob(".tmp-*"))
