@@ -53,6 +53,7 @@ def layerwise_logits(
         factors = {layer.inner(m): scale for m, scale in (scales or {}).items() if layer.holds(m)}
         attach_lora(model, own, factors)
         states = model.hidden_states(batch)
+        del model  # Before the next is built: two layers would be in memory.
     norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
     norm.weight.data = source.tensor(Layout(config.nested).path("model.norm.weight")).float()
     return _logits(source, embedding if config.tie_word_embeddings else HEAD, norm(states))

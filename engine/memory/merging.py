@@ -8,13 +8,38 @@ from collections.abc import Collection
 import torch
 
 from models.config.model_config import ModelConfig
-from models.tensor_names import expected_tensors
+from models.tensor_names import expected_tensors, skeleton
+
+_FP32 = 4
+
+
+def merge_peak(
+    model: ModelConfig, stored: torch.dtype, targets: Collection[str], adapter_bytes: int
+) -> int:
+    """The most bytes of host memory that merging takes, checked before it is reported."""
+    written = host_peak(model, stored, targets, adapter_bytes)
+    return max(written, verification_peak(model) + adapter_bytes)
+
+
+def verification_peak(model: ModelConfig) -> int:
+    """The most bytes that comparing the logits of two models takes (`engine.inference.layerwise`).
+
+    One layer is in memory in fp32, and while it is built, a copy of the weights that read the same
+    input. For Llama-3.3-70B that is 3.42 + 1.88 = 5.30 GB; for a mixture all experts of a layer.
+    """
+    most = 0
+    for layer in skeleton(model).layers:
+        own = sum(parameter.numel() for parameter in layer.parameters())
+        groups = (*layer.mixer.same_input(), *layer.mlp.same_input())
+        joined = [sum(math.prod(linear.weight.shape) for linear in group) for group in groups]
+        most = max(most, own + max(joined, default=0))
+    return _FP32 * most
 
 
 def host_peak(
     model: ModelConfig, stored: torch.dtype, targets: Collection[str], adapter_bytes: int
 ) -> int:
-    """The most bytes of host memory that merging onto the original weights takes.
+    """The most bytes of host memory that adding an adapter to the original weights takes.
 
     The adapter is held whole, and of one tensor after the other the mapped original; where it is
     adapted, also the sum in fp32 and the sum rounded. A model's depth does not matter. For

@@ -165,6 +165,7 @@ def _write_shard(
             for part, tensor in ready.items():
                 writer.write(part, tensor)
                 written += tensor.nbytes
+                del tensor  # It would stay in memory while the next is made.
             ready.clear()
             source.release(name)
     return written

@@ -271,11 +271,11 @@ class PlanReport:
         config = self.plan.config
         if config.method == "full":
             return None
-        from engine.memory.merging import host_peak
+        from engine.memory.merging import merge_peak
 
         targets = targets_of(config, self.target.model)
         adapter = 4 * self.plan.trainable
-        return host_peak(self.target.model, self.target.stored, targets, adapter)
+        return merge_peak(self.target.model, self.target.stored, targets, adapter)
 
     def _peaks(self) -> list[tuple[str, Any]]:
         return [("load", self.plan.load), ("step", self.plan.step), ("save", self.plan.save)]

@@ -48,6 +48,17 @@ def test_a_program_that_does_not_says_why(program: str, reason: str) -> None:
     assert reason in said
 
 
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        (CodeLimits(1, 60.0, 256 << 20), "no end in 1 s of the processor's time"),
+        (CodeLimits(60, 1.0, 256 << 20), "no end in 1.0 s"),
+    ],
+)
+def test_either_clock_ends_a_program_and_is_named(limits: CodeLimits, reason: str) -> None:
+    assert run_program("while True: pass", limits) == reason
+
+
 def test_nothing_outside_is_written_or_cut_and_nobody_is_signalled(tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.write_text("rows")

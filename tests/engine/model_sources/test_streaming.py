@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.memory.merging import host_peak
+from engine.memory.merging import host_peak, merge_peak, verification_peak
 from engine.memory.model_shapes import preset_config
 from engine.memory.simulate.meter import MemoryMeter
 from engine.model_sources.load_model import _PART, _all_finite
@@ -56,14 +56,19 @@ def rises(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, int]]:
     return figures
 
 
-def test_a_merge_holds_one_tensor_however_deep_the_model(rises: list[dict[str, int]]) -> None:
-    shallow, deep = (rise["merge"] for rise in rises)
-    assert deep - shallow < OTHER  # three layers more are 60 MB in the files
+def test_a_merge_holds_one_layer_however_deep_the_model(rises: list[dict[str, int]]) -> None:
+    for kind in ("merge", "unverified"):
+        shallow, deep = (rise[kind] for rise in rises)
+        assert deep - shallow < OTHER  # three layers more are 90 MB in the files
     for layers, rise in zip((SHALLOW, DEEP), rises, strict=True):
         config = ModelConfig.from_dict(RAW | {"num_hidden_layers": layers})
         adapter = 4 * layers * 4 * (4 * 1024 + 1024 + 1024 + 256 + 256 + 3 * (1024 + 4096))
-        planned = host_peak(config, torch.bfloat16, PROJECTIONS, adapter)
-        assert planned == pytest.approx(4096 * 1024 * (2 + 4 + 2) + adapter)
+        written = host_peak(config, torch.bfloat16, PROJECTIONS, adapter)
+        assert written == pytest.approx(4096 * 1024 * (2 + 4 + 2) + adapter)
+        assert abs(rise["unverified"] - written) < OTHER
+        planned = merge_peak(config, torch.bfloat16, PROJECTIONS, adapter)
+        layer = 1024 * (2 * 1024 + 2 * 256 + 3 * 4096 + 2)
+        assert planned == 4 * (layer + 2 * 4096 * 1024) + adapter
         assert abs(rise["merge"] - planned) < OTHER
 
 
@@ -74,6 +79,8 @@ def test_a_merge_of_70_billion_parameters_needs_less_than_8_gb() -> None:
     peak = host_peak(model, torch.bfloat16, PROJECTIONS, adapter)
     assert peak == 128_256 * 8192 * 2 + adapter  # the embedding, copied
     assert peak < 3e9
+    assert verification_peak(model) == 4 * (855_654_400 + 2 * 28_672 * 8192)
+    assert merge_peak(model, torch.bfloat16, PROJECTIONS, adapter) < 8e9
     # Adapting the head too would make its sum the peak.
     head = host_peak(model, torch.bfloat16, {*PROJECTIONS, "lm_head"}, adapter)
     assert head == 128_256 * 8192 * 8 + adapter
