@@ -52,14 +52,14 @@ def chunk_tokens(vocab_size: int, itemsize: int, *, gpu: bool) -> int:
     return max(64, _CPU_CHUNK_BYTES // (vocab_size * 4))
 
 
-def _logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
+def logits_buffer(rows: int, vocab_size: int, hidden: Tensor) -> Tensor:
     """Room for one chunk. Fresh memory costs page faults on a CPU; a GPU's is pooled."""
     if hidden.is_cuda:
         return torch.empty((rows, vocab_size), dtype=hidden.dtype, device=hidden.device)
     return scratch("logits", (rows, vocab_size), hidden.dtype, hidden.device)
 
 
-def _chunks(count: int, rows: int) -> Iterable[slice]:
+def chunks(count: int, rows: int) -> Iterable[slice]:
     """The rows of every chunk."""
     return equal_parts(slice(at, min(at + rows, count)) for at in range(0, count, rows))
 
@@ -122,7 +122,7 @@ def _tried_into_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     return torch.equal(got, 1.0 + 0.5 * left.float())
 
 
-def _add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -> None:
+def add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -> None:
     """dweight (V, H), fp32 or wider, += scale * dlogits^T hidden."""
     if dlogits.dtype == dweight.dtype:
         dweight.addmm_(dlogits.T, hidden, alpha=scale)
@@ -152,14 +152,14 @@ def _forward(
     head = weight
     if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
         head = weight.to(hidden.dtype)
-    buffer = _logits_buffer(min(rows, count), vocab_size, hidden)
-    for part in _chunks(count, rows):
+    buffer = logits_buffer(min(rows, count), vocab_size, hidden)
+    for part in chunks(count, rows):
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
         losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
         if dhidden is not None:
             head_gradient(logits, head, scale, dhidden[part])
         if dweight is not None:
-            _add_outer_(dweight, logits, hidden[part], scale)
+            add_outer_(dweight, logits, hidden[part], scale)
     total = losses.sum(dtype=torch.float64) * scale
     return total.to(wide), dhidden, dweight
 

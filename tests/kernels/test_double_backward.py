@@ -19,6 +19,7 @@ from kernels.linear.lora import lora_linear
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import lora_mlp
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
+from kernels.loss.linear_preference import sequence_log_probs
 from kernels.moe.experts import MixtureOfExperts, mixture_of_experts
 from kernels.moe.grouped_matmul import ExpertProjection
 from kernels.nf4 import quantize
@@ -50,6 +51,12 @@ OPS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
     "nf4_linear": (lambda x: nf4_linear(x, quantize(torch.ones(64, 64))), FLAT),
     "linear_cross_entropy": (
         lambda x: linear_cross_entropy(x, torch.ones(9, 64), torch.arange(8)),
+        FLAT,
+    ),
+    "sequence_log_probs": (
+        lambda x: sequence_log_probs(
+            x, torch.ones(9, 64), torch.arange(8), torch.arange(8), (2, 4)
+        ),
         FLAT,
     ),
 }
