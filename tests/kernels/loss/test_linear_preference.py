@@ -14,10 +14,10 @@ from kernels.linear.int8 import dequantize_int8, quantize_int8
 from kernels.loss.linear_preference import sequence_log_probs, sequence_log_probs_reference
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
-Places = tuple[Tensor, tuple[int, int]]
+Slots = tuple[Tensor, tuple[int, int]]
 
 
-def slots_of(counts: Sequence[int], device: torch.device | str = "cpu") -> Places:
+def slots_of(counts: Sequence[int], device: torch.device | str = "cpu") -> Slots:
     longest = max(counts)
     slots = [row * longest + index for row, count in enumerate(counts) for index in range(count)]
     return torch.tensor(slots, device=device), (len(counts), longest)
@@ -99,7 +99,8 @@ def test_a_frozen_head_may_be_in_8_bit_rows() -> None:
     hidden, weight, targets, _ = problem(20, 16, 90, torch.float32)
     slots, shape = slots_of((9, 11))
     small = quantize_int8(weight)
-    grads, sums = [], []
+    grads: list[Tensor] = []
+    sums: list[Tensor] = []
     for head in (small, dequantize_int8(small, torch.float32)):
         h = hidden.clone().requires_grad_(True)
         sums.append(sequence_log_probs(h, head, targets, slots, shape, 8))
