@@ -23,7 +23,10 @@ HeadPrecision = Literal["16bit", "8bit"]
 EmbeddingOn = Literal["device", "host"]
 Offload = Literal["checkpoints", "weights"]
 Optimizer = Literal["adamw8bit", "adamw"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal[
+    "cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "cosine_with_restarts"
+]  # fmt: skip
+DecayShape = Literal["linear", "cosine", "1-sqrt"]
 Tracker = Literal["tensorboard", "wandb"]
 Thinking = Literal["auto", "keep", "strip", "empty"]
 Streaming = Literal["auto", "on", "off"]

@@ -7,7 +7,6 @@ fields carry the group they are shown under; `engine.config.sources` reads files
 Nothing here imports torch, so the command line can show help and report a bad option at once.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
@@ -16,20 +15,19 @@ from pydantic import BeforeValidator, field_validator, model_validator
 
 from engine.config.choices import (
     DETERMINISTIC,
-    TARGET_PRESETS,
     ComputeType,
     EmbeddingOn,
     HeadPrecision,
     LogLevel,
-    Method,
     Offload,
-    Optimizer,
-    Schedule,
     Streaming,
     Tracker,
 )
 from engine.config.data_names import DataNames
 from engine.config.publishing import Publishing
+from engine.config.recipes.adapter import AdapterSettings
+from engine.config.recipes.optimizer import OptimizerSettings
+from engine.config.recipes.schedule import ScheduleSettings
 from engine.config.row_settings import RowSettings
 from engine.config.rules import Facts, broken
 from engine.config.settings import setting
@@ -37,7 +35,6 @@ from engine.config.spelling import (
     DEVICE,
     DEVICES,
     DTYPES,
-    OPTIMIZERS,
     POLICY,
     PRECISIONS,
     ChunkTokens,
@@ -58,7 +55,7 @@ NO_DATA = ("-",)
 """Stands for the rows where a plan is made without any; elsewhere it is standard input."""
 
 
-class TrainConfig(RowSettings, Publishing):
+class TrainConfig(RowSettings, ScheduleSettings, OptimizerSettings, AdapterSettings, Publishing):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -141,49 +138,6 @@ class TrainConfig(RowSettings, Publishing):
     )
     log_every: int = setting(
         10, "Run", "steps between lines when the console is not a terminal", ge=1
-    )
-
-    method: Annotated[Method, spelled({})] = setting(
-        "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
-    )
-    lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
-    lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
-    lora_dropout: float = setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
-    use_rslora: bool = setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
-    use_dora: bool = setting(
-        False, "Adapter", "learn the length of each weight row apart from its direction (DoRA)"
-    )
-    target_modules: str | tuple[str, ...] = setting(
-        "all", "Adapter", "all, attn, qv, or projections with commas between them"
-    )
-    init_adapter: Path | None = setting(None, "Adapter", "an earlier adapter to train on from")
-    double_quant: bool = setting(True, "Adapter", "quantise the NF4 scales again")
-
-    learning_rate: float = setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
-    lr_schedule: Annotated[Schedule, spelled({})] = setting(
-        "cosine", "Optimisation", "shape after the warm-up"
-    )
-    warmup_ratio: float | None = setting(
-        None, "Optimisation", "share of the steps that warm up (0.03 if neither is set)", ge=0, lt=1
-    )
-    warmup_steps: int | None = setting(None, "Optimisation", "steps that warm up", ge=0)
-    weight_decay: float = setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
-    betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = setting(
-        (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
-    )
-    eps: float = setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
-    max_grad_norm: float = setting(
-        1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
-    )
-    optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = setting(
-        "adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments"
-    )
-    nonfinite: str = setting(
-        "stop",
-        "Optimisation",
-        "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
-        pattern=r"^(stop|skip:[1-9]\d{0,5})$",
-        expected="stop, or skip:5 (stop after 5 in a row)",
     )
 
     epochs: int = setting(1, "Steps and batches", "passes over the data", ge=1, le=100_000)
@@ -289,47 +243,12 @@ class TrainConfig(RowSettings, Publishing):
             return "auto" if value else None
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("target_modules", mode="before")
-    @classmethod
-    def _targets(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value in TARGET_PRESETS:
-                return value
-            value = "all" if value in ("all-linear", "all_linear") else comma_list(value)
-        if value == "all":
-            return value
-        names = tuple(value) if isinstance(value, list | tuple) else value
-        if not isinstance(names, tuple) or not names:
-            raise ValueError("should be all, attn, qv, or at least one projection's name")
-        wrong = [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.]*", str(name))]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is no projection's name")
-        return tuple(dict.fromkeys(str(name) for name in names))
-
-    @field_validator("betas")
-    @classmethod
-    def _betas_in_range(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("both should be at least 0 and less than 1")
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         facts = Facts()
         for rule in broken(self, facts):
             raise ValueError(rule.text(self, facts))
         return self
-
-    @property
-    def nonfinite_limit(self) -> int:
-        """How many steps in a row may be skipped for a value that is not finite; 0 is to stop."""
-        return 0 if self.nonfinite == "stop" else int(self.nonfinite.removeprefix("skip:"))
-
-    def warmup(self, total_steps: int) -> int:
-        """The number of warm-up steps of a run of `total_steps`."""
-        if self.warmup_steps is not None:
-            return min(self.warmup_steps, total_steps)
-        return round((0.03 if self.warmup_ratio is None else self.warmup_ratio) * total_steps)
 
     def trajectory(self) -> dict[str, Any]:
         """The settings that decide the weights: a resumed run must have the same ones."""

@@ -35,6 +35,7 @@ _TELLING = {
     "teacher": "the weights of the teacher {c.teacher}",
 }
 _CONSTANT = "constant"
+_STABLE = "warmup_stable_decay"
 
 
 @dataclass(frozen=True)
@@ -125,12 +126,17 @@ def _check_length(
     if after == before:
         return
     root = _run_of(source)
+    if config.lr_schedule == _STABLE and done <= min(
+        total - config.decay_steps(total) for total in (before, after)
+    ):
+        return
     if config.lr_schedule != _CONSTANT:
         raise ConfigError(
             f"The run in {root} was planned for {before} steps and is asked for {after}: its "
             f"{config.lr_schedule} schedule ends at step {before}, so the steps that are left "
             "would have another learning rate than it began with (only --lr-schedule constant can "
-            "be prolonged). Finish it as it is, then train on from its result: "
+            "be prolonged, and warmup_stable_decay until it decays). Finish it as it is, then train on "
+            "from its result: "
             f"{continued(config, root, max(after - before, 1))}"
         )
     if after < done:

@@ -23,7 +23,8 @@ from engine.training.batches_ahead import BatchesAhead
 from engine.training.step import StepResult, TrainingStep
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
-from optim import lr_at
+from optim import ScheduleShape, lr_at
+from optim.lr_schedule import DEFAULT_SHAPE
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class TrainerSettings:
     checkpoint_every: int = 0
     eval_every: int = 0
     go_on: str = "--resume auto"
+    min_lr_ratio: float = 0.0
+    lr_shape: ScheduleShape = DEFAULT_SHAPE
 
 
 @dataclass
@@ -187,6 +190,8 @@ class Trainer:
             warmup=settings.warmup_steps,
             total=settings.total_steps,
             kind=settings.lr_schedule,
+            min_ratio=settings.min_lr_ratio,
+            shape=settings.lr_shape,
         )
         for group in self.step.optimizer.param_groups:
             group["lr"] = lr

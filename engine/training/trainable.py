@@ -24,7 +24,7 @@ from models.families import FAMILIES
 from models.layers.context import StepSettings
 from models.memory.lasting import keep_decoded
 from models.tensor_names import MLP_PROJECTIONS, projections_of
-from optim import AdamW8bit, StepInBackward, param_groups
+from optim import AdamW8bit, ScheduleShape, StepInBackward, param_groups
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,16 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
         betas=config.betas,
         eps=config.eps,
         min_8bit_size=4096 if config.optimizer == "adamw8bit" else 1 << 62,
+    )
+
+
+def lr_shape(config: TrainConfig, total_steps: int) -> ScheduleShape:
+    """The shape of the schedule of a run of `total_steps`."""
+    return ScheduleShape(
+        config.lr_power,
+        config.lr_num_cycles,
+        config.decay_steps(total_steps),
+        config.lr_decay_shape,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optim import lr_at
+from optim import ScheduleShape, lr_at
 from optim.lr_schedule import KINDS
 
 
@@ -47,6 +47,27 @@ def test_the_end_is_the_smallest_rate_and_it_stays_there(kind: str) -> None:
         )
 
 
+def test_a_polynomial_is_the_power_of_what_is_left() -> None:
+    schedule = rates(10, warmup=0, kind="polynomial", shape=ScheduleShape(power=2.0))
+    assert schedule == pytest.approx([(1 - i / 10) ** 2 for i in range(10)])
+
+
+def test_restarts_begin_every_wave_at_the_peak_and_end_at_the_smallest_rate() -> None:
+    shape = ScheduleShape(cycles=3)
+    schedule = rates(30, warmup=0, kind="cosine_with_restarts", shape=shape)
+    assert [i for i, rate in enumerate(schedule) if rate == 1.0] == [0, 10, 20]
+    assert schedule[5] == schedule[15] == pytest.approx(0.5)
+    assert lr_at(30, base=1.0, warmup=0, total=30, kind="cosine_with_restarts", shape=shape) == 0.0
+
+
+def test_warm_up_stable_decay_stays_at_the_peak_until_its_last_steps() -> None:
+    shape = ScheduleShape(decay_steps=4, decay_shape="linear")
+    schedule = rates(12, warmup=2, kind="warmup_stable_decay", shape=shape)
+    assert schedule == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    squat = rates(3, warmup=2, kind="warmup_stable_decay", shape=shape)
+    assert squat == pytest.approx([0.5, 1.0, 1.0])
+
+
 def test_warm_up_may_outlast_the_run() -> None:
     assert rates(3, warmup=10) == pytest.approx([0.1, 0.2, 0.3])
 
@@ -74,5 +95,10 @@ def test_wrong_arguments_are_refused() -> None:
     for step, warmup, total in ((-1, 0, 1), (0, -1, 1), (0, 0, 0)):
         with pytest.raises(ValueError, match="negative"):
             lr_at(step, base=1.0, warmup=warmup, total=total)
+    for wrong in ({"power": 0.0}, {"cycles": 0}, {"decay_steps": 0}):
+        with pytest.raises(ValueError, match="power must be positive"):
+            ScheduleShape(**wrong)
+    with pytest.raises(ValueError, match="linear, cosine, 1-sqrt"):
+        ScheduleShape(decay_shape="step")
     with pytest.raises(ValueError, match="min_ratio"):
         lr_at(0, base=1.0, warmup=0, total=1, min_ratio=1.5)

@@ -41,6 +41,7 @@ from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
     load_teacher,
+    lr_shape,
     make_in_backward,
     make_optimizer,
     make_trainable,
@@ -219,6 +220,8 @@ class _Run:
             nonfinite_limit=config.nonfinite_limit,
             checkpoint_every=config.checkpoint_every,
             eval_every=config.eval_every,
+            min_lr_ratio=config.min_lr_ratio,
+            lr_shape=lr_shape(config, total_steps),
             go_on=f"`{command_of('resume', self.directory.path)}`",
         )
 

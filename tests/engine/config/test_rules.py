@@ -11,7 +11,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 
 IN_BACKWARD = {"optimizer_in_backward": True, "method": "full", "max_grad_norm": 0.0}
-BREAKS: list[tuple[dict[str, Any], Facts]] = [
+RUN_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"warmup_ratio": 0.1, "warmup_steps": 3}, Facts()),
     ({"eval_data": ("e",), "heldout": 0.1}, Facts()),
     ({"eval_every": 5}, Facts()),
@@ -39,6 +39,17 @@ BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"resume": "auto"}, Facts()),
     ({"resume": "x", "overwrite": True}, Facts()),
 ]
+RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"min_lr_ratio": 0.1, "lr_schedule": "constant"}, Facts()),
+    ({"lr_power": 2.0}, Facts()),
+    ({"lr_num_cycles": 2}, Facts()),
+    (
+        {"lr_schedule": "warmup_stable_decay", "lr_decay_ratio": 0.1, "lr_decay_steps": 2},
+        Facts(),
+    ),
+    ({"lr_decay_steps": 3}, Facts()),
+]
+BREAKS = [*RUN_BREAKS, *RECIPE_BREAKS]
 PLAIN = TrainConfig(model="m", data="d")
 
 

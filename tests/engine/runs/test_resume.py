@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engine.config.explain import Setting
 from engine.config.sources import build, load_config
 from engine.config.train_config import VERBS, TrainConfig
 from engine.errors import ConfigError, EngineError
+from engine.runs.identity import RunIdentity, require_same_run
 from engine.runs.metrics import read_metrics
 from engine.runs.signals import Interrupted, StopSignals
 from engine.runs.stored import resume_config, resumed
@@ -203,6 +205,19 @@ def test_a_constant_schedule_can_be_prolonged_to_the_bits_of_the_longer_run(
         resume(tmp_path / "run", max_steps=3, console=False)
     epochs = resume(tmp_path / "run", epochs=2, console=False)
     assert epochs.metrics["steps"] == 10
+
+
+def test_a_stable_schedule_can_be_prolonged_until_it_decays(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path
+) -> None:
+    stable = {"lr_schedule": "warmup_stable_decay", "warmup_steps": 1, "lr_decay_steps": 2}
+    short = config(tiny_model, write_rows(9), tmp_path / "run", max_steps=4, **stable)
+    before = RunIdentity(short, {"base": "b"}, 10)
+    state = {"base": "b", "trajectory": short.trajectory(), "progress": {"step": 2}}
+    longer = replace(before, config=short.model_copy(update={"max_steps": 9}))
+    require_same_run(state, longer, tmp_path)
+    with pytest.raises(ConfigError, match="warmup_stable_decay until it decays"):
+        require_same_run(state | {"progress": {"step": 3}}, longer, tmp_path)
 
 
 def test_more_steps_of_another_schedule_name_the_way(stopped: Path, tiny_model: Path) -> None:

@@ -1,87 +1,6 @@
-"""Settings that exclude each other, or do not fit model or machine.
+"""Rules between the settings of every run, and with its model and machine."""
 
-One table for everybody: `TrainConfig` reads it when it is made, training when model and machine are
-known, and the memory planner before it proposes a setting.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, Self
-
-from engine.config.choices import ComputeType, EmbeddingOn, HeadPrecision, Method, Offload
-from engine.errors import ConfigError
-
-
-class RunSettings(Protocol):
-    """The settings of `TrainConfig` that the rules look at."""
-
-    method: Method
-    teacher: str | None
-    eval_data: tuple[str, ...]
-    heldout: float
-    eval_every: int
-    output_dir: Path | None
-    run_id: str | None
-    resume: str | None
-    overwrite: bool
-    use_dora: bool
-    init_adapter: Path | None
-    warmup_ratio: float | None
-    warmup_steps: int | None
-    max_grad_norm: float
-    accumulate: int
-    dtype: ComputeType
-    optimizer_in_backward: bool
-    head_precision: HeadPrecision
-    embedding_on: EmbeddingOn
-    offload: tuple[Offload, ...]
-    keep_decoded: str
-    low_memory_decode: bool
-    cuda_graphs: bool
-    memory_budget: int | None
-
-    def model_copy(self, *, update: dict[str, Any] | None = None) -> Self:
-        """The same settings with those in `update` replaced."""
-        ...
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What is known of the machine and the model; None where it is not known yet.
-
-    `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer.
-    """
-
-    device: str | None = None
-    dtype: str | None = None
-    model_type: str | None = None
-    tied: bool | None = None
-    recordable: bool | None = None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """`setting` cannot be used `when` this is true: `message` says why, `fix` what to do instead.
-
-    Both texts are format strings over the settings `c` and the facts `f`.
-    """
-
-    setting: str
-    when: Callable[[RunSettings, Facts], bool]
-    message: str
-    fix: str
-
-    def text(self, config: RunSettings, facts: Facts) -> str:
-        """Both texts, about these settings."""
-        return f"{self.message} {self.fix}".format(c=config, f=facts, offload=_joined(config))
-
-
-def _joined(config: RunSettings) -> str:
-    return " and ".join(f"offload {what}" for what in config.offload)
-
+from engine.config.rules.rule import Rule
 
 TIED_EMBEDDING = Rule(
     "embedding_on",
@@ -91,7 +10,7 @@ TIED_EMBEDDING = Rule(
     "Leave out --embedding-on host; --head-precision 8bit halves it",
 )
 
-RULES = (
+RUN_RULES = (
     Rule(
         "warmup_steps",
         lambda c, _: c.warmup_ratio is not None and c.warmup_steps is not None,
@@ -239,20 +158,3 @@ RULES = (
         "Set one of them",
     ),
 )
-
-
-def broken(config: RunSettings, facts: Facts | None = None) -> list[Rule]:
-    """The rules that these settings break, given what is known of model and machine."""
-    return [rule for rule in RULES if rule.when(config, facts or Facts())]
-
-
-def check(config: RunSettings, facts: Facts) -> None:
-    """Raises `ConfigError` with the first rule that the settings break."""
-    for rule in broken(config, facts):
-        raise ConfigError(f"{rule.text(config, facts)}.")
-
-
-def allows(config: RunSettings, facts: Facts | None = None, **changes: Any) -> bool:
-    """Whether the settings in `changes` may be had with the others of `config`."""
-    rules = broken(config.model_copy(update=changes), facts)
-    return not any(rule.setting in changes for rule in rules)

@@ -1,0 +1,1 @@
+"""Settings of recipes: adapter, optimizer and schedule of a run, a table each."""

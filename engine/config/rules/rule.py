@@ -1,0 +1,93 @@
+"""`Rule`: settings that exclude each other, or do not fit model or machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from engine.config.choices import (
+    ComputeType,
+    DecayShape,
+    EmbeddingOn,
+    HeadPrecision,
+    Method,
+    Offload,
+    Schedule,
+)
+
+
+class RunSettings(Protocol):
+    """The settings of `TrainConfig` that the rules look at."""
+
+    method: Method
+    teacher: str | None
+    eval_data: tuple[str, ...]
+    heldout: float
+    eval_every: int
+    output_dir: Path | None
+    run_id: str | None
+    resume: str | None
+    overwrite: bool
+    use_dora: bool
+    init_adapter: Path | None
+    warmup_ratio: float | None
+    warmup_steps: int | None
+    lr_schedule: Schedule
+    min_lr_ratio: float
+    lr_power: float
+    lr_num_cycles: int
+    lr_decay_ratio: float | None
+    lr_decay_steps: int | None
+    lr_decay_shape: DecayShape
+    max_grad_norm: float
+    accumulate: int
+    dtype: ComputeType
+    optimizer_in_backward: bool
+    head_precision: HeadPrecision
+    embedding_on: EmbeddingOn
+    offload: tuple[Offload, ...]
+    keep_decoded: str
+    low_memory_decode: bool
+    cuda_graphs: bool
+    memory_budget: int | None
+
+    def model_copy(self, *, update: dict[str, Any] | None = None) -> Self:
+        """The same settings with those in `update` replaced."""
+        ...
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the machine and the model; None where it is not known yet.
+
+    `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    model_type: str | None = None
+    tied: bool | None = None
+    recordable: bool | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`setting` cannot be used `when` this is true: `message` says why, `fix` what to do instead.
+
+    Both texts are format strings over the settings `c` and the facts `f`.
+    """
+
+    setting: str
+    when: Callable[[RunSettings, Facts], bool]
+    message: str
+    fix: str
+
+    def text(self, config: RunSettings, facts: Facts) -> str:
+        """Both texts, about these settings."""
+        return f"{self.message} {self.fix}".format(c=config, f=facts, offload=_joined(config))
+
+
+def _joined(config: RunSettings) -> str:
+    return " and ".join(f"offload {what}" for what in config.offload)
