@@ -135,8 +135,8 @@ def _check_length(
             f"The run in {root} was planned for {before} steps and is asked for {after}: its "
             f"{config.lr_schedule} schedule ends at step {before}, so the steps that are left "
             "would have another learning rate than it began with (only --lr-schedule constant can "
-            "be prolonged, and warmup_stable_decay until it decays). Finish it as it is, then train on "
-            "from its result: "
+            "be prolonged, and warmup_stable_decay until it decays). Finish it as it is, then "
+            "train on from its result: "
             f"{continued(config, root, max(after - before, 1))}"
         )
     if after < done:

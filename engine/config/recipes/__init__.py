@@ -1,1 +1,1 @@
-"""Settings of recipes: adapter, optimizer and schedule of a run, a table each."""
+"""Settings of recipes: adapter, optimizer and schedule, a table each."""

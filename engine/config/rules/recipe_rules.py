@@ -32,7 +32,7 @@ RECIPE_RULES = (
     Rule(
         "lr_decay_shape",
         lambda c, _: (
-            (c.lr_decay_ratio or c.lr_decay_steps or c.lr_decay_shape != "cosine")
+            (c.lr_decay_ratio, c.lr_decay_steps, c.lr_decay_shape) != (None, None, "cosine")
             and c.lr_schedule != "warmup_stable_decay"
         ),
         "lr_decay_ratio, lr_decay_steps and lr_decay_shape are of the schedule "
