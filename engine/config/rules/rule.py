@@ -1,4 +1,4 @@
-"""`Rule`: settings that exclude each other, or do not fit model or machine."""
+"""`Rule`: settings that exclude each other or do not fit the model."""
 
 from __future__ import annotations
 

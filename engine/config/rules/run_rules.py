@@ -1,4 +1,4 @@
-"""Rules between the settings of every run, and with its model and machine."""
+"""Rules between the settings of every run, and with its model."""
 
 from engine.config.rules.rule import Rule
 
