@@ -8,28 +8,16 @@ SDPA attention, bitsandbytes' AdamW8bit. "full" recomputes every layer
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bench.gpu.step import RANK, StepSpec, model_flops, summary
-from engine.benchmark.cases.shapes import configuration
-from engine.benchmark.timing import clear, synchronize
-from engine.provenance import installed
+from bench.gpu.peer_step import PeerStep, causal_loss, eight_bit_adamw, measured_with, random_ids
+from bench.gpu.step import RANK, StepSpec
 from models.config.model_config import ModelConfig
 
 PACKAGES = ("transformers", "peft", "bitsandbytes", "accelerate")
-
-
-def missing(packages: Sequence[str] = PACKAGES) -> list[str]:
-    """The packages that are not installed."""
-    return [name for name in packages if find_spec(name) is None]
 
 
 def hf_config(config: ModelConfig) -> Any:
@@ -123,94 +111,13 @@ def _materialise(model: nn.Module, device: torch.device, dtype: torch.dtype) -> 
                 module.register_buffer(name, buffer.to(device), persistent=False)
 
 
-def measure_step(
-    spec: StepSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    small: bool = False,
-    steps: int = 3,
-    peak_flops: float | None = None,
-) -> dict[str, Any]:
-    """The figures of `bench.gpu.step.measure_step` for the other side."""
-    clear(device)
-    config = configuration(spec.model, small)
+def prepare(
+    spec: StepSpec, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> PeerStep:
+    """A step of these libraries."""
     model = build(config, spec.policy, device, dtype)
-    ids = random_ids(config, spec, device)
-    timed = timed_steps(model, causal_loss(model, ids, dtype), eight_bit_adamw(model), steps)
-    return row(spec, config, timed, peak_flops, device, PACKAGES)
+    loss = causal_loss(model, random_ids(config, spec, device), dtype)
+    return PeerStep(model, loss, eight_bit_adamw(model))
 
 
-def random_ids(config: ModelConfig, spec: StepSpec, device: torch.device) -> Tensor:
-    """Random tokens (documents, length)."""
-    return torch.randint(0, config.vocab_size, (spec.documents, spec.length), device=device)
-
-
-def eight_bit_adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """bitsandbytes' AdamW8bit over what is trained."""
-    import bitsandbytes
-
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)
-    return optimizer
-
-
-def causal_loss(model: Any, ids: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """The loss of transformers' model with every token trained, under autocast in 16 bits."""
-
-    def loss() -> Tensor:
-        half = dtype != torch.float32
-        with torch.autocast(ids.device.type, dtype) if half else nullcontext():
-            value: Tensor = model(input_ids=ids, labels=ids).loss
-        return value
-
-    return loss
-
-
-@dataclass(frozen=True)
-class TimedSteps:
-    """Seconds of the steps after the warm-up, and every step's loss."""
-
-    seconds: list[float]
-    losses: list[float]
-
-
-def timed_steps(
-    model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int
-) -> TimedSteps:
-    """Whole steps, clipped to a norm of 1, as the engine's own are timed: two to warm up."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device, warmup = trained[0].device, 2
-    times, losses = [], []
-    for step in range(warmup + steps):
-        if step == warmup and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        synchronize(device)
-        started = time.perf_counter()
-        value = loss()
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(value.detach()))
-        synchronize(device)
-        times.append(time.perf_counter() - started)
-    return TimedSteps(times[warmup:], losses)
-
-
-def row(
-    spec: StepSpec,
-    config: ModelConfig,
-    timed: TimedSteps,
-    peak_flops: float | None,
-    device: torch.device,
-    packages: Sequence[str],
-) -> dict[str, Any]:
-    """The figures of `bench.gpu.step.measure_step`, with the other side's versions."""
-    flops = model_flops(config, spec)
-    return {
-        **asdict(spec),
-        **summary(timed.seconds, spec.tokens, flops, peak_flops, device),
-        "losses": timed.losses,
-        "versions": {name: installed(name) for name in packages},
-    }
+measure_step = measured_with(prepare, PACKAGES)

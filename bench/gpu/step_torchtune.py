@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu.peer_step import PeerStep, measured_with, random_ids
 from bench.gpu.step import RANK, StepSpec
-from bench.gpu.step_peers import random_ids, row, timed_steps
-from engine.benchmark.cases.shapes import configuration
-from engine.benchmark.timing import clear
 from models.config.model_config import ModelConfig
 
 PACKAGES = ("torchtune", "torchao")
@@ -75,21 +73,15 @@ def build(
     return model.train(), loss
 
 
-def measure_step(
-    spec: StepSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    small: bool = False,
-    steps: int = 3,
-    peak_flops: float | None = None,
-) -> dict[str, Any]:
-    """The figures of `bench.gpu.step.measure_step` for torchtune."""
-    clear(device)
-    config = configuration(spec.model, small)
+def prepare(
+    spec: StepSpec, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> PeerStep:
+    """A step of torchtune."""
     model, loss = build(spec, config, device, dtype)
     ids = random_ids(config, spec, device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    timed = timed_steps(model, lambda: loss(ids), optimizer, steps)
-    return row(spec, config, timed, peak_flops, device, PACKAGES)
+    return PeerStep(model, lambda: loss(ids), optimizer)
+
+
+measure_step = measured_with(prepare, PACKAGES)

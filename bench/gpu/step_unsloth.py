@@ -19,17 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.gpu.peer_step import PeerStep, causal_loss, eight_bit_adamw, measured_with, random_ids
 from bench.gpu.step import RANK, StepSpec
-from bench.gpu.step_peers import (
-    causal_loss,
-    eight_bit_adamw,
-    hf_config,
-    quantised,
-    random_ids,
-    row,
-    timed_steps,
-)
-from engine.benchmark.cases.shapes import configuration
+from bench.gpu.step_peers import hf_config, quantised
 from engine.benchmark.timing import clear
 from models.config.model_config import ModelConfig
 
@@ -118,19 +110,13 @@ def build(
     return trained
 
 
-def measure_step(
-    spec: StepSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    small: bool = False,
-    steps: int = 3,
-    peak_flops: float | None = None,
-) -> dict[str, Any]:
-    """The figures of `bench.gpu.step.measure_step` for unsloth."""
-    clear(device)
-    config = configuration(spec.model, small)
+def prepare(
+    spec: StepSpec, config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> PeerStep:
+    """A step of unsloth."""
     model = build(spec, config, device, dtype)
     loss = causal_loss(model, random_ids(config, spec, device), dtype)
-    timed = timed_steps(model, loss, eight_bit_adamw(model), steps)
-    return row(spec, config, timed, peak_flops, device, PACKAGES)
+    return PeerStep(model, loss, eight_bit_adamw(model))
+
+
+measure_step = measured_with(prepare, PACKAGES)

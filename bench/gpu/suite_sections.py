@@ -17,6 +17,7 @@ import torch
 
 from bench import peers
 from bench.gpu import (
+    peer_step,
     profile_step,
     step,
     step_peers,
@@ -170,7 +171,7 @@ def _llama_items(options: Options) -> list[str]:
 
 def run_peer(side: ModuleType, item: str, options: Options) -> dict[str, Any]:
     """A step through the packages of `side`; where they do not serve, the reason is the result."""
-    absent = step_peers.missing(side.PACKAGES)
+    absent = peer_step.missing(side.PACKAGES)
     if absent:
         return {"skipped": f"{item}: not installed: {', '.join(absent)}"}
     try:
