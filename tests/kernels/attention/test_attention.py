@@ -104,6 +104,20 @@ def test_values_and_gradients_are_accurate(
         accurate(ours, other, truth)
 
 
+def test_short_documents_in_16_bits_have_gradients_as_exact_as_fp32() -> None:
+    """They are computed in fp32 on a CPU, from rounded values, and rounded once."""
+    q, k, v, do = problem(96, 4, 2, 32, torch.bfloat16)
+    settings = AttentionSettings(plan_of((60, 36)), None, 32**-0.5, "cpu")
+    out, saved = attention_forward(q, k, v, settings)
+    mine = attention_backward(do, q, k, v, out, saved, settings)
+    want = attention_backward(
+        do.float(), q.float(), k.float(), v.float(), out.float(), saved, settings
+    )
+    for got, exactly in zip(mine, want, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert torch.equal(got, exactly.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "documents"])
 def test_a_window_of_one_sees_only_its_own_token(backend: str) -> None:
     q, k, v, _ = problem(40, 4, 2, 8)
