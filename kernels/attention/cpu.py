@@ -13,7 +13,6 @@ from torch import Tensor
 
 from kernels.attention.documents import AttentionGradients, AttentionSettings, heads_first
 
-
 _FEW_KEYS = 256
 
 
