@@ -19,9 +19,9 @@ from typer.core import TyperCommand
 
 from engine.config.data_names.passwords import hide_in_words
 from engine.config.explain import Setting
-from engine.config.presets import SUMMARIES
 from engine.config.settings import Settings, group_of, is_repeated
 from engine.config.sources import Vocabulary, build, gather
+from engine.config.training.presets import SUMMARIES
 from engine.errors import ConfigError
 
 S = TypeVar("S", bound=Settings)

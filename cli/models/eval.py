@@ -31,6 +31,8 @@ def evaluate_model(call: Call) -> int | None:
         figures["perplexity"] = None  # JSON has no word for infinity
     if not call.print_json(figures):
         print(f"perplexity {result.perplexity:.4f}   loss {result.loss:.4f} nats per token")
+        for name, loss in result.parts.items():
+            print(f"  {name}: loss {loss:.4f}")
         print(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
     return None
 

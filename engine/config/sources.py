@@ -20,9 +20,9 @@ from pydantic.fields import FieldInfo
 
 from engine.config.aliases import ALIASES, GROUPS, HINTS
 from engine.config.explain import Setting, describe, nearest
-from engine.config.presets import OTHER_NAMES, PRESETS
 from engine.config.settings import Settings
 from engine.config.train_config import TrainConfig
+from engine.config.training.presets import OTHER_NAMES, PRESETS
 from engine.errors import ConfigError
 
 _LONGEST_FILE = 1 << 20

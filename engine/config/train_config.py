@@ -47,6 +47,7 @@ from engine.config.spelling import (
     size_in_bytes,
     spelled,
 )
+from engine.config.training.evaluation import EvaluationSettings
 from engine.config.trajectory import KNOWN_OTHERWISE, NOT_TRAJECTORY
 
 VERBS = ("resume", "overwrite")
@@ -55,7 +56,14 @@ NO_DATA = ("-",)
 """Stands for the rows where a plan is made without any; elsewhere it is standard input."""
 
 
-class TrainConfig(RowSettings, ScheduleSettings, OptimizerSettings, AdapterSettings, Publishing):
+class TrainConfig(
+    RowSettings,
+    EvaluationSettings,
+    ScheduleSettings,
+    OptimizerSettings,
+    AdapterSettings,
+    Publishing,
+):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""
 
     renamed: ClassVar[Mapping[str, str]] = {
@@ -126,9 +134,6 @@ class TrainConfig(RowSettings, ScheduleSettings, OptimizerSettings, AdapterSetti
         100, "Run", "steps between checkpoints; 0 for one at the end", ge=0
     )
     keep_checkpoints: int = setting(2, "Run", "how many of the newest checkpoints to keep", ge=2)
-    eval_every: int = setting(
-        0, "Run", "steps between evaluations of the held-out rows; 0 for start and end", ge=0
-    )
     report_to: Annotated[tuple[Tracker, ...], BeforeValidator(comma_list)] = setting(
         (), "Run", "trackers to report to: tensorboard, wandb"
     )

@@ -1,6 +1,7 @@
 """Which settings decide what a run learns, and which do not."""
 
 from engine.config.publishing import Publishing
+from engine.config.training.evaluation import EvaluationSettings
 
 # Settings that change where a run writes or what it shows, and never what it learns.
 NOT_TRAJECTORY = frozenset(
@@ -11,7 +12,6 @@ NOT_TRAJECTORY = frozenset(
         "overwrite",
         "keep_checkpoints",
         "checkpoint_every",
-        "eval_every",
         "report_to",
         "log_level",
         "log_every",
@@ -23,6 +23,7 @@ NOT_TRAJECTORY = frozenset(
         "optimizer_in_backward",
         "plot",
         "token_cache",
+        *EvaluationSettings.model_fields,
         *Publishing.model_fields,
     }
 )

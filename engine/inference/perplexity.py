@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
+from engine.inference.parts import PartNames
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
@@ -19,13 +20,18 @@ TOKENS_PER_BATCH = 2048
 
 @dataclass(frozen=True)
 class EvalResult:
-    """`loss` is the mean over `tokens` trained tokens, in nats; `perplexity` its exponential."""
+    """`loss` is the mean over `tokens` trained tokens, in nats; `perplexity` its exponential.
+
+    `parts` has the loss of every category and source, where there are several: `category/NAME` and
+    `source/FILE`.
+    """
 
     perplexity: float
     loss: float
     tokens: int
     rows: int
     seconds: float
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def by_tokens(examples: Iterable[Example], budget: int) -> Iterator[list[Example]]:
@@ -48,17 +54,57 @@ def evaluate_examples(
     examples: Sequence[Example],
     tokens_per_batch: int = TOKENS_PER_BATCH,
     settings: StepSettings = DEFAULT_SETTINGS,
+    parts: PartNames | None = None,
 ) -> EvalResult:
-    """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was."""
+    """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was.
+
+    `parts` are the categories and sources whose losses are asked for as well.
+    """
     started, was_training = time.perf_counter(), model.training
     model.eval()
+    whole, by_part = _Sum(), dict[str, _Sum]()
+    for names, group in _grouped(examples, parts):
+        own = _sum_of(model, group, tokens_per_batch, settings)
+        for added in (whole, *(by_part.setdefault(name, _Sum()) for name in names)):
+            added.loss += own.loss
+            added.tokens += own.tokens
+    model.train(was_training)
+    perplexity = math.exp(whole.mean) if whole.mean < 700 else math.inf
+    seconds = time.perf_counter() - started
+    losses = {name: by_part[name].mean for name in sorted(by_part)}
+    return EvalResult(perplexity, whole.mean, whole.tokens, len(examples), seconds, losses)
+
+
+@dataclass
+class _Sum:
+    """A sum of losses over trained tokens."""
+
+    loss: float = 0.0
+    tokens: int = 0
+
+    @property
+    def mean(self) -> float:
+        return self.loss / max(self.tokens, 1)
+
+
+def _grouped(
+    examples: Sequence[Example], parts: PartNames | None
+) -> list[tuple[tuple[str, ...], list[Example]]]:
+    """The examples by the parts that they belong to, in an order that their names decide."""
+    groups: dict[tuple[str, ...], list[Example]] = {}
+    for example in examples:
+        names = () if parts is None else parts.of(example)
+        groups.setdefault(names, []).append(example)
+    return [(names, groups[names]) for names in sorted(groups)]
+
+
+def _sum_of(
+    model: Decoder, examples: list[Example], tokens_per_batch: int, settings: StepSettings
+) -> _Sum:
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
         batch = collate(group)
         loss = model.batch_loss(batch, settings, num_items=1)
         total += loss.double().cpu()
         tokens += batch.trained_tokens
-    model.train(was_training)
-    mean = float(total) / max(tokens, 1)
-    perplexity = math.exp(mean) if mean < 700 else math.inf
-    return EvalResult(perplexity, mean, tokens, len(examples), time.perf_counter() - started)
+    return _Sum(float(total), tokens)

@@ -70,6 +70,8 @@ class LoadedCheckpoint:
 class CheckpointStore:
     """The checkpoints of one run, in folder `root`, of which the newest `keep` (at least 2) stay.
 
+    Beside them stay those that one of them names as the best so far.
+
     Raises `ConfigError` where another process writes to `root`. `lock` is the lock on `root` that
     the caller holds already; without one the store takes its own.
     """
@@ -89,11 +91,14 @@ class CheckpointStore:
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         extra: Callable[[Path], None] | None = None,
+        best: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write `checkpoint-<step>`; when this returns, it is on the disk.
 
         `tensors` maps a file's stem (it may name a folder: `adapter/adapter_model`) to its tensors,
         `state` is what JSON can hold, `extra` may write more files into the folder it is given.
+        `best` says for the manifest which step's checkpoint is the best so far, by which metric and
+        value; that checkpoint stays as long as one that names it.
         Saving a step that this store has saved already does nothing. Raises `CheckpointError`;
         every earlier checkpoint is then as it was.
         """
@@ -107,7 +112,7 @@ class CheckpointStore:
             )
         _refuse_nonfinite(step, tensors)
         self._require_space(tensors)
-        self._publish(target, step, tensors, state, extra)
+        self._publish(target, tensors, state, extra, {"best": dict(best)} if best else {})
         read_manifest(target, step)
         self._saved.add(step)
         log.info("Checkpoint of step %d saved: %s", step, target)
@@ -174,6 +179,15 @@ class CheckpointStore:
         """The folder of a step, whether or not it exists."""
         return self.root / f"checkpoint-{step}"
 
+    def best_of(self, step: int) -> int | None:
+        """The step whose checkpoint was the best when that of `step` was written, if one was."""
+        try:
+            best = read_manifest(self.path_of(step), step).get("best")
+        except CheckpointError:
+            return None
+        named = best.get("step") if isinstance(best, dict) else None
+        return named if isinstance(named, int) else None
+
     def clear(self) -> None:
         """Retire every checkpoint, also those set aside: the run starts over."""
         for step in self.steps():
@@ -196,19 +210,20 @@ class CheckpointStore:
     def _publish(
         self,
         target: Path,
-        step: int,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         extra: Callable[[Path], None] | None,
+        facts: Mapping[str, Any],
     ) -> None:
         """Write everything; after an I/O error anew from memory, as no fsync can be repeated."""
+        step = _step_of(target)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 with durable.publish_directory(target) as folder:
                     _write_files(folder, tensors, state)
                     if extra is not None:
                         extra(folder)
-                    write_manifest(folder, step)
+                    write_manifest(folder, step, facts)
                 return
             except CheckpointError as error:
                 cause = error.__cause__
@@ -226,7 +241,12 @@ class CheckpointStore:
         require_space(self.root, size)
 
     def _retire(self) -> None:
-        for step in self.steps()[: -self.keep]:
+        steps = self.steps()
+        newest = steps[-self.keep :]
+        wanted = {*newest, *(best for step in newest if (best := self.best_of(step)) is not None)}
+        for step in steps:
+            if step in wanted:
+                continue
             try:
                 self._delete(self.path_of(step))
             except OSError as error:
@@ -252,6 +272,12 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
+
+
+def _step_of(path: Path) -> int:
+    match = CHECKPOINT.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
 
 
 def _write_files(

@@ -140,7 +140,7 @@ class RunDirectory:
         The starts of a run that was resumed add up under `starts`.
         """
         target = self.path / "manifest.json"
-        before = json_object_or_empty(target) if self.config.resume else {}
+        before = self.recorded() if self.config.resume else {}
         earlier = before.get("starts")
         earlier = earlier if isinstance(earlier, list) else []
         start = {
@@ -161,10 +161,9 @@ class RunDirectory:
         }
         durable.write_json(target, content | facts)
 
-    def facts(self, *names: str) -> dict[str, Any]:
-        """Those of `names` that the manifest of a run that goes on has."""
-        manifest = json_object_or_empty(self.path / "manifest.json")
-        return {name: manifest[name] for name in names if name in manifest}
+    def recorded(self) -> dict[str, Any]:
+        """The manifest of a run that goes on; empty where there is none."""
+        return json_object_or_empty(self.path / "manifest.json")
 
     def write_summary(
         self,

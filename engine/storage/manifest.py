@@ -8,6 +8,7 @@ of its content, so that no byte of it can differ without being noticed.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,8 +25,11 @@ _LONGEST = 16 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def write_manifest(folder: Path, step: int) -> None:
-    """Describe every file under `folder`; to be called when all of them are written."""
+def write_manifest(folder: Path, step: int, facts: Mapping[str, Any] | None = None) -> None:
+    """Describe every file under `folder`; to be called when all of them are written.
+
+    `facts` are further entries, of which the manifest's own digest is as well.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -38,6 +42,7 @@ def write_manifest(folder: Path, step: int) -> None:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "files": files,
     }
+    content = {**(facts or {}), **content}
     content["self_sha256"] = _own_hash(content)
     durable.write_text(folder / MANIFEST_NAME, _text(content))
 

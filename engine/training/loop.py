@@ -20,6 +20,7 @@ from engine.errors import EngineError, MemoryPlanError
 from engine.runs.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.runs.signals import Interrupted, StopSignals
 from engine.training.batches_ahead import BatchesAhead
+from engine.training.evaluation.best import BestSoFar
 from engine.training.step import StepResult, TrainingStep
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
@@ -50,6 +51,7 @@ class TrainerSettings:
     nonfinite_limit: int = 0
     checkpoint_every: int = 0
     eval_every: int = 0
+    sample_every: int = 0
     go_on: str = "--resume auto"
     min_lr_ratio: float = 0.0
     lr_shape: ScheduleShape = DEFAULT_SHAPE
@@ -59,7 +61,8 @@ class TrainerSettings:
 class Progress:
     """Where a run stands: the JSON part of a checkpoint.
 
-    `cursor` says where rows that are streamed go on (`engine.data.streaming.batch_stream`).
+    `cursor` says where rows that are streamed go on (`engine.data.streaming.batch_stream`), `best`
+    what evaluations have shown so far (`engine.training.evaluation.best`).
     """
 
     step: int = 0
@@ -71,6 +74,7 @@ class Progress:
     loss_scale: float = 1.0
     steps_at_scale: int = 0
     cursor: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
         """What JSON holds; `Progress(**state)` is its inverse."""
@@ -112,13 +116,18 @@ def _within() -> None:
     return None
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class TrainerHooks:
     """What the loop calls.
 
     `save` writes a checkpoint, `report` takes each step's metrics, `evaluate` returns held-out
-    figures to add to a step's line, and `watch` is entered around a step. `overrun` is asked after
-    a step whether it took more memory than it may; what it says ends the run.
+    figures to add to a step's line, `sample` writes answers of the model after a step, and `watch`
+    is entered around a step. `overrun` is asked after a step whether it took more memory than it
+    may; what it says ends the run. `ended` is asked whether the run shall end after this step.
     """
 
     save: Callable[[Progress], None]
@@ -126,10 +135,12 @@ class TrainerHooks:
     evaluate: Callable[[], dict[str, float]] | None = None
     watch: Callable[[Sequence[PackedBatch]], AbstractContextManager[None]] = _unwatched
     overrun: Callable[[], str | None] = _within
+    sample: Callable[[int], None] | None = None
+    ended: Callable[[], bool] = _never
 
 
 class Trainer:
-    """Runs steps until `total_steps`, a signal, or too many steps that are not finite.
+    """Runs steps until `total_steps`, early stopping, a signal, or too many non-finite steps.
 
     `batches_of(number)` gives the micro-batches of a step (counted from 0) and the epoch it lies
     in, as a fraction, after it; on a GPU it is asked for the next step's while a step runs.
@@ -143,6 +154,7 @@ class Trainer:
         hooks: TrainerHooks,
         signals: StopSignals | None = None,
         progress: Progress | None = None,
+        best: BestSoFar | None = None,
     ) -> None:
         self.step = step
         self._batches = BatchesAhead(batches_of, step.model, settings.total_steps)
@@ -150,20 +162,33 @@ class Trainer:
         self.signals = signals or StopSignals()
         self.progress = progress or new_progress(step.model)
         self._eta = Eta(settings.total_steps)
+        self.best = best
+        self.evaluated: tuple[int, dict[str, float]] | None = None
+        self._improved = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left: all are done, or early stopping has waited long enough."""
+        exhausted = self.best is not None and self.best.exhausted
+        return exhausted or self.progress.step >= self.settings.total_steps
 
     def run(self) -> Progress:
         """Train to the end; a checkpoint of the last step is on the disk when this returns.
+
+        `evaluated` is then the step and the figures of the last evaluation, if there was one.
 
         Raises `Interrupted` after a checkpoint when a signal asked for a stop, and
         `NonFiniteError` and `MemoryPlanError`, after a checkpoint too, when values stay non-finite
         or a step took more memory than it may.
         """
         settings, progress = self.settings, self.progress
-        while progress.step < settings.total_steps:
+        ended = False
+        while not self.is_done and not ended:
             self._one_step()
-            due = settings.checkpoint_every and progress.step % settings.checkpoint_every == 0
+            due = self._is_due(settings.checkpoint_every) or self._improved
             stop = self.signals.requested  # read once: a signal may come at any moment
-            unfinished = progress.step < settings.total_steps
+            ended = self.hooks.ended()
+            unfinished = not self.is_done and not ended
             problem = self.hooks.overrun() if unfinished else None
             if due or stop is not None or problem is not None or not unfinished:
                 self.hooks.save(progress)
@@ -180,6 +205,23 @@ class Trainer:
                     step=progress.step,
                 )
         return progress
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.progress.step % every == 0
+
+    def _evaluate(self) -> dict[str, float]:
+        """Figures of the held-out rows where they are due; the best ones so far are noted."""
+        step, every = self.progress.step, self.settings.eval_every
+        last = step == self.settings.total_steps
+        self._improved = False
+        if self.hooks.evaluate is None or not (self._is_due(every) or (every and last)):
+            return {}
+        figures = self.hooks.evaluate()
+        self.evaluated = step, figures
+        if self.best is not None:
+            self._improved = self.best.take(step, figures)
+            self.progress.best = self.best.saved()
+        return figures
 
     def _one_step(self) -> None:
         settings, progress = self.settings, self.progress
@@ -204,9 +246,7 @@ class Trainer:
         self._count(result)
         seconds = time.perf_counter() - started
         progress.seconds += seconds
-        evaluate, figures = self.hooks.evaluate, {}
-        if evaluate and settings.eval_every and progress.step % settings.eval_every == 0:
-            figures = evaluate()
+        figures = self._evaluate()
         self.hooks.report(
             StepMetrics(
                 step=progress.step,
@@ -223,6 +263,9 @@ class Trainer:
                 extra=figures,
             )
         )
+        every = settings.sample_every
+        if self.hooks.sample and (self._is_due(every) or (every and self.is_done)):
+            self.hooks.sample(progress.step)
 
     def _run(self, batches: Sequence[PackedBatch]) -> StepResult:
         number = self.progress.step

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from engine.config.train_config import TrainConfig
@@ -21,12 +22,15 @@ from engine.data.rows import Row
 from engine.data.sources.resolve import data_files
 from engine.data.streaming.batch_stream import BatchStream
 from engine.data.token_cache import cache_of, key_of, read_tokens, write_tokens
+from engine.inference.parts import PartNames, categories_of, parts_of
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model, open_model_source
 from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
+from engine.training.evaluation.best import require_metric
+from engine.training.evaluation.heldout import figure_names
 from engine.training.init_adapter import open_init_adapter
 from engine.training.streamed import open_stream
 from models.config.model_config import ModelConfig
@@ -79,6 +83,11 @@ class Prepared:
     def heldout(self) -> list[Example]:
         """The examples that are held out."""
         return self.rows.heldout
+
+    @cached_property
+    def parts(self) -> PartNames:
+        """The categories and sources of the held-out rows, where there are several."""
+        return parts_of(self.heldout, self.rows.categories)
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -165,14 +174,18 @@ def prepare(
     init = open_init_adapter(config, adapter, source, digests["base"])
     check_run(config, source.config, *machine)
     plan = stream or _plan(config, rows.examples)
-    return Prepared(config, source, tokenizer, rows, plan, digests, init)
+    prepared = Prepared(config, source, tokenizer, rows, plan, digests, init)
+    if config.best_metric is not None:
+        require_metric(config.best_metric, figure_names(prepared.heldout, prepared.parts))
+    return prepared
 
 
 @dataclass
 class RowSet:
     """The rows of a run as examples, those held out, and what became of the others.
 
-    `settings` are those that decide all this.
+    `settings` are those that decide all this; `categories` are those of held-out rows, by where
+    they stand.
     """
 
     examples: list[Example]
@@ -182,6 +195,7 @@ class RowSet:
     report: ExampleReport
     report_heldout: ExampleReport
     settings: tuple[Any, ...]
+    categories: dict[str, str] = field(default_factory=dict)
 
     def log(self) -> None:
         """Log what is logged as the rows are read."""
@@ -233,7 +247,10 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
         _tell_shared(examples, heldout)
     check_ids([*examples, *heldout], vocab_size)
     settings = _row_settings(config, tokenizer)
-    return RowSet(examples, heldout, read, read_heldout, report, report_heldout, settings)
+    categories = categories_of(heldout_rows)
+    return RowSet(
+        examples, heldout, read, read_heldout, report, report_heldout, settings, categories
+    )
 
 
 def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, ReadReport]:
@@ -286,14 +303,16 @@ def streamed_rows(
     config: TrainConfig, stream: BatchStream, tokenizer: Tokenizer, vocab_size: int
 ) -> RowSet:
     """The first rows of a stream as examples, and all that are held out."""
-    heldout, read, report = stream.stream.heldout_examples(), ReadReport(), ExampleReport()
+    rows: Sequence[Row] = stream.stream.heldout_rows()
+    heldout, read, report = stream.stream.examples_of(rows), ReadReport(), ExampleReport()
     if config.eval_data:
         rows, read = read_chosen(config.eval_data, heldout_choice(config))
         heldout, report = examples_of_run(config, rows, tokenizer)
         check_ids(heldout, vocab_size)
     whole = stream.stream
     settings = _row_settings(config, tokenizer)
-    return RowSet(stream.sample, heldout, whole.read, read, whole.report, report, settings)
+    reports = whole.read, read, whole.report, report
+    return RowSet(stream.sample, heldout, *reports, settings, categories_of(rows))
 
 
 def packed_for(config: TrainConfig, rows: RowSet) -> TrainConfig:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.stops import GENERATION_CONFIG, adapter_stops, with_stops
 from engine.model_sources.quantised.stored_codes import used_weights
 from engine.provenance import version
-from engine.runs.checkpoints import CheckpointStore
+from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
 from engine.storage import durable
 from engine.training.loop import Progress, new_progress
@@ -72,9 +74,24 @@ class RunState:
             for part, tensor in zip(PARTS, tensors, strict=False)
         }
 
-    def save(self, checkpoints: CheckpointStore, progress: Progress, going: Going) -> None:
-        """Write a checkpoint of the run as it stands."""
-        checkpoints.save(
+    def save(
+        self,
+        checkpoints: CheckpointStore,
+        progress: Progress,
+        going: Going,
+        source: ModelSource | None = None,
+        best: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a checkpoint of the run as it stands; its folder.
+
+        `best` says which step was the best so far, by which metric and value. Where that is this
+        one and `source` is given, the adapter stands in the checkpoint too, as other programs read
+        it.
+        """
+        extra: Callable[[Path], None] | None = None
+        if best and best["step"] == progress.step and source and self.config.method != "full":
+            extra = partial(self._add_adapter, source)
+        return checkpoints.save(
             progress.step,
             {
                 "weights": {k: v.detach().cpu() for k, v in self.weights().items()},
@@ -89,6 +106,8 @@ class RunState:
                 "dropout": GENERATOR,
                 "stop_token_ids": list(self.stops),
             },
+            extra,
+            best,
         )
 
     def resume(self, checkpoints: CheckpointStore, going: Going) -> tuple[Progress, Going]:
@@ -101,13 +120,7 @@ class RunState:
         if loaded is None:
             return new_progress(self.model), going
         require_same_run(loaded.state, self.identity, loaded.path)
-        saved = loaded.tensors("weights")
-        own = self.weights()
-        if saved.keys() != own.keys():
-            raise CheckpointError(f"{loaded.path} holds other weights than this run trains.")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
+        self._restore(loaded)
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
         state = loaded.state
         log.info("Going on from %s", loaded.path)
@@ -121,6 +134,19 @@ class RunState:
         policy = state.get("checkpointing") or state["recompute"]
         return Progress(**state["progress"]), Going(policy, warmup_of(state, self.identity))
 
+    def restore_best(self, checkpoints: CheckpointStore, step: int) -> None:
+        """Take the weights of the checkpoint of `step`. Raises `CheckpointError`."""
+        self._restore(checkpoints.load(checkpoints.path_of(step)))
+
+    def _restore(self, loaded: LoadedCheckpoint) -> None:
+        saved = loaded.tensors("weights")
+        own = self.weights()
+        if saved.keys() != own.keys():
+            raise CheckpointError(f"{loaded.path} holds other weights than this run trains.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
     def write_output(self, source: ModelSource, directory: Path) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""
         if self.config.method == "full":
@@ -129,6 +155,12 @@ class RunState:
                 shutil.rmtree(target)
             export_hf_directory(TrainedSource(source, self.model, self.stops), target)
             return target
+        return self._write_adapter(source, directory)
+
+    def _add_adapter(self, source: ModelSource, folder: Path) -> None:
+        self._write_adapter(source, folder)
+
+    def _write_adapter(self, source: ModelSource, directory: Path) -> Path:
         target = directory / "adapter"
         settings, tensors = adapter_config(self.config, source, self.init), self._adapter_tensors()
         earlier = None if self.init is None else self.init.source.adapter

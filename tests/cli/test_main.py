@@ -119,7 +119,7 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--deepspeed", "z3.json"], ["no option --deepspeed: a run is one process"]),
         (["train", "deepspeed=z3.json"], ["no setting `deepspeed`; a run is one process"]),
         (["train", "num_layers=3"], ["no setting `num_layers`; an adapter is put on every layer"]),
-        (["train", "load_best_model_at_end=true"], ["every run saves its last weights"]),
+        (["train", "template=chatml"], ["comes from the model's own tokenizer files"]),
         (["--verbose"], ["no option '--verbose'"]),
         (["train", "--learning-rat", "1"], ["no option --learning-rat", "--learning-rate"]),
         (["train", "--micro-batch-size", "1"], ["Did you mean --batch-size?"]),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from engine.config.programs.hugging_face import MISSING
+from engine.config.programs.hugging_face import MISSING, best_checkpoint
 from engine.config.programs.translation import (
     ADAMW,
     KERNELS,
@@ -116,7 +116,6 @@ _MISSING = {
     "context_parallel_size": ONE_PROCESS,
     "hub_strategy": NOTHING_UPLOADED,
     "push_dataset_to_hub": NOTHING_UPLOADED,
-    "early_stopping_patience": "a run ends after its steps",
     "saves_per_epoch": "`checkpoint_every` counts steps, not parts of an epoch",
     "evals_per_epoch": "`eval_every` counts steps, not parts of an epoch",
     "cosine_min_lr_ratio": "the learning rate ends at zero",
@@ -164,6 +163,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     source.drop(("wandb_entity", "wandb_name", "wandb_run"), "wandb reads its own variables")
     if source.take("use_tensorboard"):
         source.put("report_to", ["tensorboard"], "use_tensorboard")
+    best_checkpoint(source)
     source.drop_by_reason(_NEEDLESS)
     source.miss_if_asked(_MISSING)
     return source.finish()

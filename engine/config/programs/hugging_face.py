@@ -60,8 +60,6 @@ MISSING = {
     "deepspeed": ONE_PROCESS,
     "fsdp": ONE_PROCESS,
     "fsdp_config": ONE_PROCESS,
-    "load_best_model_at_end": "the last weights are saved; checkpoints are in the run's folder",
-    "metric_for_best_model": "the last weights are saved; checkpoints are in the run's folder",
     "neftune_noise_alpha": "noise on embeddings is not implemented",
     "label_smoothing_factor": "label smoothing is not implemented",
     "lr_scheduler_kwargs": "a schedule has no further parameters",
@@ -85,10 +83,31 @@ def training_arguments(source: GivenKeys) -> None:
     compute_type(source)
     _strategy(source, "save_strategy", "save_steps", "checkpoint_every")
     _strategy(source, "eval_strategy", "eval_steps", "eval_every", "evaluation_strategy")
+    best_checkpoint(source)
     _trackers(source)
     _upload(source)
     source.drop_by_reason(_NEEDLESS)
     source.miss_if_asked(MISSING)
+
+
+def best_checkpoint(source: GivenKeys) -> None:
+    """`load_best_model_at_end` with its metric, the start's evaluation, and early stopping."""
+    metric, greater = source.take("metric_for_best_model"), source.take("greater_is_better")
+    if source.take("load_best_model_at_end"):
+        source.put("load_best_at_end", True, "load_best_model_at_end")
+    elif source.left.get("early_stopping_patience") is None:
+        metric = None
+    patience, least = (source.take(f"early_stopping_{key}") for key in ("patience", "threshold"))
+    if patience:
+        text = f"{int(patience)},{float(least or 0):g}"
+        source.put("early_stopping", text, "early_stopping_patience")
+    if metric in ("loss", "eval_loss"):
+        source.put("save_best", "eval_loss", "metric_for_best_model")
+    elif metric is not None:
+        source.miss("metric_for_best_model", f"evaluations here have no {metric!r}: eval_loss")
+    if greater is not None:
+        source.result.needless["greater_is_better"] = "a loss is to be low"
+    source.copy({"eval_on_start": "eval_at_start"})
 
 
 def _warmup(source: GivenKeys) -> None:

@@ -110,6 +110,9 @@ class GivenKeys:
         made = self.result.settings
         if "eval_every" in made and not {"heldout", "eval_data"} & made.keys():
             self.miss(made.pop("eval_every").origin, "no rows are held out to evaluate on")
+        for name in ("early_stopping", "load_best_at_end", "save_best"):
+            if name in made and "eval_every" not in made:
+                self.miss(made.pop(name).origin, "nothing is evaluated while the run trains")
         for key, value in self.left.items():
             self.miss(key, f"this key ({str(value)[:60]}) is not known here")
         return self.result

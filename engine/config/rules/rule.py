@@ -26,6 +26,8 @@ class RunSettings(Protocol):
     eval_data: tuple[str, ...]
     heldout: float
     eval_every: int
+    sample_every: int
+    sample_prompts: Path | None
     output_dir: Path | None
     run_id: str | None
     resume: str | None
@@ -52,6 +54,11 @@ class RunSettings(Protocol):
     low_memory_decode: bool
     cuda_graphs: bool
     memory_budget: int | None
+
+    @property
+    def best_metric(self) -> str | None:
+        """The figure that best checkpoint and early stopping go by; None without either."""
+        ...
 
     def model_copy(self, *, update: dict[str, Any] | None = None) -> Self:
         """The same settings with those in `update` replaced."""

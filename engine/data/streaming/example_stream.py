@@ -7,7 +7,7 @@ of (seed, epoch). Rows that are held out are left out of it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -144,10 +144,13 @@ class ExampleStream:
             for offset, row in enumerate(rows):
                 yield ReadExamples(first + offset, next(made) if row is not None else [])
 
-    def heldout_examples(self) -> list[Example]:
-        """The examples of the rows that are held out."""
-        rows = [row for row in map(self._row, self.heldout.tolist()) if row is not None]
-        return [example for examples in self.examples(rows) for example in examples]
+    def heldout_rows(self) -> list[Row]:
+        """The rows that are held out and used."""
+        return [row for row in map(self._row, self.heldout.tolist()) if row is not None]
+
+    def examples_of(self, rows: Sequence[Row]) -> list[Example]:
+        """The examples of some rows, in one list."""
+        return [example for examples in self.examples(list(rows)) for example in examples]
 
     def examples(self, rows: list[Row]) -> Iterator[list[Example]]:
         """The examples of each of some rows."""

@@ -19,6 +19,7 @@ from engine.data.rows import Row
 from engine.data.sources.resolve import data_files
 from engine.device import resolve_device
 from engine.inference.loading import check_adapter, load_decoder
+from engine.inference.parts import categories_of, parts_of
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -75,10 +76,11 @@ class LoadedModel:
         )
 
     def perplexity(self) -> EvalResult:
-        """Perplexity over the trained tokens of the settings' rows."""
+        """Perplexity over the trained tokens of the settings' rows, and the loss of every part."""
         settings = self.settings
+        rows = _rows(settings)
         examples, _ = build_examples(
-            _rows(settings),
+            rows,
             self.tokenizer,
             settings.max_length,
             template_kwargs=settings.chat_template_kwargs,
@@ -92,7 +94,8 @@ class LoadedModel:
             loss_chunk_tokens=given_chunk(settings.loss_chunk_tokens),
             mlp_tile_tokens=settings.mlp_tile_tokens,
         )
-        return evaluate_examples(self.decoder, examples, tokens, how)
+        parts = parts_of(examples, categories_of(rows))
+        return evaluate_examples(self.decoder, examples, tokens, how, parts)
 
 
 @contextmanager

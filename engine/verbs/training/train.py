@@ -21,7 +21,6 @@ from engine.config.train_config import TrainConfig
 from engine.data.examples import shown_stretches
 from engine.device import resolve_device, resolve_dtype
 from engine.exporting.publish import destination, publish_folder
-from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say, stored_line
 from engine.pruning.keep_pruned import hold_pruned
@@ -34,6 +33,8 @@ from engine.runs.signals import StopSignals
 from engine.runs.trackers import Trackers
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
+from engine.training.evaluation.best import BestRule, BestSoFar
+from engine.training.evaluation.heldout import HeldoutRows, told_before
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.prepare import Prepared, RowSet, prepare
@@ -109,31 +110,31 @@ class _Run:
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
         self.settings = replace(self.settings, checkpointing=self.going.policy)
-
-    def evaluate(self) -> EvalResult:
-        return evaluate_examples(self.model, self.prepared.heldout, settings=self.settings)
+        self.heldout = HeldoutRows(self.model, prepared.heldout, prepared.parts, self.settings)
 
     def evaluate_before(self) -> dict[str, float]:
-        """Perplexity and loss of the held-out rows at the start; nothing without such rows.
+        """Figures of the held-out rows at the start; nothing without such rows.
 
         A run that goes on has them from its manifest.
         """
-        if not self.prepared.heldout:
-            return {}
         if self.progress.step > 0:
-            return self.directory.facts("heldout_perplexity_before", "heldout_loss_before")
-        before = self.evaluate()
-        log.info("held-out perplexity before training: %.3f", before.perplexity)
-        figures = {"heldout_perplexity_before": before.perplexity}
-        return figures | {"heldout_loss_before": before.loss}
+            return told_before(self.directory.recorded())
+        return self.heldout.before() if self.config.eval_at_start else {}
 
-    def evaluate_after(self) -> dict[str, float]:
-        """Perplexity and loss of the held-out rows at the end; nothing without such rows."""
-        if not self.prepared.heldout:
-            return {}
-        after = self.evaluate()
-        log.info("held-out perplexity after training: %.3f", after.perplexity)
-        return {"heldout_perplexity": after.perplexity, "heldout_loss": after.loss}
+    def evaluate_after(self) -> dict[str, Any]:
+        """Figures of the held-out rows at the end, with the best evaluation's where one is kept.
+
+        With `load_best_at_end` the model has the weights of the best evaluation from then on.
+        """
+        best, (step, known) = self.trainer.best, self.trainer.evaluated or (None, None)
+        facts = (best.facts() if best is not None else None) or {}
+        if facts:
+            log.info("best %(metric)s: %(value)g, after step %(step)d", facts)
+        restored = self.config.load_best_at_end and facts.get("step") not in (None, step)
+        if restored:
+            self.state.restore_best(self.directory.checkpoints, facts["step"])
+        figures = self.heldout.after(None if restored or step != self.progress.step else known)
+        return figures | {f"best_{name}": value for name, value in facts.items()}
 
     def figures(self, progress: Progress) -> dict[str, Any]:
         """What the summary says of a run that has trained: counts, time and memory."""
@@ -151,11 +152,6 @@ class _Run:
             figures["micro_batches_launched"] = self.model.graphs.launched
         figures["peak_memory_bytes"] = peak_memory_bytes(self.device)
         return figures if self.budget is None else figures | self.budget.figures()
-
-    def _heldout_figures(self) -> dict[str, float]:
-        result = self.evaluate()
-        log.info("held-out loss %.4f, perplexity %.2f", result.loss, result.perplexity)
-        return {"eval_loss": result.loss, "eval_perplexity": result.perplexity}
 
     def train(self) -> Progress:
         """The loop, with its progress bar, metrics and trackers."""
@@ -187,17 +183,29 @@ class _Run:
         def save(progress: Progress) -> None:
             metrics.sync()
             progress.cursor = prepared.cursor(progress.step)
-            self.state.save(directory.checkpoints, progress, self.going)
+            facts = None if best is None else best.facts()
+            source = prepared.model_source
+            self.state.save(directory.checkpoints, progress, self.going, source, facts)
             directory.reached_checkpoint()
 
-        hooks = TrainerHooks(save, report, self._heldout_figures if prepared.heldout else None)
+        rule = BestRule.of(config)
+        best = None if rule is None else BestSoFar(rule, self.progress.best)
+        hooks = TrainerHooks(save, report, self.heldout.figures if prepared.heldout else None)
         if self.budget is not None:
             watch = partial(self.budget.watch, self.model, self.optimizer)
             hooks = replace(hooks, watch=watch, overrun=self.budget.overrun)
         signals = self.stack.enter_context(StopSignals())
         settings = self._trainer_settings()
-        trainer = Trainer(self._step(), prepared.batches, settings, hooks, signals, self.progress)
-        return trainer.run()
+        self.trainer = Trainer(
+            self._step(), prepared.batches, settings, hooks, signals, self.progress, best
+        )
+        reached = self.trainer.run()
+        if best is not None and best.exhausted:
+            log.info(
+                "Ended after step %d of %d: %d evaluations brought no better %s",
+                *(reached.step, prepared.total_steps, best.state.waited, best.rule.metric),
+            )
+        return reached
 
     def _step(self) -> TrainingStep:
         return TrainingStep(
@@ -222,6 +230,7 @@ class _Run:
             eval_every=config.eval_every,
             min_lr_ratio=config.min_lr_ratio,
             lr_shape=lr_shape(config, total_steps),
+            sample_every=config.sample_every,
             go_on=f"`{command_of('resume', self.directory.path)}`",
         )
 

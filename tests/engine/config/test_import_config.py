@@ -84,6 +84,9 @@ fp16: true
 val_size: 0.1
 eval_strategy: steps
 eval_steps: 500
+load_best_model_at_end: true
+metric_for_best_model: eval_loss
+greater_is_better: false
 enable_thinking: false
 report_to: none
 ddp_timeout: 180000000
@@ -94,7 +97,8 @@ FACTORY_SETTINGS = {
     "output_dir": "saves/one", "log_every": 10, "checkpoint_every": 500, "plot": True,
     "batch_size": 1, "accumulate": 1, "learning_rate": 5e-5, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "epochs": 3, "optimizer": "adamw", "warmup_ratio": 0.1,
-    "dtype": "float16", "heldout": 0.1, "eval_every": 500,
+    "dtype": "float16", "heldout": 0.1, "eval_every": 500, "load_best_at_end": True,
+    "save_best": "eval_loss",
     "chat_template_kwargs": {"enable_thinking": False},
 }  # fmt: skip
 TRL = """

@@ -39,6 +39,11 @@ RUN_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"resume": "auto"}, Facts()),
     ({"resume": "x", "overwrite": True}, Facts()),
 ]
+EVALUATION_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"save_best": "eval_loss", "heldout": 0.1}, Facts()),
+    ({"sample_every": 5}, Facts()),
+    ({"sample_prompts": "prompts.jsonl"}, Facts()),
+]
 RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"min_lr_ratio": 0.1, "lr_schedule": "constant"}, Facts()),
     ({"lr_power": 2.0}, Facts()),
@@ -49,7 +54,7 @@ RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ),
     ({"lr_decay_steps": 3}, Facts()),
 ]
-BREAKS = [*RUN_BREAKS, *RECIPE_BREAKS]
+BREAKS = [*RUN_BREAKS, *EVALUATION_BREAKS, *RECIPE_BREAKS]
 PLAIN = TrainConfig(model="m", data="d")
 
 

@@ -7,9 +7,9 @@ import pytest
 
 from engine.config import choices
 from engine.config.aliases import ALIASES, HINTS
-from engine.config.presets import PRESETS, SUMMARIES
 from engine.config.sources import dump_yaml, load_config, read_file
 from engine.config.train_config import TrainConfig
+from engine.config.training.presets import PRESETS, SUMMARIES
 from engine.errors import ConfigError
 from models.adapters import TARGETS, target_modules
 from models.layers import context

@@ -175,7 +175,7 @@ def test_heldout_rows_are_never_read_and_a_limit_takes_the_first(
 ) -> None:
     path = write(tmp_path / "d.jsonl", [*ROWS])
     stream = streams.examples(path, StreamSettings(seed=1, heldout=0.1, limit_rows=100))
-    reserved = {example.source for example in stream.heldout_examples()}
+    reserved = {example.source for example in stream.examples_of(stream.heldout_rows())}
     used = set(sources(stream)) | set(sources(stream, 1))
     assert len(reserved) == 10
     assert not reserved & used

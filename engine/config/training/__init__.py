@@ -1,0 +1,1 @@
+"""Settings of engine train by subject, and its presets."""

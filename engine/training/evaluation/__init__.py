@@ -1,0 +1,1 @@
+"""Evaluations while a run trains, and what becomes of them."""
