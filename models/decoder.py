@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         Each mixture adds to the list `routed`, if there is one.
         """
         run = self._pass(batch, settings, routed)
-        x: Tensor = self.model.embed_tokens(batch.input_ids)
+        x: Tensor = run.context.embedded(self.model.embed_tokens(batch.input_ids))
         if self.graphs is not None and torch.is_grad_enabled():
             if run.inputs is not None:
                 raise ValueError(_OFFLOADED_LAYERS)
@@ -298,7 +298,8 @@ class Decoder(nn.Module):
         positions = torch.arange(batch.tokens, device=bounds.device) - starts
         cos, sin = self.rotary(positions, self.dtype)
         key = None
-        if self.training and settings.dropout_seed is not None and self._drops():
+        drops = settings.drops or self._drops()
+        if self.training and settings.dropout_seed is not None and drops:
             key = torch.full((), settings.dropout_seed, dtype=torch.int64, device=self.device)
         inputs = None
         if settings.offload_inputs and torch.is_grad_enabled():

@@ -25,6 +25,7 @@ from kernels.attention.cached import cached_attention
 from kernels.attention.choice import select
 from kernels.attention.cpu import cpu_backward, cpu_forward
 from kernels.attention.documents import AttentionGradients, AttentionPlan, AttentionSettings
+from kernels.attention.dropped import dropped_backward, dropped_forward
 from kernels.attention.table import BACKENDS
 
 __all__ = [
@@ -37,10 +38,13 @@ __all__ = [
     "writes_gradients",
 ]
 
+_DROPPED = Backend("dropped", dropped_forward, dropped_backward, lambda q, k, settings: True)
 _CPU = Backend("cpu", cpu_forward, cpu_backward, lambda q, k, settings: q.is_cpu, writes=True)
 
 
 def _backend(q: Tensor, k: Tensor, settings: AttentionSettings) -> Backend:
+    if settings.seed is not None:
+        return _DROPPED
     name = settings.backend
     if name is None:
         return select(q, k, settings) if q.is_cuda else _CPU

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.elementwise.dropout import Seed
+
 _WINDOW_BLOCK = 256
 
 AttentionGradients = tuple[Tensor, Tensor, Tensor]
@@ -141,13 +143,16 @@ class AttentionSettings:
 
     `window` counts the keys that a query sees, its own included; scores are multiplied by `scale`.
     `backend` "cpu" or one of `kernels.attention.table.BACKENDS` forces a back end; None chooses
-    the best that works.
+    the best that works. With a `seed` each weight is zeroed with the probability `dropout` and the
+    others divided by 1 - dropout (`kernels.attention.dropped`).
     """
 
     plan: AttentionPlan
     window: int | None
     scale: float
     backend: str | None = None
+    dropout: float = 0.0
+    seed: Seed | None = None
 
     @property
     def hiding_window(self) -> int | None:

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.random import philox
@@ -205,3 +206,21 @@ def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
     if p >= 1.0:
         raise ValueError(f"dropout is {p}; expected a probability below 1")
     return _dropout_triton(x, p, seed) if use_triton(x) else _dropout_reference(x, p, seed)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Seed) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return dropout(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return dropout(dy, ctx.p, ctx.seed), None, None
+
+
+def dropped(x: Tensor, p: float, seed: Seed) -> Tensor:
+    """`dropout` for autograd, whose backward pass draws the mask again."""
+    y: Tensor = _Dropped.apply(x, p, seed)
+    return y

@@ -124,10 +124,12 @@ class Attention(nn.Module):
         output = self.output(context.groups)
         ys, low = project(self._gated(saved), output, seed, slot=slot, spare=False)
         saved.output_adapter_input = low
-        return ys.matrix, saved
+        return context.output_dropout(self.index, 0)(ys.matrix), saved
 
     def _settings(self, context: LayerContext) -> AttentionSettings:
-        return AttentionSettings(context.plan, self.window, self.scale)
+        p = context.settings.attention_dropout
+        seed = context.block_seed(self.index, 2) if p > 0.0 else None
+        return AttentionSettings(context.plan, self.window, self.scale, None, p, seed)
 
     def _qkv(
         self,
@@ -193,7 +195,9 @@ class Attention(nn.Module):
             self._qkv(h, context, saved, decoded)
             if frugal:
                 del h  # cheap to recompute
-        d_qkv = self._heads_backward(dx1, context, saved, grads)
+        given = context.output_dropout(self.index, 0).gradient(dx1)
+        d_qkv = self._heads_backward(given, context, saved, grads)
+        del given
         low = saved.adapter_input
         saved.forget()
         if frugal or not recompute:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from kernels.attention import AttentionPlan
-from kernels.elementwise.dropout import Seed
+from kernels.elementwise.dropout import Seed, dropout, dropped
+from kernels.linear.columns import Columns, matrix_of
 from models.cache.one_sequence import LayerCache
 from models.layers.linear import RowGroups
 
@@ -15,6 +16,7 @@ POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
 
 _SITES = 6
+_BLOCK_SITE, _BLOCK_SITES = 1 << 20, 3
 
 
 def layer_policies(text: str, layers: int) -> tuple[str, ...]:
@@ -42,7 +44,7 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How one step is computed. All but the last two change time and memory, not gradients.
+    """How one step is computed. All but the last four change time and memory, not gradients.
 
     With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
     activation under any checkpointing policy (`models.layers.token_tiles`); experts sort their rows
@@ -54,7 +56,9 @@ class StepSettings:
     bounds the tokens whose logits exist at a time; None lets the loss choose.
 
     `router_loss` is the factor of the router's load balancing loss; None is the model's own.
-    `dropout_seed`, 63 bits, turns the dropout of adapters on in training mode.
+    `dropout_seed`, 63 bits, turns dropout on in training mode: that of adapters, which have a
+    probability of their own, that of the embedding and of what every part of a block adds to its
+    input (`hidden_dropout`), and that of attention's weights (`attention_dropout`).
     """
 
     mlp_tile_tokens: int | None = None
@@ -64,6 +68,13 @@ class StepSettings:
     loss_chunk_tokens: int | None = None
     router_loss: float | None = None
     dropout_seed: int | None = None
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    @property
+    def drops(self) -> bool:
+        """Whether the model itself, not an adapter, has dropout."""
+        return self.hidden_dropout > 0.0 or self.attention_dropout > 0.0
 
     @property
     def output_scratch(self) -> str:
@@ -72,6 +83,26 @@ class StepSettings:
 
 
 DEFAULT_SETTINGS = StepSettings()
+
+
+@dataclass(frozen=True)
+class OutputDropout:
+    """Dropout of what is added to a block's input; without a seed it changes nothing."""
+
+    p: float = 0.0
+    seed: Seed | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (N, H), or its gradient, with elements dropped."""
+        return x if self.seed is None else dropout(x, self.p, self.seed)
+
+    def gradient(self, dy: Tensor | Columns) -> Tensor | Columns:
+        """The gradient of what was dropped from that of the result."""
+        return dy if self.seed is None else self(matrix_of(dy))
+
+    def from_row(self, first: int) -> OutputDropout:
+        """The same dropout for rows that begin with the row `first` of the whole."""
+        return self if self.seed is None else replace(self, seed=self.seed.at(0, first_row=first))
 
 
 @dataclass(frozen=True)
@@ -94,3 +125,21 @@ class LayerContext:
     def seed(self, layer: int, site: int) -> Seed | None:
         """Seed of one dropout site: 0 and 1 are the mixer's, 2 to 5 the feed-forward part's."""
         return None if self.dropout_key is None else Seed(self.dropout_key, layer * _SITES + site)
+
+    def block_seed(self, layer: int, site: int) -> Seed | None:
+        """Seed of the mixer's output (0), the feed-forward part's (1), or attention (2)."""
+        if self.dropout_key is None:
+            return None
+        return Seed(self.dropout_key, _BLOCK_SITE + layer * _BLOCK_SITES + site)
+
+    def output_dropout(self, layer: int, site: int) -> OutputDropout:
+        """The dropout of what the mixer (0) or the feed-forward part (1) of a layer adds."""
+        p = self.settings.hidden_dropout
+        return OutputDropout(p, self.block_seed(layer, site) if p > 0.0 else None)
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """The embedding's rows (N, H) with elements dropped, for autograd."""
+        p = self.settings.hidden_dropout
+        if self.dropout_key is None or p == 0.0:
+            return x
+        return dropped(x, p, Seed(self.dropout_key, _BLOCK_SITE - 1))

@@ -151,7 +151,7 @@ class DeltaNet(nn.Module):
         normed, seed = self._normed(saved)[0].flatten(1), context.seed(self.index, 1)
         ys, low = project(normed, self.output(context.groups), seed, slot="narrow", spare=False)
         saved.output_adapter_input = low
-        return ys.matrix, saved
+        return context.output_dropout(self.index, 0)(ys.matrix), saved
 
     def _project(
         self,
@@ -229,7 +229,9 @@ class DeltaNet(nn.Module):
         decoded = decode(wide, x.dtype) if need_dh or saved.mixed is None else None
         if saved.mixed is None:
             self._project(h, context, saved, decoded)
-        do, dz = self._output_backward(dx1, context, saved, grads)
+        given = context.output_dropout(self.index, 0).gradient(dx1)
+        do, dz = self._output_backward(given, context, saved, grads)
+        del given
         d_mixed, db, da = self._rule_backward(do, context, saved, grads)
         dys = self._joined_gradients(d_mixed, dz, x)
         low = saved.adapter_input

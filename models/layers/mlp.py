@@ -17,7 +17,6 @@ from kernels.linear.columns import Columns, matrix_of
 from kernels.linear.lora import project
 from kernels.linear.projection import Projection
 from kernels.linear.swiglu_mlp import (
-    DecodedMLP,
     MLPActivations,
     SwiGLUMLP,
     mlp_activated,
@@ -27,7 +26,7 @@ from kernels.linear.swiglu_mlp import (
     mlp_inner,
     mlp_output,
 )
-from models.layers.context import LayerContext
+from models.layers.context import LayerContext, OutputDropout
 from models.layers.linear import Linear, RMSNorm, RowGroups
 from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
 
@@ -89,11 +88,13 @@ class MLP(nn.Module):
         `addend` becomes x1.
         """
         mlp, tile_tokens = self._operands(context), _tile_tokens(context, x)
+        drop = context.output_dropout(self.index, 1)
         if tile_tokens is not None:
-            return _forward_in_tiles(addend.add_(x), norm, mlp, tile_tokens), MLPSaved()
+            tiled = NormedTiles(norm, tile_tokens, (mlp.gate, mlp.up))
+            return _forward_in_tiles(addend.add_(x), tiled, mlp, drop), MLPSaved()
         inner = mlp_inner(norm.add_forward_for(x, addend, self.gate_up()), mlp)
         y, inner = mlp_output(inner, mlp)
-        return y.add_(addend), MLPSaved(inner, inner.down_input)
+        return drop(y).add_(addend), MLPSaved(inner, inner.down_input)
 
     def backward(
         self,
@@ -110,14 +111,16 @@ class MLP(nn.Module):
         Adds the gradient of every trainable parameter.
         """
         mlp, tile_tokens = self._operands(context), _tile_tokens(context, x1)
-        decoded = mlp.decode(x1.dtype)
+        drop = context.output_dropout(self.index, 1)
         if tile_tokens is None:
-            return self._backward(dy, x1, norm, mlp, saved, grads, decoded, mixer)
+            return self._backward((drop.gradient(dy), dy), x1, norm, mlp, saved, grads, mixer)
+        decoded = mlp.decode(x1.dtype)
 
         def backward(dy: Tensor, h: Tensor | Columns, tile: TokenTile, grads: Gradients) -> Tensor:
             part = _of_tile(mlp, tile)
             inner = mlp_inner(h, part, decoded)
-            dh, _ = mlp_backward(dy, h, part, inner, grads, decoded=decoded)
+            given = drop.from_row(tile.tokens.start)(dy)
+            dh, _ = mlp_backward(given, h, part, inner, grads, decoded=decoded)
             assert dh is not None
             return dh
 
@@ -126,25 +129,29 @@ class MLP(nn.Module):
 
     def _backward(
         self,
-        dy: Tensor | Columns,
+        gradients: tuple[Tensor | Columns, Tensor | Columns],
         x1: Tensor,
         norm: RMSNorm,
         mlp: SwiGLUMLP,
         saved: MLPSaved,
         grads: Gradients,
-        decoded: DecodedMLP,
         mixer: tuple[Projection],
     ) -> Tensor | Columns:
-        """All tokens at once. What is saved needs norm(x1) late, when the widest memory is free."""
-        inner = saved.inner
+        """All tokens at once. What is saved needs norm(x1) late, when the widest memory is free.
+
+        `gradients` are those of down_proj's output and of the block's.
+        """
+        inner, (given, dy) = saved.inner, gradients
+        decoded = mlp.decode(x1.dtype)
         h: Tensor | Columns
         if inner is None:
             h, rstd = norm.forward_for(x1, self.gate_up())
             inner = replace(mlp_inner(h, mlp, decoded), down_input=saved.down_input)
-            mlp_down_backward(dy, mlp, inner, grads, decoded[1])
+            mlp_down_backward(given, mlp, inner, grads, decoded[1])
         else:
-            mlp_down_backward(dy, mlp, inner, grads, decoded[1])
+            mlp_down_backward(given, mlp, inner, grads, decoded[1])
             h, rstd = norm.forward_with_rstd(x1)
+        del given, gradients
         dh = mlp_gate_up_backward(h, mlp, inner, grads, decoded[0])
         assert dh is not None
         return norm.backward_for(dh, x1, rstd, grads, matrix_of(dy), mixer)
@@ -161,7 +168,9 @@ def _of_tile(mlp: SwiGLUMLP, tile: TokenTile) -> SwiGLUMLP:
     return replace(mlp, seeds=(tile.seed(first), tile.seed(second)))
 
 
-def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: int) -> Tensor:
+def _forward_in_tiles(
+    x1: Tensor, tiled: NormedTiles, mlp: SwiGLUMLP, drop: OutputDropout
+) -> Tensor:
     """x1 (N, H) -> y (N, H); every weight is decoded once for all tiles where that is allowed."""
     decoded = mlp.decode(x1.dtype)
 
@@ -174,6 +183,6 @@ def _forward_in_tiles(x1: Tensor, norm: RMSNorm, mlp: SwiGLUMLP, tile_tokens: in
         del inner
         down, seed = (part.down,), part.seeds[1]
         ys, _ = project(activated, down, seed, decoded[1], part.down_slot, spare=False)
-        return ys.matrix
+        return drop.from_row(tile.tokens.start)(ys.matrix)
 
-    return forward_in_tiles(x1, NormedTiles(norm, tile_tokens, (mlp.gate, mlp.up)), forward)
+    return forward_in_tiles(x1, tiled, forward)

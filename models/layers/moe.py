@@ -92,16 +92,18 @@ class MoE(nn.Module):
         """
         moe, seed = self.mixture(context.groups), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
+        drop = context.output_dropout(self.index, 1)
         h, x1 = matrix_of(norm.add_forward_for(x, addend, ())), addend
         if tile_tokens is None:
             y, experts = moe_forward(h, moe, seed)
-            return y.add_(x1), MoESaved(experts)
+            return drop(y).add_(x1), MoESaved(experts)
         experts = ExpertsSaved.of(choose(h, moe)).trim()
         del h
 
         def forward(h: Tensor | Columns, tile: TokenTile) -> Tensor:
             routing = experts.routing.part(tile.tokens)
-            return moe_output(matrix_of(h), moe, routing, tile.seed(seed))[0]
+            y = moe_output(matrix_of(h), moe, routing, tile.seed(seed))[0]
+            return drop.from_row(tile.tokens.start)(y)
 
         return forward_in_tiles(x1, NormedTiles(norm, tile_tokens), forward), MoESaved(experts)
 
@@ -122,14 +124,17 @@ class MoE(nn.Module):
         moe, seed = self.mixture(), context.seed(self.index, 2)
         tile_tokens = context.settings.mlp_tile_tokens
         experts, d_prob_sum, dy = saved.experts, saved.d_prob_sum, matrix_of(dy)
+        drop = context.output_dropout(self.index, 1)
         if tile_tokens is None:
             h, rstd = norm.forward_with_rstd(x1)
-            dh = moe_backward(dy, h, moe, experts, grads, seed=seed, d_prob_sum=d_prob_sum)
+            given = drop(dy)
+            dh = moe_backward(given, h, moe, experts, grads, seed=seed, d_prob_sum=d_prob_sum)
             assert dh is not None
             return norm.backward_for(dh, x1, rstd, grads, dy, mixer)
 
         def backward(dy: Tensor, h: Tensor | Columns, tile: TokenTile, grads: Gradients) -> Tensor:
             part, own = experts.part(tile.tokens), tile.seed(seed)
+            dy = drop.from_row(tile.tokens.start)(dy)
             dh = moe_backward(dy, matrix_of(h), moe, part, grads, seed=own, d_prob_sum=d_prob_sum)
             assert dh is not None
             return dh
