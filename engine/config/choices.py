@@ -6,8 +6,11 @@ they are shown.
 
 from typing import Literal, get_args
 
-Method = Literal["qlora", "lora", "full"]
+Method = Literal["qlora", "lora", "full", "scratch"]
 METHODS: tuple[Method, ...] = get_args(Method)
+PretrainedMethod = Literal["qlora", "lora", "full"]
+EVERY_WEIGHT: tuple[Method, ...] = ("full", "scratch")
+"""Methods that train all weights of a model, and no adapter."""
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

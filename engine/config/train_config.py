@@ -28,6 +28,7 @@ from engine.config.publishing import Publishing
 from engine.config.recipes.adapter import AdapterSettings
 from engine.config.recipes.optimizer import OptimizerSettings
 from engine.config.recipes.schedule import ScheduleSettings
+from engine.config.recipes.scratch import WholeModelSettings
 from engine.config.row_settings import RowSettings
 from engine.config.rules import Facts, broken
 from engine.config.settings import setting
@@ -62,6 +63,7 @@ class TrainConfig(
     ScheduleSettings,
     OptimizerSettings,
     AdapterSettings,
+    WholeModelSettings,
     Publishing,
 ):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""

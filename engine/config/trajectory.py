@@ -40,6 +40,7 @@ KNOWN_OTHERWISE = frozenset(
         "query",
         "revision",
         "teacher",
+        "tokenizer",
         "template_date",
         "threads",
     }

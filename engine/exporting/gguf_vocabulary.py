@@ -1,8 +1,9 @@
 """The tokenizer of a model as the metadata of a GGUF file.
 
 llama.cpp has tokenizers of its own, which a file chooses by name: "gpt2" is a byte-level BPE whose
-rule for cutting a text is named in `tokenizer.ggml.pre`, and "llama" a SentencePiece BPE. The name
-of the rule is found by trying all that are known on awkward texts.
+rule for cutting a text is named in `tokenizer.ggml.pre`, "llama" a SentencePiece BPE, and "rwkv"
+takes the longest token at every position. The name of the rule is found by trying all that are
+known on awkward texts.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import ConfigError
+from engine.model_sources.gguf.longest_match import escaped, is_longest_match
 from engine.model_sources.gguf.pre_tokenizers import RULES, words
 from engine.model_sources.interface.model_source import ModelDescription
 from engine.model_sources.interface.stops import listed_stops
@@ -38,10 +40,12 @@ def vocabulary(source: ModelDescription) -> dict[str, Any]:
     backend = Backend.from_str(tokenizer.serialised())
     state = json.loads(tokenizer.serialised())
     model = state["model"]
+    if is_longest_match(state):
+        return _by_longest_match(source, tokenizer, state, backend)
     if model.get("type") != "BPE":
         raise ConfigError(
             f"{source.path}: its tokenizer is a {model.get('type')}; llama.cpp's are BPE, with "
-            "bytes (gpt2) or SentencePiece's rules (llama)."
+            "bytes (gpt2) or SentencePiece's rules (llama), or take the longest match (rwkv)."
         )
     rows = source.config.vocab_size
     tokens, types = _tokens(state, backend, rows)
@@ -63,6 +67,17 @@ def vocabulary(source: ModelDescription) -> dict[str, Any]:
             )
         keys["ggml.merges"] = merges
     return keys | _special(source, tokenizer)
+
+
+def _by_longest_match(
+    source: ModelDescription, tokenizer: Tokenizer, state: dict[str, Any], backend: Backend
+) -> dict[str, Any]:
+    """The keys of a tokenizer that takes the longest token at every position."""
+    tokens, types = _tokens(state, backend, source.config.vocab_size)
+    matched = (_CONTROL, _UNKNOWN, _USER_DEFINED)  # these are compared as they stand
+    spelled = [t if kind in matched else escaped(t) for t, kind in zip(tokens, types, strict=True)]
+    keys = {"ggml.model": "rwkv", "ggml.pre": "default", "ggml.token_type": types}
+    return keys | {"ggml.tokens": spelled} | _special(source, tokenizer)
 
 
 def _tokens(state: dict[str, Any], backend: Backend, rows: int) -> tuple[list[str], list[int]]:

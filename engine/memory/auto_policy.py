@@ -55,10 +55,13 @@ def _estimate(
     layer = 4 * hidden + 2 * heads * model.head_dim + 4 * inner
     tokens = max(sum(lengths) for lengths in work.micro_batches)
     weights = sum(math.prod(shape) for shape in expected_tensors(model).values())
-    trained = weights if config.method == "full" else config.lora_rank * model.num_hidden_layers * (
+    trained = weights if config.every_weight else config.lora_rank * model.num_hidden_layers * (
         2 * hidden + heads * model.head_dim + inner
     ) * 8  # fmt: skip
     logits = chunk_of(config, model, dtype, gpu) * model.vocab_size
+    longest = max(max(lengths) for lengths in work.micro_batches)
+    if config.attention_dropout > 0.0:  # the weights of one block of queries exist
+        logits += 4 * model.num_attention_heads * longest**2
     activations = tokens * layer * (model.num_hidden_layers + 2)
     return 4 * (weights + 4 * trained + 2 * logits) + dtype.itemsize * activations
 

@@ -129,7 +129,7 @@ class MemoryBudget:
     def _refusal(self) -> str:
         step, config = self.planned, self._config
         gradients = ""
-        if config.method == "full" and not config.optimizer_in_backward:
+        if config.every_weight and not config.optimizer_in_backward:
             gradients = (
                 ", or let gradients be freed as they come with --optimizer-in-backward "
                 "--max-grad-norm 0 --accumulate 1"

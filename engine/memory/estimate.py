@@ -208,7 +208,7 @@ def _plan_of(
 ) -> MemoryPlan:
     step, resident = result.step, result.resident
     saved: tuple[str, ...] = ("adapters", "optimiser")
-    if config.method == "full":
+    if config.every_weight:
         saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
     passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
     holes = int(FRAGMENTATION * passing)

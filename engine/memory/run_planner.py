@@ -17,7 +17,7 @@ from engine.memory.decoded import FREE_SHARE, resolve_decoded, spare_memory
 from engine.memory.estimate import MemoryPlan, Simulations
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.search import changed, least_step
-from engine.model_sources.open import describe_model
+from engine.model_sources.scratch.open_base import describe_base
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.prepare import RowSet, heldout_choice, read_examples
 from engine.training.streamed import is_streamed
@@ -66,8 +66,9 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
     if is_streamed(config, data_files(config.data, config.query)):
         return KnownRows(None, None)  # planned as if every row were full
     path = Path(config.model).expanduser()
-    if (path.is_dir() or path.suffix == ".gguf") and path.exists():
-        described = describe_model(config.model, config.revision)
+    at_hand = (path.is_dir() or path.suffix == ".gguf") and path.exists()
+    if at_hand or config.method == "scratch":
+        described = describe_base(config)
         if described.tokenizer_files():
             tokenizer = load_tokenizer(described, config.template_date)
             rows = read_examples(config, tokenizer, model.vocab_size)

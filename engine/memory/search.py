@@ -314,7 +314,7 @@ def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--dtype bfloat16", {"dtype": "bfloat16"}
     if not config.double_quant:
         yield "--double-quant", {"double_quant": True}
-    if config.method == "full":
+    if config.every_weight:
         if not (config.optimizer_in_backward or allows(config, optimizer_in_backward=True)):
             text = "--optimizer-in-backward --max-grad-norm 0 --accumulate 1"
             row = " --batch-size 1" if config.batch_size > 1 else ""
@@ -329,7 +329,7 @@ def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
             )
     elif config.target_modules != "qv":
         yield "--target-modules qv", {"target_modules": "qv"}
-    if config.method != "full" and config.lora_rank > 4:
+    if not config.every_weight and config.lora_rank > 4:
         yield "--lora-rank 4", {"lora_rank": 4}
     if config.optimizer != "adamw8bit":
         yield "--optimizer adamw8bit", {"optimizer": "adamw8bit"}

@@ -27,24 +27,14 @@ TOKENIZER_FILES = (
 _TEMPLATE_LIMIT = MIB
 
 
-class ModelFiles:
-    """What the folder `path` says of its model without its weights, which are not looked for.
+class TokenizerFolder:
+    """What the folder `path` says of a tokenizer and its chat templates; it need hold no model."""
 
-    Raises `ConfigError` for a missing or unusable config.json.
-    """
+    raw_config: dict[str, Any]
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        config_path = self.path / "config.json"
-        if not self.path.is_dir() or not config_path.exists():
-            raise ConfigError(
-                f"{self.path} holds no config.json, so it is not a Hugging Face model directory."
-                f"{folder_hint(self.path)}"
-            )
-        self.raw_config = read_json_object(config_path, ConfigError)
-        with not_shown(config_path):
-            self.config = read_config(self.raw_config, str(config_path))
-        self.generation_config = self._optional_json("generation_config.json")
+        self.raw_config = {}
 
     def tokenizer_json(self) -> str | None:
         path = self.path / "tokenizer.json"
@@ -79,6 +69,26 @@ class ModelFiles:
     def _optional_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         return read_json_object(path, ConfigError) if path.exists() else {}
+
+
+class ModelFiles(TokenizerFolder):
+    """What the folder `path` says of its model without its weights, which are not looked for.
+
+    Raises `ConfigError` for a missing or unusable config.json.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        config_path = self.path / "config.json"
+        if not self.path.is_dir() or not config_path.exists():
+            raise ConfigError(
+                f"{self.path} holds no config.json, so it is not a Hugging Face model directory."
+                f"{folder_hint(self.path)}"
+            )
+        self.raw_config = read_json_object(config_path, ConfigError)
+        with not_shown(config_path):
+            self.config = read_config(self.raw_config, str(config_path))
+        self.generation_config = self._optional_json("generation_config.json")
 
 
 def _named_template(value: Any, name: str, source: Path) -> str | None:

@@ -51,7 +51,7 @@ class RowPreview:
         from engine.config.sources import build
         from engine.config.train_config import TrainConfig
         from engine.errors import DataError
-        from engine.model_sources.open import describe_model
+        from engine.model_sources.scratch.open_base import describe_base
         from engine.runs.stored import CONFIG, read_settings
         from engine.tokenization.tokenizer import load_tokenizer
         from engine.training.prepare import rows_of_run
@@ -63,7 +63,7 @@ class RowPreview:
             return
         self._key = None
         self._config = build(TrainConfig, read_settings(run))
-        described = describe_model(self._config.model, self._config.revision)
+        described = describe_base(self._config)
         self._tokenizer = load_tokenizer(described, self._config.template_date)
         train, heldout, _, _ = rows_of_run(self._config)
         self._rows, self._key = {"train": train, "heldout": heldout}, key

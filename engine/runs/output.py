@@ -145,6 +145,7 @@ def is_run(folder: Path) -> bool:
 def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
     named: dict[str, Iterable[str | Path | None]] = {
         "--model": [config.model],
+        "--tokenizer": [config.tokenizer],
         "--teacher": [config.teacher],
         "--init-adapter": [config.init_adapter],
         "--data": config.data,

@@ -25,7 +25,7 @@ from engine.tokenization.special_tokens import (
 )
 
 if TYPE_CHECKING:
-    from engine.model_sources.interface.model_source import ModelDescription
+    from engine.model_sources.interface.model_source import TokenizerSource
 
 # Vocabularies of mistral-common and tiktoken.
 _UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
@@ -204,7 +204,7 @@ class Tokenizer:
         return sorted(texts)
 
 
-def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokenizer:
+def load_tokenizer(source: "TokenizerSource", now: str | None = None) -> Tokenizer:
     """The tokenizer of a model; `now` is what its chat template takes for the present (ISO form).
 
     Raises:
@@ -216,7 +216,7 @@ def load_tokenizer(source: "ModelDescription", now: str | None = None) -> Tokeni
 
 
 def _load(
-    source: "ModelDescription", files: Mapping[str, bytes], where: str, now: str | None
+    source: "TokenizerSource", files: Mapping[str, bytes], where: str, now: str | None
 ) -> Tokenizer:
     backend, config, from_pieces = _open_backend(source, files, where)
     around: tuple[bool, bool] | tuple[None, None] = (None, None)
@@ -238,7 +238,7 @@ def _load(
 
 
 def _open_backend(
-    source: "ModelDescription", files: Mapping[str, bytes], where: str
+    source: "TokenizerSource", files: Mapping[str, bytes], where: str
 ) -> tuple[Backend, dict[str, Any], bool]:
     """The tokenizer of the vocabulary file there is; tokenizer_config.json; if it is SentencePiece.
 
@@ -273,7 +273,7 @@ def _open_backend(
     )
 
 
-def _templates(source: "ModelDescription") -> dict[str, str]:
+def _templates(source: "TokenizerSource") -> dict[str, str]:
     """The chat templates of a model that are used here, by name."""
     named = {name: source.chat_template(name) for name in (DEFAULT, TOOL_USE)}
     return {name: text for name, text in named.items() if text is not None}

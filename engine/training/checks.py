@@ -64,7 +64,7 @@ def check_model(
     """
     device, dtype = machine
     check_run(config, model, device, dtype)
-    if config.method != "full":
+    if not config.every_weight:
         targets_of(config, model)
     if config.gradient_checkpointing != "auto":
         check_policies(config, model.num_hidden_layers)
@@ -121,7 +121,7 @@ def saved_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> 
     Moments take 2 bytes a parameter in 8 bits (their scales a few percent more) and 8 in 32 bits.
     """
     moments = 2 if config.optimizer == "adamw8bit" else 8
-    if config.method == "full":
+    if config.every_weight:
         return parameter_count(model) * (dtype.itemsize + moments)
     shapes = _adapted_shapes(model, targets_of(config, model)).values()
     magnitudes = sum(out for out, _ in shapes) if config.use_dora else 0

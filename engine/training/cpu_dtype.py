@@ -16,7 +16,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device
 from engine.errors import EngineError
-from engine.model_sources.open import describe_model
+from engine.model_sources.scratch.open_base import describe_base
 from engine.runs.stored import CONFIG, read_settings
 from models.config.model_config import ModelConfig
 
@@ -46,12 +46,12 @@ def with_cpu_dtype(
             return config
         earlier = _of_the_run(config)
         if earlier is None:
-            model = model or describe_model(config.model, config.revision).config
+            model = model or describe_base(config).config
     except EngineError:
         return config
     if earlier is None:
         assert model is not None
-        narrow = config.method == "full" or model.hidden_size < NARROWEST
+        narrow = config.every_weight or model.hidden_size < NARROWEST
         earlier = "float32" if narrow else faster_type()[0]
     return config.model_copy(update={"dtype": earlier})
 

@@ -29,7 +29,7 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
 
     An adapter that cannot be read leaves it as it is: the checks of the run say why.
     """
-    if config.init_adapter is None or config.method == "full":
+    if config.init_adapter is None or config.every_weight:
         return config
     try:
         adapter = open_adapter(config.init_adapter)

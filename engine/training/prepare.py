@@ -25,7 +25,8 @@ from engine.data.token_cache import cache_of, key_of, read_tokens, write_tokens
 from engine.inference.parts import PartNames, categories_of, parts_of
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.open import describe_model, open_model_source
+from engine.model_sources.open import open_model_source
+from engine.model_sources.scratch.open_base import describe_base, open_base
 from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
@@ -155,7 +156,7 @@ def prepare(
     `ConfigError`, `CheckpointError` or `DataError`.
     """
     machine = check_request(config)
-    described = describe_model(config.model, config.revision)
+    described = describe_base(config)
     adapter = check_model(config, described.config, machine)
     if check is not None:
         check(described.config)
@@ -169,7 +170,7 @@ def prepare(
     else:
         rows = read_examples(config, tokenizer, described.config.vocab_size)
     config = packed_for(config, rows)
-    source = open_model_source(config.model, config.revision)
+    source = open_base(config)
     digests = _digests(config, source, tokenizer, stream)
     init = open_init_adapter(config, adapter, source, digests["base"])
     check_run(config, source.config, *machine)
@@ -209,6 +210,8 @@ class RowSet:
 _DECIDING_ROWS = (
     "model",
     "revision",
+    "method",
+    "tokenizer",
     "data",
     "eval_data",
     "heldout",
@@ -246,6 +249,7 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
         heldout, report_heldout = examples_of_run(config, heldout_rows, tokenizer)
         _tell_shared(examples, heldout)
     check_ids([*examples, *heldout], vocab_size)
+    _tell_unknown(examples, tokenizer)
     settings = _row_settings(config, tokenizer)
     categories = categories_of(heldout_rows)
     return RowSet(
@@ -299,6 +303,22 @@ def _tell_shared(examples: list[Example], heldout: list[Example]) -> None:
         )  # fmt: skip
 
 
+def _tell_unknown(examples: list[Example], tokenizer: Tokenizer) -> None:
+    """Warn of text that the tokenizer has no tokens for, which the model never reads."""
+    name = tokenizer.special_tokens.get("unk_token")
+    unknown = None if name is None else tokenizer.token_to_id(name)
+    if unknown is None:
+        return
+    counts = [int((example.ids == unknown).sum()) for example in examples]
+    if any(counts):
+        first = examples[next(index for index, count in enumerate(counts) if count)].source
+        log.warning(
+            "%d tokens in %d of %d rows are %s (first in %s): the tokenizer has none for what "
+            "stands there, so the model neither reads nor learns it",
+            sum(counts), sum(map(bool, counts)), len(counts), name, first,
+        )  # fmt: skip
+
+
 def streamed_rows(
     config: TrainConfig, stream: BatchStream, tokenizer: Tokenizer, vocab_size: int
 ) -> RowSet:
@@ -310,6 +330,7 @@ def streamed_rows(
         heldout, report = examples_of_run(config, rows, tokenizer)
         check_ids(heldout, vocab_size)
     whole = stream.stream
+    _tell_unknown(stream.sample, tokenizer)
     settings = _row_settings(config, tokenizer)
     reports = whole.read, read, whole.report, report
     return RowSet(stream.sample, heldout, *reports, settings, categories_of(rows))

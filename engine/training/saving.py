@@ -66,7 +66,7 @@ class RunState:
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
-        if self.config.method == "full":
+        if self.config.every_weight:
             return dict(self.model.named_parameters())
         return {
             f"{path}.{part}": tensor
@@ -89,7 +89,7 @@ class RunState:
         it.
         """
         extra: Callable[[Path], None] | None = None
-        if best and best["step"] == progress.step and source and self.config.method != "full":
+        if best and best["step"] == progress.step and source and not self.config.every_weight:
             extra = partial(self._add_adapter, source)
         return checkpoints.save(
             progress.step,
@@ -149,7 +149,7 @@ class RunState:
 
     def write_output(self, source: ModelSource, directory: Path) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model."""
-        if self.config.method == "full":
+        if self.config.every_weight:
             target = directory / "model"
             if target.exists():  # of a run that had ended and was resumed
                 shutil.rmtree(target)

@@ -58,7 +58,7 @@ def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None
     A new adapter is as the settings say; an earlier one is as its tensors are. With the adapter in
     place, the last layers' weights are decoded to stay, as `config.keep_decoded` says.
     """
-    if config.method == "full":
+    if config.every_weight:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
     elif init is not None:
@@ -92,6 +92,8 @@ def step_settings(config: TrainConfig) -> StepSettings:
         mlp_tile_tokens=config.mlp_tile_tokens,
         low_memory_decode=config.low_memory_decode,
         loss_chunk_tokens=given_chunk(config.loss_chunk_tokens),
+        hidden_dropout=config.hidden_dropout,
+        attention_dropout=config.attention_dropout,
     )
 
 

@@ -53,6 +53,7 @@ def test_every_configuration_is_here() -> None:
         "lora_cpu.yaml",
         "qlora_8b_24gb.yaml",
         "qlora_8b_8gb.yaml",
+        "scratch.yaml",
     ]
 
 

@@ -43,7 +43,7 @@ class TokenizerFolder:
         return None
 
     def load(self) -> Tokenizer:
-        return load_tokenizer(self)  # type: ignore[arg-type]
+        return load_tokenizer(self)
 
 
 CHATML = (

@@ -15,7 +15,9 @@ class AdapterSettings(Settings):
     """What of a model is trained: an adapter of some rank on some projections, or every weight."""
 
     method: Annotated[Method, spelled({})] = setting(
-        "qlora", "Adapter", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
+        "qlora",
+        "Adapter",
+        "NF4 base with LoRA, 16-bit base with LoRA, every weight, or every weight from random ones",
     )
     lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
     lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)

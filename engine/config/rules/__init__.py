@@ -12,11 +12,12 @@ from engine.config.rules.evaluation_rules import EVALUATION_RULES
 from engine.config.rules.recipe_rules import RECIPE_RULES
 from engine.config.rules.rule import Facts, Rule, RunSettings
 from engine.config.rules.run_rules import RUN_RULES, TIED_EMBEDDING
+from engine.config.rules.scratch_rules import SCRATCH_RULES
 from engine.errors import ConfigError
 
 __all__ = ["RULES", "TIED_EMBEDDING", "Facts", "Rule", "RunSettings", "allows", "broken", "check"]
 
-RULES = (*RUN_RULES, *EVALUATION_RULES, *RECIPE_RULES)
+RULES = (*RUN_RULES, *EVALUATION_RULES, *RECIPE_RULES, *SCRATCH_RULES)
 
 
 def broken(config: RunSettings, facts: Facts | None = None) -> list[Rule]:

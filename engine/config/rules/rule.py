@@ -21,7 +21,12 @@ from engine.config.choices import (
 class RunSettings(Protocol):
     """The settings of `TrainConfig` that the rules look at."""
 
+    model: str
+    tokenizer: str | None
     method: Method
+    lora_dropout: float
+    hidden_dropout: float
+    attention_dropout: float
     teacher: str | None
     eval_data: tuple[str, ...]
     heldout: float
@@ -54,6 +59,11 @@ class RunSettings(Protocol):
     low_memory_decode: bool
     cuda_graphs: bool
     memory_budget: int | None
+
+    @property
+    def every_weight(self) -> bool:
+        """Whether all weights are trained, and no adapter."""
+        ...
 
     @property
     def best_metric(self) -> str | None:

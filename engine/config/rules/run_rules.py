@@ -31,8 +31,8 @@ RUN_RULES = (
     ),
     Rule(
         "teacher",
-        lambda c, _: c.teacher is not None and c.method == "full",
-        "teacher needs a frozen head, and method full trains it.",
+        lambda c, _: c.teacher is not None and c.every_weight,
+        "teacher needs a frozen head, and method {c.method} trains it.",
         "Give method lora or qlora",
     ),
     Rule(
@@ -43,32 +43,32 @@ RUN_RULES = (
     ),
     Rule(
         "init_adapter",
-        lambda c, _: c.method == "full" and c.init_adapter is not None,
-        "init_adapter needs method lora or qlora, and method is full.",
+        lambda c, _: c.every_weight and c.init_adapter is not None,
+        "init_adapter needs method lora or qlora, and method is {c.method}.",
         "Leave it out, or change the method",
     ),
     Rule(
         "use_dora",
-        lambda c, _: c.method == "full" and c.use_dora,
-        "use_dora needs method lora or qlora, and method is full.",
+        lambda c, _: c.every_weight and c.use_dora,
+        "use_dora needs method lora or qlora, and method is {c.method}.",
         "Leave it out, or change the method",
     ),
     Rule(
         "head_precision",
-        lambda c, _: c.method == "full" and c.head_precision == "8bit",
-        "head_precision 8bit is for a frozen head, and method full trains it.",
+        lambda c, _: c.every_weight and c.head_precision == "8bit",
+        "head_precision 8bit is for a frozen head, and method {c.method} trains it.",
         "Leave it out, or give method lora or qlora",
     ),
     Rule(
         "embedding_on",
-        lambda c, _: c.method == "full" and c.embedding_on == "host",
-        "embedding_on host is for a frozen head and embedding, and method full trains them.",
+        lambda c, _: c.every_weight and c.embedding_on == "host",
+        "embedding_on host is for a frozen head and embedding, and method {c.method} trains them.",
         "Leave it out, or give method lora or qlora",
     ),
     TIED_EMBEDDING,
     Rule(
         "optimizer_in_backward",
-        lambda c, _: c.optimizer_in_backward and c.method != "full",
+        lambda c, _: c.optimizer_in_backward and not c.every_weight,
         "optimizer_in_backward is for method full, and it is {c.method}: an adapter's gradients "
         "are too small to be worth it.",
         "Leave it out, or train with --method full",
@@ -113,7 +113,7 @@ RUN_RULES = (
     ),
     Rule(
         "cuda_graphs",
-        lambda c, _: c.cuda_graphs and c.method == "full",
+        lambda c, _: c.cuda_graphs and c.every_weight,
         "cuda_graphs keeps the gradients of the layers at fixed addresses all the time, which only "
         "an adapter's are small enough for.",
         "Give method lora or qlora, not full",

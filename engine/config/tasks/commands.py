@@ -37,9 +37,9 @@ def command_of(verb: str, directory: Path) -> str:
 
 def continued(config: TrainConfig, run: Path, steps: int | None = None) -> str:
     """The command that trains on from a run's result, in a new directory, for so many steps."""
-    result = run / ("model" if config.method == "full" else "adapter")
+    result = run / ("model" if config.every_weight else "adapter")
     target = run.with_name(f"{run.name}-2")
-    if config.method == "full":
+    if config.every_weight:
         asked: dict[str, Any] = {"model": result}
     else:
         asked = {"model": config.model, "init_adapter": result}
@@ -85,13 +85,13 @@ def next_steps(config: TrainConfig, output: Path) -> list[str]:
     if evaluated is None:
         evaluated = command("eval", _model(config, output) | {"data": config.data})
     steps = [evaluated, command("generate", _model(config, output) | {"prompt": "Hello!"})]
-    if config.method != "full":
+    if not config.every_weight:
         merged = output.with_name("merged")
         steps.append(command("merge", _model(config, output) | {"output": merged}))
     return steps
 
 
 def _model(config: TrainConfig, output: Path) -> dict[str, Any]:
-    if config.method == "full":
+    if config.every_weight:
         return {"model": output}
     return {"model": config.model, "adapter": output}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import GPU_TFLOPS, Method, PipelineEvents, Program
+from engine.config.choices import GPU_TFLOPS, PipelineEvents, PretrainedMethod, Program
 from engine.config.data_names import DataNames
 from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
@@ -55,7 +55,7 @@ class InitSettings(Settings):
     memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
         None, "Init", "memory of the GPU to train on, such as 12GiB; by default this machine's"
     )
-    method: Annotated[Method, spelled({})] = setting(
+    method: Annotated[PretrainedMethod, spelled({})] = setting(
         "qlora", "Init", "NF4 base with LoRA, 16-bit base with LoRA, or every weight"
     )
     output: Path = setting(Path("train.yaml"), "Init", "new file for the settings")

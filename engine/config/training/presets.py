@@ -70,6 +70,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 2e-5,
         "gradient_checkpointing": "full",
     },
+    "scratch": {
+        "method": "scratch",
+        "model": "builtin:scratch",
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "max_length": 512,
+        "batch_size": 16,
+        "packing": True,
+        "learning_rate": 5e-4,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.95),
+    },
 }
 
 OTHER_NAMES = {"qwen_4080_16g": "qlora-16gb"}
@@ -84,4 +96,5 @@ SUMMARIES: dict[str, str] = {
     "qlora-24gb": "7-8B model on a 24 GB GPU, packed examples",
     "lora-16bit": "LoRA over 16-bit weights, for models up to half the GPU's memory",
     "full": "every weight, at a learning rate of 2e-5",
+    "scratch": "a new model of 12 layers that reads characters, from random weights",
 }

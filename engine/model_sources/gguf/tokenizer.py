@@ -2,7 +2,7 @@
 
 `tokenizer.ggml.model` is "gpt2" for a byte-level BPE, which has merges, or "llama" for a
 SentencePiece BPE, which has scores. SentencePiece always joins the neighbours whose union has the
-best score, so a list of merges sorted by that score does the same.
+best score, so a list of merges sorted by that score does the same. "rwkv" takes the longest token.
 
 Tokens of the type CONTROL become special tokens; those of the type USER_DEFINED are matched whole
 in a text as well, but are ordinary text otherwise. A token that the file names as BOS, EOS or
@@ -36,6 +36,11 @@ from tokenizers import (
 )
 
 from engine.errors import CheckpointError, ConfigError, listing
+from engine.model_sources.gguf.longest_match import (
+    MOST_TOKENS,
+    longest_match,
+    unescaped,
+)
 from engine.model_sources.gguf.pre_tokenizers import RULES, UNNAMED, splitting, words
 from engine.model_sources.gguf.stand_in import stand_in
 
@@ -114,9 +119,11 @@ def _known_kind(kind: Any, vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:
         return _byte_level(vocabulary)
     if kind == "llama":
         return _sentencepiece(vocabulary), True
+    if kind == "rwkv":
+        return _longest_match(vocabulary), False
     raise ConfigError(
-        f"{vocabulary.source}: its tokenizer is of the kind {kind!r}; 'gpt2' and 'llama' are "
-        "known. Put the model's tokenizer.json beside the file."
+        f"{vocabulary.source}: its tokenizer is of the kind {kind!r}; 'gpt2', 'llama' "
+        "and 'rwkv' are known. Put the model's tokenizer.json beside the file."
     )
 
 
@@ -133,6 +140,8 @@ class _TokenTable:
                 f"{source}: its tokenizer has {count} tokens, its embedding {vocab_size} rows; "
                 "expected at least one token and at most as many as rows."
             )
+        if metadata.get("tokenizer.ggml.model") == "rwkv":
+            tokens = unescaped(tokens) or tokens
         self.tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)]
         self.types = self.array("token_type", _NORMAL)
         self._typed = "tokenizer.ggml.token_type" in metadata
@@ -242,6 +251,20 @@ class _TokenTable:
                 f"{len(self.tokens)} tokens."
             )
         return number
+
+
+def _longest_match(vocabulary: _TokenTable) -> Tokenizer:
+    """The tokenizer that takes the longest token at every position."""
+    unknown = vocabulary.ids["unk_token"]
+    readable = unescaped(vocabulary.metadata["tokenizer.ggml.tokens"])
+    if readable is None or unknown is None or len(vocabulary.tokens) > MOST_TOKENS:
+        raise ConfigError(
+            f"{vocabulary.source}: its tokenizer takes the longest of {len(vocabulary.tokens)} "
+            f"tokens; up to {MOST_TOKENS} that are text are read, with one for what is unknown. "
+            "Put the model's tokenizer.json beside the file."
+        )
+    vocabulary.mapping(vocabulary.tokens)
+    return longest_match(vocabulary.tokens, vocabulary.tokens[unknown])
 
 
 def _byte_level(vocabulary: _TokenTable) -> tuple[Tokenizer, bool]:

@@ -17,24 +17,16 @@ from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
 
 
-class ModelDescription(Protocol):
-    """A pretrained model without its weights: configuration, tokenizer and templates."""
+class TokenizerSource(Protocol):
+    """A tokenizer's files and chat templates."""
 
     @property
     def path(self) -> Path:
         """The folder or file that was opened."""
 
     @property
-    def config(self) -> ModelConfig:
-        """Shape and arithmetic of the model."""
-
-    @property
     def raw_config(self) -> dict[str, Any]:
-        """The parsed config.json, or what it would hold."""
-
-    @property
-    def generation_config(self) -> dict[str, Any]:
-        """The parsed generation_config.json, or what it would hold; empty where unknown."""
+        """The parsed config.json, or what it would hold; empty without a model."""
 
     def tokenizer_json(self) -> str | None:
         """The serialised `tokenizers` tokenizer, or None where the source has none."""
@@ -50,6 +42,18 @@ class ModelDescription(Protocol):
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Relative name -> content of every other file of a model saved from this one."""
+
+
+class ModelDescription(TokenizerSource, Protocol):
+    """A pretrained model without its weights: configuration, tokenizer and templates."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape and arithmetic of the model."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The parsed generation_config.json, or what it would hold; empty where unknown."""
 
 
 class ModelSource(ModelDescription, Protocol):

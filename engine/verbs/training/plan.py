@@ -32,6 +32,7 @@ from engine.memory.simulate.meter import OWNERS, gib
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model
 from engine.model_sources.quantised.fates import run_fate, stored_line
+from engine.model_sources.scratch.open_base import describe_base
 from engine.runs.stored import CONFIG, read_settings
 from engine.training.checks import check_model, check_request
 from engine.training.cpu_dtype import with_cpu_dtype
@@ -86,14 +87,18 @@ def find_target(config: TrainConfig) -> Target:
     runs_on = torch.device("cuda" if gpu else "cpu"), compute_dtype(config, gpu)
     config = with_init_adapter(config)
     check_request(config, runs_on)
-    model, stored = find_model(config.model, config.revision)
+    scratch = config.method == "scratch"
+    if scratch:
+        model, stored = describe_base(config).config, torch.float32
+    else:
+        model, stored = find_model(config.model, config.revision)
     check_model(config, model, runs_on, disk=config.output_dir is not None)
     machine = "a CUDA GPU" if gpu else "the CPU"
     rows = read_known_rows(config, model)
-    noted = noted_quantisation(config.model, config.revision)
+    noted = {} if scratch else noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
     planner = RunPlanner(model, gpu, stored, rows, teacher)
-    files = quantised_files(config.model)
+    files = None if scratch else quantised_files(config.model)
     title = f"{config.model} on {machine}"
     return Target(title, model, gpu, stored, planner, rows, noted, files)
 
@@ -269,7 +274,7 @@ class PlanReport:
     def _merging(self) -> int | None:
         """Host memory for merging what the run trains; None after full fine-tuning."""
         config = self.plan.config
-        if config.method == "full":
+        if config.every_weight:
             return None
         from engine.memory.merging import merge_peak
 

@@ -298,8 +298,9 @@ def train(
             repeat_heldout=repeat_heldout(shown, output),
         )
         log.info("Saved: %s", output)
-    adapter = None if config.method == "full" else output
-    sent = publish_folder(where, output, config.model)
+    adapter = None if config.every_weight else output
+    base = None if config.method == "scratch" else config.model
+    sent = publish_folder(where, output, base)
     return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands), sent)
 
 

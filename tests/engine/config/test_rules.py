@@ -54,7 +54,13 @@ RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ),
     ({"lr_decay_steps": 3}, Facts()),
 ]
-BREAKS = [*RUN_BREAKS, *EVALUATION_BREAKS, *RECIPE_BREAKS]
+SCRATCH_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"tokenizer": "char"}, Facts()),
+    ({"model": "builtin:scratch"}, Facts()),
+    ({"lora_dropout": 0.1, "method": "scratch"}, Facts()),
+    ({"hidden_dropout": 0.1}, Facts()),
+]
+BREAKS = [*RUN_BREAKS, *EVALUATION_BREAKS, *RECIPE_BREAKS, *SCRATCH_BREAKS]
 PLAIN = TrainConfig(model="m", data="d")
 
 
@@ -73,7 +79,7 @@ def test_every_rule_is_broken_by_its_example(index: int) -> None:
         check(config, facts)
     if facts == Facts():
         with pytest.raises(ConfigError):
-            TrainConfig(model="m", data="d", **changes)
+            TrainConfig(**{"model": "m", "data": "d"} | changes)
 
 
 def test_there_is_an_example_of_every_rule() -> None:

@@ -210,7 +210,7 @@ def test_a_mapping_may_be_written_as_one(tmp_path: Path) -> None:
         (TrainConfig, {"run_id": "a b"}, "letters, digits"),
         (TrainConfig, {"device": "tpu"}, "should be auto, cpu, cuda or cuda:1"),
         (TrainConfig, {"bad_lines": "5%"}, "should be fail, skip or skip:5%"),
-        (TrainConfig, {"method": "dora"}, "should be qlora, lora or full"),
+        (TrainConfig, {"method": "dora"}, "should be qlora, lora, full or scratch"),
     ],
 )
 def test_a_wrong_value_is_answered_by_the_choices_and_no_pattern(

@@ -56,7 +56,7 @@ TALK: list[dict[str, Any]] = [
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    plain = load_tokenizer(TokenizerFolder(folder))  # type: ignore[arg-type]
+    plain = load_tokenizer(TokenizerFolder(folder))
     backend = Backend.from_str(plain.serialised())
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     return Tokenizer(backend, {"eos_token": "<|im_end|>"}, QWEN3)

@@ -25,7 +25,7 @@ HOW = ExampleSettings(64)
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Tokenizer:
     write_tokenizer(tmp_path)
-    return load_tokenizer(TokenizerFolder(tmp_path))  # type: ignore[arg-type]
+    return load_tokenizer(TokenizerFolder(tmp_path))
 
 
 @pytest.fixture

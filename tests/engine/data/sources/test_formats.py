@@ -35,7 +35,7 @@ QUERY = "select question, answer from asked order by id"
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return load_tokenizer(TokenizerFolder(folder))  # type: ignore[arg-type]
+    return load_tokenizer(TokenizerFolder(folder))
 
 
 def talks(rows: list[Row]) -> list[list[dict[str, object]]]:

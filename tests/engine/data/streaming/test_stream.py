@@ -32,7 +32,7 @@ ROWS = question_rows(150)
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
-    return load_tokenizer(TokenizerFolder(folder))  # type: ignore[arg-type]
+    return load_tokenizer(TokenizerFolder(folder))
 
 
 class Streams:

@@ -1,0 +1,1 @@
+"""Models to train from scratch: shapes, first weights and tokenizers."""
