@@ -30,7 +30,7 @@ from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"
 FRACTIONS = (0.1, 0.2, 0.3)
-RECOVERED: Metric = "activation"
+RECOVERED: Metric = "l2-output"
 HELDOUT_ROWS = 64
 MAX_LENGTH = 256
 

@@ -35,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pruned, run, recovered = (given.output / name for name in ("pruned", "run", "recovered"))
     before = perplexity(given.model)
 
-    # `activation` measures what each head adds, on rows; `l2`, of the weights alone, can do worse
-    # than chance.
-    settings = PruneSettings(fraction=given.fraction, metric="activation", data=[given.data])
+    # With rows, heads are chosen by the error that is left once the others make up for them, and
+    # the others are repaired so. Weights alone can do worse than chance.
+    settings = PruneSettings(fraction=given.fraction, data=[given.data])
     record = prune(given.model, pruned, settings).record
     print(f"pruned {record['heads']['removed']} of {record['heads']['before']} heads")
     after = perplexity(pruned)

@@ -40,9 +40,12 @@ Program = Literal["axolotl", "llama-factory", "trl", "mlx-lm"]
 TARGET_PRESETS = ("all", "attn", "qv")
 """Names for sets of projections; `models.adapters` resolves them."""
 
-Metric = Literal["l2", "ov", "activation", "gradient", "random"]
+Metric = Literal[
+    "l2-reconstruction", "l2-output", "l2-weights", "l2-weights-largest", "gradient", "ov", "random"
+]
 METRICS: tuple[Metric, ...] = get_args(Metric)
-METRICS_WITH_DATA: tuple[Metric, ...] = ("activation", "gradient")
+METRICS_WITH_DATA: tuple[Metric, ...] = ("l2-reconstruction", "l2-output", "gradient")
+RepairMethod = Literal["none", "least-squares"]
 PruneMode = Literal["zero", "mask", "structural"]
 PRUNE_MODES: tuple[PruneMode, ...] = get_args(PruneMode)
 HeadKind = Literal["attention", "delta"]

@@ -25,6 +25,13 @@ CHECKPOINTING = dict.fromkeys(("true", "yes", "on", "unsloth"), "selective") | d
     ("false", "no", "off"), "none"
 )
 
+METRIC_NAMES = {
+    "l2": "l2-weights",
+    "activation": "l2-output",
+    "reconstruction": "l2-reconstruction",
+}
+"""Earlier and shorter names of metrics."""
+
 PRECISIONS = dict.fromkeys(("16", "16-bit", "bf16", "bfloat16", "dense"), "16bit") | dict.fromkeys(
     ("8", "8-bit", "int8"), "8bit"
 )

@@ -47,7 +47,7 @@ def layerwise_logits(
     source.release(embedding)
     batch = PackedBatch.of(torch.arange(len(ids))[None])
     for index in range(config.num_hidden_layers):
-        layer = _OneLayer(source, index, states)
+        layer = OneLayer(source, index, states)
         model = build_model(layer)
         own = {layer.inner(m): pair for m, pair in (pairs or {}).items() if layer.holds(m)}
         factors = {layer.inner(m): scale for m, scale in (scales or {}).items() if layer.holds(m)}
@@ -66,7 +66,7 @@ def _logits(source: ModelSource, head: str, states: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-class _OneLayer(ModelSourceView):
+class OneLayer(ModelSourceView):
     """Layer `index` of `base` as a model, whose embedding are `states` (T, H)."""
 
     def __init__(self, base: ModelSource, index: int, states: Tensor) -> None:

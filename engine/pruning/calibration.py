@@ -2,7 +2,7 @@
 
 With out_t,h what head h gives o_proj at token t, and o_h its columns:
 
-    activation  mean over tokens of |o_h out_t,h|, the length of what the head adds to the residual
+    l2-output   mean over tokens of |o_h out_t,h|, the length of what the head adds to the residual
                 stream, divided by the layer's mean: lengths grow with depth, and without that the
                 first layers would lose most of their heads.
     gradient    sum over rows of |sum over the row's tokens of <out_t,h, dL/d out_t,h>| / tokens,
@@ -43,7 +43,7 @@ from models.layers.observer import LayerObserver, observe_layers
 if TYPE_CHECKING:
     from engine.config.choices import Quantization
 
-_TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,22 @@ class Calibration:
     dtype: str = "auto"
 
 
-def measured_scores(
-    source: ModelSource, layers: Sequence[HeadSlices], metric: Metric, how: Calibration
-) -> list[LayerScores]:
-    """Scores of every head of `layers` by `metric` (activation or gradient).
-
-    Raises `DataError` for rows that cannot be used.
-    """
+def calibration_examples(source: ModelSource, how: Calibration) -> list[Example]:
+    """The tokenised rows. Raises `DataError` for rows that cannot be used."""
     rows = load_rows(list(how.data))[: how.rows]
     examples, _ = build_examples(rows, load_tokenizer(source), how.max_length)
     check_ids(examples, source.config.vocab_size)
+    return examples
+
+
+def measured_scores(
+    source: ModelSource, layers: Sequence[HeadSlices], metric: Metric, how: Calibration
+) -> list[LayerScores]:
+    """Scores of every head of `layers` by `metric` (l2-output or gradient).
+
+    Raises `DataError` for rows that cannot be used.
+    """
+    examples = calibration_examples(source, how)
     blank = weight_scores(source, layers, "random")
     device = resolve_device(how.device)
     model = build_model(
@@ -77,7 +83,7 @@ def measured_scores(
         dtype=resolve_dtype(how.dtype, device),
     )
     numbers = [heads.layer for heads in layers]
-    if metric == "activation":
+    if metric == "l2-output":
         measured = [_relative(values) for values in activations(model, numbers, examples)]
     else:
         measured = gradients(model, numbers, examples)
@@ -99,7 +105,7 @@ def activations(model: Decoder, layers: Sequence[int], examples: list[Example]) 
     watch = _HeadLengths(model, layers)
     tokens = 0
     with observe_layers(watch):
-        for group in by_tokens(examples, _TOKENS_PER_BATCH):
+        for group in by_tokens(examples, TOKENS_PER_BATCH):
             batch = collate(group)
             model.hidden_states(batch.to(model.device, model.ids_device))
             tokens += int(batch.input_ids.numel())
@@ -114,7 +120,7 @@ class _HeadLengths(LayerObserver):
         self._mixers: dict[int, tuple[Mixer, Tensor]] = {}
         for layer in layers:
             heads, linear = _output(model, layer)
-            grams = output_grams(heads.by_head(_dense(linear, torch.float32))).float()
+            grams = output_grams(heads.by_head(dense_weight(linear, torch.float32))).float()
             self._mixers[layer] = model.layers[layer].mixer, grams
             self.sums[layer] = torch.zeros(heads.heads, dtype=torch.float64, device=grams.device)
 
@@ -123,12 +129,12 @@ class _HeadLengths(LayerObserver):
         if layer not in self._mixers:
             return
         mixer, grams = self._mixers[layer]
-        out = _heads_output(mixer, saved).float()
+        out = heads_output(mixer, saved).float()
         squares = (torch.einsum("nhd,hde->nhe", out, grams) * out).sum(2)
         self.sums[layer].add_(squares.clamp_(min=0).sqrt_().double().sum(0))
 
 
-def _heads_output(mixer: Mixer, saved: Any) -> Tensor:
+def heads_output(mixer: Mixer, saved: Any) -> Tensor:
     """What the output projection reads (N, heads, D)."""
     out: Tensor = saved.out
     if isinstance(mixer, DeltaNet):
@@ -145,7 +151,7 @@ def gradients(model: Decoder, layers: Sequence[int], examples: list[Example]) ->
     sums = {layer: torch.zeros((), dtype=torch.float64) for layer in layers}
     for _, linear in outputs.values():
         if not isinstance(linear.weight, Tensor):
-            linear.set_weight(_dense(linear, model.dtype))
+            linear.set_weight(dense_weight(linear, model.dtype))
         assert isinstance(linear.weight, Tensor)
         linear.weight.requires_grad_(True)
     tokens = 0
@@ -176,7 +182,7 @@ def _inner(heads: HeadSlices, linear: Linear) -> Tensor:
     return inner
 
 
-def _dense(linear: Linear, dtype: torch.dtype) -> Tensor:
+def dense_weight(linear: Linear, dtype: torch.dtype) -> Tensor:
     """The weight as a dense matrix of its own."""
     weight = linear.weight
     if isinstance(weight, Tensor):

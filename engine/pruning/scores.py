@@ -1,22 +1,25 @@
 """How much each attention head matters, from the weights alone.
 
-With q, k, v the rows and o the columns of head h (k and v those of the key/value head it reads):
+With q, k, v the rows and o the columns of head h (k and v those of the key/value head it reads),
+and g the gain of the norm that q, k and v read through, which belongs to their columns:
 
-    l2      sqrt(|q|^2 + |k|^2 + |v|^2 + |o|^2), Frobenius norms of the head's slices. Where q and
-            k are normalised head by head (qwen3) their lengths carry no information: there it is
-            sqrt(|v|^2 + |o|^2). Rows of an output gate count as rows of q_proj; biases do not.
-    ov      |o v|, the norm of the map from the input of the layer to its output that the head
-            makes where it attends. It does not depend on how the map is split between o and v.
-            A DeltaNet head's output is normalised, so its v carries no information: l2 and ov are
-            both |o w| there, with w the norm's weight on the columns of o.
-    random  a seeded control: what the other metrics must beat.
+    l2-weights  sqrt((|q g|^2 + |k g|^2) / sqrt(D) + |v g|^2 + |o|^2), Frobenius norms of the head's
+                slices; attention divides q.k by sqrt(D), which is shared between q and k. Where q
+                and k are normalised head by head (qwen3) their lengths carry no information: there
+                it is sqrt(|v g|^2 + |o|^2). Rows of an output gate count as rows of q_proj; biases
+                do not. The norm of weight slices is the customary measure of structured pruning (Li
+                et al. 2017, arXiv 1608.08710); see `WEIGHTS_WARNING`.
+    l2-weights-largest
+                the same turned round within each layer: the largest norms go first. An experiment.
+    ov          |o v g|, the norm of the map from the input of the layer to its output that the head
+                makes where it attends. It does not depend on how the map is split between o and v.
+                A DeltaNet head's output is normalised, so its v carries no information: both norms
+                are |o w| there, with w the norm's weight on the columns of o.
+    random      a seeded control: what the other metrics must beat.
 
-Weights are of different size in different layers, so that a ranking of all heads together by l2 or
-ov empties some of them: of SmolLM2's 270 heads a tenth by ov are 20 of the 27 in the first three
-layers, and perplexity goes from 21 to 1880; a tenth of every layer, to 31. Rank these two by layer.
-
-`activation` and `gradient` need data; they are in `engine.pruning.calibration`. Scores are float64.
-Tensors are read one at a time. |o v|^2 = sum(o^T o * v v^T), of (D, D) matrices.
+Metrics that need data are in `engine.pruning.calibration` and `engine.pruning.reconstruction`.
+Scores are float64. Tensors are read one at a time. |o v|^2 = sum(o^T o * v v^T), of (D, D)
+matrices.
 """
 
 from __future__ import annotations
@@ -35,8 +38,13 @@ from kernels.linear.int8 import quantize_int8
 from kernels.nf4 import quantize
 from models.head_slices import AttentionHeads, DeltaHeads, HeadSlices, layer_heads
 from models.tensor_layout import path_in_file
+from models.tensor_names import is_quantised
 
 Read = Callable[[str], Tensor]
+WEIGHTS_WARNING = (
+    "--metric %s looks at weights alone and can be worse than chance: see the measured table in "
+    "docs/pruning.md. With --data, l2-reconstruction is what to use."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def weight_scores(
     seed: int = 0,
     through: Quantization | None = None,
 ) -> list[LayerScores]:
-    """Scores of every head of `layers` by `metric` (l2, ov or random).
+    """Scores of every head of `layers` by `metric` (one that needs no rows).
 
     `through` scores the values that a model quantised so computes with. Raises `CheckpointError`
     for a score that is not finite.
@@ -85,9 +93,10 @@ def weight_scores(
     generator = torch.Generator().manual_seed(seed)
 
     def read(name: str) -> Tensor:
+        dense = through is None or not is_quantised(name)
         name = path_in_file(source.config, name)
         tensor = source.tensor(name)
-        if through is None:
+        if dense:
             wide = tensor.to(torch.float32, copy=True)
         else:
             packed = quantize(tensor) if through == "nf4" else quantize_int8(tensor)
@@ -105,19 +114,32 @@ def weight_scores(
         elif not isinstance(heads, AttentionHeads):
             values = (o * read(heads.weight("norm"))).double().square().sum((0, 2)).sqrt()
         elif metric == "ov":
-            values = _ov(o, heads, read)
+            values = _ov(o, heads, read, _gain(source, heads, read))
         else:
-            values = _l2(lengths, heads, read)
+            values = _l2(lengths, heads, read, _gain(source, heads, read))
+        if metric == "l2-weights-largest":
+            values = values.max() + values.min() - values
         scored.append(LayerScores(heads, checked(values, heads.layer), pruned))
     return scored
 
 
-def _l2(squares: Tensor, heads: AttentionHeads, read: Read) -> Tensor:
+def _gain(source: ModelSource, heads: HeadSlices, read: Read) -> Tensor:
+    """What the norm before the layer's mixer multiplies by (H,)."""
+    weight = read(f"model.layers.{heads.layer}.input_layernorm.weight")
+    return weight + 1 if source.config.zero_centered_norm else weight
+
+
+def _l2(squares: Tensor, heads: AttentionHeads, read: Read, gain: Tensor) -> Tensor:
     """sqrt of the sum of squares of the head's slices; `squares` are those of o."""
-    groups = _rows(read(heads.weight("v_proj")), heads.kv_heads)
+
+    def rows(projection: str, parts: int) -> Tensor:
+        return _rows(read(heads.weight(projection)) * gain, parts)
+
+    groups = rows("v_proj", heads.kv_heads)
     if not heads.head_norm:
-        groups = groups + _rows(read(heads.weight("k_proj")), heads.kv_heads)
-        squares = squares + _rows(read(heads.weight("q_proj")), heads.heads)
+        scale = heads.head_dim**-0.5
+        groups = groups + scale * rows("k_proj", heads.kv_heads)
+        squares = squares + scale * rows("q_proj", heads.heads)
     return (squares + groups.repeat_interleave(heads.group_size)).sqrt()
 
 
@@ -126,8 +148,9 @@ def _rows(weight: Tensor, parts: int) -> Tensor:
     return weight.double().square().sum(1).view(parts, -1).sum(1)
 
 
-def _ov(o: Tensor, heads: AttentionHeads, read: Read) -> Tensor:
-    v = read(heads.weight("v_proj")).unflatten(0, (heads.kv_heads, heads.head_dim)).double()
+def _ov(o: Tensor, heads: AttentionHeads, read: Read, gain: Tensor) -> Tensor:
+    v = read(heads.weight("v_proj")) * gain
+    v = v.unflatten(0, (heads.kv_heads, heads.head_dim)).double()
     inner = (v @ v.mT).repeat_interleave(heads.group_size, 0)
     outer = output_grams(o)
     squares: Tensor = (outer * inner).sum((1, 2))

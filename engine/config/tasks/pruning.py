@@ -13,14 +13,24 @@ from engine.config.choices import (
     HeadKind,
     Metric,
     PruneMode,
+    RepairMethod,
     Scope,
     StoredType,
 )
 from engine.config.data_names import DataNames
 from engine.config.settings import Settings, setting
-from engine.config.spelling import DTYPES, inner_share, layer_numbers, shard_size, spelled
+from engine.config.spelling import (
+    DTYPES,
+    METRIC_NAMES,
+    inner_share,
+    layer_numbers,
+    shard_size,
+    spelled,
+)
 from engine.config.tasks.inference import Machine
 from engine.config.train_config import TrainConfig
+
+DEFAULT_RIDGE = 1e-3
 
 
 class HeadChoice(Settings):
@@ -29,11 +39,14 @@ class HeadChoice(Settings):
     fraction: Annotated[float, AfterValidator(inner_share)] = setting(
         ..., "Heads", "share of the heads to prune, between 0 and 1"
     )
-    metric: Metric = setting(
-        "l2",
+    metric: Annotated[Metric | None, spelled(METRIC_NAMES)] = setting(
+        None,
         "Heads",
-        "l2: norm of the head's weights; ov: norm of its value-output product; activation and "
-        "gradient: measured on --data; random: a baseline",
+        "l2-reconstruction: error on --data once the rest made up for it; l2-output: size of what "
+        "the head adds on --data; l2-weights: norm of its weights, which can be worse than chance; "
+        "l2-weights-largest: an experiment, the largest go; gradient: change of the loss on "
+        "--data; ov: norm of the value-output product; random: a baseline. By default "
+        "l2-reconstruction with --data, else l2-weights",
     )
     scope: Scope = setting("global", "Heads", "rank all heads together, or those of each layer")
     granularity: Granularity = setting(
@@ -51,7 +64,21 @@ class HeadChoice(Settings):
     )
     allow_shortfall: bool = setting(False, "Heads", "prune fewer where the rules allow no more")
     calibration_rows: int = setting(
-        64, "Heads", "rows that activation and gradient are measured on", ge=1
+        64, "Heads", "rows of --data that are measured and repaired on", ge=1
+    )
+    repair: RepairMethod | None = setting(
+        None,
+        "Repair",
+        "least-squares: update what is left to give on --data what the whole layer gave; by "
+        "default where there is --data",
+    )
+    repair_ridge: float = setting(
+        DEFAULT_RIDGE,
+        "Repair",
+        "how strongly a repair draws towards the weights as they were: a share of the mean square "
+        "of what they read",
+        ge=0,
+        le=1e6,
     )
 
 
@@ -94,6 +121,16 @@ class PruneSettings(HeadChoice, Machine):
     def __init__(self, /, **values: Any) -> None:
         """Takes each setting in any of its spellings, so not as its declared type only."""
         super().__init__(**values)
+
+    @property
+    def importance(self) -> Metric:
+        """The metric, chosen by whether there are calibration rows where none was named."""
+        return self.metric or ("l2-reconstruction" if self.data else "l2-weights")
+
+    @property
+    def repairs(self) -> bool:
+        """Whether what is left is to be updated."""
+        return self.repair == "least-squares" or (self.repair is None and bool(self.data))
 
     @model_validator(mode="after")
     def _per_layer_is_structural(self) -> Self:
@@ -163,9 +200,6 @@ class ForgeJob(ForgeCycles, HeadChoice):
     model: str = setting(..., "Data", "Hugging Face directory, hub id or .gguf file", min_length=1)
     data: DataNames = setting((), "Data", "rows to train on", repeat=True)
     eval_data: DataNames = setting((), "Data", "rows held out", repeat=True)
-    metric: Metric = setting(
-        "activation", "Heads", "what makes a head important; see `engine prune`"
-    )
     mode: Literal["zero", "structural"] = setting(
         "zero", "Heads", "zero: same shapes; structural: smaller weights"
     )

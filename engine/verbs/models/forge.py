@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import Settings, given_settings
 from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import NO_DATA, TrainConfig
@@ -246,7 +245,7 @@ class _Forge:
     def _prune(self, source: str, target: Path) -> dict[str, Any]:
         target.parent.mkdir(exist_ok=True)
         settings = self.settings.pruning
-        if settings.metric in METRICS_WITH_DATA and not settings.data:
+        if not settings.data:
             settings = settings.model_copy(update={"data": (str(self.train_file),)})
         if not target.exists():  # it appears when it is complete
             prune(source, target, settings)

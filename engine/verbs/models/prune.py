@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.sources.resolve import data_files
 from engine.errors import ConfigError
-from engine.model_sources.export import WrittenModel, write_directory
+from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
 from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -40,9 +40,18 @@ from engine.pruning.apply import (
     remaining,
     renumbered,
 )
+from engine.pruning.calibration import Calibration, calibration_examples, measured_scores
 from engine.pruning.heat_map import HEAT_MAP, draw
+from engine.pruning.reconstruction.importance import reconstruction_scores
+from engine.pruning.reconstruction.layer_stream import LayerStream
+from engine.pruning.reconstruction.repair import Change, HeadRepair, RepairedSource
 from engine.pruning.report import LOADS_IN, all_pruned, describe
-from engine.pruning.scores import LayerScores, prunable_heads, weight_scores
+from engine.pruning.scores import (
+    WEIGHTS_WARNING,
+    LayerScores,
+    prunable_heads,
+    weight_scores,
+)
 from engine.pruning.selection import Rules, Selection, select
 from engine.runs.summary import write_summary
 from engine.storage import durable
@@ -67,17 +76,13 @@ def prune(
 ) -> PruneResult:
     """Prune `model` into the new folder `output`; without one only score and choose.
 
-    The settings are given whole, or one by one as `options`: `fraction=0.1, metric="activation"`.
+    The settings are given whole, or one by one as `options`: `fraction=0.1, metric="gradient"`.
     Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
     `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
     """
     started = time.time()
     settings = given_settings(PruneSettings, settings, options)
-    if settings.metric in METRICS_WITH_DATA and not settings.data:
-        raise ConfigError(
-            f"--metric {settings.metric} runs the model on calibration rows: name a file of rows "
-            "with --data, or use --metric l2 or ov, which need none."
-        )
+    _check(settings)
     if output is not None:
         durable.refuse_occupied(Path(output))
     if settings.data:
@@ -87,7 +92,7 @@ def prune(
     rules = _rules(settings, source.config.num_hidden_layers)
     scored = _scores(source, layers, settings)
     choice = select(scored, rules)
-    record = describe(scored, rules, choice, settings.metric, settings.mode)
+    record = describe(scored, rules, choice, settings.importance, settings.mode)
     record |= {
         "engine_version": version(),
         "kind": settings.heads,
@@ -101,15 +106,18 @@ def prune(
     uniform = rules.uniform and settings.heads == "attention"
     if settings.per_layer or (cut_before and not uniform):
         record["loads_in"] = LOADS_IN
-    if settings.metric in METRICS_WITH_DATA:
+    if _uses_rows(settings):
         record["calibration_rows"] = settings.calibration_rows
         record["data"] = list(settings.data)
     if output is None:
         return PruneResult(record, None)
+    changes: Mapping[str, Change] = {}
+    if settings.repairs:
+        changes, record["repair"] = _repair(source, scored, choice, settings)
     parameters = settings.model_dump(mode="json") | {"model": model, "output": output}
 
     def sum_up(folder: Path) -> None:
-        figures = {"heads": record["heads"], "metric": settings.metric, "mode": settings.mode}
+        figures = {"heads": record["heads"], "metric": settings.importance, "mode": settings.mode}
         write_summary(
             folder,
             "prune",
@@ -120,7 +128,52 @@ def prune(
         )
 
     say_decoded(source, "written dense")
-    return _write(source, Path(output), settings, (scored, choice, record), sum_up)
+    return _write((source, changes), Path(output), settings, (scored, choice, record), sum_up)
+
+
+def _check(settings: PruneSettings) -> None:
+    """Refuse settings that want rows and have none; say what weights alone are worth."""
+    metric = settings.importance
+    if metric in METRICS_WITH_DATA and not settings.data:
+        raise ConfigError(
+            f"--metric {metric} runs the model on calibration rows: name a file of rows with "
+            "--data, or use --metric l2-weights, which needs none and can be worse than chance."
+        )
+    if settings.repairs and not settings.data:
+        raise ConfigError(
+            "--repair least-squares fits what is left to calibration rows: name a file of rows "
+            "with --data, or leave --repair out."
+        )
+    if metric in ("l2-weights", "l2-weights-largest", "ov"):
+        log.warning(WEIGHTS_WARNING, metric)
+
+
+def _uses_rows(settings: PruneSettings) -> bool:
+    return settings.repairs or settings.importance in METRICS_WITH_DATA
+
+
+def _calibration(settings: PruneSettings) -> Calibration:
+    return Calibration(
+        settings.data,
+        rows=settings.calibration_rows,
+        max_length=settings.max_length,
+        quantize=settings.quantize,
+        device=settings.device,
+        dtype=settings.compute_dtype,
+    )
+
+
+def _repair(
+    source: ModelSource, scored: Sequence[LayerScores], choice: Selection, settings: PruneSettings
+) -> tuple[dict[str, Change], dict[str, Any]]:
+    """New values of what is left, and what the record says of them."""
+    how = _calibration(settings)
+    stream = LayerStream(source, calibration_examples(source, how), how)
+    dtype = parse_dtype(settings.dtype or type_to_write(source))
+    repair = HeadRepair(stream, settings.repair_ridge, dtype)
+    repair.run(scored, choice.heads)
+    told = {"method": "least-squares", "ridge": settings.repair_ridge, "layers": repair.told}
+    return repair.changes, told | {"tokens": len(stream.states)}
 
 
 def _rules(settings: PruneSettings, layers: int) -> Rules:
@@ -147,48 +200,47 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
 def _scores(
     source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings
 ) -> list[LayerScores]:
-    if settings.metric in METRICS_WITH_DATA:
-        from engine.pruning.calibration import Calibration, measured_scores
-
-        calibration = Calibration(
-            settings.data,
-            rows=settings.calibration_rows,
-            max_length=settings.max_length,
-            quantize=settings.quantize,
-            device=settings.device,
-            dtype=settings.compute_dtype,
-        )
-        return measured_scores(source, layers, settings.metric, calibration)
+    metric = settings.importance
+    if metric == "l2-reconstruction":
+        how = _calibration(settings)
+        stream = LayerStream(source, calibration_examples(source, how), how)
+        blank = weight_scores(source, layers, "random")
+        ridge = settings.repair_ridge
+        return reconstruction_scores(blank, stream, settings.granularity, ridge)
+    if metric in METRICS_WITH_DATA:
+        return measured_scores(source, layers, metric, _calibration(settings))
     return weight_scores(
         source,
         layers,
-        settings.metric,
+        metric,
         seed=settings.seed,
         through=settings.quantize,
     )
 
 
 def _write(
-    source: ModelSource,
+    changed: tuple[ModelSource, Mapping[str, Change]],
     output: Path,
     settings: PruneSettings,
     chosen: tuple[list[LayerScores], Selection, dict[str, Any]],
     sum_up: Callable[[Path], None],
 ) -> PruneResult:
-    scored, choice, record = chosen
+    (source, changes), (scored, choice, record) = changed, chosen
     base, layers = source, [s.heads for s in scored]
     pruned = all_pruned(scored, choice.heads)
     mode = settings.mode
     zero = PrunedSlices(source.config, pruned if mode == "zero" else {}).zero
     if mode == "mask" and isinstance(source, MaskedSource):
         source = source.base  # an earlier mask stays one that can be taken off
+    if changes:
+        source = RepairedSource(source, changes)
     if mode == "structural":
         source, pruned = _cut(source, scored, choice, settings.per_layer)
     record = sealed(record | {"pruned_heads": head_map(_others(source, layers) | pruned)})
 
     def write_more(folder: Path) -> None:
         durable.write_json(folder / PRUNING, record)
-        title = f"{settings.metric}: {choice.removed_heads} heads pruned"
+        title = f"{settings.importance}: {choice.removed_heads} heads pruned"
         draw(scored, choice.heads, title, folder / HEAT_MAP)
         sum_up(folder)
 

@@ -140,7 +140,7 @@ def test_a_forge_job_prunes_with_the_machine_and_seed_of_its_training(tmp_path: 
     training = TrainConfig(**NEEDED, seed=7, device="cpu", max_length=64)
     settings = job.settings(training)
     want = PruneSettings(
-        fraction=0.2, metric="activation", scope="layer", seed=7, device="cpu", max_length=64
+        fraction=0.2, metric=None, scope="layer", seed=7, device="cpu", max_length=64
     )
     assert (settings.pruning, settings.training, settings.cycles) == (want, training, 1)
 

@@ -179,6 +179,7 @@ def test_a_killed_job_goes_on_to_the_same_results(make: Make, tmp_path: Path) ->
     words = [
         *("forge", "--model", settings.training.model, "--data", settings.training.data[0]),
         *("--output-dir", str(settings.output_dir), "--fraction", "0.25", "--cycles", "2"),
+        *("--metric", "activation"),
         *("--heldout-rows", "2", "--samples", "1", "--resume", "--json"),
         *("method=lora", "max_steps=12", "checkpoint_every=2", "learning_rate=5e-3"),
         *("max_length=64", "device=cpu", "plot=false"),

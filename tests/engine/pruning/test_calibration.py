@@ -114,7 +114,7 @@ def test_activation_does_not_depend_on_how_rows_are_grouped(
 ) -> None:
     model = load_model(golden("mistral"))
     together = activations(model, [0, 1], examples())
-    monkeypatch.setattr(calibration, "_TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(calibration, "TOKENS_PER_BATCH", 1)
     for one, other in zip(together, activations(model, [0, 1], examples()), strict=True):
         assert torch.allclose(one, other, rtol=1e-6)
 
@@ -160,7 +160,7 @@ def test_only_the_asked_number_of_rows_is_run(
 
     def values(data: Path, rows: int) -> torch.Tensor:
         how = Calibration((str(data),), rows=rows, device="cpu")
-        measured = measured_scores(checkpoint, layers, "activation", how)
+        measured = measured_scores(checkpoint, layers, "l2-output", how)
         return torch.stack([scores.values for scores in measured])
 
     three, nine = write_rows(3, "three.jsonl"), write_rows(9, "nine.jsonl")

@@ -28,12 +28,14 @@ def scores(folder: Path, metric: Metric, **options: Any) -> list[LayerScores]:
 
 
 def slices(folder: Path, layer: int, heads: int, kv_heads: int) -> list[list[torch.Tensor]]:
-    """q, k, v, o of every query head, cut out by plain indexing."""
+    """q, k, v, o of every query head, cut out by plain indexing, the norm's gain in q, k and v."""
     stored = load_file(folder / "model.safetensors")
     q, k, v, o = (
         stored[f"model.layers.{layer}.self_attn.{p}_proj.weight"].double() for p in "qkvo"
     )
     dim = o.shape[1] // heads
+    gain = stored[f"model.layers.{layer}.input_layernorm.weight"].double()
+    q, k, v = q * gain, k * gain, v * gain
     result = []
     for head in range(heads):
         group = head * kv_heads // heads
@@ -44,22 +46,31 @@ def slices(folder: Path, layer: int, heads: int, kv_heads: int) -> list[list[tor
 
 @pytest.mark.parametrize("family", ["llama", "llama3", "mistral", "qwen2"])
 def test_l2_is_the_norm_of_all_slices_of_a_head(golden: Golden, family: str) -> None:
-    for scored in scores(golden(family), "l2"):
+    for scored in scores(golden(family), "l2-weights"):
         assert scored.pruned == frozenset()
         for head, parts in enumerate(slices(golden(family), scored.heads.layer, 4, 2)):
-            want = torch.cat([part.flatten() for part in parts]).norm()
+            q, k, v, o = (part.square().sum() for part in parts)
+            want = ((q + k) / scored.heads.head_dim**0.5 + v + o).sqrt()
             assert float(scored.values[head]) == pytest.approx(float(want), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_yarn"])
 def test_l2_leaves_out_what_a_norm_of_each_head_divides_away(golden: Golden, family: str) -> None:
-    for scored in scores(golden(family), "l2"):
+    for scored in scores(golden(family), "l2-weights"):
         heads = scored.heads
         assert isinstance(heads, AttentionHeads) and heads.head_norm
         parts = slices(golden(family), heads.layer, heads.heads, heads.kv_heads)
         for head, (_, _, v, o) in enumerate(parts):
             want = (v.square().sum() + o.square().sum()).sqrt()
             assert float(scored.values[head]) == pytest.approx(float(want), rel=1e-6)
+
+
+def test_the_largest_first_is_the_same_order_turned_round(golden: Golden) -> None:
+    pairs = [scores(golden("llama"), metric) for metric in ("l2-weights", "l2-weights-largest")]
+    for smallest, largest in zip(*pairs, strict=True):
+        order = smallest.values.argsort()
+        assert torch.equal(largest.values.argsort(), order.flip(0))
+        assert bool((largest.values > 0).all())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -78,7 +89,7 @@ def test_ov_does_not_see_how_the_product_is_split(golden: Golden, tmp_path: Path
         stored[f"model.layers.{layer}.self_attn.v_proj.weight"] *= 64
         stored[f"model.layers.{layer}.self_attn.o_proj.weight"] /= 64
     save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
-    for metric, equal in (("ov", True), ("l2", False)):
+    for metric, equal in (("ov", True), ("l2-weights", False)):
         before = torch.stack([s.values for s in scores(golden("llama"), metric)])  # type: ignore[arg-type]
         after = torch.stack([s.values for s in scores(tmp_path / "m", metric)])  # type: ignore[arg-type]
         assert torch.allclose(before, after, rtol=1e-9) == equal
@@ -104,7 +115,8 @@ def test_a_quantised_model_is_scored_by_the_values_it_computes_with(
             return dequantize(quantize(weight), dtype=torch.float32).double()
         return dequantize_int8(quantize_int8(weight), torch.float32).double()
 
-    v, o = seen("v"), seen("o")
+    v = seen("v") * stored["model.layers.1.input_layernorm.weight"].double()
+    o = seen("o")
     result = scores(golden("llama"), "ov", through=kind)[1].values
     for head in range(4):
         product = o[:, head * 16 : head * 16 + 16] @ v[head // 2 * 16 : head // 2 * 16 + 16]
@@ -125,7 +137,7 @@ def test_a_score_that_is_not_finite_names_its_layer(golden: Golden, tmp_path: Pa
     stored["model.layers.1.self_attn.v_proj.weight"][0, 0] = float("nan")
     save_file(stored, tmp_path / "m" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="layer 1's"):
-        scores(tmp_path / "m", "l2")
+        scores(tmp_path / "m", "l2-weights")
 
 
 class _Hybrid(ModelSourceView):

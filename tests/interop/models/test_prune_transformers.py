@@ -96,6 +96,51 @@ def test_scores_are_those_of_transformers_activations_and_gradients(family: str)
         assert torch.allclose(torch.stack(ours).float(), theirs, rtol=2e-4)
 
 
+def rows_of(lengths: tuple[int, ...]) -> list[Example]:
+    generator = np.random.default_rng(6)
+    rows = [generator.integers(3, 60, length) for length in lengths]
+    return [Example(row, [True] * len(row), "row") for row in rows]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "smollm3"])
+def test_repaired_outputs_are_least_squares_fits_to_transformers_own_activations(
+    family: str, mode: PruneMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In transformers what is written computes alike, and each o_proj is numpy's fit in turn."""
+    examples = rows_of((70, 53, 61))
+    monkeypatch.setattr("engine.verbs.models.prune.calibration_examples", lambda *_: examples)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    settings = PruneSettings(
+        fraction=0.5, mode=mode, scope="layer", data=[tmp_path / "rows.jsonl"], dtype="float32",
+        repair_ridge=1e-2, device="cpu",
+    )  # fmt: skip
+    record = prune(GOLDEN / family, tmp_path / "out", settings).record
+    other, original = peer(tmp_path / "out"), peer(GOLDEN / family)
+    assert float((load_model(tmp_path / "out")(IDS) - other(IDS).logits).abs().max()) <= 5e-5
+    for index, layer in enumerate(record["layers"]):
+        fitted, before = (m.model.layers[index].self_attn.o_proj.weight for m in (other, original))
+        dim = layer["head_dim"]
+        stay = [h * dim + n for h in range(4) if h not in layer["pruned"] for n in range(dim)]
+        inputs: list[torch.Tensor] = []
+        # What o_proj reads is that of the original's layer after the repaired layers before it.
+        o_proj = original.model.layers[index].self_attn.o_proj
+        handle = o_proj.register_forward_pre_hook(lambda _, x, to=inputs: to.append(x[0][0]))
+        for example in examples:
+            original(torch.tensor([example.input_ids]))
+        handle.remove()
+        z = torch.cat(inputs).double().numpy()
+        z = np.concatenate([z, np.sqrt(1e-2 * (z**2).mean() * len(z)) * np.eye(z.shape[1])])
+        wanted = z @ before.double().numpy().T
+        expected = np.linalg.lstsq(z[:, stay], wanted, rcond=None)[0].T
+        ours = fitted if mode == "structural" else fitted[:, stay]
+        assert np.abs(ours.numpy() - expected).max() < 1e-5
+        o_proj.weight[:, stay] = torch.from_numpy(expected).float()
+        out = [n for n in range(o_proj.weight.shape[1]) if n not in stay]
+        o_proj.weight[:, out] = 0
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("mode", "fraction"), [("zero", 0.2), ("structural", 1 / 3)])
 def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(

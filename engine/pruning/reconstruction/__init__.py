@@ -1,0 +1,1 @@
+"""Errors that removal makes, layer by layer, and their repair."""
