@@ -160,6 +160,12 @@ class ExampleBuilder:
 
         Raises `DataError` as `build_examples`, all rows together being judged there.
         """
+        return (example for _, example in self.build_with_rows(rows, report))
+
+    def build_with_rows(
+        self, rows: Sequence[Row], report: ExampleReport
+    ) -> Iterator[tuple[Row, Example]]:
+        """`build` with the row that each example is made of."""
         report.rows += len(rows)
         rendered = self._render(rows, report)
         talks = [item for item in rendered if isinstance(item, tuple)]
@@ -169,6 +175,7 @@ class ExampleBuilder:
         )
         whole = iter(self._encode_documents(texts))
         for item in rendered:
+            row = item[0] if isinstance(item, tuple) else item
             if isinstance(item, tuple):
                 made = self._conversation(*item, *next(encoded), report)
             elif item.ids is not None:
@@ -180,7 +187,7 @@ class ExampleBuilder:
                 report.examples += 1
                 report.tokens += len(example)
                 report.trained_tokens += example.trained_tokens
-                yield example
+                yield row, example
 
     def _render(
         self, rows: Sequence[Row], report: ExampleReport
@@ -189,11 +196,11 @@ class ExampleBuilder:
         rendered: list[tuple[Row, LocatedTurns] | Row] = []
         stopped = 0
         for row in rows:
-            if row.rejected is not None:
+            if row.is_pair:
                 raise DataError(
                     f"{row.source}: this is a preference pair, and this training learns one "
-                    "answer. To learn the chosen one: --map prompt=prompt,response=chosen (or "
-                    "--map messages=chosen)."
+                    "answer. To learn which is better: --objective dpo. To learn the chosen one: "
+                    "--map prompt=prompt,response=chosen (or --map messages=chosen)."
                 )
             if not row.messages:
                 rendered.append(row)

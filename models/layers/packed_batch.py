@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,32 @@ _ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Which sequence each trained token belongs to, where a loss is one of whole sequences.
+
+    Token i stands at slots[i] of a padded matrix of `shape` (S, T): row slots[i] // T is its
+    sequence. slots (n,) int64; `counts` has the trained tokens of every sequence, and `examples`
+    the index of the example that it is made of.
+    """
+
+    slots: Tensor
+    shape: tuple[int, int]
+    counts: tuple[int, ...]
+    examples: tuple[int, ...]
+
+    @classmethod
+    def of(cls, counts: Sequence[int], examples: Sequence[int]) -> Sequences:
+        """Sequences whose trained tokens follow each other in this order."""
+        longest = max(counts, default=0)
+        starts = torch.arange(len(counts)) * longest
+        repeats = torch.tensor(counts, dtype=torch.int64)
+        first = torch.repeat_interleave(repeats.cumsum(0) - repeats, repeats)
+        within = torch.arange(first.shape[0]) - first
+        slots = torch.repeat_interleave(starts, repeats) + within
+        return cls(slots, (len(counts), longest), tuple(counts), tuple(examples))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Documents laid end to end; built once, by the loader, and read from there to the loss.
 
@@ -23,7 +49,8 @@ class PackedBatch:
     targets[i], which is the next token of the same document: no document's first token is a target.
 
     input_ids (N,) int64; trained, targets (n,) int64; cu_seqlens (D + 1,) int32 on the device and
-    the same numbers in `bounds` on the host.
+    the same numbers in `bounds` on the host. `sequences` divide the trained tokens, where a loss
+    asks for that.
     """
 
     input_ids: Tensor
@@ -31,6 +58,7 @@ class PackedBatch:
     targets: Tensor
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
+    sequences: Sequences | None = None
 
     @classmethod
     def of(
@@ -73,7 +101,16 @@ class PackedBatch:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that takes memory."""
-        return self.input_ids, self.trained, self.targets, self.cu_seqlens
+        plain = self.input_ids, self.trained, self.targets, self.cu_seqlens
+        return plain if self.sequences is None else (*plain, self.sequences.slots)
+
+    def _of(self, tensors: Sequence[Tensor]) -> PackedBatch:
+        """This batch with other `tensors`, in the order of that method."""
+        ids, trained, targets, cu_seqlens, *more = tensors
+        sequences = self.sequences
+        if sequences is not None:
+            sequences = replace(sequences, slots=more.pop(0))
+        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds, sequences)
 
     def to(self, device: torch.device, ids_device: torch.device | None = None) -> PackedBatch:
         """The batch on `device`, its ids on `ids_device` if that is given.
@@ -84,13 +121,8 @@ class PackedBatch:
         if has_streams(device) and all(part.is_cpu for part in self.tensors()):
             with_ids = ids_device.type == device.type
             return self.divided(upload(self.joined(with_ids), device), with_ids)
-        return PackedBatch(
-            _moved(self.input_ids, ids_device),
-            _moved(self.trained, device),
-            _moved(self.targets, device),
-            _moved(self.cu_seqlens, device),
-            self.bounds,
-        )
+        ids, *rest = self.tensors()
+        return self._of([_moved(ids, ids_device), *(_moved(part, device) for part in rest)])
 
     def joined(self, with_ids: bool = True) -> Tensor:
         """Everything in one tensor of int64, for one copy; the inverse is `divided`.
@@ -110,9 +142,7 @@ class PackedBatch:
     def divided(self, buffer: Tensor, with_ids: bool = True) -> PackedBatch:
         """This batch as views of `buffer`, which is a copy of `joined`, on any device."""
         views = _views(buffer, self._parts(with_ids))
-        ids = views[0] if with_ids else self.input_ids
-        trained, targets, cu_seqlens = views[-3:]
-        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds)
+        return self._of(views if with_ids else [self.input_ids, *views])
 
     def _parts(self, with_ids: bool) -> tuple[Tensor, ...]:
         return self.tensors() if with_ids else self.tensors()[1:]

@@ -83,7 +83,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _content(row: Row, raw: Mapping[str, Any]) -> Record:
-    if row.rejected is not None:
+    if row.is_pair:
         return _preference(row)
     if row.text is not None:
         return {"text": row.text}
@@ -132,12 +132,16 @@ def _sharegpt(row: Row) -> Record:
 
 
 def _document(row: Row) -> Record:
+    if row.is_pair:
+        raise RowFault("a preference pair, whose 'rejected' answer would be lost")
     if row.text is None:
         raise RowFault("a conversation, whose text depends on a model's chat template")
     return {"text": row.text}
 
 
 def _preference(row: Row) -> Record:
+    if row.rejected_text is not None:
+        return {"chosen": row.text, "rejected": row.rejected_text}
     if row.rejected is None:
         raise RowFault("no 'rejected' answer")
     chosen, rejected = row.messages, row.rejected
@@ -151,7 +155,7 @@ def _preference(row: Row) -> Record:
 
 def _require_conversation(row: Row) -> None:
     """Raise `RowFault` for what has no messages, or two sides."""
-    if row.rejected is not None:
+    if row.is_pair:
         raise RowFault("a preference pair, whose 'rejected' answer would be lost")
     if not row.messages:
         raise RowFault(f"{row.form}, which has no messages")

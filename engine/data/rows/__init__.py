@@ -24,7 +24,7 @@ from engine.data.rows.fields import (
     only_key,
     optional_text,
 )
-from engine.data.rows.preference import split_pair
+from engine.data.rows.preference import LABEL_KEY, judgement, split_pair, split_texts
 from engine.data.rows.turns import parse_message
 from engine.tokenization.messages import contributes_to_loss, has_text
 
@@ -84,6 +84,8 @@ class Row:
         ids: of a row that is tokenised already.
         rejected: of a preference pair, the conversation with the worse answer; `messages` has the
             better one.
+        rejected_text: of a pair of texts, the worse one; `text` has the better one.
+        label: whether the answer is a good one, where the row says so and is asked for it.
         origin: which of the data names the row belongs to, from 0, and that one's weight.
     """
 
@@ -99,6 +101,8 @@ class Row:
     text: str | None = None
     ids: TokenIds | None = None
     rejected: list[dict[str, Any]] | None = None
+    rejected_text: str | None = None
+    label: bool | None = None
     origin: tuple[int, float] = (0, 1.0)
 
     @property
@@ -106,11 +110,23 @@ class Row:
         """Where the row stands, as `file:line`."""
         return f"{self.file}:{self.line}"
 
+    @property
+    def is_pair(self) -> bool:
+        """Whether the row has a better and a worse answer."""
+        return self.rejected is not None or self.rejected_text is not None
 
-def parse_row(raw: Any, file: str, line: int, columns: Mapping[str, str] | None = None) -> Row:
+
+def parse_row(
+    raw: Any,
+    file: str,
+    line: int,
+    columns: Mapping[str, str] | None = None,
+    judged: bool = False,
+) -> Row:
     """Turn one JSON value into a row.
 
     `columns` says which key of the value a field of the row is, where they are named otherwise.
+    With `judged` its `label` is read: whether the answer is a good one.
 
     Raises:
         RowFault: it is not an object, has no known form, or a field has the wrong type.
@@ -119,7 +135,7 @@ def parse_row(raw: Any, file: str, line: int, columns: Mapping[str, str] | None 
         raise RowFault(f"{json_name(raw)} where an object was expected")
     unused: set[str] = set()
     raw = with_columns(raw, columns, unused) if columns else _known_spelling(raw)
-    used = set(_ALWAYS_USED)
+    used = _ALWAYS_USED | ({LABEL_KEY} if judged else set())
     content = _content_of(raw, used, unused)
     unused |= {key for key, value in raw.items() if key not in used and value is not None}
     tool_key = only_key(raw, _TOOL_KEYS)
@@ -131,6 +147,7 @@ def parse_row(raw: Any, file: str, line: int, columns: Mapping[str, str] | None 
         schema_version=fields.schema_version(raw.get("schema_version")),
         tools=fields.tools(raw[tool_key], tool_key) if tool_key is not None else None,
         unused=tuple(sorted(unused)),
+        label=judgement(raw) if judged else None,
         **content,
     )
 
@@ -139,6 +156,14 @@ def _content_of(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> dic
     """What a row holds: its form, and the fields of `Row` that the form fills."""
     if all(raw.get(key) is not None for key in PAIR_KEYS):
         used |= {*PAIR_KEYS, *PROMPT_KEYS, *_CONTEXT_KEYS, "history"}
+        if _are_texts(raw):
+            split_texts(raw["chosen"], raw["rejected"])
+            return {
+                "form": "preference pairs",
+                "messages": [],
+                "text": raw["chosen"],
+                "rejected_text": raw["rejected"],
+            }
         chosen, rejected = split_pair(raw, lambda side: _side_messages(raw, side, unused))
         return {
             "form": "preference pairs",
@@ -156,6 +181,13 @@ def _content_of(raw: Mapping[str, Any], used: set[str], unused: set[str]) -> dic
     messages = _with_system(raw, messages)
     _require_answer(messages)
     return {"form": form, "messages": messages}
+
+
+def _are_texts(raw: Mapping[str, Any]) -> bool:
+    """Whether a pair is two whole texts, without a prompt beside them."""
+    prompt = only_key(raw, PROMPT_KEYS) or _first(raw, _RARE_PROMPT_KEYS)
+    sides = [raw[side] for side in PAIR_KEYS]
+    return prompt is None and all(isinstance(s, str) and not _is_list(s) for s in sides)
 
 
 def _has_answer(raw: Mapping[str, Any]) -> bool:

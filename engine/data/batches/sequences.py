@@ -1,0 +1,68 @@
+"""Batches whose trained tokens are divided into sequences, for losses of whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.data.batches.loader import IGNORED
+from engine.data.examples import Example
+from engine.data.preferences import JudgedExample, PairExample
+from models.layers.packed_batch import PackedBatch, Sequences
+
+Marked = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
+"""Ids of a sequence, and which of them are trained."""
+
+
+def collate_sequences(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:
+    """Lay the sequences of some examples end to end, one document each.
+
+    Of a pair the chosen sequence comes first. `indices` say which of `examples` they are.
+    """
+    marked: list[Marked] = []
+    owners: list[int] = []
+    for index in indices:
+        example = examples[index]
+        parts = example.parts() if isinstance(example, PairExample) else (_whole(example),)
+        marked += parts
+        owners += [index] * len(parts)
+    return _packed(marked, owners)
+
+
+def collate_mismatched(
+    examples: Sequence[JudgedExample], indices: Sequence[int], max_length: int
+) -> PackedBatch:
+    """Each example's prompt with the answer of the example after it, the last with the first's.
+
+    What is longer than `max_length` is cut.
+    """
+    marked = []
+    for index in indices:
+        own, other = examples[index], examples[(index + 1) % len(examples)]
+        answer_ids, answer_mask = other.ids[other.prompt :], other.mask[other.prompt :]
+        ids = np.concatenate([own.ids[: own.prompt], answer_ids])[:max_length]
+        mask = np.concatenate([np.zeros(own.prompt, dtype=np.bool_), answer_mask])[:max_length]
+        mask[:1] = False
+        marked.append((ids, mask))
+    return _packed(marked, indices)
+
+
+def _whole(example: Example) -> Marked:
+    return example.ids, example.mask
+
+
+def _packed(marked: Sequence[Marked], owners: Sequence[int]) -> PackedBatch:
+    ids = np.concatenate([ids for ids, _ in marked]).astype(np.int64)
+    mask = np.concatenate([mask for _, mask in marked])
+    ends = np.cumsum([len(ids) for ids, _ in marked])
+    batch = PackedBatch.of(
+        torch.from_numpy(ids),
+        torch.from_numpy(np.where(mask, ids, IGNORED)),
+        torch.from_numpy(np.concatenate([[0], ends])),
+    )
+    counts = [int(np.count_nonzero(mask)) for _, mask in marked]
+    return replace(batch, sequences=Sequences.of(counts, owners))
