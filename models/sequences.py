@@ -8,8 +8,15 @@ from kernels.loss.linear_preference import sequence_log_probs
 from kernels.moe.router import load_balancing_loss
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
-from models.layers.packed_batch import PackedBatch
+from models.layers.packed_batch import PackedBatch, Sequences
 from models.memory.checkpointing import Routed
+
+
+def sequences_of(batch: PackedBatch) -> Sequences:
+    """The sequences of a batch. Raises `ValueError` where it is not divided into any."""
+    if batch.sequences is None:
+        raise ValueError("the batch does not say which sequences its trained tokens belong to")
+    return batch.sequences
 
 
 def batch_log_probs(
@@ -21,15 +28,13 @@ def batch_log_probs(
     loss (), of all tokens of the batch and times its factor, is None where the model or the
     settings ask for none. Raises `ValueError` for a batch without `sequences`.
     """
-    if batch.sequences is None:
-        raise ValueError("the batch does not say which sequences its trained tokens belong to")
+    sequences_of(batch)
     batch = batch.to(model.device, model.ids_device)
     factor = model.router_loss if settings.router_loss is None else settings.router_loss
     routed: Routed | None = [] if factor else None
     x = model.hidden_states(batch, settings, routed)
     trained = model.model.norm(x.index_select(0, batch.trained))
-    sequences = batch.sequences
-    assert sequences is not None
+    sequences = sequences_of(batch)
     sums = sequence_log_probs(
         trained,
         model.head_weight(),

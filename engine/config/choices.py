@@ -30,6 +30,9 @@ Schedule = Literal[
     "cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "cosine_with_restarts"
 ]  # fmt: skip
 DecayShape = Literal["linear", "cosine", "1-sqrt"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "distill"]
+PAIR_OBJECTIVES: tuple[ObjectiveName, ...] = ("dpo", "ipo", "orpo", "simpo", "cpo")
+"""What learns from pairs of a better and a worse answer."""
 Tracker = Literal["tensorboard", "wandb"]
 Thinking = Literal["auto", "keep", "strip", "empty"]
 Streaming = Literal["auto", "on", "off"]

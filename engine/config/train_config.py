@@ -27,6 +27,7 @@ from engine.config.data_names import DataNames
 from engine.config.publishing import Publishing
 from engine.config.recipes.adapter import AdapterSettings
 from engine.config.recipes.optimizer import OptimizerSettings
+from engine.config.recipes.preference import ObjectiveSettings
 from engine.config.recipes.schedule import ScheduleSettings
 from engine.config.recipes.scratch import WholeModelSettings
 from engine.config.row_settings import RowSettings
@@ -60,6 +61,7 @@ NO_DATA = ("-",)
 class TrainConfig(
     RowSettings,
     EvaluationSettings,
+    ObjectiveSettings,
     ScheduleSettings,
     OptimizerSettings,
     AdapterSettings,
@@ -76,9 +78,6 @@ class TrainConfig(
 
     model: str = setting(..., "Model", "Hugging Face directory, hub id or .gguf file", min_length=1)
     revision: str | None = setting(None, "Model", "branch, tag or commit of a hub id")
-    teacher: str | None = setting(
-        None, "Model", "learn this model's next-token probabilities, not the rows' tokens"
-    )
     data: DataNames = setting(
         ...,
         "Data",

@@ -117,6 +117,7 @@ class RowChoice:
         bad_lines: 'fail', 'skip' or 'skip:5%' (see `BadLines.parse`).
         query: which rows of a database.
         columns: field of a row -> column of the data, where it is named otherwise.
+        judged: read the `label` of a row: whether its answer is a good one.
     """
 
     min_rating: int | None = None
@@ -124,6 +125,7 @@ class RowChoice:
     bad_lines: str = "fail"
     query: str | None = None
     columns: Mapping[str, str] | None = None
+    judged: bool = False
 
     @classmethod
     def of(cls, settings: ChoiceSettings, category: str | Sequence[str] | None = None) -> Self:
@@ -140,7 +142,8 @@ class RowChoice:
         if isinstance(item, BadLine):
             return item
         try:
-            row = parse_row(item.value, item.position.file, item.position.line, self.columns)
+            at = item.position
+            row = parse_row(item.value, at.file, at.line, self.columns, self.judged)
         except RowFault as fault:
             return BadLine(item.position, f"found {fault}", "Change the row, or remove it.")
         origin = file.origin, file.weight

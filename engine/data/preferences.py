@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from engine.config.choices import ObjectiveName
 from engine.data.dataset import BadLines
 from engine.data.example_report import ExampleReport, judge
 from engine.data.examples import Example, ExampleBuilder, ExampleSettings, trained_mask
@@ -83,8 +84,19 @@ class _Side:
     prompt: int = 0
 
 
+def answer_examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings, objective: ObjectiveName
+) -> tuple[list[Example], ExampleReport]:
+    """What `objective` learns from: `judged_examples` or `pair_examples`."""
+    if objective == "kto":
+        judged, report = judged_examples(rows, tokenizer, how)
+        return list(judged), report
+    pairs, report = pair_examples(rows, tokenizer, how, objective)
+    return list(pairs), report
+
+
 def pair_examples(
-    rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings, objective: str
+    rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings, objective: str = "dpo"
 ) -> tuple[list[PairExample], ExampleReport]:
     """A pair of sequences of every row; each is cut as any example is.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from engine.config.train_config import NO_DATA, TrainConfig
-from engine.data.dataset import RowChoice, read_chosen
+from engine.data.dataset import read_chosen
 from engine.data.sources.resolve import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import free_memory, resolve_policy
@@ -19,7 +19,7 @@ from engine.memory.estimate import plan as plan_memory
 from engine.memory.search import changed, least_step
 from engine.model_sources.scratch.open_base import describe_base
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.training.prepare import RowSet, heldout_choice, read_examples
+from engine.training.prepare import RowSet, heldout_choice, read_examples, trained_choice
 from engine.training.streamed import is_streamed
 from models.config.model_config import ModelConfig
 
@@ -76,7 +76,7 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
             if rows.report.documents:  # they are packed, so that every row is full
                 lengths = (config.max_length,) * len(lengths)
             return KnownRows(len(lengths), lengths, rows)
-    plain, _ = read_chosen(config.data, RowChoice.of(config, config.category))
+    plain, _ = read_chosen(config.data, trained_choice(config))
     if config.eval_data:
         read_chosen(config.eval_data, heldout_choice(config))
     return KnownRows(len(plain[: config.limit_rows]), None)

@@ -33,6 +33,7 @@ _TELLING = {
     "tokenizer": "the tokenizer of {c.model}",
     "base": "the weights of the base model {c.model}",
     "teacher": "the weights of the teacher {c.teacher}",
+    "reference": "the weights of the reference {c.reference}",
 }
 _CONSTANT = "constant"
 _STABLE = "warmup_stable_decay"
@@ -160,6 +161,7 @@ class _Names:
 
     def __init__(self, config: TrainConfig) -> None:
         self.model, self.teacher = config.model, config.teacher
+        self.reference = config.reference
         self.data = ", ".join(config.data)
         self.eval_data = ", ".join(config.eval_data) or ", ".join(config.data)
 

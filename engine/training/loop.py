@@ -260,7 +260,7 @@ class Trainer:
                 eta_seconds=self._eta.update(progress.step, result.tokens, seconds),
                 skipped=progress.skipped,
                 seconds=seconds,
-                extra=figures,
+                extra=result.figures | figures,
             )
         )
         every = settings.sample_every

@@ -12,11 +12,13 @@ from typing import Any
 
 from engine.config.train_config import TrainConfig
 from engine.data.batches.loader import BatchPlan, collate, split_heldout
+from engine.data.batches.sequences import AnswerSet
 from engine.data.batches.taught_stops import taught_stops
 from engine.data.batches.weights import weighted_rows
 from engine.data.dataset import BadLines, ReadReport, RowChoice, log_read, read_chosen
 from engine.data.example_report import ExampleReport, judge, log_examples
 from engine.data.examples import Example, ExampleSettings, check_ids, examples_of
+from engine.data.preferences import answer_examples
 from engine.data.rendering import Learning
 from engine.data.rows import Row
 from engine.data.sources.resolve import data_files
@@ -122,11 +124,31 @@ class Prepared:
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.config.accumulate
         last = min(first + self.config.accumulate, self.plan.steps_per_epoch)
-        batches = [
-            collate([self.examples[row] for row in self.plan.batch(epoch, micro)])
-            for micro in range(first, last)
-        ]
+        batches = [self._collated(self.plan.batch(epoch, micro)) for micro in range(first, last)]
         return batches, epoch + last / self.plan.steps_per_epoch
+
+    def _collated(self, rows: Sequence[int]) -> PackedBatch:
+        """These examples as one batch."""
+        if self.config.learns_answers:
+            return self.answers.batch(rows)
+        return collate([self.examples[row] for row in rows])
+
+    @property
+    def answers(self) -> AnswerSet:
+        """The examples to train on, where they are answers."""
+        return AnswerSet(self.examples, self.config.max_length)
+
+    @property
+    def heldout_answers(self) -> AnswerSet:
+        """The examples that are held out, where they are answers."""
+        return AnswerSet(self.heldout, self.config.max_length)
+
+    def trained_rows(self) -> list[int]:
+        """The examples that the run's steps read, sorted."""
+        if isinstance(self.plan, BatchStream) or self.total_steps >= self.steps_per_epoch:
+            return list(range(len(self.examples)))
+        micro = range(self.total_steps * self.config.accumulate)
+        return sorted({row for index in micro for row in self.plan.batch(0, index)})
 
     def cursor(self, step: int) -> dict[str, int] | None:
         """Where rows that are streamed stand after `step` steps, for a checkpoint."""
@@ -228,6 +250,7 @@ _DECIDING_ROWS = (
     "map",
     "train_on",
     "thinking",
+    "objective",
 )
 
 
@@ -262,7 +285,7 @@ def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, 
 
     Raises `DataError`.
     """
-    rows, read = read_chosen(config.data, RowChoice.of(config, config.category))
+    rows, read = read_chosen(config.data, trained_choice(config))
     rows, heldout, read_heldout = rows[: config.limit_rows], list[Row](), ReadReport()
     if config.eval_data:
         heldout, read_heldout = read_chosen(config.eval_data, heldout_choice(config))
@@ -274,11 +297,16 @@ def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, 
 def examples_of_run(
     config: TrainConfig, rows: Sequence[Row], tokenizer: Tokenizer
 ) -> tuple[list[Example], ExampleReport]:
-    """These rows as the run tokenises them, or as they were stored. Raises `DataError`."""
+    """These rows as the run tokenises them, or as they were stored. Raises `DataError`.
+
+    Preferences are tokenised in every start.
+    """
     how = ExampleSettings(
         config.max_length, config.chat_template_kwargs, config.bad_lines, Learning.of(config)
     )
     rows = [with_system(row, config.system_prompt) for row in rows]
+    if config.learns_answers:
+        return answer_examples(rows, tokenizer, how, config.objective)
     folder = cache_of(config.token_cache, rows)
     if folder is None:
         return examples_of(rows, tokenizer, how)
@@ -344,9 +372,15 @@ def packed_for(config: TrainConfig, rows: RowSet) -> TrainConfig:
     return config.model_copy(update={"packing": True})
 
 
+def trained_choice(config: TrainConfig) -> RowChoice:
+    """How the rows of `data` are read."""
+    return replace(RowChoice.of(config, config.category), judged=config.objective == "kto")
+
+
 def heldout_choice(config: TrainConfig) -> RowChoice:
     """How the rows of `eval_data` are read."""
-    return RowChoice(bad_lines=config.bad_lines, query=config.eval_query, columns=config.map)
+    judged = config.objective == "kto"
+    return RowChoice(None, None, config.bad_lines, config.eval_query, config.map, judged)
 
 
 def _plan(config: TrainConfig, examples: list[Example]) -> BatchPlan:
@@ -376,13 +410,17 @@ def _digests(
         digests["eval_data"] = digest_files(data_files(config.eval_data, config.eval_query))
     if config.teacher is not None:
         digests["teacher"] = open_model_source(config.teacher).digest()
+    if config.reference not in (None, "base"):
+        digests["reference"] = open_model_source(config.reference).digest()
     return digests
 
 
 def with_system(row: Row, prompt: str | None) -> Row:
-    """The row with a system message in front, unless it has one."""
+    """The row with a system message in front of its messages, unless it has one."""
     if prompt is None or any(
         message["role"] in ("system", "developer") for message in row.messages
     ):
         return row
-    return replace(row, messages=[{"role": "system", "content": prompt}, *row.messages])
+    front: list[dict[str, Any]] = [{"role": "system", "content": prompt}]
+    rejected = None if row.rejected is None else [*front, *row.rejected]
+    return replace(row, messages=[*front, *row.messages], rejected=rejected)

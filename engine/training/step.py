@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from engine.training.objectives.objective import Objective
+from engine.training.objectives.tokens import TOKENS
 from kernels.runtime.random import derived_seed
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
@@ -27,7 +29,8 @@ class StepResult:
     """One optimizer step. `grad_norm` is before clipping; a skipped step changed nothing.
 
     `torn` says that of a skipped step some weights may have moved (`TrainingStep` with
-    `in_backward`, a finite loss, and gradients that were not).
+    `in_backward`, a finite loss, and gradients that were not). `figures` are what the objective
+    reports besides its loss.
     """
 
     loss: float
@@ -36,6 +39,7 @@ class StepResult:
     trained_tokens: int
     skipped: bool
     torn: bool = False
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def dropout_seed(seed: int, step: int, micro: int) -> int:
@@ -47,9 +51,8 @@ def dropout_seed(seed: int, step: int, micro: int) -> int:
 class TrainingStep:
     """Everything that the steps of a run have in common.
 
-    `max_grad_norm` 0 is no clipping. With a `teacher` the model learns its distribution instead of
-    the tokens. With `in_backward`, which must be of `optimizer`, weights move while their gradients
-    are made, to the same bits.
+    `max_grad_norm` 0 is no clipping. `objective` is what the steps minimise. With `in_backward`,
+    which must be of `optimizer`, weights move while their gradients are made, to the same bits.
     """
 
     model: Decoder
@@ -57,7 +60,7 @@ class TrainingStep:
     settings: StepSettings = DEFAULT_SETTINGS
     max_grad_norm: float = 0.0
     seed: int = 0
-    teacher: Decoder | None = None
+    objective: Objective = TOKENS
     in_backward: StepInBackward | None = None
 
     def __call__(
@@ -79,12 +82,9 @@ class TrainingStep:
         With `in_backward` a loss that is not finite still changes nothing, for it is known before;
         a gradient that is not finite leaves its own unit as it was, but units before it have moved.
 
-        Raises `ValueError` if there is no trained token, and with `in_backward` for several
+        Raises `ValueError` if there is nothing to learn from, and with `in_backward` for several
         micro-batches, clipping or a loss scale.
         """
-        trained = sum(batch.trained_tokens for batch in batches)
-        if trained == 0:
-            raise ValueError("none of the step's rows has a trained token")
         if self.in_backward is not None and (
             len(batches) > 1 or self.max_grad_norm or loss_scale != 1.0
         ):
@@ -93,26 +93,27 @@ class TrainingStep:
             )
         if not self.model.training:
             self.model.train()
+        totals = self.objective.totals(self.model, batches, self.settings)
         loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
+        figures = loss.new_zeros(len(self.objective.names))
         for micro, batch in enumerate(batches):
-            part = self.model.batch_loss(
-                batch,
-                replace(self.settings, dropout_seed=dropout_seed(self.seed, number, micro)),
-                num_items=trained,
-                loss_scale=loss_scale,
-                teacher=self.teacher,
-            )
-            loss += part.detach() / loss_scale
-            self._backward(part, loss)
+            how = replace(self.settings, dropout_seed=dropout_seed(self.seed, number, micro))
+            part = self.objective.share(self.model, batch, how, totals, loss_scale)
+            loss += part.loss.detach() / loss_scale
+            if part.figures is not None:
+                figures += part.figures
+            self._backward(part.loss, loss)
         norm = self._update(loss, loss_scale)
         tokens = sum(batch.tokens for batch in batches)
-        outcome = torch.stack((loss, norm.double()))
+        outcome = torch.cat((torch.stack((loss, norm.double())), figures))
         if meanwhile is not None:
             meanwhile()
-        value, measured = outcome.tolist()
+        value, measured, *others = outcome.tolist()
         skipped = not (math.isfinite(value) and math.isfinite(measured))
         torn = skipped and math.isfinite(value) and self.in_backward is not None
-        return StepResult(value, measured, tokens, trained, skipped, torn)
+        trained = sum(batch.trained_tokens for batch in batches)
+        told = dict(zip(self.objective.names, others, strict=True))
+        return StepResult(value, measured, tokens, trained, skipped, torn, told)
 
     def _backward(self, part: Tensor, loss: Tensor) -> None:
         """The gradients of one micro-batch's share of the loss so far."""

@@ -26,7 +26,12 @@ _COMPRESSION = 4
 
 
 def is_streamed(config: TrainConfig, files: Sequence[RowFile]) -> bool:
-    """Whether a run's rows are streamed; what decides is the same on every machine."""
+    """Whether a run's rows are streamed; what decides is the same on every machine.
+
+    Preferences are not: the reference judges them before training.
+    """
+    if config.learns_answers:
+        return False
     if config.streaming != "auto":
         return config.streaming == "on"
     sizes = (

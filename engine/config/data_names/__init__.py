@@ -16,7 +16,7 @@ from engine.config.data_names.passwords import URL, hide_password
 
 ROW_FIELDS = (
     "messages", "prompt", "response", "input", "context", "history", "system", "tools", "text",
-    "chosen", "rejected", "input_ids", "labels", "attention_mask", "category", "rating",
+    "chosen", "rejected", "label", "input_ids", "labels", "attention_mask", "category", "rating",
     "schema_version",
 )  # fmt: skip
 """Fields of a row that `map` can fill from a column of another name."""

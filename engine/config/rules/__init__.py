@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.config.rules.evaluation_rules import EVALUATION_RULES
+from engine.config.rules.preference_rules import PREFERENCE_RULES
 from engine.config.rules.recipe_rules import RECIPE_RULES
 from engine.config.rules.rule import Facts, Rule, RunSettings
 from engine.config.rules.run_rules import RUN_RULES, TIED_EMBEDDING
@@ -17,7 +18,7 @@ from engine.errors import ConfigError
 
 __all__ = ["RULES", "TIED_EMBEDDING", "Facts", "Rule", "RunSettings", "allows", "broken", "check"]
 
-RULES = (*RUN_RULES, *EVALUATION_RULES, *RECIPE_RULES, *SCRATCH_RULES)
+RULES = (*RUN_RULES, *EVALUATION_RULES, *RECIPE_RULES, *SCRATCH_RULES, *PREFERENCE_RULES)
 
 
 def broken(config: RunSettings, facts: Facts | None = None) -> list[Rule]:

@@ -13,8 +13,10 @@ from engine.config.choices import (
     EmbeddingOn,
     HeadPrecision,
     Method,
+    ObjectiveName,
     Offload,
     Schedule,
+    Streaming,
 )
 
 
@@ -27,7 +29,11 @@ class RunSettings(Protocol):
     lora_dropout: float
     hidden_dropout: float
     attention_dropout: float
+    objective: ObjectiveName
     teacher: str | None
+    packing: bool
+    streaming: Streaming
+    train_on: str
     eval_data: tuple[str, ...]
     heldout: float
     eval_every: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,41 @@ from models.layers.packed_batch import PackedBatch, Sequences
 
 Marked = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 """Ids of a sequence, and which of them are trained."""
+
+
+@dataclass(frozen=True)
+class AnswerSet:
+    """Pairs or judged answers, and the batches that some of them make."""
+
+    examples: Sequence[Example]
+    max_length: int
+
+    def batch(self, indices: Sequence[int]) -> PackedBatch:
+        """The sequences of these examples."""
+        return collate_sequences(self.examples, indices)
+
+    def mismatched(self, indices: Sequence[int]) -> PackedBatch:
+        """The prompts of these judged answers, each with another one's answer."""
+        return collate_mismatched(self._judged(), indices, self.max_length)
+
+    def good(self, indices: Sequence[int]) -> list[bool]:
+        """Which of these judged answers are good ones."""
+        judged = self._judged()
+        return [judged[index].good for index in indices]
+
+    def digest(self, indices: Sequence[int]) -> str:
+        """SHA-256 of these examples' tokens, of what is trained of them and of their order."""
+        digest = hashlib.sha256(f"{self.max_length} {len(self.examples)}".encode())
+        for index in indices:
+            example = self.examples[index]
+            split = example.split if isinstance(example, PairExample) else 0
+            digest.update(f"\0{index} {len(example)} {split}\0".encode())
+            digest.update(example.ids.tobytes())
+            digest.update(example.mask.tobytes())
+        return digest.hexdigest()
+
+    def _judged(self) -> Sequence[JudgedExample]:
+        return cast(Sequence[JudgedExample], self.examples)
 
 
 def collate_sequences(examples: Sequence[Example], indices: Sequence[int]) -> PackedBatch:

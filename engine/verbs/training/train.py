@@ -37,7 +37,10 @@ from engine.training.evaluation.best import BestRule, BestSoFar
 from engine.training.evaluation.heldout import HeldoutRows, told_before
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks, TrainerSettings
+from engine.training.objectives.choose import make_objective
+from engine.training.objectives.objective import Objective
 from engine.training.prepare import Prepared, RowSet, prepare
+from engine.training.reference import RunReference
 from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
@@ -94,10 +97,14 @@ class _Run:
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
         self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
+        self.reference = RunReference(prepared, step_settings(settings), dtype)
+        self.reference.measure_another(self.device)
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
         self.model = build_for(self.config, base, self.device, dtype)
+        self.reference.measure("base", self.model)
         self.trainable = make_trainable(self.model, settings, prepared.init)
+        self.reference.measure("start", self.model)
         self.settings = step_settings(settings)
         self.optimizer = make_optimizer(self.model, self.config)
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
@@ -214,9 +221,13 @@ class _Run:
             self.settings,
             self.config.max_grad_norm,
             self.config.seed,
-            load_teacher(self.config, self.device),
+            self._objective(),
             self.in_backward,
         )
+
+    def _objective(self) -> Objective:
+        teacher = load_teacher(self.config, self.device)
+        return make_objective(self.config, self.prepared.answers, self.reference.trained, teacher)
 
     def _trainer_settings(self) -> TrainerSettings:
         config, total_steps = self.config, self.prepared.total_steps

@@ -60,7 +60,28 @@ SCRATCH_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"lora_dropout": 0.1, "method": "scratch"}, Facts()),
     ({"hidden_dropout": 0.1}, Facts()),
 ]
-BREAKS = [*RUN_BREAKS, *EVALUATION_BREAKS, *RECIPE_BREAKS, *SCRATCH_BREAKS]
+PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"objective": "dpo", "teacher": "t"}, Facts()),
+    ({"objective": "distill"}, Facts()),
+    ({"beta": 0.2}, Facts()),
+    ({"objective": "ipo", "label_smoothing": 0.1}, Facts()),
+    ({"objective": "simpo", "length_normalization": "on"}, Facts()),
+    ({"objective": "kto", "nll_weight": 1.0}, Facts()),
+    ({"objective": "dpo", "simpo_gamma": 1.0}, Facts()),
+    ({"objective": "dpo", "desirable_weight": 2.0}, Facts()),
+    ({"objective": "dpo", "undesirable_weight": 2.0}, Facts()),
+    ({"objective": "orpo", "reference": "base"}, Facts()),
+    ({"objective": "dpo", "packing": True}, Facts()),
+    ({"objective": "kto", "streaming": "on"}, Facts()),
+    ({"objective": "dpo", "train_on": "### Answer:"}, Facts()),
+]
+BREAKS = [
+    *RUN_BREAKS,
+    *EVALUATION_BREAKS,
+    *RECIPE_BREAKS,
+    *SCRATCH_BREAKS,
+    *PREFERENCE_BREAKS,
+]
 PLAIN = TrainConfig(model="m", data="d")
 
 

@@ -1,0 +1,1 @@
+"""What a step minimises: losses of tokens, and losses of whole answers."""

@@ -1,0 +1,59 @@
+"""The loss of answers that are held out, with the figures of the objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from engine.data.batches.sequences import AnswerSet
+from engine.training.objectives.objective import Objective
+from models.decoder import Decoder
+from models.layers.context import DEFAULT_SETTINGS, StepSettings
+
+TOKENS_PER_BATCH = 2048
+
+
+def indices_by_tokens(
+    answers: AnswerSet, indices: Sequence[int], budget: int = TOKENS_PER_BATCH
+) -> Iterator[list[int]]:
+    """These examples, longest first, with at most `budget` tokens together; one at least."""
+    group: list[int] = []
+    size = 0
+    for index in sorted(indices, key=lambda index: -len(answers.examples[index])):
+        length = len(answers.examples[index])
+        if group and size + length > budget:
+            yield group
+            group, size = [], 0
+        group.append(index)
+        size += length
+    if group:
+        yield group
+
+
+@torch.no_grad()
+def evaluate_answers(
+    model: Decoder,
+    objective: Objective,
+    answers: AnswerSet,
+    settings: StepSettings = DEFAULT_SETTINGS,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> dict[str, float]:
+    """`loss` and the objective's figures over all `answers`, as one step of all of them has them.
+
+    Dropout is off, and the model's mode is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    every = range(len(answers.examples))
+    groups = indices_by_tokens(answers, every, tokens_per_batch)
+    batches = [answers.batch(group) for group in groups]
+    totals = objective.totals(model, batches, settings)
+    sums = torch.zeros(1 + len(objective.names), dtype=torch.float64, device=model.device)
+    for batch in batches:
+        part = objective.share(model, batch, settings, totals)
+        sums[0] += part.loss
+        if part.figures is not None:
+            sums[1:] += part.figures
+    model.train(was_training)
+    return dict(zip(("loss", *objective.names), sums.tolist(), strict=True))

@@ -1,0 +1,117 @@
+"""What a reference model thinks of answers, measured once and stored.
+
+Preferences need two numbers of the reference per example, which never change: they are measured
+before the first step, so that a step is one forward and one backward pass of the policy, and no
+second model is in memory. A file holds them under a SHA-256 of all that decides them: one that is
+damaged, or of anything else, is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.data.batches.sequences import AnswerSet
+from engine.errors import CheckpointError
+from engine.storage import durable
+from engine.storage.cache_folder import cache_folder
+from engine.training.objectives.evaluation import indices_by_tokens
+from models.decoder import Decoder
+from models.layers.context import StepSettings
+from models.layers.packed_batch import PackedBatch
+from models.sequences import batch_log_probs
+
+log = logging.getLogger(__name__)
+
+_MOST_FILES = 64
+_DIGEST = 32
+
+
+@torch.no_grad()
+def reference_log_probs(
+    model: Decoder, answers: AnswerSet, indices: Sequence[int], settings: StepSettings, judged: bool
+) -> Tensor:
+    """(examples, 2) in fp64 and host memory: log p of chosen and rejected answer by `model`.
+
+    Of judged answers it is that of the answer, and of its prompt with another one's answer. Rows
+    other than `indices` are NaN.
+    """
+    table = torch.full((len(answers.examples), 2), torch.nan, dtype=torch.float64)
+    quiet = replace(settings, router_loss=0.0, dropout_seed=None)
+    was_training = model.training
+    model.eval()
+
+    def measured(batch: PackedBatch) -> Tensor:
+        return batch_log_probs(model, batch, quiet)[0].double().cpu()
+
+    for group in indices_by_tokens(answers, indices):
+        rows = torch.tensor(group)
+        if judged:
+            table[rows, 0] = measured(answers.batch(group))
+            table[rows, 1] = measured(answers.mismatched(group))
+        else:
+            table[rows] = measured(answers.batch(group)).view(-1, 2)
+    model.train(was_training)
+    return table
+
+
+def cache_of(setting: str) -> Path | None:
+    """The folder of stored values, by `--reference-cache`; None where there is to be none."""
+    if setting == "none":
+        return None
+    return cache_folder("reference") if setting == "auto" else Path(setting).expanduser()
+
+
+def stored_or_made(
+    folder: Path | None,
+    facts: Mapping[str, object],
+    shape: tuple[int, int],
+    make: Callable[[], Tensor],
+) -> Tensor:
+    """What is stored under `facts`, which decide all values; else what `make` gives, stored."""
+    if folder is None:
+        return make()
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    path = folder / f"{key}.reference"
+    table = _read(path, shape)
+    if table is None:
+        table = make()
+        _write(path, table)
+    return table
+
+
+def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    body = data[:-_DIGEST]
+    whole = len(body) == 8 * shape[0] * shape[1]
+    if not whole or hashlib.sha256(body).digest() != data[-_DIGEST:]:
+        log.warning("%s is damaged; the reference is asked again", path)
+        return None
+    log.info("the reference's log-probabilities come from %s", path)
+    return torch.from_numpy(np.frombuffer(body, dtype="<f8").reshape(shape).copy())
+
+
+def _write(path: Path, table: Tensor) -> None:
+    """Store values. A disk that refuses is a warning: they are measured again then."""
+    body = table.numpy().astype("<f8").tobytes()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.replacing(path) as out:
+            out.write(body)
+            out.write(hashlib.sha256(body).digest())
+        files = path.parent.glob("*.reference")
+        for old in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)[_MOST_FILES:]:
+            old.unlink(missing_ok=True)
+    except (OSError, CheckpointError) as error:
+        log.warning("The reference's log-probabilities were not stored in %s: %s", path, error)

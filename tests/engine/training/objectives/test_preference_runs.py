@@ -1,0 +1,125 @@
+"""Whole runs that learn from preferences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import DataError
+from engine.runs.metrics import read_metrics
+from engine.verbs.training.train import train
+from tests.support.preference_rows import preference_run, write_judged, write_pairs
+from tests.support.small_runs import adapter_bytes
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "ipo", "kto", "orpo", "simpo", "cpo"])
+def test_every_objective_learns_to_prefer_the_chosen_answers(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    run, data = tmp_path / "run", write_pairs(tmp_path / "pairs.jsonl")
+    changes = {"objective": objective, "max_steps": 8, "learning_rate": 1e-2}
+    train(preference_run(tiny_model, data, run, **changes), console=False)
+    first, *_, last = lines_of(run)
+    assert last["loss"] < first["loss"]
+    assert last["rewards/margins"] > max(first["rewards/margins"], 0.0)
+    if objective in ("dpo", "ipo"):  # nothing is preferred yet, and nothing is rewarded
+        assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+        assert first["kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+def test_accumulated_batches_are_one_batch(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    write = write_judged if objective == "kto" else write_pairs
+    data, lines = write(tmp_path / "rows.jsonl", 6), []
+    for name, changes in (("one", {"batch_size": 6}), ("many", {"batch_size": 2, "accumulate": 3})):
+        changes |= {"objective": objective, "max_steps": 2, "optimizer": "adamw"}
+        train(preference_run(tiny_model, data, tmp_path / name, **changes), console=False)
+        lines.append(lines_of(tmp_path / name))
+    for one, many in zip(*lines, strict=True):
+        assert {k: v for k, v in one.items() if "/" in k or k in ("loss", "grad_norm", "kl")} == (
+            pytest.approx(
+                {k: many[k] for k in one if "/" in k or k in ("loss", "grad_norm", "kl")},
+                rel=2e-4,
+                abs=1e-5,
+            )
+        )
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_resumed_run_goes_on_to_the_same_bits(
+    method: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    changes = {"method": method, "lora_dropout": 0.1 if method == "lora" else 0.0}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    plain = {"lr_schedule": "constant", "warmup_steps": 0, **changes}
+    train(preference_run(tiny_model, data, whole, **plain), console=False)
+    train(preference_run(tiny_model, data, halves, **plain, max_steps=2), console=False)
+    train(preference_run(tiny_model, data, halves, **plain, resume="auto"), console=False)
+    if method == "lora":
+        assert adapter_bytes(whole) == adapter_bytes(halves)
+    else:
+        name = "model/model.safetensors"
+        assert (whole / name).read_bytes() == (halves / name).read_bytes()
+
+
+def test_the_reference_is_measured_once_and_stored(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, cache = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "cache"
+    runs = []
+    for name in ("first", "second"):
+        config = preference_run(tiny_model, data, tmp_path / name, reference_cache=str(cache))
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(config, console=False)
+        runs.append(("reads 5 rows" in caplog.text, adapter_bytes(tmp_path / name)))
+    assert [read for read, _ in runs] == [True, False]
+    assert runs[0][1] == runs[1][1]
+    (stored,) = cache.iterdir()
+    stored.write_bytes(stored.read_bytes()[:-9] + b"\0" * 9)
+    train(preference_run(tiny_model, data, tmp_path / "third", reference_cache=str(cache)))
+    assert adapter_bytes(tmp_path / "third") == runs[0][1]
+
+
+def test_an_earlier_adapter_is_its_own_reference(tiny_model: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    train(preference_run(tiny_model, data, tmp_path / "first"), console=False)
+    again = {"init_adapter": tmp_path / "first" / "adapter", "max_steps": 1}
+    train(preference_run(tiny_model, data, tmp_path / "own", **again), console=False)
+    train(
+        preference_run(tiny_model, data, tmp_path / "base", **again, reference="base"),
+        console=False,
+    )
+    train(
+        preference_run(tiny_model, data, tmp_path / "named", **again, reference=str(tiny_model)),
+        console=False,
+    )
+    own, base, named = (lines_of(tmp_path / name)[0] for name in ("own", "base", "named"))
+    assert own["rewards/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert base["rewards/margins"] > 0.1
+    assert named["rewards/margins"] == pytest.approx(base["rewards/margins"], rel=1e-4)
+
+
+def test_rows_that_do_not_fit_the_objective_are_named(tiny_model: Path, tmp_path: Path) -> None:
+    pairs, judged = write_pairs(tmp_path / "p.jsonl"), write_judged(tmp_path / "j.jsonl")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"prompt": "a", "response": "b"}\n')
+    for data, objective, words in (
+        (judged, "dpo", r"j\.jsonl:1: this row has one answer .* --objective dpo"),
+        (plain, "kto", r"plain\.jsonl:1: .* does not say whether its answer is a good one"),
+        (pairs, "sft", r"p\.jsonl:1: .* --objective dpo"),
+    ):
+        with pytest.raises(DataError, match=words):
+            train(
+                preference_run(tiny_model, data, tmp_path / "run", objective=objective),
+                console=False,
+            )
