@@ -19,7 +19,7 @@ from engine.memory.estimate import plan as plan_memory
 from engine.memory.search import changed, least_step
 from engine.model_sources.scratch.open_base import describe_base
 from engine.tokenization.tokenizer import load_tokenizer
-from engine.training.prepare import RowSet, heldout_choice, read_examples, trained_choice
+from engine.training.row_set import RowSet, heldout_choice, read_examples, trained_choice
 from engine.training.streamed import is_streamed
 from models.config.model_config import ModelConfig
 

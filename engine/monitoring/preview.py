@@ -54,7 +54,7 @@ class RowPreview:
         from engine.model_sources.scratch.open_base import describe_base
         from engine.runs.stored import CONFIG, read_settings
         from engine.tokenization.tokenizer import load_tokenizer
-        from engine.training.prepare import rows_of_run
+        from engine.training.row_set import rows_of_run
 
         if not is_own_file(run / CONFIG):
             raise DataError(f"{run} has no {CONFIG} of its own, which would name its rows.")
@@ -70,7 +70,7 @@ class RowPreview:
 
     def _shown(self, row: Row) -> dict[str, Any]:
         from engine.errors import EngineError
-        from engine.training.prepare import examples_of_run
+        from engine.training.row_set import examples_of_run
 
         try:
             (example,), _ = examples_of_run(self._config, [row], self._tokenizer)

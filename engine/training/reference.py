@@ -77,8 +77,9 @@ class RunReference:
     def _measure(self, model: Callable[[], Decoder]) -> None:
         prepared = self.prepared
         self.trained = self._table(model, prepared.answers, prepared.trained_rows())
-        held = range(len(prepared.heldout))
-        self.heldout = self._table(model, prepared.heldout_answers, list(held)) if held else None
+        rows = list(range(len(prepared.heldout)))
+        if rows:
+            self.heldout = self._table(model, prepared.heldout_answers, rows)
 
     def _table(self, model: Callable[[], Decoder], answers: AnswerSet, rows: list[int]) -> Tensor:
         judged = self.prepared.config.objective == "kto"

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.config.recipes.preference import ObjectiveSettings
 from engine.config.training.evaluation import EVAL, LOSS
+from engine.data.batches.sequences import AnswerSet
 from engine.data.examples import Example
 from engine.inference.parts import PartNames
 from engine.inference.perplexity import EvalResult, evaluate_examples
+from engine.training.objectives.choose import names_of
+from engine.training.objectives.evaluation import evaluate_answers
+from engine.training.objectives.objective import Objective
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 
 log = logging.getLogger(__name__)
 
-PERPLEXITY = f"{EVAL}perplexity"
+PERPLEXITY, ACCURACY = f"{EVAL}perplexity", f"{EVAL}rewards/accuracies"
 HELDOUT, BEFORE = "heldout_", "_before"
 """What the names of figures in a summary begin with, and end with before the first step."""
 
@@ -34,39 +40,31 @@ def figures_of(result: EvalResult) -> dict[str, float]:
     return {LOSS: result.loss, PERPLEXITY: result.perplexity} | parts
 
 
-def log_figures(result: EvalResult) -> None:
-    """Tell an evaluation while the run trains."""
-    log.info("held-out loss %.4f, perplexity %.2f", result.loss, result.perplexity)
-    if result.parts:
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in result.parts.items())
-        log.info("held-out loss by part: %s", told)
+class Heldout(ABC):
+    """What a run evaluates beside the model that is trained; all may be asked without any rows."""
 
-
-@dataclass(frozen=True)
-class HeldoutRows:
-    """The held-out rows of a run beside the model that is trained; all may be asked without any."""
-
-    model: Decoder
     examples: Sequence[Example]
-    parts: PartNames
-    settings: StepSettings
 
-    def evaluate(self) -> EvalResult:
-        """The loss of the rows as the model is now."""
-        return evaluate_heldout(self.model, self.examples, self.parts, self.settings)
+    @abstractmethod
+    def measured(self) -> dict[str, float]:
+        """The figures of the model as it is now, by the names that metrics.jsonl has."""
+
+    @abstractmethod
+    def tell(self, figures: Mapping[str, float], when: str) -> None:
+        """Log what `figures` say, which were measured `when`: "before training" or after it."""
 
     def figures(self) -> dict[str, float]:
         """The figures of an evaluation while the run trains, told in the log."""
-        result = self.evaluate()
-        log_figures(result)
-        return figures_of(result)
+        figures = self.measured()
+        self.tell(figures, "")
+        return figures
 
     def before(self) -> dict[str, float]:
         """Figures for the summary before the first step; nothing without rows."""
         if not self.examples:
             return {}
-        figures = figures_of(self.evaluate())
-        log.info("held-out perplexity before training: %.3f", figures[PERPLEXITY])
+        figures = self.measured()
+        self.tell(figures, "before training")
         return {_told(name, BEFORE): value for name, value in figures.items()}
 
     def after(self, known: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -76,9 +74,61 @@ class HeldoutRows:
         """
         if not self.examples:
             return {}
-        figures = known or figures_of(self.evaluate())
-        log.info("held-out perplexity after training: %.3f", figures[PERPLEXITY])
+        figures = known or self.measured()
+        self.tell(figures, "after training")
         return {_told(name): value for name, value in figures.items()}
+
+
+@dataclass(frozen=True)
+class HeldoutRows(Heldout):
+    """Held-out rows whose tokens are learnt: loss and perplexity, of all and of every part."""
+
+    model: Decoder
+    examples: Sequence[Example]
+    parts: PartNames
+    settings: StepSettings
+
+    def measured(self) -> dict[str, float]:
+        """Loss and perplexity."""
+        return figures_of(evaluate_heldout(self.model, self.examples, self.parts, self.settings))
+
+    def tell(self, figures: Mapping[str, float], when: str) -> None:
+        """Perplexity at the ends of a run, and every loss on the way."""
+        if when:
+            log.info("held-out perplexity %s: %.3f", when, figures[PERPLEXITY])
+            return
+        log.info("held-out loss %.4f, perplexity %.2f", figures[LOSS], figures[PERPLEXITY])
+        parts = {k.removeprefix(f"{LOSS}/"): v for k, v in figures.items() if "/" in k}
+        if parts:
+            told = ", ".join(f"{name} {loss:.4f}" for name, loss in parts.items())
+            log.info("held-out loss by part: %s", told)
+
+
+@dataclass(frozen=True)
+class HeldoutAnswers(Heldout):
+    """Held-out pairs or judged answers: the objective's loss, rewards and accuracy."""
+
+    model: Decoder
+    answers: AnswerSet
+    objective: Objective
+    settings: StepSettings
+
+    @property
+    def examples(self) -> Sequence[Example]:  # type: ignore[override]
+        """The pairs or answers."""
+        return self.answers.examples
+
+    def measured(self) -> dict[str, float]:
+        """Loss and the objective's figures."""
+        figures = evaluate_answers(self.model, self.objective, self.answers, self.settings)
+        return {f"{EVAL}{name}": value for name, value in figures.items()}
+
+    def tell(self, figures: Mapping[str, float], when: str) -> None:
+        """Loss, accuracy and margin."""
+        log.info(
+            "held-out preferences%s: loss %.4f, accuracy %.3f, margin %.3f", f" {when}" if when
+            else "", figures[LOSS], figures[ACCURACY], figures[f"{EVAL}rewards/margins"],
+        )  # fmt: skip
 
 
 def _told(name: str, ending: str = "") -> str:
@@ -96,7 +146,12 @@ def told_before(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def figure_names(heldout: Sequence[Example], parts: PartNames) -> set[str]:
+def figure_names(
+    config: ObjectiveSettings, heldout: Sequence[Example], parts: PartNames
+) -> set[str]:
     """The names of the figures that evaluations of these rows will have."""
-    parts_there = parts.names(heldout)
-    return set() if not heldout else {LOSS, PERPLEXITY, *(f"{LOSS}/{name}" for name in parts_there)}
+    if not heldout:
+        return set()
+    if config.learns_answers:
+        return {LOSS, *(f"{EVAL}{name}" for name in names_of(config))}
+    return {LOSS, PERPLEXITY, *(f"{LOSS}/{name}" for name in parts.names(heldout))}

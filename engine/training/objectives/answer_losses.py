@@ -26,8 +26,8 @@ from torch.nn.functional import logsigmoid
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers of one kind: log-probabilities by policy and reference, and trained tokens, (P,).
+class AnswerScores:
+    """AnswerScores of one kind: log-probabilities by policy and reference, and trained tokens, (P,).
 
     Without a reference `reference` is zero.
     """
@@ -57,7 +57,7 @@ class LossSettings:
     normalised: bool = False
 
 
-def dpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def dpo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     """Direct preference optimisation (P,): Rafailov et al. 2023, arXiv 2305.18290, equation 7.
 
     Label smoothing is the probability that a pair is the wrong way round: Mitchell 2023, "A note on
@@ -67,7 +67,7 @@ def dpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
     return _preferred(how.beta * _difference(chosen, rejected, how), how.smoothing)
 
 
-def ipo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def ipo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     """Identity preference optimisation (P,): Azar et al. 2023, arXiv 2310.12036, equation 17.
 
     Its tau is `beta`. The paper writes log-probabilities of whole answers; `normalised`, the
@@ -76,13 +76,13 @@ def ipo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
     return (_difference(chosen, rejected, how) - 1.0 / (2.0 * how.beta)) ** 2
 
 
-def simpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def simpo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     """Simple preference optimisation (P,): Meng et al. 2024, arXiv 2405.14734, equation 6."""
     margin = how.beta * (chosen.mean - rejected.mean) - how.margin
     return _preferred(margin, how.smoothing)
 
 
-def cpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def cpo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     """Contrastive preference optimisation (P,): Xu et al. 2024, arXiv 2401.08417, equation 3.
 
     The likelihood of the chosen answer, its second term, is added by the objective.
@@ -92,7 +92,7 @@ def cpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
     return _preferred(how.beta * (chosen.policy - rejected.policy), how.smoothing)
 
 
-def orpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def orpo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     """The odds-ratio term (P,) of ORPO: Hong et al. 2024, arXiv 2403.07691, equation 7.
 
     Its lambda is `beta`; the likelihood of the chosen answer, equation 6's first term, is added by
@@ -101,7 +101,7 @@ def orpo_loss(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
     return -how.beta * logsigmoid(_log_odds(chosen.mean) - _log_odds(rejected.mean))
 
 
-def kto_loss(answers: Answers, good: Tensor, baseline: Tensor, how: LossSettings) -> Tensor:
+def kto_loss(answers: AnswerScores, good: Tensor, baseline: Tensor, how: LossSettings) -> Tensor:
     """Kahneman-Tversky optimisation (P,): Ethayarajh et al. 2024, arXiv 2402.01306, equation 8.
 
     good (P,) bool; baseline () is z. The weights of good and bad answers are the objective's.
@@ -110,7 +110,7 @@ def kto_loss(answers: Answers, good: Tensor, baseline: Tensor, how: LossSettings
     return 1.0 - torch.sigmoid(how.beta * torch.where(good, gain, -gain))
 
 
-def _difference(chosen: Answers, rejected: Answers, how: LossSettings) -> Tensor:
+def _difference(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -> Tensor:
     return chosen.ratio(how.normalised) - rejected.ratio(how.normalised)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from engine.config.recipes.preference import ObjectiveSettings
@@ -36,3 +37,9 @@ def make_objective(
         raise ValueError("kto measures answers against a reference, and there is none")
     weights = config.desirable_weight, config.undesirable_weight
     return JudgedObjective(answers, how, *weights, reference)
+
+
+def names_of(config: ObjectiveSettings) -> tuple[str, ...]:
+    """Names of the figures that the objective reports."""
+    reference = torch.zeros(0, 2) if config.has_reference else None
+    return make_objective(config, AnswerSet((), 0), reference).names

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.data.batches.sequences import AnswerSet
-from engine.training.objectives.answer_losses import Answers, LossSettings, kto_loss
+from engine.training.objectives.answer_losses import AnswerScores, LossSettings, kto_loss
 from engine.training.objectives.objective import Share, StepTotals
 from kernels.runtime.device import upload
 from models.decoder import Decoder
@@ -76,7 +76,7 @@ class JudgedObjective:
         known = torch.tensor(self.answers.good(indices))
         good = upload(known, sums.device)
         tokens = upload(torch.tensor(sequences.counts, dtype=torch.float32), sums.device)
-        answers = Answers(sums, self._reference(indices, 0, sums), tokens)
+        answers = AnswerScores(sums, self._reference(indices, 0, sums), tokens)
         baseline = totals.baseline.to(sums.dtype)
         weights = torch.where(good, self.desirable_weight, self.undesirable_weight)
         loss = (weights * kto_loss(answers, good, baseline, self.how)).sum() * share
@@ -92,7 +92,7 @@ class JudgedObjective:
         return upload(values, like.device).to(like.dtype)
 
     def _figures(
-        self, answers: Answers, good: Tensor, baseline: Tensor, totals: StepTotals
+        self, answers: AnswerScores, good: Tensor, baseline: Tensor, totals: StepTotals
     ) -> Tensor:
         """The first figures of `names`: means over the good answers, the bad ones, or all."""
         rewards, wanted = self.how.beta * answers.ratio(), good.to(answers.policy.dtype)

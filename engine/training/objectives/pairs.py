@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.training.objectives.answer_losses import (
-    Answers,
+    AnswerScores,
     LossSettings,
     cpo_loss,
     dpo_loss,
@@ -24,7 +24,7 @@ from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
 from models.sequences import batch_log_probs, sequences_of
 
-PairLoss = Callable[[Answers, Answers, LossSettings], Tensor]
+PairLoss = Callable[[AnswerScores, AnswerScores, LossSettings], Tensor]
 
 PAIR_LOSSES: dict[str, PairLoss] = {
     "dpo": dpo_loss,
@@ -102,7 +102,7 @@ class PairObjective:
 
     def _answers(
         self, sums: Tensor, counts: Sequence[int], examples: Sequence[int]
-    ) -> tuple[Answers, Answers]:
+    ) -> tuple[AnswerScores, AnswerScores]:
         pairs = sums.view(-1, 2)
         tokens = upload(torch.tensor(counts, dtype=torch.float32), sums.device).view(-1, 2)
         reference = torch.zeros_like(pairs)
@@ -110,12 +110,12 @@ class PairObjective:
             values = self.reference[torch.tensor(examples[::2])]
             reference = upload(values, sums.device).to(pairs.dtype)
         chosen, rejected = (
-            Answers(pairs[:, side], reference[:, side], tokens[:, side].to(pairs.dtype))
+            AnswerScores(pairs[:, side], reference[:, side], tokens[:, side].to(pairs.dtype))
             for side in (0, 1)
         )
         return chosen, rejected
 
-    def _figures(self, chosen: Answers, rejected: Answers) -> Tensor:
+    def _figures(self, chosen: AnswerScores, rejected: AnswerScores) -> Tensor:
         """The figures (F, P) of every pair but the likelihood, in the order of `names`."""
         mean = self.objective in MEAN_REWARDS
         good, bad = (

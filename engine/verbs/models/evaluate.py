@@ -25,7 +25,7 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
-from engine.training.prepare import with_system
+from engine.training.row_set import with_system
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 

@@ -37,7 +37,7 @@ from engine.runs.stored import CONFIG, read_settings
 from engine.training.checks import check_model, check_request
 from engine.training.cpu_dtype import with_cpu_dtype
 from engine.training.init_adapter import with_init_adapter
-from engine.training.prepare import RowSet
+from engine.training.row_set import RowSet
 from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
 from models.tensor_names import parameter_count

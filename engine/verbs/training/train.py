@@ -34,13 +34,15 @@ from engine.runs.trackers import Trackers
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.evaluation.best import BestRule, BestSoFar
-from engine.training.evaluation.heldout import HeldoutRows, told_before
+from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows, told_before
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.objectives.choose import make_objective
 from engine.training.objectives.objective import Objective
-from engine.training.prepare import Prepared, RowSet, prepare
+from engine.training.objectives.tokens import TOKENS
+from engine.training.prepare import Prepared, prepare
 from engine.training.reference import RunReference
+from engine.training.row_set import RowSet
 from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
@@ -117,7 +119,15 @@ class _Run:
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
         self.settings = replace(self.settings, checkpointing=self.going.policy)
-        self.heldout = HeldoutRows(self.model, prepared.heldout, prepared.parts, self.settings)
+        self.heldout = self._heldout()
+
+    def _heldout(self) -> Heldout:
+        config, prepared = self.config, self.prepared
+        if not config.learns_answers:
+            return HeldoutRows(self.model, prepared.heldout, prepared.parts, self.settings)
+        answers, reference = prepared.heldout_answers, self.reference.heldout
+        objective = make_objective(config, answers, reference) if answers.examples else TOKENS
+        return HeldoutAnswers(self.model, answers, objective, self.settings)
 
     def evaluate_before(self) -> dict[str, float]:
         """Figures of the held-out rows at the start; nothing without such rows.

@@ -294,7 +294,7 @@ def test_a_run_of_which_no_row_fits_is_refused_before_rows_are_read(
 ) -> None:
     monkeypatch.setattr("engine.memory.process.process_bytes", lambda device: PROCESS)
     monkeypatch.setattr(
-        "engine.training.prepare.read_chosen", lambda *args: pytest.fail("rows were read")
+        "engine.training.row_set.read_chosen", lambda *args: pytest.fail("rows were read")
     )
     config = run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB")
     with pytest.raises(MemoryPlanError, match="Ways out"):

@@ -20,7 +20,8 @@ from engine.memory.estimate import plan as plan_memory
 from engine.memory.options import NAMES, memory_options
 from engine.memory.run_planner import usable_memory
 from engine.memory.search import changed
-from engine.training.prepare import RowSet, prepare, read_examples
+from engine.training.prepare import prepare
+from engine.training.row_set import RowSet, read_examples
 from engine.verbs.training.plan import find_target, plan, with_fitted
 from engine.verbs.training.train import train
 from tests.support.tiny_model import write_tiny_model

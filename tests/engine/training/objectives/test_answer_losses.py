@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.training.objectives.answer_losses import (
-    Answers,
+    AnswerScores,
     LossSettings,
     cpo_loss,
     dpo_loss,
@@ -26,11 +26,13 @@ TOKENS = (5, 2, 3), (4, 3, 11)
 HOW = LossSettings(beta=0.3, smoothing=0.1, margin=0.6)
 
 
-def sides() -> tuple[Answers, Answers]:
+def sides() -> tuple[AnswerScores, AnswerScores]:
     wide = [torch.tensor(x, dtype=torch.float64) for x in (CHOSEN, REJECTED)]
     reference = [torch.tensor(x, dtype=torch.float64) for x in (BY_CHOSEN, BY_REJECTED)]
     tokens = [torch.tensor(x, dtype=torch.float64) for x in TOKENS]
-    return Answers(wide[0], reference[0], tokens[0]), Answers(wide[1], reference[1], tokens[1])
+    return AnswerScores(wide[0], reference[0], tokens[0]), AnswerScores(
+        wide[1], reference[1], tokens[1]
+    )
 
 
 def sigmoid(x: float) -> float:
@@ -93,8 +95,8 @@ def test_gradients_pass_gradcheck(objective: str) -> None:
 
     def loss(c: Tensor, r: Tensor) -> Tensor:
         sides = (
-            Answers(c, chosen.reference, chosen.tokens),
-            Answers(r, rejected.reference, rejected.tokens),
+            AnswerScores(c, chosen.reference, chosen.tokens),
+            AnswerScores(r, rejected.reference, rejected.tokens),
         )
         return PAIR_LOSSES[objective](*sides, HOW)
 
@@ -106,7 +108,9 @@ def test_odds_are_exact_for_answers_that_are_nearly_sure() -> None:
     sure = torch.tensor([-1e-7, -1e-3, -30.0, 0.0], requires_grad=True)
     unsure = torch.full((4,), -1.0)
     ones = torch.ones(4)
-    loss = orpo_loss(Answers(sure, ones, ones), Answers(unsure, ones, ones), LossSettings(1.0))
+    loss = orpo_loss(
+        AnswerScores(sure, ones, ones), AnswerScores(unsure, ones, ones), LossSettings(1.0)
+    )
     wide = sure.detach().double()[:3]
     odds = wide - torch.log(-torch.expm1(wide))
     bad = -1.0 - math.log(1 - math.exp(-1.0))

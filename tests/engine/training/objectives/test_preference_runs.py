@@ -23,7 +23,7 @@ def test_every_objective_learns_to_prefer_the_chosen_answers(
     objective: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     run, data = tmp_path / "run", write_pairs(tmp_path / "pairs.jsonl")
-    changes = {"objective": objective, "max_steps": 8, "learning_rate": 1e-2}
+    changes: dict[str, Any] = {"objective": objective, "max_steps": 8, "learning_rate": 1e-2}
     train(preference_run(tiny_model, data, run, **changes), console=False)
     first, *_, last = lines_of(run)
     assert last["loss"] < first["loss"]
@@ -39,18 +39,18 @@ def test_accumulated_batches_are_one_batch(
 ) -> None:
     write = write_judged if objective == "kto" else write_pairs
     data, lines = write(tmp_path / "rows.jsonl", 6), []
-    for name, changes in (("one", {"batch_size": 6}), ("many", {"batch_size": 2, "accumulate": 3})):
+    shapes: dict[str, dict[str, Any]] = {
+        "one": {"batch_size": 6},
+        "many": {"batch_size": 2, "accumulate": 3},
+    }
+    for name, changes in shapes.items():
         changes |= {"objective": objective, "max_steps": 2, "optimizer": "adamw"}
         train(preference_run(tiny_model, data, tmp_path / name, **changes), console=False)
         lines.append(lines_of(tmp_path / name))
     for one, many in zip(*lines, strict=True):
-        assert {k: v for k, v in one.items() if "/" in k or k in ("loss", "grad_norm", "kl")} == (
-            pytest.approx(
-                {k: many[k] for k in one if "/" in k or k in ("loss", "grad_norm", "kl")},
-                rel=2e-4,
-                abs=1e-5,
-            )
-        )
+        names = [key for key in one if "/" in key or key in ("loss", "grad_norm", "kl")]
+        want = pytest.approx([many[name] for name in names], rel=2e-4, abs=1e-5)
+        assert [one[name] for name in names] == want
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -123,3 +123,30 @@ def test_rows_that_do_not_fit_the_objective_are_named(tiny_model: Path, tmp_path
                 preference_run(tiny_model, data, tmp_path / "run", objective=objective),
                 console=False,
             )
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_heldout_preferences_are_evaluated_and_the_best_checkpoint_goes_by_them(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    data, other = write_pairs(tmp_path / "pairs.jsonl"), write_pairs(tmp_path / "other.jsonl", 3)
+    run = tmp_path / "run"
+    result = train(
+        preference_run(
+            tiny_model,
+            data,
+            run,
+            objective=objective,
+            eval_data=str(other),
+            eval_every=2,
+            save_best="rewards/margins",
+        ),
+        console=False,
+    )
+    evaluated = [line for line in lines_of(run) if "eval_loss" in line]
+    assert len(evaluated) == 2
+    assert evaluated[-1]["eval_rewards/margins"] > 0
+    assert 0 <= evaluated[-1]["eval_rewards/accuracies"] <= 1
+    assert result.metrics["heldout_rewards_before/margins"] == pytest.approx(0.0, abs=1e-4)
+    assert result.metrics["heldout_rewards/margins"] == evaluated[-1]["eval_rewards/margins"]
+    assert result.metrics["best_value"] == max(e["eval_rewards/margins"] for e in evaluated)
