@@ -35,7 +35,7 @@ def stage_of(config: TrainConfig) -> Stage | None:
         return None
     if config.reference not in (None, "base"):
         return "another model"
-    started = config.method == "full" or config.init_adapter is not None
+    started = config.method in ("full", "scratch") or config.init_adapter is not None
     return "start" if started and config.reference is None else "base"
 
 

@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """AnswerScores of one kind: log-probabilities by policy and reference, and trained tokens, (P,).
+    """Answers of one kind (P,): log-probabilities by policy and reference, and trained tokens.
 
     Without a reference `reference` is zero.
     """
