@@ -1,4 +1,4 @@
-"""Turn preference rows into examples: pairs of answers, or answers that are judged.
+"""Turn preference rows into examples: pairs, or answers that are judged.
 
 A pair is one example of two sequences behind each other: prompt and chosen answer, prompt and
 rejected answer. An answer is what follows the messages that both have in common; its assistant

@@ -1,4 +1,4 @@
-"""The reference of a run: which model it is, and its log-probabilities of the run's rows."""
+"""Which model a run's reference is, and its log-probabilities of the rows."""
 
 from __future__ import annotations
 

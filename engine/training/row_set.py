@@ -1,4 +1,4 @@
-"""Read and tokenise the rows of a run, and say what became of the others."""
+"""Read and tokenise the rows of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches whose trained tokens are divided into sequences, for losses of whole answers."""
+"""Batches whose trained tokens are divided into sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preference rows: a better and a worse answer, or one answer that is judged."""
+"""Preference rows: two answers, or one that is judged."""
 
 from __future__ import annotations
 

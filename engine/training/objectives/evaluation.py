@@ -1,4 +1,4 @@
-"""The loss of answers that are held out, with the figures of the objective."""
+"""The loss and figures of held-out answers."""
 
 from __future__ import annotations
 

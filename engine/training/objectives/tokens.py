@@ -1,4 +1,4 @@
-"""Losses of tokens: the next token of a row, or a teacher's distribution.
+"""Losses of tokens: the next one, or a teacher's distribution.
 
     sft      L = -sum_i log p(y_i | x, y_<i) / n                     over the n trained tokens
     distill  L = sum_i KL(p_teacher(. | x, y_<i) || p(. | x, y_<i)) / n

@@ -10,8 +10,7 @@ import pytest
 from engine.errors import DataError
 from engine.runs.metrics import read_metrics
 from engine.verbs.training.train import train
-from tests.support.preference_rows import preference_run, write_judged, write_pairs
-from tests.support.small_runs import adapter_bytes
+from tests.support.small_runs import adapter_bytes, preference_run, write_judged, write_pairs
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
