@@ -13,7 +13,9 @@ from tests.support.pages.browsers import CHROMIUM
 expect.set_options(timeout=90_000)
 
 
-@pytest.fixture(scope="session")
+# Not for the session: while the browser is open, its event loop runs in this thread, and tests that
+# start one of their own cannot.
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # The sandbox needs rights that a container's root does not have.
