@@ -1,7 +1,7 @@
 """Attention on a CPU: torch's fused function, one call per block.
 
-Its backward pass in 16 bits packs small tiles for every product: of a block of up to 256 keys it
-takes up to five times as long as in fp32. Such blocks are converted there and back.
+In 16 bits it packs small tiles for every product. Blocks of few keys, which take up to five times
+as long so as in fp32, are converted there and back.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.attention.documents import AttentionGradients, AttentionSettings, heads_first
+from kernels.attention.documents import AttentionGradients, AttentionSettings, Block, heads_first
 
-_FEW_KEYS = 256
+_FEW_KEYS = {"forward": 128, "backward": 256}
 
 
 @cache
@@ -38,6 +38,11 @@ def flash_reads_groups() -> bool:
     )
 
 
+def _computed_in(q: Tensor, block: Block, direction: str) -> torch.dtype:
+    few = block.q1 - block.k0 <= _FEW_KEYS[direction]
+    return torch.float32 if q.itemsize == 2 and few else q.dtype
+
+
 def _expansion(q: Tensor, k: Tensor) -> int:
     """How often key/value heads must be repeated for torch's fused CPU attention."""
     return 1 if flash_reads_groups() else q.shape[1] // k.shape[1]
@@ -50,13 +55,14 @@ def cpu_forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     groups, saved = _expansion(q, k), []
     for b in settings.blocks(q):
+        dtype = _computed_in(q, b, "forward")
         part, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            heads_first(q, b.q0, b.q1, 1),
-            heads_first(k, b.k0, b.q1, groups),
-            heads_first(v, b.k0, b.q1, groups),
+            heads_first(q, b.q0, b.q1, 1).to(dtype),
+            heads_first(k, b.k0, b.q1, groups).to(dtype),
+            heads_first(v, b.k0, b.q1, groups).to(dtype),
             0.0,
             b.mask is None,
-            attn_mask=b.mask,
+            attn_mask=None if b.mask is None else b.mask.to(dtype),
             scale=settings.scale,
         )
         saved.append(lse)
@@ -82,7 +88,7 @@ def cpu_backward(
         dv.zero_()
     groups, kv_heads = _expansion(q, k), k.shape[1]
     for index, b in enumerate(settings.blocks(q)):
-        dtype = torch.float32 if q.itemsize == 2 and b.q1 - b.k0 <= _FEW_KEYS else q.dtype
+        dtype = _computed_in(q, b, "backward")
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             heads_first(do, b.q0, b.q1, 1).to(dtype),
             heads_first(q, b.q0, b.q1, 1).to(dtype),

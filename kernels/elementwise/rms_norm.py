@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.elementwise import rms_norm_triton
+from kernels.elementwise.rms_norm_compiled import norm_gradient_rows, norm_rows
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.lanes import takes_lanes
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -82,6 +84,8 @@ def rms_norm_forward(
     if use_triton(x):
         y, _, rstd = rms_norm_triton.forward(x, None, weight, eps, zero_centered, out)
         return y, rstd
+    if _in_lanes(zero_centered, x, out):
+        return _forward_lanes(x, None, weight, eps, out)
     y, rstd = _forward_reference(x, weight, eps, zero_centered)
     return _into(out, y), rstd
 
@@ -104,12 +108,36 @@ def add_rms_norm_forward(
     """
     if use_triton(x):
         return rms_norm_triton.forward(x, residual, weight, eps, zero_centered, out, total)
+    if _in_lanes(zero_centered, x, residual, out, total):
+        total = torch.empty_like(x) if total is None else total
+        addend = x
+        if total is not residual:
+            total.copy_(residual)
+        y, rstd = _forward_lanes(total, addend, weight, eps, out)
+        return y, total, rstd
     if total is None:
         total = (x + residual).to(x.dtype)
     else:
         torch.add(x, residual, out=total)
     y, rstd = _forward_reference(total, weight, eps, zero_centered)
     return _into(out, y), total, rstd
+
+
+def _in_lanes(zero_centered: bool, x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the compiled loop over rows serves these."""
+    given = [other for other in others if other is not None]
+    return not zero_centered and x.dim() == 2 and takes_lanes(x, *given)
+
+
+def _forward_lanes(
+    x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """norm(x) and rstd; x becomes x + addend first, where there is one."""
+    y = torch.empty_like(x) if out is None else out
+    rstd = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    if not y.is_meta:
+        norm_rows(x, addend, weight.detach().to(x.dtype).contiguous(), eps, y, rstd.view(-1))
+    return y, rstd
 
 
 def _into(out: Tensor | None, value: Tensor) -> Tensor:
@@ -137,6 +165,12 @@ def rms_norm_backward(
         return rms_norm_triton.backward(
             dy, x, weight, rstd, need_dweight, zero_centered, dresidual, out
         )
+    if not need_dweight and _in_lanes(zero_centered, x, dy, dresidual, out):
+        dx = torch.empty_like(x) if out is None else out
+        if not dx.is_meta:
+            factor = weight.to(x.dtype).contiguous()
+            norm_gradient_rows(dy, x, factor, rstd.flatten(), dresidual, dx)
+        return dx, None
     dx, dweight = _backward_reference(dy, x, weight, rstd, need_dweight, zero_centered, dresidual)
     return _into(out, dx), dweight
 

@@ -16,8 +16,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.elementwise.rope_compiled import rotate_rows_, rotates_rows
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.lanes import takes_lanes
 from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    """On a CPU, by the compiled loop where it is worth it."""
+    if takes_lanes(x) and rotates_rows(x, cos, sin):
+        if not x.is_meta:
+            rotate_rows_(x, cos, sin, inverse)
+    else:
+        _rotate_reference(x, cos, sin, inverse)
 
 
 def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
@@ -160,7 +171,7 @@ def rope_qk_(
         k_out.copy_(k)
     both = _joined(q_out, k_out)
     for x in (q_out, k_out) if both is None else (both,):
-        _rotate_reference(x, cos, sin, inverse)
+        _rotate(x, cos, sin, inverse)
     return q_out, k_out
 
 
@@ -174,7 +185,7 @@ def rope_(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tens
         none = x[:, :0]
         _rope_triton(x, none, cos, sin, inverse, (x, none))
     else:
-        _rotate_reference(x, cos, sin, inverse)
+        _rotate(x, cos, sin, inverse)
     return x
 
 

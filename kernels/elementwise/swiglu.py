@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from kernels.elementwise.swiglu_compiled import swiglu_backward_rows_, swiglu_forward_rows
 from kernels.runtime.dispatch import use_triton
+from kernels.runtime.lanes import takes_lanes
 from kernels.runtime.simulation import equal_parts
 from kernels.runtime.triton_support import cdiv, jit, launch, next_power_of_2, on_device, tl
 
@@ -135,6 +137,11 @@ def swiglu_forward(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Te
     """
     if use_triton(gate):
         return _forward_triton(gate, up, out)
+    if takes_lanes(gate, up, *(() if out is None else (out,))):
+        h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+        if not h.is_meta:
+            swiglu_forward_rows(gate, up, h)
+        return h
     h = _forward_reference(gate, up)
     return h if out is None else out.copy_(h)
 
@@ -147,8 +154,13 @@ def swiglu_backward_(
     With `keep_h`, dh holds h = silu(gate) * up afterwards, as `swiglu_forward` rounds it; else it
     stays as it is. The rows of each may be those of a wider matrix.
     """
-    run = _backward_triton_ if use_triton(gate) else _backward_reference_
-    run(dh, gate, up, keep_h)
+    if use_triton(gate):
+        _backward_triton_(dh, gate, up, keep_h)
+    elif takes_lanes(gate, up, dh):
+        if not gate.is_meta:
+            swiglu_backward_rows_(dh, gate, up, keep_h)
+    else:
+        _backward_reference_(dh, gate, up, keep_h)
     return gate, up
 
 

@@ -26,7 +26,6 @@ _GRAIN = 1 << 15
 _CPU_SLAB = 2 * _GRAIN
 _CUDA_SLAB = 1 << 22
 _SCALES_AT_ONCE = 1 << 15
-_SCALES_COMPILED = 1 << 18
 
 
 def dequantize(
@@ -89,24 +88,25 @@ def _decode(weight: NF4Weight, begin: int, out: Tensor) -> None:
         _decode_blocks(weight, begin - skew, block)
         out[:head].copy_(block[skew:])
         begin, out = begin + head, out[head:]
-    span = (_SCALES_COMPILED if use_compiled(out) else _SCALES_AT_ONCE) * block_size
+    if use_compiled(out) and out.dtype in COMPILED_DTYPES:
+        _decode_blocks(weight, begin, out)
+        return
+    span = _SCALES_AT_ONCE * block_size
     for at in equal_parts(range(0, out.numel(), span)):
         _decode_blocks(weight, begin + at, out[at : at + span])
 
 
 def _decode_blocks(weight: NF4Weight, begin: int, out: Tensor) -> None:
     """Decode into the flat `out` from `begin`, which lies on a block boundary."""
-    n, block_size = out.numel(), weight.block_size
-    scales = decode_scales(weight, begin // block_size, -(-(begin + n) // block_size))
+    block_size = weight.block_size
     if use_compiled(out) and out.dtype in COMPILED_DTYPES:
-        whole = n // block_size
-        if not out.is_meta:
-            codes = weight.packed[begin // 2 : begin // 2 + whole * block_size // 2]
-            decode_whole_blocks(codes, scales[:whole], block_size, out[: whole * block_size])
-        done = whole * block_size
-        begin, out, scales = begin + done, out[done:], scales[whole:]
+        done = out.numel() // block_size * block_size
+        if done and not out.is_meta:
+            decode_whole_blocks(weight, begin // block_size, out[:done])
+        begin, out = begin + done, out[done:]
     if not out.numel():
         return
+    scales = decode_scales(weight, begin // block_size, -(-(begin + out.numel()) // block_size))
     if out.dtype == torch.float32 and out.data_ptr() % 8 == 0:
         _look_up(weight, begin, scales, out)
         return

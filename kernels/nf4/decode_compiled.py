@@ -10,34 +10,44 @@ knows no permutes, so the body of the loop is written in LLVM's instructions.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.nf4.weight import NF4_CODE
+from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 from kernels.runtime.cores import over_cores
+from kernels.runtime.lanes import LANES, Body, Lanes, lane_op
 
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 
-_LANES = 16
 _LEAST_ELEMENTS = 1 << 20
 
 
-def decode_whole_blocks(packed: Tensor, scales: Tensor, block_size: int, out: Tensor) -> None:
-    """Write the elements of whole blocks to the flat `out` (blocks * block_size,).
+def decode_whole_blocks(weight: NF4Weight, first: int, out: Tensor) -> None:
+    """Write the elements of whole blocks, from block `first` on, to the flat `out`.
 
-    `packed` uint8 holds their codes, `scales` fp32 (blocks,) their scales; all lie on the CPU and
-    are contiguous, and `out` is one of `COMPILED_DTYPES`.
+    The weight lies on the CPU, and `out`, contiguous, is one of `COMPILED_DTYPES`.
     """
-    loop = compiled_loop(out.dtype == torch.bfloat16, wide_permutes())
-    source, target = packed.data_ptr(), out.data_ptr()
-    factors, half, size = scales.numpy(), block_size // 2, block_size * out.itemsize
+    size, count = weight.block_size, out.numel() // weight.block_size
+    half, step = size // 2, size * out.itemsize
+    source, target = weight.packed.data_ptr() + first * half, out.data_ptr()
+    nested, offset = weight.nested_absmax, weight.nested_offset
+    double = nested is not None and offset is not None
+    loop = compiled_loop(out.dtype == torch.bfloat16, wide_permutes(), double)
+    stored = weight.absmax[first : first + count].numpy()
+    scales: tuple[Any, ...] = ()
+    if nested is not None and offset is not None:
+        scales = dynamic_map(True).numpy(), nested.numpy(), np.float32(offset)
 
     def part(begin: int, end: int) -> None:
-        loop(source + begin * half, target + begin * size, factors[begin:end], half)
+        rest = (*scales, first + begin) if double else ()
+        loop(source + begin * half, target + begin * step, stored[begin:end], half, *rest)
 
-    over_cores(len(factors), max(1, _LEAST_ELEMENTS // block_size), part)
+    over_cores(count, max(1, _LEAST_ELEMENTS // size), part)
 
 
 @functools.cache
@@ -49,100 +59,69 @@ def wide_permutes() -> bool:
 
 
 @functools.cache
-def compiled_loop(narrow: bool, permutes: bool) -> Any:
+def compiled_loop(narrow: bool, permutes: bool, double: bool = False) -> Any:
     """The loop `(codes, target, scales, bytes of a block)` over blocks; both ends are addresses.
 
-    `narrow` writes bf16 instead of fp32, and `permutes` takes AVX-512's permute. It runs without
-    Python's lock. Compiling takes a few tenths of a second.
+    `narrow` writes bf16 instead of fp32, and `permutes` takes AVX-512's permute. With `double`
+    scales are codes themselves, and their table, their own scales, their offset and the number of
+    the first block follow. It runs without Python's lock. Compiling takes some tenths of a second.
     """
     from numba import njit
 
-    decode = _intrinsic(narrow, permutes)
-    size = 2 * _LANES * (2 if narrow else 4)
+    decode = lane_op(_body(narrow, permutes))
+    size = 2 * LANES * (2 if narrow else 4)
+    compiled = njit(nogil=True)
+
+    @compiled
+    def decode_block(codes, target, scale, begin, end):  # type: ignore[no-untyped-def]
+        for at in range(begin, end, 16):
+            decode((codes + at, target + at // 16 * size), (scale,))
 
     def loop(codes, target, scales, half):  # type: ignore[no-untyped-def]
         for block in range(scales.size):
-            scale = scales[block]
-            for at in range(block * half, (block + 1) * half, 16):
-                decode(codes + at, target + at // 16 * size, scale)
+            decode_block(codes, target, scales[block], block * half, (block + 1) * half)
 
-    return njit(nogil=True)(loop)
+    def double_loop(  # type: ignore[no-untyped-def]
+        codes, target, scales, half, table, nested, offset, first
+    ):
+        for block in range(scales.size):
+            scale = table[scales[block]] * nested[(first + block) // NESTED_BLOCK] + offset
+            decode_block(codes, target, scale, block * half, (block + 1) * half)
 
-
-def _intrinsic(narrow: bool, permutes: bool) -> Any:
-    """`(address of 16 bytes, address of 32 elements, scale)`, as numba inlines it."""
-    from numba import types
-    from numba.extending import intrinsic
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes, target, scale = args
-        _Body(builder, permutes).write(codes, target, scale, narrow)
-        return context.get_dummy_value()
-
-    def decode(typing_context: Any, codes: Any, target: Any, scale: Any) -> Any:
-        return types.void(types.intp, types.intp, types.float32), generate
-
-    return intrinsic(decode)
+    return compiled(double_loop if double else loop)
 
 
-class _Body:
-    """LLVM instructions that decode 16 bytes."""
+def _body(narrow: bool, permutes: bool) -> Body:
+    """`(address of 16 bytes, address of 32 elements), (scale)`: load, look up, multiply, store."""
 
-    def __init__(self, builder: Any, permutes: bool) -> None:
-        from llvmlite import ir
-
-        self.ir, self.builder, self.permutes = ir, builder, permutes
-        self.byte, self.word, self.float = ir.IntType(8), ir.IntType(32), ir.FloatType()
-
-    def write(self, codes: Any, target: Any, scale: Any, narrow: bool) -> None:
-        """Load, look up, multiply and store."""
-        b, ir = self.builder, self.ir
-        source = b.inttoptr(codes, self._vector(self.byte).as_pointer())
-        indices = b.zext(b.load(source, align=1), self._vector(self.word))
-        nothing = ir.Constant(self._vector(self.float), ir.Undefined)
-        first = b.insert_element(nothing, scale, self.word(0))
-        factor = b.shuffle_vector(first, nothing, self._all(0))
+    def write(lanes: Lanes, addresses: Sequence[Any], scalars: Sequence[Any]) -> None:
+        b, (codes, target) = lanes.builder, addresses
+        indices = b.zext(lanes.load(codes, lanes.byte), lanes.words)
+        factor = lanes.same(scalars[0])
         # The even element has the high nibble.
-        even = b.fmul(self._look_up(b.lshr(indices, self._all(4))), factor)
-        odd = b.fmul(self._look_up(b.and_(indices, self._all(15))), factor)
+        high, low = b.lshr(indices, lanes.integer(4)), b.and_(indices, lanes.integer(15))
+        even = lanes.mul(_look_up(lanes, high, permutes), factor)
+        odd = lanes.mul(_look_up(lanes, low, permutes), factor)
         if narrow:
-            low = b.lshr(self._rounded(even), self._all(16))
-            pairs = b.or_(low, b.and_(self._rounded(odd), self._all(0xFFFF0000)))
-            address = b.inttoptr(target, self._vector(self.word).as_pointer())
-            b.store(pairs, address, align=2)
+            first = b.lshr(lanes.rounded_bits(even), lanes.integer(16))
+            second = b.and_(lanes.rounded_bits(odd), lanes.integer(0xFFFF0000))
+            lanes.store(b.or_(first, second), target)
             return
-        order = [lane for i in range(_LANES) for lane in (i, _LANES + i)]
-        woven = b.shuffle_vector(even, odd, self._constant(self.word, order))
-        address = b.inttoptr(target, ir.VectorType(self.float, 2 * _LANES).as_pointer())
-        b.store(woven, address, align=4)
+        order = [lane for i in range(LANES) for lane in (i, LANES + i)]
+        lanes.store(b.shuffle_vector(even, odd, lanes.constant(lanes.word, order)), target)
 
-    def _look_up(self, indices: Any) -> Any:
-        b, codes, floats = self.builder, NF4_CODE.tolist(), self._vector(self.float)
-        if self.permutes:
-            name = "llvm.x86.avx512.permvar.sf.512"
-            kind = self.ir.FunctionType(floats, [floats, self._vector(self.word)])
-            permute = b.module.globals.get(name) or self.ir.Function(b.module, kind, name)
-            return b.call(permute, [self._constant(self.float, codes), indices])
-        level = [self._constant(self.float, [code] * _LANES) for code in codes]
-        for bit in range(4):
-            masked = b.and_(indices, self._all(1 << bit))
-            chosen = b.icmp_unsigned("!=", masked, self._all(0))
-            pairs = zip(level[1::2], level[::2], strict=True)
-            level = [b.select(chosen, one, zero) for one, zero in pairs]
-        return level[0]
+    return write
 
-    def _rounded(self, values: Any) -> Any:
-        """Bits whose upper half is the bf16 next to a finite value, a tie going to the even one."""
-        b = self.builder
-        bits = b.bitcast(values, self._vector(self.word))
-        odd = b.and_(b.lshr(bits, self._all(16)), self._all(1))
-        return b.add(b.add(bits, self._all(0x7FFF)), odd)
 
-    def _vector(self, kind: Any) -> Any:
-        return self.ir.VectorType(kind, _LANES)
-
-    def _constant(self, kind: Any, values: list[Any]) -> Any:
-        return self.ir.Constant(self.ir.VectorType(kind, len(values)), values)
-
-    def _all(self, value: int) -> Any:
-        return self._constant(self.word, [value] * _LANES)
+def _look_up(lanes: Lanes, indices: Any, permutes: bool) -> Any:
+    b, codes = lanes.builder, NF4_CODE.tolist()
+    if permutes:
+        table = lanes.constant(lanes.float, codes)
+        return lanes.call("llvm.x86.avx512.permvar.sf.512", table, indices)
+    level = [lanes.number(code) for code in codes]
+    for bit in range(4):
+        masked = b.and_(indices, lanes.integer(1 << bit))
+        chosen = b.icmp_unsigned("!=", masked, lanes.integer(0))
+        pairs = zip(level[1::2], level[::2], strict=True)
+        level = [b.select(chosen, one, zero) for one, zero in pairs]
+    return level[0]

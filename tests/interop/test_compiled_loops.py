@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from kernels.elementwise.rms_norm import (
+    add_rms_norm_forward,
+    rms_norm_backward,
+    rms_norm_forward,
+)
+from kernels.elementwise.rope import rope_qk_
+from kernels.elementwise.swiglu import swiglu_backward_, swiglu_forward
 from kernels.nf4 import BLOCK_SIZES, NF4Weight, dequantize, quantize
 from kernels.nf4.decode import dequantize_rows
 from kernels.nf4.decode_compiled import compiled_loop, wide_permutes
 from kernels.runtime.cores import compiles_loops, over_cores
+from kernels.runtime.lanes import takes_lanes
 from optim import AdamW8bit
 
 pytestmark = pytest.mark.interop
+
+Made = Callable[[Tensor, Tensor, Tensor], dict[str, Tensor]]
+"""bf16 x, y (N, H) and w (H,) to what ops make of them."""
 
 
 def in_torch(weight: NF4Weight, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -135,3 +148,82 @@ def test_bf16_parameters_take_the_ops_of_torch(monkeypatch: pytest.MonkeyPatch) 
     (_, params), (_, others) = optimizers(3, monkeypatch, torch.bfloat16)
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
+
+
+ROWS, WIDTH = 300, 576
+"""More elements than `LEAST_ELEMENTS`, and rows that no part divides evenly."""
+
+
+def bf16(*shape: int) -> Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def norms(x: Tensor, y: Tensor, w: Tensor) -> dict[str, Tensor]:
+    wide = bf16(*x.shape).repeat(1, 2)[:, : x.shape[1]].copy_(y)  # rows lie apart
+    normed, rstd = rms_norm_forward(x, w, 1e-5)
+    added, total, _ = add_rms_norm_forward(x, y.clone(), w, 1e-5, total=wide)
+    dx, _ = rms_norm_backward(y, x, w, rstd)
+    through, _ = rms_norm_backward(y, x, w, rstd, dresidual=wide, out=y.clone())
+    return {"normed": normed, "added": added, "total": total, "dx": dx, "through": through}
+
+
+def swiglus(x: Tensor, y: Tensor, w: Tensor) -> dict[str, Tensor]:
+    gate, up = torch.cat((3 * x, y), 1).split(x.shape[1], 1)
+    h = swiglu_forward(gate, up)
+    made = {"h": h, "into": swiglu_forward(gate, up, out=bf16(*x.shape))}
+    for keep in (False, True):
+        dh = y + 1
+        d_gate, d_up = swiglu_backward_(dh, gate.clone(), up.clone(), keep_h=keep)
+        made |= {f"d_gate {keep}": d_gate, f"d_up {keep}": d_up, f"dh {keep}": dh}
+    return made
+
+
+def rotations(x: Tensor, y: Tensor, w: Tensor) -> dict[str, Tensor]:
+    angle = torch.arange(x.shape[0] * 32.0).view(-1, 32)
+    made = {}
+    for inverse in (False, True):
+        whole = torch.cat((x, y), 1)
+        q, k = (part.unflatten(1, (-1, 64)) for part in whole.split((768, 384), 1))
+        rope_qk_(q, k, angle.cos(), angle.sin(), inverse=inverse)
+        made[f"rotated {inverse}"] = whole
+    return made
+
+
+@pytest.mark.parametrize("made", [norms, swiglus, rotations])
+def test_loops_over_bf16_rows_round_as_torch_does(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly all bits are the same; the others are one unit of the last place apart."""
+    x, y, w = bf16(ROWS, WIDTH), bf16(ROWS, WIDTH), bf16(WIDTH)
+    torch.manual_seed(1)
+    mine = made(x, y, w)
+    with monkeypatch.context() as patch:
+        patch.setenv("ENGINE_REFERENCE", "1")
+        torch.manual_seed(1)
+        theirs = made(x, y, w)
+    for name, value in mine.items():
+        assert value.dtype == torch.bfloat16
+        other = theirs[name]
+        assert float((value != other).float().mean()) < 1e-3, name
+        torch.testing.assert_close(value, other, rtol=2**-7, atol=1e-3)
+
+
+def test_the_loops_are_taken_from_a_size_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert takes_lanes(bf16(ROWS, WIDTH))
+    assert not takes_lanes(bf16(4, WIDTH))
+    assert not takes_lanes(bf16(ROWS, 600))
+    assert not takes_lanes(torch.randn(ROWS, WIDTH))
+    assert not takes_lanes(bf16(WIDTH, ROWS).T)
+    monkeypatch.setenv("ENGINE_REFERENCE", "1")
+    assert not takes_lanes(bf16(ROWS, WIDTH))
+
+
+def test_a_gate_that_is_no_number_stays_none() -> None:
+    gate, up = bf16(ROWS, WIDTH), bf16(ROWS, WIDTH)
+    gate[0, :4] = torch.tensor([torch.nan, torch.inf, 200.0, -200.0])
+    h = swiglu_forward(gate, up)
+    assert h[0, 0].isnan()
+    assert not h[0, 1].isfinite()
+    torch.testing.assert_close(
+        h[0, 2:4].float(), torch.stack((200 * up[0, 2], 0 * up[0, 3])).float()
+    )
