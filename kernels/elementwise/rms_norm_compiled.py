@@ -1,7 +1,8 @@
-"""RMSNorm of bf16 rows on a CPU, compiled by numba; `rms_norm` has the maths.
+"""RMSNorm of bf16 rows on a CPU, compiled by numba.
 
-A row is read twice while it lies in the processor's first cache: for its mean square, and to be
-scaled. Values are rounded where torch's ops round them; sums are in another order than theirs.
+`rms_norm` has the maths. A row is read twice while it lies in the processor's first cache: for its
+mean square, and to be scaled. Values are rounded where torch's ops round them; sums are in another
+order than theirs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rotary embedding of bf16 heads on a CPU, compiled by numba; `rope` has the maths.
+"""Rotary embedding of bf16 heads on a CPU, compiled by numba.
 
-Both halves of a head are read before either is written, so the rotation is in place. Values are
-rounded once, as by torch's ops.
+`rope` has the maths. Both halves of a head are read before either is written, so the rotation is in
+place. Values are rounded once, as by torch's ops.
 """
 
 from __future__ import annotations

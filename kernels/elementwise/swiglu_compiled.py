@@ -1,7 +1,7 @@
-"""SwiGLU of bf16 tensors on a CPU, compiled by numba; `swiglu` has the maths.
+"""SwiGLU of bf16 tensors on a CPU, compiled by numba.
 
-One pass over what torch's ops convert to fp32 and back tensor by tensor. h, and the gradients, are
-rounded once.
+`swiglu` has the maths. One pass over what torch's ops convert to fp32 and back tensor by tensor. h,
+and the gradients, are rounded once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Loops over sixteen numbers at a time, in LLVM's instructions, for numba to compile.
+"""Loops over sixteen numbers at a time, for numba to compile.
 
 numba's own vectoriser knows no 16-bit floats and takes seconds for a loop. Here the body of a loop
 is written for whole vector registers: `lane_op` makes of it a function that numba inlines, which
