@@ -291,11 +291,13 @@ class Decoder(nn.Module):
     ) -> ForwardPass:
         """What the layers read of a batch that lies on the model's device."""
         bounds = batch.cu_seqlens
-        plan = AttentionPlan(bounds, batch.bounds, settings.low_memory_decode)
+        frugal = settings.low_memory_decode
+        plan = AttentionPlan(bounds, batch.bounds, frugal, shared=batch.shared)
         starts = torch.repeat_interleave(
-            bounds[:-1].long(), bounds.diff().long(), output_size=batch.tokens
+            bounds[:-1].long(), bounds.diff().long(), output_size=batch.bounds[-1]
         )
-        positions = torch.arange(batch.tokens, device=bounds.device) - starts
+        positions = torch.arange(batch.bounds[-1], device=bounds.device) - starts
+        positions = positions if batch.shared is None else batch.shared.taken(positions)
         cos, sin = self.rotary(positions, self.dtype)
         key = None
         drops = settings.drops or self._drops()

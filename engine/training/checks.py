@@ -85,6 +85,7 @@ def check_run(
             facts,
             model_type=model.model_type,
             tied=model.tie_word_embeddings,
+            hybrid="linear_attention" in model.layer_types,
             recordable=_recordable(model) if config.cuda_graphs else None,
         )
     check(config, facts)

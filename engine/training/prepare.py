@@ -71,7 +71,8 @@ class Prepared:
     @property
     def lengths(self) -> list[int]:
         """Tokens of the examples, for a plan of the largest step; streamed ones may be full."""
-        lengths = [len(example) for example in self.examples]
+        answers = self.answers
+        lengths = [answers.length(index) for index in range(len(self.examples))]
         if not isinstance(self.plan, BatchStream):
             return lengths
         return [self.config.max_length] * max(len(lengths), 2 * self.config.batch_size)
@@ -130,12 +131,12 @@ class Prepared:
     @property
     def answers(self) -> AnswerSet:
         """The examples to train on, where they are answers."""
-        return AnswerSet(self.examples, self.config.max_length)
+        return AnswerSet(self.examples, self.config.max_length, self.config.share_prompt)
 
     @property
     def heldout_answers(self) -> AnswerSet:
         """The examples that are held out, where they are answers."""
-        return AnswerSet(self.heldout, self.config.max_length)
+        return AnswerSet(self.heldout, self.config.max_length, self.config.share_prompt)
 
     def trained_rows(self) -> list[int]:
         """The examples that the run's steps read, sorted."""

@@ -16,6 +16,8 @@ On a GPU `kernels.attention.choice` chooses among torch's back ends, which save 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -58,6 +60,12 @@ def attention_forward(
 
     The second value holds a back end's own tensors (log-sum-exp, generator state).
     """
+    shared = settings.plan.shared
+    if shared is not None:
+        whole = replace(settings, plan=settings.plan.whole)
+        q, k, v = (shared.gathered(x) for x in (q, k, v))
+        out, saved = attention_forward(q, k, v, whole)
+        return shared.taken(out), saved
     return _backend(q, k, settings).forward(q, k, v, settings)
 
 
@@ -67,6 +75,8 @@ def writes_gradients(q: Tensor, k: Tensor, settings: AttentionSettings) -> bool:
     Else a back end makes gradients in memory of its own, which are copied there afterwards; what
     comes next may as well read them where they are.
     """
+    if settings.plan.shared is not None:
+        return False
     return settings.plan.frugal or _backend(q, k, settings).name == "cpu"
 
 
@@ -81,10 +91,17 @@ def attention_backward(
     into: AttentionGradients | None = None,
 ) -> AttentionGradients:
     """dq, dk, dv in the shapes of q, k, v; written into `into` where given (any strides)."""
-    backend = _backend(q, k, settings)
-    if into is not None and backend.writes:
-        return backend.backward(do, q, k, v, out, saved, settings, into)
-    parts = backend.backward(do, q, k, v, out, saved, settings)
+    shared = settings.plan.shared
+    if shared is None:
+        backend = _backend(q, k, settings)
+        if into is not None and backend.writes:
+            return backend.backward(do, q, k, v, out, saved, settings, into)
+        parts = backend.backward(do, q, k, v, out, saved, settings)
+    else:
+        whole = replace(settings, plan=settings.plan.whole)
+        do, (q, k, v, out) = shared.spread(do), [shared.gathered(x) for x in (q, k, v, out)]
+        dq, dk, dv = attention_backward(do, q, k, v, out, saved, whole)
+        parts = shared.taken(dq), shared.folded(dk), shared.folded(dv)
     if into is None:
         return parts
     for target, part in zip(into, parts, strict=True):

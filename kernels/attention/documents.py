@@ -7,7 +7,7 @@ blocks of queries and keys that are computed together and, under a sliding windo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.attention.shared import SharedTokens
 from kernels.elementwise.dropout import Seed
 
 _WINDOW_BLOCK = 256
@@ -39,12 +40,15 @@ class AttentionPlan:
 
     A `frugal` batch prefers a small workspace to few calls. An open plan (`within`) is for launches
     that are recorded once and run again for other documents: only the device knows the boundaries.
+    With `shared` the batch holds tokens once that two documents begin with, whose boundaries are
+    those of all their tokens.
     """
 
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
     frugal: bool = False
     most: tuple[int, int] | None = None
+    shared: SharedTokens | None = None
     _known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -65,6 +69,11 @@ class AttentionPlan:
         None has more than `longest` tokens. The boundaries are read when a kernel runs.
         """
         return cls(cu_seqlens, (), frugal, (cu_seqlens.shape[0] - 1, longest))
+
+    @cached_property
+    def whole(self) -> AttentionPlan:
+        """The documents with all their tokens, none of them shared."""
+        return replace(self, shared=None)
 
     @property
     def count(self) -> int:

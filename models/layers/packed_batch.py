@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.documents import checked_bounds
+from kernels.attention.shared import SharedTokens, prompts_shared
 from kernels.runtime.device import has_streams, upload
 
 _ALIGNMENT = 16
@@ -50,7 +51,8 @@ class PackedBatch:
 
     input_ids (N,) int64; trained, targets (n,) int64; cu_seqlens (D + 1,) int32 on the device and
     the same numbers in `bounds` on the host. `sequences` divide the trained tokens, where a loss
-    asks for that.
+    asks for that. With `shared` the batch holds tokens once that two documents begin with:
+    boundaries then count all tokens of the documents, `trained` and input_ids those of the batch.
     """
 
     input_ids: Tensor
@@ -59,6 +61,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     bounds: tuple[int, ...]
     sequences: Sequences | None = None
+    shared: SharedTokens | None = None
 
     @classmethod
     def of(
@@ -101,8 +104,10 @@ class PackedBatch:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Everything that takes memory."""
-        plain = self.input_ids, self.trained, self.targets, self.cu_seqlens
-        return plain if self.sequences is None else (*plain, self.sequences.slots)
+        tensors = [self.input_ids, self.trained, self.targets, self.cu_seqlens]
+        if self.sequences is not None:
+            tensors.append(self.sequences.slots)
+        return tuple(tensors if self.shared is None else [*tensors, *self.shared.tensors()])
 
     def _of(self, tensors: Sequence[Tensor]) -> PackedBatch:
         """This batch with other `tensors`, in the order of that method."""
@@ -110,7 +115,22 @@ class PackedBatch:
         sequences = self.sequences
         if sequences is not None:
             sequences = replace(sequences, slots=more.pop(0))
-        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds, sequences)
+        shared = None if self.shared is None else SharedTokens(*more)
+        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds, sequences, shared)
+
+    def with_shared(self, prompts: Sequence[int]) -> PackedBatch:
+        """This batch, whose documents come in pairs, with the tokens held once that pairs share.
+
+        prompts[n] is how many tokens the documents 2 n and 2 n + 1 begin with in common; none of
+        them may be trained.
+        """
+        shared = SharedTokens(*prompts_shared(self.bounds, tuple(prompts)))
+        return replace(
+            self,
+            input_ids=shared.taken(self.input_ids),
+            trained=shared.source.index_select(0, self.trained),
+            shared=shared,
+        )
 
     def to(self, device: torch.device, ids_device: torch.device | None = None) -> PackedBatch:
         """The batch on `device`, its ids on `ids_device` if that is given.

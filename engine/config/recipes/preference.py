@@ -81,6 +81,13 @@ class ObjectiveSettings(Settings):
         min_length=1,
     )
 
+    share_prompt: bool = setting(
+        False,
+        "Objective",
+        "compute the prompt of a pair once for both of its answers; the same gradients, in less "
+        "time and memory",
+    )
+
     @property
     def learns_pairs(self) -> bool:
         """Whether rows are pairs of a better and a worse answer."""

@@ -52,6 +52,26 @@ PREFERENCE_RULES = (
     _only_for("undesirable_weight", 1.0, ("kto",), "the weight of bad answers"),
     _only_for("reference", None, ("dpo", "ipo", "kto"), "what answers are measured against"),
     Rule(
+        "share_prompt",
+        lambda c, _: c.share_prompt and c.objective not in _PAIRS,
+        "share_prompt is about the two answers of a pair, and objective {c.objective} has none.",
+        "Leave it out, or give --objective dpo or another that learns from pairs",
+    ),
+    Rule(
+        "share_prompt",
+        lambda c, _: c.share_prompt and c.cuda_graphs,
+        "share_prompt was given with cuda_graphs. Recorded launches know no tokens that two "
+        "documents share.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "share_prompt",
+        lambda c, f: c.share_prompt and f.model_type is not None and f.hybrid is True,
+        "share_prompt was given for a {f.model_type} model, whose Gated DeltaNet layers carry a "
+        "state from token to token: two answers cannot go on from one.",
+        "Leave it out",
+    ),
+    Rule(
         "packing",
         _learns_answers(lambda c: c.packing),
         "packing fills batches with rows up to a number of tokens, and objective {c.objective} "

@@ -32,6 +32,7 @@ class RunSettings(Protocol):
     objective: ObjectiveName
     teacher: str | None
     packing: bool
+    share_prompt: bool
     streaming: Streaming
     train_on: str
     eval_data: tuple[str, ...]
@@ -85,7 +86,8 @@ class RunSettings(Protocol):
 class Facts:
     """What is known of the machine and the model; None where it is not known yet.
 
-    `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer.
+    `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer,
+    `hybrid` that some layers are Gated DeltaNets.
     """
 
     device: str | None = None
@@ -93,6 +95,7 @@ class Facts:
     model_type: str | None = None
     tied: bool | None = None
     recordable: bool | None = None
+    hybrid: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,28 @@ Marked = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Pairs or judged answers, and the batches that some of them make."""
+    """Pairs or judged answers, and the batches that some of them make.
+
+    With `share_prompts` the batches hold the prompt of a pair once.
+    """
 
     examples: Sequence[Example]
     max_length: int
+    share_prompts: bool = False
 
     def batch(self, indices: Sequence[int]) -> PackedBatch:
         """The sequences of these examples."""
-        return collate_sequences(self.examples, indices)
+        batch = collate_sequences(self.examples, indices)
+        return batch.with_shared(self._prompts(indices)) if self.share_prompts else batch
+
+    def length(self, index: int) -> int:
+        """Tokens that an example lays into a batch."""
+        prompt = self._prompts([index])[0] if self.share_prompts else 0
+        return len(self.examples[index]) - prompt
+
+    def _prompts(self, indices: Sequence[int]) -> list[int]:
+        pairs = cast(Sequence[PairExample], self.examples)
+        return [pairs[index].prompt for index in indices]
 
     def mismatched(self, indices: Sequence[int]) -> PackedBatch:
         """The prompts of these judged answers, each with another one's answer."""

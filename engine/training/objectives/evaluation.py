@@ -20,8 +20,8 @@ def indices_by_tokens(
     """These examples, longest first, with at most `budget` tokens together; one at least."""
     group: list[int] = []
     size = 0
-    for index in sorted(indices, key=lambda index: -len(answers.examples[index])):
-        length = len(answers.examples[index])
+    for index in sorted(indices, key=lambda index: -answers.length(index)):
+        length = answers.length(index)
         if group and size + length > budget:
             yield group
             group, size = [], 0

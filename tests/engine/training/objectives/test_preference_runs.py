@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.errors import DataError
+from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
+from engine.training.objectives.choose import make_objective
+from engine.training.prepare import prepare
 from engine.verbs.training.train import train
+from models.adapters import adapter_tensors, add_lora
+from models.layers.context import DEFAULT_SETTINGS
 from tests.support.small_runs import adapter_bytes, preference_run, write_judged, write_pairs
 
 
@@ -149,3 +155,40 @@ def test_heldout_preferences_are_evaluated_and_the_best_checkpoint_goes_by_them(
     assert result.metrics["heldout_rewards_before/margins"] == pytest.approx(0.0, abs=1e-4)
     assert result.metrics["heldout_rewards/margins"] == evaluated[-1]["eval_rewards/margins"]
     assert result.metrics["best_value"] == max(e["eval_rewards/margins"] for e in evaluated)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo"])
+def test_shared_prompts_give_the_same_gradients_of_fewer_tokens(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """With a policy that prefers something already, in every layer and parameter."""
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    gradients, tokens = [], []
+    for share in (False, True):
+        config = preference_run(
+            tiny_model, data, tmp_path / "run", objective=objective, share_prompt=share
+        )
+        prepared = prepare(config)
+        model = load_model(tiny_model)
+        add_lora(model, rank=4, alpha=8)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for pair in adapter_tensors(model).values():
+                for part in pair:
+                    part.copy_(torch.randn(part.shape, generator=generator) * 0.2)
+        answers = prepared.answers
+        reference = torch.zeros(5, 2) if objective == "dpo" else None
+        chosen = make_objective(config, answers, reference)
+        batch = answers.batch(range(5))
+        totals = chosen.totals(model, [batch], DEFAULT_SETTINGS)
+        chosen.share(model, batch, DEFAULT_SETTINGS, totals).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        tokens.append(batch.tokens)
+        assert sum(prepared.lengths) == batch.tokens
+    prompts = sum(example.prompt for example in answers.examples)  # type: ignore[attr-defined]
+    assert tokens[0] - tokens[1] == prompts > 100
+    apart, once = gradients
+    assert apart.keys() == once.keys()
+    largest = max(float(g.abs().max()) for g in apart.values())
+    for name, grad in once.items():
+        assert float((grad - apart[name]).abs().max()) <= 1e-6 * max(1.0, largest), name
