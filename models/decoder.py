@@ -223,6 +223,14 @@ class Decoder(nn.Module):
         return x
 
     @torch.no_grad()
+    def continued(self, x: Tensor, batch: PackedBatch, layers: range) -> Tensor:
+        """The output (N, H) of the last of `layers` for the input x (N, H) of the first."""
+        run = self._pass(batch, DEFAULT_SETTINGS, None)
+        for index in layers:
+            x = run_layer(x, self.layers[index], run)
+        return x
+
+    @torch.no_grad()
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits (V,) after the last of input_ids (T,), the next tokens of the cached sequence."""
         tokens, start = input_ids.shape[0], cache.length

@@ -48,7 +48,13 @@ class HeadChoice(Settings):
         "--data; ov: norm of the value-output product; random: a baseline. By default "
         "l2-reconstruction with --data, else l2-weights",
     )
-    scope: Scope = setting("global", "Heads", "rank all heads together, or those of each layer")
+    scope: Scope | None = setting(
+        None,
+        "Heads",
+        "sensitivity: layers give up what the model misses least, measured on --data; global: rank "
+        "all heads together; layer: the same share from each. By default sensitivity for "
+        "l2-reconstruction, layer for l2-weights-largest, else global",
+    )
     granularity: Granularity = setting(
         "head", "Heads", "single heads, or key/value heads with all that read them"
     )
@@ -57,6 +63,8 @@ class HeadChoice(Settings):
     protect: Annotated[tuple[int, ...], BeforeValidator(layer_numbers)] = setting(
         (), "Heads", "layers to leave alone, such as 0,1,-1 (-1 is the last)"
     )
+    protect_first: int = setting(0, "Heads", "first layers to leave alone, beside --protect", ge=0)
+    protect_last: int = setting(0, "Heads", "last layers to leave alone", ge=0)
     per_layer: bool = setting(
         False,
         "Heads",
@@ -126,6 +134,19 @@ class PruneSettings(HeadChoice, Machine):
     def importance(self) -> Metric:
         """The metric, chosen by whether there are calibration rows where none was named."""
         return self.metric or ("l2-reconstruction" if self.data else "l2-weights")
+
+    @property
+    def ranking(self) -> Scope:
+        """How heads of different layers are compared."""
+        by_metric: dict[Metric, Scope] = {
+            "l2-reconstruction": "sensitivity", "l2-weights-largest": "layer"
+        }  # fmt: skip
+        return self.scope or by_metric.get(self.importance, "global")
+
+    @property
+    def measures_layers(self) -> bool:
+        """Whether layers are compared by what the model misses; not where all give up the same."""
+        return self.ranking == "sensitivity" and (self.mode != "structural" or self.per_layer)
 
     @property
     def repairs(self) -> bool:

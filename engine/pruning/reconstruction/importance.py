@@ -13,18 +13,36 @@ from dataclasses import replace
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from engine.config.choices import Granularity
 from engine.pruning.calibration import dense_weight
-from engine.pruning.reconstruction.layer_stream import HeadMoments, LayerStream, lone_output
-from engine.pruning.reconstruction.least_squares import Regression, removal_order
+from engine.pruning.reconstruction.layer_stream import (
+    HeadMoments,
+    LayerStream,
+    lone_output,
+    output_of,
+)
+from engine.pruning.reconstruction.least_squares import Regression, removal_order, repaired
+from engine.pruning.reconstruction.sensitivity import (
+    PrefixDivergence,
+    growth_of_units,
+    measured_counts,
+)
 from engine.pruning.scores import LayerScores, checked
 
 
 def reconstruction_scores(
-    blank: Sequence[LayerScores], stream: LayerStream, granularity: Granularity, ridge: float
+    blank: Sequence[LayerScores],
+    stream: LayerStream,
+    granularity: Granularity,
+    ridge: float,
+    divergence: PrefixDivergence | None = None,
 ) -> list[LayerScores]:
-    """Scores of every head of the layers in `blank`, whose values are not read."""
+    """Scores of every head of the layers in `blank`, whose values are not read.
+
+    With `divergence` they are how far the model strays, in nats a token.
+    """
     wanted = {scores.heads.layer: scores for scores in blank}
     result = []
     for index in range(max(wanted) + 1):
@@ -35,26 +53,58 @@ def reconstruction_scores(
             linear = lone_output(model)[1]
             weight = dense_weight(linear, torch.float32)
             given = Regression(weight, observer.moments, ridge, linear.bias is not None)
-            result.append(_scored(wanted[index], given, granularity))
+            result.append(_scored(wanted[index], given, granularity, divergence))
         del model, observer
         stream.go_on(states)
+        if divergence is not None:
+            divergence.go_on()
     return result
 
 
-def _scored(scores: LayerScores, given: Regression, granularity: Granularity) -> LayerScores:
+def _scored(
+    scores: LayerScores,
+    given: Regression,
+    granularity: Granularity,
+    divergence: PrefixDivergence | None,
+) -> LayerScores:
     heads = scores.heads
-    units: list[tuple[int, ...]] = [(head,) for head in sorted(scores.active)]
-    if granularity == "kv-group":
-        groups = sorted(heads.groups(scores.active))
-        units = [
-            tuple(head for head in heads.members(group) if head in scores.active)
-            for group in groups
-        ]
+    units = _units(scores, granularity)
     values = torch.zeros(heads.heads, dtype=torch.float64)
     if not units:
         return replace(scores, values=values)
-    order, errors = removal_order(given, [heads.output_columns(unit) for unit in units])
-    for number, error in zip(order, accumulate(errors, max), strict=True):
+    columns = [heads.output_columns(unit) for unit in units]
+    order, errors = removal_order(given, columns)
+    grown = list(accumulate(errors, max))
+    if divergence is not None:
+        measured = _measured(scores, given, [columns[number] for number in order], divergence)
+        grown = growth_of_units(errors, measured)
+    for number, value in zip(order, grown, strict=True):
         for head in units[number]:
-            values[head] = error / len(units[number])
+            values[head] = value / len(units[number])
     return replace(scores, values=checked(values, heads.layer))
+
+
+def _units(scores: LayerScores, granularity: Granularity) -> list[tuple[int, ...]]:
+    """The heads that go together."""
+    heads, active = scores.heads, scores.active
+    if granularity == "head":
+        return [(head,) for head in sorted(active)]
+    groups = (heads.members(group) for group in sorted(heads.groups(active)))
+    return [tuple(head for head in group if head in active) for group in groups]
+
+
+def _measured(
+    scores: LayerScores, given: Regression, order: list[Tensor], divergence: PrefixDivergence
+) -> dict[int, float]:
+    """Units removed -> how far the model strays, the rest of the layer repaired."""
+    linear = output_of(divergence.model, scores.heads)
+    result = {}
+    for count in measured_counts(len(order)):
+        if count == len(order):  # a layer of one unit: nothing is left to repair
+            continue
+        going, staying = torch.cat(order[:count]), torch.cat(order[count:])
+        values, shift = repaired(given, staying, going)
+        weight = torch.zeros_like(given.weight, dtype=torch.float64)
+        weight[:, staying] = values
+        result[count] = divergence.without(linear, weight, shift)
+    return result

@@ -99,6 +99,11 @@ class HeadMoments(LayerObserver):
 def lone_output(model: Decoder) -> tuple[HeadSlices, Linear]:
     """The heads of a model of one layer, and the projection that reads them."""
     heads = layer_heads(model.config, 0)
+    return heads, output_of(model, heads)
+
+
+def output_of(model: Decoder, heads: HeadSlices) -> Linear:
+    """The projection that reads the heads of a layer."""
     linear = model.get_submodule(heads.module(heads.output))
     assert isinstance(linear, Linear)
-    return heads, linear
+    return linear

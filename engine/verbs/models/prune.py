@@ -18,7 +18,7 @@ from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.sources.resolve import data_files
 from engine.errors import ConfigError
-from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
+from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -40,17 +40,14 @@ from engine.pruning.apply import (
     remaining,
     renumbered,
 )
-from engine.pruning.calibration import Calibration, calibration_examples, measured_scores
 from engine.pruning.heat_map import HEAT_MAP, draw
-from engine.pruning.reconstruction.importance import reconstruction_scores
-from engine.pruning.reconstruction.layer_stream import LayerStream
-from engine.pruning.reconstruction.repair import Change, HeadRepair, RepairedSource
+from engine.pruning.reconstruction.from_settings import repair_of, scores_of
+from engine.pruning.reconstruction.repair import Change, RepairedSource
 from engine.pruning.report import LOADS_IN, all_pruned, describe
 from engine.pruning.scores import (
     WEIGHTS_WARNING,
     LayerScores,
     prunable_heads,
-    weight_scores,
 )
 from engine.pruning.selection import Rules, Selection, select
 from engine.runs.summary import write_summary
@@ -90,7 +87,7 @@ def prune(
     source = open_model_source(model)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)
-    scored = _scores(source, layers, settings)
+    scored = scores_of(source, layers, settings)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.importance, settings.mode)
     record |= {
@@ -113,7 +110,7 @@ def prune(
         return PruneResult(record, None)
     changes: Mapping[str, Change] = {}
     if settings.repairs:
-        changes, record["repair"] = _repair(source, scored, choice, settings)
+        changes, record["repair"] = repair_of(source, scored, choice.heads, settings)
     parameters = settings.model_dump(mode="json") | {"model": model, "output": output}
 
     def sum_up(folder: Path) -> None:
@@ -144,6 +141,11 @@ def _check(settings: PruneSettings) -> None:
             "--repair least-squares fits what is left to calibration rows: name a file of rows "
             "with --data, or leave --repair out."
         )
+    if settings.ranking == "sensitivity" and metric != "l2-reconstruction":
+        raise ConfigError(
+            f"--scope sensitivity measures what l2-reconstruction leaves of a layer, and --metric "
+            f"is {metric}. Use --metric l2-reconstruction, or --scope global or layer."
+        )
     if metric in ("l2-weights", "l2-weights-largest", "ov"):
         log.warning(WEIGHTS_WARNING, metric)
 
@@ -152,41 +154,19 @@ def _uses_rows(settings: PruneSettings) -> bool:
     return settings.repairs or settings.importance in METRICS_WITH_DATA
 
 
-def _calibration(settings: PruneSettings) -> Calibration:
-    return Calibration(
-        settings.data,
-        rows=settings.calibration_rows,
-        max_length=settings.max_length,
-        quantize=settings.quantize,
-        device=settings.device,
-        dtype=settings.compute_dtype,
-    )
-
-
-def _repair(
-    source: ModelSource, scored: Sequence[LayerScores], choice: Selection, settings: PruneSettings
-) -> tuple[dict[str, Change], dict[str, Any]]:
-    """New values of what is left, and what the record says of them."""
-    how = _calibration(settings)
-    stream = LayerStream(source, calibration_examples(source, how), how)
-    dtype = parse_dtype(settings.dtype or type_to_write(source))
-    repair = HeadRepair(stream, settings.repair_ridge, dtype)
-    repair.run(scored, choice.heads)
-    told = {"method": "least-squares", "ridge": settings.repair_ridge, "layers": repair.told}
-    return repair.changes, told | {"tokens": len(stream.states)}
-
-
 def _rules(settings: PruneSettings, layers: int) -> Rules:
     protected = {index + layers if index < 0 else index for index in settings.protect}
+    protected |= set(range(settings.protect_first))
+    protected |= set(range(layers - settings.protect_last, layers))
     outside = sorted(index for index in protected if not 0 <= index < layers)
     if outside:
         raise ConfigError(
-            f"--protect names layers that are not there ({', '.join(map(str, outside))}); the "
+            f"--protect asks for layers that are not there ({', '.join(map(str, outside))}); the "
             f"model has layers 0 to {layers - 1}, or -1 for the last."
         )
     return Rules(
         fraction=settings.fraction,
-        scope=settings.scope,
+        scope=settings.ranking,
         granularity=settings.granularity,
         min_heads=settings.min_heads,
         min_kv_heads=settings.min_kv_heads,
@@ -194,27 +174,6 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
         uniform=settings.mode == "structural" and not settings.per_layer,
         regular=settings.per_layer,
         allow_shortfall=settings.allow_shortfall,
-    )
-
-
-def _scores(
-    source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings
-) -> list[LayerScores]:
-    metric = settings.importance
-    if metric == "l2-reconstruction":
-        how = _calibration(settings)
-        stream = LayerStream(source, calibration_examples(source, how), how)
-        blank = weight_scores(source, layers, "random")
-        ridge = settings.repair_ridge
-        return reconstruction_scores(blank, stream, settings.granularity, ridge)
-    if metric in METRICS_WITH_DATA:
-        return measured_scores(source, layers, metric, _calibration(settings))
-    return weight_scores(
-        source,
-        layers,
-        metric,
-        seed=settings.seed,
-        through=settings.quantize,
     )
 
 

@@ -110,7 +110,9 @@ def test_repaired_outputs_are_least_squares_fits_to_transformers_own_activations
 ) -> None:
     """In transformers what is written computes alike, and each o_proj is numpy's fit in turn."""
     examples = rows_of((70, 53, 61))
-    monkeypatch.setattr("engine.verbs.models.prune.calibration_examples", lambda *_: examples)
+    monkeypatch.setattr(
+        "engine.pruning.reconstruction.from_settings.calibration_examples", lambda *_: examples
+    )
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
     settings = PruneSettings(
         fraction=0.5, mode=mode, scope="layer", data=[tmp_path / "rows.jsonl"], dtype="float32",

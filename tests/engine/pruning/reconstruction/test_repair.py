@@ -95,7 +95,9 @@ def pruned(
     model: Path, output: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> dict[str, Any]:
     """The record of a model without a tokenizer, pruned with `examples` for its rows."""
-    monkeypatch.setattr("engine.verbs.models.prune.calibration_examples", lambda *_: examples())
+    monkeypatch.setattr(
+        "engine.pruning.reconstruction.from_settings.calibration_examples", lambda *_: examples()
+    )
     given: dict[str, Any] = {"fraction": 0.5, "scope": "layer", "device": "cpu"} | changes
     return prune(model, output, PruneSettings(data=(str(rows),), **given)).record
 

@@ -1,0 +1,75 @@
+"""Scores and repairs as the settings of `engine prune` ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config.choices import METRICS_WITH_DATA
+from engine.config.tasks.pruning import PruneSettings
+from engine.data.examples import Example
+from engine.device import resolve_device, resolve_dtype
+from engine.model_sources.export import parse_dtype
+from engine.model_sources.gguf.source import type_to_write
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.load_model import build_model
+from engine.model_sources.pruning_record import HeadMap
+from engine.pruning.calibration import Calibration, calibration_examples, measured_scores
+from engine.pruning.reconstruction.importance import reconstruction_scores
+from engine.pruning.reconstruction.layer_stream import LayerStream
+from engine.pruning.reconstruction.repair import Change, HeadRepair
+from engine.pruning.reconstruction.sensitivity import PrefixDivergence
+from engine.pruning.scores import LayerScores, weight_scores
+from models.head_slices import HeadSlices
+
+
+def calibration_of(settings: PruneSettings) -> Calibration:
+    """The rows to run, and how the model is loaded for them."""
+    return Calibration(
+        settings.data,
+        rows=settings.calibration_rows,
+        max_length=settings.max_length,
+        quantize=settings.quantize,
+        device=settings.device,
+        dtype=settings.compute_dtype,
+    )
+
+
+def scores_of(
+    source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings
+) -> list[LayerScores]:
+    """Scores of every head of `layers`. Raises `DataError` and `CheckpointError`."""
+    metric, how = settings.importance, calibration_of(settings)
+    if metric == "l2-reconstruction":
+        examples = calibration_examples(source, how)
+        stream = LayerStream(source, examples, how)
+        blank = weight_scores(source, layers, "random")
+        measured = _divergence(source, examples, how) if settings.measures_layers else None
+        ridge = settings.repair_ridge
+        return reconstruction_scores(blank, stream, settings.granularity, ridge, measured)
+    if metric in METRICS_WITH_DATA:
+        return measured_scores(source, layers, metric, how)
+    return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)
+
+
+def _divergence(
+    source: ModelSource, examples: Sequence[Example], how: Calibration
+) -> PrefixDivergence:
+    """The whole model, to be run from any layer on."""
+    device = resolve_device(how.device)
+    dtype = resolve_dtype(how.dtype, device)
+    model = build_model(source, quantization=how.quantize, device=device, dtype=dtype)
+    return PrefixDivergence(model, examples)
+
+
+def repair_of(
+    source: ModelSource, scored: Sequence[LayerScores], chosen: HeadMap, settings: PruneSettings
+) -> tuple[dict[str, Change], dict[str, Any]]:
+    """New values of what is left by the tensor's name, and what the record says of them."""
+    how = calibration_of(settings)
+    stream = LayerStream(source, calibration_examples(source, how), how)
+    dtype = parse_dtype(settings.dtype or type_to_write(source))
+    repair = HeadRepair(stream, settings.repair_ridge, dtype)
+    repair.run(scored, chosen)
+    told = {"method": "least-squares", "ridge": settings.repair_ridge, "layers": repair.told}
+    return repair.changes, told | {"tokens": len(stream.states)}
