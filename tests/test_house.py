@@ -9,6 +9,7 @@ import re
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ ALLOWED = re.compile(
 )
 
 
+@lru_cache(maxsize=None)
+def nodes_of(source: str) -> tuple[ast.AST, ...]:
+    """The nodes of a file's syntax tree, the module first; rules share them."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
+@lru_cache(maxsize=None)
 def words_of(identifier: str) -> list[str]:
     """The words of a snake_case or CamelCase name, in lower case."""
     parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+", identifier)
@@ -69,11 +77,11 @@ def replaced_words(source: str) -> Iterator[str]:
             yield f"line {token.start[0]}: {name}; write {REPLACED_WORDS[word]}"
 
 
-def imported_names(tree: ast.AST) -> set[str]:
+def imported_names(source: str) -> set[str]:
     """Names that a file binds by importing: modules, classes and functions of others."""
     aliases = (
         alias
-        for node in ast.walk(tree)
+        for node in nodes_of(source)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     )
@@ -101,10 +109,9 @@ def replacements(source: str, methods: frozenset[str] = frozenset()) -> Iterator
 
     `methods` are the names of the product's methods: assigning to one replaces it.
     """
-    tree = ast.parse(source)
-    classes = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    foreign = imported_names(tree) | classes | {"cls"}
-    for node in ast.walk(tree):
+    classes = {node.name for node in nodes_of(source) if isinstance(node, ast.ClassDef)}
+    foreign = imported_names(source) | classes | {"cls"}
+    for node in nodes_of(source):
         for target in (inner for outer in assigned(node) for inner in ast.walk(outer)):
             if not isinstance(target, ast.Attribute) or isinstance(target.ctx, ast.Load):
                 continue
@@ -134,7 +141,7 @@ def method_names(files: dict[Path, str]) -> frozenset[str]:
     methods: set[str] = set()
     data: set[str] = set()
     for source in files.values():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes_of(source):
             if isinstance(node, ast.ClassDef):
                 methods |= {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
                 data |= {ast.unparse(x.target) for x in node.body if isinstance(x, ast.AnnAssign)}
@@ -150,14 +157,13 @@ def is_triton(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 def long_signatures(source: str) -> Iterator[str]:
     """Functions with too many parameters; Triton kernels and autograd signatures aside."""
-    tree = ast.parse(source)
     autograd = {
         id(item)
-        for node in ast.walk(tree)
+        for node in nodes_of(source)
         if isinstance(node, ast.ClassDef) and any("Function" in ast.unparse(b) for b in node.bases)
         for item in node.body
     }
-    for node in ast.walk(tree):
+    for node in nodes_of(source):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         if is_triton(node) or id(node) in autograd:
@@ -170,12 +176,14 @@ def long_signatures(source: str) -> Iterator[str]:
 
 
 def first_line(source: str) -> str:
-    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    module = nodes_of(source)[0]
+    assert isinstance(module, ast.Module)
+    return (ast.get_docstring(module) or "").partition("\n")[0]
 
 
 def every_fault(rule: str, files: dict[Path, str]) -> list[str]:
     """The faults of all files by one rule: 'path: fault'."""
-    methods = method_names(files)
+    methods = method_names(files) if rule == "replacements" else frozenset()
     checks = {
         "words": replaced_words,
         "replacements": lambda source: replacements(source, methods),
@@ -203,7 +211,7 @@ def test_class_names_are_unique() -> None:
     names = Counter(
         node.name
         for source in product_sources().values()
-        for node in ast.walk(ast.parse(source))
+        for node in nodes_of(source)
         if isinstance(node, ast.ClassDef)
     )
     assert [name for name, count in names.items() if count > 1] == []

@@ -37,10 +37,10 @@ def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]
             base = ".".join([*parents, *([node.module] if node.module else [])])
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and node.args:
-            called = ast.unparse(node.func)
             first = node.args[0]
-            by_name = called in {"__import__", "import_module", "importlib.import_module"}
-            if by_name and isinstance(first, ast.Constant) and isinstance(first.value, str):
+            if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+                continue
+            if ast.unparse(node.func) in {"__import__", "import_module", "importlib.import_module"}:
                 yield node.lineno, first.value
 
 
