@@ -9,7 +9,7 @@ import re
 import tokenize
 from collections import Counter
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,13 +54,13 @@ ALLOWED = re.compile(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def nodes_of(source: str) -> tuple[ast.AST, ...]:
     """The nodes of a file's syntax tree, the module first; rules share them."""
     return tuple(ast.walk(ast.parse(source)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def words_of(identifier: str) -> list[str]:
     """The words of a snake_case or CamelCase name, in lower case."""
     parts = re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|\d+", identifier)
