@@ -209,7 +209,8 @@ def largest_step(prepared: Prepared) -> Workload:
 
 def step_of(config: TrainConfig, lengths: Sequence[int]) -> Workload:
     """The most tokens that a step over rows of these lengths can have; longer rows are cut."""
-    lengths = sorted((min(config.max_length, length) for length in lengths), reverse=True)
+    most = config.max_length * config.sequences_per_example
+    lengths = sorted((min(most, length) for length in lengths), reverse=True)
     count = min(config.accumulate, 2)
     if config.packing:
         return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)

@@ -17,6 +17,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.memory.process import PROCESS
+from engine.memory.simulate.answers import planned_batch
 from engine.memory.simulate.depth import step_of_layers
 from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.step import SimulatedStep, simulate_step
@@ -115,12 +116,17 @@ def workload(config: TrainConfig) -> Workload:
 
     More than two micro-batches need what two need.
     """
-    lengths = (config.max_length,) * config.batch_size
+    lengths = (config.max_length * config.sequences_per_example,) * config.batch_size
     return Workload((lengths,) * min(config.accumulate, 2))
 
 
-def make_batch(lengths: Sequence[int]) -> PackedBatch:
-    """A batch of documents of these lengths, every token of which is trained."""
+def make_batch(lengths: Sequence[int], config: TrainConfig | None = None) -> PackedBatch:
+    """A batch of documents of these lengths, every token of which is trained.
+
+    Where the objective of `config` is about answers, the lengths are those of its examples.
+    """
+    if config is not None and config.learns_answers:
+        return planned_batch(lengths, config)
     ids = torch.zeros(sum(lengths), dtype=torch.int64)
     return PackedBatch.of(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
@@ -157,7 +163,7 @@ def plan(
     """
     work = work or workload(config)
     if isinstance(work, Workload):
-        batches = [make_batch(lengths) for lengths in work.micro_batches]
+        batches = [make_batch(lengths, config) for lengths in work.micro_batches]
     else:
         batches = list(work)
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))

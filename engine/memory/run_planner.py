@@ -72,7 +72,7 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
         if described.tokenizer_files():
             tokenizer = load_tokenizer(described, config.template_date)
             rows = read_examples(config, tokenizer, model.vocab_size)
-            lengths = tuple(len(example) for example in rows.examples)
+            lengths = rows.lengths(config)
             if rows.report.documents:  # they are packed, so that every row is full
                 lengths = (config.max_length,) * len(lengths)
             return KnownRows(len(lengths), lengths, rows)

@@ -71,8 +71,7 @@ class Prepared:
     @property
     def lengths(self) -> list[int]:
         """Tokens of the examples, for a plan of the largest step; streamed ones may be full."""
-        answers = self.answers
-        lengths = [answers.length(index) for index in range(len(self.examples))]
+        lengths = list(self.rows.lengths(self.config))
         if not isinstance(self.plan, BatchStream):
             return lengths
         return [self.config.max_length] * max(len(lengths), 2 * self.config.batch_size)

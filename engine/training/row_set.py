@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config.train_config import TrainConfig
 from engine.data.batches.loader import split_heldout
+from engine.data.batches.sequences import AnswerSet
 from engine.data.batches.weights import weighted_rows
 from engine.data.dataset import BadLines, ReadReport, RowChoice, log_read, read_chosen
 from engine.data.example_report import ExampleReport, judge, log_examples
@@ -40,6 +41,11 @@ class RowSet:
     report_heldout: ExampleReport
     settings: tuple[Any, ...]
     categories: dict[str, str] = field(default_factory=dict)
+
+    def lengths(self, config: TrainConfig) -> tuple[int, ...]:
+        """Tokens that each example to train on lays into a batch."""
+        answers = AnswerSet(self.examples, config.max_length, config.share_prompt)
+        return tuple(answers.length(index) for index in range(len(self.examples)))
 
     def log(self) -> None:
         """Log what is logged as the rows are read."""

@@ -31,6 +31,7 @@ import kernels.nf4.decode
 import kernels.nf4.encode
 import kernels.nf4.matmul
 from engine.config.train_config import TrainConfig
+from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model
@@ -221,6 +222,7 @@ def _step(
         optimizer,
         step_settings(config),
         config.max_grad_norm,
+        objective=planned_objective(config, batches),
         in_backward=make_in_backward(model, optimizer, config),
     )
     step(batches)
