@@ -31,7 +31,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def rows(tmp_path: Path) -> Callable[[str], str]:
     def write(name: str) -> str:
         path = tmp_path / name
-        lines = ({"prompt": f"Word {n}?", "response": f"{'abc' * (n % 3 + 1)}"} for n in range(8))
+        answers = ("chosen", "rejected") if name == "pairs.jsonl" else ("response",)
+        lines = (
+            {"prompt": f"Word {n}?"} | {a: f"{a[:3] * (n % 3 + 1)}" for a in answers}
+            for n in range(8)
+        )
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return str(path)
 
@@ -49,6 +53,7 @@ def planned(file: str, capsys: pytest.CaptureFixture[str], *words: str) -> dict[
 def test_every_configuration_is_here() -> None:
     assert FILES == [
         "distill.yaml",
+        "dpo.yaml",
         "full_finetune.yaml",
         "lora_cpu.yaml",
         "qlora_8b_24gb.yaml",
@@ -94,7 +99,7 @@ def test_a_tiny_model_trains_with_every_configuration(
     model = str(write_tiny_model(tmp_path / "model", "llama"))
     words = [
         f"model={model}",
-        f"data={rows('train.jsonl')}",
+        f"data={rows('pairs.jsonl' if file == 'dpo.yaml' else 'train.jsonl')}",
         f"output_dir={tmp_path / 'run'}",
         *("device=cpu", "dtype=float32", "max_steps=1", "batch_size=2", "accumulate=1"),
         "max_length=64",

@@ -102,7 +102,7 @@ def orpo_loss(chosen: AnswerScores, rejected: AnswerScores, how: LossSettings) -
 
 
 def kto_loss(answers: AnswerScores, good: Tensor, baseline: Tensor, how: LossSettings) -> Tensor:
-    """Kahneman-Tversky optimisation (P,): Ethayarajh et al. 2024, arXiv 2402.01306, equation 8.
+    """Kahneman-Tversky optimisation (P,): Ethayarajh et al. 2024, arXiv 2402.01306, L_KTO.
 
     good (P,) bool; baseline () is z. The weights of good and bad answers are the objective's.
     """
