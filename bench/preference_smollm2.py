@@ -28,8 +28,8 @@ from engine.verbs.training.train import train
 from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"
-TRAINED, HELDOUT, ANSWERED = 200, 50, 20
-LONGEST = 400
+TRAINED, HELDOUT, ANSWERED = 200, 50, 12
+LONGEST = 240
 """Characters of the docstrings that are taken, so that no answer is cut."""
 
 
@@ -101,9 +101,9 @@ def main() -> None:
             method="qlora",
             batch_size=4,
             epochs=1,
-            learning_rate=1e-4,
+            learning_rate=2e-4,
             max_length=256,
-            eval_every=25,
+            eval_every=0,
             device="cpu",
             plot=False,
             reference_cache="none",

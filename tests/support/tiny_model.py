@@ -36,9 +36,11 @@ def write_tiny_model(target: Path, family: str = "qwen3") -> Path:
     return target
 
 
-def write_tokenizer(target: Path) -> None:
-    """The files of a character tokenizer of 83 ids and a ChatML template."""
-    characters = [*string.ascii_letters, *string.digits, *" \n.,:;!?'()_-+*/=<>"]
+CHARACTERS = f"{string.ascii_letters}{string.digits} \n.,:;!?'()_-+*/=<>"
+
+
+def write_tokenizer(target: Path, characters: str = CHARACTERS) -> None:
+    """The files of a tokenizer of these characters (83 ids) and a ChatML template."""
     vocab = {text: index for index, text in enumerate(["<pad>", "<|im_start|>", "<|im_end|>"])}
     vocab |= {text: index + 3 for index, text in enumerate(characters)}
     tokenizer = Backend(BPE(vocab, []))

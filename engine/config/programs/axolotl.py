@@ -20,6 +20,7 @@ from engine.config.programs.translation import (
     checkpointing,
     compute_type,
     heldout,
+    preferences,
 )
 
 _SAME = {
@@ -120,7 +121,6 @@ _MISSING = {
     "evals_per_epoch": "`eval_every` counts steps, not parts of an epoch",
     "cosine_min_lr_ratio": "the learning rate ends at zero",
     "cosine_constant_lr_ratio": "the learning rate falls from the warm-up on",
-    "rl": NO_PREFERENCES,
     "reward_model": NO_PREFERENCES,
     "pretraining_dataset": "raw text is not trained",
     "batch_size": "a step has `batch_size` x `accumulate` rows: set `accumulate`",
@@ -133,6 +133,18 @@ _MISSING = {
     "max_memory": "one limit for the device: `memory_budget`",
 }
 _SHAPES = ("alpaca", "chat_template", "sharegpt", "input_output", "context_qa", "gpteacher")
+
+
+_PREFERENCES = {
+    "rl_beta": "beta",
+    "orpo_alpha": "beta",
+    "dpo_label_smoothing": "label_smoothing",
+    "simpo_gamma": "simpo_gamma",
+    "rpo_alpha": "nll_weight",
+    "cpo_alpha": "nll_weight",
+    "kto_desirable_weight": "desirable_weight",
+    "kto_undesirable_weight": "undesirable_weight",
+}
 
 
 def translate(given: dict[str, Any], folder: Path) -> Translation:
@@ -164,6 +176,9 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     if source.take("use_tensorboard"):
         source.put("report_to", ["tensorboard"], "use_tensorboard")
     best_checkpoint(source)
+    asked = source.take("rl")
+    if asked:
+        preferences(source, "rl", asked, _PREFERENCES)
     source.drop_by_reason(_NEEDLESS)
     source.miss_if_asked(_MISSING)
     return source.finish()

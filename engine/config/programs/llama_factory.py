@@ -13,6 +13,7 @@ from engine.config.programs.translation import (
     GivenKeys,
     Translation,
     heldout,
+    preferences,
 )
 from engine.storage import strict_json
 
@@ -44,8 +45,17 @@ _MISSING = {
     "video_max_pixels": "only text is read",
     "streaming": "rows are read before the first step",
     "tokenized_path": "rows are tokenised anew",
-    "dpo": NO_PREFERENCES,
-    "ref_model": NO_PREFERENCES,
+}
+
+
+_PREFERENCES = {
+    "pref_beta": "beta",
+    "pref_ftx": "nll_weight",
+    "dpo_label_smoothing": "label_smoothing",
+    "simpo_gamma": "simpo_gamma",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
+    "ref_model": "reference",
 }
 
 
@@ -75,8 +85,11 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
 
 def _method(source: GivenKeys) -> None:
     stage = source.take("stage", "sft")
-    if stage != "sft":
-        source.miss("stage", f"{stage!r}: rows are fine-tuned on (sft), and nothing else")
+    if stage in ("dpo", "kto"):
+        asked = stage if stage == "kto" else source.take("pref_loss", "sigmoid")
+        preferences(source, "stage", asked, _PREFERENCES)
+    elif stage != "sft":
+        source.miss("stage", f"{stage!r}: {NO_PREFERENCES}")
     kind = source.take("finetuning_type", "lora")
     bits = source.take("quantization_bit")
     double = source.take("double_quantization", True)

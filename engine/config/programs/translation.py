@@ -172,5 +172,20 @@ NEVER_PADDED = "rows are never padded"
 NOT_EIGHT_BITS = "8-bit bases are not trained on: the base has 16 bits, or 4"
 NO_HEAD = "embeddings and head are not trained beside an adapter"
 SAME_VOCABULARY = "the vocabulary stays"
-NO_PREFERENCES = "preferences are not trained"
+NO_PREFERENCES = "learnt are rows, a teacher and preferences, offline"
 NOTHING_UPLOADED = "nothing is uploaded"
+
+OBJECTIVES = {
+    "dpo": "dpo", "sigmoid": "dpo", "ipo": "ipo", "kto": "kto", "orpo": "orpo", "simpo": "simpo",
+    "cpo": "cpo",
+}  # fmt: skip
+
+
+def preferences(source: GivenKeys, key: str, asked: Any, table: Mapping[str, str]) -> None:
+    """The objective that `key` asks for, with the settings of it that `table` renames."""
+    objective = OBJECTIVES.get(str(asked).lower())
+    if objective is None:
+        source.miss(key, f"{asked!r}: {NO_PREFERENCES}")
+        return
+    source.put("objective", objective, key)
+    source.copy(table)

@@ -50,8 +50,11 @@ def continued(config: TrainConfig, run: Path, steps: int | None = None) -> str:
 
 
 def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
-    """The `engine eval` that gives the run's held-out figure again; None without such rows."""
-    if not config.eval_data and not config.heldout:
+    """The `engine eval` that gives the run's held-out figure again; None without such rows.
+
+    None too where these are preferences, which only the run itself judges.
+    """
+    if config.learns_answers or not (config.eval_data or config.heldout):
         return None
     split = not config.eval_data
     options: dict[str, Any] = {
@@ -82,9 +85,10 @@ def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
 def next_steps(config: TrainConfig, output: Path) -> list[str]:
     """What one does after a run: evaluate, ask, and merge an adapter."""
     evaluated = repeat_heldout(config, output)
-    if evaluated is None:
+    if evaluated is None and not config.learns_answers:
         evaluated = command("eval", _model(config, output) | {"data": config.data})
-    steps = [evaluated, command("generate", _model(config, output) | {"prompt": "Hello!"})]
+    asked = command("generate", _model(config, output) | {"prompt": "Hello!"})
+    steps = [asked] if evaluated is None else [evaluated, asked]
     if not config.every_weight:
         merged = output.with_name("merged")
         steps.append(command("merge", _model(config, output) | {"output": merged}))

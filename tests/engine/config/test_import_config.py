@@ -238,8 +238,8 @@ def wishes(name: str, **changes: Any) -> dict[str, Any]:
         ("axolotl", "val_set_size", 200),
         ("axolotl", "special_tokens", {"eos_token": "<|im_end|>"}),
         ("axolotl", "optim_args", "weight_decouple=1"),
-        ("axolotl", "rl", "dpo"),
-        ("llama-factory", "stage", "dpo"),
+        ("axolotl", "rl", "grpo"),
+        ("llama-factory", "stage", "ppo"),
         ("llama-factory", "finetuning_type", "oft"),
         ("llama-factory", "quantization_bit", 8),
         ("llama-factory", "mask_history", True),
@@ -277,6 +277,26 @@ def test_a_default_of_the_other_program_is_called_one(
     made = PROGRAMS[name](given, Path())
     assert made.settings[setting].value == value
     assert made.settings[setting].origin == f"{made.program}'s default"
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "values"),
+    [
+        ("axolotl", {"rl": "simpo", "rl_beta": 2.5}, {"objective": "simpo", "beta": 2.5}),
+        (
+            "llama-factory",
+            {"stage": "dpo", "pref_loss": "ipo", "pref_beta": 0.2, "ref_model": "m"},
+            {"objective": "ipo", "beta": 0.2, "reference": "m"},
+        ),
+        ("llama-factory", {"stage": "kto"}, {"objective": "kto"}),
+    ],
+)
+def test_preferences_are_translated(
+    name: str, keys: dict[str, Any], values: dict[str, Any]
+) -> None:
+    made = PROGRAMS[name](yaml.safe_load(CASES[name][0]) | keys, Path())
+    assert {key: made.values()[key] for key in values} == values
+    assert not made.missing.keys() & keys.keys()
 
 
 def test_a_wish_for_nothing_is_no_loss() -> None:

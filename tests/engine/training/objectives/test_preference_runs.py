@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.errors import DataError
+from engine.errors import ConfigError, DataError
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.objectives.choose import make_objective
@@ -17,6 +18,7 @@ from engine.verbs.training.train import train
 from models.adapters import adapter_tensors, add_lora
 from models.layers.context import DEFAULT_SETTINGS
 from tests.support.small_runs import adapter_bytes, preference_run, write_judged, write_pairs
+from tests.support.tiny_model import write_tiny_model, write_tokenizer
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -192,3 +194,34 @@ def test_shared_prompts_give_the_same_gradients_of_fewer_tokens(
     largest = max(float(g.abs().max()) for g in apart.values())
     for name, grad in once.items():
         assert float((grad - apart[name]).abs().max()) <= 1e-6 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"method": "qlora", "share_prompt": True}),
+        ("llama", {"use_dora": True, "target_modules": "attn"}),
+        ("qwen3_moe", {"method": "qlora", "share_prompt": True}),
+        ("qwen3_next", {"objective": "kto"}),
+    ],
+)
+def test_families_and_methods_learn_preferences(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    model, run = write_tiny_model(tmp_path / "model", family), tmp_path / "run"
+    write_tokenizer(model, f"{string.ascii_lowercase}{string.digits}W \n.?")
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    train(
+        preference_run(model, data, run, max_steps=6, learning_rate=2e-2, **changes), console=False
+    )
+    first, *_, last = lines_of(run)
+    assert last["loss"] < first["loss"]
+    assert last["rewards/margins"] > first["rewards/margins"]
+
+
+def test_a_state_cannot_fork_for_two_answers(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "qwen3_next")
+    write_tokenizer(model, string.ascii_lowercase)
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    with pytest.raises(ConfigError, match="Gated DeltaNet"):
+        train(preference_run(model, data, tmp_path / "run", share_prompt=True), console=False)
