@@ -1,4 +1,4 @@
-"""One side of bench/cpu/preference.py: DPO with this engine, or with TRL, PEFT and bitsandbytes.
+"""One side of bench/cpu/preference.py: DPO with this engine, or with TRL.
 
 Both train a QLoRA adapter of rank 16 on all seven projections with 8-bit AdamW, against the base
 without adapter. The time of a side is that of its timed steps and of all that they need of the
