@@ -69,7 +69,9 @@ def check_model(
     if config.gradient_checkpointing != "auto":
         check_policies(config, model.num_hidden_layers)
     if config.teacher is not None:
-        check_teacher(config.teacher, model)
+        check_vocabulary("teacher", config.teacher, model)
+    if config.reference not in (None, "base"):
+        check_vocabulary("reference", str(config.reference), model)
     if disk:
         check_output(config, saved_bytes(config, model, dtype))
     return check_init_adapter(config, model)
@@ -105,14 +107,14 @@ def check_policies(config: TrainConfig, layers: int) -> None:
         raise ConfigError(f"--gradient-checkpointing: {error}.") from error
 
 
-def check_teacher(teacher: str, student: ModelConfig) -> None:
-    """Raises `CheckpointError` where the teacher's vocabulary is not the student's."""
-    theirs, ours = describe_model(teacher).config.vocab_size, student.vocab_size
+def check_vocabulary(role: str, name: str, model: ModelConfig) -> None:
+    """Raises `CheckpointError` where another model's vocabulary is not this one's."""
+    theirs, ours = describe_model(name).config.vocab_size, model.vocab_size
     if theirs != ours:
         raise CheckpointError(
-            f"The teacher {teacher} has a vocabulary of {theirs}, the model one of {ours}; "
-            "probabilities can only be compared over the same tokens. Name a teacher of the same "
-            "family, or leave out --teacher."
+            f"The {role} {name} has a vocabulary of {theirs}, the model one of {ours}; "
+            "probabilities can only be compared over the same tokens. Name one of the same "
+            f"family, or leave out --{role}."
         )
 
 

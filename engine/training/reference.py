@@ -48,11 +48,12 @@ class RunReference:
 
     prepared: Prepared
     settings: StepSettings
+    device: torch.device
     dtype: torch.dtype
     trained: Tensor | None = None
     heldout: Tensor | None = None
 
-    def measure_another(self, device: torch.device) -> None:
+    def measure_another(self) -> None:
         """Where the reference is another model: load it, measure, and let it go."""
         config = self.prepared.config
         if stage_of(config) != "another model" or config.reference is None:
@@ -64,7 +65,7 @@ class RunReference:
 
         def loaded() -> Decoder:
             nonlocal model
-            model = model or build_for(config, source, device, self.dtype)
+            model = model or build_for(config, source, self.device, self.dtype)
             return model
 
         self._measure(loaded)
@@ -105,6 +106,8 @@ class RunReference:
             "double_quant": config.double_quant,
             "head_precision": config.head_precision,
             "dtype": str(self.dtype),
+            "device": self.device.type,
+            "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "version": version(),
         }

@@ -52,6 +52,12 @@ PREFERENCE_RULES = (
     _only_for("undesirable_weight", 1.0, ("kto",), "the weight of bad answers"),
     _only_for("reference", None, ("dpo", "ipo", "kto"), "what answers are measured against"),
     Rule(
+        "reference",
+        lambda c, _: c.reference not in (None, "base") and c.memory_budget is not None,
+        "memory_budget does not count what another model takes as the reference.",
+        "Set one of them",
+    ),
+    Rule(
         "share_prompt",
         lambda c, _: c.share_prompt and c.objective not in _PAIRS,
         "share_prompt is about the two answers of a pair, and objective {c.objective} has none.",

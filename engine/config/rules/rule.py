@@ -31,6 +31,7 @@ class RunSettings(Protocol):
     attention_dropout: float
     objective: ObjectiveName
     teacher: str | None
+    reference: str | None
     packing: bool
     share_prompt: bool
     streaming: Streaming

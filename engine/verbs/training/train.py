@@ -99,8 +99,8 @@ class _Run:
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
         self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
-        self.reference = RunReference(prepared, step_settings(settings), dtype)
-        self.reference.measure_another(self.device)
+        self.reference = RunReference(prepared, step_settings(settings), self.device, dtype)
+        self.reference.measure_another()
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
         self.model = build_for(self.config, base, self.device, dtype)

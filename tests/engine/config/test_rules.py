@@ -71,6 +71,7 @@ PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"objective": "dpo", "desirable_weight": 2.0}, Facts()),
     ({"objective": "dpo", "undesirable_weight": 2.0}, Facts()),
     ({"objective": "orpo", "reference": "base"}, Facts()),
+    ({"objective": "dpo", "reference": "m", "memory_budget": 1 << 30}, Facts()),
     ({"share_prompt": True}, Facts()),
     ({"objective": "dpo", "share_prompt": True, "cuda_graphs": True}, Facts()),
     ({"objective": "dpo", "share_prompt": True}, Facts(model_type="qwen3_next", hybrid=True)),

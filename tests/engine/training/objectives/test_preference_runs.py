@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
 from engine.training.objectives.choose import make_objective
 from engine.training.prepare import prepare
-from engine.verbs.training.train import train
+from engine.verbs.training.train import dry_run, train
 from models.adapters import adapter_tensors, add_lora
 from models.layers.context import DEFAULT_SETTINGS
 from tests.support.small_runs import adapter_bytes, preference_run, write_judged, write_pairs
@@ -225,3 +225,12 @@ def test_a_state_cannot_fork_for_two_answers(tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl")
     with pytest.raises(ConfigError, match="Gated DeltaNet"):
         train(preference_run(model, data, tmp_path / "run", share_prompt=True), console=False)
+
+
+def test_a_reference_of_another_vocabulary_is_refused_before_weights_are_read(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other", "qwen3_moe")
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    with pytest.raises(CheckpointError, match=r"The reference .* vocabulary of 64, the model one"):
+        dry_run(preference_run(tiny_model, data, tmp_path / "run", reference=str(other)))
