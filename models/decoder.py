@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import AttentionPlan
+from kernels.few_rows.project import multiply_head
 from kernels.linear.dense import dense_product
 from kernels.linear.int8 import Int8Weight
 from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_entropy
@@ -274,13 +275,16 @@ class Decoder(nn.Module):
         run = ForwardPass(context, policies, weights=self.weight_stream)
         x: Tensor = self.model.embed_tokens(input_ids)
         for layer in self.layers:
-            x = run_layer(x, layer, run)
+            with run.with_weights(layer, 1):
+                x = layer.next_tokens(x, context)
         return x
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits (N, V) of the last layer's output (N, H), without gradients."""
-        normed, _ = self.model.norm.forward_with_rstd(x)
-        head = self.head_weight()
+        normed, head = self.model.norm.next_tokens(x), self.head_weight()
+        logits = multiply_head(normed, head)
+        if logits is not None:
+            return logits
         if not isinstance(head, Tensor):
             return head_logits(normed, head)
         return dense_product(normed, head, normed.new_empty(len(normed), head.shape[0]))

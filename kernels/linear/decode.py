@@ -78,7 +78,7 @@ def decode(
         return Decoded(weights, join(projections, dtype, weights[0].device, slot))
     device, columns = projections[0].weight.device, int(projections[0].weight.shape[1])
     layout, spare = layout_of(projections), spare_columns(projections, device)
-    whole = _lasting(projections, dtype)
+    whole = lasting_matrix(projections, dtype)
     if whole is None:
         whole = scratch(f"decoded.{slot}", _shape(projections, device), dtype, device)
         weights = _decode_into(whole, projections)
@@ -126,7 +126,8 @@ def _decode_into(whole: Tensor, projections: Sequence[Projection]) -> list[Tenso
     return weights
 
 
-def _lasting(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+def lasting_matrix(projections: Sequence[Projection], dtype: torch.dtype) -> Tensor | None:
+    """The decoded weights of a group one below the other, where they stay in memory."""
     lasting = projections[0].lasting
     if lasting is None or lasting.members != len(projections) or lasting.matrix.dtype != dtype:
         return None

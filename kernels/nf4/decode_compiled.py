@@ -100,8 +100,8 @@ def _body(narrow: bool, permutes: bool) -> Body:
         factor = lanes.same(scalars[0])
         # The even element has the high nibble.
         high, low = b.lshr(indices, lanes.integer(4)), b.and_(indices, lanes.integer(15))
-        even = lanes.mul(_look_up(lanes, high, permutes), factor)
-        odd = lanes.mul(_look_up(lanes, low, permutes), factor)
+        even = lanes.mul(look_up(lanes, high, permutes), factor)
+        odd = lanes.mul(look_up(lanes, low, permutes), factor)
         if narrow:
             first = b.lshr(lanes.rounded_bits(even), lanes.integer(16))
             second = b.and_(lanes.rounded_bits(odd), lanes.integer(0xFFFF0000))
@@ -113,7 +113,8 @@ def _body(narrow: bool, permutes: bool) -> Body:
     return write
 
 
-def _look_up(lanes: Lanes, indices: Any, permutes: bool) -> Any:
+def look_up(lanes: Lanes, indices: Any, permutes: bool) -> Any:
+    """The values of NF4 codes, one a word."""
     b, codes = lanes.builder, NF4_CODE.tolist()
     if permutes:
         table = lanes.constant(lanes.float, codes)

@@ -8,6 +8,7 @@ heads' outputs: q_proj then has rows [q | gate] for every head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,9 @@ from kernels.attention import (
     writes_gradients,
 )
 from kernels.elementwise.rope import rope_qk_
+from kernels.few_rows.elementwise import rotate_rows, takes_width
+from kernels.few_rows.product import takes_rows
+from kernels.few_rows.project import project_rows
 from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, blocks_of, matrix_of, output_columns
 from kernels.linear.decode import Decoded, decode
@@ -98,7 +102,7 @@ class Attention(nn.Module):
         """The projection that writes the mixer's output."""
         return (self.o_proj.projection(groups),)
 
-    def _split(self, parts: Columns) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _split(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Outputs of the three projections as heads of q, k, v and gate, views."""
         q, k, v = (self.heads(part) for part in parts)
         if not self.gated:
@@ -125,6 +129,26 @@ class Attention(nn.Module):
         ys, low = project(self._gated(saved), output, seed, slot=slot, spare=False)
         saved.output_adapter_input = low
         return context.output_dropout(self.index, 0)(ys.matrix), saved
+
+    def next_tokens(self, x: Tensor, norm: RMSNorm, context: LayerContext) -> Tensor:
+        """x1 - x (N, H) of x (N, H), the next tokens of the sequences in the context's cache."""
+        assert context.cache is not None
+        groups = context.groups
+        ys = project_rows(norm.next_tokens(x), self.qkv(groups))
+        q_width, kv_width = self.q_proj.out_features, self.k_proj.out_features
+        saved = AttentionSaved()
+        parts = ys.split((q_width, kv_width, kv_width), 1)
+        saved.q, saved.k, saved.v, saved.gate = self._split(parts)
+        if self.q_norm is None:
+            half, both = context.cos.shape[1], ys[:, : q_width + kv_width]
+            whole = self.rotates and not self.gated and 2 * half == self.head_dim
+            if whole and takes_rows(both) and takes_width(half):
+                rotate_rows(self.heads(both), context.cos, context.sin)
+            else:
+                self._rotate(saved.q, saved.k, context)
+        q, k, _ = self._rotated(saved, context)
+        saved.out = context.cache.attend(self.index, q, k, saved.v, self.window, self.scale)
+        return project_rows(self._gated(saved), self.output(groups))
 
     def _settings(self, context: LayerContext) -> AttentionSettings:
         p = context.settings.attention_dropout

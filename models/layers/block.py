@@ -170,6 +170,22 @@ class DecoderLayer(nn.Module):
         observer.forward_ends(self.index)
         return y, saved
 
+    def next_tokens(self, x: Tensor, context: LayerContext) -> Tensor:
+        """y (N, H) of x (N, H), the next tokens of the sequences in the context's cache.
+
+        As `forward` without gradients, but that few rows on a CPU are computed by loops that read
+        weights as they are stored.
+        """
+        norm1, norm2 = self.input_layernorm, self.post_attention_layernorm
+        if self.self_attn is not None:
+            addend = self.self_attn.next_tokens(x, norm1, context)
+        else:
+            addend, _ = self.mixer.forward(x, norm1, context)
+        if isinstance(self.mlp, MLP):
+            return self.mlp.next_tokens(x, addend, norm2, context)
+        y, _ = self.mlp.forward(x, addend, norm2, context)
+        return y
+
     def _forward(self, x: Tensor, context: LayerContext, policy: str) -> tuple[Tensor, BlockSaved]:
         addend, done = self.mixer.forward(x, self.input_layernorm, context)
         layer_observer().mixer_ran(self.index, done)

@@ -18,6 +18,8 @@ from kernels.elementwise.rms_norm import (
     rms_norm_backward,
     rms_norm_forward,
 )
+from kernels.few_rows.elementwise import norm_rows, takes_width
+from kernels.few_rows.product import takes_rows
 from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns, gradient_columns, input_columns
 from kernels.linear.int8 import Int8Weight, rows_int8
@@ -160,6 +162,17 @@ class RMSNorm(nn.Module):
     def forward_with_rstd(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., H) -> y (..., H) and rstd (..., 1), which `backward` takes."""
         return rms_norm_forward(x, self.weight, self.eps, zero_centered=self.zero_centered)
+
+    def next_tokens(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
+        """y (N, H) without gradients; with an `addend` norm(x + addend), and the sum in it."""
+        eps, centred = self.eps, self.zero_centered
+        if takes_rows(x) and takes_width(x.shape[1]) and self.weight.dtype == x.dtype:
+            return norm_rows(x, self.weight, eps, zero_centered=centred, addend=addend)
+        if addend is None:
+            return self.forward_with_rstd(x)[0]
+        return add_rms_norm_forward(
+            x, addend, self.weight, eps, zero_centered=centred, total=addend
+        )[0]
 
     def forward_for(
         self, x: Tensor, group: Sequence[Projection]

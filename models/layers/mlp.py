@@ -12,6 +12,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from kernels.elementwise.swiglu import swiglu_forward
+from kernels.few_rows.elementwise import gate_rows, takes_width
+from kernels.few_rows.product import takes_rows
+from kernels.few_rows.project import project_rows
 from kernels.linear.adapters import AdapterSaved, Gradients
 from kernels.linear.columns import Columns, matrix_of
 from kernels.linear.lora import project
@@ -95,6 +99,22 @@ class MLP(nn.Module):
         inner = mlp_inner(norm.add_forward_for(x, addend, self.gate_up()), mlp)
         y, inner = mlp_output(inner, mlp)
         return drop(y).add_(addend), MLPSaved(inner, inner.down_input)
+
+    def next_tokens(
+        self, x: Tensor, addend: Tensor, norm: RMSNorm, context: LayerContext
+    ) -> Tensor:
+        """y (N, H) as `forward` gives it, for few tokens without gradients.
+
+        `addend` becomes x1.
+        """
+        groups = context.groups
+        gate_up = project_rows(norm.next_tokens(x, addend), self.gate_up(groups))
+        width = self.gate_proj.out_features
+        if takes_rows(gate_up) and takes_width(width):
+            h = gate_rows(gate_up)
+        else:
+            h = swiglu_forward(gate_up[:, :width], gate_up[:, width:])
+        return project_rows(h, (self.down_proj.projection(groups),)).add_(addend)
 
     def backward(
         self,
