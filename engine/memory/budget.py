@@ -25,6 +25,7 @@ from engine.memory.process import forget_peak, peak_resident, refusal
 from engine.memory.search import least_step, require_any
 from engine.memory.simulate.meter import MemoryMeter, gib
 from engine.memory.simulate.observer import observed, track_model
+from engine.memory.simulate.stored_model import stored_model
 from kernels.runtime.device import total_memory
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ class MemoryBudget:
         self, config: TrainConfig, work: Workload | Sequence[PackedBatch] | None
     ) -> MemoryPlan:
         return plan(
-            self._prepared.model_source.config,
+            stored_model(self._prepared.model_source),
             config,
             gpu=self._device.type == "cuda",
             dtype=self._dtype,

@@ -24,7 +24,6 @@ from functools import cache
 from typing import cast
 
 import torch
-from torch import Tensor
 
 import kernels.attention.cpu
 import kernels.nf4.decode
@@ -36,6 +35,7 @@ from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
+from engine.memory.simulate.stored_model import EmptySource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.runs.startup import importing
@@ -55,34 +55,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import quantized_weights
-from models.tensor_names import expected_tensors
 from optim import AdamW8bit
-
-
-class _EmptySource:
-    """A model source of which only names, shapes and the stored type are known."""
-
-    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: SimulatedMeter) -> None:
-        self.config, self._stored, self._meter = config, stored, meter
-        self._shapes = expected_tensors(config)
-
-    def names(self) -> list[str]:
-        """Names of the file's tensors."""
-        return list(self._shapes)
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor of the file; on a CPU it is mapped and takes no memory."""
-        with self._meter.shapes_only():
-            empty = torch.empty(self._shapes[name], dtype=self._stored, device="meta")
-        if self._meter.gpu is None:
-            self._meter.ignore([empty])
-        return empty
-
-    def codes(self, name: str) -> None:
-        """None: the files hold no codes."""
-
-    def release(self, name: str) -> None:
-        """Nothing is mapped."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +113,7 @@ def simulate_step(
         _make_tables(device)
         with meter:
             meter.begin("load")
-            source = cast(ModelSource, _EmptySource(model_config, stored, meter))
+            source = cast(ModelSource, EmptySource(model_config, stored, meter))
             model = build_for(config, source, device, dtype)
             return _trained(meter, model, config, batches)
 

@@ -29,6 +29,7 @@ from engine.memory.run_planner import (
 )
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
+from engine.memory.simulate.stored_model import stored_model
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model
 from engine.model_sources.quantised.fates import run_fate, stored_line
@@ -97,8 +98,10 @@ def find_target(config: TrainConfig) -> Target:
     rows = read_known_rows(config, model)
     noted = {} if scratch else noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
-    planner = RunPlanner(model, gpu, stored, rows, teacher)
     files = None if scratch else quantised_files(config.model)
+    if files is not None:
+        model = stored_model(files)
+    planner = RunPlanner(model, gpu, stored, rows, teacher)
     title = f"{config.model} on {machine}"
     return Target(title, model, gpu, stored, planner, rows, noted, files)
 

@@ -35,8 +35,9 @@ def with_policy(
     from engine.memory.budget import largest_step
     from engine.memory.decoded import resolve_decoded, spare_memory
     from engine.memory.estimate import plan
+    from engine.memory.simulate.stored_model import stored_model
 
-    model, work = prepared.model_source.config, largest_step(prepared)
+    model, work = stored_model(prepared.model_source), largest_step(prepared)
     bare = config.model_copy(update={"keep_decoded": "none"})
     policy, planned = planned_policy(model, bare, device, dtype, work, process=process)
     config = config.model_copy(update={"gradient_checkpointing": policy})
@@ -78,7 +79,8 @@ def explained_memory(config: TrainConfig, prepared: Prepared) -> AbstractContext
     """Around a run whose device may run out of memory: the error says what would fit."""
     from engine.memory.budget import largest_step
     from engine.memory.out_of_memory import explained
+    from engine.memory.simulate.stored_model import stored_model
 
     device = resolve_device(config.device)
-    dtype, model = resolve_dtype(config.dtype, device), prepared.model_source.config
+    dtype, model = resolve_dtype(config.dtype, device), stored_model(prepared.model_source)
     return explained(model, config, device, dtype, largest_step(prepared))
