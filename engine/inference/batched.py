@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -95,16 +95,27 @@ class BatchedGenerator:
         self._running: dict[CachedSequence, _Request] = {}
         self._numbers = 0
         self._adapters: set[str] = set()
+        self.beside: dict[str, BatchedGenerator] = {}
+        self._theirs: dict[tuple[str, int], int] = {}
 
     def add_adapter(self, name: str, adapter: GivenAdapter, source: ModelSource) -> frozenset[int]:
         """Offer a saved adapter to requests that name it; the model was built from `source`.
 
-        Returns the ids that end an answer besides those of the model. Raises as
+        One that changes more than low-rank pairs is a model of its own, whose requests have passes
+        of their own. Returns the ids that end an answer besides those of the model. Raises as
         `load_named_adapter`, and `ConfigError` for a name that is taken.
         """
         if name in self._adapters:
             raise ConfigError(f"there is an adapter named {name!r} already; give another name")
-        stops = load_named_adapter(self.model, source, name, adapter)
+        stops, own = load_named_adapter(self.model, source, name, adapter)
+        if own is not None:
+            self.beside[name] = BatchedGenerator(
+                own,
+                self.tokenizer,
+                slots=self.slots,
+                cache_tokens=self.cache_tokens,
+                prompt_tokens=self.prompt_tokens,
+            )
         self._adapters.add(name)
         return stops
 
@@ -116,22 +127,24 @@ class BatchedGenerator:
     @property
     def active(self) -> int:
         """Requests that have a slot."""
-        return len(self._reading) + len(self._running)
+        others = sum(other.active for other in self.beside.values())
+        return len(self._reading) + len(self._running) + others
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot, or for memory."""
-        return len(self._waiting)
+        return len(self._waiting) + sum(other.waiting for other in self.beside.values())
 
     @property
     def free_slots(self) -> int:
         """Slots that no request has."""
-        return self.slots - self.active
+        return max(0, self.slots - self.active)
 
     @property
     def reserved_tokens(self) -> int:
         """Tokens of keys and values that the active requests may come to need."""
-        return sum(request.reserved for request in (*self._reading, *self._running.values()))
+        others = sum(other.reserved_tokens for other in self.beside.values())
+        return others + sum(r.reserved for r in (*self._reading, *self._running.values()))
 
     def submit(self, prompt: Sequence[int], settings: RequestSettings | None = None) -> int:
         """Queue a prompt; returns the number that its events carry.
@@ -140,6 +153,12 @@ class BatchedGenerator:
         request that could never run.
         """
         settings = settings or RequestSettings()
+        other = self.beside.get(settings.adapter or "")
+        if other is not None and settings.adapter is not None:
+            number = other.submit(prompt, replace(settings, adapter=None))
+            self._theirs[settings.adapter, number] = self._numbers
+            self._numbers += 1
+            return self._numbers - 1
         check_prompt(self.model.config, prompt, settings.max_new_tokens)
         if settings.stop and self.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and this generator has none")
@@ -163,6 +182,10 @@ class BatchedGenerator:
 
     def cancel(self, number: int) -> bool:
         """End a request and free what it has, without another event; False if it has ended."""
+        for (name, theirs), own in self._theirs.items():
+            if own == number:
+                del self._theirs[name, theirs]
+                return self.beside[name].cancel(theirs)
         for queue in (self._waiting, self._reading):
             for request in queue:
                 if request.number == number:
@@ -175,10 +198,20 @@ class BatchedGenerator:
         return False
 
     def step(self) -> list[TokenEvent]:
-        """One forward pass; what it made of every request that got a token.
+        """One forward pass of each model; what it made of every request that got a token.
 
         Empty where there is nothing to do, or where only parts of prompts were read.
         """
+        events = self._step()
+        for name, other in self.beside.items():
+            for event in other.step():
+                key = name, event.request
+                events.append(replace(event, request=self._theirs[key]))
+                if event.finish_reason is not None:
+                    del self._theirs[key]
+        return events
+
+    def _step(self) -> list[TokenEvent]:
         self._admit()
         self._cache.make_space()
         running = [self._running[sequence] for sequence in self._cache.running()]

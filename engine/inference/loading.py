@@ -10,7 +10,7 @@ from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import GenerateSettings, OneModel
 from engine.config.tasks.quantizing import MergeSettings, QuantizeSettings
 from engine.device import resolve_device, resolve_dtype
-from engine.errors import ConfigError
+from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, say_base
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
@@ -18,7 +18,10 @@ from engine.model_sources.interface.stops import adapter_stops
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
 from engine.model_sources.quantised.fates import say_loaded
 from engine.model_sources.quantised.stored_codes import used_weights
+from kernels.linear.int8 import Int8Weight
+from kernels.nf4.weight import NF4Tensors
 from models.decoder import Decoder
+from models.layers.linear import Embedding, Linear
 from models.memory.lasting import keep_decoded
 from models.named_adapters import attach_named
 
@@ -34,22 +37,55 @@ def check_adapter(settings: OneModel | MergeSettings | QuantizeSettings) -> None
 
 def load_named_adapter(
     model: Decoder, source: ModelSource, name: str, adapter: GivenAdapter
-) -> frozenset[int]:
+) -> tuple[frozenset[int], Decoder | None]:
     """Put a saved adapter on `model`, which was built from `source`, under a name for requests.
 
-    Returns the token ids that end an answer besides those of the model. Raises `CheckpointError`
-    where the adapter does not fit, and `ConfigError` for one that changes more than the layers'
-    projections, which the model's other requests share.
+    Returns the token ids that end an answer besides those of the model. An adapter that changes
+    more than the layers' projections (`changes_more`) gets a decoder of its own, which is returned
+    too; it shares with `model` what it does not change. Raises `CheckpointError` where the adapter
+    does not fit.
     """
     both = adapted(source, adapter)
-    if both.folded or both.config != source.config:
-        raise ConfigError(
-            f"the adapter {both.adapter.path} changes tensors besides its low-rank pairs (biases, "
-            "embeddings, copies of modules or the base's own weights), which other requests read; "
-            "load it alone as the model's --adapter, or merge it and serve the merged model"
-        )
-    attach_named(model, name, both.pairs, both.scales)
-    return frozenset(stop for path in both.adapter.paths for stop in adapter_stops(path))
+    stops = frozenset(stop for path in both.adapter.paths for stop in adapter_stops(path))
+    if not changes_more(both):
+        attach_named(model, name, both.pairs, both.scales)
+        return stops, None
+    return stops, _decoder_beside(model, both)
+
+
+def changes_more(both: AdaptedSource) -> bool:
+    """Whether an adapter changes tensors besides its low-rank pairs.
+
+    These are biases, embeddings, copies of modules, or the base's own weights.
+    """
+    return both.folded > 0 or both.config != both.base.config
+
+
+def _decoder_beside(model: Decoder, both: AdaptedSource) -> Decoder:
+    """The adapted model in the types of `model`, whose unchanged weights it shares."""
+    weights = [module.weight for module in model.layers[0].modules() if isinstance(module, Linear)]
+    four_bit = next((w for w in weights if isinstance(w, NF4Tensors)), None)
+    int8 = any(isinstance(weight, Int8Weight) for weight in weights)
+    own = build_model(
+        both,
+        quantization="nf4" if four_bit is not None else "int8" if int8 else None,
+        double_quant=four_bit is None or getattr(four_bit, "nested_absmax", None) is not None,
+        device=model.device,
+        dtype=model.dtype,
+        head_8bit=isinstance(model.head_weight(), Int8Weight),
+    )
+    base = dict(model.named_modules())
+    for path, module in own.named_modules():
+        other = base.get(path)
+        shared = isinstance(module, Linear | Embedding) and both.is_unchanged(path)
+        if not shared or type(other) is not type(module):
+            continue
+        if isinstance(module, Linear) and isinstance(other, Linear):
+            module.set_weight(other.weight)
+        elif isinstance(module, Embedding) and isinstance(other, Embedding):
+            module.set_weight(other.weight, other.device)
+    attach_adapter(own, both)
+    return own.requires_grad_(False)
 
 
 def say_bases(

@@ -84,6 +84,13 @@ class AdaptedSource(ModelSourceView):
         """Names of the tensors that the adapter holds whole, which PEFT never quantises."""
         return self._copies.keys()
 
+    def is_unchanged(self, module: str) -> bool:
+        """Whether the graph's module has the weight that it has without the adapter."""
+        path = self._layout.path(f"{module}.weight")
+        tied = path == HEAD and HEAD not in self._base_names
+        touched = {path, self.embedding} if tied else {path}
+        return not touched & self._folded_names
+
     def names(self) -> list[str]:
         return self._names
 

@@ -1,10 +1,13 @@
 """Requests of several adapters and of the base alone share passes, and get what they get alone."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from engine.config.choices import Quantization
 from engine.errors import ConfigError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.request import RequestSettings
@@ -102,28 +105,59 @@ def test_names_and_adapters_that_cannot_be_shared_are_refused(tmp_path: Path) ->
         generator.add_adapter("a", path, source)
     with pytest.raises(ConfigError, match="no adapter named 'x'; there are a"):
         generator.submit([3], RequestSettings(adapter="x"))
-    biased = AdapterConfig(2, 4.0, ["q_proj"], raw={"bias": "all", "modules_to_save": ["lm_head"]})
-    (tmp_path / "b").mkdir()
-    model = load_model(base)
-    add_lora(model, rank=2, targets=["q_proj"])
-    save_adapter(tmp_path / "b", biased, adapter_tensors(model))
-    _add_copy(tmp_path / "b", model.model.norm.weight)
-    with pytest.raises(ConfigError, match="changes tensors besides its low-rank pairs"):
-        generator.add_adapter("b", tmp_path / "b", source)
     assert generator.adapters == {"a"}
     linears = [module for module in generator.model.modules() if isinstance(module, Linear)]
     assert all(set(linear.named) <= {"a"} for linear in linears)
 
 
-def _add_copy(folder: Path, tensor: torch.Tensor) -> None:
-    """Add a trained copy of the last norm to a saved adapter."""
-    import json
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_an_adapter_that_changes_more_than_pairs_is_a_model_beside(
+    quantize: Quantization | None, tmp_path: Path
+) -> None:
+    """With trained copies of a norm and of a tied embedding, among requests of others."""
+    base = GOLDEN / "qwen3"
+    path, source = write_adapter(tmp_path / "b", base, 1, 4), open_model_source(base)
+    plain, norm = load_model(base), "model.norm.weight"
+    embedding = plain.model.embed_tokens.weight
+    assert isinstance(embedding, torch.Tensor)
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(1))
+    _add_copies(
+        path,
+        {norm: plain.model.norm.weight * 2, "model.embed_tokens.weight": embedding + noise / 50},
+    )
+    generator = BatchedGenerator(load_model(base, quantize=quantize), slots=4)
+    generator.add_adapter("a", write_adapter(tmp_path / "a", base, 2, 3), source)
+    generator.add_adapter("b", path, source)
+    ids, owners = random_ids(9), ["b", None, "a", "b"]
+    numbers = [generator.submit(ids, RequestSettings(6, adapter=name)) for name in owners]
+    cancelled = generator.submit(ids, RequestSettings(6, adapter="b"))
+    assert (generator.active + generator.waiting, generator.cancel(cancelled)) == (5, True)
+    events = generator.run()
+    assert set(events) == set(numbers)
+    for number, name in zip(numbers, owners, strict=True):
+        made = [event.token for event in events[number] if event.token is not None]
+        adapter = None if name is None else tmp_path / name
+        with torch.no_grad():
+            alone = load_model(base, quantize=quantize, adapter=adapter)
+            logits = alone(torch.tensor([ids + made]))[0]
+        assert made == logits[len(ids) - 1 : -1].argmax(-1).tolist(), name
+    assert generator.active == generator.waiting == 0
+    pair = (generator.beside["b"].model, generator.model)
+    weights = [
+        [m.weight for m in one.model.layers.modules() if isinstance(m, Linear)] for one in pair
+    ]
+    for own, other in zip(*weights, strict=True):
+        if isinstance(own, torch.Tensor) and isinstance(other, torch.Tensor):
+            assert own.data_ptr() == other.data_ptr()
+        else:
+            assert own is other
 
-    from safetensors.torch import load_file, save_file
 
+def _add_copies(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add trained copies of modules to a saved adapter."""
     file = folder / "adapter_model.safetensors"
-    key = "base_model.model.model.norm.weight"
-    save_file({**load_file(file), key: tensor.detach() * 2}, file)
+    copies = {f"base_model.model.{name}": t.detach().clone() for name, t in tensors.items()}
+    save_file({**load_file(file), **copies}, file)
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["modules_to_save"] = ["norm"]
+    config["modules_to_save"] = [name.split(".")[-2] for name in tensors]
     (folder / "adapter_config.json").write_text(json.dumps(config))
