@@ -1,4 +1,4 @@
-"""x W^T for few rows of x, with W as it is stored.
+"""x W^T for few rows of x, and W as stored.
 
 W (out, in) is dense, of the dtype of x, or NF4 (`kernels.nf4`) or 8-bit rows
 (`kernels.linear.int8`); x (N, in) and y (N, out) are fp32 or bf16. Products are added up in fp32

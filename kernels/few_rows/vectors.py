@@ -1,4 +1,4 @@
-"""Instructions that the loops for few rows need beside those of `kernels.runtime.lanes`."""
+"""Instructions for few rows beside those of `kernels.runtime.lanes`."""
 
 from __future__ import annotations
 
