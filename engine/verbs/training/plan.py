@@ -99,8 +99,7 @@ def find_target(config: TrainConfig) -> Target:
     noted = {} if scratch else noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
     files = None if scratch else quantised_files(config.model)
-    if files is not None:
-        model = stored_model(files)
+    model = model if files is None else stored_model(files)
     planner = RunPlanner(model, gpu, stored, rows, teacher)
     title = f"{config.model} on {machine}"
     return Target(title, model, gpu, stored, planner, rows, noted, files)
