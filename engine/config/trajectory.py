@@ -31,6 +31,7 @@ NOT_TRAJECTORY = frozenset(
 # What the digests of a run's manifest say more of than a name can, and how long a run is.
 KNOWN_OTHERWISE = frozenset(
     {
+        "bad_lines",  # rows that it leaves out would have ended the run
         "data",
         "epochs",
         "eval_data",

@@ -159,6 +159,7 @@ def load_rows(
     min_rating: int | None = None,
     category: str | Sequence[str] | None = None,
     bad_lines: str = "fail",
+    query: str | None = None,
 ) -> list[Row]:
     """Read every row of a data set that passes the filters.
 
@@ -168,7 +169,7 @@ def load_rows(
         DataError: a file cannot be read, a row is bad, or no row is left.
         ConfigError: `bad_lines` cannot be understood.
     """
-    return read_rows(names, min_rating, category, bad_lines)[0]
+    return read_chosen(names, RowChoice(min_rating, category, bad_lines, query))[0]
 
 
 def read_rows(

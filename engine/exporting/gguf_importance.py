@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.data.batches.loader import collate
-from engine.data.dataset import load_rows
 from engine.data.examples import Example, build_examples, check_ids
+from engine.data.rows import Row
 from engine.device import resolve_device, resolve_dtype
 from engine.inference.perplexity import by_tokens
 from engine.model_sources.interface.model_source import ModelSource
@@ -39,15 +39,14 @@ log = logging.getLogger(__name__)
 
 
 def measured_importance(
-    source: ModelSource, data: Sequence[str], rows: int, device: str = "auto"
+    source: ModelSource, rows: Sequence[Row], device: str = "auto"
 ) -> dict[str, Tensor]:
-    """Mean squares of the inputs of every matrix on the first `rows` rows of the files `data`.
+    """Mean squares of the inputs of every matrix on some rows.
 
     Parameter of the graph -> fp32 (in,), of experts (E, in). The whole model is in memory
     meanwhile. Raises `DataError` for rows that cannot be used.
     """
-    chosen = load_rows(list(data))[:rows]
-    examples, _ = build_examples(chosen, load_tokenizer(source), _LONGEST_ROW)
+    examples, _ = build_examples(rows, load_tokenizer(source), _LONGEST_ROW)
     check_ids(examples, source.config.vocab_size)
     where = resolve_device(device)
     model = build_model(source, device=where, dtype=resolve_dtype("auto", where))

@@ -48,9 +48,13 @@ TOKENS_PER_BATCH = 2048
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rows to run, and how the model is loaded: the first `rows` of the files `data`."""
+    """The rows to run, and how the model is loaded: the first `rows` of `data`.
+
+    `query` says which rows of a database are read.
+    """
 
     data: tuple[str, ...]
+    query: str | None = None
     rows: int = 64
     max_length: int = 512
     quantize: Quantization | None = None
@@ -60,7 +64,7 @@ class Calibration:
 
 def calibration_examples(source: ModelSource, how: Calibration) -> list[Example]:
     """The tokenised rows. Raises `DataError` for rows that cannot be used."""
-    rows = load_rows(list(how.data))[: how.rows]
+    rows = load_rows(list(how.data), query=how.query)[: how.rows]
     examples, _ = build_examples(rows, load_tokenizer(source), how.max_length)
     check_ids(examples, source.config.vocab_size)
     return examples

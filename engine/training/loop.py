@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from engine.errors import EngineError, MemoryPlanError
+from engine.errors import DataError, EngineError, MemoryPlanError
 from engine.runs.metrics import Eta, StepMetrics, peak_memory_bytes
 from engine.runs.signals import Interrupted, StopSignals
-from engine.training.batches_ahead import BatchesAhead
+from engine.training.batches_ahead import BatchesAhead, StepBatches
 from engine.training.evaluation.best import BestSoFar
 from engine.training.step import StepResult, TrainingStep
 from models.decoder import Decoder
@@ -165,6 +165,7 @@ class Trainer:
         self.best = best
         self.evaluated: tuple[int, dict[str, float]] | None = None
         self._improved = False
+        self._on_disk = self.progress.step
 
     @property
     def is_done(self) -> bool:
@@ -178,8 +179,8 @@ class Trainer:
         `evaluated` is then the step and the figures of the last evaluation, if there was one.
 
         Raises `Interrupted` after a checkpoint when a signal asked for a stop, and
-        `NonFiniteError` and `MemoryPlanError`, after a checkpoint too, when values stay non-finite
-        or a step took more memory than it may.
+        `NonFiniteError`, `MemoryPlanError` and `DataError`, after a checkpoint too, when values
+        stay non-finite, a step took more memory than it may, or a row cannot be used.
         """
         settings, progress = self.settings, self.progress
         ended = False
@@ -191,7 +192,7 @@ class Trainer:
             unfinished = not self.is_done and not ended
             problem = self.hooks.overrun() if unfinished else None
             if due or stop is not None or problem is not None or not unfinished:
-                self.hooks.save(progress)
+                self._save()
             if problem is not None:
                 raise MemoryPlanError(
                     f"{problem} A checkpoint of step {progress.step} of {settings.total_steps} is "
@@ -205,6 +206,26 @@ class Trainer:
                     step=progress.step,
                 )
         return progress
+
+    def _save(self) -> None:
+        self.hooks.save(self.progress)
+        self._on_disk = self.progress.step
+
+    def _next_batches(self) -> StepBatches:
+        """The batches of the next step. Raises `DataError` after a checkpoint."""
+        step = self.progress.step
+        try:
+            return self._batches.take(step)
+        except DataError as error:
+            if step == 0:
+                raise
+            if step > self._on_disk:
+                self._save()
+            raise DataError(
+                f"{error} A checkpoint of step {step} of {self.settings.total_steps} is written: "
+                f"{self.settings.go_on} goes on from there; add --bad-lines skip to leave such "
+                "rows out."
+            ) from error
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0
@@ -237,7 +258,7 @@ class Trainer:
         )
         for group in self.step.optimizer.param_groups:
             group["lr"] = lr
-        batches = self._batches.take(progress.step)
+        batches = self._next_batches()
         with self.hooks.watch(batches.host):
             result = self._run(batches.device)
         while adjust_loss_scale(progress, result.skipped):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import RowChoice
 from engine.data.examples import ExampleBuilder, ExampleSettings
+from engine.data.origins import notice_stale
 from engine.data.rendering import Learning
 from engine.data.sources.compressed import is_compressed
 from engine.data.sources.resolve import RowFile, data_files
@@ -50,6 +51,7 @@ def open_stream(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) -> B
     files = data_files(config.data, config.query)
     if not is_streamed(config, files):
         return None
+    notice_stale(files)
     choice = RowChoice.of(config, config.category)
     rows = IndexedRows(files, choice, cache_folder("lines"))
     how = ExampleSettings(

@@ -226,6 +226,11 @@ class ExportGGUFSettings(Publishing):
         "rows that tell which inputs of a weight matter, for the types in blocks; reads the model",
         repeat=True,
     )
+    query: str | None = setting(
+        None,
+        "Calibration",
+        "SQL query whose rows are read, where that is the URL of a database",
+    )
     calibration_rows: int = setting(128, "Calibration", "only the first N rows", ge=1)
     device: str = setting(
         "auto", "Calibration", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES

@@ -96,9 +96,9 @@ class PruneSettings(HeadChoice, Machine):
     With `per_layer` a structural cut may take another number out of each layer; no other program
     loads what is written then.
 
-    `data`, `calibration_rows`, `max_length`, `device` and `compute_dtype` are of the metrics that
-    run the model; with `quantize` the values are scored that a model quantised so computes with.
-    `dtype` is what is written.
+    `data`, `query`, `calibration_rows`, `max_length`, `device` and `compute_dtype` are of the
+    metrics that run the model; with `quantize` the values are scored that a model quantised so
+    computes with. `dtype` is what is written.
     """
 
     mode: PruneMode = setting(
@@ -111,6 +111,9 @@ class PruneSettings(HeadChoice, Machine):
         "attention", "Heads", "those of attention, or of DeltaNet layers, by their own rules"
     )
     data: DataNames = setting((), "Heads", "calibration rows (JSONL or JSON)", repeat=True)
+    query: str | None = setting(
+        None, "Heads", "SQL query whose rows are read, where --data is the URL of a database"
+    )
     max_length: int = setting(512, "Heads", "longest calibration row in tokens", ge=8)
     seed: int = setting(0, "Heads", "of the metric random", ge=0)
     compute_dtype: Annotated[ComputeType, spelled(DTYPES)] = setting(

@@ -56,6 +56,9 @@ class MergeSettings(WrittenModelSettings):
     check: DataNames = setting(
         (), "Output", "rows on which to compare the result with the adapter as trained", repeat=True
     )
+    query: str | None = setting(
+        None, "Output", "SQL query whose rows are read, where --check is the URL of a database"
+    )
     verify: bool = setting(
         True, "Output", "compare logits of the result with those of model and adapter on 64 tokens"
     )
@@ -85,3 +88,6 @@ class QuantizeSettings(WrittenModelSettings):
         (), "Output", "rows on which to measure perplexity before and after", repeat=True
     )
     limit_rows: int | None = setting(None, "Output", "only the first N rows of --data", ge=1)
+    query: str | None = setting(
+        None, "Output", "SQL query whose rows are read, where --data is the URL of a database"
+    )

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator
 
 from engine.config.choices import GPU_TFLOPS, PipelineEvents, PretrainedMethod, Program
-from engine.config.data_names import DataNames
+from engine.config.data_names import ColumnMap, DataNames
 from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
@@ -52,6 +52,12 @@ class InitSettings(Settings):
 
     model: str = setting(..., "Init", "Hugging Face directory, hub id or .gguf file", min_length=1)
     data: DataNames = setting(..., "Init", "rows to train on", repeat=True, min_length=1)
+    query: str | None = setting(
+        None, "Init", "SQL query whose rows are read, where --data is the URL of a database"
+    )
+    map: ColumnMap = setting(
+        {}, "Init", "columns by the fields they are: prompt=question,response=answer"
+    )
     memory: Annotated[int | None, BeforeValidator(size_in_bytes)] = setting(
         None, "Init", "memory of the GPU to train on, such as 12GiB; by default this machine's"
     )

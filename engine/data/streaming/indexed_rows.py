@@ -1,14 +1,13 @@
 """Rows of a data set by number, none of them in memory.
 
 A plain file of JSON Lines is indexed where it is. Rows of any other source are first written to a
-file of lines, one by one: `[line, value]`, or `[line, column, fault, advice]` for what is no row.
+file of lines, one by one (`engine.data.streaming.converted`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,11 +23,9 @@ from engine.data.sources.file_kinds import JSON
 from engine.data.sources.json_lines import BYTE_ORDER_MARK, parse_line
 from engine.data.sources.located import MAX_ROW_BYTES, BadLine, Located, Position
 from engine.data.sources.resolve import RowFile
-from engine.data.sources.spool import new_file
+from engine.data.streaming.converted import as_lines
 from engine.data.streaming.line_index import LineIndex, index_lines
 from engine.errors import DataError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,18 +113,9 @@ class IndexedRows:
 def _indexed(file: RowFile, folder: Path) -> IndexedFile:
     if _is_lines(file):
         return IndexedFile(file, index_lines(file.path, folder), spooled=False)
-    log.info("%s is written to a file of lines first, to be read in any order", file.name)
-    path = new_file("lines")
-    with path.open("x", encoding="utf-8") as out:
-        for item in file.values(is_row):
-            at = item.position
-            content = (
-                [at.line, item.value]
-                if isinstance(item, Located)
-                else ([at.line, at.column, item.fault, item.advice])
-            )
-            out.write(json.dumps(content, ensure_ascii=False) + "\n")
-    return IndexedFile(replace(file, path=path), index_lines(path, path.parent), spooled=True)
+    path = as_lines(file, folder)
+    index = index_lines(path, path.parent)
+    return IndexedFile(replace(file, path=path), index, spooled=True)
 
 
 def _is_lines(file: RowFile) -> bool:

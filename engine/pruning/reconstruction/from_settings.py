@@ -27,6 +27,7 @@ def calibration_of(settings: PruneSettings) -> Calibration:
     """The rows to run, and how the model is loaded for them."""
     return Calibration(
         settings.data,
+        settings.query,
         rows=settings.calibration_rows,
         max_length=settings.max_length,
         quantize=settings.quantize,

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.config.settings import given_settings
 from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSettings
+from engine.data.dataset import load_rows
 from engine.data.sources.resolve import data_files
 from engine.errors import ConfigError
 from engine.exporting.gguf_adapter import write_gguf_adapter
@@ -40,7 +41,7 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
         raise ConfigError("--calibration reads rows; random weights have no tokenizer for them.")
     adapter = None if settings.adapter is None else load_adapter(adapter_path(settings.adapter))
     if settings.calibration:
-        data_files(list(settings.calibration))
+        data_files(list(settings.calibration), settings.query)
     source = open_base(settings.model, settings.random_weights)
     if adapter is not None:
         pairs = write_gguf_adapter(source, adapter, settings.output)
@@ -50,8 +51,9 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     durable.refuse_occupied(settings.output)
     importance = {}
     if settings.calibration:
-        rows, device = settings.calibration_rows, settings.device
-        importance = measured_importance(source, settings.calibration, rows, device)
+        chosen = load_rows(list(settings.calibration), query=settings.query)
+        rows = chosen[: settings.calibration_rows]
+        importance = measured_importance(source, rows, settings.device)
     say_decoded(source, f"written as {settings.type}")
     written = write_gguf(
         source, settings.output, settings.type,
@@ -68,7 +70,7 @@ def _require_blocks(settings: ExportGGUFSettings) -> None:
     """Raise `ConfigError` for calibration rows where nothing would read what they measure."""
     if not settings.calibration:
         return
-    data_files(settings.calibration)
+    data_files(settings.calibration, settings.query)
     if settings.adapter is not None:
         raise ConfigError("--calibration is for a model: leave it out beside --adapter.")
     if settings.type in (*FLOATS, "q8_0"):

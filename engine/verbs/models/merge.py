@@ -106,7 +106,7 @@ def merge_with(settings: MergeSettings) -> MergeResult:
     where = destination(settings)
     durable.refuse_occupied(settings.output)
     if settings.check:
-        data_files(list(settings.check))
+        data_files(list(settings.check), settings.query)
     check_adapter(settings)
     if settings.random_weights and settings.check:
         raise ConfigError("--check reads rows; random weights have no tokenizer for them.")
@@ -178,7 +178,7 @@ def _say_bases(source: AdaptedSource, settings: MergeSettings) -> bool:
 
 def _perplexities(source: AdaptedSource, settings: MergeSettings) -> dict[str, float]:
     """Perplexity of the adapter on the base that it was trained on, and of the merged model."""
-    given: dict[str, Any] = {"data": settings.check}
+    given: dict[str, Any] = {"data": settings.check, "query": settings.query}
     record = read_base(source.adapter.path)
     trained = EvalSettings(
         model=settings.model,

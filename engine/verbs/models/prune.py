@@ -83,7 +83,7 @@ def prune(
     if output is not None:
         durable.refuse_occupied(Path(output))
     if settings.data:
-        data_files(settings.data)
+        data_files(settings.data, settings.query)
     source = open_model_source(model)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)

@@ -84,7 +84,7 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
     where = destination(settings)
     durable.refuse_occupied(settings.output)
     if settings.data:
-        data_files(list(settings.data))
+        data_files(list(settings.data), settings.query)
     check_adapter(settings)
     _require_tokenizer(settings)
     base = open_base(settings.model, settings.random_weights)
@@ -168,6 +168,7 @@ def _say_experts(source: ModelSource, bits: int) -> None:
 
 def _perplexity(settings: QuantizeSettings, model: str, adapter: bool = True) -> float:
     given: dict[str, Any] = {"data": settings.data, "limit_rows": settings.limit_rows}
+    given["query"] = settings.query
     given["adapter"] = settings.adapter if adapter else ()
     return evaluate_with(EvalSettings(model=model, **given)).perplexity
 

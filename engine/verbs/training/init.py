@@ -73,8 +73,8 @@ class Proposal:
 
 
 _ORDER = (
-    "model", "data", "eval_data", "heldout", "bad_lines", "output_dir", "method", "lora_rank",
-    "lora_alpha", "target_modules", "learning_rate", "epochs", "max_length", "packing",
+    "model", "data", "query", "map", "eval_data", "heldout", "bad_lines", "output_dir", "method",
+    "lora_rank", "lora_alpha", "target_modules", "learning_rate", "epochs", "max_length", "packing",
     "batch_size", "accumulate", "gradient_checkpointing", "mlp_tile_tokens", "low_memory_decode",
     "loss_chunk_tokens", "head_precision", "embedding_on", "offload", "optimizer_in_backward",
     "memory_budget", "device", "checkpoint_every", "eval_every", "seed",
@@ -87,7 +87,8 @@ def propose(settings: InitSettings) -> Proposal:
     Raises `ConfigError` for a model that is not there, `DataError` for rows that cannot be read,
     and `MemoryPlanError` where nothing fits the memory.
     """
-    rows, read = read_chosen(settings.data, RowChoice(bad_lines="skip"))
+    choice = RowChoice(bad_lines="skip", query=settings.query, columns=settings.map)
+    rows, read = read_chosen(settings.data, choice)
     memory, on_gpu, where = _memory(settings)
     lengths = _lengths(settings.model, rows)
     reasons: dict[str, str] = {}
@@ -96,6 +97,8 @@ def propose(settings: InitSettings) -> Proposal:
         "data": settings.data,
         "output_dir": settings.output_dir,
         "method": settings.method,
+        "query": settings.query,
+        "map": settings.map,
         "device": "cuda" if on_gpu and settings.memory is not None else "auto",
     }
     if read.skipped:

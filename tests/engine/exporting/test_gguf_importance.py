@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,15 @@ def test_calibration_changes_the_file_and_says_what_it_cannot_do(tmp_path: Path)
         model=str(folder), output=tmp_path / "b.gguf", type="q4_0", calibration=str(rows),
         calibration_rows=1,
     )  # fmt: skip
+    (tmp_path / "same").mkdir()
+    with closing(sqlite3.connect(tmp_path / "app.db")) as base, base:
+        base.execute("create table asked (question text, answer text)")
+        base.execute("insert into asked values ('ab ba abba', 'baab')")
+    export_gguf(
+        model=str(folder), output=tmp_path / "same" / "b.gguf", type="q4_0",
+        calibration=f"sqlite:///{tmp_path}/app.db", query="select question, answer from asked",
+    )  # fmt: skip
+    assert (tmp_path / "same" / "b.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert plain.formats == weighted.formats
     assert (tmp_path / "a.gguf").read_bytes() != (tmp_path / "b.gguf").read_bytes()
     for kind in ("f16", "q8_0"):

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 
 import engine
+from engine.data.batches.loader import SHUFFLE
+from engine.data.origins import Origin, write_origins
 from engine.data.sources.resolve import RowFile
+from engine.data.streaming import batch_stream
+from engine.data.streaming.order import ShuffledOrder
+from engine.errors import DataError
 from engine.training import streamed
 from engine.training.streamed import STREAMED_FROM, is_streamed
 from engine.verbs.training.train import train
@@ -96,3 +101,35 @@ def test_large_files_are_streamed_and_settings_win(tiny: Path, tmp_path: Path) -
         ("small.jsonl", True),
     }
     assert streamed.STREAMED_FROM < 1 << 30
+
+
+def test_a_bad_row_leaves_a_fresh_checkpoint_and_the_run_goes_on_without_it(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch_stream, "SAMPLE", 32)  # the bad row comes later
+    plain = question_rows(64)
+    bad = int(ShuffledOrder(64, 42, SHUFFLE, 0).at(40))
+    path, run = tmp_path / "d.jsonl", tmp_path / "run"
+    lines = [json.dumps(row) for row in plain]
+    lines[bad] = '{"prompt": 1}'
+    path.write_text("\n".join(lines))
+    settings: dict[str, Any] = {"batch_size": 16, "max_steps": 3, "checkpoint_every": 0}
+    told = rf"d\.jsonl:{bad + 1}:1: .*A checkpoint of step 2 of 3 is written: `engine resume"
+    with pytest.raises(DataError, match=told):
+        trained(tiny, path, run, **settings)
+    assert (run / "checkpoint-2").is_dir()
+    assert json.loads((run / "summary.json").read_text())["status"] == "Failure"
+    engine.resume(run, bad_lines="skip", console=False)
+    assert adapter(run) == trained(tiny, path, tmp_path / "b", bad_lines="skip", **settings)
+
+
+def test_a_stale_corpus_is_told_where_rows_are_streamed(
+    tiny: Path, rows: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = tmp_path / "made.jsonl"
+    made.write_bytes(rows.read_bytes())
+    write_origins(made, "convert", {}, [Origin.of_path(rows)], {})
+    with rows.open("a") as handle:
+        handle.write(json.dumps(ROWS[0]) + "\n")
+    trained(tiny, made, tmp_path / "run", max_steps=1)
+    assert f"{made} is stale: its source {rows} has changed" in caplog.text

@@ -229,3 +229,20 @@ def test_an_order_is_read_at_any_position(streams: Streams, tmp_path: Path) -> N
     stream = streams.examples(path)
     whole = stream.numbers(3, 0, 150)
     assert np.array_equal(stream.numbers(3, 60, 91), whole[60:91])
+
+
+def test_a_source_is_written_to_lines_once_and_again_when_it_changed(
+    streams: Streams, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "d.csv"
+    WRITERS["d.csv"](path, ROWS)
+    first = sources(streams.examples(path))
+    (made,) = tmp_path.glob("**/*.rows.jsonl")
+    assert made.stat().st_mode & 0o777 == 0o600
+    before = made.stat().st_mtime_ns
+    assert sources(streams.examples(path)) == first
+    assert made.stat().st_mtime_ns == before
+    WRITERS["d.csv"](path, ROWS[:-3])
+    assert len(sources(streams.examples(path))) == len(ROWS) - 3
+    made.write_bytes(made.read_bytes()[:-10])  # damaged: made anew
+    assert len(sources(streams.examples(path))) == len(ROWS) - 3
