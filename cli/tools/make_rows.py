@@ -87,10 +87,15 @@ def _not_eligible(page: "Page", all_pages: bool) -> str | None:
 
 
 def extract(call: Call) -> None:
-    """Make rows of the documented functions and classes of Python sources."""
+    """Make rows of the documented functions and classes of sources.
+
+    Of Python anywhere, of JavaScript, TypeScript, Go, Rust, Java, C, C++, Ruby and C# with the
+    extra `code`.
+    """
     from engine.data.corpus.publishing import CorpusReport
     from engine.data.corpus.writing import refuse_output
-    from engine.data.makers.code import ExtractLimits, code_rows, python_files, source_path
+    from engine.data.makers.code import ExtractLimits, code_rows, source_files, source_path
+    from engine.data.makers.syntax_trees import GRAMMARS, missing_grammar, tree_rows
     from engine.data.origins import Origin
 
     settings = call.read(ExtractSettings)
@@ -98,14 +103,26 @@ def extract(call: Call) -> None:
     limits = ExtractLimits(settings.fewest_lines, settings.most_lines, settings.private)
     rows, origins = list["Record"](), list[Origin]()
     counts, faults, files = Counter[str](), list[str](), 0
+    suffixes, missing = (".py", *GRAMMARS), Counter[str]()
     for path in map(source_path, settings.source):
-        origins.append(Origin.of_path(path, () if path.is_file() else (".py",)))
-        for file in python_files(path):
+        origins.append(Origin.of_path(path, () if path.is_file() else suffixes))
+        for file in source_files(path, suffixes):
+            language = missing_grammar(file) if file.suffix in GRAMMARS else None
+            if language is not None:
+                missing[language] += 1
+                continue
+            make = tree_rows if file.suffix in GRAMMARS else code_rows
             files += 1
             try:
-                rows += code_rows(file, settings.task, limits, counts)
+                rows += make(file, settings.task, limits, counts)
             except (SyntaxError, ValueError, OSError) as error:
                 faults.append(f"{file}: the file cannot be parsed ({error})")
+    for name, count in sorted(missing.items()):
+        counts["without_a_grammar"] += count
+        faults.append(
+            f"{count} files of {name} are left out: their grammar is not installed (pip install "
+            "'engine-trainer[code]')"
+        )
     if settings.limit is not None:
         counts["beyond_the_limit"] = max(0, len(rows) - settings.limit)
         rows = rows[: settings.limit]

@@ -163,7 +163,7 @@ class ExtractSettings(MadeOutput):
     """`engine data extract`."""
 
     source: Paths = setting(
-        ..., "Code", "Python file, folder, or installed package", repeat=True, min_length=1
+        ..., "Code", "source file, folder, or installed package", repeat=True, min_length=1
     )
     task: Literal["write", "describe", "both"] = setting(
         "write", "Code", "answers are code for a description, or docstrings for a name"

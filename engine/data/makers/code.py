@@ -52,9 +52,9 @@ def source_path(name: str) -> Path:
     )
 
 
-def python_files(path: Path) -> list[Path]:
-    """The Python files of a folder in order, or the file itself."""
-    return [path] if path.is_file() else files_below(path, (".py",))
+def source_files(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files of a folder that end in one of the suffixes, in order, or the file itself."""
+    return [path] if path.is_file() else files_below(path, suffixes)
 
 
 def code_rows(file: Path, task: str, limits: ExtractLimits, counts: Counter[str]) -> list[Record]:
@@ -83,7 +83,7 @@ def code_rows(file: Path, task: str, limits: ExtractLimits, counts: Counter[str]
             continue
         kind = _kind(node, name)
         about = {"category": kind, "rating": 5, "source": f"{file}:{node.lineno}"}
-        length = _length(node, limits)
+        length = unfit_length((node.end_lineno or node.lineno) - node.lineno + 1, limits)
         if task != "describe" and length is not None:
             counts[length] += 1
         elif task != "describe":
@@ -114,9 +114,8 @@ def _unfit(name: str, text: str, limits: ExtractLimits) -> str | None:
     return "without_a_docstring" if len(text) < SHORTEST else None
 
 
-def _length(node: _Definition, limits: ExtractLimits) -> str | None:
-    """Whether the code is too short or too long to be an answer; None if it is neither."""
-    count = (node.end_lineno or node.lineno) - node.lineno + 1
+def unfit_length(count: int, limits: ExtractLimits) -> str | None:
+    """Whether so many lines of code are too few or too many for an answer; None if neither."""
     if count < limits.fewest_lines:
         return "too_short"
     return "too_long" if count > limits.most_lines else None
