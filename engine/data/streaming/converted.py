@@ -1,4 +1,4 @@
-"""Rows of any source as a file of lines, made once and remembered.
+"""Rows of any source as a file of lines, made once.
 
 Each line is `[line, value]`, or `[line, column, fault, advice]` for what is no row. Such a file is
 used again only for the same path, size, time of change and reading code; there is one for a source,
