@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     )
     from engine.model_sources.load_model import load_model
     from engine.provenance import __version__
+    from engine.training.evaluation.callbacks import Callback
     from engine.verbs.models.evaluate import evaluate
     from engine.verbs.models.forge import forge
     from engine.verbs.models.generate import generate
@@ -71,6 +72,7 @@ _HOME = {
     "MemoryPlanError": "engine.errors",
     "load_model": "engine.model_sources.load_model",
     "train": "engine.verbs.training.train",
+    "Callback": "engine.training.evaluation.callbacks",
     "TrainResult": "engine.verbs.training.train",
     "resume": "engine.verbs.training.resume",
     "evaluate": "engine.verbs.models.evaluate",
@@ -87,6 +89,7 @@ _HOME = {
 _EARLIER = {"generate_text": "generate"}
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "DataError",

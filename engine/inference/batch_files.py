@@ -125,6 +125,12 @@ def read_rows(path: Path) -> list[Mapping[str, Any]]:
                 f"{value.position}: the row has no prompt; a text, or an object with a text "
                 "`prompt` or a list `messages` was expected"
             )
+        for message in messages if isinstance(messages, list) else ():
+            if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+                raise DataError(
+                    f"{value.position}: one of its messages is {str(message)[:60]!r}; an object "
+                    "with a `role` and a `content` was expected"
+                )
         rows.append(row)
     if not rows:
         raise DataError(f"{path} holds no rows; give one JSON object on each line")

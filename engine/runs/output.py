@@ -13,7 +13,10 @@ from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError
 from engine.storage import durable
 
-RECORDS = ("config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "pipeline.log")
+RECORDS = (
+    "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "samples.jsonl",
+    "pipeline.log",
+)  # fmt: skip
 """The files that a run writes beside its results."""
 RESULTS = ("adapter", "model")
 CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})", re.ASCII)
@@ -142,6 +145,9 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in marks)
 
 
+_OF_FILES = ("--data", "--eval-data", "--sample-prompts")
+
+
 def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
     named: dict[str, Iterable[str | Path | None]] = {
         "--model": [config.model],
@@ -150,6 +156,7 @@ def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
         "--init-adapter": [config.init_adapter],
         "--data": config.data,
         "--eval-data": config.eval_data,
+        "--sample-prompts": [config.sample_prompts],
     }
     written = [path.resolve() for path in run_files(target)]
     written += [(target / name).resolve() for name in (*RECORDS, *RESULTS)]
@@ -158,7 +165,7 @@ def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
             if value is None or not Path(value).exists():
                 continue
             real = Path(value).resolve()
-            if option != "--data" and option != "--eval-data" and real == target.resolve():
+            if option not in _OF_FILES and real == target.resolve():
                 raise ConfigError(
                     f"{option} and --output-dir both name {target}: a run would write its adapter, "
                     "checkpoints and records among the files of that folder. Choose another "

@@ -8,7 +8,7 @@ is loaded. A tracker that fails later (no network, a full disk) is reported once
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 class _Tracker(Protocol):
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -32,6 +34,12 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(f"train/{name}", value, step)
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        for number, (prompt, answer) in enumerate(samples, start=1):
+            # Tensorboard renders Markdown: an indented block is shown as it is.
+            text = "\n".join(f"    {line}" for line in f"{prompt}\n\n{answer}".split("\n"))
+            self._writer.add_text(f"samples/{number}", text, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -52,6 +60,12 @@ class _WandB:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        import wandb
+
+        table: Any = wandb.Table(columns=["prompt", "answer"], data=[list(s) for s in samples])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -101,19 +115,22 @@ class Trackers:
             for name, value in values.items()
             if isinstance(value, int | float) and name != "step"
         }
+        self._each(lambda tracker: tracker.log(step, numbers))
+
+    def log_samples(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Report prompts with their answers after a step."""
+        self._each(lambda tracker: tracker.log_samples(step, samples))
+
+    def _each(self, report: Callable[[_Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
             try:
-                tracker.log(step, numbers)
+                report(tracker)
             except Exception as error:
                 self._drop(name, error)
 
     def close(self) -> None:
         """Finish every tracker; a second call does nothing."""
-        for name, tracker in list(self._open.items()):
-            try:
-                tracker.close()
-            except Exception as error:
-                self._drop(name, error)
+        self._each(lambda tracker: tracker.close())
         self._open.clear()
 
     def _drop(self, name: str, error: Exception) -> None:

@@ -17,6 +17,7 @@ from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.sources.resolve import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.errors import CheckpointError, ConfigError
+from engine.inference.batch_files import read_rows
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.open import describe_model
@@ -49,6 +50,8 @@ def check_request(config: TrainConfig, machine: Machine | None = None) -> Machin
     for names, query in ((config.data, config.query), (config.eval_data, config.eval_query)):
         if names and names != NO_DATA:
             data_files(names, query)
+    if config.sample_prompts is not None:
+        read_rows(config.sample_prompts)
     if config.init_adapter is not None:
         open_adapter(config.init_adapter)
     return machine

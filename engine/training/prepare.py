@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from engine.config.train_config import TrainConfig
@@ -17,7 +16,7 @@ from engine.data.batches.taught_stops import taught_stops
 from engine.data.examples import Example
 from engine.data.sources.resolve import data_files
 from engine.data.streaming.batch_stream import BatchStream
-from engine.inference.parts import PartNames, parts_of
+from engine.inference.parts import PartNames
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -25,8 +24,7 @@ from engine.model_sources.scratch.open_base import describe_base, open_base
 from engine.runs.identity import RunIdentity, digest_files, tokenizer_digest
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
-from engine.training.evaluation.best import require_metric
-from engine.training.evaluation.heldout import figure_names
+from engine.training.evaluation.samples import SamplePrompts, sample_prompts
 from engine.training.init_adapter import open_init_adapter
 from engine.training.row_set import RowSet, read_examples, row_settings, streamed_rows
 from engine.training.streamed import open_stream
@@ -47,6 +45,7 @@ class Prepared:
     plan: BatchPlan | BatchStream
     digests: dict[str, str]
     init: InitAdapter | None = None
+    samples: SamplePrompts | None = None
     steps_per_epoch: int = field(init=False)
     total_steps: int = field(init=False)
 
@@ -81,10 +80,10 @@ class Prepared:
         """The examples that are held out."""
         return self.rows.heldout
 
-    @cached_property
+    @property
     def parts(self) -> PartNames:
         """The categories and sources of the held-out rows, where there are several."""
-        return parts_of(self.heldout, self.rows.categories)
+        return self.rows.parts
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -191,10 +190,8 @@ def prepare(
     init = open_init_adapter(config, adapter, source, digests["base"])
     check_run(config, source.config, *machine)
     plan = stream or _plan(config, rows.examples)
-    prepared = Prepared(config, source, tokenizer, rows, plan, digests, init)
-    if config.best_metric is not None:
-        require_metric(config.best_metric, figure_names(config, prepared.heldout, prepared.parts))
-    return prepared
+    samples = sample_prompts(config, source, tokenizer, source.config)
+    return Prepared(config, source, tokenizer, rows, plan, digests, init, samples)
 
 
 def packed_for(config: TrainConfig, rows: RowSet) -> TrainConfig:

@@ -19,8 +19,10 @@ from engine.data.rendering import Learning
 from engine.data.rows import Row
 from engine.data.streaming.batch_stream import BatchStream
 from engine.data.token_cache import cache_of, key_of, read_tokens, write_tokens
-from engine.inference.parts import categories_of
+from engine.inference.parts import PartNames, categories_of, parts_of
 from engine.tokenization.tokenizer import Tokenizer
+from engine.training.evaluation.best import require_metric
+from engine.training.evaluation.heldout import figure_names
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,7 @@ log = logging.getLogger(__name__)
 class RowSet:
     """The rows of a run as examples, those held out, and what became of the others.
 
-    `settings` are those that decide all this; `categories` are those of held-out rows, by where
-    they stand.
+    `settings` are those that decide all this; `parts` are categories and sources of held-out rows.
     """
 
     examples: list[Example]
@@ -40,7 +41,7 @@ class RowSet:
     report: ExampleReport
     report_heldout: ExampleReport
     settings: tuple[Any, ...]
-    categories: dict[str, str] = field(default_factory=dict)
+    parts: PartNames = field(default_factory=PartNames)
 
     def lengths(self, config: TrainConfig) -> tuple[int, ...]:
         """Tokens that each example to train on lays into a batch."""
@@ -101,10 +102,16 @@ def read_examples(config: TrainConfig, tokenizer: Tokenizer, vocab_size: int) ->
     check_ids([*examples, *heldout], vocab_size)
     _tell_unknown(examples, tokenizer)
     settings = row_settings(config, tokenizer)
-    categories = categories_of(heldout_rows)
-    return RowSet(
-        examples, heldout, read, read_heldout, report, report_heldout, settings, categories
-    )
+    parts = _parts(config, heldout, heldout_rows)
+    return RowSet(examples, heldout, read, read_heldout, report, report_heldout, settings, parts)
+
+
+def _parts(config: TrainConfig, heldout: list[Example], rows: Sequence[Row]) -> PartNames:
+    """Categories and sources of held-out rows; raises `ConfigError` where `save_best` is none."""
+    parts = parts_of(heldout, categories_of(rows))
+    if config.best_metric is not None:
+        require_metric(config.best_metric, figure_names(config, heldout, parts))
+    return parts
 
 
 def rows_of_run(config: TrainConfig) -> tuple[list[Row], list[Row], ReadReport, ReadReport]:
@@ -188,7 +195,7 @@ def streamed_rows(
     _tell_unknown(stream.sample, tokenizer)
     settings = row_settings(config, tokenizer)
     reports = whole.read, read, whole.report, report
-    return RowSet(stream.sample, heldout, *reports, settings, categories_of(rows))
+    return RowSet(stream.sample, heldout, *reports, settings, _parts(config, heldout, rows))
 
 
 def trained_choice(config: TrainConfig) -> RowChoice:

@@ -146,6 +146,15 @@ def told_before(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def figures_before(told: Mapping[str, float]) -> dict[str, float]:
+    """The figures of `Heldout.before` by the names that metrics.jsonl has."""
+    figures = {}
+    for name, value in told.items():
+        figure, slash, part = name.removeprefix(HELDOUT).partition("/")
+        figures[f"{EVAL}{figure.removesuffix(BEFORE)}{slash}{part}"] = value
+    return figures
+
+
 def figure_names(
     config: ObjectiveSettings, heldout: Sequence[Example], parts: PartNames
 ) -> set[str]:

@@ -7,8 +7,9 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +27,20 @@ from engine.model_sources.quantised.fates import run_fate, say, stored_line
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.directory import RunDirectory, dated
 from engine.runs.identity import check_identity
-from engine.runs.metrics import MetricsWriter, StepMetrics, peak_memory_bytes, plot_loss
+from engine.runs.metrics import peak_memory_bytes, plot_loss, read_metrics
 from engine.runs.output import check_earlier, name_run
-from engine.runs.progress import ProgressReporter
 from engine.runs.signals import StopSignals
-from engine.runs.trackers import Trackers
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.evaluation.best import BestRule, BestSoFar
-from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows, told_before
+from engine.training.evaluation.callbacks import CallbackList
+from engine.training.evaluation.heldout import (
+    Heldout,
+    HeldoutAnswers,
+    HeldoutRows,
+    figures_before,
+    told_before,
+)
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks, TrainerSettings
 from engine.training.objectives.choose import make_objective
@@ -60,6 +66,7 @@ from engine.verbs.training.run_memory import (
     require_space_for,
     with_policy,
 )
+from engine.verbs.training.run_reports import RunReports
 
 if TYPE_CHECKING:
     pass
@@ -75,7 +82,8 @@ class TrainResult:
     """What a run left. `adapter_path` is None after full fine-tuning, which saves `model/`.
 
     `next` are commands for the next steps: evaluate, generate, merge. `pushed` is the address of
-    the upload that was asked for.
+    the upload that was asked for. `history` has the lines of metrics.jsonl, of earlier starts too;
+    the evaluation before the first step is that of step 0.
     """
 
     run_directory: Path
@@ -85,15 +93,22 @@ class TrainResult:
     output_path: Path | None = None
     next: tuple[str, ...] = ()
     pushed: str | None = None
+    history: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 class _Run:
     """One training run between the opening of its directory and its summary."""
 
     def __init__(
-        self, directory: RunDirectory, prepared: Prepared, stack: ExitStack, process: int
+        self,
+        directory: RunDirectory,
+        prepared: Prepared,
+        stack: ExitStack,
+        process: int,
+        callbacks: CallbackList,
     ) -> None:
         self.directory, self.prepared, self.stack = directory, prepared, stack
+        self.callbacks = callbacks
         self.config = directory.config
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
@@ -136,7 +151,12 @@ class _Run:
         """
         if self.progress.step > 0:
             return told_before(self.directory.recorded())
-        return self.heldout.before() if self.config.eval_at_start else {}
+        if not self.config.eval_at_start:
+            return {}
+        before = self.heldout.before()
+        if before:
+            self.callbacks.on_eval(0, figures_before(before))
+        return before
 
     def evaluate_after(self) -> dict[str, Any]:
         """Figures of the held-out rows at the end, with the best evaluation's where one is kept.
@@ -176,38 +196,26 @@ class _Run:
         start = self.progress.step
         prepared.go_on(start, self.progress.cursor)
         self.stack.callback(prepared.close)
-        metrics = MetricsWriter(directory.metrics_path, start)
-        self.stack.callback(metrics.close)
-        assert config.run_id is not None
-        trackers = self.stack.enter_context(
-            Trackers(
-                config.report_to,
-                directory.path,
-                config.run_id,
-                config.stored(),
-                first_step=start + 1,
-            )
-        )
-        bar = self.stack.enter_context(
-            ProgressReporter(prepared.total_steps, start, log_every=config.log_every)
-        )
-
-        def report(line: StepMetrics) -> None:
-            metrics.write(line)
-            trackers.log(line.step, line.as_dict())
-            bar.update(line)
+        reports = RunReports(directory, prepared, self.model, start, self.callbacks, self.stack)
 
         def save(progress: Progress) -> None:
-            metrics.sync()
+            reports.sync()
             progress.cursor = prepared.cursor(progress.step)
             facts = None if best is None else best.facts()
             source = prepared.model_source
-            self.state.save(directory.checkpoints, progress, self.going, source, facts)
+            path = self.state.save(directory.checkpoints, progress, self.going, source, facts)
             directory.reached_checkpoint()
+            reports.saved(progress.step, path)
 
         rule = BestRule.of(config)
         best = None if rule is None else BestSoFar(rule, self.progress.best)
-        hooks = TrainerHooks(save, report, self.heldout.figures if prepared.heldout else None)
+        hooks = TrainerHooks(
+            save,
+            reports.step,
+            self.heldout.figures if prepared.heldout else None,
+            sample=reports.sample,
+            ended=lambda: self.callbacks.ended,
+        )
         if self.budget is not None:
             watch = partial(self.budget.watch, self.model, self.optimizer)
             hooks = replace(hooks, watch=watch, overrun=self.budget.overrun)
@@ -257,15 +265,21 @@ class _Run:
 
 
 def train(
-    config: TrainConfig | None = None, *, console: bool = True, **settings: Any
+    config: TrainConfig | None = None,
+    *,
+    console: bool = True,
+    callbacks: Sequence[object] = (),
+    **settings: Any,
 ) -> TrainResult:
     """Run a fine-tuning from start to end; on any failure the directory's summary says why.
 
     The settings come as one table, or as keyword arguments; `data` may be rows themselves: a list
-    of mappings, a generator, or a function that returns one. A start that is refused writes nothing
+    of mappings, a generator, or a function that returns one. `callbacks` are told of steps,
+    evaluations, checkpoints and the end (`engine.Callback`). A start that is refused writes nothing
     into a run that stands there. Raises children of `EngineError` for what the user can fix, and
     `Interrupted` (an exit status) when a signal stopped the run after a checkpoint.
     """
+    told = CallbackList(callbacks)
     config = given_settings(TrainConfig, config, settings)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -278,7 +292,7 @@ def train(
         directory.open()
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         stack.enter_context(explained_memory(directory.config, prepared))
-        run = _Run(directory, prepared, stack, process)
+        run = _Run(directory, prepared, stack, process, told)
         directory.begin()
         if asked.fit_memory is not None:
             log.info("chosen for the memory: %s", fitted_changes(asked, config) or "no changes")
@@ -322,7 +336,12 @@ def train(
     adapter = None if config.every_weight else output
     base = None if config.method == "scratch" else config.model
     sent = publish_folder(where, output, base)
-    return TrainResult(directory.path, adapter, figures, "Success", output, tuple(commands), sent)
+    history = [{"step": 0, **figures_before(before)}] if before else []
+    history += read_metrics(directory.metrics_path)
+    where_saved = directory.path, adapter, figures, "Success", output
+    result = TrainResult(*where_saved, tuple(commands), sent, history)
+    told.on_end(result)
+    return result
 
 
 def _process(config: TrainConfig) -> int:

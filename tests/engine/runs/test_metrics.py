@@ -214,9 +214,12 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra `tensorboard` is not installed")
     with Trackers(["tensorboard"], tmp_path, "run", {}) as trackers:
         trackers.log(1, line(1).as_dict())
+        trackers.log_samples(1, [("what is asked", "what is answered")])
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert b"train/loss" in file.read_bytes()
     assert b"train/grad_norm" not in file.read_bytes()
+    for word in (b"samples/1", b"what is asked", b"what is answered"):
+        assert word in file.read_bytes()
 
 
 def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
@@ -226,6 +229,9 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
         def log(self, step: int, values: object) -> None:
             raise RuntimeError("no network")
 
+        def log_samples(self, step: int, samples: object) -> None:
+            raise AssertionError("asked after it was dropped")
+
         def close(self) -> None:
             raise AssertionError("closed after it was dropped")
 
@@ -233,6 +239,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
     trackers._open["broken"] = Broken()
     trackers.log(1, {"loss": 1.0})
     trackers.log(2, {"loss": 1.0})
+    trackers.log_samples(2, [("prompt", "answer")])
     trackers.close()
     assert caplog.text.count("no network") == 1
 

@@ -4,7 +4,7 @@ A server that has torch loaded forks one child per life, so a life costs millise
 import. Each child trains with `--resume auto` and is killed after a random time; the last one is
 left to end. Prints one JSON object with what was seen.
 
-Usage: train_kill_server.py MODEL DATA OUTPUT KILLS
+Usage: train_kill_server.py MODEL DATA OUTPUT KILLS [CHANGES], the last being settings as JSON.
 """
 
 import json
@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,22 +22,23 @@ from engine.config.train_config import TrainConfig
 from engine.verbs.training.train import train
 
 
-def settings(model: str, data: str, output: Path) -> TrainConfig:
-    return TrainConfig(
-        model=model,
-        data=data,
-        output_dir=output,
-        resume="auto",
-        max_steps=60,
-        batch_size=2,
-        max_length=64,
-        accumulate=2,
-        lora_dropout=0.1,
-        learning_rate=5e-3,
-        checkpoint_every=1,
-        device="cpu",
-        plot=False,
-    )
+def settings(model: str, data: str, output: Path, changes: dict[str, Any]) -> TrainConfig:
+    plain: dict[str, Any] = {
+        "model": model,
+        "data": data,
+        "output_dir": output,
+        "resume": "auto",
+        "max_steps": 60,
+        "batch_size": 2,
+        "max_length": 64,
+        "accumulate": 2,
+        "lora_dropout": 0.1,
+        "learning_rate": 5e-3,
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "plot": False,
+    }
+    return TrainConfig(**(plain | changes))
 
 
 def life(config: TrainConfig, steps: int | None, jitter: float = 0.0) -> int:
@@ -71,9 +73,9 @@ def newest(output: Path) -> int:
     return max(steps, default=0)
 
 
-def main(model: str, data: str, output: Path, kills: int) -> None:
+def main(model: str, data: str, output: Path, kills: int, changes: str = "{}") -> None:
     torch.set_num_threads(1)
-    config, randomness = settings(model, data, output), random.Random(0)
+    config, randomness = settings(model, data, output, json.loads(changes)), random.Random(0)
     whole = config.model_copy(update={"output_dir": output.with_name("whole"), "resume": None})
     assert life(whole, None) == 0
     statuses, steps = [], []
@@ -85,4 +87,4 @@ def main(model: str, data: str, output: Path, kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
