@@ -2,12 +2,15 @@
 
 The bar shows the step, loss, real tokens per second, peak memory and the time left, all taken from
 the `StepMetrics` that also go to `metrics.jsonl`. A terminal that goes away ends the bar and never
-the run.
+the run. In a notebook a bar with a table of the evaluations stands below the cell.
 """
 
+import html
+import importlib
 import logging
 import sys
-from typing import IO, Self, TextIO, cast
+import time
+from typing import IO, Any, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -15,6 +18,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from engine.runs.metrics import StepMetrics, describe_seconds
 
 log = logging.getLogger(__name__)
+
+_REDRAWN = 0.25
+"""Seconds between drawings of a notebook's bar."""
+_MOST_ROWS = 100
 
 
 class QuietStream:
@@ -54,10 +61,80 @@ class QuietStream:
         return self._stream.fileno()
 
 
+def notebook_display() -> Any | None:
+    """IPython's `display` module in a notebook; None elsewhere, without importing IPython."""
+    ipython = sys.modules.get("IPython")
+    ask = getattr(ipython, "get_ipython", None)
+    shell = ask() if callable(ask) else None
+    # A shell in a terminal has no kernel; those of Jupyter, Colab and VS Code have one.
+    if shell is None or getattr(shell, "kernel", None) is None:
+        return None
+    try:
+        return importlib.import_module("IPython.display")
+    except ImportError:
+        return None
+
+
+class NotebookBar:
+    """A bar below a notebook's cell, with a row for each evaluation; redrawn a few times a second.
+
+    What a notebook refuses to show ends the bar and never the run.
+    """
+
+    def __init__(self, display: Any, total_steps: int) -> None:
+        self._display, self._total = display, total_steps
+        self._rows: list[dict[str, Any]] = []
+        self._handle: Any = None
+        self._drawn = 0.0
+
+    def update(self, metrics: StepMetrics) -> None:
+        """Show one step."""
+        if metrics.extra:
+            self._rows.append({"step": metrics.step, "loss": metrics.loss, **metrics.extra})
+        now = time.monotonic()
+        if metrics.extra or metrics.step == self._total or now - self._drawn > _REDRAWN:
+            self._drawn = now
+            self._show(self._page(metrics))
+
+    def _page(self, metrics: StepMetrics) -> str:
+        text = html.escape(f"step {metrics.step}/{self._total}  {describe_step(metrics)}")
+        bar = f'<progress value="{metrics.step}" max="{self._total}"></progress>'
+        return f"<div>{bar} {text}</div>{self._table()}"
+
+    def _table(self) -> str:
+        if not self._rows:
+            return ""
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_cell(row.get(name))}</td>" for name in names) + "</tr>"
+            for row in self._rows[-_MOST_ROWS:]
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _show(self, page: str) -> None:
+        if self._display is None:
+            return
+        try:
+            content = self._display.HTML(page)
+            if self._handle is None:
+                self._handle = self._display.display(content, display_id=True)
+            else:
+                self._handle.update(content)
+        except Exception as error:
+            self._display = None
+            log.warning("The notebook's bar ends: %s", error)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 class ProgressReporter:
     """A context that shows the steps of a run from `start_step` to `total_steps`.
 
-    Off a terminal, or with `live` False, it logs a line every `log_every` steps and at the last.
+    Off a terminal and a notebook, or with `live` False, it logs a line every `log_every` steps and
+    at the last.
     """
 
     def __init__(
@@ -68,8 +145,12 @@ class ProgressReporter:
         self._first = start_step + 1
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._notebook: NotebookBar | None = None
         stream = QuietStream(sys.stderr)
-        if live and stream.isatty():
+        display = notebook_display() if live else None
+        if display is not None:
+            self._notebook = NotebookBar(display, total_steps)
+        elif live and stream.isatty():
             self._bar = Progress(
                 TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
                 BarColumn(bar_width=None),
@@ -87,6 +168,9 @@ class ProgressReporter:
         if self._bar is not None and self._task is not None:
             log.debug(line)
             self._bar.update(self._task, completed=metrics.step, description=text)
+        elif self._notebook is not None:
+            log.debug(line)
+            self._notebook.update(metrics)
         else:
             log.log(logging.INFO if due else logging.DEBUG, line)
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import types
 from pathlib import Path
 
 import psutil
@@ -22,7 +23,7 @@ from engine.runs.metrics import (
     plot_loss,
     read_metrics,
 )
-from engine.runs.progress import ProgressReporter, QuietStream, describe_step
+from engine.runs.progress import ProgressReporter, QuietStream, describe_step, notebook_display
 from engine.runs.trackers import Trackers, require_trackers
 from engine.storage.lock import DirectoryLock
 
@@ -202,6 +203,70 @@ def test_a_closed_stream_takes_nothing_and_raises_nothing() -> None:
     assert stream.closed
     stream.write("x")
     stream.flush()
+
+
+class FakeNotebook:
+    """What IPython offers in a notebook, as far as a bar needs it."""
+
+    def __init__(self) -> None:
+        self.pages: list[str] = []
+        self.shown = 0
+        self.broken = False
+
+    def HTML(self, page: str) -> str:
+        return page
+
+    def display(self, page: str, display_id: bool) -> "FakeNotebook":
+        self.shown += 1
+        self.pages.append(page)
+        return self
+
+    def update(self, page: str) -> None:
+        if self.broken:
+            raise RuntimeError("the kernel has gone")
+        self.pages.append(page)
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> FakeNotebook:
+    fake = FakeNotebook()
+    shell = types.SimpleNamespace(kernel=object())
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    return fake
+
+
+def test_a_notebook_shows_one_bar_with_a_row_for_each_evaluation(notebook: FakeNotebook) -> None:
+    with ProgressReporter(3) as bar:
+        for step in (1, 2, 3):
+            metrics = line(step)
+            metrics.extra = {"eval_loss/category/<b>": 0.5 * step} if step != 2 else {}
+            bar.update(metrics)
+    assert notebook.shown == 1
+    page = notebook.pages[-1]
+    assert 'value="3" max="3"' in page and page.count("<tr>") == 3
+    assert "1.5000" in page and "category/&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_a_notebook_that_goes_away_ends_the_bar_and_not_the_run(
+    notebook: FakeNotebook, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ProgressReporter(4) as bar:
+        for step in (1, 2, 3, 4):
+            notebook.broken = step > 1
+            metrics = line(step)
+            metrics.extra = {"eval_loss": 1.0}
+            bar.update(metrics)
+    assert caplog.text.count("the kernel has gone") == 1
+    assert len(notebook.pages) == 1
+
+
+def test_ipython_in_a_terminal_is_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    shell = types.SimpleNamespace()
+    ipython = types.SimpleNamespace(get_ipython=lambda: shell)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    assert notebook_display() is None
 
 
 def test_a_tracker_that_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
