@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from engine.errors import ConfigError, listing
 
 EVENTS = ("on_step", "on_eval", "on_save", "on_end")
 
 
-class Callback(Protocol):
+class Callback:
     """What `engine.train(..., callbacks=[...])` calls; every method may be left out.
 
     Either subclass this and write the methods that are wanted, or pass any object that has some of
