@@ -28,6 +28,8 @@ from engine.runs.startup import importing, leave_quickly
 VERBS: dict[str, tuple[str, str]] = {
     "train": ("cli.training.train", "fine-tune a model: QLoRA, LoRA or every weight"),
     "resume": ("cli.training.resume", "go on with a run that was stopped"),
+    "sweep": ("cli.training.sweep", "runs with several values of their settings"),
+    "compare": ("cli.training.compare", "runs side by side: settings, curves, figures"),
     "init": ("cli.training.init", "write a configuration for a model, rows and a GPU"),
     "plan": ("cli.training.plan", "what a run will need, before it allocates anything"),
     "eval": ("cli.models.eval", "perplexity of a model, with or without an adapter"),
@@ -62,6 +64,8 @@ _OTHER_NAMES = {
     **dict.fromkeys(("benchmark", "profile"), "bench"),
     **dict.fromkeys(("env", "info", "check", "diagnose"), "doctor"),
     **dict.fromkeys(("tensorboard", "dashboard", "ui", "web", "view", "plot"), "board"),
+    **dict.fromkeys(("tune", "search", "grid", "hyperparameters", "optuna"), "sweep"),
+    **dict.fromkeys(("diff", "versus", "vs"), "compare"),
     **dict.fromkeys(("ps", "runs", "watch", "progress", "logs"), "status"),
     **dict.fromkeys(("convert", "gguf", "to_gguf"), "export gguf"),
     "version": "--version",

@@ -16,6 +16,8 @@
     engine.forge(model=..., data=..., output_dir=..., fraction=0.1, max_steps=100)
     engine.plan(engine.TrainConfig(...)).text()
     engine.serve(model, adapter=["tuned=runs/first"])       # until the process is told to stop
+    engine.sweep("sweep.yaml").best                         # several values of some settings
+    engine.compare(["runs/a", "runs/b"]).settings()         # what differs, curves, figures
     engine.board(["runs"])                                  # a page in a browser, until Ctrl-C
 
 One function per verb; its keyword arguments are the settings that `engine VERB --help` lists, and a
@@ -52,8 +54,10 @@ if TYPE_CHECKING:
     from engine.verbs.models.quantize import quantize
     from engine.verbs.models.serve import serve
     from engine.verbs.training.board import board
+    from engine.verbs.training.compare import compare
     from engine.verbs.training.plan import plan
     from engine.verbs.training.resume import resume
+    from engine.verbs.training.sweep import sweep
     from engine.verbs.training.train import TrainResult, train
 
 # Here, because every way into the engine comes by here before torch is imported.
@@ -85,6 +89,8 @@ _HOME = {
     "serve": "engine.verbs.models.serve",
     "plan": "engine.verbs.training.plan",
     "board": "engine.verbs.training.board",
+    "sweep": "engine.verbs.training.sweep",
+    "compare": "engine.verbs.training.compare",
 }
 _EARLIER = {"generate_text": "generate"}
 
@@ -101,6 +107,7 @@ __all__ = [
     "TrainResult",
     "__version__",
     "board",
+    "compare",
     "evaluate",
     "forge",
     "generate",
@@ -112,6 +119,7 @@ __all__ = [
     "quantize",
     "resume",
     "serve",
+    "sweep",
     "train",
 ]
 

@@ -13,7 +13,7 @@ EVAL = "eval_"
 """What the names of all figures of an evaluation begin with."""
 LOSS = f"{EVAL}loss"
 _METRIC = r"[\w./:+@-]+"
-_LOWER_IS_BETTER = re.compile(r"loss|perplexity|(^|_)(kl|nll|error)")
+_LOWER_IS_BETTER = re.compile(r"loss|perplexity|seconds|bytes|(^|_)(kl|nll|error)")
 
 
 def metric_name(value: Any) -> Any:
@@ -27,6 +27,11 @@ def metric_name(value: Any) -> Any:
     if not re.fullmatch(_METRIC, name):
         raise ValueError("should be the name of a figure of an evaluation, such as eval_loss")
     return name if name.startswith(EVAL) else EVAL + name
+
+
+def metric_is_greatest(name: str) -> bool:
+    """Whether the greatest value of a figure is the best, by its name."""
+    return _LOWER_IS_BETTER.search(name.partition("/")[0].removeprefix(EVAL)) is None
 
 
 def patience(value: Any) -> Any:
@@ -119,5 +124,4 @@ class EvaluationSettings(Settings):
         """Whether a greater value of that figure is a better one."""
         if self.greater_is_better is not None:
             return self.greater_is_better
-        name = (self.best_metric or LOSS).partition("/")[0].removeprefix(EVAL)
-        return _LOWER_IS_BETTER.search(name) is None
+        return metric_is_greatest(self.best_metric or LOSS)

@@ -1,0 +1,1 @@
+"""Sweeps: runs of one training with several values of its settings."""
