@@ -89,10 +89,11 @@ class NotebookBar:
 
     def update(self, metrics: StepMetrics) -> None:
         """Show one step."""
-        if metrics.extra:
-            self._rows.append({"step": metrics.step, "loss": metrics.loss, **metrics.extra})
+        figures = {name: value for name, value in metrics.extra.items() if name.startswith("eval_")}
+        if figures:
+            self._rows.append({"step": metrics.step, "loss": metrics.loss, **figures})
         now = time.monotonic()
-        if metrics.extra or metrics.step == self._total or now - self._drawn > _REDRAWN:
+        if figures or metrics.step == self._total or now - self._drawn > _REDRAWN:
             self._drawn = now
             self._show(self._page(metrics))
 
