@@ -13,6 +13,8 @@ BEGIN, END = "<!-- files: begin -->\n", "<!-- files: end -->\n"
 TOP = ("kernels", "models", "optim", "engine", "cli", "bench", "examples")
 REST = """\
 examples/*.yaml               configurations to copy, for engine train --config
+examples/notebook.ipynb       training, figures and answers in a notebook
+examples/sweep/               a sweep to copy, for engine sweep
 tests/                        mirrors the tree
   interop/                    comparisons with transformers, PEFT, bitsandbytes and llama.cpp
   support/                    what tests share: helper processes, writers of fixtures, slow_tests

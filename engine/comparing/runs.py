@@ -1,4 +1,4 @@
-"""What is compared of runs: settings, curves, final figures, from their files alone."""
+"""What is compared of runs, read from their files alone."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from engine.errors import EngineError
 from engine.monitoring import records
-from engine.monitoring.confined import is_own_file
+from engine.monitoring.confined import is_own_file, own_object
 from engine.monitoring.directories import RunDirectories
 from engine.monitoring.metrics_tail import MetricsTail
 from engine.monitoring.overview import overview
@@ -83,8 +83,11 @@ class Board:
         return series(self._tail(self._run(request)), smoothing, first, last)
 
     def plan(self, request: Request) -> dict[str, Any]:
-        """The memory that the run's plan needs, planned once; or why there is no plan."""
+        """The memory of the run's plan, noted by the run or made once; or why there is none."""
         run = self._run(request)
+        noted = own_object(run / "manifest.json").get("planned_bytes")
+        if type(noted) is int and noted > 0:
+            return {"bytes": noted, "why": None}
         config = run / "config.yaml"
         if not is_own_file(config):
             return {"bytes": None, "why": "The run has no config.yaml to plan for."}

@@ -1,4 +1,4 @@
-"""What is varied of one setting: listed values, or a range to draw from."""
+"""What is varied of a setting: values, or a range."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a sweep from its file: the settings of all trials, and what is varied."""
+"""Read a sweep from its file, every key checked."""
 
 from __future__ import annotations
 

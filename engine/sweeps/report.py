@@ -1,4 +1,4 @@
-"""What a sweep leaves: sweep.json, a table, and a picture of its trials."""
+"""What a sweep leaves: its record, a table, a picture."""
 
 from __future__ import annotations
 

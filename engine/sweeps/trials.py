@@ -1,4 +1,4 @@
-"""The trials of a sweep: each a run with values of its own, decided by its number alone."""
+"""Trials of a sweep: runs with values decided by their numbers alone."""
 
 from __future__ import annotations
 

@@ -114,6 +114,8 @@ class _Run:
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
         self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
+        plan = planned if self.budget is None else self.budget.planned
+        self.planned_bytes = None if plan is None else plan.total
         self.reference = RunReference(prepared, step_settings(settings), self.device, dtype)
         self.reference.measure_another()
         base = prepared.model_source if prepared.init is None else prepared.init.source
@@ -306,6 +308,7 @@ def train(
             trainable_parameters=run.trainable,
             rows=prepared.row_count,
             total_steps=prepared.total_steps,
+            planned_bytes=run.planned_bytes,
             **before,
         )
         log.info(

@@ -98,6 +98,10 @@ def test_the_plan_is_made_once_and_its_refusal_is_told(runs: Path) -> None:
     assert ask(client, "plan", run=runs_by_name["first"]) == {"bytes": 3 * 2**30, "why": None}
     told = ask(client, "plan", run=runs_by_name["second"])
     assert told == {"bytes": None, "why": "The rows are not there."}
+    manifest = runs / "second" / "manifest.json"
+    noted = json.loads(manifest.read_text()) | {"planned_bytes": 5 * 2**30}
+    manifest.write_text(json.dumps(noted))
+    assert ask(client, "plan", run=runs_by_name["second"]) == {"bytes": 5 * 2**30, "why": None}
     assert ask(client, "plan", run=runs_by_name["pruned"])["bytes"] is None
 
 
