@@ -14,6 +14,7 @@ from engine.monitoring.confined import is_own_file
 if TYPE_CHECKING:
     from engine.config.train_config import TrainConfig
     from engine.data.rows import Row
+    from engine.monitoring.numbered_rows import NumberedRows
     from engine.tokenization.tokenizer import Tokenizer
 
 MOST_ROWS = 20
@@ -21,12 +22,12 @@ _CHARACTERS = 20_000
 
 
 class RowPreview:
-    """Previews of rows; the rows and tokenizer of the last run stay in memory."""
+    """Previews of rows; the rows' numbers and the tokenizer of the last run stay in memory."""
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._key: tuple[Path, int] | None = None
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, NumberedRows] = {}
         self._config: TrainConfig
         self._tokenizer: Tokenizer
 
@@ -39,7 +40,7 @@ class RowPreview:
         with self._lock:
             self._open(run)
             rows = self._rows[part]
-            chosen = rows[first - 1 : first - 1 + min(count, MOST_ROWS)]
+            chosen = rows.rows(first - 1, min(count, MOST_ROWS))
             return {
                 "total": len(rows),
                 "first": first,
@@ -52,9 +53,9 @@ class RowPreview:
         from engine.config.train_config import TrainConfig
         from engine.errors import DataError
         from engine.model_sources.scratch.open_base import describe_base
+        from engine.monitoring.numbered_rows import rows_by_part
         from engine.runs.stored import CONFIG, read_settings
         from engine.tokenization.tokenizer import load_tokenizer
-        from engine.training.row_set import rows_of_run
 
         if not is_own_file(run / CONFIG):
             raise DataError(f"{run} has no {CONFIG} of its own, which would name its rows.")
@@ -65,17 +66,19 @@ class RowPreview:
         self._config = build(TrainConfig, read_settings(run))
         described = describe_base(self._config)
         self._tokenizer = load_tokenizer(described, self._config.template_date)
-        train, heldout, _, _ = rows_of_run(self._config)
-        self._rows, self._key = {"train": train, "heldout": heldout}, key
+        self._rows, self._key = rows_by_part(self._config), key
 
     def _shown(self, row: Row) -> dict[str, Any]:
         from engine.errors import EngineError
         from engine.training.row_set import examples_of_run
 
         try:
-            (example,), _ = examples_of_run(self._config, [row], self._tokenizer)
+            made, report = examples_of_run(self._config, [row], self._tokenizer)
         except EngineError as error:
             return {"source": row.source, "error": str(error)}
+        if not made:
+            return {"source": row.source, "error": "; ".join(report.dropped)}
+        example = made[0]  # of a document that is divided, its first piece
         stretches, left = [], _CHARACTERS
         for trained, ids in example.stretches():
             text = self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -7,7 +7,7 @@ ones. Random bits come raw from Philox (Salmon et al., 2011, "Parallel random nu
 numbers. Documents are laid end to end without padding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -136,20 +136,26 @@ def split_heldout(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list
     Raises:
         ValueError: the fraction is out of range.
     """
+    heldout = heldout_indices([question_of(row) for row in rows], fraction, seed)
+    train = [row for index, row in enumerate(rows) if index not in heldout]
+    return train, [row for index, row in enumerate(rows) if index in heldout]
+
+
+def heldout_indices(questions: Sequence[Hashable], fraction: float, seed: int) -> set[int]:
+    """Which rows are held out, given what each asks; see `split_heldout`, which raises the same."""
     if not 0 <= fraction < 1:
         raise ValueError(f"a held-out fraction of {fraction}, which must be from 0 up to below 1")
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(_question(row), []).append(index)
-    wanted = 0 if fraction == 0 or len(groups) < 2 else max(1, round(fraction * len(rows)))
+    groups: dict[Hashable, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question, []).append(index)
+    wanted = 0 if fraction == 0 or len(groups) < 2 else max(1, round(fraction * len(questions)))
     heldout: set[int] = set()
     members = list(groups.values())
     for number in permutation(len(members), seed, SPLIT, 0).tolist()[: len(members) - 1]:
         if len(heldout) >= wanted:
             break
         heldout.update(members[number])
-    train = [row for index, row in enumerate(rows) if index not in heldout]
-    return train, [row for index, row in enumerate(rows) if index in heldout]
+    return heldout
 
 
 def permutation(count: int, seed: int, purpose: int, draw: int) -> npt.NDArray[np.int64]:
@@ -159,6 +165,6 @@ def permutation(count: int, seed: int, purpose: int, draw: int) -> npt.NDArray[n
     return np.argsort(numbers, kind="stable").astype(np.int64)
 
 
-def _question(row: Row) -> str:
+def question_of(row: Row) -> str:
     asked = [str(message.get("content")) for message in row.messages if message["role"] == "user"]
     return "\x00".join(asked) or row.source

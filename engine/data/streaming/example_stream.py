@@ -65,6 +65,15 @@ class ReadExamples:
     examples: list[Example]
 
 
+def heldout_numbers(count: int, share: float, seed: int) -> npt.NDArray[np.int64]:
+    """The numbers of the rows that a stream of `count` rows holds out, sorted."""
+    wanted = 0 if share == 0 or count < 2 else max(1, round(share * count))
+    if wanted > MOST_HELDOUT:
+        log.info("%d rows are held out: a stream holds out no more", MOST_HELDOUT)
+    chosen = np.arange(min(wanted, MOST_HELDOUT, count - 1))
+    return np.sort(ShuffledOrder(count, seed, SPLIT, 0).at(chosen))
+
+
 class ExampleStream:
     """The examples of every epoch of a run.
 
@@ -89,7 +98,7 @@ class ExampleStream:
         self._policy = BadLines.parse(choice.bad_lines)
         self.read, self.report = ReadReport(), ExampleReport()
         count = min(rows.count, settings.limit_rows or rows.count)
-        self.heldout = self._heldout(count)
+        self.heldout = heldout_numbers(count, settings.heldout, settings.seed)
         self._parts = list(self._weighted(count))
         self._ends = np.cumsum([total for _, _, total, _ in self._parts], dtype=np.int64)
         self.length = int(self._ends[-1])
@@ -98,15 +107,6 @@ class ExampleStream:
     def digest(self) -> str:
         """Of the content of all rows."""
         return self._rows.digest
-
-    def _heldout(self, count: int) -> npt.NDArray[np.int64]:
-        """The numbers of the rows that are held out, sorted."""
-        share = self._settings.heldout
-        wanted = 0 if share == 0 or count < 2 else max(1, round(share * count))
-        if wanted > MOST_HELDOUT:
-            log.info("%d rows are held out: a stream holds out no more", MOST_HELDOUT)
-        chosen = np.arange(min(wanted, MOST_HELDOUT, count - 1))
-        return np.sort(ShuffledOrder(count, self._settings.seed, SPLIT, 0).at(chosen))
 
     def _weighted(self, count: int) -> Iterator[tuple[int, int, int, ShuffledOrder | None]]:
         """First row, rows, rows of an epoch and their choice, of every file."""
