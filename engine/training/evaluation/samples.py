@@ -35,6 +35,7 @@ from engine.storage import durable
 from engine.storage.safe_files import append_regular, read_regular
 from engine.storage.strict_json import loads
 from engine.tokenization.tokenizer import Tokenizer
+from models.cache.many_sequences import row_capacity
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 
@@ -97,8 +98,9 @@ def sample_prompts(
 class SampleWriter:
     """Writes the answers of a run's model to `samples.jsonl`, cut back to `resume_step` first.
 
-    `more_stops` are ids that end an answer beside those of the prompts' request. Raises `OSError`
-    if the file cannot be written.
+    `more_stops` are ids that end an answer beside those of the prompts' request. Answers share keys
+    and values of at most `step_tokens` tokens, those of a training step, so that they need no more
+    memory than it; one answer alone may need more. Raises `OSError` if the file cannot be written.
     """
 
     def __init__(
@@ -109,9 +111,11 @@ class SampleWriter:
         tokenizer: Tokenizer,
         more_stops: Sequence[int] = (),
         resume_step: int = 0,
+        step_tokens: int = 1 << 62,
     ) -> None:
         self.path, self.prompts, self.model, self.tokenizer = path, prompts, model, tokenizer
         self._more_stops = frozenset(more_stops)
+        self._cache_tokens = max(step_tokens, row_capacity(prompts.longest))
         earlier = _lines_until(path, resume_step) if resume_step > 0 else []
         durable.write_bytes(path, b"".join(line + b"\n" for line in earlier))
         self._file = append_regular(path)
@@ -125,7 +129,9 @@ class SampleWriter:
         stops = request.stop_ids | self._more_stops
         base = RequestSettings(request.max_new_tokens, request.sampling, stops)
         training = self.model.training
-        generator = BatchedGenerator(self.model, self.tokenizer, slots=SLOTS)
+        generator = BatchedGenerator(
+            self.model, self.tokenizer, slots=SLOTS, cache_tokens=self._cache_tokens
+        )
         jobs = (PromptJob(prompt, sampled(base, index)) for index, prompt in enumerate(ids))
         try:
             answers = list(answer_in_order(generator, jobs, SLOTS))

@@ -55,6 +55,7 @@ class RunReports:
                 prepared.tokenizer,
                 prepared.stops,
                 start,
+                config.batch_size * config.max_length,
             )
             stack.callback(self._samples.close)
             if start == 0:
