@@ -14,6 +14,7 @@ from engine.monitoring.state import MARKS, RUN_FILES, is_made_here, state_of, ve
 from engine.runs.metrics import describe_seconds, read_metrics
 from engine.runs.output import CHECKPOINT
 from engine.storage.lock import is_locked, read_holder
+from engine.storage.manifest import MANIFEST_NAME
 from engine.storage.safe_files import json_object_or_empty, open_regular
 
 
@@ -82,6 +83,7 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
         "total_steps": manifest.get("total_steps"),
         "last": last,
         "checkpoints": _checkpoints(run),
+        "best": _best(run),
         "output_path": summary.get("output_path"),
         "error_message": summary.get("error_message") if not alive else None,
         "metrics": summary.get("metrics", {}),
@@ -157,6 +159,8 @@ def describe_status(status: dict[str, Any]) -> list[str]:
         rows.append(("last step", f"{describe_seconds(status['updated_seconds_ago'])} ago"))
     if status["checkpoints"]:
         rows.append(("checkpoints", ", ".join(map(str, status["checkpoints"]))))
+    if status["best"]:
+        rows.append(("best", "{metric} {value:.4f} after step {step}".format(**status["best"])))
     if status["output_path"]:
         rows.append(("output", status["output_path"]))
     if status["checkpoints"] and status["state"] not in ("running", "finished"):
@@ -209,6 +213,15 @@ def _bar(step: int, total: int | None, width: int = 24) -> str:
 def _checkpoints(run: Path) -> list[int]:
     matches = [CHECKPOINT.fullmatch(entry.name) for entry in run.glob("checkpoint-*")]
     return sorted(int(match[1]) for match in matches if match)
+
+
+def _best(run: Path) -> dict[str, Any] | None:
+    """The best evaluation so far, by the newest checkpoint's manifest; None without one."""
+    for step in _checkpoints(run)[-1:]:
+        best = json_object_or_empty(run / f"checkpoint-{step}" / MANIFEST_NAME).get("best")
+        if isinstance(best, dict) and isinstance(best.get("value"), int | float):
+            return {key: best.get(key) for key in ("metric", "value", "step")}
+    return None
 
 
 def _age(path: Path) -> float | None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import ConfigError
 from engine.runs.metrics import read_metrics
+from engine.verbs.training.status import describe_status, read_status
 from tests.support.small_runs import adapter_bytes, small_run
 
 Rows = Callable[..., Path]
@@ -101,6 +102,9 @@ def test_the_best_checkpoint_stays_beside_the_newest_and_says_why(
     assert [manifest(run, step)["best"] for step in (best, 6, 8)] == [facts] * 3
     assert {name: result.metrics[f"best_{name}"] for name in facts} == facts
     assert result.metrics["heldout_loss"] == losses[8]
+    status = read_status(run)
+    assert status["best"] == facts
+    assert f"best           eval_loss {losses[1]:.4f} after step 1" in describe_status(status)
     # The checkpoint is an adapter for every verb.
     asked = engine.evaluate(tiny_model, heldout, run / f"checkpoint-{best}", quantize="nf4")
     assert asked.loss == losses[best]
