@@ -1,4 +1,4 @@
-"""Rows of a run by number, read one by one from their files."""
+"""Rows of a run by number, read one at a time."""
 
 from __future__ import annotations
 
