@@ -29,4 +29,9 @@ class Publishing(Settings):
             raise ValueError(
                 "`private` and `commit_message` are of what `push_to_hub` sends: name a repository"
             )
+        if self.push_to_hub is not None and getattr(self, "random_weights", False):
+            raise ValueError(
+                "`random_weights` only measures, and a model of random weights is of no use to "
+                "anybody: leave out `push_to_hub`"
+            )
         return self

@@ -12,7 +12,7 @@ from engine.errors import CheckpointError, EngineError
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.fit import check_fit
 from engine.model_sources.adapter.peft import Adapter, uniform
-from engine.model_sources.adapter.provenance import read_base
+from engine.model_sources.adapter.provenance import BASE_FILE, read_base
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.interface.model_source import ModelSource
@@ -85,8 +85,13 @@ def open_init_adapter(
         return None
     base = read_base(adapter.path).get("digest")
     if base is not None and base != digest:
-        name = adapter.config.base_model_name_or_path
-        raise _refused(config, [f"it was trained on another base ({name})"])
+        raise CheckpointError(
+            f"The adapter {config.init_adapter} was trained on another base "
+            f"({adapter.config.base_model_name_or_path}) than {config.model}, whose files differ "
+            "from those that it notes. Train on that base, or leave out --init-adapter to start a "
+            "new adapter. If the two are the same model in other files, a copy of the adapter "
+            f"without its {BASE_FILE} is taken as it is: rm '{adapter.path / BASE_FILE}'."
+        )
     adapted = AdaptedSource(source, adapter)
     if adapted.folded:
         log.warning(

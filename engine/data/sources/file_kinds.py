@@ -25,10 +25,13 @@ _MAGIC = (
     (b"<!DOCTYPE", "HTML"),
     (b"<html", "HTML"),
     (b"%PDF", "PDF"),
+    (b"GGUF", "GGUF"),
 )
 _SUFFIXES = {
     ".csv": CSV, ".tsv": CSV, ".tab": CSV, ".txt": TEXT, ".text": TEXT, ".md": TEXT,
-    ".markdown": TEXT, ".rst": TEXT, ".xlsx": "Excel", ".parquet": PARQUET,
+    ".markdown": TEXT, ".rst": TEXT, ".xlsx": "Excel", ".parquet": PARQUET, ".yaml": "YAML",
+    ".yml": "YAML", ".toml": "TOML", ".py": "Python", ".xml": "XML", ".pkl": "pickle",
+    ".pickle": "pickle", ".pt": "pickle", ".bin": "pickle", ".safetensors": "safetensors",
 }  # fmt: skip
 DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst")
@@ -44,6 +47,20 @@ _ADVICE = {
     "Git LFS": "The file itself was not downloaded, only a pointer to it: git lfs pull",
     "HTML": "A web page was saved in the file's stead; download the raw file",
     "PDF": "Write its text into a .txt or .md file",
+    "YAML": (
+        "Settings belong to --config: --config '{path}'. Rows in YAML become JSON by: python -c "
+        "\"import json, yaml; json.dump(yaml.safe_load(open('{path}')), open('{new}', 'w'))\""
+    ),
+    "TOML": "Settings are read from YAML (--config); write rows as JSON Lines, one object a line",
+    "Python": (
+        "A program prints its rows, one json.dumps(row) a line: python '{path}' > '{new}', or gives"
+        " them to engine.train(TrainConfig(data=rows)). To train on code itself, make rows of it: "
+        "engine data extract"
+    ),
+    "XML": "Write its rows as JSON Lines, one object a line",
+    "pickle": "Pickles are never read, for they run code; write the rows as JSON Lines or Parquet",
+    "safetensors": "It holds tensors: name the folder of a model with --model",
+    "GGUF": "It holds a model: name it with --model",
 }
 
 

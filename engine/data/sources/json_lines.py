@@ -1,15 +1,16 @@
 """Read JSON values with their positions from a file.
 
-The file is JSON Lines, one array, one object that holds the array, or JSON values printed over
-several lines; plain or gzipped. The first character that is not white space tells which: '['
-begins an array, and a first line that is no whole value begins one of several lines. A line that is
-broken does not hide the lines after it; a broken array ends there.
+The file is JSON Lines, one array, one object that holds the array or a table by columns, or JSON
+values printed over several lines; plain or gzipped. The first character that is not white space
+tells which: '[' begins an array, and a first line that is no whole value begins one of several
+lines. A line that is broken does not hide the lines after it; a broken array ends there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from engine.data.sources.column_tables import rows_of_columns
 from engine.data.sources.compressed import open_plain
 from engine.data.sources.located import MAX_ROW_BYTES, BadLine, Located, Position
 from engine.errors import DataError
@@ -71,6 +72,9 @@ def _several_lines(
     if not first.lstrip().startswith(b"{") or len(first) >= MAX_ROW_BYTES:
         return None
     value = _whole(first)
+    rows = rows_of_columns(value)
+    if rows is not None and not stream.read(_HEAD_BYTES).strip():
+        return _numbered(rows, file)
     if isinstance(value, dict) and (is_row(value) or _list_of_rows(value) is None):
         return None
     data = blank + first + stream.read(MAX_WRAPPED_BYTES + 1)
@@ -82,11 +86,20 @@ def _several_lines(
     except (UnicodeDecodeError, strict_json.JSONFault):
         return None
     only = values[0] if len(values) == 1 else None
+    rows = rows_of_columns(only.value) if isinstance(only, Located) else None
+    if rows is not None:
+        return _numbered(rows, file)
     if isinstance(only, Located) and isinstance(only.value, dict) and not is_row(only.value):
         key = _list_of_rows(only.value)
         if key is not None:
             return _wrapped(text, key, Position(file, 1))
     return iter(values)
+
+
+def _numbered(rows: list[dict[str, Any]], file: str) -> Iterator[Located | BadLine]:
+    """Rows of a table: their line is their number."""
+    for index, row in enumerate(rows, start=1):
+        yield Located(Position(file, index), row)
 
 
 def _whole(line: bytes) -> Any:

@@ -16,6 +16,11 @@ FILES = [
     ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS file", "git lfs pull"),
     ("d.json", b"<!DOCTYPE html><html>", "an HTML file", "raw file"),
     ("d.pdf", b"%PDF-1.7", "a PDF file", ".txt"),
+    ("run.yaml", b"model: x\ndata: y\n", "a YAML file", "--config '{path}'"),
+    ("rows.yml", b"- prompt: Q\n  response: A\n", "a YAML file", "yaml.safe_load"),
+    ("rows.py", b"print(1)\n", "a Python file", "json.dumps(row)"),
+    ("rows.pkl", b"\x80\x04}", "a pickle file", "Parquet"),
+    ("model.gguf", b"GGUF\x03", "a GGUF file", "--model"),
     ("d.csv.gz", gzip.compress(b"PK\x03\x04.."), "a ZIP file", "unzip"),
 ]
 
@@ -33,6 +38,28 @@ def test_other_kinds_of_files_are_named(
     assert message.startswith(f"{path}: this is {kind}")
     assert advice.replace("{path}", str(path)) in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": ["Q", "R"], "response": ["A", "B"]}\n',
+        '{\n "prompt": ["Q", "R"],\n "response": ["A", "B"],\n "stars": [1, null]\n}',
+        '{"prompt": {"0": "Q", "1": "R"}, "response": {"0": "A", "1": "B"}}',
+    ],
+)
+def test_a_table_by_columns_is_read_as_its_rows(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "d.json"
+    path.write_text(text)
+    rows = load_rows(path)
+    assert [[m["content"] for m in row.messages] for row in rows] == [["Q", "A"], ["R", "B"]]
+
+
+def test_two_objects_of_lists_are_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": ["Q"], "response": ["A"]}\n' * 2)
+    with pytest.raises(DataError, match=r"prompt\[0\] is a text"):
+        load_rows(path)
 
 
 @pytest.mark.parametrize("name", ["d.csv", "d.txt", "d.parquet", "d", "d.jsonl"])
