@@ -7,7 +7,7 @@ have Hugging Face's names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -224,8 +224,8 @@ class Decoder(nn.Module):
         return x
 
     @torch.no_grad()
-    def continued(self, x: Tensor, batch: PackedBatch, layers: range) -> Tensor:
-        """The output (N, H) of the last of `layers` for the input x (N, H) of the first."""
+    def continued(self, x: Tensor, batch: PackedBatch, layers: Iterable[int]) -> Tensor:
+        """What these layers, one after the other, make of x (N, H)."""
         run = self._pass(batch, DEFAULT_SETTINGS, None)
         for index in layers:
             x = run_layer(x, self.layers[index], run)

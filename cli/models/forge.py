@@ -35,6 +35,8 @@ def forge_model(call: Call) -> None:
     print(table(results))
     if results["stopped"]:
         print(results["stopped"])
+    if results["verdict"] is not None:
+        print(results["verdict"]["text"])
     print(f"Model: {results['model']}")
 
 

@@ -44,10 +44,22 @@ TARGET_PRESETS = ("all", "attn", "qv")
 """Names for sets of projections; `models.adapters` resolves them."""
 
 Metric = Literal[
-    "l2-reconstruction", "l2-output", "l2-weights", "l2-weights-largest", "gradient", "ov", "random"
-]
+    "l2-reconstruction", "l2-output", "l2-weights", "l2-weights-largest", "gradient", "ov",
+    "cosine", "routed-mass", "random",
+]  # fmt: skip
 METRICS: tuple[Metric, ...] = get_args(Metric)
-METRICS_WITH_DATA: tuple[Metric, ...] = ("l2-reconstruction", "l2-output", "gradient")
+METRICS_WITH_DATA: tuple[Metric, ...] = ("l2-reconstruction", "l2-output", "gradient", "cosine",
+    "routed-mass",
+)  # fmt: skip
+Prunable = Literal["heads", "kv-groups", "mlp", "layers", "experts"]
+METRICS_OF: dict[Prunable, tuple[Metric, ...]] = {
+    "heads": tuple(metric for metric in METRICS if metric not in ("cosine", "routed-mass")),
+    "kv-groups": tuple(metric for metric in METRICS if metric not in ("cosine", "routed-mass")),
+    "mlp": ("l2-reconstruction", "l2-output", "l2-weights", "random"),
+    "layers": ("l2-reconstruction", "cosine", "random"),
+    "experts": ("routed-mass", "random"),
+}
+"""What each part of a model can be ranked by."""
 RepairMethod = Literal["none", "least-squares"]
 PruneMode = Literal["zero", "mask", "structural"]
 PRUNE_MODES: tuple[PruneMode, ...] = get_args(PruneMode)

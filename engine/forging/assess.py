@@ -11,8 +11,9 @@ from typing import Any
 from engine.data.dataset import load_rows
 from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
+from engine.forging.verdict import perplexity_interval
 from engine.inference.generation import complete, prompt_ids, stop_ids_of
-from engine.inference.perplexity import evaluate_examples
+from engine.inference.perplexity import evaluate_examples, row_losses
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
@@ -44,6 +45,7 @@ class Judge:
         check_ids(examples, source.config.vocab_size)
         decoder = build_model(source, device=where, dtype=resolve_dtype(self.dtype, where))
         result = evaluate_examples(decoder, examples)
+        rows = row_losses(decoder, examples)
         answers = [
             complete(
                 decoder,
@@ -60,6 +62,8 @@ class Judge:
             "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
             "loss": result.loss,
             "tokens": result.tokens,
+            "interval": list(perplexity_interval(rows)),
+            "row_losses": [list(row) for row in rows],
             "parameters": parameters(source),
             "pruned_heads": pruned_heads(source),
             "bytes": size_on_disk(Path(model)),

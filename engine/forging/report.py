@@ -17,29 +17,34 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "baseline", "", results["baseline"]
     removed = 0
     for number, cycle in enumerate(results["cycles"], 1):
-        removed += cycle["prune"]["heads"]["removed"]
+        removed += cycle["prune"].get("heads", cycle["prune"]["units"])["removed"]
         yield f"cycle {number}, pruned", str(removed), cycle["pruned"]
         yield f"cycle {number}, trained", str(removed), cycle["trained"]
     for number, entry in enumerate(results["baseline_cycles"], 1):
         yield f"baseline {number}, trained", "0", entry["trained"]
+    for seed, chain in enumerate(results.get("baseline_seeds", []), 1):
+        for number, entry in enumerate(chain, 1):
+            yield f"baseline {number}, seed +{seed}", "0", entry["trained"]
 
 
 def table(results: dict[str, Any]) -> str:
     """One line a model: perplexity against the baseline, heads, parameters, size, speed."""
     base = results["baseline"]["perplexity"]
     lines = [
-        f"{'model':<20} {'perplexity':>10} {'change':>8} {'pruned':>10} {'parameters':>12} "
-        f"{'on disk':>11} {'tokens/s':>8}"
+        f"{'model':<20} {'perplexity':>10} {'95 % of draws':>17} {'change':>8} {'pruned':>10} "
+        f"{'parameters':>12} {'on disk':>11} {'tokens/s':>8}"
     ]
     for name, removed, judged in _rows(results):
         value = judged["perplexity"]
         told = "infinite" if value is None else f"{value:.3f}"
+        low, high = judged.get("interval") or (None, None)
+        between = "" if low is None else f"{low:.3f} - {high:.3f}"
         change = "" if value is None or base is None else f"{100 * (value / base - 1):+.1f} %"
         size = "" if judged["bytes"] is None else gib(judged["bytes"])
         speed = "" if judged["tokens_per_second"] is None else f"{judged['tokens_per_second']:.1f}"
         lines.append(
-            f"{name:<20} {told:>10} {change:>8} {removed:>10} {judged['parameters']:>12,} "
-            f"{size:>11} {speed:>8}".rstrip()
+            f"{name:<20} {told:>10} {between:>17} {change:>8} {removed:>10} "
+            f"{judged['parameters']:>12,} {size:>11} {speed:>8}".rstrip()
         )
     return "\n".join(lines)
 

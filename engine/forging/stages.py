@@ -20,6 +20,7 @@ from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 JOB = "job.json"
+Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Stages:
@@ -32,13 +33,15 @@ class Stages:
         *,
         resume: bool,
         renamed: Mapping[str, str] | None = None,
+        upgraded: Upgrade | None = None,
     ) -> None:
-        """Start a job, or go on with one, whose settings may have the earlier names of `renamed`.
+        """Start a job, or go on with one, whose settings may have the earlier names of `renamed`,
+        and be put into today's form by `upgraded`.
 
         Raises `ConfigError` where a job is there and `resume` was not asked for, where it has other
         settings, and where the directory cannot be made.
         """
-        check_job(directory, settings, resume=resume, renamed=renamed)
+        check_job(directory, settings, resume=resume, renamed=renamed, upgraded=upgraded)
         self.directory = directory
         make_directory(directory / "stages")
         if not (directory / JOB).exists():
@@ -72,6 +75,7 @@ def check_job(
     *,
     resume: bool,
     renamed: Mapping[str, str] | None = None,
+    upgraded: Upgrade | None = None,
 ) -> None:
     """Refuse a job that `directory` holds already, unless it is this one and goes on. Only reads.
 
@@ -85,11 +89,11 @@ def check_job(
             f"{directory} holds a job already. Go on with it with --resume, or choose another "
             "--output-dir."
         )
-    _refuse_other(job, settings, renamed or {})
+    before = with_present_names(_read(job), renamed or {})
+    _refuse_other(job, settings, before if upgraded is None else upgraded(before))
 
 
-def _refuse_other(job: Path, settings: dict[str, Any], renamed: Mapping[str, str]) -> None:
-    before = with_present_names(_read(job), renamed)
+def _refuse_other(job: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:
     asked = json.loads(json.dumps(settings))
     other = [key for key in sorted({*before, *asked}) if before.get(key) != asked.get(key)]
     if other:

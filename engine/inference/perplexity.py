@@ -12,6 +12,7 @@ import torch
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.inference.parts import PartNames
+from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
@@ -108,3 +109,22 @@ def _sum_of(
         total += loss.double().cpu()
         tokens += batch.trained_tokens
     return _Sum(float(total), tokens)
+
+
+@torch.no_grad()
+def row_losses(
+    model: Decoder, examples: Sequence[Example], tokens_per_batch: int = TOKENS_PER_BATCH
+) -> list[tuple[float, int]]:
+    """Of each example, in the given order, the sum of its losses in nats and its trained tokens."""
+    order = sorted(range(len(examples)), key=lambda number: -len(examples[number]))
+    result: dict[int, tuple[float, int]] = {}
+    for group in by_tokens([examples[number] for number in order], tokens_per_batch):
+        batch = collate(group).to(model.device, model.ids_device)
+        states = model.model.norm(model.hidden_states(batch).index_select(0, batch.trained))
+        start = 0
+        for example in group:
+            part = slice(start, start + example.trained_tokens)
+            loss = linear_cross_entropy(states[part], model.head_weight(), batch.targets[part], 1.0)
+            result[order[len(result)]] = float(loss), example.trained_tokens
+            start = part.stop
+    return [result[number] for number in range(len(examples))]

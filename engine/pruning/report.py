@@ -66,8 +66,41 @@ def _loses_most(layer: dict[str, Any]) -> bool:
     return bool(2 * len(layer["pruned"]) > layer["heads"] - len(layer["pruned_before"]))
 
 
+_NAMES = {"mlp": "channels", "experts": "experts"}
+
+
+def _parts(record: dict[str, Any]) -> str:
+    """The record of channels or layers as text."""
+    lines = []
+    for part in record["parts"]:
+        told = f"layer {part['layer']:>3}"
+        if "channels" in part:
+            told += f"  {len(part['pruned'])} of {part['channels']} channels"
+        if "experts" in part:
+            told += f"  {len(part['pruned'])} of {part['experts']} experts"
+        told += "  mass" if "experts" in part else "  error"
+        told += f" {part['error_removed']:.4f}"
+        if "error_repaired" in part:
+            told += f", repaired {part['error_repaired']:.4f}"
+        lines.append(told)
+    lines += [
+        f"layer {one['layer']:>3} goes ({one['score']:.4f})" for one in record.get("order", ())
+    ]
+    units, sizes = record["units"], record["parameters"]
+    kind = "layers" if record["what"] == "layers" else f"{_NAMES[record['what']]} of every layer"
+    share = 100 * (1 - sizes["after"] / sizes["before"])
+    lines.append(
+        f"Asked for {units['asked']} of {units['before']} {kind}, pruned {units['removed']} "
+        f"({record['metric']}, {record['mode']}): {sizes['after']:,} of {sizes['before']:,} "
+        f"parameters are left, {share:.2f} % fewer."
+    )
+    return "\n".join(lines)
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as text: a line a layer, and the totals."""
+    if "parts" in record:
+        return _parts(record)
     head = f"{'layer':>5} {'heads':>5} {'asked':>5} {'pruned':>6} {'left':>4} {'kv left':>7}  which"
     lines = [head]
     for layer in record["layers"]:

@@ -193,6 +193,7 @@ class DecoderLayer(nn.Module):
         mixer = None if policy == "full" else done.trim(policy)
         del done
         y, mlp = self.mlp.forward(x, addend, self.post_attention_layernorm, context)
+        layer_observer().mlp_ran(self.index, mlp)
         x1 = addend
         return y, BlockSaved(mixer, x1, mlp).trim(policy)
 

@@ -19,6 +19,9 @@ class LayerObserver:
     def mixer_ran(self, layer: int, saved: Any) -> None:
         """In forward, attention or Gated DeltaNet has run and would save this."""
 
+    def mlp_ran(self, layer: int, saved: Any) -> None:
+        """In forward, a feed-forward part has run and would save this."""
+
     def forward_ends(self, layer: int) -> None:
         """Of a layer's forward pass there are its output and what it saved."""
 

@@ -8,10 +8,12 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from engine.config.choices import (
     MAX_SHARD_SIZE,
+    METRICS_OF,
     ComputeType,
     Granularity,
     HeadKind,
     Metric,
+    Prunable,
     PruneMode,
     RepairMethod,
     Scope,
@@ -37,7 +39,14 @@ class HeadChoice(Settings):
     """How many heads are pruned, which ones, and how."""
 
     fraction: Annotated[float, AfterValidator(inner_share)] = setting(
-        ..., "Heads", "share of the heads to prune, between 0 and 1"
+        ..., "Heads", "share of the heads, channels, layers or experts to prune, between 0 and 1"
+    )
+    what: Prunable = setting(
+        "heads",
+        "Heads",
+        "heads; kv-groups: key/value heads with all that read them; mlp: channels of dense "
+        "feed-forward parts, as many of each layer; layers: whole ones; experts: as many of each "
+        "mixture",
     )
     metric: Annotated[Metric | None, spelled(METRIC_NAMES)] = setting(
         None,
@@ -45,7 +54,8 @@ class HeadChoice(Settings):
         "l2-reconstruction: error on --data once the rest made up for it; l2-output: size of what "
         "the head adds on --data; l2-weights: norm of its weights, which can be worse than chance; "
         "l2-weights-largest: an experiment, the largest go; gradient: change of the loss on "
-        "--data; ov: norm of the value-output product; random: a baseline. By default "
+        "--data; ov: norm of the value-output product; cosine: how little a layer turns what it "
+        "reads; routed-mass: the router's weights on an expert; random: a baseline. By default "
         "l2-reconstruction with --data, else l2-weights",
     )
     scope: Scope | None = setting(
@@ -101,11 +111,12 @@ class PruneSettings(HeadChoice, Machine):
     computes with. `dtype` is what is written.
     """
 
-    mode: PruneMode = setting(
-        "zero",
+    mode: PruneMode | None = setting(
+        None,
         "Heads",
         "zero: same shapes, zeros; mask: whole weights and a mask next to them; structural: "
-        "smaller weights, the same in every layer",
+        "smaller weights, the same in every layer. By default zero for heads, structural for "
+        "channels and layers",
     )
     heads: HeadKind = setting(
         "attention", "Heads", "those of attention, or of DeltaNet layers, by their own rules"
@@ -136,7 +147,24 @@ class PruneSettings(HeadChoice, Machine):
     @property
     def importance(self) -> Metric:
         """The metric, chosen by whether there are calibration rows where none was named."""
+        if self.metric is None and self.what == "experts":
+            return "routed-mass"
         return self.metric or ("l2-reconstruction" if self.data else "l2-weights")
+
+    @property
+    def form(self) -> PruneMode:
+        """The mode, chosen by what is pruned where none was named."""
+        return self.mode or ("zero" if self.prunes_heads else "structural")
+
+    @property
+    def prunes_heads(self) -> bool:
+        """Whether heads go, alone or in groups."""
+        return self.what in ("heads", "kv-groups")
+
+    @property
+    def grouping(self) -> Granularity:
+        """What of the heads goes as a whole."""
+        return "kv-group" if self.what == "kv-groups" else self.granularity
 
     @property
     def ranking(self) -> Scope:
@@ -149,12 +177,27 @@ class PruneSettings(HeadChoice, Machine):
     @property
     def measures_layers(self) -> bool:
         """Whether layers are compared by what the model misses; not where all give up the same."""
-        return self.ranking == "sensitivity" and (self.mode != "structural" or self.per_layer)
+        return self.ranking == "sensitivity" and (self.form != "structural" or self.per_layer)
 
     @property
     def repairs(self) -> bool:
         """Whether what is left is to be updated."""
         return self.repair == "least-squares" or (self.repair is None and bool(self.data))
+
+    @model_validator(mode="after")
+    def _fits_what_is_pruned(self) -> Self:
+        known = METRICS_OF[self.what]
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(
+                f"--metric {self.metric} does not rank {self.what}; expected one of "
+                f"{', '.join(known)}"
+            )
+        if not self.prunes_heads and self.form != "structural":
+            raise ValueError(
+                f"--what {self.what} makes smaller weights: leave out --mode {self.mode}, or "
+                "prune heads"
+            )
+        return self
 
     @model_validator(mode="after")
     def _per_layer_is_structural(self) -> Self:
@@ -192,6 +235,13 @@ class ForgeCycles(Settings):
     baseline: bool = setting(
         False, "Job", "also train as much without pruning, as a baseline to compare with"
     )
+    baseline_seeds: int = setting(
+        1,
+        "Job",
+        "with a baseline: train it with so many seeds, to tell what chance does to a training",
+        ge=1,
+        le=100,
+    )
     distill: bool = setting(
         False, "Job", "learn the unpruned model's probabilities, not the tokens"
     )
@@ -224,8 +274,10 @@ class ForgeJob(ForgeCycles, HeadChoice):
     model: str = setting(..., "Data", "Hugging Face directory, hub id or .gguf file", min_length=1)
     data: DataNames = setting((), "Data", "rows to train on", repeat=True)
     eval_data: DataNames = setting((), "Data", "rows held out", repeat=True)
-    mode: Literal["zero", "structural"] = setting(
-        "zero", "Heads", "zero: same shapes; structural: smaller weights"
+    mode: Literal["zero", "structural"] | None = setting(
+        None,
+        "Heads",
+        "zero: same shapes; structural: smaller weights, the default for channels and layers",
     )
     resume: bool = setting(False, "Job", "go on with a job")
 
@@ -237,7 +289,7 @@ class ForgeJob(ForgeCycles, HeadChoice):
 
     def settings(self, training: TrainConfig) -> ForgeSettings:
         """The job with its fine-tuning, whose seed, length and machine are the pruning's too."""
-        chosen = {name: getattr(self, name) for name in HeadChoice.model_fields}
+        chosen = {name: getattr(self, name) for name in (*HeadChoice.model_fields, "mode")}
         same = {name: getattr(training, name) for name in ("seed", "max_length", "device")}
         same["compute_dtype"] = training.dtype
         own = {name: getattr(self, name) for name in ForgeCycles.model_fields}

@@ -45,15 +45,15 @@ def scores_of(
         examples = calibration_examples(source, how)
         stream = LayerStream(source, examples, how)
         blank = weight_scores(source, layers, "random")
-        measured = _divergence(source, examples, how) if settings.measures_layers else None
+        measured = whole_model(source, examples, how) if settings.measures_layers else None
         ridge = settings.repair_ridge
-        return reconstruction_scores(blank, stream, settings.granularity, ridge, measured)
+        return reconstruction_scores(blank, stream, settings.grouping, ridge, measured)
     if metric in METRICS_WITH_DATA:
         return measured_scores(source, layers, metric, how)
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)
 
 
-def _divergence(
+def whole_model(
     source: ModelSource, examples: Sequence[Example], how: Calibration
 ) -> PrefixDivergence:
     """The whole model, to be run from any layer on."""

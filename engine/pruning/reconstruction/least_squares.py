@@ -112,6 +112,35 @@ def _growth(weight: Tensor, inverse: Tensor, span: slice) -> float:
     return float((torch.linalg.solve(inverse[span, span], part.mT) * part.mT).sum())
 
 
+def solved(given: Regression, products: Tensor) -> Tensor:
+    """products (m, n) (C + r I)^-1: the update that adds what products are of, and z."""
+    everything = torch.arange(given.weight.shape[1])
+    return torch.cholesky_solve(products.mT, _factor(given.damped(everything))).mT
+
+
+def cheapest_columns(given: Regression, count: int, rounds: int = 16) -> Tensor:
+    """The `count` single columns that cost least, in as many `rounds`, the rest updated between.
+
+    Of a round, those with the least |W_j|^2 / K_jj go together.
+    """
+    inverse = torch.cholesky_inverse(_factor(given.damped(torch.arange(given.weight.shape[1]))))
+    weight = given.weight.double().clone()
+    going: list[Tensor] = []
+    size = -(-count // rounds)
+    for start in range(0, count, size):
+        growth = weight.square().sum(0) / inverse.diagonal()
+        if going:
+            growth[torch.cat(going)] = torch.inf
+        taken = growth.topk(min(size, count - start), largest=False).indices
+        rows = inverse[taken]
+        solved = torch.linalg.solve(rows[:, taken], rows)
+        weight -= weight[:, taken] @ solved
+        inverse -= rows.mT @ solved
+        going.append(taken)
+        weight[:, taken] = inverse[taken] = inverse[:, taken] = 0.0
+    return torch.cat(going)
+
+
 def repaired(given: Regression, staying: Tensor, going: Tensor) -> tuple[Tensor, Tensor]:
     """W'_S (m, |S|), and what is to be added to the bias (m,); zeros unless `centred`."""
     count, weight = len(staying), given.weight.double()

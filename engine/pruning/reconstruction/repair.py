@@ -115,7 +115,7 @@ class HeadRepair:
             bias = (self._read(heads, "bias").double() + shift).to(dtype)
             self.changes[self._name(heads, "bias")] = Change(bias)
             linear.bias.data.copy_(bias)
-        self.told.append({"layer": heads.layer} | _errors(given, out, given.weight - after))
+        self.told.append({"layer": heads.layer} | errors_of(given, out, given.weight - after))
 
     def _name(self, heads: HeadSlices, leaf: str) -> str:
         """The name in the file of the output projection's weight or bias."""
@@ -126,7 +126,7 @@ class HeadRepair:
         return self._stream.source.tensor(self._name(heads, leaf)).to(self._stream.device)
 
 
-def _errors(given: Regression, out: Tensor, difference: Tensor) -> dict[str, float]:
+def errors_of(given: Regression, out: Tensor, difference: Tensor) -> dict[str, float]:
     """What removal alone would change of the layer's output, and what is changed of it now."""
     second = given.moments.second(given.centred)
 

@@ -11,7 +11,7 @@ taking the lowest scores of the whole model is the best split of a budget over t
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 import torch
@@ -42,17 +42,19 @@ class PrefixDivergence:
         self.model, count = model, len(model.layers)
         self._batch = collate(chosen).to(model.device, model.ids_device)
         self._x: Tensor = model.model.embed_tokens(self._batch.input_ids)
-        self._layer, self._count = 0, count
-        self._known = model.model.norm(self._picked(range(count)))
-        self._least = self._loss(self._known)
+        self._first, self._layer, self._count = self._x, 0, count
+        self._known = self._last_states(range(count))
 
-    def _picked(self, layers: range) -> Tensor:
-        """The trained tokens' last states (n, H) of the layers run from where this stands."""
+    def _last_states(self, layers: Iterable[int]) -> Tensor:
+        """What the head reads at the trained tokens (n, H), these layers run from here."""
         states = self.model.continued(self._x, self._batch, layers)
-        return states.index_select(0, self._batch.trained)
+        last: Tensor = self.model.model.norm(states.index_select(0, self._batch.trained))
+        return last
 
-    def _loss(self, states: Tensor) -> float:
-        head = self.model.head_weight()
+    @torch.no_grad()
+    def straying(self, layers: Iterable[int]) -> float:
+        """Nats a token, with these layers run from here."""
+        states, head = self._last_states(layers), self.model.head_weight()
         total = linear_distillation(states, head, self._known, head, 1.0, DISTILLATION_TOKENS)
         return float(total.double()) / max(len(states), 1)
 
@@ -63,16 +65,24 @@ class PrefixDivergence:
         linear.set_weight(weight.to(self._x.device, self._x.dtype))
         if bias is not None:
             bias.data += shift.to(bias.device, bias.dtype)
-        states = self._picked(range(self._layer, self._count))
+        strayed = self.straying(range(self._layer, self._count))
         linear.set_weight(before)
         if bias is not None:
             bias.data -= shift.to(bias.device, bias.dtype)
-        return self._loss(self.model.model.norm(states)) - self._least
+        return strayed
 
     def go_on(self) -> None:
-        """Stand before the next layer."""
-        self._x = self.model.continued(self._x, self._batch, range(self._layer, self._layer + 1))
+        """Run one layer, and stand before the next."""
+        self._x = self.model.continued(self._x, self._batch, [self._layer])
         self._layer += 1
+
+    def run(self, layers: Iterable[int]) -> None:
+        """Go through these layers, whichever they are."""
+        self._x = self.model.continued(self._x, self._batch, layers)
+
+    def restart(self) -> None:
+        """Stand before the first layer again."""
+        self._x, self._layer = self._first, 0
 
 
 def measured_counts(units: int) -> list[int]:

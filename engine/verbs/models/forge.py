@@ -32,8 +32,10 @@ from engine.data.docstrings import write_docstrings
 from engine.data.rows import Row
 from engine.errors import ConfigError
 from engine.forging.assess import Judge
+from engine.forging.identity import RENAMED, identity, upgraded
 from engine.forging.stages import JOB, Stages, check_job, make_directory
-from engine.model_sources.open import describe_model, open_model_source
+from engine.forging.verdict import judged
+from engine.model_sources.open import describe_model
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
 from engine.runs.checkpoints import sweep
@@ -53,23 +55,6 @@ DOMAINS = ("docstrings",)
 """Data sets by name: docstrings are those of the installed Python's standard library."""
 
 WORSE_SHARE, WORSE_PERPLEXITY = 0.10, 1.0
-
-
-RENAMED = {**TrainConfig.renamed, **ForgeSettings.renamed}
-"""Earlier names of settings, which an older job's directory has."""
-
-
-def identity(settings: ForgeSettings) -> dict[str, Any]:
-    """What decides the results of a job, as JSON has it."""
-    names = ("cycles", "baseline", "heldout", "heldout_rows", "samples", "domain", "distill")
-    training = {"output_dir", "run_id", "resume"}
-    model = open_model_source(settings.training.model, settings.training.revision)
-    return {
-        "training": settings.training.model_dump(mode="json", exclude=training),
-        "pruning": settings.pruning.model_dump(mode="json"),
-        **{name: getattr(settings, name) for name in names},
-        "model_digest": model.digest(),
-    }
 
 
 def job_settings(options: Mapping[str, Any]) -> ForgeSettings:
@@ -103,13 +88,15 @@ def forge(
     started, root = time.time(), settings.output_dir
     _check(settings)
     known = identity(settings)
-    check_job(root, known, resume=resume, renamed=RENAMED)
+    check_job(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
     make_directory(root)
     parameters = settings.model_dump(mode="json")
     with DirectoryLock(root), summed_up_on_failure(root, "forge", parameters, started):
-        for folder in (root, root / "data", root / "stages", *root.glob("cycle-*")):
+        parts = (root / "data", root / "data" / "docstrings", root / "stages")
+        for folder in (root, *parts, *root.glob("cycle-*"), *root.glob("baseline-*")):
             sweep(folder)
-        results = _Forge(settings, Stages(root, known, resume=resume, renamed=RENAMED)).run()
+        job = Stages(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
+        results = _Forge(settings, job).run()
         write_summary(
             root,
             "forge",
@@ -130,6 +117,7 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
         "perplexities_trained": [cycle["trained"]["perplexity"] for cycle in cycles],
         "cycles": len(cycles),
         "stopped": results["stopped"],
+        "verdict": (results.get("verdict") or {}).get("text"),
     }
 
 
@@ -166,6 +154,7 @@ class _Forge:
     def __init__(self, settings: ForgeSettings, job: Stages) -> None:
         self.settings, self.job, self.root = settings, job, settings.output_dir
         rows = self.job.run("data", self._data)
+        self.rows = rows
         self.train_file, heldout = Path(rows["train"]), Path(rows["heldout"])
         config = settings.training
         self.judge = Judge(
@@ -190,17 +179,33 @@ class _Forge:
                 log.warning("%s", stopped)
                 break
             current, before = cycle["trained"]["model"], cycle["trained"]
-        trained = self._train_baseline(len(cycles)) if self.settings.baseline else []
-        results = {
+        seeds = range(self.settings.baseline_seeds if self.settings.baseline else 0)
+        trained = [self._train_baseline(len(cycles), seed) for seed in seeds]
+        results: dict[str, Any] = {
             "baseline": baseline,
             "cycles": cycles,
-            "baseline_cycles": trained,
+            "baseline_cycles": trained[0] if trained else [],
+            "baseline_seeds": trained[1:],
+            "data": self._splits(),
             "stopped": stopped,
             "model": current,
             "engine_version": version(),
         }
+        results["verdict"] = judged(results)
         durable.write_json(self.root / RESULTS, results)
         return results
+
+    def _splits(self) -> dict[str, Any]:
+        """Which rows each stage saw: files, numbers and digests."""
+        pruning, given = self.settings.pruning, self.rows
+        calibration = list(pruning.data) or [given["train"]]
+        train, heldout = (set(_lines(Path(given[name]))) for name in ("train", "heldout"))
+        return {
+            "training": _file(given["train"], given["rows"]),
+            "judging": _file(given["heldout"], given["heldout_rows"]),
+            "calibration": {"files": calibration, "first_rows": pruning.calibration_rows},
+            "rows_in_training_and_judging": len(train & heldout),
+        }
 
     def _data(self) -> dict[str, Any]:
         """Write the rows to train on and those held out, once for every cycle."""
@@ -250,11 +255,16 @@ class _Forge:
         if not target.exists():  # it appears when it is complete
             prune(source, target, settings)
         record = read_json_object(target / PRUNING)
-        picked = ("metric", "mode", "fraction", "units", "heads", "chosen", "digest")
-        return {key: record[key] for key in picked}
+        picked = (
+            "metric", "mode", "what", "fraction", "units", "heads", "parameters", "chosen",
+            "pruned_layers", "repair", "digest",
+        )  # fmt: skip
+        return {key: record[key] for key in picked if key in record}
 
-    def _train(self, name: str, source: str, folder: Path, distill: bool = False) -> dict[str, Any]:
-        """Fine-tune the model in `source`, merge, and judge what was saved."""
+    def _train(
+        self, name: str, source: str, folder: Path, distill: bool = False, seed: int = 0
+    ) -> dict[str, Any]:
+        """Fine-tune the model in `source`, merge, and judge what was saved; `seed` is added."""
         run, merged = folder / "run", folder / "model"
         folder.mkdir(exist_ok=True)
         config = self.settings.training.model_copy(
@@ -266,6 +276,7 @@ class _Forge:
                 "heldout": 0.0,
                 "output_dir": run,
                 "run_id": name,
+                "seed": self.settings.training.seed + seed,
                 "resume": "auto",
             }
         )
@@ -282,12 +293,12 @@ class _Forge:
         self.job.run(f"{name}-merge", join)
         return {"train": metrics, "trained": self.job.run(name, lambda: self.judge.assess(merged))}
 
-    def _train_baseline(self, cycles: int) -> list[dict[str, Any]]:
-        """The same training, cycle by cycle, of the model that was never pruned."""
+    def _train_baseline(self, cycles: int, seed: int) -> list[dict[str, Any]]:
+        """The same training, cycle by cycle, of the model that was never pruned; another seed."""
         source, assessed = self.settings.training.model, []
         for number in range(1, cycles + 1):
-            name = f"baseline-{number}"
-            entry = self._train(name, source, self.root / name)
+            name = f"baseline-{number}" + (f"-seed-{seed}" if seed else "")
+            entry = self._train(name, source, self.root / name, seed=seed)
             log.info("%s: perplexity %.3f", name, entry["trained"]["perplexity"])
             assessed.append(entry)
             source = entry["trained"]["model"]
@@ -319,6 +330,14 @@ def domain_files(domain: str) -> list[Path]:
             "with a train.jsonl and a heldout.jsonl."
         )
     return files
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _file(path: str, rows: int) -> dict[str, Any]:
+    return {"file": path, "rows": rows, "sha256": durable.sha256_file(path)}
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -50,6 +50,7 @@ from engine.pruning.scores import (
     prunable_heads,
 )
 from engine.pruning.selection import Rules, Selection, select
+from engine.pruning.structures.prune_structures import prune_structures
 from engine.runs.summary import write_summary
 from engine.storage import durable
 from models.head_slices import HeadSlices
@@ -85,11 +86,13 @@ def prune(
     if settings.data:
         data_files(settings.data, settings.query)
     source = open_model_source(model)
+    if not settings.prunes_heads:
+        return _prune_structures(source, output, settings, started)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)
     scored = scores_of(source, layers, settings)
     choice = select(scored, rules)
-    record = describe(scored, rules, choice, settings.importance, settings.mode)
+    record = describe(scored, rules, choice, settings.importance, settings.form)
     record |= {
         "engine_version": version(),
         "kind": settings.heads,
@@ -111,21 +114,64 @@ def prune(
     changes: Mapping[str, Change] = {}
     if settings.repairs:
         changes, record["repair"] = repair_of(source, scored, choice.heads, settings)
+    figures = {"heads": record["heads"], "metric": settings.importance, "mode": settings.form}
+    sum_up = _summary(settings, model, Path(output), started, figures)
+    say_decoded(source, "written dense")
+    return _write((source, changes), Path(output), settings, (scored, choice, record), sum_up)
+
+
+def _summary(
+    settings: PruneSettings, model: str | Path, output: Path, started: float, figures: Any
+) -> Callable[[Path], None]:
+    """Writes summary.json into a folder."""
     parameters = settings.model_dump(mode="json") | {"model": model, "output": output}
 
     def sum_up(folder: Path) -> None:
-        figures = {"heads": record["heads"], "metric": settings.importance, "mode": settings.mode}
         write_summary(
-            folder,
-            "prune",
-            parameters,
-            started=started,
-            metrics=figures,
-            output_path=Path(output),
+            folder, "prune", parameters, started=started, metrics=figures, output_path=output
         )
 
+    return sum_up
+
+
+def _prune_structures(
+    source: ModelSource, output: str | Path | None, settings: PruneSettings, started: float
+) -> PruneResult:
+    """Channels or layers. Raises as `prune` does."""
+    if not settings.data:
+        raise ConfigError(
+            f"--what {settings.what} runs the model on calibration rows: name a file of rows with "
+            "--data."
+        )
+    protected = _protected(settings, source.config.num_hidden_layers)
+    left, record = prune_structures(source, settings, protected)
+    record |= {
+        "engine_version": version(),
+        "model": str(source.path),
+        "base_digest": source.digest(),
+        "calibration_rows": settings.calibration_rows,
+        "data": list(settings.data),
+        "repair": {"method": "least-squares", "ridge": settings.repair_ridge}
+        if settings.repairs and settings.what != "experts"
+        else {"method": "none"},
+    }
+    if output is None:
+        return PruneResult(record, None)
+    record, output = sealed(record), Path(output)
+    figures = {name: record[name] for name in ("what", "units", "parameters", "metric")}
+    sum_up = _summary(settings, source.path, output, started, figures)
+
+    def write_more(folder: Path) -> None:
+        durable.write_json(folder / PRUNING, record)
+        sum_up(folder)
+
     say_decoded(source, "written dense")
-    return _write((source, changes), Path(output), settings, (scored, choice, record), sum_up)
+    dtype = settings.dtype or type_to_write(source)
+    written = write_directory(
+        left, output, lambda _, tensor: tensor, dtype, settings.max_shard_size, write_more
+    )
+    log.info("Pruned %s: %s", settings.what, output)
+    return PruneResult(record, written)
 
 
 def _check(settings: PruneSettings) -> None:
@@ -155,6 +201,20 @@ def _uses_rows(settings: PruneSettings) -> bool:
 
 
 def _rules(settings: PruneSettings, layers: int) -> Rules:
+    return Rules(
+        fraction=settings.fraction,
+        scope=settings.ranking,
+        granularity=settings.grouping,
+        min_heads=settings.min_heads,
+        min_kv_heads=settings.min_kv_heads,
+        protected=_protected(settings, layers),
+        uniform=settings.form == "structural" and not settings.per_layer,
+        regular=settings.per_layer,
+        allow_shortfall=settings.allow_shortfall,
+    )
+
+
+def _protected(settings: PruneSettings, layers: int) -> frozenset[int]:
     protected = {index + layers if index < 0 else index for index in settings.protect}
     protected |= set(range(settings.protect_first))
     protected |= set(range(layers - settings.protect_last, layers))
@@ -164,17 +224,7 @@ def _rules(settings: PruneSettings, layers: int) -> Rules:
             f"--protect asks for layers that are not there ({', '.join(map(str, outside))}); the "
             f"model has layers 0 to {layers - 1}, or -1 for the last."
         )
-    return Rules(
-        fraction=settings.fraction,
-        scope=settings.ranking,
-        granularity=settings.granularity,
-        min_heads=settings.min_heads,
-        min_kv_heads=settings.min_kv_heads,
-        protected=frozenset(protected),
-        uniform=settings.mode == "structural" and not settings.per_layer,
-        regular=settings.per_layer,
-        allow_shortfall=settings.allow_shortfall,
-    )
+    return frozenset(protected)
 
 
 def _write(
@@ -187,7 +237,7 @@ def _write(
     (source, changes), (scored, choice, record) = changed, chosen
     base, layers = source, [s.heads for s in scored]
     pruned = all_pruned(scored, choice.heads)
-    mode = settings.mode
+    mode = settings.form
     zero = PrunedSlices(source.config, pruned if mode == "zero" else {}).zero
     if mode == "mask" and isinstance(source, MaskedSource):
         source = source.base  # an earlier mask stays one that can be taken off

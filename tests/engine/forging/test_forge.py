@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 
-from engine.config.tasks.pruning import ForgeSettings, PruneSettings
+from engine.config.tasks.pruning import ForgeJob, ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
+from engine.forging.identity import RENAMED, identity, upgraded
 from engine.forging.report import draw, samples, table
 from engine.forging.stages import Stages
 from engine.model_sources.pruning_record import read_pruning
 from engine.pruning.selection import wanted_units
 from engine.verbs.models import forge as recipe
 from engine.verbs.models.evaluate import evaluate
-from engine.verbs.models.forge import RENAMED, _worse, forge
+from engine.verbs.models.forge import _worse, forge
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., ForgeSettings]
@@ -93,6 +94,17 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     assert results["baseline_cycles"][0]["trained"]["pruned_heads"] == 0
     assert not (settings.output_dir / "cycle-1" / "pruned").exists()
     assert json.loads((settings.output_dir / "results.json").read_text()) == results
+    verdict, data = results["verdict"], results["data"]
+    assert (verdict["against"], verdict["seeds"]) == ("baseline", 1)
+    assert verdict["verdict"] in ("kept", "within noise", "lost")
+    assert data["rows_in_training_and_judging"] == 0
+    assert (data["training"]["rows"], data["judging"]["rows"]) == (22, 2)
+    assert data["calibration"] == {"files": [data["training"]["file"]], "first_rows": 64}
+    for judged in (results["baseline"], last):
+        losses, tokens = zip(*judged["row_losses"], strict=True)
+        assert sum(tokens) == judged["tokens"]
+        assert sum(losses) / sum(tokens) == pytest.approx(judged["loss"], rel=1e-5)
+        assert judged["interval"][0] <= judged["perplexity"] * 1.01
     text = table(results)
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
         "baseline",
@@ -106,6 +118,44 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     assert results["baseline"]["samples"][0]["prompt"] in samples(results)
     assert draw(results, settings.output_dir / "forge.png")
     assert (settings.output_dir / "forge.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_seeds_tell_what_chance_does_and_a_dead_writer_leaves_nothing(
+    make: Make, tmp_path: Path
+) -> None:
+    settings = make(cycles=1, steps=2, baseline=True, baseline_seeds=2, samples=0)
+    leftovers = [
+        settings.output_dir / folder / ".tmp-model-99999999-0a1b2c3d"
+        for folder in (".", "data", "stages", "cycle-1", "baseline-1", "baseline-1-seed-1")
+    ]
+    for path in leftovers:
+        path.mkdir(parents=True)
+    results = forge(settings)
+    assert not any(path.exists() for path in leftovers)
+    (first,), ((second,),) = results["baseline_cycles"], results["baseline_seeds"]
+    assert first["trained"]["loss"] != second["trained"]["loss"]
+    assert results["verdict"]["seeds"] == 2
+    assert results["verdict"]["seed_spread"] > 0
+    assert "baseline 1, seed +1" in table(results)
+
+
+def test_a_job_of_an_earlier_version_is_known_by_its_present_settings(make: Make) -> None:
+    settings = make(cycles=1, baseline=True)
+    pruning = settings.pruning.model_copy(update={"repair": "none"})
+    known = identity(settings.model_copy(update={"pruning": pruning}))
+    earlier = json.loads(json.dumps(known))
+    del earlier["baseline_seeds"]
+    for name in ("what", "protect_first", "protect_last", "repair", "repair_ridge"):
+        del earlier["pruning"][name]
+    earlier["pruning"]["metric"] = "activation"
+    assert upgraded(earlier) == json.loads(json.dumps(known))
+
+
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+def test_the_mode_of_a_job_is_the_mode_of_its_pruning(tmp_path: Path, mode: Any) -> None:
+    job = ForgeJob(model="m", data=("d",), output_dir=tmp_path, fraction=0.5, mode=mode)
+    training = TrainConfig(model="m", data=["d"])
+    assert job.settings(training).pruning.form == mode
 
 
 def test_training_never_sees_a_held_out_row(make: Make) -> None:

@@ -12,6 +12,7 @@ from engine.config.choices import Granularity, PruneMode
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
+from engine.model_sources.open import open_model_source
 from engine.pruning.calibration import activations, gradients
 from engine.verbs.models.prune import prune
 
@@ -141,6 +142,38 @@ def test_repaired_outputs_are_least_squares_fits_to_transformers_own_activations
         o_proj.weight[:, stay] = torch.from_numpy(expected).float()
         out = [n for n in range(o_proj.weight.shape[1]) if n not in stay]
         o_proj.weight[:, out] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [(family, what) for what in ("mlp", "layers") for family in ("llama", "qwen2_swa", "smollm3")]
+    + [("qwen3_5", "mlp"), ("qwen3_5", "layers"), ("qwen3_moe", "layers")]
+    + [(family, "experts") for family in ("qwen3_moe", "qwen2_moe", "qwen3_5_moe_vl")],
+)
+def test_models_without_channels_layers_or_experts_load_with_equal_logits(
+    family: str, what: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "engine.pruning.structures.prune_structures.calibration_examples",
+        lambda *_: rows_of((70, 53, 61)),
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    # transformers runs no model of linear attention alone.
+    kinds = open_model_source(GOLDEN / family).config.layer_types
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    protect = full if what == "layers" and "linear_attention" in kinds else []
+    settings = PruneSettings(
+        fraction=0.5, what=what, data=[tmp_path / "rows.jsonl"], dtype="float32", device="cpu",
+        protect=protect,
+    )  # fmt: skip
+    record = prune(GOLDEN / family, tmp_path / "out", settings).record
+    other = peer(tmp_path / "out")
+    ours, theirs = load_model(tmp_path / "out")(IDS), other(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 5e-5
+    layers = peer(GOLDEN / family).config.get_text_config().num_hidden_layers
+    if what == "layers":
+        assert other.config.num_hidden_layers == layers - record["units"]["removed"] < layers
 
 
 @torch.no_grad()

@@ -1,0 +1,54 @@
+"""What decides a job's results, and how earlier versions wrote it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.config.spelling import METRIC_NAMES
+from engine.config.tasks.pruning import ForgeSettings, PruneSettings
+from engine.config.train_config import TrainConfig
+from engine.model_sources.open import open_model_source
+
+RENAMED = {**TrainConfig.renamed, **ForgeSettings.renamed}
+"""Earlier names of settings, which an older job's directory has."""
+
+
+def identity(settings: ForgeSettings) -> dict[str, Any]:
+    """What decides the results of a job, as JSON has it."""
+    names = ("cycles", "baseline", "heldout", "heldout_rows", "samples", "domain", "distill")
+    training = {"output_dir", "run_id", "resume"}
+    model = open_model_source(settings.training.model, settings.training.revision)
+    pruning = settings.pruning
+    if not pruning.data:  # calibration rows are those of the training
+        pruning = pruning.model_copy(update={"data": ("-",)})
+    chosen: dict[str, str] = {
+        "metric": pruning.importance,
+        "scope": pruning.ranking,
+        "mode": pruning.form,
+        "repair": "least-squares" if pruning.repairs else "none",
+    }
+    result = {
+        "training": settings.training.model_dump(mode="json", exclude=training),
+        "pruning": settings.pruning.model_dump(mode="json") | chosen,
+        **{name: getattr(settings, name) for name in names},
+        "model_digest": model.digest(),
+    }
+    return result | ({"baseline_seeds": settings.baseline_seeds} if settings.baseline else {})
+
+
+def upgraded(before: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a job that an earlier version began, as this one would write it."""
+    result = dict(before)
+    pruning = result.get("pruning")
+    if isinstance(pruning, dict) and "repair" not in pruning:
+        fields = PruneSettings.model_fields
+        added = {name: fields[name].default for name in _SINCE} | {"repair": "none"}
+        metric = pruning.get("metric")
+        result["pruning"] = added | pruning | {"metric": METRIC_NAMES.get(str(metric), metric)}
+    if result.get("baseline"):
+        result.setdefault("baseline_seeds", 1)
+    return result
+
+
+_SINCE = ("what", "protect_first", "protect_last", "repair_ridge")
+"""Settings of pruning that earlier versions did not have, with what they did as the default."""

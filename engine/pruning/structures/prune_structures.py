@@ -1,0 +1,175 @@
+"""Prune channels or layers as settings ask for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from engine.config.tasks.pruning import PruneSettings
+from engine.data.examples import Example
+from engine.errors import ConfigError
+from engine.model_sources.export import parse_dtype
+from engine.model_sources.gguf.source import type_to_write
+from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.pruning_record import HeadMap, head_map, read_pruning
+from engine.pruning.calibration import calibration_examples
+from engine.pruning.reconstruction.from_settings import calibration_of, whole_model
+from engine.pruning.reconstruction.layer_stream import LayerStream
+from engine.pruning.reconstruction.repair import RepairedSource
+from engine.pruning.structures.channels import ChannelPruning, channels_to_go
+from engine.pruning.structures.depth import GapRepair, layers_by_cosine, layers_by_divergence
+from engine.pruning.structures.experts import (
+    FewerExpertsSource,
+    experts_to_go,
+    routed_mass,
+)
+from engine.pruning.structures.views import NarrowSource, ShallowSource
+
+
+def prune_structures(
+    source: ModelSource, settings: PruneSettings, protected: frozenset[int]
+) -> tuple[ModelSource, dict[str, Any]]:
+    """The model without what is least important, and what its record says.
+
+    Raises `ConfigError` for a fraction that cannot be met.
+    """
+    examples = calibration_examples(source, calibration_of(settings))
+    if settings.what == "mlp":
+        left, record = _without_channels(source, settings, examples, protected)
+    elif settings.what == "experts":
+        left, record = _without_experts(source, settings, examples, protected)
+    else:
+        left, record = _without_layers(source, settings, examples, protected)
+    sizes = [_parameters(model) for model in (source, left)]
+    record |= {
+        "mode": settings.form,
+        "what": settings.what,
+        "metric": settings.importance,
+        "fraction": settings.fraction,
+        "protected": sorted(protected),
+        "parameters": {"before": sizes[0], "after": sizes[1]},
+        "tokens": sum(map(len, examples)),
+        "seed": settings.seed,
+    }
+    return left, record
+
+
+def _without_channels(
+    source: ModelSource,
+    settings: PruneSettings,
+    examples: list[Example],
+    protected: frozenset[int],
+) -> tuple[ModelSource, dict[str, Any]]:
+    if protected:
+        raise ConfigError(
+            "--what mlp takes as many channels out of every layer, so no layer can be protected. "
+            "Leave out --protect."
+        )
+    count = channels_to_go(source.config, settings.fraction)
+    ridge = settings.repair_ridge if settings.repairs else None
+    stream = LayerStream(source, examples, calibration_of(settings))
+    work = ChannelPruning(stream, settings.importance, ridge, _written(source, settings))
+    work.run(count, settings.seed)
+    width = source.config.intermediate_size
+    units = {"before": width, "asked": round(settings.fraction * width), "removed": count}
+    left = NarrowSource(RepairedSource(source, work.changes), work.staying)
+    pruned = _earlier(source)
+    return left, {"units": units, "parts": work.told, "pruned_heads": head_map(pruned)}
+
+
+def _without_experts(
+    source: ModelSource,
+    settings: PruneSettings,
+    examples: list[Example],
+    protected: frozenset[int],
+) -> tuple[ModelSource, dict[str, Any]]:
+    if protected:
+        raise ConfigError(
+            "--what experts takes as many out of every mixture, so no layer can be protected. "
+            "Leave out --protect."
+        )
+    config = source.config
+    count = experts_to_go(config, settings.fraction)
+    mass = routed_mass(LayerStream(source, examples, calibration_of(settings)))
+    generator = torch.Generator().manual_seed(settings.seed)
+    staying, parts = {}, []
+    for layer, shares in mass.items():
+        chance = torch.rand(len(shares), generator=generator)
+        order = (chance if settings.importance == "random" else shares).argsort(stable=True)
+        pruned = order[:count].sort().values
+        staying[layer] = order[count:].sort().values
+        parts.append(
+            {
+                "layer": layer,
+                "experts": len(shares),
+                "pruned": pruned.tolist(),
+                "error_removed": float(shares[pruned].sum()),
+            }
+        )
+    units = {"before": config.num_experts, "asked": count, "removed": count}
+    pruned_heads = head_map(_earlier(source))
+    left = FewerExpertsSource(source, staying)
+    return left, {"units": units, "parts": parts, "pruned_heads": pruned_heads}
+
+
+def _without_layers(
+    source: ModelSource,
+    settings: PruneSettings,
+    examples: list[Example],
+    protected: frozenset[int],
+) -> tuple[ModelSource, dict[str, Any]]:
+    layers = source.config.num_hidden_layers
+    count = math.floor(settings.fraction * layers + 0.5)
+    free = [layer for layer in range(layers) if layer not in protected]
+    if not 0 < count <= min(len(free), layers - 1):
+        raise ConfigError(
+            f"--fraction {settings.fraction:g} of {layers} layers is {count}, and {len(free)} are "
+            "not protected. Ask for at least one, and leave at least one."
+        )
+    how = calibration_of(settings)
+    if settings.importance == "l2-reconstruction":
+        divergence = whole_model(source, examples, how)
+        order = layers_by_divergence(divergence, layers, count, protected)
+        del divergence
+    else:
+        if settings.importance == "cosine":
+            costs = layers_by_cosine(LayerStream(source, examples, how), layers)
+        else:
+            generator = torch.Generator().manual_seed(settings.seed)
+            costs = torch.rand(layers, generator=generator, dtype=torch.float64).tolist()
+        order = [(layer, costs[layer]) for layer in sorted(free, key=costs.__getitem__)[:count]]
+    pruned = sorted(layer for layer, _ in order)
+    staying = [layer for layer in range(layers) if layer not in pruned]
+    ShallowSource(source, staying)  # refuses what no configuration says, before the repair
+    repair = GapRepair(
+        LayerStream(source, examples, how), settings.repair_ridge, _written(source, settings)
+    )
+    if settings.repairs:
+        repair.run(layers, pruned)
+    left = ShallowSource(RepairedSource(source, repair.changes), staying)
+    earlier = _earlier(source)
+    return left, {
+        "units": {"before": layers, "asked": count, "removed": count},
+        "order": [{"layer": layer, "score": score} for layer, score in order],
+        "pruned_layers": pruned,
+        "parts": repair.told,
+        "pruned_heads": head_map(
+            {new: earlier[old] for new, old in enumerate(staying) if old in earlier}
+        ),
+    }
+
+
+def _written(source: ModelSource, settings: PruneSettings) -> torch.dtype | None:
+    return parse_dtype(settings.dtype or type_to_write(source))
+
+
+def _earlier(source: ModelSource) -> HeadMap:
+    """Heads that were pruned before and are in the weights as zeros."""
+    pruning = read_pruning(source.path)
+    return {} if pruning is None else pruning.heads
+
+
+def _parameters(source: ModelSource) -> int:
+    return sum(math.prod(source.shape(name)) for name in source.names())
