@@ -8,6 +8,7 @@ and divided where it is longer than an example: every token but its first is tra
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
@@ -15,16 +16,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Encoding
 
 from engine.data.dataset import BadLines
 from engine.data.example_report import ExampleReport, judge
-from engine.data.rendering import EVERYTHING, Learning, render_row
+from engine.data.loss_masks import span_mask, trained_mask
+from engine.data.rendering import EVERYTHING, Learning, render_known, render_row
 from engine.data.rows import Row
 from engine.errors import DataError
 from engine.tokenization.loss_spans import LocatedTurns
 from engine.tokenization.messages import ConversationError, LimitError
 from engine.tokenization.tokenizer import Offsets, Tokenizer
-from engine.tokenization.turn_edges import Span
 
 _BATCH, _BATCH_CHARACTERS = 256, 1 << 22
 _MOST_STOPPED = 8
@@ -141,9 +143,21 @@ def examples_of(
     """`build_examples` by a table of settings."""
     builder = ExampleBuilder(tokenizer, how)
     report = ExampleReport()
-    examples = [example for batch in _batches(rows) for example in builder.build(batch, report)]
+    examples = [example for _, example in builder.build_all(rows, report)]
     judge(report, how.max_length, BadLines.parse(how.bad_rows))
     return examples, report
+
+
+@dataclass(frozen=True)
+class _RenderedRows:
+    """Conversations with their text and spans, other rows as they are, and why misfits are none."""
+
+    rows: int
+    items: list[tuple[Row, LocatedTurns] | Row]
+    misfits: list[str]
+
+
+_Encoded = tuple[list[Encoding], list[tuple[list[int], Offsets | None]]]
 
 
 class ExampleBuilder:
@@ -166,18 +180,47 @@ class ExampleBuilder:
         self, rows: Sequence[Row], report: ExampleReport
     ) -> Iterator[tuple[Row, Example]]:
         """`build` with the row that each example is made of."""
-        report.rows += len(rows)
-        rendered = self._render(rows, report)
-        talks = [item for item in rendered if isinstance(item, tuple)]
-        texts = [row.text for row in rendered if isinstance(row, Row) and row.text is not None]
-        encoded = iter(
-            self._tokenizer.encode_batch_with_offsets([located.text for _, located in talks])
-        )
-        whole = iter(self._encode_documents(texts))
-        for item in rendered:
+        rendered = self._render(rows)
+        return self._finish(rendered, self._encode(rendered), report)
+
+    def build_all(
+        self, rows: Sequence[Row], report: ExampleReport
+    ) -> Iterator[tuple[Row, Example]]:
+        """`build_with_rows` of any number of rows: some are rendered while others are encoded."""
+        waiting: tuple[_RenderedRows, Future[_Encoded]] | None = None
+        with ThreadPoolExecutor(1, "encode") as thread:
+            for batch in _batches(rows):
+                try:
+                    rendered = self._render(batch)
+                except DataError:
+                    if waiting is not None:  # what is wrong with the rows before comes first
+                        yield from self._finish(waiting[0], waiting[1].result(), report)
+                    raise
+                encoded = thread.submit(self._encode, rendered)
+                if waiting is not None:
+                    yield from self._finish(waiting[0], waiting[1].result(), report)
+                waiting = rendered, encoded
+            if waiting is not None:
+                yield from self._finish(waiting[0], waiting[1].result(), report)
+
+    def _encode(self, rendered: _RenderedRows) -> _Encoded:
+        """The encodings of conversations, and ids and offsets of documents."""
+        items = rendered.items
+        talks = [located.text for _, located in (i for i in items if isinstance(i, tuple))]
+        texts = [row.text for row in items if isinstance(row, Row) and row.text is not None]
+        return self._tokenizer.encodings(talks), self._encode_documents(texts)
+
+    def _finish(
+        self, rendered: _RenderedRows, both: _Encoded, report: ExampleReport
+    ) -> Iterator[tuple[Row, Example]]:
+        report.rows += rendered.rows
+        report.dropped += rendered.misfits
+        report.misfits += len(rendered.misfits)
+        encoded, whole = iter(both[0]), iter(both[1])
+        for item in rendered.items:
             row = item[0] if isinstance(item, tuple) else item
             if isinstance(item, tuple):
-                made = self._conversation(*item, *next(encoded), report)
+                made = self._conversation(*item, next(encoded), report)
             elif item.ids is not None:
                 ids, trained = np.array(item.ids.ids), np.array(item.ids.trained)
                 made = self._checked(item, ids, trained, report, None)
@@ -189,13 +232,13 @@ class ExampleBuilder:
                 report.trained_tokens += example.trained_tokens
                 yield row, example
 
-    def _render(
-        self, rows: Sequence[Row], report: ExampleReport
-    ) -> list[tuple[Row, LocatedTurns] | Row]:
-        """Conversations with their text and spans; other rows as they are; neither of misfits."""
+    def _render(self, rows: Sequence[Row]) -> _RenderedRows:
         rendered: list[tuple[Row, LocatedTurns] | Row] = []
-        stopped = 0
-        for row in rows:
+        misfits: list[str] = []
+        stopped, how = 0, self._how
+        template = self._tokenizer.chat_template
+        known = render_known(rows, template, how.template_kwargs, how.learning)
+        for row, located in zip(rows, known, strict=True):
             if row.is_pair:
                 raise DataError(
                     f"{row.source}: this is a preference pair, and this training learns one "
@@ -206,7 +249,7 @@ class ExampleBuilder:
                 rendered.append(row)
                 continue
             try:
-                rendered.append((row, self._located(row)))
+                rendered.append((row, located or self._located(row)))
             except ConversationError as error:
                 stopped += isinstance(error, LimitError)
                 if not self._policy.skip or stopped > _MOST_STOPPED:
@@ -215,11 +258,10 @@ class ExampleBuilder:
                         if not self._policy.skip
                         else f"{row.source}: {error} It is the {stopped}th such row."
                     ) from error
-                report.dropped.append(f"{row.source}: {error}")
-                report.misfits += 1
+                misfits.append(f"{row.source}: {error}")
             except DataError as error:
                 raise DataError(f"{row.source}: {error}") from error
-        return rendered
+        return _RenderedRows(len(rows), rendered, misfits)
 
     def _located(self, row: Row) -> LocatedTurns:
         template = self._tokenizer.chat_template
@@ -234,13 +276,12 @@ class ExampleBuilder:
         self,
         row: Row,
         located: LocatedTurns,
-        ids: list[int],
-        offsets: Offsets,
+        encoding: Encoding,
         report: ExampleReport,
     ) -> list[Example]:
         report.count_left_out(row.source, located)
-        mask = trained_mask(offsets, located.spans)
-        return self._checked(row, np.array(ids), mask, report, located)
+        mask = span_mask(encoding, located.spans)
+        return self._checked(row, np.array(encoding.ids), mask, report, located)
 
     def _checked(
         self,
@@ -326,28 +367,6 @@ def _batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
             start, size = index + 1, 0
     if start < len(rows):
         yield rows[start:]
-
-
-def trained_mask(offsets: Offsets, spans: Sequence[Span]) -> npt.NDArray[np.bool_]:
-    """Which tokens cover a character of a span.
-
-    Args:
-        offsets: [start, end) characters of every token, in order.
-        spans: [start, end) characters of what is trained, in order and apart.
-
-    Returns:
-        (len(offsets),) bool. Tokenizers that trim white space from offsets give a token of white
-        space no characters, only a position: such a token belongs to the text before it.
-    """
-    characters = np.array(offsets, dtype=np.int64).reshape(-1, 2)
-    if not len(spans):
-        return np.zeros(len(characters), dtype=np.bool_)
-    first, last = np.array(spans, dtype=np.int64).T
-    starts, ends = characters[:, 0], characters[:, 1]
-    # The last span that begins before a token ends is the only one that it can cover, or follow.
-    span = np.searchsorted(first, ends, side="left") - 1
-    until = np.where(span >= 0, last[span], -1)
-    return np.where(starts == ends, starts <= until, starts < until)
 
 
 def check_ids(examples: Sequence[Example], vocab_size: int) -> None:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from engine.config.choices import ObjectiveName
 from engine.data.dataset import BadLines
 from engine.data.example_report import ExampleReport, judge
-from engine.data.examples import Example, ExampleBuilder, ExampleSettings, trained_mask
+from engine.data.examples import Example, ExampleBuilder, ExampleSettings
+from engine.data.loss_masks import trained_mask
 from engine.data.rows import Row
 from engine.data.rows.preference import Messages, shared_messages, split_texts
 from engine.errors import DataError

@@ -9,7 +9,7 @@ row that it accepts whole is never changed.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Self
@@ -90,6 +90,23 @@ def render_row(
     if learning.thinking != "keep" or not hidden:
         return located
     return _with_reasoning_shown(row, template, kwargs, hidden)
+
+
+def render_known(
+    rows: Sequence[Row],
+    template: ChatTemplate,
+    kwargs: Mapping[str, Any],
+    learning: Learning = Learning(),
+) -> list[LocatedTurns | None]:
+    """What `render_row` gives of rows whose shape the template was seen to render; else None."""
+    plain = learning.marker is None and learning.thinking in ("auto", "strip", "empty")
+    messages = [
+        _with_learning(row.messages, learning)
+        if plain and row.messages and not row.tools and not row.is_pair
+        else []
+        for row in rows
+    ]
+    return template.locate_known(messages, **kwargs)
 
 
 def _with_learning(messages: Messages, learning: Learning) -> Messages:

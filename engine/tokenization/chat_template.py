@@ -178,6 +178,27 @@ class ChatTemplate:
         conversation = TemplateInput(plain_messages(messages), tools, kwargs)
         return self._finder.find(conversation, self._process.render)
 
+    def locate_known(
+        self, conversations: Sequence[Sequence[Mapping[str, Any]]], **kwargs: Any
+    ) -> list[LocatedTurns | None]:
+        """What `locate` gives of conversations without tools, where their shape tells it.
+
+        All are rendered in one request. None of those that `locate` must look at in full, which is
+        for it to do: among them those that the template refuses.
+        """
+        given = [
+            TemplateInput(plain_messages(messages), None, kwargs) for messages in conversations
+        ]
+        expected = [self._finder.shapes.expected(conversation) for conversation in given]
+        wanted = [index for index, known in enumerate(expected) if known is not None]
+        rendered = self._process.render_each([given[index] for index in wanted])
+        result: list[LocatedTurns | None] = [None] * len(given)
+        for index, text in zip(wanted, rendered, strict=True):
+            known = expected[index]
+            if known is not None and text is not None and known.agrees(text):
+                result[index] = LocatedTurns(known.text, known.spans)
+        return result
+
     def locate_after(
         self,
         messages: Sequence[Mapping[str, Any]],

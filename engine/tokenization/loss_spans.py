@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from engine.tokenization.known_shapes import KnownShapes
 from engine.tokenization.marked_text import MarkedText, missing, read_marked
 from engine.tokenization.markers import Marking, mark
 from engine.tokenization.messages import ConversationError, contributes_to_loss, has_text
@@ -65,6 +66,7 @@ class SpanFinder:
         self.tagged = re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", source) is not None
         self._has_prompt = "add_generation_prompt" in source
         self._ends = EndTokens(end_tokens)
+        self.shapes = KnownShapes(self._ends)
 
     def end_after(self, text: str, start: int) -> int:
         """The index behind the first end-of-turn token from `start` on, or the end of the text."""
@@ -112,6 +114,8 @@ class SpanFinder:
             spans = [_span(turn, text, edges) for turn in turns]
         if any(before[1] > after[0] for before, after in pairwise(spans)):
             raise _mixed()
+        if marking == Marking.FULL and not left_out:
+            self.shapes.learn(conversation, whole, text, spans)
         return LocatedTurns(whole.text, spans, left_out, ignores_tools)
 
     def _by_tags(

@@ -131,28 +131,55 @@ class TemplateProcess:
             DataError: the template is not valid, or tried to leave the sandbox. What it says
                 about one conversation comes back as `Rendered.error`.
         """
-        request = json.dumps(
-            {
-                "messages": conversation.messages,
-                "marked": conversation.marked,
-                "tools": conversation.tools,
-                "kwargs": conversation.kwargs,
-                "jobs": [vars(job) for job in jobs],
-            }
-        )
+        request = json.dumps(self._request(conversation, jobs))
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._launch()
-                answer = self._exchange(self._process, self._start, self._limits)
-                if answer is None:
-                    raise self._unusable(self._process)
-                self._check(answer)
+            self._ensure_running()
+            assert self._process is not None
             limits = self._limits.for_request(len(request))
             answers = self._exchange(self._process, request, limits)
             if answers is None:
                 _end(self._process)
                 raise self._stopped(limits)
         return [self._check(answer) for answer in answers]
+
+    def _request(self, conversation: TemplateInput, jobs: list[Job]) -> dict[str, Any]:
+        return {
+            "messages": conversation.messages,
+            "marked": conversation.marked,
+            "tools": conversation.tools,
+            "kwargs": conversation.kwargs,
+            "jobs": [vars(job) for job in jobs],
+        }
+
+    def _ensure_running(self) -> None:
+        """Start the process unless it runs, and give it the template."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._process = self._launch()
+        answer = self._exchange(self._process, self._start, self._limits)
+        if answer is None:
+            raise self._unusable(self._process)
+        self._check(answer)
+
+    def render_each(self, conversations: list[TemplateInput]) -> list[Rendered | None]:
+        """Render several conversations whole, in one request.
+
+        None for all of them where the template does not do it within the limits, and for one that
+        it refuses: `render` says why.
+        """
+        if not conversations:
+            return []
+        batch = [self._request(conversation, [Job(len(conversation.messages))])
+                 for conversation in conversations]  # fmt: skip
+        request = json.dumps({"batch": batch})
+        with self._lock:
+            self._ensure_running()
+            assert self._process is not None
+            answers = self._exchange(self._process, request, self._limits.for_request(len(request)))
+            if answers is None:
+                _end(self._process)
+                return [None] * len(conversations)
+        return [None if "error" in a else self._check(a) for (a,) in answers]
 
     def close(self) -> None:
         """End the process; a later `render` starts a new one."""

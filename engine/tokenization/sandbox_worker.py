@@ -13,6 +13,8 @@ the template, then conversations), and answers each with one line:
     {"source": TEXT, "variables": {..}, "now": ISO DATE AND TIME | null}
     {"messages": [..], "marked": [..] | null, "tools": [..] | null, "kwargs": {..}, "jobs": [JOB]}
 
+Several conversations may come as {"batch": [..]} and are answered by a list of such lists.
+
 A job renders the first `count` messages (or, where it says `marked`, of that list), with or without
 the generation prompt, and with the tools where it says `with_tools`; what is under `answer` is
 added as the content of one more assistant message. The reply is
@@ -192,6 +194,10 @@ class Renderer:
         self.variables = variables
         self.output_chars = 0
 
+    def answers(self, request: dict[str, Any]) -> list[dict[str, Any]]:
+        """Do the jobs of a request."""
+        return [self.answer(request, job) for job in request["jobs"]]
+
     def answer(self, request: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
         """Do one job of a request; a fault of the template becomes part of the answer."""
         messages = request["marked" if job["marked"] else "messages"][: job["count"]]
@@ -272,7 +278,10 @@ def serve() -> None:
     while (following := _next_request()) is not None:
         limits, request = following
         renderer.output_chars = limits["output_chars"]
-        _reply([renderer.answer(request, job) for job in request["jobs"]])
+        if "batch" in request:
+            _reply([renderer.answers(each) for each in request["batch"]])
+        else:
+            _reply(renderer.answers(request))
 
 
 if __name__ == "__main__":

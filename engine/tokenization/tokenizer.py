@@ -11,18 +11,18 @@ gets a second one.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
 from engine.storage.safe_files import not_shown
 from engine.tokenization.chat_template import DEFAULT, TOOL_USE, ChatTemplate, default_template
-from engine.tokenization.mistral_words import fix_mistral_words
 from engine.tokenization.special_tokens import (
     add_declared,
     matched_as_written,
     read_declared,
 )
+from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
 
 if TYPE_CHECKING:
     from engine.model_sources.interface.model_source import TokenizerSource
@@ -104,6 +104,11 @@ class Tokenizer:
         """`encode_with_offsets` of many texts, on all cores."""
         encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        """What `tokenizers` knows of many texts: ids, and the characters behind each."""
+        encoded: list[Encoding] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return encoded
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores; nothing is added."""
@@ -253,14 +258,14 @@ def _open_backend(
         return backend, config, False
     model_file = source.tokenizer_model()
     if model_file is not None:
-        from engine.tokenization.sentencepiece import load_sentencepiece
+        from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece
 
         pieces = load_sentencepiece(model_file, config)
         own = {**pieces.special_tokens, "add_bos_token": pieces.adds_bos}
         given = {k: v for k, v in config.items() if k != "add_bos_token" or v is not None}
         return pieces.backend, {**own, **given}, True
     if {"vocab.json", "merges.txt"} <= files.keys():
-        from engine.tokenization.vocab_merges import load_vocab_merges
+        from engine.tokenization.vocabularies.vocab_merges import load_vocab_merges
 
         made = load_vocab_merges(files, config, source.raw_config.get("model_type"), where)
         return made.backend, {**made.special_tokens, **config}, False

@@ -4,10 +4,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel as ByteLevelWords
 from tokenizers.processors import ByteLevel
 
-from engine.data.examples import Example, build_examples, check_ids, trained_mask
+from engine.data.examples import Example, build_examples, check_ids
+from engine.data.loss_masks import span_mask, trained_mask
 from engine.data.rows import Row
 from engine.errors import DataError
 from engine.tokenization.messages import ConversationError
@@ -204,3 +209,22 @@ def test_the_first_token_of_an_example_is_never_trained() -> None:
     assert example != Example([5, 6], [False, True], "y")
     with pytest.raises(ValueError):
         Example([1, 2], [True], "x")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text(st.sampled_from("ab \n\té日🚀e\u0301x"), min_size=1, max_size=30),
+    st.lists(st.integers(0, 30), min_size=2, max_size=6, unique=True),
+    st.booleans(),
+)
+def test_the_edges_of_spans_tell_the_whole_mask(text: str, bounds: list[int], trims: bool) -> None:
+    ends = sorted({min(bound, len(text)) for bound in bounds})
+    spans = list(zip(ends[::2], ends[1::2], strict=False))
+    letters = {letter: index for index, letter in enumerate(ByteLevelWords.alphabet())}
+    backend = Backend(BPE(letters | {"Ġa": 256, "Ġb": 257}, [("Ġ", "a"), ("Ġ", "b")]))
+    backend.pre_tokenizer = ByteLevelWords(add_prefix_space=False)
+    if trims:
+        backend.post_processor = ByteLevel(trim_offsets=True)
+    encoding = backend.encode(text)
+    expected = trained_mask(encoding.offsets, spans)
+    assert span_mask(encoding, spans).tolist() == expected.tolist()

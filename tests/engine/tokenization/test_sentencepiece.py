@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 
 from engine.errors import CheckpointError
-from engine.tokenization.sentencepiece import load_sentencepiece
+from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece
 from tests.support.tokenizer_folder import TokenizerFolder
 
 WORDS = [

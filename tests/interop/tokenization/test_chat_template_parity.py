@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from engine.data.examples import trained_mask
+from engine.data.loss_masks import trained_mask
 from engine.tokenization.chat_template import CHATML, PLAIN, ChatTemplate
 from engine.tokenization.tokenizer import Tokenizer
 
