@@ -174,18 +174,21 @@ def build_rows(
     vocab_size: int,
     settings: DataSettings,
 ) -> tuple[list["Example"], "ExampleReport"]:
-    """Tokenise rows as training would."""
-    from engine.data.examples import build_examples, check_ids
+    """Tokenise rows as training would; where all are pairs, as training on preferences."""
+    from engine.data.examples import ExampleSettings, check_ids, examples_of
+    from engine.data.preferences import answer_examples
     from engine.data.rendering import Learning
 
-    examples, report = build_examples(
-        rows,
-        tokenizer,
+    how = ExampleSettings(
         settings.max_length,
-        template_kwargs=settings.chat_template_kwargs,
-        bad_rows=settings.bad_lines,
-        learning=Learning.of(settings),
+        settings.chat_template_kwargs,
+        settings.bad_lines,
+        Learning.of(settings),
     )
+    if rows and all(row.is_pair for row in rows):
+        examples, report = answer_examples(rows, tokenizer, how, "dpo")
+    else:
+        examples, report = examples_of(rows, tokenizer, how)
     check_ids(examples, vocab_size)
     return examples, report
 

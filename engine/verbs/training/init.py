@@ -15,7 +15,8 @@ import yaml
 from engine.config.tasks.workflow import InitSettings
 from engine.config.train_config import TrainConfig
 from engine.data.dataset import RowChoice, read_chosen
-from engine.data.examples import build_examples
+from engine.data.examples import ExampleSettings, build_examples
+from engine.data.preferences import pair_examples
 from engine.data.rows import Row
 from engine.errors import DataError, EngineError
 from engine.memory.run_planner import USABLE, usable_memory
@@ -73,7 +74,8 @@ class Proposal:
 
 
 _ORDER = (
-    "model", "data", "query", "map", "eval_data", "heldout", "bad_lines", "output_dir", "method",
+    "model", "data", "query", "map", "eval_data", "heldout", "bad_lines", "output_dir",
+    "objective", "method",
     "lora_rank", "lora_alpha", "target_modules", "learning_rate", "epochs", "max_length", "packing",
     "batch_size", "accumulate", "gradient_checkpointing", "mlp_tile_tokens", "low_memory_decode",
     "loss_chunk_tokens", "head_precision", "embedding_on", "offload", "optimizer_in_backward",
@@ -90,7 +92,8 @@ def propose(settings: InitSettings) -> Proposal:
     choice = RowChoice(bad_lines="skip", query=settings.query, columns=settings.map)
     rows, read = read_chosen(settings.data, choice)
     memory, on_gpu, where = _memory(settings)
-    lengths = _lengths(settings.model, rows)
+    pairs = bool(rows) and all(row.is_pair for row in rows)
+    lengths = _lengths(settings.model, rows, pairs)
     reasons: dict[str, str] = {}
     given: dict[str, Any] = {
         "model": settings.model,
@@ -101,6 +104,9 @@ def propose(settings: InitSettings) -> Proposal:
         "map": settings.map,
         "device": "cuda" if on_gpu and settings.memory is not None else "auto",
     }
+    if pairs:
+        given["objective"] = "dpo"
+        reasons["objective"] = "The rows are pairs of a chosen and a rejected answer"
     if read.skipped:
         given["bad_lines"] = "skip"
         reasons["bad_lines"] = f"{len(read.skipped)} of {read.read} rows cannot be used"
@@ -118,6 +124,9 @@ def propose(settings: InitSettings) -> Proposal:
     if settings.method == "full":
         config = changed(config, learning_rate=2e-5)
         reasons["learning_rate"] = "every weight moves, so by little"
+    elif pairs:
+        config = changed(config, learning_rate=2e-5)
+        reasons["learning_rate"] = "Preferences move a model by little"
     report, config = _fit(config, memory, where, reasons)
     trained = len(rows) - round(config.heldout * len(rows))
     per_step = config.batch_size * config.accumulate
@@ -154,11 +163,18 @@ def _fit(
     return PlanReport(target, planned, None, target.rate(), 0.0), config
 
 
-def _lengths(model: str, rows: Sequence[Row]) -> Lengths:
-    """Tokens of the rows by the model's own tokenizer, where it is at hand."""
+def _lengths(model: str, rows: Sequence[Row], pairs: bool) -> Lengths:
+    """Tokens of the rows by the model's own tokenizer, where it is at hand.
+
+    Of `pairs` it is the longer of both sequences that counts.
+    """
     if Path(model).expanduser().exists():
         try:
             tokenizer = load_tokenizer(open_model_source(model))
+            if pairs:
+                both, _ = pair_examples(rows, tokenizer, ExampleSettings(_LONGEST, bad_rows="skip"))
+                longer = [max(pair.split, len(pair) - pair.split) for pair in both]
+                return Lengths(sorted(longer), counted=True)
             examples, _ = build_examples(rows, tokenizer, _LONGEST, bad_rows="skip")
             return Lengths(sorted(len(example) for example in examples), counted=True)
         except DataError:

@@ -353,21 +353,10 @@ class PlanReport:
 
 
 _SHOWN = (
-    "method",
-    "lora_rank",
-    "batch_size",
-    "accumulate",
-    "max_length",
-    "gradient_checkpointing",
-    "keep_decoded",
-    "loss_chunk_tokens",
-    "optimizer_in_backward",
-    "mlp_tile_tokens",
-    "low_memory_decode",
-    "head_precision",
-    "embedding_on",
-    "offload",
-)
+    "method", "lora_rank", "batch_size", "accumulate", "max_length", "gradient_checkpointing",
+    "keep_decoded", "loss_chunk_tokens", "optimizer_in_backward", "mlp_tile_tokens",
+    "low_memory_decode", "head_precision", "embedding_on", "offload", "objective", "share_prompt",
+)  # fmt: skip
 
 
 _ALWAYS_SHOWN = _SHOWN[:8]

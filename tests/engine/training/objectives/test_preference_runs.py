@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from cli.main import main
+from engine.config.sources import load_config
 from engine.errors import CheckpointError, ConfigError, DataError
 from engine.model_sources.load_model import load_model
 from engine.runs.metrics import read_metrics
@@ -234,3 +237,20 @@ def test_a_reference_of_another_vocabulary_is_refused_before_weights_are_read(
     data = write_pairs(tmp_path / "pairs.jsonl")
     with pytest.raises(CheckpointError, match=r"The reference .* vocabulary of 64, the model one"):
         dry_run(preference_run(tiny_model, data, tmp_path / "run", reference=str(other)))
+
+
+def test_other_verbs_know_pairs(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, file = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "run.yaml"
+    assert main(["data", "preview", "--model", str(tiny_model), "--data", str(data)]) == 0
+    shown = capsys.readouterr().out
+    assert "yes it is." in shown
+    assert "no." in shown
+    words = ["--model", str(tiny_model), "--data", str(data), "--memory", "8GiB"]
+    assert main(["init", *words, "--output", str(file)]) == 0
+    assert load_config(file).objective == "dpo"
+    plan = ["--model", str(tiny_model), "--data", str(data), "--objective", "dpo", "--share-prompt"]
+    capsys.readouterr()
+    assert main(["plan", *plan, "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["share_prompt"] is True
