@@ -28,8 +28,8 @@ from engine.verbs.training.train import train
 from examples.smollm2 import gguf_path
 
 RESULTS = Path(__file__).parent / "results"
-TRAINED, HELDOUT, ANSWERED = 200, 50, 12
-LONGEST = 240
+TRAINED, HELDOUT, ANSWERED = 200, 50, 10
+LONGEST = 120
 """Characters of the docstrings that are taken, so that no answer is cut."""
 
 
@@ -65,7 +65,7 @@ def answers_prefer(model: str, adapter: Path | None, rows: list[dict[str, str]])
     """How many greedy answers have more words of the right docstring than of the wrong one."""
     prompts = [row["prompt"] for row in rows]
     results = generate(
-        model, adapter=adapter, prompts=prompts, max_new_tokens=48, temperature=0.0, device="cpu"
+        model, adapter=adapter, prompts=prompts, max_new_tokens=32, temperature=0.0, device="cpu"
     )
     shares = []
     for row, result in zip(rows, results, strict=True):
@@ -103,6 +103,7 @@ def main() -> None:
             epochs=1,
             learning_rate=2e-4,
             max_length=256,
+            threads=2,
             eval_every=0,
             device="cpu",
             plot=False,
