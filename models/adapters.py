@@ -71,6 +71,14 @@ def expert_adapters(model: nn.Module, names: Sequence[str]) -> dict[str, ExpertA
     }
 
 
+@dataclass(frozen=True)
+class PairSize:
+    """Rank of a pair, and the alpha that its factor follows from (`scale_of`)."""
+
+    rank: int
+    alpha: float
+
+
 def scale_of(rank: int, alpha: float, use_rslora: bool) -> float:
     """The factor of B A x."""
     return alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -98,12 +106,36 @@ def add_lora(
     (seed, order of the modules). Raises `ValueError` on a rank below 1, a dropout outside [0, 1),
     an unknown target, targets that the model does not have, or DoRA on experts.
     """
-    if rank < 1 or not 0.0 <= dropout < 1.0:
-        raise ValueError(f"rank {rank} must be at least 1 and dropout {dropout} in [0, 1)")
     names = target_modules(targets)
-    projections, experts = linears(model, names), expert_adapters(model, names)
-    if not projections and not experts:
+    paths = [*linears(model, names), *expert_adapters(model, names)]
+    if not paths:
         raise ValueError(f"the model has none of the target modules {', '.join(names)}")
+    sizes = dict.fromkeys(paths, PairSize(rank, alpha))
+    return add_pairs(model, sizes, dropout, use_rslora, seed, use_dora)
+
+
+def add_pairs(
+    model: Decoder,
+    sizes: Mapping[str, PairSize],
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    seed: int = 0,
+    use_dora: bool = False,
+) -> list[str]:
+    """As `add_lora`, with the size of every pair: `sizes` maps the graph's paths of projections.
+
+    `model.layers.0.mlp.experts.up_proj` means that projection of all experts of a mixture.
+    """
+    for path, size in sizes.items():
+        if size.rank < 1 or not 0.0 <= dropout < 1.0:
+            raise ValueError(
+                f"rank {size.rank} of {path} must be at least 1 and dropout {dropout} in [0, 1)"
+            )
+    projections = {p: m for p, m in linears(model, PROJECTIONS).items() if p in sizes}
+    experts = {p: m for p, m in expert_adapters(model, PROJECTIONS).items() if p in sizes}
+    if not sizes or len(projections) + len(experts) < len(sizes):
+        strays = sizes.keys() - projections.keys() - experts.keys()
+        raise ValueError(f"the model has no projections {', '.join(sorted(strays)) or '(none)'}")
     if use_dora and experts:
         raise ValueError(
             "DoRA is not defined for experts, whose adapters PEFT keeps as parameters without a "
@@ -111,7 +143,8 @@ def add_lora(
         )
     freeze(model)
     generator = torch.Generator().manual_seed(seed)
-    for linear in projections.values():
+    for path, linear in projections.items():
+        rank, alpha = sizes[path].rank, sizes[path].alpha
         bound = 1.0 / math.sqrt(linear.in_features)
         a = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         b = torch.zeros(linear.out_features, rank)
@@ -121,8 +154,9 @@ def add_lora(
         linear.scale, linear.dropout = scale_of(rank, alpha, use_rslora), dropout
         if use_dora:
             linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
-    for adapter in experts.values():
-        adapter.attach(rank, scale_of(rank, alpha, use_rslora), dropout, model.device, generator)
+    for path, adapter in experts.items():
+        rank, scale = sizes[path].rank, scale_of(sizes[path].rank, sizes[path].alpha, use_rslora)
+        adapter.attach(rank, scale, dropout, model.device, generator)
     return [path for path, _, _ in _adapters(model)]
 
 

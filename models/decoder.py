@@ -32,6 +32,7 @@ from models.layers.context import (
 )
 from models.layers.experts import ExpertAdapter
 from models.layers.linear import Embedding, Linear, RMSNorm, RowGroups
+from models.layers.noise import with_noise
 from models.layers.packed_batch import PackedBatch
 from models.layers.rotary import Rotary
 from models.memory.checkpointing import ForwardPass, Routed, run_layer
@@ -174,13 +175,14 @@ class Decoder(nn.Module):
 
         A batch in host memory is sent to the device; the host does not wait. `num_items` is by
         default the trained tokens of this batch; give that of the whole accumulated batch when
-        this is one of several micro-batches. `loss_scale` multiplies the result, inside the head's
+        this is one of several micro-batches. Tokens may have weights (`PackedBatch.items` is then
+        their sum). `loss_scale` multiplies the result, inside the head's
         products, where float16 gradients could vanish otherwise. With a router loss its balancing
         loss is added. With a `teacher` of the same vocabulary its distribution is learnt in place
         of the tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
         """
         given, batch = batch, batch.to(self.device, self.ids_device)
-        items = max(1, batch.trained_tokens) if num_items is None else num_items
+        items = (batch.items or 1) if num_items is None else num_items
         divisor = items / loss_scale
         factor = self.router_loss if settings.router_loss is None else settings.router_loss
         routed: Routed | None = [] if factor else None
@@ -194,11 +196,19 @@ class Decoder(nn.Module):
             loss = self._distillation(trained, teacher, there, divisor, chunk)
         else:
             head = self.head_weight()
-            loss = linear_cross_entropy(trained, head, batch.targets, divisor, chunk)
+            loss = linear_cross_entropy(
+                trained,
+                head,
+                batch.targets,
+                divisor,
+                chunk,
+                batch.weights,
+                settings.loss_terms,
+            )
         if not routed:
             return loss
         # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
-        share = loss_scale if num_items is None else batch.trained_tokens / divisor
+        share = loss_scale if num_items is None else batch.items / divisor
         counts, prob_sums = zip(*routed, strict=True)
         balance = load_balancing_loss(counts, prob_sums, batch.tokens)
         return loss + factor * share * balance.to(loss.dtype)
@@ -214,7 +224,11 @@ class Decoder(nn.Module):
         Each mixture adds to the list `routed`, if there is one.
         """
         run = self._pass(batch, settings, routed)
-        x: Tensor = run.context.embedded(self.model.embed_tokens(batch.input_ids))
+        x: Tensor = self.model.embed_tokens(batch.input_ids)
+        seed, alpha = settings.dropout_seed, settings.neftune_alpha
+        if alpha and self.training and seed is not None:
+            x = with_noise(x, batch.cu_seqlens, alpha, seed)
+        x = run.context.embedded(x)
         if self.graphs is not None and torch.is_grad_enabled():
             if run.inputs is not None:
                 raise ValueError(_OFFLOADED_LAYERS)
@@ -351,6 +365,7 @@ class Decoder(nn.Module):
         with torch.no_grad():
             states = teacher.hidden_states(batch).index_select(0, batch.trained)
             known = teacher.model.norm(states)
+        weights = None if batch.weights is None else batch.weights.to(trained.device)
         return linear_distillation(
             trained,
             self.head_weight(),
@@ -358,4 +373,5 @@ class Decoder(nn.Module):
             teacher.head_weight(),
             num_items,
             chunk or DISTILLATION_TOKENS,
+            weights,
         )

@@ -27,6 +27,7 @@ from kernels.runtime.dispatch import use_triton
 from kernels.runtime.simulation import once_per_shape
 from optim.clip import clip_coefficient, global_norm
 from optim.flat_state import FlatState, Slab, check_loadable, slabs
+from optim.interface import StepOptimizer
 from optim.observer import optimizer_observer
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
@@ -63,7 +64,7 @@ class Precision:
         return self.seed if self.low_precision == "stochastic" else None
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(StepOptimizer):
     """AdamW with decoupled weight decay and block-wise 8-bit moments.
 
     All parameters must be contiguous, of floating point, and on one device; they are updated in

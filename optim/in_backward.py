@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from optim.adamw8bit import AdamW8bit
+from optim.interface import StepOptimizer
 
 
 class StepInBackward:
@@ -35,7 +35,7 @@ class StepInBackward:
     parameter of the optimizer is in none of them, in two, or twice in one.
     """
 
-    def __init__(self, optimizer: AdamW8bit, units: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, optimizer: StepOptimizer, units: Sequence[Sequence[Tensor]]) -> None:
         self._optimizer = optimizer
         self._params = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = {id(param): number for number, param in enumerate(self._params)}

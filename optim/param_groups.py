@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -20,28 +20,41 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return matrix and leaf != "bias" and "norm" not in owner.lower()
 
 
+def plus_ratio(name: str, parameter: nn.Parameter, ratio: float) -> float:
+    """LoRA+: how many times faster a parameter of an adapter learns than its matrices A.
+
+    `ratio` for the matrices B and for vectors, such as DoRA's magnitudes; 1 for all others.
+    Source: Hayou et al. 2024, arXiv 2402.12354; which are which is as in PEFT.
+    """
+    return ratio if "lora_B" in name or parameter.ndim == 1 else 1.0
+
+
 def param_groups(
-    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], weight_decay: float = 0.01
+    parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float = 0.01,
+    lr_ratio: Callable[[str, nn.Parameter], float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters: those that decay, then those that do not.
 
     Takes a module or (name, parameter) pairs; keeps their order within each group, counts a shared
-    parameter once, and leaves out a group that would be empty. Raises ValueError if nothing trains.
+    parameter once, and leaves out a group that would be empty. With `lr_ratio` there are such two
+    groups for each of its values, which stands in them: the learning rate is to be multiplied by
+    it. Raises ValueError if nothing trains.
     """
     named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
+    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     seen: set[int] = set()
     for name, parameter in named:
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        (decayed if decays(name, parameter) else exempt).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": exempt, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+        ratio = 1.0 if lr_ratio is None else lr_ratio(name, parameter)
+        members.setdefault((ratio, decays(name, parameter)), []).append(parameter)
+    if not members:
         raise ValueError("no parameter requires a gradient, so there is nothing to optimise")
-    return groups
+    ordered = sorted(members, key=lambda kind: (kind[0], not kind[1]))
+    extra = [{} if ratio == 1.0 else {"lr_ratio": ratio} for ratio, _ in ordered]
+    return [
+        {"params": members[kind], "weight_decay": weight_decay if kind[1] else 0.0, **more}
+        for kind, more in zip(ordered, extra, strict=True)
+    ]

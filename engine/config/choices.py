@@ -25,7 +25,7 @@ Auto = Literal["auto"]
 HeadPrecision = Literal["16bit", "8bit"]
 EmbeddingOn = Literal["device", "host"]
 Offload = Literal["checkpoints", "weights"]
-Optimizer = Literal["adamw8bit", "adamw"]
+Optimizer = Literal["adamw8bit", "adamw", "lion8bit", "adafactor", "muon"]
 Schedule = Literal[
     "cosine", "linear", "constant", "polynomial", "warmup_stable_decay", "cosine_with_restarts"
 ]  # fmt: skip

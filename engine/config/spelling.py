@@ -18,9 +18,11 @@ DTYPES = {
     "fp16": "float16",
     "half": "float16",
 }
-OPTIMIZERS = dict.fromkeys(
-    ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8"), "adamw8bit"
-)
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw8"), "adamw8bit"),
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused"), "adamw"),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), "lion8bit"),
+}
 CHECKPOINTING = dict.fromkeys(("true", "yes", "on", "unsloth"), "selective") | dict.fromkeys(
     ("false", "no", "off"), "none"
 )

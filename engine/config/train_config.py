@@ -26,6 +26,7 @@ from engine.config.choices import (
 from engine.config.data_names import DataNames
 from engine.config.publishing import Publishing
 from engine.config.recipes.adapter import AdapterSettings
+from engine.config.recipes.loss import TokenLossSettings
 from engine.config.recipes.optimizer import OptimizerSettings
 from engine.config.recipes.preference import ObjectiveSettings
 from engine.config.recipes.schedule import ScheduleSettings
@@ -62,6 +63,7 @@ class TrainConfig(
     RowSettings,
     EvaluationSettings,
     ObjectiveSettings,
+    TokenLossSettings,
     ScheduleSettings,
     OptimizerSettings,
     AdapterSettings,

@@ -10,8 +10,6 @@ and divided where it is longer than an example: every token but its first is tra
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,10 @@ import numpy.typing as npt
 from tokenizers import Encoding
 
 from engine.data.dataset import BadLines
+from engine.data.example import Example as Example
 from engine.data.example_report import ExampleReport, judge
-from engine.data.loss_masks import span_mask, trained_mask
-from engine.data.rendering import EVERYTHING, Learning, render_known, render_row
+from engine.data.loss_masks import span_mask, token_weights, trained_mask
+from engine.data.rendering import EVERYTHING, Learning, render_known, render_row, weighted_spans
 from engine.data.rows import Row
 from engine.errors import DataError
 from engine.tokenization.loss_spans import LocatedTurns
@@ -31,65 +30,6 @@ from engine.tokenization.tokenizer import Offsets, Tokenizer
 _BATCH, _BATCH_CHARACTERS = 256, 1 << 22
 _MOST_STOPPED = 8
 """Rows of a batch on which the template may be stopped; each costs seconds."""
-
-
-class Example:
-    """One tokenised row, in five bytes a token.
-
-    Attributes:
-        ids: token ids, int32.
-        mask: which of them are trained, bool; the first never is, as nothing predicts it.
-        source: where the row stands, as `file:line`.
-    """
-
-    __slots__ = ("ids", "mask", "source")
-
-    def __init__(self, input_ids: npt.ArrayLike, trained: npt.ArrayLike, source: str) -> None:
-        self.ids: npt.NDArray[np.int32] = np.array(input_ids, dtype=np.int32)
-        self.mask: npt.NDArray[np.bool_] = np.array(trained, dtype=np.bool_)
-        self.source = source
-        if self.ids.ndim != 1 or self.ids.shape != self.mask.shape:
-            raise ValueError(f"{self.ids.shape} ids with {self.mask.shape} marks in {source}")
-        self.mask[:1] = False
-
-    @property
-    def input_ids(self) -> list[int]:
-        """Token ids as a list."""
-        ids: list[int] = self.ids.tolist()
-        return ids
-
-    @property
-    def trained(self) -> list[bool]:
-        """Which tokens are trained, as a list."""
-        marks: list[bool] = self.mask.tolist()
-        return marks
-
-    def stretches(self) -> list[tuple[bool, list[int]]]:
-        """Consecutive tokens that are all trained (True) or all not, to be decoded together."""
-        pairs = groupby(zip(self.trained, self.input_ids, strict=True), key=itemgetter(0))
-        return [(trained, [token for _, token in group]) for trained, group in pairs]
-
-    @property
-    def trained_tokens(self) -> int:
-        """Number of trained tokens."""
-        return int(np.count_nonzero(self.mask))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Example):
-            return NotImplemented
-        return (
-            self.source == other.source
-            and np.array_equal(self.ids, other.ids)
-            and np.array_equal(self.mask, other.mask)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __repr__(self) -> str:
-        return f"Example({self.source}, {len(self)} tokens, {self.trained_tokens} trained)"
 
 
 @dataclass(frozen=True)
@@ -223,7 +163,8 @@ class ExampleBuilder:
                 made = self._conversation(*item, next(encoded), report)
             elif item.ids is not None:
                 ids, trained = np.array(item.ids.ids), np.array(item.ids.trained)
-                made = self._checked(item, ids, trained, report, None)
+                weights = token_weights(item.weight, len(ids))
+                made = self._checked(item, ids, trained, report, None, weights)
             else:
                 made = self._document(item, *next(whole), report)
             for example in made:
@@ -281,7 +222,14 @@ class ExampleBuilder:
     ) -> list[Example]:
         report.count_left_out(row.source, located)
         mask = span_mask(encoding, located.spans)
-        return self._checked(row, np.array(encoding.ids), mask, report, located)
+        how = self._how.template_kwargs, self._how.learning
+        try:
+            weighted = weighted_spans(row, located.text, self._tokenizer.chat_template, *how)
+        except ConversationError as error:
+            raise ConversationError(f"{row.source}: {error}") from error
+        marked = [(weight, span_mask(encoding, spans)) for weight, spans in weighted]
+        weights = token_weights(row.weight, len(mask), marked)
+        return self._checked(row, np.array(encoding.ids), mask, report, located, weights)
 
     def _checked(
         self,
@@ -290,12 +238,14 @@ class ExampleBuilder:
         mask: npt.NDArray[np.bool_],
         report: ExampleReport,
         located: LocatedTurns | None,
+        weights: npt.NDArray[np.float32] | None,
     ) -> list[Example]:
         """The one example of a row that is cut where it is too long; none if nothing is trained."""
         self._refuse_double_bos(row, ids)
         limit = self._how.max_length
         report.longest = max(report.longest, len(ids))
-        example = Example(ids[:limit], mask[:limit], row.source)
+        weights = None if weights is None else weights[:limit]
+        example = Example(ids[:limit], mask[:limit], row.source, weights)
         if example.trained_tokens == 0:
             spans, text = (located.spans, located.text) if located else ([], "")
             nothing = located is not None and not any(text[a:b].strip() for a, b in spans)
@@ -333,7 +283,16 @@ class ExampleBuilder:
         report.documents += 1
         report.longest = max(report.longest, len(whole))
         starts = range(0, max(len(whole) - 1, 1), limit - 1)
-        pieces = [Example(whole[s : s + limit], mask[s : s + limit], row.source) for s in starts]
+        weights = token_weights(row.weight, len(whole))
+        pieces = [
+            Example(
+                whole[s : s + limit],
+                mask[s : s + limit],
+                row.source,
+                None if weights is None else weights[s : s + limit],
+            )
+            for s in starts
+        ]
         pieces = [piece for piece in pieces if piece.trained_tokens]
         if not pieces:
             report.dropped.append(f"{row.source}: the document has nothing to learn from")

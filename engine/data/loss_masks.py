@@ -60,3 +60,23 @@ def span_mask(encoding: Encoding, spans: Sequence[Span]) -> npt.NDArray[np.bool_
 def _characters(encoding: Encoding, token: int) -> Span:
     """[start, end) of a token; that of one which stands for no text is empty."""
     return encoding.token_to_chars(token) or (0, 0)
+
+
+def token_weights(
+    row_weight: float | None,
+    count: int,
+    weighted: Sequence[tuple[float, npt.NDArray[np.bool_]]] = (),
+) -> npt.NDArray[np.float32] | None:
+    """How much each of `count` tokens counts, (count,) float32; None where all count alike.
+
+    Args:
+        row_weight: the row's factor, None for 1.
+        weighted: factors of messages, each with the marks (count,) of their tokens.
+    """
+    factor = 1.0 if row_weight is None else row_weight
+    if factor == 1.0 and not weighted:
+        return None
+    weights = np.full(count, factor, dtype=np.float32)
+    for weight, marks in weighted:
+        weights[marks] = factor * weight
+    return weights

@@ -31,7 +31,9 @@ from engine.tokenization.messages import (
     ConversationError,
     LimitError,
     contributes_to_loss,
+    loss_weight,
 )
+from engine.tokenization.turn_edges import Span
 
 Messages = list[dict[str, Any]]
 
@@ -107,6 +109,55 @@ def render_known(
         for row in rows
     ]
     return template.locate_known(messages, **kwargs)
+
+
+def weighted_spans(
+    row: Row,
+    text: str,
+    template: ChatTemplate,
+    kwargs: Mapping[str, Any],
+    learning: Learning = Learning(),
+) -> list[tuple[float, list[Span]]]:
+    """The factors of a row's messages, each with the spans in `text` of those that have it.
+
+    Nothing where every message counts once. The row is rendered once for each factor.
+
+    Raises:
+        ConversationError: what is trained does not go by messages, or the template writes another
+            text.
+    """
+    weights = [loss_weight(m) for m in row.messages if contributes_to_loss(m)]
+    if learning.train_on == "last":
+        weights = weights[-1:]
+    if set(weights) <= {1.0}:
+        return []
+    if learning.marker is not None:
+        raise ConversationError(
+            "Its messages have weights, and --train-on trains what follows a text, whatever "
+            "message it is in. Leave out one or the other."
+        )
+    result: list[tuple[float, list[Span]]] = []
+    for weight in sorted(set(weights)):
+        messages = [
+            message if len(weights) == 1 else _trained_if(message, weight)
+            for message in row.messages
+        ]
+        part = render_row(replace(row, messages=messages), template, kwargs, learning)
+        if part.text != text:
+            raise ConversationError(
+                "Its messages have weights, and the chat template reads them. Give the row a "
+                "weight of its own instead."
+            )
+        result.append((weight, part.spans))
+    return result
+
+
+def _trained_if(message: dict[str, Any], weight: float) -> dict[str, Any]:
+    """The message, contributing to the loss where its factor is `weight` alone."""
+    if message["role"] != "assistant":
+        return message
+    trained = contributes_to_loss(message) and loss_weight(message) == weight
+    return {**{k: v for k, v in message.items() if k not in LOSS_FLAGS}, "train": trained}
 
 
 def _with_learning(messages: Messages, learning: Learning) -> Messages:

@@ -67,7 +67,8 @@ def key_of(rows: Sequence[Row], tokenizer: Tokenizer, how: ExampleSettings) -> s
     digest = hashlib.sha256(_json(facts))
     for row in rows:
         ids = None if row.ids is None else [row.ids.ids, row.ids.trained]
-        digest.update(_json([row.source, row.messages, row.tools, row.text, ids]))
+        weight = [] if row.weight is None else [row.weight]
+        digest.update(_json([row.source, row.messages, row.tools, row.text, ids, *weight]))
     return digest.hexdigest()
 
 
@@ -90,12 +91,18 @@ def read_tokens(folder: Path, key: str) -> Tokenised | None:
     count, tokens = header["examples"], header["tokens"]
     lengths = np.frombuffer(rest[: 4 * count], dtype="<i4")
     ids = np.frombuffer(rest[4 * count : 4 * (count + tokens)], dtype="<i4")
-    bits = np.frombuffer(rest[4 * (count + tokens) :], dtype=np.uint8)
+    marks = 4 * (count + tokens)
+    bits = np.frombuffer(rest[marks : marks + -(-tokens // 8)], dtype=np.uint8)
     mask = np.unpackbits(bits, count=tokens).astype(np.bool_)
+    weights = np.frombuffer(rest[marks + -(-tokens // 8) :], dtype="<f4")
+    weighted = iter(np.split(weights, np.cumsum([lengths[i] for i in header["weighted"]])))
+    known = dict(zip(header["weighted"], weighted, strict=False))
     ends = np.cumsum(lengths)
     examples = [
-        Example(ids[end - length : end], mask[end - length : end], source)
-        for end, length, source in zip(ends, lengths, header["sources"], strict=True)
+        Example(ids[end - length : end], mask[end - length : end], source, known.get(index))
+        for index, (end, length, source) in enumerate(
+            zip(ends, lengths, header["sources"], strict=True)
+        )
     ]
     log.info("%d examples come from the token cache: %s", count, path)
     return examples, ExampleReport(**header["report"])
@@ -109,16 +116,25 @@ def write_tokens(folder: Path, key: str, tokenised: Tokenised) -> None:
         "examples": len(examples),
         "tokens": sum(map(len, examples)),
         "sources": [example.source for example in examples],
+        "weighted": [index for index, e in enumerate(examples) if e.weights is not None],
         "report": asdict(report),
     }
     lengths = np.array([len(example) for example in examples], dtype="<i4")
     ids = np.concatenate([e.ids for e in examples] or [np.zeros(0, dtype=np.int32)]).astype("<i4")
     mask = np.concatenate([e.mask for e in examples] or [np.zeros(0, dtype=np.bool_)])
+    none = [np.zeros(0, dtype=np.float32)]
+    weights = np.concatenate([e.weights for e in examples if e.weights is not None] or none)
     digest = hashlib.sha256()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with durable.replacing(folder / f"{key}.tokens") as out:
-            for part in (_json(header) + b"\n", lengths, ids, np.packbits(mask)):
+            for part in (
+                _json(header) + b"\n",
+                lengths,
+                ids,
+                np.packbits(mask),
+                weights.astype("<f4"),
+            ):
                 data = part if isinstance(part, bytes) else part.tobytes()
                 digest.update(data)
                 out.write(data)

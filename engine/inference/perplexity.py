@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.inference.parts import PartNames
+from kernels.loss.cross_entropy import PLAIN
 from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
@@ -59,7 +60,8 @@ def evaluate_examples(
 ) -> EvalResult:
     """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was.
 
-    `parts` are the categories and sources whose losses are asked for as well.
+    It is the plain cross-entropy: weights of rows, smoothing and z-loss are of training. `parts`
+    are the categories and sources whose losses are asked for as well.
     """
     started, was_training = time.perf_counter(), model.training
     model.eval()
@@ -105,7 +107,7 @@ def _sum_of(
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
         batch = collate(group)
-        loss = model.batch_loss(batch, settings, num_items=1)
+        loss = model.batch_loss(batch, replace(settings, loss_terms=PLAIN), num_items=1)
         total += loss.double().cpu()
         tokens += batch.trained_tokens
     return _Sum(float(total), tokens)

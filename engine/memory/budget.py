@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from models.config.model_config import ModelConfig
     from models.decoder import Decoder
     from models.layers.packed_batch import PackedBatch
-    from optim import AdamW8bit
+    from optim import StepOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class MemoryBudget:
 
     @contextmanager
     def watch(
-        self, model: Decoder, optimizer: AdamW8bit, batches: Sequence[PackedBatch]
+        self, model: Decoder, optimizer: StepOptimizer, batches: Sequence[PackedBatch]
     ) -> Iterator[None]:
         """Around one step. Raises `MemoryPlanError` from the op that goes over the budget."""
         tokens = sum(batch.tokens for batch in batches)

@@ -331,7 +331,7 @@ def _sacrifices(config: TrainConfig) -> Iterator[tuple[str, dict[str, object]]]:
         yield "--target-modules qv", {"target_modules": "qv"}
     if not config.every_weight and config.lora_rank > 4:
         yield "--lora-rank 4", {"lora_rank": 4}
-    if config.optimizer != "adamw8bit":
+    if config.optimizer in ("adamw", "muon"):
         yield "--optimizer adamw8bit", {"optimizer": "adamw8bit"}
 
 

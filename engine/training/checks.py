@@ -23,14 +23,16 @@ from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.open import describe_model
 from engine.runs.output import check_output
 from engine.runs.trackers import require_trackers
+from engine.training.adapters.selection import adapted_elements, check_selection, selection
 from engine.training.init_adapter import check_init_adapter
-from engine.training.trainable import targets_of
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import layer_policies
 from models.memory.cuda_graphs import recordable
-from models.tensor_layout import Layout
-from models.tensor_names import expected_tensors, parameter_count
+from models.tensor_names import parameter_count
+
+_MOMENTS = {"adamw8bit": 2, "adamw": 8, "lion8bit": 1, "adafactor": 0}
+"""Bytes of state per parameter."""
 
 Machine = tuple[torch.device, torch.dtype]
 
@@ -68,7 +70,7 @@ def check_model(
     device, dtype = machine
     check_run(config, model, device, dtype)
     if not config.every_weight:
-        targets_of(config, model)
+        check_selection(config, model)
     if config.gradient_checkpointing != "auto":
         check_policies(config, model.num_hidden_layers)
     if config.teacher is not None:
@@ -124,23 +126,10 @@ def check_vocabulary(role: str, name: str, model: ModelConfig) -> None:
 def saved_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of one checkpoint: the trained weights and the two moments of the optimizer.
 
-    Moments take 2 bytes a parameter in 8 bits (their scales a few percent more) and 8 in 32 bits.
+    Moments take 2 bytes a parameter in 8 bits (their scales a few percent more) and 8 in 32 bits;
+    Lion has one, Adafactor next to none, and Muon's is of the weights' type.
     """
-    moments = 2 if config.optimizer == "adamw8bit" else 8
+    moments = _MOMENTS.get(config.optimizer, dtype.itemsize)
     if config.every_weight:
         return parameter_count(model) * (dtype.itemsize + moments)
-    shapes = _adapted_shapes(model, targets_of(config, model)).values()
-    magnitudes = sum(out for out, _ in shapes) if config.use_dora else 0
-    count = config.lora_rank * sum(out + inner for out, inner in shapes) + magnitudes
-    return count * (4 + moments)
-
-
-def _adapted_shapes(model: ModelConfig, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    """Module path -> (out, in) of every projection that `targets` mean, experts one by one."""
-    stored = expected_tensors(model, Layout(model.nested, fused=False))
-    shapes = {name.removesuffix(".weight"): shape for name, shape in stored.items()}
-    return {
-        path: (shape[0], shape[1])
-        for path, shape in shapes.items()
-        if path.rpartition(".")[2] in targets and len(shape) == 2
-    }
+    return adapted_elements(selection(config, model), config.use_dora) * (4 + moments)

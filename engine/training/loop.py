@@ -257,7 +257,7 @@ class Trainer:
             shape=settings.lr_shape,
         )
         for group in self.step.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         batches = self._next_batches()
         with self.hooks.watch(batches.host):
             result = self._run(batches.device)

@@ -124,7 +124,7 @@ class Prepared:
         """These examples as one batch."""
         if self.config.learns_answers:
             return self.answers.batch(rows)
-        return collate([self.examples[row] for row in rows])
+        return collate([self.examples[row] for row in rows], weighted=True)
 
     @property
     def answers(self) -> AnswerSet:

@@ -27,12 +27,12 @@ from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
 from engine.storage import durable
+from engine.training.adapters.written import adapter_config
 from engine.training.loop import Progress, new_progress
-from engine.training.trainable import adapter_config
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
-from optim import AdamW8bit
+from optim import StepOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class RunState:
 
     identity: RunIdentity
     model: Decoder
-    optimizer: AdamW8bit
+    optimizer: StepOptimizer
     init: InitAdapter | None = None
     stops: tuple[int, ...] = ()
 

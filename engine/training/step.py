@@ -20,7 +20,7 @@ from kernels.runtime.random import derived_seed
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
-from optim import AdamW8bit, StepInBackward
+from optim import StepInBackward, StepOptimizer
 from optim.clip import clip_coefficient, global_norm
 
 
@@ -56,7 +56,7 @@ class TrainingStep:
     """
 
     model: Decoder
-    optimizer: AdamW8bit
+    optimizer: StepOptimizer
     settings: StepSettings = DEFAULT_SETTINGS
     max_grad_norm: float = 0.0
     seed: int = 0

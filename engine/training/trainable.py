@@ -3,53 +3,44 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_dtype
-from engine.errors import ConfigError
-from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.starting_point import InitAdapter
-from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.fates import run_fate, say
-from models.adapters import add_lora, attach_lora, target_modules
+from engine.training.adapters.selection import leaves_of, selection
+from kernels.loss.cross_entropy import LossTerms
+from models.adapters import add_pairs, attach_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
-from models.families import FAMILIES
 from models.layers.context import StepSettings
 from models.memory.lasting import keep_decoded
-from models.tensor_names import MLP_PROJECTIONS, projections_of
-from optim import AdamW8bit, ScheduleShape, StepInBackward, param_groups
+from optim import (
+    Adafactor,
+    AdamW8bit,
+    Lion8bit,
+    Muon,
+    ScheduleShape,
+    StepInBackward,
+    StepOptimizer,
+    param_groups,
+)
+from optim.muon import is_hidden_matrix
+from optim.param_groups import plus_ratio
 
 log = logging.getLogger(__name__)
 
 
 def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
-    """The projections to adapt; a preset means those of its names that the model has."""
-    try:
-        names = target_modules(config.target_modules)
-    except ValueError as error:
-        raise ConfigError(f"--target-modules: {error}.") from error
-    there = projections_of(model)
-    missing = [name for name in names if name not in there]
-    if missing and not isinstance(config.target_modules, str):
-        raise ConfigError(
-            f"--target-modules: a {model.model_type} model has no {', '.join(missing)}; it has "
-            f"{', '.join(there)}."
-        )
-    if config.use_dora and any(model.sparse_layers) and set(names) & set(MLP_PROJECTIONS):
-        raise ConfigError(
-            f"use_dora is not defined for the experts of a {model.model_type} model: they are "
-            "parameters of many matrices, for which PEFT refuses DoRA, so that no program could "
-            "load the adapter. Adapt the attention alone with --target-modules attn, or leave "
-            "--use-dora out."
-        )
-    return tuple(name for name in names if name in there)
+    """The last parts of the names of the projections to adapt."""
+    return leaves_of(selection(config, model))
 
 
 def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None) -> int:
@@ -64,12 +55,10 @@ def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None
     elif init is not None:
         attach_lora(model, init.pairs, init.scales(), config.lora_dropout)
     else:
-        add_lora(
+        add_pairs(
             model,
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
+            {p.path: size for p, size in selection(config, model.config).items()},
             dropout=config.lora_dropout,
-            targets=targets_of(config, model.config),
             use_rslora=config.use_rslora,
             seed=config.seed,
             use_dora=config.use_dora,
@@ -94,6 +83,8 @@ def step_settings(config: TrainConfig) -> StepSettings:
         loss_chunk_tokens=given_chunk(config.loss_chunk_tokens),
         hidden_dropout=config.hidden_dropout,
         attention_dropout=config.attention_dropout,
+        neftune_alpha=config.neftune_noise_alpha,
+        loss_terms=LossTerms(config.label_smoothing_factor, config.z_loss),
     )
 
 
@@ -107,15 +98,33 @@ def load_teacher(config: TrainConfig, device: torch.device) -> Decoder | None:
     return build_for(config, source, device, resolve_dtype(config.dtype, device))
 
 
-def make_optimizer(model: Decoder, config: TrainConfig) -> AdamW8bit:
-    """AdamW over the trainable parameters; norms and biases do not decay."""
-    return AdamW8bit(
-        param_groups(model.named_parameters(), config.weight_decay),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        min_8bit_size=4096 if config.optimizer == "adamw8bit" else 1 << 62,
-    )
+def make_optimizer(model: Decoder, config: TrainConfig) -> StepOptimizer:
+    """The optimizer of `config` over the trainable parameters; norms and biases do not decay."""
+    named, decay, lr = model.named_parameters, config.weight_decay, config.learning_rate
+    if config.optimizer == "muon":
+        groups = [
+            {**group, "muon": muon}
+            for muon in (True, False)
+            for group in param_groups(
+                [(n, p) for n, p in named() if is_hidden_matrix(n, p) is muon], decay
+            )
+        ]
+        return Muon(groups, lr, decay, betas=config.betas, eps=config.eps)
+    groups = param_groups(named(), decay, lr_ratio(config))
+    if config.optimizer == "lion8bit":
+        return Lion8bit(groups, lr, config.betas, decay)
+    if config.optimizer == "adafactor":
+        return Adafactor(groups, lr, decay)
+    least = 4096 if config.optimizer == "adamw8bit" else 1 << 62
+    return AdamW8bit(groups, lr, config.betas, config.eps, min_8bit_size=least)
+
+
+def lr_ratio(config: TrainConfig) -> Callable[[str, nn.Parameter], float] | None:
+    """How much faster than the others a parameter learns; None where all learn alike."""
+    ratio = config.loraplus_lr_ratio
+    if ratio is None:
+        return None
+    return lambda name, parameter: plus_ratio(name, parameter, ratio)
 
 
 def lr_shape(config: TrainConfig, total_steps: int) -> ScheduleShape:
@@ -129,7 +138,7 @@ def lr_shape(config: TrainConfig, total_steps: int) -> ScheduleShape:
 
 
 def make_in_backward(
-    model: Decoder, optimizer: AdamW8bit, config: TrainConfig
+    model: Decoder, optimizer: StepOptimizer, config: TrainConfig
 ) -> StepInBackward | None:
     """What steps the optimizer in backward, a layer at a time, where `config` asks for it."""
     if not config.optimizer_in_backward:
@@ -138,21 +147,3 @@ def make_in_backward(
     inside = {id(parameter) for unit in layers for parameter in unit}
     rest = [[p] for p in model.parameters() if p.requires_grad and id(p) not in inside]
     return StepInBackward(optimizer, [*(unit for unit in layers if unit), *rest])
-
-
-def adapter_config(
-    config: TrainConfig, source: ModelSource, init: InitAdapter | None
-) -> AdapterConfig:
-    """What `adapter_config.json` says of this run's adapter."""
-    targets = list(targets_of(config, source.config)) if init is None else init.target_modules()
-    local = Path(config.model).exists()
-    return AdapterConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=targets,
-        base_model_name_or_path=str(source.path.resolve()) if local else config.model,
-        lora_dropout=config.lora_dropout,
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        fused_experts=FAMILIES[source.config.model_type].fused_adapters,
-    )

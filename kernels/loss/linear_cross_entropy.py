@@ -8,7 +8,8 @@ For the hidden states h (n, H) of trained tokens, a head W (V, H) and their targ
 The gradient is formed in the forward pass, in the memory of the logits, one chunk of tokens at a
 time, so a frozen head costs two matrix products a chunk and nothing is recomputed. The factor
 1 / num_items enters in the products, where it cannot underflow in fp16. Nothing here waits for the
-device.
+device. Label smoothing, z-loss and weights of tokens change loss and dz as
+`kernels.loss.cross_entropy` says.
 
 A frozen head may be 8-bit rows (`kernels.linear.int8`): it is decoded in slabs of its rows, for the
 logits and again for dh, whose parts are added up in fp32. Source: the chunked form follows Hsu et
@@ -18,6 +19,7 @@ al. 2024 (Liger-Kernel, arXiv 2410.10989); the maths is the softmax's own.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.linear.int8 import Int8Weight, dequantize_int8
-from kernels.loss.cross_entropy import cross_entropy_
+from kernels.loss.cross_entropy import PLAIN, LossTerms, cross_entropy_
 from kernels.runtime.scratch import scratch
 from kernels.runtime.simulation import equal_parts, simulated_gpu
 
@@ -134,10 +136,26 @@ def add_outer_(dweight: Tensor, dlogits: Tensor, hidden: Tensor, scale: float) -
         dweight.addmm_(dlogits.T.to(dweight.dtype), hidden.to(dweight.dtype), alpha=scale)
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """The targets (n,) of trained tokens, their weights (n,), if any, and the loss's terms."""
+
+    ids: Tensor
+    weights: Tensor | None
+    terms: LossTerms
+
+    def loss_(self, logits: Tensor, part: slice, gradient: bool) -> Tensor:
+        """The losses of a chunk of tokens, whose logits become their gradient."""
+        weights = None if self.weights is None else self.weights[part]
+        return cross_entropy_(
+            logits, self.ids[part], gradient=gradient, weights=weights, terms=self.terms
+        )
+
+
 def _forward(
     hidden: Tensor,
     weight: Head,
-    targets: Tensor,
+    targets: _Targets,
     scale: float,
     rows: int,
     need_dhidden: bool,
@@ -155,7 +173,7 @@ def _forward(
     buffer = logits_buffer(min(rows, count), vocab_size, hidden)
     for part in chunks(count, rows):
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
-        losses[part] = cross_entropy_(logits, targets[part], gradient=need_dhidden or need_dweight)
+        losses[part] = targets.loss_(logits, part, need_dhidden or need_dweight)
         if dhidden is not None:
             head_gradient(logits, head, scale, dhidden[part])
         if dweight is not None:
@@ -178,7 +196,7 @@ def _scaled(dweight: Tensor, dloss: Tensor, dtype: torch.dtype) -> Tensor:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, hidden: Tensor, weight: Head, targets: Tensor, num_items: float, rows: int
+        ctx, hidden: Tensor, weight: Head, targets: _Targets, num_items: float, rows: int
     ) -> Tensor:
         need_dhidden, need_dweight = ctx.needs_input_grad[:2]
         loss, dhidden, dweight = _forward(
@@ -205,13 +223,16 @@ def linear_cross_entropy(
     targets: Tensor,
     num_items: float | None = None,
     tokens_per_chunk: int | None = None,
+    weights: Tensor | None = None,
+    terms: LossTerms = PLAIN,
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `targets`, summed and divided by `num_items`.
 
     hidden (n, H) and targets (n,) int64 are those of the trained tokens alone; weight (V, H) is
     dense, or frozen in 8-bit rows. `num_items` is the number of trained tokens of the whole
-    accumulated batch, by default n; `tokens_per_chunk` is by default `chunk_tokens`. Returns a
-    scalar in fp32 or wider, 0 where n is 0.
+    accumulated batch, or the sum of their weights (n,) where they have some, by default n;
+    `terms` are smoothing of the labels and a z-loss; `tokens_per_chunk` is by default
+    `chunk_tokens`. Returns a scalar in fp32 or wider, 0 where n is 0.
 
     Raises `ValueError` for mismatching shapes and, in the reference on a CPU, for a target outside
     the vocabulary; on a GPU, where the check would wait for the device, such a target makes the
@@ -225,5 +246,7 @@ def linear_cross_entropy(
     if num_items is None:
         num_items = max(1, hidden.shape[0])
     rows = tokens_per_chunk or chunk_tokens(weight.shape[0], hidden.itemsize, gpu=hidden.is_cuda)
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, num_items, rows)
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, _Targets(targets, weights, terms), num_items, rows
+    )
     return loss

@@ -36,6 +36,7 @@ class _LinearDistillation(torch.autograd.Function):
         teacher_weight: Head,
         num_items: float,
         rows: int,
+        weights: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -46,7 +47,12 @@ class _LinearDistillation(torch.autograd.Function):
             log_q = head_logits(teacher_hidden[part], teacher_weight).to(wide).log_softmax(1)
             q = log_q.exp()
             losses[part] = log_q.sub_(log_p).mul_(q).sum(1)
-            head_gradient(log_p.exp_().sub_(q).to(hidden.dtype), weight, 1.0, dhidden[part])
+            dlogits = log_p.exp_().sub_(q)
+            if weights is not None:
+                each = weights[part].to(wide)
+                losses[part] *= each
+                dlogits.mul_(each.unsqueeze(1))
+            head_gradient(dlogits.to(hidden.dtype), weight, 1.0, dhidden[part])
         # The factor comes last: in fp16 a difference of probabilities could vanish under it.
         ctx.save_for_backward(dhidden)
         ctx.num_items = num_items
@@ -57,7 +63,7 @@ class _LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
         factor = (dloss / ctx.num_items).to(dhidden.dtype)
-        return dhidden * factor, None, None, None, None, None
+        return dhidden * factor, None, None, None, None, None, None
 
 
 def linear_distillation(
@@ -67,14 +73,16 @@ def linear_distillation(
     teacher_weight: Head,
     num_items: float | None = None,
     tokens_per_chunk: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """KL divergence of the student's next-token distribution from the teacher's, a scalar.
 
     hidden (n, H) and teacher_hidden (n, H') are those of the trained tokens, weight (V, H) and
     teacher_weight (V, H') the frozen heads. The sum over tokens is divided by `num_items`, by
     default n. Memory holds two chunks of logits, each of `tokens_per_chunk` tokens, by default as
-    many as in `linear_cross_entropy`. Returns fp32 or wider. Raises `ValueError` where the
-    vocabularies or the numbers of tokens differ, or the head wants a gradient.
+    many as in `linear_cross_entropy`. `weights` (n,) multiply the tokens' divergences. Returns fp32
+    or wider. Raises `ValueError` where the vocabularies or the numbers of tokens differ, or the
+    head wants a gradient.
     """
     if weight.shape[0] != teacher_weight.shape[0]:
         raise ValueError(
@@ -94,5 +102,6 @@ def linear_distillation(
         teacher_weight,
         float(max(1, hidden.shape[0]) if num_items is None else num_items),
         tokens_per_chunk or chunk_tokens(weight.shape[0], hidden.itemsize, gpu=hidden.is_cuda),
+        weights,
     )
     return loss

@@ -9,6 +9,7 @@ from torch import Tensor
 from kernels.attention import AttentionPlan
 from kernels.elementwise.dropout import Seed, dropout, dropped
 from kernels.linear.columns import Columns, matrix_of
+from kernels.loss.cross_entropy import PLAIN, LossTerms
 from models.cache.one_sequence import LayerCache
 from models.layers.linear import RowGroups
 
@@ -44,7 +45,7 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How one step is computed. All but the last four change time and memory, not gradients.
+    """How one step is computed. All but the last six change time and memory, not gradients.
 
     With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
     activation under any checkpointing policy (`models.layers.token_tiles`); experts sort their rows
@@ -58,7 +59,9 @@ class StepSettings:
     `router_loss` is the factor of the router's load balancing loss; None is the model's own.
     `dropout_seed`, 63 bits, turns dropout on in training mode: that of adapters, which have a
     probability of their own, that of the embedding and of what every part of a block adds to its
-    input (`hidden_dropout`), and that of attention's weights (`attention_dropout`).
+    input (`hidden_dropout`), and that of attention's weights (`attention_dropout`). It is the seed
+    of the noise of size `neftune_alpha` too (`models.layers.noise`). `loss_terms` are what the loss
+    of a step has beside cross-entropy.
     """
 
     mlp_tile_tokens: int | None = None
@@ -70,6 +73,8 @@ class StepSettings:
     dropout_seed: int | None = None
     hidden_dropout: float = 0.0
     attention_dropout: float = 0.0
+    neftune_alpha: float = 0.0
+    loss_terms: LossTerms = PLAIN
 
     @property
     def drops(self) -> bool:

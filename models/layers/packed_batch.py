@@ -53,6 +53,8 @@ class PackedBatch:
     the same numbers in `bounds` on the host. `sequences` divide the trained tokens, where a loss
     asks for that. With `shared` the batch holds tokens once that two documents begin with:
     boundaries then count all tokens of the documents, `trained` and input_ids those of the batch.
+    `weights` (n,) fp32 say how much each trained token counts, `total_weight` their sum; None where
+    all count once.
     """
 
     input_ids: Tensor
@@ -62,15 +64,22 @@ class PackedBatch:
     bounds: tuple[int, ...]
     sequences: Sequences | None = None
     shared: SharedTokens | None = None
+    weights: Tensor | None = None
+    total_weight: float | None = None
 
     @classmethod
     def of(
-        cls, input_ids: Tensor, labels: Tensor | None = None, cu_seqlens: Tensor | None = None
+        cls,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> PackedBatch:
         """The rows of input_ids (B, T) or (N,) laid end to end.
 
         labels have the shape of input_ids and are not shifted; negative where not trained. Without
-        labels nothing is trained. Without `cu_seqlens` (D + 1,) every row is a document. Labels or
+        labels nothing is trained. `weights`, of their shape, say how much each counts as a target.
+        Without `cu_seqlens` (D + 1,) every row is a document. Labels or
         boundaries on a GPU are waited for, once each. Raises `ValueError` where shapes or
         boundaries do not fit.
         """
@@ -92,7 +101,17 @@ class PackedBatch:
             )
         shifted = _shifted(labels.reshape(-1), cu_seqlens)
         trained = torch.nonzero(shifted >= 0).squeeze(1)
-        return cls(ids, trained, shifted.index_select(0, trained), cu_seqlens, bounds)
+        targets = shifted.index_select(0, trained)
+        if weights is None:
+            return cls(ids, trained, targets, cu_seqlens, bounds)
+        own = weights.reshape(-1).to(torch.float32).index_select(0, trained + 1)
+        total = float(own.double().sum())
+        return cls(ids, trained, targets, cu_seqlens, bounds, weights=own, total_weight=total)
+
+    @property
+    def items(self) -> float:
+        """What the loss of this batch counts: its trained tokens, or the sum of their weights."""
+        return self.trained_tokens if self.total_weight is None else self.total_weight
 
     @property
     def tokens(self) -> int:
@@ -107,6 +126,8 @@ class PackedBatch:
         tensors = [self.input_ids, self.trained, self.targets, self.cu_seqlens]
         if self.sequences is not None:
             tensors.append(self.sequences.slots)
+        if self.weights is not None:
+            tensors.append(self.weights)
         return tuple(tensors if self.shared is None else [*tensors, *self.shared.tensors()])
 
     def _of(self, tensors: Sequence[Tensor]) -> PackedBatch:
@@ -115,8 +136,17 @@ class PackedBatch:
         sequences = self.sequences
         if sequences is not None:
             sequences = replace(sequences, slots=more.pop(0))
-        shared = None if self.shared is None else SharedTokens(*more)
-        return PackedBatch(ids, trained, targets, cu_seqlens, self.bounds, sequences, shared)
+        weights = None if self.weights is None else more.pop(0)
+        return replace(
+            self,
+            input_ids=ids,
+            trained=trained,
+            targets=targets,
+            cu_seqlens=cu_seqlens,
+            sequences=sequences,
+            weights=weights,
+            shared=None if self.shared is None else SharedTokens(*more),
+        )
 
     def with_shared(self, prompts: Sequence[int]) -> PackedBatch:
         """This batch, whose documents come in pairs, with the tokens held once that pairs share.

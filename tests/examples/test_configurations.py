@@ -58,6 +58,7 @@ def test_every_configuration_is_here() -> None:
         "lora_cpu.yaml",
         "qlora_8b_24gb.yaml",
         "qlora_8b_8gb.yaml",
+        "recipes.yaml",
         "scratch.yaml",
     ]
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from optim import AdamW8bit, param_groups
+from optim.param_groups import plus_ratio
 
 
 class Block(nn.Module):
@@ -26,6 +27,22 @@ def test_norms_biases_and_vectors_do_not_decay() -> None:
     assert [id(p) for p in decayed["params"]] == [id(block.lora_A), id(block.q_proj.weight)]
     rest = (block.q_proj.bias, block.input_layernorm.weight, block.input_layernorm.bias)
     assert [id(p) for p in exempt["params"]] == [id(p) for p in rest]
+
+
+def test_matrices_b_and_vectors_learn_faster_under_lora_plus() -> None:
+    block = Block()
+    block.lora_B = nn.Parameter(torch.zeros(4, 2))
+    named = {id(p): name for name, p in block.named_parameters()}
+    groups = param_groups(block, 0.1, lambda name, p: plus_ratio(name, p, 16.0))
+    shown = [
+        (sorted(named[id(p)] for p in g["params"]), g["weight_decay"], g.get("lr_ratio"))
+        for g in groups
+    ]
+    assert shown == [
+        (["lora_A", "q_proj.weight"], 0.1, None),
+        (["lora_B"], 0.1, 16.0),
+        (["input_layernorm.bias", "input_layernorm.weight", "q_proj.bias"], 0.0, 16.0),
+    ]
 
 
 def test_a_norm_stored_as_a_matrix_does_not_decay() -> None:

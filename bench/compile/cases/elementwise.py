@@ -175,26 +175,31 @@ def _swiglu() -> Iterator[CompileCase]:
 
 
 def _cross_entropy() -> Iterator[CompileCase]:
-    for dtype, gradient, vocabulary in product(DTYPES, (True, False), (1000, 128256)):
+    forms = ((True, False), (False, False), (True, True))
+    for dtype, (gradient, terms), vocabulary in product(DTYPES, forms, (1000, 128256)):
         block, warps = cross_entropy.tile(vocabulary)
         yield CompileCase(
             kernel=cross_entropy.cross_entropy_kernel,
             name="cross_entropy",
-            config=f"{dtype} block {block}{'' if gradient else ' loss only'}",
+            config=f"{dtype} block {block}{'' if gradient else ' loss only'}"
+            f"{' terms' if terms else ''}",
             signature={
                 "logits_ptr": f"*{dtype}",
                 "targets_ptr": "*i64",
                 "losses_ptr": "*fp32",
+                "weights_ptr": "*fp32",
                 "rows": "i32",
                 "vocabulary": "i32",
                 "logits_row": "i32",
                 "scale": "fp32",
+                "smoothing": "fp32",
+                "z_loss": "fp32",
             },
-            constexprs={"GRADIENT": gradient, "BLOCK": block},
+            constexprs={"GRADIENT": gradient, "TERMS": terms, "WEIGHTED": terms, "BLOCK": block},
             num_warps=warps,
             elements=block,
             architectures=architectures_of(dtype),
-            checked=dtype == "bf16" and gradient and block == 4096,
+            checked=dtype == "bf16" and gradient and block == 4096 and not terms,
         )
 
 

@@ -1,14 +1,21 @@
 """Settings of the adapter: what is trained, and from which start."""
 
-import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import field_validator
+from pydantic import BeforeValidator, field_validator
 
-from engine.config.choices import TARGET_PRESETS, Method
+from engine.config.choices import Method
+from engine.config.recipes.module_names import (
+    excluded_names,
+    layer_ranges,
+    number_by_pattern,
+    target_names,
+)
 from engine.config.settings import Settings, setting
-from engine.config.spelling import comma_list, spelled
+from engine.config.spelling import spelled
+
+MOST_RANK = 4096
 
 
 class AdapterSettings(Settings):
@@ -19,32 +26,48 @@ class AdapterSettings(Settings):
         "Adapter",
         "NF4 base with LoRA, 16-bit base with LoRA, every weight, or every weight from random ones",
     )
-    lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=4096)
+    lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=MOST_RANK)
     lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
     lora_dropout: float = setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
     use_rslora: bool = setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
     use_dora: bool = setting(
         False, "Adapter", "learn the length of each weight row apart from its direction (DoRA)"
     )
-    target_modules: str | tuple[str, ...] = setting(
-        "all", "Adapter", "all, attn, qv, or projections with commas between them"
+    target_modules: Annotated[str | tuple[str, ...], BeforeValidator(target_names)] = setting(
+        "all",
+        "Adapter",
+        "all, attn, qv, names of projections with commas between them, or a pattern (a regular "
+        "expression) of whole names",
+    )
+    exclude_modules: Annotated[str | tuple[str, ...], BeforeValidator(excluded_names)] = setting(
+        (), "Adapter", "names, or a pattern, of modules that are left out of these"
+    )
+    layers: Annotated[str | None, BeforeValidator(layer_ranges)] = setting(
+        None,
+        "Adapter",
+        "only these layers, from 0: 8-31, or 0,3,16- (from 16 to the last)",
+        pattern=r"^\d{1,4}(-\d{0,4})?(,\d{1,4}(-\d{0,4})?)*$",
+        expected="numbers of layers and ranges of them, such as 8-31 or 0,3,16-",
+    )
+    rank_pattern: Annotated[dict[str, int], BeforeValidator(number_by_pattern)] = setting(
+        {}, "Adapter", "other ranks by a pattern of module names: q_proj=32,layers.3.mlp.*=8"
+    )
+    alpha_pattern: Annotated[dict[str, float], BeforeValidator(number_by_pattern)] = setting(
+        {}, "Adapter", "other alphas, as --rank-pattern"
     )
     init_adapter: Path | None = setting(None, "Adapter", "an earlier adapter to train on from")
     double_quant: bool = setting(True, "Adapter", "quantise the NF4 scales again")
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("rank_pattern")
     @classmethod
-    def _targets(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            if value in TARGET_PRESETS:
-                return value
-            value = "all" if value in ("all-linear", "all_linear") else comma_list(value)
-        if value == "all":
-            return value
-        names = tuple(value) if isinstance(value, list | tuple) else value
-        if not isinstance(names, tuple) or not names:
-            raise ValueError("should be all, attn, qv, or at least one projection's name")
-        wrong = [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.]*", str(name))]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is no projection's name")
-        return tuple(dict.fromkeys(str(name) for name in names))
+    def _ranks_in_range(cls, value: dict[str, int]) -> dict[str, int]:
+        if not all(1 <= rank <= MOST_RANK for rank in value.values()):
+            raise ValueError(f"every rank should be at least 1 and at most {MOST_RANK}")
+        return value
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _alphas_in_range(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(alpha > 0 for alpha in value.values()):
+            raise ValueError("every alpha should be greater than 0")
+        return value

@@ -13,16 +13,26 @@ class OptimizerSettings(Settings):
     """How gradients become updates."""
 
     learning_rate: float = setting(2e-4, "Optimisation", "peak learning rate", gt=0, le=10)
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "Optimisation",
+        "LoRA+: how many times faster the adapter's matrices B learn than its A, such as 16",
+        gt=0,
+        le=10_000,
+    )
     weight_decay: float = setting(0.01, "Optimisation", "decoupled weight decay", ge=0, lt=1)
     betas: Annotated[tuple[float, float], BeforeValidator(comma_list)] = setting(
-        (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments"
+        (0.9, 0.999), "Optimisation", "decay rates of AdamW's two moments, or Lion's"
     )
     eps: float = setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
     max_grad_norm: float = setting(
         1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
     )
-    optimizer: Annotated[Optimizer, spelled({**OPTIMIZERS, "adamw_torch": "adamw"})] = setting(
-        "adamw8bit", "Optimisation", "AdamW with 8-bit or with 32-bit moments"
+    optimizer: Annotated[Optimizer, spelled(OPTIMIZERS)] = setting(
+        "adamw8bit",
+        "Optimisation",
+        "AdamW with 8-bit or with 32-bit moments; Lion in 8 bits; Adafactor, without moments; or, "
+        "for method full, Muon",
     )
     nonfinite: str = setting(
         "stop",

@@ -1,8 +1,53 @@
 """Rules between the settings of recipes."""
 
-from engine.config.rules.rule import Rule
+from engine.config.rules.rule import Rule, RunSettings
+
+
+def _chooses_modules(config: RunSettings) -> bool:
+    """Whether layers, exclusions or patterns are given."""
+    return bool(
+        config.layers or config.exclude_modules or config.rank_pattern or config.alpha_pattern
+    )
+
 
 RECIPE_RULES = (
+    Rule(
+        "layers",
+        lambda c, _: c.every_weight and _chooses_modules(c),
+        "layers, exclude_modules, rank_pattern and alpha_pattern say where an adapter is, and "
+        "method is {c.method}, which trains every weight.",
+        "Leave them out, or give method lora or qlora",
+    ),
+    Rule(
+        "layers",
+        lambda c, _: c.init_adapter is not None and _chooses_modules(c),
+        "layers, exclude_modules, rank_pattern and alpha_pattern say where a new adapter is, and "
+        "init_adapter goes on with one that says so itself.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "loraplus_lr_ratio",
+        lambda c, _: c.every_weight and c.loraplus_lr_ratio is not None,
+        "loraplus_lr_ratio is about the two matrices of an adapter, and method is {c.method}.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "label_smoothing_factor",
+        lambda c, _: (
+            (c.objective != "sft" or c.teacher is not None)
+            and (c.label_smoothing_factor > 0 or c.z_loss > 0)
+        ),
+        "label_smoothing_factor and z_loss are of the loss of a row's tokens, which a teacher and "
+        "objective {c.objective} do not learn by.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "optimizer",
+        lambda c, _: c.optimizer == "muon" and not c.every_weight,
+        "muon makes the updates of whole weights orthogonal, and method is {c.method}, which "
+        "trains pairs of narrow matrices.",
+        "Choose another --optimizer, or give --method full",
+    ),
     Rule(
         "min_lr_ratio",
         lambda c, _: c.min_lr_ratio > 0 and c.lr_schedule == "constant",

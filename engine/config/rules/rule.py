@@ -15,6 +15,7 @@ from engine.config.choices import (
     Method,
     ObjectiveName,
     Offload,
+    Optimizer,
     Schedule,
     Streaming,
 )
@@ -47,6 +48,14 @@ class RunSettings(Protocol):
     overwrite: bool
     use_dora: bool
     init_adapter: Path | None
+    optimizer: Optimizer
+    label_smoothing_factor: float
+    z_loss: float
+    layers: str | None
+    loraplus_lr_ratio: float | None
+    exclude_modules: str | tuple[str, ...]
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
     warmup_ratio: float | None
     warmup_steps: int | None
     lr_schedule: Schedule

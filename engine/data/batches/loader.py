@@ -25,8 +25,8 @@ SHUFFLE, SPLIT, WEIGHTS = 1, 2, 3
 """Purposes of random numbers, so that no two draw the same ones."""
 
 
-def collate(examples: Sequence[Example]) -> PackedBatch:
-    """Lay examples end to end, one document each.
+def collate(examples: Sequence[Example], weighted: bool = False) -> PackedBatch:
+    """Lay examples end to end, one document each, `weighted` with how much each token counts.
 
     Raises:
         ValueError: there are none, or one is empty.
@@ -36,10 +36,15 @@ def collate(examples: Sequence[Example]) -> PackedBatch:
     ids = np.concatenate([example.ids for example in examples]).astype(np.int64)
     mask = np.concatenate([example.mask for example in examples])
     ends = np.cumsum([len(example) for example in examples])
+    weights = None
+    if weighted and any(example.weights is not None for example in examples):
+        each = [np.ones(len(e), np.float32) if e.weights is None else e.weights for e in examples]
+        weights = torch.from_numpy(np.concatenate(each))
     return PackedBatch.of(
         torch.from_numpy(ids),
         torch.from_numpy(np.where(mask, ids, IGNORED)),
         torch.from_numpy(np.concatenate([[0], ends])),
+        weights,
     )
 
 

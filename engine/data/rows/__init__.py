@@ -4,7 +4,7 @@ Accepted: `messages` (OpenAI's form), `conversations` or `conversation` (ShareGP
 and `value`), and a prompt with its response under any of their usual names, with `input`, `context`
 and `history` where a row has them; these become a list of messages. `chosen` with `rejected` is a
 preference pair, `text` a document, `input_ids` a row that is tokenised already. With every form:
-`system` (or `system_prompt`), `tools` or `functions`, `category`, `rating` (1 to 5),
+`system` (or `system_prompt`), `tools` or `functions`, `category`, `rating` (1 to 5), `weight`,
 `schema_version`. A key that is not used is noted, and never dropped without a word.
 """
 
@@ -46,7 +46,7 @@ ABOUT_KEYS = ("tags", "constructs", "difficulty", "source")
 """What `engine data` says of a row beside the rest; training has no use for it."""
 
 _ALWAYS_USED = {
-    *_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "schema_version", *ABOUT_KEYS,
+    *_SYSTEM_KEYS, *_TOOL_KEYS, "category", "rating", "weight", "schema_version", *ABOUT_KEYS,
 }  # fmt: skip
 _KNOWN = {
     *CHAT_KEYS, *PROMPT_KEYS, *RESPONSE_KEYS, *_RARE_PROMPT_KEYS, *_RARE_RESPONSE_KEYS,
@@ -77,6 +77,7 @@ class Row:
         line: 1-based line in the file on which the row starts.
         file: path as it was given.
         category, rating, schema_version: as the row has them, or None.
+        weight: how much the row counts in a step's loss; None for 1.
         tools: JSON schemas of callable tools, handed to the chat template, or None.
         unused: keys of the row that nothing reads; those of messages as `messages[].key`.
         form: what was recognised, in words.
@@ -104,6 +105,7 @@ class Row:
     rejected_text: str | None = None
     label: bool | None = None
     origin: tuple[int, float] = (0, 1.0)
+    weight: float | None = None
 
     @property
     def source(self) -> str:
@@ -144,6 +146,7 @@ def parse_row(
         file=file,
         category=optional_text(raw, "category"),
         rating=fields.rating(raw.get("rating")),
+        weight=fields.weight(raw.get("weight")),
         schema_version=fields.schema_version(raw.get("schema_version")),
         tools=fields.tools(raw[tool_key], tool_key) if tool_key is not None else None,
         unused=tuple(sorted(unused)),

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.storage import strict_json
+from engine.tokenization.messages import ConversationError, checked_weight
 
 
 class RowFault(ValueError):
@@ -47,6 +48,19 @@ def rating(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in range(1, 6):
         raise RowFault(f"'rating' is {value!r} where a whole number from 1 to 5 was expected")
     return int(value)
+
+
+def weight(value: Any) -> float | None:
+    """How much a row counts, more than 0, or None."""
+    if value is None:
+        return None
+    try:
+        given = checked_weight(value, "'weight'")
+    except ConversationError as error:
+        raise RowFault(str(error)) from error
+    if given == 0:
+        raise RowFault("'weight' is 0, so the row would teach nothing; leave it out")
+    return given
 
 
 def schema_version(value: Any) -> str | int | None:

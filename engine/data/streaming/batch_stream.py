@@ -137,7 +137,9 @@ class BatchStream:
         self._cursors[self._next] = micros[-1].after
         for old in [step for step in self._cursors if step < number - 1]:
             del self._cursors[old]
-        return [collate(micro.examples) for micro in micros], micros[-1].epoch + micros[-1].share
+        return [collate(micro.examples, weighted=True) for micro in micros], micros[
+            -1
+        ].epoch + micros[-1].share
 
     def close(self) -> None:
         """End the thread that works ahead."""

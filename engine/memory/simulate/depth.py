@@ -16,6 +16,7 @@ from engine.config.train_config import TrainConfig
 from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.step import SimulatedStep
 from engine.memory.simulate.stored_model import StoredModel
+from engine.training.adapters.selection import layers_are_alike
 from engine.training.trainable import decoded_layers
 from models.config.model_config import ModelConfig
 from models.layers.context import layer_policies
@@ -40,6 +41,9 @@ def step_of_layers(
     decoded = decoded_layers(config, layers)
     some = 0 < decoded < layers
     few = _FEW_LAYERS if period == 1 else (2 * period, 3 * period)
+    if not layers_are_alike(config, model):
+        return simulate(model, config)
+    config = config.model_copy(update={"layers": None})  # all of them, or it would not be alike
     uneven = period > 1 and (some or len(runs) > 1)
     uneven |= isinstance(model, StoredModel) and not model.is_even
     if whole or max(counts) <= few[1] + 1 or layers % period or uneven:

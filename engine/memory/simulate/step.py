@@ -55,7 +55,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import quantized_weights
-from optim import AdamW8bit
+from optim import StepOptimizer
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
 def _step(
     meter: SimulatedMeter,
     model: Decoder,
-    optimizer: AdamW8bit,
+    optimizer: StepOptimizer,
     batches: Sequence[PackedBatch],
     config: TrainConfig,
 ) -> None:

@@ -42,7 +42,8 @@ class AdapterConfig:
     """The part of adapter_config.json that says what the adapter is.
 
     `target_modules` are suffixes of module names, such as "q_proj". A module's rank and alpha are
-    those of the first pattern that matches its name, else `r` and `lora_alpha`. With
+    those of the first pattern that matches its name, else `r` and `lora_alpha`. `layers` are those
+    that `target_modules` are meant in, none for all. With
     `fused_experts` the pairs of experts are written as `engine.model_sources.adapter.experts` says.
     `raw` is the parsed file; empty for an adapter that was made here.
     """
@@ -57,6 +58,7 @@ class AdapterConfig:
     fused_experts: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -77,12 +79,15 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """The rank that `module` should have."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return int(by_pattern(self.rank_pattern, module, self.r))
 
     def module_scale(self, module: str) -> float:
         """The factor of B @ A of `module`."""
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
-        return scale_of(alpha, self.rank(module), self.use_rslora)
+        return scale_of(self.alpha(module), self.rank(module), self.use_rslora)
+
+    def alpha(self, module: str) -> float:
+        """The alpha of `module`."""
+        return float(by_pattern(self.alpha_pattern, module, self.lora_alpha))
 
 
 def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -90,7 +95,8 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
     return alpha / (math.sqrt(rank) if use_rslora else rank)
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the module's name or an ending of it."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -101,17 +107,22 @@ def to_json(config: AdapterConfig, carried: Mapping[str, Any]) -> dict[str, Any]
     """What stands in the file: conservative keys, and `carried` as it was read elsewhere.
 
     alpha / r is the scale whatever the configuration calls it, since llama.cpp's converter reads no
-    `use_rslora`.
+    `use_rslora`. With patterns, which it does not read either, all is as it was trained.
     """
+    patterned = bool(config.rank_pattern or config.alpha_pattern)
+    alpha = config.lora_alpha if patterned else config.plain_alpha
     return {
         **_CONSTANT,
         "base_model_name_or_path": config.base_model_name_or_path,
-        "lora_alpha": config.plain_alpha,
+        "alpha_pattern": dict(config.alpha_pattern),
+        "layers_to_transform": list(config.layers) or None,
+        "lora_alpha": round(alpha) if alpha == round(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
         "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
         "target_modules": sorted(config.target_modules),
         "use_dora": config.use_dora,
-        "use_rslora": False,
+        "use_rslora": patterned and config.use_rslora,
         **carried,
     }
 

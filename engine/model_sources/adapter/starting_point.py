@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from engine.model_sources.adapter.adapted_source import AdaptedSource
@@ -29,8 +30,13 @@ class InitAdapter:
         """What `target_modules` says of the adapter that comes of it: endings where they do."""
         adapter, every = self.source.adapter, module_shapes(self.source.config).keys()
         mine = {*self.pairs, *self.fixed}
-        leaves = {module.rpartition(".")[2] for module in mine}
-        whole = {leaf for leaf in leaves if {m for m in every if m.endswith(f".{leaf}")} <= mine}
-        names = {m for m in mine if m.rpartition(".")[2] not in whole}
         embeddings = {m.rpartition(".")[2] for m in adapter.others.embeddings}
-        return sorted(whole | names | embeddings)
+        return sorted({*shortest_names(mine, every), *embeddings})
+
+
+def shortest_names(modules: Collection[str], every: Collection[str]) -> list[str]:
+    """`modules` by the endings that all of `every` with them share, the others by whole names."""
+    mine = set(modules)
+    leaves = {module.rpartition(".")[2] for module in mine}
+    whole = {leaf for leaf in leaves if {m for m in every if m.endswith(f".{leaf}")} <= mine}
+    return sorted(whole | {m for m in mine if m.rpartition(".")[2] not in whole})

@@ -39,7 +39,7 @@ def check_targets(
     targets = raw.get("target_modules") or []
     if targets != _ALL and (targets or raw.get("target_parameters")):
         where = f"{adapter.path}: target_modules"
-        meant = {m for m, names in modules.items() if any(_is_meant(raw, n, where) for n in names)}
+        meant = {m for m, names in modules.items() if any(is_meant(raw, n, where) for n in names)}
         strays = adapted - meant - _tied(raw, meant)
         missing = {m for m in meant - adapted if EXPERTS not in m}
         wrong += [f"without a target {listing(sorted(strays))}"] if strays else []
@@ -62,7 +62,7 @@ def _shown(targets: Any) -> str:
     return repr(targets) if isinstance(targets, str) else f"[{listing(sorted(map(str, targets)))}]"
 
 
-def _is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
+def is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
     """Whether `raw` asks for a pair on the module `name`."""
     excluded, targets = raw.get("exclude_modules"), raw.get("target_modules") or []
     if isinstance(excluded, str):

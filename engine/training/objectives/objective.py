@@ -17,12 +17,13 @@ from models.layers.packed_batch import PackedBatch
 class StepTotals:
     """What the losses of all micro-batches of a step are divided by.
 
-    `items` is their number of trained tokens, or of pairs or answers; `tokens` are the trained
-    tokens that a further likelihood term counts, `wanted` and `unwanted` the good and bad answers.
+    `items` is their number of trained tokens (or the sum of their weights), or of pairs or answers;
+    `tokens` are the trained tokens that a further likelihood term counts, `wanted` and `unwanted`
+    the good and bad answers.
     `baseline` () is what all micro-batches measure rewards from, where the objective has that.
     """
 
-    items: int
+    items: float
     tokens: int = 0
     wanted: int = 0
     unwanted: int = 0

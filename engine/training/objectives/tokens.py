@@ -3,6 +3,8 @@
     sft      L = -sum_i log p(y_i | x, y_<i) / n                     over the n trained tokens
     distill  L = sum_i KL(p_teacher(. | x, y_<i) || p(. | x, y_<i)) / n
 
+Where tokens have weights, each term is multiplied by its own and n is their sum.
+
 Sources: Radford et al. 2018; Hinton et al. 2015, arXiv 1503.02531, at temperature 1.
 """
 
@@ -27,11 +29,11 @@ class TokenObjective:
     def totals(
         self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings
     ) -> StepTotals:
-        """The trained tokens. Raises `ValueError` without any."""
-        trained = sum(batch.trained_tokens for batch in batches)
-        if trained == 0:
+        """The trained tokens, or the sum of their weights. Raises `ValueError` without any."""
+        items = sum(batch.items for batch in batches)
+        if items == 0:
             raise ValueError("none of the step's rows has a trained token")
-        return StepTotals(trained, trained)
+        return StepTotals(items, sum(batch.trained_tokens for batch in batches))
 
     def share(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,11 @@ EVALUATION_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"sample_prompts": "prompts.jsonl"}, Facts()),
 ]
 RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"method": "full", "layers": "1-2"}, Facts()),
+    ({"init_adapter": Path("a"), "rank_pattern": {"q_proj": 2}}, Facts()),
+    ({"method": "full", "loraplus_lr_ratio": 16.0}, Facts()),
+    ({"teacher": "t", "label_smoothing_factor": 0.1}, Facts()),
+    ({"optimizer": "muon"}, Facts()),
     ({"min_lr_ratio": 0.1, "lr_schedule": "constant"}, Facts()),
     ({"lr_power": 2.0}, Facts()),
     ({"lr_num_cycles": 2}, Facts()),

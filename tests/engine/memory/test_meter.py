@@ -37,7 +37,7 @@ from models.decoder import Decoder
 from models.layers.block import DecoderLayer
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import WeightStream
-from optim import AdamW8bit
+from optim import StepOptimizer
 from tests.support.tiny_model import RandomSource
 
 SMALL: dict[str, Any] = {
@@ -63,19 +63,14 @@ NORMED = SMALL | {
 }
 MODELS = {"llama": SMALL, "qwen3": NORMED}
 
+IN_BACKWARD = {"method": "full", "max_grad_norm": 0.0, "optimizer_in_backward": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "lora": {"method": "lora"},
     "full fine-tuning": {"method": "full"},
-    "full fine-tuning in backward": {
-        "method": "full",
-        "max_grad_norm": 0.0,
-        "optimizer_in_backward": True,
-    },
+    "full fine-tuning in backward": IN_BACKWARD,
     "in backward, full recompute": {
-        "method": "full",
-        "max_grad_norm": 0.0,
-        "optimizer_in_backward": True,
+        **IN_BACKWARD,
         "gradient_checkpointing": "full",
         "dtype": "bfloat16",
     },
@@ -97,6 +92,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small chunks": {"loss_chunk_tokens": 64},
     "single quantisation": {"double_quant": False},
     "32-bit moments": {"optimizer": "adamw"},
+    "lion": {"optimizer": "lion8bit"},
+    "adafactor in backward": {**IN_BACKWARD, "optimizer": "adafactor"},
+    "muon": {"method": "full", "optimizer": "muon", "dtype": "bfloat16"},
+    "ranks in some layers": {"layers": "1-2", "rank_pattern": {"q_proj": 40}, "method": "lora"},
+    "noise and terms": {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "z_loss": 1e-4},
     "accumulation": {"accumulate": 2},
     "high rank": {"lora_rank": 64},
     "bfloat16": {"dtype": "bfloat16"},
@@ -123,7 +123,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def prepared(
     model_config: ModelConfig, config: TrainConfig, dtype: torch.dtype
-) -> tuple[Decoder, AdamW8bit]:
+) -> tuple[Decoder, StepOptimizer]:
     source: Any = RandomSource(model_config)
     model = build_for(config, source, torch.device("cpu"), dtype)
     make_trainable(model, config, None)

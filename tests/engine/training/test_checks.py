@@ -17,8 +17,8 @@ from engine.errors import EngineError
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.open import describe_model
-from engine.training.checks import _adapted_shapes, saved_bytes
-from engine.training.trainable import targets_of
+from engine.training.adapters.selection import leaves_of, selection
+from engine.training.checks import saved_bytes
 from engine.verbs.training.plan import plan
 from engine.verbs.training.train import dry_run, train
 from models.adapters import adapter_tensors, add_lora
@@ -33,7 +33,13 @@ WRONG: dict[str, dict[str, Any]] = {
     "embedding as a target": {"target_modules": "embed_tokens,q_proj"},
     "target of another family": {"target_modules": "in_proj_qkv"},
     "experts' router": {"target_modules": "gate"},
-    "targets as in PEFT": {"target_modules": "self_attn.q_proj"},
+    "targets with a part that is not there": {"target_modules": "self_attn.up_proj"},
+    "a pattern of no module": {"target_modules": r".*layers\.9\..*"},
+    "layers that are not there": {"layers": "1-2"},
+    "excluding what is not there": {"exclude_modules": "v_prj"},
+    "excluding everything": {"target_modules": "q_proj", "exclude_modules": "q_proj"},
+    "a rank for nothing": {"target_modules": "q_proj", "rank_pattern": "k_proj=4"},
+    "an alpha for nothing": {"alpha_pattern": "q_prj=4"},
     "policies for 99 layers": {"gradient_checkpointing": "full:99"},
     "policies for one layer": {"gradient_checkpointing": "full:1"},
     "policies for three layers": {"gradient_checkpointing": "none:1,full:2"},
@@ -101,7 +107,10 @@ def folder(tmp_path: Path) -> Path:
     for name in ("MODEL", "TIED", "TEACHER", "EXPERTS"):
         weights = tmp_path / name / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    shapes = _adapted_shapes(config, tuple(TARGETS))
+    shapes = {
+        p.stored: (p.rows, p.columns)
+        for p in selection(TrainConfig(model=str(model), data="d"), config)
+    }
     adapter(tmp_path / "ADAPTER", shapes, model)
     wrong = {path: (out + 1, inner) for path, (out, inner) in shapes.items()}
     adapter(tmp_path / "SHAPES", wrong, model)
@@ -193,14 +202,20 @@ def test_a_device_that_is_not_there_is_refused_before_the_model(folder: Path) ->
 def test_the_shapes_of_an_adapter_are_those_of_the_graph(family: str, targets: str) -> None:
     config = TrainConfig(model="m", data="d", target_modules=targets, lora_rank=4)
     model = describe_model(GOLDEN / family).config
-    names = targets_of(config, model)
+    chosen = selection(config, model)
     graph = skeleton(model)
-    add_lora(graph, rank=4, targets=names)
+    add_lora(graph, rank=4, targets=leaves_of(chosen))
     real = {
         path: (parts[1].shape[0], parts[0].shape[1])
         for path, parts in adapter_tensors(graph).items()
     }
-    assert _adapted_shapes(model, names) == real
+    shapes = {}
+    for projection in chosen:
+        parent, _, leaf = projection.stored.rpartition(".")
+        for number in range(projection.count):
+            path = f"{parent}.{number}.{leaf}" if projection.is_expert else projection.stored
+            shapes[path] = (projection.rows, projection.columns)
+    assert shapes == real
     count = sum(p.numel() for p in graph.parameters() if p.requires_grad)
     assert saved_bytes(config, model, torch.float32) == count * 6
 

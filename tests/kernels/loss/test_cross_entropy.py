@@ -16,10 +16,20 @@ Mutant = Callable[[ModuleType, str, str], ModuleType]
 SCALE = 0.25
 
 
-def plain(logits: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Losses and SCALE times the gradient by torch's own function in `dtype`."""
+def plain(
+    logits: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    weights: Tensor | None = None,
+    terms: cross_entropy.LossTerms = cross_entropy.PLAIN,
+) -> tuple[Tensor, Tensor]:
+    """Losses and SCALE times the gradient by torch's own functions in `dtype`."""
     z = logits.to(dtype).detach().requires_grad_(True)
-    losses = F.cross_entropy(z, targets, reduction="none")
+    losses = F.cross_entropy(z, targets, reduction="none", label_smoothing=terms.label_smoothing)
+    if terms.z_loss:
+        losses = losses + terms.z_loss * z.logsumexp(1).square()
+    if weights is not None:
+        losses = losses * weights.to(dtype)
     (grad,) = torch.autograd.grad(losses.sum() * SCALE, z)
     return losses.detach(), grad
 
@@ -30,14 +40,19 @@ def check(
     shape: tuple[int, int],
     dtype: torch.dtype,
     device: torch.device,
+    terms: cross_entropy.LossTerms = cross_entropy.PLAIN,
+    weighted: bool = False,
 ) -> None:
     rows, vocabulary = shape
     joined = (torch.randn(rows, vocabulary + 5, device=device) * 4).to(dtype)
     logits, rest = joined[:, :vocabulary], joined[:, vocabulary:].clone()
     targets = torch.randint(0, vocabulary, (rows,), device=device)
     targets[-1] = vocabulary - 1
-    other, truth = plain(logits, targets, dtype), plain(logits, targets, torch.float64)
-    losses = module.cross_entropy_(logits, targets, SCALE)
+    weights = torch.rand(rows, device=device) * 3 if weighted else None
+    other = plain(logits, targets, dtype, weights, terms)
+    truth = plain(logits, targets, torch.float64, weights, terms)
+    options = {} if not (terms or weighted) else {"weights": weights, "terms": terms}
+    losses = module.cross_entropy_(logits, targets, SCALE, **options)
     assert losses.dtype == torch.float32
     accurate(losses, other[0], truth[0])
     accurate(logits, other[1], truth[1])
@@ -54,6 +69,63 @@ def test_losses_and_gradients_are_accurate(
     accurate: Accurate,
 ) -> None:
     check(cross_entropy, accurate, shape, dtype, device)
+
+
+SMOOTHED = cross_entropy.LossTerms(0.1, 0.0)
+WITH_Z = cross_entropy.LossTerms(0.0, 1e-2)
+BOTH = cross_entropy.LossTerms(0.2, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("shape", "terms", "weighted"),
+    [
+        ((1, 7), SMOOTHED, False),
+        ((63, 257), SMOOTHED, False),
+        ((5, 2000), WITH_Z, True),
+        ((3, 9001), BOTH, True),
+        ((17, 63), cross_entropy.PLAIN, True),
+    ],
+)
+def test_smoothing_z_loss_and_weights_are_accurate(
+    shape: tuple[int, int],
+    terms: cross_entropy.LossTerms,
+    weighted: bool,
+    dtype: torch.dtype,
+    way: str,
+    device: torch.device,
+    accurate: Accurate,
+) -> None:
+    check(cross_entropy, accurate, shape, dtype, device, terms, weighted)
+
+
+def test_terms_out_of_range_are_refused() -> None:
+    for wrong in ((1.0, 0.0), (-0.1, 0.0), (0.0, -1e-4)):
+        with pytest.raises(ValueError, match="label_smoothing must lie"):
+            cross_entropy.LossTerms(*wrong)
+    logits, targets = torch.randn(3, 10), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="weights for"):
+        cross_entropy.cross_entropy_(logits, targets, weights=torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("summed += ", "summed = "),
+        ("factor *= 1.0 + 2.0 * z_loss * level", "factor *= 1.0 + z_loss * level"),
+        ("floor = scale * smoothing", "floor = scale * scale"),
+        ("scale *= 1.0 - smoothing", "scale *= 1.0"),
+        ("        scale *= weight", "        scale *= 1.0"),
+        ("loss *= weight", "loss *= 1.0"),
+        ("loss += tl.where", "loss -= tl.where"),
+    ],
+)
+def test_a_planted_fault_in_a_term_breaks_the_rule(
+    old: str, new: str, triton_on: None, device: torch.device, accurate: Accurate, mutant: Mutant
+) -> None:
+    broken = mutant(cross_entropy, old, new)
+    with pytest.raises(AssertionError):
+        check(broken, accurate, (3, 9001), torch.float32, device, BOTH, weighted=True)
 
 
 def test_the_largest_vocabulary_is_accurate(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.loss.cross_entropy import LossTerms
 from kernels.loss.linear_cross_entropy import chunk_tokens, linear_cross_entropy
 
 Accurate = Callable[[Tensor, Tensor, Tensor], None]
@@ -69,6 +70,24 @@ def test_loss_and_gradients_are_accurate(
         strict=True,
     ):
         accurate(ours, other, truth)
+
+
+def test_terms_and_weights_pass_gradcheck_in_chunks(device: torch.device) -> None:
+    hidden, weight, labels = problem(11, 5, 23, torch.float64, device)
+    trained = torch.nonzero(labels >= 0).squeeze(1)
+    weights = torch.rand(len(trained), device=device, dtype=torch.float64) * 2
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return linear_cross_entropy(
+            h, w, labels[trained], 3.5, 4, weights, LossTerms(label_smoothing=0.1, z_loss=1e-2)
+        )
+
+    h, w = hidden[trained].requires_grad_(True), weight.requires_grad_(True)
+    assert torch.autograd.gradcheck(loss, (h, w))
+    logits = h @ w.T
+    each = F.cross_entropy(logits, labels[trained], reduction="none", label_smoothing=0.1)
+    each = (each + 1e-2 * logits.logsumexp(1).square()) * weights
+    torch.testing.assert_close(loss(h, w), each.sum() / 3.5)
 
 
 def test_loss_without_gradients_is_the_same(way: str, device: torch.device) -> None:

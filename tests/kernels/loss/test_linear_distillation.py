@@ -36,6 +36,19 @@ def test_loss_and_gradient_equal_the_formula(chunk: int) -> None:
     torch.testing.assert_close(got_grad, want_grad, rtol=1e-10, atol=1e-13)
 
 
+def test_weights_of_tokens_multiply_their_divergences() -> None:
+    hidden, weight, teacher, teacher_weight = problem()
+    weights = torch.linspace(0.0, 2.0, len(hidden), dtype=torch.float64)
+    hidden.requires_grad_(True)
+    log_p, log_q = F.log_softmax(hidden @ weight.T, 1), F.log_softmax(teacher @ teacher_weight.T, 1)
+    want = (F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(1) * weights).sum() / 7
+    (want_grad,) = torch.autograd.grad(want, hidden)
+    got = linear_distillation(hidden, weight, teacher, teacher_weight, 7, 4, weights)
+    (got_grad,) = torch.autograd.grad(got, hidden)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got_grad, want_grad, rtol=1e-10, atol=1e-13)
+
+
 def test_a_model_has_nothing_to_learn_from_itself() -> None:
     hidden, weight, *_ = problem(dtype=torch.float32)
     hidden.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""The adapter of a run: its modules, its start and its files."""

@@ -1,0 +1,37 @@
+"""What a training step asks of every optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class StepOptimizer(torch.optim.Optimizer):
+    """An optimizer whose step scales gradients as it reads them and skips what is not finite."""
+
+    def step(  # type: ignore[override]
+        self,
+        closure: None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        only: tuple[int, ...] | None = None,
+    ) -> None:
+        """Update every parameter that has a gradient; or none, if one or the scale is not finite.
+
+        `grad_scale` multiplies the gradients as they are read. With `only`, numbers of parameters
+        in the order of the groups, the others are neither looked at nor moved.
+        """
+        raise NotImplementedError
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
+
+        Hyper-parameters are not in it: they belong to the run's configuration.
+        """
+        raise NotImplementedError
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave. Raises ValueError if it is of other parameters."""
+        raise NotImplementedError
