@@ -21,6 +21,8 @@ from engine.training.step import TrainingStep
 from kernels.attention import attention_forward
 from kernels.attention.documents import AttentionSettings
 from kernels.linear import projection
+from kernels.linear.columns import gradient_columns, input_columns, output_columns
+from kernels.linear.projection import Projection, layout_of
 from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import to_planar
 from kernels.runtime.simulation import SimulatedGPU, simulate_with
@@ -176,6 +178,52 @@ def test_rows_begin_on_multiples_of_sixteen_elements(
         assert x.stride(2) == 1
         assert x.data_ptr() % 16 == 0
         assert all(step * x.itemsize % 16 == 0 for step in x.stride()[:2])
+
+
+SHAPES = (
+    (4096, (4096, 1024, 1024), 14336),
+    (3584, (3584, 512, 512), 18944),
+    (576, (576, 192), 1536),
+)
+"""Hidden size, outputs of attention's inputs, and the feed-forward part's width."""
+
+
+@pytest.mark.parametrize(("hidden", "heads", "inner"), SHAPES)
+def test_no_rank_moves_the_rows_of_joint_matrices(
+    hidden: int, heads: tuple[int, ...], inner: int
+) -> None:
+    """Every matrix that a group's adapters widen, for all ranks up to 256, by its strides alone."""
+    meta = torch.device("meta")
+    for rank in range(1, 257):
+        a = {n: torch.empty(rank, n, device=meta) for n in (hidden, inner, heads[0])}
+        groups = [
+            [(out, hidden) for out in heads],
+            [(inner, hidden)] * 2,
+            [(hidden, inner)],
+            [(hidden, heads[0])],
+        ]
+        for sizes in groups:
+            group = [
+                Projection(
+                    torch.empty(out, width, device=meta),
+                    lora_a=a[width],
+                    lora_b=torch.empty(out, rank, device=meta),
+                )
+                for out, width in sizes
+            ]
+            x = torch.empty(8, sizes[0][1], dtype=torch.bfloat16, device=meta)
+            columns = (
+                output_columns(8, group, x),
+                input_columns(x, group),
+                gradient_columns(x, group),
+            )
+            for made in columns:
+                assert made is not None
+                assert all(part.stride(0) % 16 == 0 for part in (made.whole, *made.parts))
+                assert all(part.storage_offset() % 8 == 0 for part in made.parts)
+            layout = layout_of(group)
+            assert layout.spare % 16 == 0
+            assert all(low % 16 == 0 for low in layout.low)
 
 
 def test_a_smaller_alignment_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
