@@ -49,10 +49,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """What a side measured. ``peak_bytes`` is of the whole process, loading included."""
+    """What a side measured. ``peak_bytes`` is of the whole process, loading included.
+
+    ``cpu_seconds`` is the processor's time, which other programs on the machine change less than
+    the clock's.
+    """
 
     tokens: int
     seconds: float
+    cpu_seconds: float
     step_seconds: list[float]
     losses: list[float]
     loaded_peak_bytes: int
@@ -63,6 +68,10 @@ class Result:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
+
+    @property
+    def tokens_per_cpu_second(self) -> float:
+        return self.tokens / self.cpu_seconds
 
 
 def peak_resident_bytes() -> int:
@@ -82,15 +91,17 @@ def measure(
 ) -> None:
     """Run ``step`` on every batch and write a `Result`. Counts real tokens: padding is none."""
     loaded_peak = peak_resident_bytes()
-    losses, seconds = [], []
+    losses, seconds, cpu_seconds = [], [], []
     for batch in work.batches:
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
     timed = work.batches[work.warmup :]
     result = Result(
         tokens=sum(len(row.input_ids) for batch in timed for row in batch),
         seconds=sum(seconds[work.warmup :]),
+        cpu_seconds=sum(cpu_seconds[work.warmup :]),
         step_seconds=seconds,
         losses=losses,
         loaded_peak_bytes=loaded_peak,

@@ -15,8 +15,9 @@ sides are
 The peers checkpoint their layers, as QLoRA with them does.
 
 They run in turn, round after round, each time in a fresh process, so that a change of the machine's
-clock or load meets all of them. Printed are real tokens per second (padding is never counted) and
-the peak resident memory of the process, loading included, both as the median over the rounds.
+clock or load meets all of them. Printed are real tokens per second (padding is never counted), how
+the sides compare by the clock and by the processor's time, which a busy machine changes less, and
+the peak resident memory of the process, loading included, all as the median over the rounds.
 One JSON row goes to bench/results/train_step_cpu.jsonl.
 
 Run as ``python -m bench.cpu.train_step [--rounds N] [--steps N]``.
@@ -104,6 +105,7 @@ def summary(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     medians: dict[str, dict[str, Any]] = {
         side: {
             "tokens_per_second": statistics.median(r.tokens_per_second for r in rounds),
+            "tokens_per_cpu_second": statistics.median(r.tokens_per_cpu_second for r in rounds),
             "peak_bytes": statistics.median(r.peak_bytes for r in rounds),
             "loaded_peak_bytes": statistics.median(r.loaded_peak_bytes for r in rounds),
             "first_loss": rounds[0].losses[0],
@@ -114,8 +116,9 @@ def summary(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
     }
     ours = medians.get("ours")
     for side, row in medians.items():
-        if ours is not None and not side.startswith("ours"):
+        if ours is not None and side != "ours":
             row["our_speed_ratio"] = ours["tokens_per_second"] / row["tokens_per_second"]
+            row["our_cpu_ratio"] = ours["tokens_per_cpu_second"] / row["tokens_per_cpu_second"]
             row["our_memory_ratio"] = ours["peak_bytes"] / row["peak_bytes"]
     return medians
 
@@ -123,7 +126,10 @@ def summary(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
 def show(console: Console, medians: dict[str, dict[str, Any]]) -> None:
     table = Table(title="QLoRA step, SmolLM2-135M, CPU: medians over the rounds")
     table.add_column("side", no_wrap=True)
-    for heading in ("tokens/s", "ours / it", "peak GiB", "ours / it", "first loss", "last loss"):
+    for heading in (
+        *("tokens/s", "ours / it", "CPU: ours / it", "peak GiB", "ours / it"),
+        *("first loss", "last loss"),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for side, row in medians.items():
         speed, memory = row.get("our_speed_ratio"), row.get("our_memory_ratio")
@@ -131,6 +137,7 @@ def show(console: Console, medians: dict[str, dict[str, Any]]) -> None:
             side,
             f"{row['tokens_per_second']:.1f}",
             "" if speed is None else f"{speed:.2f}",
+            "" if speed is None else f"{row['our_cpu_ratio']:.2f}",
             f"{row['peak_bytes'] / 2**30:.2f}",
             "" if memory is None else f"{memory:.2f}",
             f"{row['first_loss']:.4f}",
