@@ -22,6 +22,9 @@ from kernels.elementwise.swiglu import swiglu_forward
 OTHERS = ["unsloth", "torchtune"]
 SECTIONS = ["accuracy", "roofline", "steps", "train", "graphs", "profile", *OTHERS, "ops"]
 
+SMOKE = ("--smoke", "--minutes", "60")
+"""The time of a busy machine is not what is tested here."""
+
 MODULE = """
 import os, time
 
@@ -44,10 +47,7 @@ SECTIONS = {"only": Section()}
 def test_smoke_run_measures_every_section(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # The time of a busy machine is not what is tested here.
-    status = main(
-        ["--smoke", "--minutes", "60", "--output", str(tmp_path), "--sections", *SECTIONS]
-    )
+    status = main([*SMOKE, "--output", str(tmp_path), "--sections", *SECTIONS])
     capsys.readouterr()
     results = json.loads((tmp_path / "gpu_suite.json").read_text())
     errors = [o for name in SECTIONS for o in results["sections"][name] if o["error"]]
@@ -78,7 +78,7 @@ def test_a_wrong_kernel_is_reported(
     monkeypatch.setattr(
         elementwise, "swiglu_forward", lambda gate, up: swiglu_forward(gate, up) * (1 + 1e-3)
     )
-    assert main(["--smoke", "--output", str(tmp_path), "--sections", "accuracy"]) == 1
+    assert main([*SMOKE, "--output", str(tmp_path), "--sections", "accuracy"]) == 1
     capsys.readouterr()
     results = json.loads((tmp_path / "gpu_suite.json").read_text())
     wrong = {o["data"]["op"] for o in results["sections"]["accuracy"] if not o["data"]["passed"]}
