@@ -57,6 +57,7 @@ class RunDirectory:
         self.config = dated(name_run(config))
         assert self.config.output_dir is not None
         self.path = self.config.output_dir
+        self.console = console
         self.summary_written = False
         self.begun = False
         # A refusal is noted down in a folder that the user named, unless a run stands there.

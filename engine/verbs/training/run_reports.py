@@ -61,7 +61,9 @@ class RunReports:
             if start == 0:
                 self.sample(0)
         self._bar = stack.enter_context(
-            ProgressReporter(prepared.total_steps, start, log_every=config.log_every)
+            ProgressReporter(
+                prepared.total_steps, start, log_every=config.log_every, live=directory.console
+            )
         )
 
     def step(self, line: StepMetrics) -> None:
