@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from engine.config.choices import METRICS_WITH_DATA
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.device import resolve_device, resolve_dtype
+from engine.memory.auto_policy import free_memory
+from engine.memory.simulate.meter import gib
 from engine.model_sources.export import parse_dtype
 from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
@@ -17,10 +20,13 @@ from engine.model_sources.pruning_record import HeadMap
 from engine.pruning.calibration import Calibration, calibration_examples, measured_scores
 from engine.pruning.reconstruction.importance import reconstruction_scores
 from engine.pruning.reconstruction.layer_stream import LayerStream
+from engine.pruning.reconstruction.memory import calibration_peak
 from engine.pruning.reconstruction.repair import Change, HeadRepair
 from engine.pruning.reconstruction.sensitivity import PrefixDivergence
 from engine.pruning.scores import LayerScores, weight_scores
 from models.head_slices import HeadSlices
+
+log = logging.getLogger(__name__)
 
 
 def calibration_of(settings: PruneSettings) -> Calibration:
@@ -43,6 +49,7 @@ def scores_of(
     metric, how = settings.importance, calibration_of(settings)
     if metric == "l2-reconstruction":
         examples = calibration_examples(source, how)
+        say_memory(source, examples, settings, settings.measures_layers)
         stream = LayerStream(source, examples, how)
         blank = weight_scores(source, layers, "random")
         measured = whole_model(source, examples, how) if settings.measures_layers else None
@@ -51,6 +58,29 @@ def scores_of(
     if metric in METRICS_WITH_DATA:
         return measured_scores(source, layers, metric, how)
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)
+
+
+def say_memory(
+    source: ModelSource, examples: Sequence[Example], settings: PruneSettings, whole: bool
+) -> None:
+    """Say what a pass over the rows will take, and warn where the host has less."""
+    device = resolve_device(settings.device)
+    peak = calibration_peak(
+        source.config,
+        sum(map(len, examples)),
+        compute=resolve_dtype(settings.compute_dtype, device).itemsize,
+        stored=2 if settings.dtype in ("bfloat16", "float16") else 4,
+        channels=settings.what == "mlp",
+        whole=whole,
+    )
+    log.info("Calibration on %d rows takes about %s", len(examples), gib(peak))
+    available = free_memory(device)
+    if available < peak:
+        log.warning(
+            "That is more than the %s that are free: fewer --calibration-rows, --scope global "
+            "(which does not need the whole model), or another machine.",
+            gib(available),
+        )
 
 
 def whole_model(

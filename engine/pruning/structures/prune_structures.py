@@ -15,7 +15,7 @@ from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.pruning_record import HeadMap, head_map, read_pruning
 from engine.pruning.calibration import calibration_examples
-from engine.pruning.reconstruction.from_settings import calibration_of, whole_model
+from engine.pruning.reconstruction.from_settings import calibration_of, say_memory, whole_model
 from engine.pruning.reconstruction.layer_stream import LayerStream
 from engine.pruning.reconstruction.repair import RepairedSource
 from engine.pruning.structures.channels import ChannelPruning, channels_to_go
@@ -36,6 +36,8 @@ def prune_structures(
     Raises `ConfigError` for a fraction that cannot be met.
     """
     examples = calibration_examples(source, calibration_of(settings))
+    whole = settings.what == "layers" and settings.importance == "l2-reconstruction"
+    say_memory(source, examples, settings, whole)
     if settings.what == "mlp":
         left, record = _without_channels(source, settings, examples, protected)
     elif settings.what == "experts":

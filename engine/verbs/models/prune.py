@@ -90,6 +90,8 @@ def prune(
         return _prune_structures(source, output, settings, started)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)
+    if settings.importance in ("l2-weights", "l2-weights-largest", "ov"):
+        log.warning(WEIGHTS_WARNING, settings.importance)
     scored = scores_of(source, layers, settings)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.importance, settings.form)
@@ -175,7 +177,7 @@ def _prune_structures(
 
 
 def _check(settings: PruneSettings) -> None:
-    """Refuse settings that want rows and have none; say what weights alone are worth."""
+    """Refuse settings that want rows and have none."""
     metric = settings.importance
     if metric in METRICS_WITH_DATA and not settings.data:
         raise ConfigError(
@@ -192,8 +194,6 @@ def _check(settings: PruneSettings) -> None:
             f"--scope sensitivity measures what l2-reconstruction leaves of a layer, and --metric "
             f"is {metric}. Use --metric l2-reconstruction, or --scope global or layer."
         )
-    if metric in ("l2-weights", "l2-weights-largest", "ov"):
-        log.warning(WEIGHTS_WARNING, metric)
 
 
 def _uses_rows(settings: PruneSettings) -> bool:
