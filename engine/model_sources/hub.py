@@ -35,14 +35,14 @@ log = logging.getLogger(__name__)
 def resolve(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder or `.gguf` file that `model` names, downloading it if it has to be.
 
-    `model` is a path, a hub id such as `org/name`, or a file of one, `org/name/file.gguf`, both
-    also as `org/name@revision`; `revision` is a branch, tag or commit of the hub; without `weights`
-    the small files are enough. Raises `ConfigError` where there is no such thing, or it cannot be
-    reached.
+    `model` is a path, which may be that of a run that trained every weight, a hub id such as
+    `org/name`, or a file of one, `org/name/file.gguf`, both also as `org/name@revision`; `revision`
+    is a branch, tag or commit of the hub; without `weights` the small files are enough. Raises
+    `ConfigError` where there is no such thing, or it cannot be reached.
     """
     path = Path(model).expanduser()
     if model and path.exists():
-        return path
+        return _whole_model(path)
     refuse_lost_run(model)
     name = hub_name(model, revision)
     if name is None or (path.suffix == ".gguf" and name.file is None):
@@ -58,6 +58,13 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     if cached is not None and weights and _complete(cached, weights, tokenizer=False):
         return _completed(name, cached)
     return download(name, _model_files if weights else _small_files)
+
+
+def _whole_model(path: Path) -> Path:
+    """The model of a run that trained every weight, where `path` is the run; else `path`."""
+    inner = path / "model"
+    is_run = path.is_dir() and not (path / _CONFIG).exists() and (path / "manifest.json").is_file()
+    return inner if is_run and (inner / _CONFIG).is_file() else path
 
 
 def fetch_config(name: HubName) -> Path:

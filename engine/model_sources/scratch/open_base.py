@@ -43,6 +43,19 @@ _SHAPE: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+_ARCHITECTURES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "smollm3": "SmolLM3",
+    "qwen2_moe": "Qwen2Moe",
+    "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
+    "qwen3_5_text": "Qwen3_5",
+    "qwen3_5_moe_text": "Qwen3_5Moe",
+}
+"""Model type -> the beginning of the class that other programs look for."""
 _FILES_ONLY = ("quantization_config", "_name_or_path", "dtype", "torch_dtype")
 """Keys of a config.json that speak of the weights which it was published with."""
 
@@ -128,7 +141,9 @@ def _decoder_alone(raw: Mapping[str, Any]) -> dict[str, Any]:
         named = {"model_type": f"{raw['model_type']}_text"}
         tied = {k: raw[k] for k in ("tie_word_embeddings",) if k in raw}
         raw = named | dict(text) | tied
-    return {key: value for key, value in raw.items() if key not in _FILES_ONLY}
+    kind = _ARCHITECTURES.get(str(raw.get("model_type")))
+    classes = {"architectures": [f"{kind}ForCausalLM"]} if kind else {}
+    return {key: value for key, value in raw.items() if key not in _FILES_ONLY} | classes
 
 
 def _words(named: str) -> TokenizerSource:

@@ -91,6 +91,9 @@ def test_every_family_is_made(family: str, golden: Callable[[str], Path], shape_
     loss = model.loss(ids, ids).detach()
     assert float(loss) == pytest.approx(math.log(133), rel=0.05)
     assert "text_config" not in source.raw_config
+    (architecture,) = source.raw_config["architectures"]
+    assert architecture.endswith("ForCausalLM")
+    assert architecture.lower().startswith(family.replace("_vl", "").replace("_moe", "moe")[:4])
 
 
 def test_the_tokenizer_names_the_ids(shape_file: Path, tmp_path: Path) -> None:
