@@ -21,6 +21,7 @@ from engine.memory.simulate.answers import planned_batch
 from engine.memory.simulate.depth import step_of_layers
 from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.step import SimulatedStep, simulate_step
+from engine.training.adapters.starts import start_bytes
 from kernels.runtime.device import architecture as device_architecture
 from kernels.runtime.host_memory import cached_bytes
 from models.config.model_config import ModelConfig
@@ -183,7 +184,22 @@ def plan(
         made = _with_batches_ahead(made, batches)
     else:
         made = replace(made, reserve={"process": process, **made.reserve})
+    made = _with_start(made, *start_bytes(config, model))
     return replace(made, tied=model.tie_word_embeddings)
+
+
+def _with_start(made: MemoryPlan, pairs: int, dividing: int) -> MemoryPlan:
+    """The plan with the host memory that a start of the adapter as a part of the weights takes."""
+    if not dividing:
+        return made
+    if made.gpu:
+        return replace(made, host=made.host + pairs)
+    owners = made.load.owners | {"decomposition": dividing}
+    return replace(
+        made,
+        load=Peak(made.load.bytes + dividing, owners),
+        reserve=made.reserve | ({"first pairs": pairs} if pairs else {}),
+    )
 
 
 def _with_batches_ahead(made: MemoryPlan, batches: Sequence[PackedBatch]) -> MemoryPlan:

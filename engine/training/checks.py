@@ -24,6 +24,7 @@ from engine.model_sources.open import describe_model
 from engine.runs.output import check_output
 from engine.runs.trackers import require_trackers
 from engine.training.adapters.selection import adapted_elements, check_selection, selection
+from engine.training.adapters.starts import check_start
 from engine.training.init_adapter import check_init_adapter
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -70,7 +71,7 @@ def check_model(
     device, dtype = machine
     check_run(config, model, device, dtype)
     if not config.every_weight:
-        check_selection(config, model)
+        check_start(config, check_selection(config, model))
     if config.gradient_checkpointing != "auto":
         check_policies(config, model.num_hidden_layers)
     if config.teacher is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
 from engine.storage import durable
+from engine.training.adapters.starts import as_plain
 from engine.training.adapters.written import adapter_config
 from engine.training.loop import Progress, new_progress
 from kernels.elementwise.dropout import GENERATOR
@@ -50,7 +51,7 @@ class RunState:
     """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
 
     `init` is an earlier adapter that is trained on; `stops` are the ids that the rows teach as the
-    end of an answer.
+    end of an answer. `first` are the pairs that the base is without (`adapters.starts`).
     """
 
     identity: RunIdentity
@@ -58,6 +59,7 @@ class RunState:
     optimizer: StepOptimizer
     init: InitAdapter | None = None
     stops: tuple[int, ...] = ()
+    first: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def config(self) -> TrainConfig:
@@ -162,7 +164,9 @@ class RunState:
 
     def _write_adapter(self, source: ModelSource, directory: Path) -> Path:
         target = directory / "adapter"
-        settings, tensors = adapter_config(self.config, source, self.init), self._adapter_tensors()
+        settings, tensors = as_plain(
+            adapter_config(self.config, source, self.init), self._adapter_tensors(), self.first
+        )
         earlier = None if self.init is None else self.init.source.adapter
         save_adapter(target, settings, tensors, earlier)
         write_base(target, self._base_record(source))

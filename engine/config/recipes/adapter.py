@@ -10,6 +10,7 @@ from engine.config.recipes.module_names import (
     excluded_names,
     layer_ranges,
     number_by_pattern,
+    start_name,
     target_names,
 )
 from engine.config.settings import Settings, setting
@@ -55,6 +56,16 @@ class AdapterSettings(Settings):
     alpha_pattern: Annotated[dict[str, float], BeforeValidator(number_by_pattern)] = setting(
         {}, "Adapter", "other alphas, as --rank-pattern"
     )
+    init_lora_weights: Annotated[str, BeforeValidator(start_name)] = setting(
+        "default",
+        "Adapter",
+        "how an adapter starts: default or gaussian, which change nothing yet; pissa, "
+        "pissa_niter_16 (faster) or olora, as the largest part of the weights; loftq, as what NF4 "
+        "leaves out",
+        pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9]\d{0,2}|olora|loftq)$",
+        expected="default, gaussian, pissa, pissa_niter_16, olora or loftq",
+    )
+    loftq_iter: int = setting(1, "Adapter", "rounds of LoftQ", ge=1, le=20)
     init_adapter: Path | None = setting(None, "Adapter", "an earlier adapter to train on from")
     double_quant: bool = setting(True, "Adapter", "quantise the NF4 scales again")
 

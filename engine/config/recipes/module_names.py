@@ -62,6 +62,14 @@ def checked_pattern(pattern: str) -> str:
     return pattern
 
 
+def start_name(value: Any) -> Any:
+    """true, as PEFT has it for its default, and none as `default`; any case."""
+    if value is None or value is True:
+        return "default"
+    text = value.strip().lower() if isinstance(value, str) else value
+    return "default" if text in ("true", "kaiming") else text
+
+
 def layer_ranges(value: Any) -> Any:
     """Numbers of layers, or a list of them, as `8-31,3`; none as None."""
     if value is None or value in ("", "none", (), []):

@@ -10,7 +10,54 @@ def _chooses_modules(config: RunSettings) -> bool:
     )
 
 
+def _divides(config: RunSettings) -> bool:
+    """Whether the adapter starts as a part of the weights."""
+    return config.init_lora_weights not in ("default", "gaussian")
+
+
 RECIPE_RULES = (
+    Rule(
+        "init_lora_weights",
+        lambda c, _: c.init_lora_weights != "default" and c.every_weight,
+        "init_lora_weights {c.init_lora_weights} is how an adapter starts, and method is "
+        "{c.method}.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "init_lora_weights",
+        lambda c, _: c.init_lora_weights != "default" and c.init_adapter is not None,
+        "init_lora_weights {c.init_lora_weights} is how a new adapter starts, and init_adapter "
+        "goes on with an earlier one.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "init_lora_weights",
+        lambda c, _: _divides(c) and c.use_dora,
+        "init_lora_weights {c.init_lora_weights} takes the adapter's start from the weights, and "
+        "use_dora measures the lengths of their rows: what comes of both cannot be written as an "
+        "adapter of the model's own weights.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "init_lora_weights",
+        lambda c, _: _divides(c) and c.objective in ("dpo", "ipo", "kto"),
+        "init_lora_weights {c.init_lora_weights} changes the base, and objective {c.objective} "
+        "measures answers against the base without the adapter.",
+        "Leave it out, or give --objective orpo, simpo or cpo",
+    ),
+    Rule(
+        "init_lora_weights",
+        lambda c, _: c.init_lora_weights == "loftq" and (c.method != "qlora" or c.double_quant),
+        "init_lora_weights loftq makes up for what NF4 leaves out of the weights, as PEFT computes "
+        "it again: with plain scales, and method qlora.",
+        "Give --method qlora --no-double-quant, or another start such as pissa",
+    ),
+    Rule(
+        "loftq_iter",
+        lambda c, _: c.loftq_iter != 1 and c.init_lora_weights != "loftq",
+        "loftq_iter is of init_lora_weights loftq, which is {c.init_lora_weights}.",
+        "Leave it out, or give --init-lora-weights loftq",
+    ),
     Rule(
         "layers",
         lambda c, _: c.every_weight and _chooses_modules(c),

@@ -51,6 +51,9 @@ class RunSettings(Protocol):
     optimizer: Optimizer
     label_smoothing_factor: float
     z_loss: float
+    init_lora_weights: str
+    loftq_iter: int
+    double_quant: bool
     layers: str | None
     loraplus_lr_ratio: float | None
     exclude_modules: str | tuple[str, ...]

@@ -43,7 +43,8 @@ class AdapterConfig:
 
     `target_modules` are suffixes of module names, such as "q_proj". A module's rank and alpha are
     those of the first pattern that matches its name, else `r` and `lora_alpha`. `layers` are those
-    that `target_modules` are meant in, none for all. With
+    that `target_modules` are meant in, none for all; `loftq_iter`, if not 0, the rounds of LoftQ
+    that the base was quantised with. With
     `fused_experts` the pairs of experts are written as `engine.model_sources.adapter.experts` says.
     `raw` is the parsed file; empty for an adapter that was made here.
     """
@@ -59,6 +60,7 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers: tuple[int, ...] = ()
+    loftq_iter: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -115,6 +117,7 @@ def to_json(config: AdapterConfig, carried: Mapping[str, Any]) -> dict[str, Any]
         **_CONSTANT,
         "base_model_name_or_path": config.base_model_name_or_path,
         "alpha_pattern": dict(config.alpha_pattern),
+        **(_loftq_keys(config.loftq_iter) if config.loftq_iter else {}),
         "layers_to_transform": list(config.layers) or None,
         "lora_alpha": round(alpha) if alpha == round(alpha) else alpha,
         "lora_dropout": config.lora_dropout,
@@ -125,6 +128,12 @@ def to_json(config: AdapterConfig, carried: Mapping[str, Any]) -> dict[str, Any]
         "use_rslora": patterned and config.use_rslora,
         **carried,
     }
+
+
+def _loftq_keys(rounds: int) -> dict[str, Any]:
+    """By these PEFT quantises the base as it loads the adapter."""
+    settings = {"loftq_bits": 4, "loftq_iter": rounds}
+    return {"init_lora_weights": "loftq", "loftq_config": settings}
 
 
 def from_json(raw: dict[str, Any], source: str) -> AdapterConfig:

@@ -45,6 +45,35 @@ def initial_base(
     return result
 
 
+def initial_pair(
+    weight: Tensor, initial: str, rank: int, scale: float, config: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What an initialisation leaves of `weight` (out, in), and its pair A (r, in) and B (out, r).
+
+    The first is `initial_base`'s, all are fp32. `pissa_niter_N` decomposes with N rounds of a
+    randomised algorithm, by torch's own generator. With the factor `scale` the pair makes up for
+    what is left out, of LoftQ as well as rank r can.
+    """
+    wide = weight.to(torch.float32, copy=True)
+    if initial == "olora":
+        q, r = torch.linalg.qr(wide)
+        a, b = r[:rank].clone(), q[:, :rank].clone()
+        return wide.addmm_(b, a, alpha=-scale), a, b
+    rest = wide
+    if initial == "loftq":
+        rest = _loftq(wide, rank, {"loftq_bits": 4, **config})
+        u, s, v = torch.linalg.svd(wide - rest, full_matrices=False)
+    elif initial.startswith("pissa_niter_"):
+        rounds = int(initial.removeprefix("pissa_niter_"))
+        u, s, vt = torch.svd_lowrank(wide, rank, niter=rounds)
+        v = vt.T
+    else:
+        u, s, v = torch.linalg.svd(wide, full_matrices=False)
+    root = (s[:rank] / scale).sqrt()
+    a, b = root.unsqueeze(1) * v[:rank], u[:, :rank] * root
+    return (rest if initial == "loftq" else wide.addmm_(b, a, alpha=-scale)), a, b
+
+
 def _loftq(weight: Tensor, rank: int, settings: Mapping[str, Any]) -> Tensor:
     """The quantised values after the asked rounds: quantise W - L R, decompose what is left."""
     bits, rounds = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)

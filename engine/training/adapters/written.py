@@ -51,6 +51,7 @@ def adapter_config(
         rank_pattern=patterns.rank_pattern,
         alpha_pattern=patterns.alpha_pattern,
         layers=targets.layers,
+        loftq_iter=config.loftq_iter if config.init_lora_weights == "loftq" else 0,
     )
 
 

@@ -30,6 +30,7 @@ from engine.runs.identity import check_identity
 from engine.runs.metrics import peak_memory_bytes, plot_loss, read_metrics
 from engine.runs.output import check_earlier, name_run
 from engine.runs.signals import StopSignals
+from engine.training.adapters.starts import start_pairs, with_start
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.evaluation.best import BestRule, BestSoFar
@@ -120,9 +121,11 @@ class _Run:
         self.reference.measure_another()
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
+        base = with_start(self.config, base)
         self.model = build_for(self.config, base, self.device, dtype)
         self.reference.measure("base", self.model)
         self.trainable = make_trainable(self.model, settings, prepared.init)
+        first = start_pairs(self.model, self.config, base)
         self.reference.measure("start", self.model)
         self.settings = step_settings(settings)
         self.optimizer = make_optimizer(self.model, self.config)
@@ -131,7 +134,7 @@ class _Run:
         if self.config.cuda_graphs:
             self.model.record_layers()
         self.state = RunState(
-            prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops
+            prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops, first
         )
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = self.state.resume(directory.checkpoints, fresh)

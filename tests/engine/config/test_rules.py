@@ -46,6 +46,12 @@ EVALUATION_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"sample_prompts": "prompts.jsonl"}, Facts()),
 ]
 RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"method": "full", "init_lora_weights": "gaussian"}, Facts()),
+    ({"init_adapter": Path("a"), "init_lora_weights": "pissa"}, Facts()),
+    ({"use_dora": True, "init_lora_weights": "olora"}, Facts()),
+    ({"objective": "dpo", "init_lora_weights": "olora"}, Facts()),
+    ({"init_lora_weights": "loftq"}, Facts()),
+    ({"loftq_iter": 3}, Facts()),
     ({"method": "full", "layers": "1-2"}, Facts()),
     ({"init_adapter": Path("a"), "rank_pattern": {"q_proj": 2}}, Facts()),
     ({"method": "full", "loraplus_lr_ratio": 16.0}, Facts()),

@@ -4,19 +4,14 @@ Each is filled with random values, saved by PEFT and loaded by PEFT anew: the lo
 are what `load_model(adapter=)` and a merged directory have to give.
 """
 
-import inspect
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import peft.tuners.lora.config as peft_config
-import peft.tuners.lora.layer as peft_layer
 import pytest
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, VeloraConfig
-from peft.utils import loftq_utils
 from transformers import AutoModelForCausalLM
 
 from engine.errors import CheckpointError
@@ -148,20 +143,6 @@ def make_adapter(family: str, target: Path, **changes: Any) -> Any:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(target)
     return PeftModel.from_pretrained(base_model(family), target).eval()
-
-
-@pytest.fixture
-def loftq_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT's LoftQ names a GPU by its word; the same function with the word for a CPU.
-
-    PEFT also asks whether scipy is there, which it no longer uses.
-    """
-    there = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name))
-    monkeypatch.setattr(peft_config, "importlib", there)
-    source = inspect.getsource(loftq_utils.loftq_init).replace('else "cuda"', 'else "cpu"')
-    scope = dict(vars(loftq_utils))
-    exec(source, scope)
-    monkeypatch.setattr(peft_layer, "loftq_init", scope["loftq_init"])
 
 
 def is_expressible(case: str, family: str) -> bool:
