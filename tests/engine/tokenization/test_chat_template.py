@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from engine.errors import DataError
@@ -187,16 +188,22 @@ def test_what_the_template_says_about_a_conversation_reaches_the_user() -> None:
         render("{{ raise_exception('roles must alternate') }}")
 
 
-def test_a_row_takes_less_than_a_millisecond() -> None:
+def test_a_row_takes_less_than_a_millisecond_of_both_processes() -> None:
+    """Of the processor's time: other tests run at the same time."""
     template = ChatTemplate(CHATML, TOKENS, end_tokens=["<|im_end|>"])
     template.locate(CHAT)
-    best = 1.0
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(20):
-            template.locate(CHAT)
-        best = min(best, (time.perf_counter() - start) / 20)
-    assert best < 1e-3
+    process = template._process._process
+    assert process is not None
+    worker, rows = psutil.Process(process.pid), 400
+
+    def used() -> float:
+        of_worker = worker.cpu_times()
+        return time.process_time() + of_worker.user + of_worker.system
+
+    start = used()
+    for _ in range(rows):
+        template.locate(CHAT)
+    assert (used() - start) / rows < 1e-3
 
 
 def test_the_process_is_started_again_after_it_was_closed_or_killed() -> None:
