@@ -198,14 +198,21 @@ class _Forge:
     def _splits(self) -> dict[str, Any]:
         """Which rows each stage saw: files, numbers and digests."""
         pruning, given = self.settings.pruning, self.rows
-        calibration = list(pruning.data) or [given["train"]]
+        calibration = list(pruning.data) or [self._within(given["train"])]
         train, heldout = (set(_lines(Path(given[name]))) for name in ("train", "heldout"))
         return {
-            "training": _file(given["train"], given["rows"]),
-            "judging": _file(given["heldout"], given["heldout_rows"]),
+            "training": self._file(given["train"], given["rows"]),
+            "judging": self._file(given["heldout"], given["heldout_rows"]),
             "calibration": {"files": calibration, "first_rows": pruning.calibration_rows},
             "rows_in_training_and_judging": len(train & heldout),
         }
+
+    def _file(self, path: str, rows: int) -> dict[str, Any]:
+        return {"file": self._within(path), "rows": rows, "sha256": durable.sha256_file(path)}
+
+    def _within(self, path: str) -> str:
+        """A file of the job by its name in the job's directory, which may be moved."""
+        return str(Path(path).relative_to(self.root))
 
     def _data(self) -> dict[str, Any]:
         """Write the rows to train on and those held out, once for every cycle."""
@@ -334,10 +341,6 @@ def domain_files(domain: str) -> list[Path]:
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
-
-
-def _file(path: str, rows: int) -> dict[str, Any]:
-    return {"file": path, "rows": rows, "sha256": durable.sha256_file(path)}
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> None:

@@ -98,6 +98,7 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     assert (verdict["against"], verdict["seeds"]) == ("baseline", 1)
     assert verdict["verdict"] in ("kept", "within noise", "lost")
     assert data["rows_in_training_and_judging"] == 0
+    assert data["training"]["file"] == "data/train.jsonl"
     assert (data["training"]["rows"], data["judging"]["rows"]) == (22, 2)
     assert data["calibration"] == {"files": [data["training"]["file"]], "first_rows": 64}
     for judged in (results["baseline"], last):
