@@ -20,6 +20,8 @@ _SAME = {
     "adam_epsilon": "eps",
     "overwrite_output_dir": "overwrite",
     "run_name": "run_id",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+    "label_smoothing_factor": "label_smoothing_factor",
 }
 _DEFAULTS = {
     "per_device_train_batch_size": ("batch_size", 8),
@@ -60,8 +62,6 @@ MISSING = {
     "deepspeed": ONE_PROCESS,
     "fsdp": ONE_PROCESS,
     "fsdp_config": ONE_PROCESS,
-    "neftune_noise_alpha": "noise on embeddings is not implemented",
-    "label_smoothing_factor": "label smoothing is not implemented",
     "lr_scheduler_kwargs": "a schedule has no further parameters",
     "optim_args": "the optimizer has `betas`, `eps` and `weight_decay`",
     "resume_from_checkpoint": "`engine train --resume auto` goes on with a run of this engine",

@@ -24,6 +24,7 @@ _SAME = {
     "max_samples": "limit_rows",
     "default_system": "system_prompt",
     "use_dora": "use_dora",
+    "loraplus_lr_ratio": "loraplus_lr_ratio",
     "use_rslora": "use_rslora",
     "plot_loss": "plot",
 }
@@ -32,7 +33,6 @@ _MISSING = {
     "train_on_prompt": "only the assistant's turns are trained",
     "additional_target": NO_HEAD,
     "freeze_trainable_layers": "single layers are not trained alone",
-    "loraplus_lr_ratio": "both matrices of an adapter have one learning rate",
     "pissa_init": "adapters start at zero",
     "resize_vocab": SAME_VOCABULARY,
     "new_special_tokens": SAME_VOCABULARY,

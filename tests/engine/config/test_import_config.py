@@ -244,7 +244,7 @@ def wishes(name: str, **changes: Any) -> dict[str, Any]:
         ("llama-factory", "quantization_bit", 8),
         ("llama-factory", "mask_history", True),
         ("llama-factory", "save_strategy", "epoch"),
-        ("trl", "neftune_noise_alpha", 5),
+        ("trl", "optim_args", "weight_decouple=1"),
         ("trl", "lora_modules_to_save", ["lm_head"]),
         ("mlx-lm", "num_layers", 16),
         ("mlx-lm", "optimizer", "muon"),
@@ -364,3 +364,22 @@ def test_an_upload_that_was_asked_for_is_asked_for_here(
 def test_an_upload_without_a_repository_is_missed(tmp_path: Path) -> None:
     made = translate(yaml.safe_load(TRL) | {"push_to_hub": True}, tmp_path)
     assert "names the repository" in made.missing["push_to_hub"]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "setting", "value"),
+    [
+        ("trl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", 5),
+        ("trl", {"label_smoothing_factor": 0.1}, "label_smoothing_factor", 0.1),
+        ("llama-factory", {"loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio", 16.0),
+        ("axolotl", {"loraplus_lr_ratio": 16}, "loraplus_lr_ratio", 16),
+        ("axolotl", {"peft_layers_to_transform": [1, 2]}, "layers", [1, 2]),
+        ("axolotl", {"cosine_min_lr_ratio": 0.1}, "min_lr_ratio", 0.1),
+    ],
+)
+def test_recipes_have_their_setting(
+    name: str, given: dict[str, Any], setting: str, value: Any
+) -> None:
+    made = PROGRAMS[name](yaml.safe_load(CASES[name][0]) | given, Path())
+    assert made.values()[setting] == value
+    assert not given.keys() & made.missing.keys()
