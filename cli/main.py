@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from cli.interrupts import INTERRUPTS
+from cli.streams import open_streams
 from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -71,27 +72,20 @@ _OTHER_NAMES = {
     "version": "--version",
 }
 
-# The user can put these right: no space, no permission, a read-only or missing path.
-_USERS_ERRNOS = frozenset(
-    {
-        errno.EACCES,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EISDIR,
-        errno.ENOENT,
-        errno.ENOSPC,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
+# These are faults of the program; what else the system refuses, the user can put right.
+_OWN_ERRNOS = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     if arguments is None:
         INTERRUPTS.install()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+        with open_streams():
+            return _main(sys.argv[1:])
+    return _main(list(arguments))
+
+
+def _main(words: list[str]) -> int:
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     try:
@@ -229,9 +223,10 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, EngineError):
         _complain(str(error))
         return 2
-    if isinstance(error, OSError) and error.errno in _USERS_ERRNOS:
+    if isinstance(error, OSError) and error.errno not in _OWN_ERRNOS:
         where = f" {error.filename}" if error.filename else ""
-        _complain(f"The system refused to open or write{where}: {error.strerror}.")
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        _complain(f"The system refused to open, read or write{where}: {error.strerror} ({name}).")
         return 2
     notes = " ".join(getattr(error, "__notes__", ())) or _keep_traceback(error)
     text = " ".join(str(error).split())
@@ -242,7 +237,12 @@ def _failed(error: BaseException) -> int:
 def _keep_traceback(error: BaseException) -> str:
     try:
         with tempfile.NamedTemporaryFile(
-            "w", prefix="engine-", suffix=".log", delete=False, encoding="utf-8"
+            "w",
+            prefix="engine-",
+            suffix=".log",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
         ) as file:
             traceback.print_exception(error, file=file)
     except OSError:
@@ -252,8 +252,10 @@ def _keep_traceback(error: BaseException) -> str:
 
 def _complain(message: str) -> None:
     """Print one paragraph to the error stream, if anyone is there."""
+    from engine.errors import printable
+
     try:
-        print(f"engine: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"engine: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 

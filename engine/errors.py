@@ -5,11 +5,32 @@ are any), what was expected and what to do. The command line prints that paragra
 status 2; the traceback goes to the run's log only.
 """
 
+import re
 from collections.abc import Iterable
+
+_LONGEST = 4000
+# Control characters but tab and line feed, marks that turn the direction of text, and halves of
+# surrogate pairs, which cannot be written at all.
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, longest: int = _LONGEST) -> str:
+    """`text` as it can be shown on any terminal: odd characters escaped, the middle cut out.
+
+    What comes from a file or a name may hold escape sequences, which a terminal would obey.
+    """
+    if len(text) > longest:
+        half = longest // 2
+        left_out = len(text) - 2 * half
+        text = f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
+    return _UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 class EngineError(Exception):
-    """Base of every error that `engine` raises on purpose."""
+    """Base of every error that `engine` raises on purpose; its message can always be shown."""
+
+    def __init__(self, *values: object) -> None:
+        super().__init__(*(printable(v) if isinstance(v, str) else v for v in values))
 
 
 class ConfigError(EngineError):

@@ -8,7 +8,6 @@ string, and `no`, `on` and `yes` are words and not booleans (a field that is a b
 them). A key that appears twice, in one mapping or under two of its names, is an error.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,53 +23,17 @@ from engine.config.settings import Settings
 from engine.config.train_config import TrainConfig
 from engine.config.training.presets import OTHER_NAMES, PRESETS
 from engine.errors import ConfigError
+from engine.storage import strict_yaml
+from engine.storage.strict_yaml import StrictLoader
 
 _LONGEST_FILE = 1 << 20
 _PLAIN_MAPPING = "tag:yaml.org,2002:map"
 
 
-_YAML_1_1 = (":bool", ":float", ":int", ":timestamp")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of numbers and booleans, on PyYAML's safe loader; dates are texts."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(_YAML_1_1)]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """Decimal whatever zeros it begins with; 0o17 and 0xf as they say."""
-        text = str(self.construct_scalar(node))
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int",
-    re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
-    list("-+0123456789"),
-)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*)?\.\d[\d_]*(?:[eE][-+]?\d+)?|\d[\d_]*\.?(?:[eE][-+]?\d+)"
-        r"|\d[\d_]*\.|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back: quotes each text that would be something else there."""
+    """Writes what `StrictLoader` reads back: quotes a text that would be something else there."""
 
-    yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
 
 
 S = TypeVar("S", bound=Settings)
@@ -211,22 +174,29 @@ def read_file(path: Path, known: Vocabulary = TRAIN) -> dict[str, Setting]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """The values of a YAML (or JSON) file as they are, whatever its keys. Raises `ConfigError`."""
 
-    def values(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    def values(loader: StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
         return {str(key): value for key, value in loader.construct_document(node).items()}
 
     return _read(path, values)
 
 
-def _read(path: Path, use: Callable[[_Loader, yaml.MappingNode], dict[str, V]]) -> dict[str, V]:
+def _read(
+    path: Path, use: Callable[[StrictLoader, yaml.MappingNode], dict[str, V]]
+) -> dict[str, V]:
     """What `use` makes of the mapping in a YAML file. Raises `ConfigError`."""
     try:
-        if path.stat().st_size > _LONGEST_FILE:
-            raise ConfigError(f"{path} is over 1 MiB, too long for a configuration file.")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(_LONGEST_FILE + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"The configuration file {path} cannot be read: {reason}.") from None
-    loader = _Loader(text)
+    if len(data) > _LONGEST_FILE:
+        raise ConfigError(f"{path} is over 1 MiB, too long for a configuration file.")
+    try:
+        loader = StrictLoader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(_yaml_problem(path, error)) from None
     try:
         node = loader.get_single_node()
         if node is None:
@@ -243,7 +213,7 @@ def _read(path: Path, use: Callable[[_Loader, yaml.MappingNode], dict[str, V]]) 
 
 
 def _walk(
-    loader: _Loader, node: yaml.MappingNode, above: tuple[str, ...], known: Vocabulary
+    loader: StrictLoader, node: yaml.MappingNode, above: tuple[str, ...], known: Vocabulary
 ) -> Iterator[tuple[str, Any, int]]:
     """Dotted key, value and line of every leaf under `node`."""
     for key_node, value_node in node.value:
@@ -277,7 +247,7 @@ def _collect(
 def _yaml_problem(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark is not None else str(path)
-    what = getattr(error, "problem", None) or str(error)
+    what = getattr(error, "problem", None) or " ".join(str(error).split())
     return f"{where}: this is not YAML: {what}. Expected `key: value` lines."
 
 
@@ -288,7 +258,7 @@ def _read_override(text: str, known: Vocabulary) -> dict[str, Setting]:
             f"The override {text!r} is not of the form key=value; an example is lora_rank=8."
         )
     try:
-        value = yaml.load(raw, Loader=_Loader)
+        value = strict_yaml.load(raw, StrictLoader)
     except (yaml.YAMLError, ValueError):
         value = raw
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ import yaml
 from engine.config.given_adapters import WeightedPath
 from engine.model_sources.adapter.config import public_name
 from engine.provenance import version
+from engine.storage import strict_yaml
 from engine.storage.safe_files import json_object_or_empty
 
 _SETTINGS = (
@@ -90,7 +91,7 @@ def _listed(value: Any) -> str:
 
 def _yaml(path: Path) -> Mapping[str, Any]:
     try:
-        read = yaml.safe_load(path.read_text("utf-8")) if path.is_file() else {}
+        read = strict_yaml.load(path.read_text("utf-8")) if path.is_file() else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return read if isinstance(read, Mapping) else {}

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.forging.stages import JOB
-from engine.runs.summary import SUMMARY
-from engine.storage.safe_files import json_object_or_empty
+from engine.runs.summary import SUMMARY, read_record
 
 RUN_FILES = ("metrics.jsonl", "config.yaml", SUMMARY, "pipeline.log")
 PRUNING = "pruning.json"
@@ -25,7 +24,7 @@ def is_made_here(folder: Path) -> bool:
 
 def verb_of(folder: Path, summary: dict[str, Any] | None = None) -> str:
     """The verb that made `folder`, or is making it: `train` where nothing says another."""
-    summary = json_object_or_empty(folder / SUMMARY) if summary is None else summary
+    summary = read_record(folder / SUMMARY) if summary is None else summary
     if (folder / "metrics.jsonl").exists():
         return "train"
     if (folder / JOB).exists():

@@ -11,6 +11,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from engine.config.data_names.passwords import scrub
+from engine.errors import printable
 from engine.storage.safe_files import append_regular
 
 OWN_LOGGERS = ("engine", "cli", "models", "optim", "kernels")
@@ -30,7 +31,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the message; levels from WARNING up are named."""
-        text = scrub(record.getMessage())
+        text = printable(scrub(record.getMessage()), sys.maxsize)
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
         if self.closed:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import CheckpointError
 from engine.plots import new_figure, save_figure
 from engine.storage import durable
-from engine.storage.safe_files import read_regular
+from engine.storage.safe_files import append_regular, read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class MetricsWriter:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in earlier)
         durable.write_text(path, text)
         self.last_step = earlier[-1]["step"] if earlier else -1
-        self._file = path.open("a", encoding="utf-8")
+        self._file = append_regular(path)
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step. Raises `ValueError` for a step that stands in the file already."""
@@ -115,7 +115,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if line is None:
                 continue
             step = line["step"]
-            if not isinstance(step, int):
+            if not isinstance(step, int) or not 0 <= step < 1 << 62:
                 raise TypeError("step is no integer")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if number == len(rows):
@@ -124,8 +124,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 f"{path}:{number} is not a line of metrics ({error}). Set the file aside and go on "
                 "with --resume auto: only the history is lost."
             ) from None
-        lines[step] = line
+        lines[step] = {key: _number_or_none(value) for key, value in line.items()}
     return [lines[step] for step in sorted(lines)]
+
+
+def _number_or_none(value: Any) -> Any:
+    fits = isinstance(value, int | float) and not abs(value) > sys.float_info.max
+    return _finite(value) if fits else None
 
 
 def _refuse(word: str) -> float:

@@ -11,8 +11,35 @@ from typing import Any
 from engine.errors import EngineError
 from engine.runs.signals import Interrupted
 from engine.storage import durable
+from engine.storage.safe_files import json_object_or_empty
 
 SUMMARY = "summary.json"
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "verb": str,
+    "status": str,
+    "parameters": dict,
+    "metrics": dict,
+    "stopped": dict,
+    "output_path": str,
+    "error_message": str,
+    "wall_seconds": (int, float),
+    "total_steps": int,
+    "machine": dict,
+    "directory": str,
+}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The `summary.json` or `manifest.json` in `path`; what is not of its kind is left out.
+
+    Empty where there is none that can be read: a record tells, and decides nothing.
+    """
+    record = json_object_or_empty(path)
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, _KINDS.get(key, object)) and not isinstance(value, bool)
+    }
 
 
 def write_summary(

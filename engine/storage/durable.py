@@ -34,6 +34,7 @@ from engine.errors import CheckpointError, ConfigError
 
 TEMPORARY_PREFIX = ".tmp-"
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -45,13 +46,14 @@ def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
 
 def write_text(path: Path | str, text: str) -> None:
     """Replace the content of `path` by `text` in UTF-8, durably. Raises `CheckpointError`."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys. NaN and infinity raise `ValueError`."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_text(path, text + "\n")
+    # Half of a surrogate pair, as in a path that is not UTF-8, is written as an escape's letters.
+    write_text(path, _SURROGATE.sub(lambda match: f"\\\\u{ord(match[0]):x}", text) + "\n")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +40,8 @@ class DirectoryLock:
         self._descriptor: int | None = None
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _CAUTION, 0o666)
+            if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+                raise OSError(errno.EINVAL, f"its {LOCK_NAME} is no regular file")
             if fcntl is not None and not self._take():
                 holder = read_holder(directory)
                 who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
@@ -116,7 +119,7 @@ def _may_live(note: dict[str, Any]) -> bool:
 def is_locked(directory: Path) -> bool:
     """Whether some live process holds the lock. Never waits and changes nothing."""
     try:
-        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(directory / LOCK_NAME, os.O_RDONLY | _CAUTION)
     except OSError:
         return False
     try:

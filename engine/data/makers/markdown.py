@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from engine.data.corpus.records import Record, new_record
+from engine.storage import strict_yaml
 
 SUFFIXES = (".md", ".markdown")
 SHORTEST_PROSE = 80
@@ -97,7 +98,7 @@ def plain_language(info: str) -> str:
 
 def _front_matter(text: str) -> dict[str, Any]:
     try:
-        about = yaml.safe_load(text) or {}
+        about = strict_yaml.load(text) or {}
     except yaml.YAMLError as error:
         raise PageFault(f"front matter that is no YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(about, dict):

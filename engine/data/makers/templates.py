@@ -31,6 +31,7 @@ import yaml
 
 from engine.data.corpus.records import Record, new_record
 from engine.errors import DataError
+from engine.storage import strict_yaml
 
 _TEXTS = ("prompt", "response", "system", "category", "difficulty")
 _KEYS = {*_TEXTS, "tags", "rating", "when"}
@@ -97,7 +98,7 @@ def expand(text: str, source: str, limit: int, seed: int) -> tuple[list[Record],
 
 def _templates(text: str, source: str) -> list[_Template]:
     try:
-        told = yaml.safe_load(text)
+        told = strict_yaml.load(text)
     except yaml.YAMLError as error:
         raise DataError(f"{source}: the file is no YAML ({error}).") from None
     if not isinstance(told, dict) or set(told) - {"values", "templates"}:

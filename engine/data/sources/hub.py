@@ -18,6 +18,7 @@ import yaml
 from engine.data.sources.compressed import SUFFIXES as COMPRESSED
 from engine.data.sources.file_kinds import DATA_SUFFIXES, TEXT_SUFFIXES, plain_suffix
 from engine.errors import DataError
+from engine.storage import strict_yaml
 
 TRAIN = "train"
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
@@ -184,7 +185,7 @@ def _front_matter(readme: Path) -> dict[str, Any]:
         return {}
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        value = yaml.safe_load(head[1]) if head else None
+        value = strict_yaml.load(head[1]) if head else None
     except yaml.YAMLError:
         return {}
     return value if isinstance(value, dict) else {}

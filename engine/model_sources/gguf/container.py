@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import CheckpointError
+from engine.model_sources.gguf.metadata import check_kinds
 from engine.storage.safe_files import MIB, open_regular
 
 # ggml type -> (name, elements per block, bytes per block), from ggml.h.
@@ -78,6 +79,8 @@ _STRING, _ARRAY = 8, 9
 _MAX_ENTRIES = 65_536
 _MAX_STRING = 16 * MIB
 _MAX_ELEMENTS = 2**22
+_MAX_TEXTS = 2**21
+"""Of all arrays together; the largest vocabularies have a million tokens and merges."""
 _MAX_DIMENSIONS = 4
 _KEY = re.compile(r"[\x21-\x7e]{1,256}")
 
@@ -108,6 +111,7 @@ class GGUFFile:
                 raise CheckpointError(f"{self.path} is not a GGUF file, or is cut short.")
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self._position = 4
+        self._texts = 0
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
@@ -141,6 +145,9 @@ class GGUFFile:
             if key in self.metadata:
                 raise self._damaged(f"the metadata key {key!r} stands there twice")
             self.metadata[key] = self._value(self._unpack("<I"), key)
+        misfit = check_kinds(self.metadata)
+        if misfit is not None:
+            raise self._damaged(misfit)
         table = [self._tensor_info() for _ in range(tensors)]
         align = self.metadata.get("general.alignment", 32)
         if not isinstance(align, int) or not 1 <= align <= 4096 or align & (align - 1):
@@ -202,6 +209,11 @@ class GGUFFile:
         if kind != _STRING:
             raise self._damaged(f"{key} is an array of the value type {kind}")
         self._check_count(count, 8, key)
+        self._texts += count
+        if self._texts > _MAX_TEXTS:
+            raise self._damaged(
+                f"its arrays hold over {_MAX_TEXTS} texts, more than any vocabulary"
+            )
         try:
             return [self._bytes(key).decode("utf-8") for _ in range(count)]
         except UnicodeDecodeError as error:

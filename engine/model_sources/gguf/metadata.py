@@ -10,6 +10,50 @@ import numpy as np
 from engine.errors import CheckpointError, ConfigError
 
 _MISSING = object()
+# Last parts of keys that are read, and what stands there: a file that has something else was made
+# by no converter.
+_TEXTS = (
+    "general.architecture",
+    "general.type",
+    "adapter.type",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+    "rope.scaling.type",
+    "tokenizer.huggingface.json",
+)
+_TEXT_LISTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_NUMBER_LISTS = ("tokenizer.ggml.token_type", "tokenizer.ggml.scores")
+_NUMBERS = (
+    "_token_id",
+    ".add_bos_token",
+    ".add_eos_token",
+    ".add_space_prefix",
+    ".context_length",
+    ".nextn_predict_layers",
+    "adapter.lora.alpha",
+    "split.count",
+    "split.no",
+)
+
+
+def check_kinds(metadata: Mapping[str, Any]) -> str | None:
+    """What is wrong with the type of a value that is read, or None.
+
+    Everything else is left to who reads it.
+    """
+    for key, value in metadata.items():
+        wanted: tuple[str, type | tuple[type, ...]] | None = None
+        if key.endswith(_TEXTS) or key.startswith("tokenizer.chat_template"):
+            wanted = "a text", str
+        elif key.endswith(_TEXT_LISTS):
+            wanted = "an array of texts", list
+        elif key.endswith(_NUMBER_LISTS):
+            wanted = "an array of numbers", np.ndarray
+        elif key.endswith(_NUMBERS):
+            wanted = "a number", (int, float)
+        if wanted is not None and not isinstance(value, wanted[1]):
+            return f"{key} is {str(value)[:60]}; expected {wanted[0]}"
+    return None
 
 
 class Keys:

@@ -152,7 +152,7 @@ def _entry(name: str, value: Any, base: int, source: str) -> TensorEntry:
             "dtype, shape and data_offsets."
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
             f"{source}: tensor {name!r} has the type {str(dtype)[:40]}; this program reads "
             f"{', '.join(DTYPES)}. Convert the model to BF16 or F16."

@@ -42,12 +42,12 @@ def planned_bytes(run: Path) -> int:
     from engine.config.sources import build
     from engine.config.train_config import TrainConfig
     from engine.runs.stored import read_settings
-    from engine.storage.safe_files import json_object_or_empty
+    from engine.runs.summary import read_record
     from engine.training.cpu_dtype import with_cpu_dtype
     from engine.verbs.training.plan import find_target
 
     config = build(TrainConfig, read_settings(run))
-    machine = json_object_or_empty(run / "manifest.json").get("machine")
+    machine = read_record(run / "manifest.json").get("machine")
     if config.device == "auto":
         gpu = isinstance(machine, dict) and bool(machine.get("gpus"))
         config = config.model_copy(update={"device": "cuda" if gpu else "cpu"})

@@ -13,6 +13,7 @@ from engine.errors import ConfigError
 from engine.monitoring.state import MARKS, RUN_FILES, is_made_here, state_of, verb_of
 from engine.runs.metrics import describe_seconds, read_metrics
 from engine.runs.output import CHECKPOINT
+from engine.runs.summary import read_record
 from engine.storage.lock import is_locked, read_holder
 from engine.storage.manifest import MANIFEST_NAME
 from engine.storage.safe_files import json_object_or_empty, open_regular
@@ -70,8 +71,8 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
     lines = read_metrics(run / "metrics.jsonl")
     steps = [line for line in lines if line.get("loss") is not None or "lr" in line]
     last = steps[-1] if steps else {}
-    summary = json_object_or_empty(run / "summary.json")
-    manifest = json_object_or_empty(run / "manifest.json")
+    summary = read_record(run / "summary.json")
+    manifest = read_record(run / "manifest.json")
     alive = is_locked(run)
     state = state_of(alive, summary)
     status: dict[str, Any] = {
@@ -96,7 +97,7 @@ def read_status(run: Path, tail: int = 0) -> dict[str, Any]:
 
 def _other_verb(folder: Path) -> dict[str, Any] | None:
     """The status of what another verb than train made, or is making, in `folder`."""
-    summary = json_object_or_empty(folder / "summary.json")
+    summary = read_record(folder / "summary.json")
     verb = verb_of(folder, summary)
     if verb == "train":
         return None

@@ -235,3 +235,10 @@ def test_too_little_space_is_found_before_writing(tmp_path: Path) -> None:
     durable.require_space(tmp_path / "new" / "out", 1)
     with pytest.raises(CheckpointError, match="are free there"):
         durable.require_space(tmp_path / "new" / "out", 2**60)
+
+
+def test_json_holds_a_path_that_is_not_utf8_as_text(tmp_path: Path) -> None:
+    durable.write_json(tmp_path / "a.json", {"path": os.fsdecode(b"men\xe9")})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": "men\\udce9"}
+    durable.write_text(tmp_path / "a.txt", "men\udce9")
+    assert (tmp_path / "a.txt").read_bytes() == b"men\\udce9"

@@ -111,6 +111,26 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"metadata": entry("k", ARRAY, array(STRING, 1, struct.pack("<Q", 1) + b"\xff"))},
         "not UTF-8",
     ),
+    "a pre-tokenizer that is an array": (
+        {"metadata": {"tokenizer.ggml.pre": (ARRAY, (U8, [1, 2]))}},
+        "expected a text",
+    ),
+    "a scaling that is a number": (
+        {"metadata": {"llama.rope.scaling.type": (F32, 1.0)}},
+        "expected a text",
+    ),
+    "merges that are one number": (
+        {"metadata": {"tokenizer.ggml.merges": (U32, 7)}},
+        "expected an array of texts",
+    ),
+    "an id that is an array": (
+        {"metadata": {"tokenizer.ggml.eos_token_id": (ARRAY, (U8, [1, 2]))}},
+        "expected a number",
+    ),
+    "millions of empty texts": (
+        {"metadata": entry("k", ARRAY, array(STRING, 2**21 + 1, bytes(8 * (2**21 + 1))))},
+        "more than any vocabulary",
+    ),
     "an alignment of zero": ({"metadata": {"general.alignment": (U32, 0)}}, "alignment is 0"),
     "an alignment of 48": ({"metadata": {"general.alignment": (U32, 48)}}, "alignment is 48"),
     "an alignment of 8192": (

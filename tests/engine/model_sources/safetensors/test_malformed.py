@@ -60,6 +60,9 @@ CASES: dict[str, tuple[bytes, str]] = {
     "an unknown type": (pack({"a": entry(dtype="F31")}), "has the type F31"),
     "a type in small letters": (pack({"a": entry(dtype="f32")}), "has the type f32"),
     "a type that is a number": (pack({"a": entry(dtype=4)}), "has the type 4"),
+    "a type that is a list": (pack({"a": entry(dtype=["F32"])}), "has the type ['F32']"),
+    "a type that is an object": (pack({"a": entry(dtype={"F32": 1})}), "has the type"),
+    "an escape sequence for a type": (pack({"a": entry(dtype="\x1b[31m")}), "\\x1b[31m"),
     "FP6 weights": (pack({"a": entry(dtype="F6_E2M3", shape=[32])}), "Convert the model to BF16"),
     "a negative size": (pack({"a": entry(shape=[-2, -3])}), "has the shape"),
     "a size of 2^40 by zero": (
