@@ -1,4 +1,4 @@
-"""Standard streams that a program can rely on, whatever it was started with."""
+"""Standard streams that are open and can show any text."""
 
 from __future__ import annotations
 

@@ -12,6 +12,16 @@ if TYPE_CHECKING:
 DEVICE_VARIABLE = "ENGINE_DEVICE"
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than a machine of this size can start, which would end the process."""
+    most = max(64, 8 * (os.cpu_count() or 1))
+    if threads is not None and threads > most:
+        raise ConfigError(
+            f"--threads is {threads}, and this machine has {os.cpu_count()} processors: at most "
+            f"{most} are started here. More threads than processors make nothing faster."
+        )
+
+
 def resolve_device(name: str) -> "torch.device":
     """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists.
 

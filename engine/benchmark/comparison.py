@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import ConfigError
-from engine.storage.safe_files import read_json_object
+from engine.storage.safe_files import MIB, read_json_object
 
 _KEY = ("op", "model", "shape", "dtype")
 
@@ -66,7 +66,7 @@ def _read(
             f"--compare: {path} is neither a folder with an ops.json nor such a file; "
             "`engine bench --output FOLDER` writes one."
         )
-    content = read_json_object(file, ConfigError)
+    content = read_json_object(file, ConfigError, 64 * MIB)
     rows = content.get("rows")
     if not isinstance(rows, Sequence) or not all(
         isinstance(row, Mapping) and {*_KEY, "seconds"} <= row.keys() for row in rows

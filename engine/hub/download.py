@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.hub.failures import explained
 from engine.hub.names import HubName
-from engine.storage.safe_files import read_json_object
+from engine.storage.safe_files import MIB, read_json_object
 
 _TIMEOUT = 10.0
 """Seconds that the hub has to answer what files there are."""
@@ -59,7 +59,7 @@ class RemoteFiles:
 
     def read_json(self, file: str) -> dict[str, Any]:
         """A small JSON file, downloaded first if it has to be."""
-        return read_json_object(self._fetch(file))
+        return read_json_object(self._fetch(file), limit=32 * MIB)
 
     def fetch(self, files: Iterable[str]) -> Path:
         """The folder of the cache that holds `files`, of which the missing are downloaded.

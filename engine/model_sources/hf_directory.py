@@ -31,7 +31,7 @@ from engine.model_sources.safetensors.stored_tensors import (
     stored_tensors,
     with_decoder_prefix,
 )
-from engine.storage.safe_files import is_pickle, read_json_object, refuse_pickle
+from engine.storage.safe_files import MIB, is_pickle, read_json_object, refuse_pickle
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 from models.config.model_config import ModelConfig
@@ -120,7 +120,7 @@ class HFDirectory(ModelFiles):
 def _open_shards(folder: Path) -> list[SafetensorsFile]:
     """Open every shard the index names, and check that each tensor stands where the index says."""
     index_path = folder / INDEX
-    weight_map = read_json_object(index_path).get("weight_map")
+    weight_map = read_json_object(index_path, limit=32 * MIB).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map, which says what stands where.")
     for name, shard in weight_map.items():

@@ -18,7 +18,7 @@ from engine.hub.download import RemoteFiles, cached_snapshot, download
 from engine.hub.names import HubName, hub_name
 from engine.model_sources.gguf.parts import part_names
 from engine.model_sources.model_files import TOKENIZER_FILES
-from engine.storage.safe_files import read_json_object
+from engine.storage.safe_files import MIB, read_json_object
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CONFIG = "config.json"
@@ -190,7 +190,7 @@ def _complete(folder: Path, weights: bool, *, tokenizer: bool = True) -> bool:
         return True
     if not (folder / _INDEX).exists():
         return False
-    shards = read_json_object(folder / _INDEX).get("weight_map")
+    shards = read_json_object(folder / _INDEX, limit=32 * MIB).get("weight_map")
     return isinstance(shards, dict) and all(
         (folder / str(shard)).exists() for shard in set(map(str, shards.values()))
     )

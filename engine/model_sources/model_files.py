@@ -45,7 +45,7 @@ class TokenizerFolder:
         return path if path.exists() else None
 
     def tokenizer_config(self) -> dict[str, Any]:
-        return self._optional_json("tokenizer_config.json")
+        return self._optional_json("tokenizer_config.json", 16 * MIB)
 
     def chat_template(self, name: str = "default") -> str | None:
         default = name == "default"
@@ -55,7 +55,7 @@ class TokenizerFolder:
         if jinja.exists():
             return read_text(jinja, _TEMPLATE_LIMIT)
         for file in ("tokenizer_config.json", "chat_template.json"):
-            value = self._optional_json(file).get("chat_template")
+            value = self._optional_json(file, 16 * MIB).get("chat_template")
             if value is not None:
                 return _named_template(value, name, self.path / file)
         return None
@@ -66,9 +66,9 @@ class TokenizerFolder:
         names += [str(path.relative_to(self.path)) for path in extra]
         return {name: read_regular(self.path / name, 256 * MIB) for name in names}
 
-    def _optional_json(self, name: str) -> dict[str, Any]:
+    def _optional_json(self, name: str, limit: int = 4 * MIB) -> dict[str, Any]:
         path = self.path / name
-        return read_json_object(path, ConfigError) if path.exists() else {}
+        return read_json_object(path, ConfigError, limit) if path.exists() else {}
 
 
 class ModelFiles(TokenizerFolder):

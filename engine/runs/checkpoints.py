@@ -36,7 +36,7 @@ from engine.runs.output import CHECKPOINT, require_space
 from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.manifest import read_manifest, verify_files, write_manifest
-from engine.storage.safe_files import read_json_object
+from engine.storage.safe_files import MIB, read_json_object
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class CheckpointStore:
         files = tuple(sorted(manifest["files"]))
         if STATE_NAME not in files:
             raise CheckpointError(f"{path} is no training checkpoint: it has no {STATE_NAME}.")
-        state = read_json_object(path / STATE_NAME)
+        state = read_json_object(path / STATE_NAME, limit=64 * MIB)
         if path.resolve().parent == self.root.resolve():
             self._saved.add(manifest["step"])
         return LoadedCheckpoint(path, manifest["step"], state, files)

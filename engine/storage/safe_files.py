@@ -93,9 +93,13 @@ def read_text(path: Path, limit: int = 4 * MIB) -> str:
 
 
 def read_json_object(
-    path: Path, error: type[EngineError] = CheckpointError, limit: int = 64 * MIB
+    path: Path, error: type[EngineError] = CheckpointError, limit: int = 4 * MIB
 ) -> dict[str, Any]:
-    """Parse the JSON object in `path`; whatever is wrong with the file raises `error`."""
+    """Parse the JSON object in `path`; whatever is wrong with the file raises `error`.
+
+    `limit` is in bytes: a configuration has some thousands, and reading takes the more memory the
+    smaller the values are.
+    """
     try:
         data = read_regular(path, limit)
     except CheckpointError as problem:

@@ -6,6 +6,7 @@ of a second, a rendering some tens of microseconds more than it would here.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -20,14 +21,17 @@ from typing import Any
 import jinja2
 import markupsafe
 
-from engine.errors import DataError
+from engine.errors import DataError, printable
 from engine.tokenization.messages import LimitError
 
 MAX_SOURCE_BYTES = 256 * 2**10
 _KERNEL_LIMITS_CPU = find_spec("resource") is not None
+_LIMIT_SIGNALS = (0, signal.SIGKILL, getattr(signal, "SIGXCPU", signal.SIGKILL))
 _CHARS_PER_SECOND = 50_000
 _BYTES_PER_CHAR = 64
 _OUTPUT_PER_CHAR = 16
+_SHOWN = 400
+"""Characters of a template's own words that a message shows."""
 _WORKER = Path(__file__).with_name("sandbox_worker.py")
 
 
@@ -232,8 +236,14 @@ class TemplateProcess:
         except subprocess.TimeoutExpired:
             status = 0
         _end(process)
-        if status <= 0:
+        if status <= 0 and -status in _LIMIT_SIGNALS:
             return self._stopped(self._limits)
+        if status < 0:
+            return DataError(
+                f"{self._name} could not be compiled: the process that renders templates was ended "
+                f"by signal {-status}, as where expressions are nested without end. Use a template "
+                "of a usual size, or a model from a source you trust."
+            )
         return DataError(
             f"{self._name} could not be rendered: the process that renders templates ended "
             f"with status {status}. Check that this Python can import jinja2."
@@ -249,7 +259,7 @@ class TemplateProcess:
         )
 
     def _check(self, answer: dict[str, Any]) -> Rendered:
-        kind, message = answer.get("error"), answer.get("message", "")
+        kind, message = answer.get("error"), printable(str(answer.get("message", "")), _SHOWN)
         if kind is None:
             spans = tuple((int(start), int(end)) for start, end in answer.get("spans", ()))
             return Rendered(answer.get("text", ""), spans)

@@ -22,6 +22,7 @@ from engine.tokenization.special_tokens import (
     matched_as_written,
     read_declared,
 )
+from engine.tokenization.vocabularies.backend import library_faults, open_backend
 from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Tokenizer:
             CheckpointError: the backend cannot encode at all.
         """
         self.special_tokens = dict(special_tokens)
-        self._backend = backend
+        self._backend, self._name = backend, name
         self._add_missing()
         backend.no_truncation()
         backend.no_padding()
@@ -92,17 +93,20 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with the tokens that the model expects around it unless told otherwise."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with library_faults(self._name):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """Ids and the characters [start, end) that each came from; nothing is added."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        with library_faults(self._name):
+            encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         """`encode_with_offsets` of many texts, on all cores."""
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with library_faults(self._name):
+            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
         return [(encoding.ids, encoding.offsets) for encoding in encodings]
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
@@ -112,13 +116,15 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores; nothing is added."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with library_faults(self._name):
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         plain = [int(index) for index in ids]
-        return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
+        with library_faults(self._name):
+            return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
 
     def serialised(self) -> str:
         """The tokenizer as `tokenizers` saves it, without what is put around a text."""
@@ -216,8 +222,9 @@ def load_tokenizer(source: "TokenizerSource", now: str | None = None) -> Tokeniz
         CheckpointError: the model has no tokenizer, or its files are damaged.
     """
     files = source.tokenizer_files()
-    with not_shown(*(source.path / name for name in files)):
-        return _load(source, files, str(source.path), now)
+    where = str(source.path)
+    with not_shown(*(source.path / name for name in files)), library_faults(where):
+        return _load(source, files, where, now)
 
 
 def _load(
@@ -252,7 +259,7 @@ def _open_backend(
     config = source.tokenizer_config()
     serialised = source.tokenizer_json()
     if serialised is not None:
-        backend = _from_json(serialised, where)
+        backend = open_backend(serialised, where)
         if config.get("fix_mistral_regex") is True:
             fix_mistral_words(backend, source.raw_config)
         return backend, config, False
@@ -282,13 +289,3 @@ def _templates(source: "TokenizerSource") -> dict[str, str]:
     """The chat templates of a model that are used here, by name."""
     named = {name: source.chat_template(name) for name in (DEFAULT, TOOL_USE)}
     return {name: text for name, text in named.items() if text is not None}
-
-
-def _from_json(serialised: str, where: str) -> Backend:
-    try:
-        return Backend.from_str(serialised)
-    except Exception as error:  # The library raises bare Exceptions.
-        raise CheckpointError(
-            f"{where}: the tokenizer.json cannot be used ({str(error)[:300]}). Fetch it again, or "
-            "install the `tokenizers` release that wrote it."
-        ) from error

@@ -15,7 +15,7 @@ import torch
 from engine.config.rules import Facts, check
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.sources.resolve import data_files
-from engine.device import resolve_device, resolve_dtype
+from engine.device import check_threads, resolve_device, resolve_dtype
 from engine.errors import CheckpointError, ConfigError
 from engine.inference.batch_files import read_rows
 from engine.model_sources.adapter.peft import Adapter
@@ -45,6 +45,7 @@ def check_request(config: TrainConfig, machine: Machine | None = None) -> Machin
     `CheckpointError` naming what is wrong. Nothing is written.
     """
     require_trackers(config.report_to)
+    check_threads(config.threads)
     if machine is None:
         device = resolve_device(config.device)
         machine = device, resolve_dtype(config.dtype, device)

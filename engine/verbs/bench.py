@@ -101,7 +101,7 @@ def load_baselines(name: str) -> Baselines:
     """
     try:
         module = _load_file(Path(name)) if name.endswith(".py") else importlib.import_module(name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--against {name} cannot be imported: {error}. It should be a module that this Python "
             f"({sys.executable}) has installed, or the path of a .py file, with a function "

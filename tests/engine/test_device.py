@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.benchmark.runner import default_settings
-from engine.device import multiplies_bfloat16, named_dtype, resolve_dtype
+from engine.device import check_threads, multiplies_bfloat16, named_dtype, resolve_dtype
 from engine.errors import ConfigError
 from engine.verbs.doctor import examine
 
@@ -51,3 +51,10 @@ def test_a_compute_type_is_known_by_all_its_names(dtype: torch.dtype | str) -> N
 def test_what_is_no_compute_type_is_named(dtype: str) -> None:
     with pytest.raises(ConfigError, match="should be auto, float32, bfloat16, float16"):
         named_dtype(dtype, torch.device("cpu"))
+
+
+def test_more_threads_than_a_machine_can_start_are_refused() -> None:
+    check_threads(None)
+    check_threads(64)
+    with pytest.raises(ConfigError, match="processors: at most"):
+        check_threads(1 << 20)

@@ -28,7 +28,7 @@ class AdapterSettings(Settings):
         "NF4 base with LoRA, 16-bit base with LoRA, every weight, or every weight from random ones",
     )
     lora_rank: int = setting(16, "Adapter", "rank of the adapter", ge=1, le=MOST_RANK)
-    lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0)
+    lora_alpha: float = setting(32.0, "Adapter", "adapter scale is alpha / rank", gt=0, le=1e9)
     lora_dropout: float = setting(0.0, "Adapter", "dropout before the adapter", ge=0, lt=1)
     use_rslora: bool = setting(False, "Adapter", "scale by alpha / sqrt(rank) instead")
     use_dora: bool = setting(

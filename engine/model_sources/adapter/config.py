@@ -159,8 +159,8 @@ def from_json(raw: dict[str, Any], source: str) -> AdapterConfig:
         target_modules=listed,
         base_model_name_or_path=str(raw.get("base_model_name_or_path") or ""),
         lora_dropout=float(dropout),
-        use_rslora=bool(raw.get("use_rslora", False)),
-        use_dora=bool(raw.get("use_dora", False)),
+        use_rslora=_flag(raw, "use_rslora", source),
+        use_dora=_flag(raw, "use_dora", source),
         fused_experts=any(_ends(PARAMETERS, name) for name in parameters),
         rank_pattern=ranks,
         alpha_pattern=alphas,
@@ -191,6 +191,14 @@ def compile_pattern(pattern: str, key: str, source: str) -> re.Pattern[str]:
         raise CheckpointError(
             f"{source}: {key} holds {pattern[:80]!r}, which is no pattern of module names: {error}."
         ) from error
+
+
+def _flag(raw: Mapping[str, Any], key: str, source: str) -> bool:
+    """A switch; the text "false" would count as true in a program that does not look."""
+    value = raw.get(key)
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    raise CheckpointError(f"{source}: {key} is {str(value)[:40]!r}; expected true or false.")
 
 
 def _require_rank(key: str, rank: Any, source: str) -> int:

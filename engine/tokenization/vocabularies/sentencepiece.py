@@ -26,6 +26,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE, Unigram
 
 from engine.errors import CheckpointError
+from engine.tokenization.vocabularies.backend import library_faults
 
 SPACE = "▁"
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -116,9 +117,10 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> SentencePieceTo
     prefix = config.get("add_prefix_space")
     prefix = model.adds_prefix_space if prefix is None else bool(prefix)
     legacy = config.get("legacy")
-    tokenizer = _build(model, prefix, legacy=legacy is None or bool(legacy))
-    if prefix == model.adds_prefix_space:
-        _compare(tokenizer, processor, path)
+    with library_faults(str(path)):
+        tokenizer = _build(model, prefix, legacy=legacy is None or bool(legacy))
+        if prefix == model.adds_prefix_space:
+            _compare(tokenizer, processor, path)
     added = [
         AddedToken(piece, special=kind == _CONTROL, normalized=kind == _USER_DEFINED)
         for piece, kind in zip(model.pieces, model.types, strict=True)

@@ -20,7 +20,7 @@ from engine.config.settings import given_settings
 from engine.config.tasks.commands import command_of, next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.data.examples import shown_stretches
-from engine.device import resolve_device, resolve_dtype
+from engine.device import check_threads, resolve_device, resolve_dtype
 from engine.exporting.publish import destination, publish_folder
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say, stored_line
@@ -286,6 +286,7 @@ def train(
     """
     told = CallbackList(callbacks)
     config = given_settings(TrainConfig, config, settings)
+    check_threads(config.threads)
     if config.threads:
         torch.set_num_threads(config.threads)
     asked = with_cpu_dtype(with_init_adapter(config))

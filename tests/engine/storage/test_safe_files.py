@@ -169,3 +169,12 @@ def test_a_folder_of_links_into_the_hubs_cache_is_read(tmp_path: Path) -> None:
     (folder / "config.json").symlink_to(blobs / "0123abcd")
     assert read_json_object(folder / "config.json") == {"a": 1}
     assert not leads_outside(folder / "config.json")
+
+
+def test_an_object_far_larger_than_any_of_its_kind_is_refused_before_it_is_read(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b" " * (5 << 20))
+    with pytest.raises(CheckpointError, match="more than 4 MiB"):
+        read_json_object(path)

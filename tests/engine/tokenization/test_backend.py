@@ -1,0 +1,107 @@
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from engine.errors import CheckpointError
+from engine.model_sources.model_files import TokenizerFolder
+from engine.tokenization.sentencepiece import load_sentencepiece
+from engine.tokenization.tokenizer import load_tokenizer
+from engine.tokenization.vocabularies.backend import library_faults, open_backend
+from tests.support.tiny_model import write_tokenizer
+
+
+def tokenizer_json(folder: Path, **changes: Any) -> str:
+    write_tokenizer(folder)
+    whole: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
+    whole["model"] |= changes.pop("model", {})
+    return json.dumps(whole | changes)
+
+
+def test_merges_are_never_left_out_at_random(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rules: dict[str, Any] = {"dropout": 0.5, "merges": [["a", "b"]]}
+    rules["vocab"] = {"<pad>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "a": 3, "b": 4, "ab": 5}
+    text = tokenizer_json(tmp_path, model=rules)
+    assert len({len(Backend.from_str(text).encode("ab" * 20).ids) for _ in range(20)}) > 1
+    with caplog.at_level(logging.WARNING):
+        backend = open_backend(text, "m")
+    assert {tuple(backend.encode("ab" * 20).ids) for _ in range(20)} == {(5,) * 20}
+    assert "dropout 0.5" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 9000}}, "makes 9004 characters"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},
+            "characters of 4",
+        ),
+        (
+            {"added_tokens": [{"id": 200, "content": "x" * 10**6, "single_word": False}
+             | dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), False)]},
+            "added token of 1000000",
+        ),
+        ({"model": {"type": "Nope"}}, "its tokenizer cannot be used"),
+    ],
+    ids=["prepend", "replace", "added token", "unknown"],
+)  # fmt: skip
+def test_a_tokenizer_built_to_take_hours_is_refused(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        open_backend(tokenizer_json(tmp_path, **changes), "m")
+
+
+def test_a_panic_of_the_library_is_a_named_error_and_our_own_faults_are_not() -> None:
+    class PanicException(BaseException):
+        """As pyo3 makes it: no child of Exception."""
+
+    with (
+        pytest.raises(CheckpointError, match="m: its tokenizer cannot be used"),
+        library_faults("m"),
+    ):
+        raise PanicException("index out of range")
+    with pytest.raises(KeyError), library_faults("m"):
+        raise KeyError("ours")
+    with pytest.raises(KeyboardInterrupt), library_faults("m"):
+        raise KeyboardInterrupt
+
+
+def test_damage_to_the_files_of_a_tokenizer_is_a_named_error(tmp_path: Path) -> None:
+    import sentencepiece
+
+    rows = (f"hello world row {n} of many words and {n * 7} numbers" for n in range(300))
+    (tmp_path / "rows").write_text("\n".join(rows))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "rows"),
+        model_prefix=str(tmp_path / "whole"),
+        vocab_size=80,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    write_tokenizer(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("whole.model", "tokenizer.json")}
+    chance, refused = random.Random(1), 0
+    for number in range(400):
+        name = ("whole.model", "tokenizer.json")[number % 2]
+        data = bytearray(whole[name])
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(data))
+            data[at : at + chance.randrange(3)] = chance.choice([b"[]", b"-1", b"null", b"\xff"])
+        changed = tmp_path / ("damaged" if number % 2 == 0 else name)
+        changed.write_bytes(data)
+        try:
+            if number % 2 == 0:
+                load_sentencepiece(changed, {})
+            else:
+                load_tokenizer(TokenizerFolder(tmp_path)).encode("a b c")
+        except CheckpointError:
+            refused += 1
+    assert refused > 200
