@@ -111,7 +111,10 @@ class Tokenizer:
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """What `tokenizers` knows of many texts: ids, and the characters behind each."""
-        encoded: list[Encoding] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        with library_faults(self._name):
+            encoded: list[Encoding] = self._backend.encode_batch(
+                list(texts), add_special_tokens=False
+            )
         return encoded
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
 from engine.model_sources.model_files import TokenizerFolder
-from engine.tokenization.sentencepiece import load_sentencepiece
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
+from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece
 from tests.support.tiny_model import write_tokenizer
 
 
