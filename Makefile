@@ -22,7 +22,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check --constraint const
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint docs interop bench compile-report compile-report-lowest constraints clean
+.PHONY: help demo test test-fast lint docs interop bench torture compile-report compile-report-lowest constraints clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,9 @@ interop: $(VENV_INTEROP)/.interop $(VENV_INTEROP)/.templates  ## Compare with tr
 
 bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + PEFT + bitsandbytes
 	$(VENV_INTEROP)/bin/python -m bench.cpu.train_step
+
+torture: $(VENV)/.test  ## Campaigns of kills, rot, full disks and hostile files: hours, resumable
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.torture
 
 compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
 	$(VENV)/bin/python -m bench.compile.report

@@ -11,6 +11,7 @@ preference pair, `text` a document, `input_ids` a row that is tokenised already.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any
 
 from engine.data.rows import fields
@@ -32,6 +33,8 @@ PROMPT_KEYS = ("prompt", "instruction", "question")
 RESPONSE_KEYS = ("response", "output", "completion", "answer")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 
+_LOOKED_AT = 64
+"""Keys of a row without a known form that are compared with those it should have."""
 _SYSTEM_KEYS = ("system", "system_prompt", "system_message", "system_instruction")
 _TOOL_KEYS = ("tools", "functions")
 _CONTEXT_KEYS = ("input", "context")
@@ -260,7 +263,7 @@ def _hint(raw: Mapping[str, Any]) -> str:
     for name in names:
         if name in raw and raw[name] is None:
             return f"; '{name}' is null"
-    for key in raw:
+    for key in islice(raw, _LOOKED_AT):
         likely = get_close_matches(key.lower(), names, n=1, cutoff=0.8)
         if likely and key not in names:
             return f"; did you mean '{likely[0]}' by '{key}'?"

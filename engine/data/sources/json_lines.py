@@ -67,6 +67,8 @@ def _several_lines(
     """Values that are printed over several lines, or rows inside one object; else None."""
     first, blank = stream.readline(MAX_ROW_BYTES).removeprefix(BYTE_ORDER_MARK), b""
     while first and not first.strip():
+        if len(blank) > MAX_ROW_BYTES:
+            return None
         blank += first
         first = stream.readline(MAX_ROW_BYTES)
     if not first.lstrip().startswith(b"{") or len(first) >= MAX_ROW_BYTES:

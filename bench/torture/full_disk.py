@@ -1,0 +1,65 @@
+"""Save checkpoints on file systems of many sizes; to be run where mounting is allowed.
+
+`python -m bench.torture.full_disk FOLDER COUNT` prints one JSON object: `loadable`, sizes after
+which the older checkpoint loads, and `named`, sizes at which a full disk was a named error.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.errors import CheckpointError
+from engine.runs import checkpoints
+from engine.runs.checkpoints import CheckpointStore
+
+
+def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
+    """Whether the first checkpoint loads in the end, and whether the failure was named."""
+    size = f"size={kibibytes}k"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
+    try:
+        tensors = {"a": {"x": torch.ones(64, 1024)}}  # 256 KiB
+        named = False
+        with CheckpointStore(folder, keep=2) as store:
+            store.save(1, tensors, {"step": 1})
+            (folder / "others").write_bytes(b"\0" * 1024 * (kibibytes % 97))
+            try:
+                for step in range(2, 40):
+                    (folder / f"filler-{step}").write_bytes(b"\0" * 65_536)
+                    store.save(step, tensors, {"step": step})
+            except CheckpointError as error:
+                named = str(folder) in str(error)
+            except OSError:
+                # The filler itself met the end of the disk.
+                try:
+                    store.save(99, tensors, {"step": 99})
+                except CheckpointError as error:
+                    named = str(folder) in str(error)
+            left = store.latest()
+            return left is not None and left.step >= 1, named
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def main(folder: Path, count: int) -> None:
+    checkpoints.require_space = lambda *_: None  # the check ahead of time would end all of it
+    torch.set_num_threads(1)
+    results = [one_size(folder, 600 + 13 * number) for number in range(count)]
+    print(
+        json.dumps(
+            {
+                "trials": count,
+                "loadable": sum(loads for loads, _ in results),
+                "named": sum(named for _, named in results),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
