@@ -14,8 +14,14 @@ from pathlib import Path
 import torch
 
 from engine.errors import CheckpointError
-from engine.runs import checkpoints
 from engine.runs.checkpoints import CheckpointStore
+
+
+class Unchecked(CheckpointStore):
+    """Without the check ahead of time, which would end every trial before it began."""
+
+    def _require_space(self, tensors: object) -> None:
+        return
 
 
 def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
@@ -25,7 +31,7 @@ def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
     try:
         tensors = {"a": {"x": torch.ones(64, 1024)}}  # 256 KiB
         named = False
-        with CheckpointStore(folder, keep=2) as store:
+        with Unchecked(folder, keep=2) as store:
             store.save(1, tensors, {"step": 1})
             (folder / "others").write_bytes(b"\0" * 1024 * (kibibytes % 97))
             try:
@@ -47,7 +53,6 @@ def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
 
 
 def main(folder: Path, count: int) -> None:
-    checkpoints.require_space = lambda *_: None  # the check ahead of time would end all of it
     torch.set_num_threads(1)
     results = [one_size(folder, 600 + 13 * number) for number in range(count)]
     print(
