@@ -31,12 +31,12 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Campaign:
-    """`run(trials, seed)` gives figures; `held` says whether they are as promised."""
+    """`run(trials, seed)` gives figures; `passed` says whether they are as promised."""
 
     what: str
     trials: int
     run: Callable[[int, int], Figures]
-    held: Callable[[Figures], bool]
+    passed: Callable[[Figures], bool]
 
 
 def kills(trials: int, seed: int) -> Figures:

@@ -1,4 +1,4 @@
-"""Save checkpoints on file systems of many sizes; to be run where mounting is allowed.
+"""Save checkpoints on file systems of many sizes, in a mount namespace.
 
 `python -m bench.torture.full_disk FOLDER COUNT` prints one JSON object: `loadable`, sizes after
 which the older checkpoint loads, and `named`, sizes at which a full disk was a named error.

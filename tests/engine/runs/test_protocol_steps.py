@@ -150,7 +150,7 @@ def ignore_step(patch: Patch) -> None:
     patch.setattr(engine.runs.checkpoints, "read_manifest", lambda folder, step=None: read(folder))
 
 
-def delete_in_place(patch: Patch) -> None:
+def delete_under_its_name(patch: Patch) -> None:
     patch.setattr(CheckpointStore, "_delete", lambda self, path: shutil.rmtree(path))
 
 
@@ -164,7 +164,7 @@ STEPS: dict[str, Callable[[Patch], None]] = {
     "hash of the manifest": without_self_hash,
     "step in the manifest": ignore_step,
     "rename into place": lambda p: p.setattr(durable, "publish_directory", straight_to_the_target),
-    "retire by rename": delete_in_place,
+    "retire by rename": delete_under_its_name,
     "finite values only": lambda p: p.setattr(
         engine.runs.checkpoints, "_refuse_nonfinite", lambda *_: None
     ),
