@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from bench.torture.damage import damaged, with_odd_value
 from engine.errors import CheckpointError, EngineError
 from engine.model_sources.adapter.peft import CONFIG, load_adapter
 from engine.model_sources.gguf.container import GGUFFile
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.runs.checkpoints import CheckpointStore
-from tests.support.mutations import damaged, with_odd_value
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = ROOT / "tests" / "support" / "processes"
