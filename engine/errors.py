@@ -5,13 +5,9 @@ are any), what was expected and what to do. The command line prints that paragra
 status 2; the traceback goes to the run's log only.
 """
 
-import re
 from collections.abc import Iterable
 
 _LONGEST = 4000
-# Control characters but tab and line feed, marks that turn the direction of text, and halves of
-# surrogate pairs, which cannot be written at all.
-_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, longest: int = _LONGEST) -> str:
@@ -23,7 +19,9 @@ def printable(text: str, longest: int = _LONGEST) -> str:
         half = longest // 2
         left_out = len(text) - 2 * half
         text = f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
-    return _UNSHOWN.sub(lambda match: ascii(match[0])[1:-1], text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 class EngineError(Exception):
