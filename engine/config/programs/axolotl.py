@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.programs.hugging_face import MISSING, best_checkpoint
+from engine.config.programs.schedules import schedule
 from engine.config.programs.translation import (
-    ADAMW,
     KERNELS,
     NEVER_PADDED,
     NO_HEAD,
@@ -13,8 +13,8 @@ from engine.config.programs.translation import (
     NOT_EIGHT_BITS,
     NOTHING_UPLOADED,
     ONE_PROCESS,
+    OPTIMIZERS,
     SAME_VOCABULARY,
-    SCHEDULES,
     GivenKeys,
     Translation,
     checkpointing,
@@ -156,8 +156,8 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     source.copy_or_default(_DEFAULTS)
     source.default("max_length", 512)
     source.whole("num_epochs", "epochs", 1.0)
-    source.choose("optimizer", "optimizer", ADAMW, "adamw_torch_fused")
-    source.choose("lr_scheduler", "lr_schedule", SCHEDULES, "cosine")
+    source.choose("optimizer", "optimizer", OPTIMIZERS, "adamw_torch_fused")
+    schedule(source, "lr_scheduler", "cosine")
     _optimizer_arguments(source)
     checkpointing(source)
     compute_type(source)

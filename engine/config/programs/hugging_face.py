@@ -1,11 +1,11 @@
 """GivenKeys of transformers' TrainingArguments, which LLaMA-Factory and TRL share."""
 
+from engine.config.programs.schedules import schedule
 from engine.config.programs.translation import (
-    ADAMW,
     KERNELS,
     NEVER_PADDED,
     ONE_PROCESS,
-    SCHEDULES,
+    OPTIMIZERS,
     GivenKeys,
     checkpointing,
     compute_type,
@@ -62,7 +62,6 @@ MISSING = {
     "deepspeed": ONE_PROCESS,
     "fsdp": ONE_PROCESS,
     "fsdp_config": ONE_PROCESS,
-    "lr_scheduler_kwargs": "a schedule has no further parameters",
     "optim_args": "the optimizer has `betas`, `eps` and `weight_decay`",
     "resume_from_checkpoint": "`engine train --resume auto` goes on with a run of this engine",
 }
@@ -73,8 +72,8 @@ def training_arguments(source: GivenKeys) -> None:
     source.copy(_SAME)
     source.copy_or_default(_DEFAULTS)
     source.whole("num_train_epochs", "epochs", 3.0)
-    source.choose("optim", "optimizer", ADAMW, "adamw_torch")
-    source.choose("lr_scheduler_type", "lr_schedule", SCHEDULES, "linear")
+    source.choose("optim", "optimizer", OPTIMIZERS, "adamw_torch")
+    schedule(source, "lr_scheduler_type", "linear")
     _warmup(source)
     betas = (source.take("adam_beta1", 0.9), source.take("adam_beta2", 0.999))
     if betas != (0.9, 0.999):

@@ -160,11 +160,10 @@ ADAMW = {
         ("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit"), "adamw"
     ),
 }
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
+OPTIMIZERS = ADAMW | {
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), "lion8bit"),
+    "adafactor": "adafactor",
+    "muon": "muon",
 }
 ONE_PROCESS = "a run is one process; for less memory, `memory_budget` or `offload`"
 KERNELS = "the kernels are fused already"

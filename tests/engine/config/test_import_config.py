@@ -13,6 +13,7 @@ from cli import main as cli
 from engine.config.programs.as_yaml import as_yaml, import_config, refusal
 from engine.config.programs.detect import PROGRAMS, translate
 from engine.config.sources import load_config
+from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 
 AXOLOTL = """
@@ -97,6 +98,7 @@ FACTORY_SETTINGS = {
     "output_dir": "saves/one", "log_every": 10, "checkpoint_every": 500, "plot": True,
     "batch_size": 1, "accumulate": 1, "learning_rate": 5e-5, "weight_decay": 0.0,
     "max_grad_norm": 1.0, "epochs": 3, "optimizer": "adamw", "warmup_ratio": 0.1,
+    "lr_schedule": "polynomial", "min_lr_ratio": pytest.approx(1e-7 / 5e-5),
     "dtype": "float16", "heldout": 0.1, "eval_every": 500, "load_best_at_end": True,
     "save_best": "eval_loss",
     "chat_template_kwargs": {"enable_thinking": False},
@@ -160,7 +162,7 @@ MLX_SETTINGS = {
 CASES = {
     "axolotl": (AXOLOTL, AXOLOTL_SETTINGS, {"deepspeed", "my_own_key"}),
     "llama-factory": (
-        FACTORY, FACTORY_SETTINGS, {"lr_scheduler_type", "num_train_epochs", "dataset: other"},
+        FACTORY, FACTORY_SETTINGS, {"num_train_epochs", "dataset: other"},
     ),
     "trl": (TRL, TRL_SETTINGS, {"dataset_name"}),
     "mlx-lm": (MLX, MLX_SETTINGS, {"steps_per_eval"}),
@@ -234,7 +236,8 @@ def wishes(name: str, **changes: Any) -> dict[str, Any]:
         ("axolotl", "train_on_inputs", True),
         ("axolotl", "load_in_8bit", True),
         ("axolotl", "chat_template", "chatml"),
-        ("axolotl", "optimizer", "lion_8bit"),
+        ("axolotl", "optimizer", "galore_adamw"),
+        ("axolotl", "lr_scheduler", "inverse_sqrt"),
         ("axolotl", "val_set_size", 200),
         ("axolotl", "special_tokens", {"eos_token": "<|im_end|>"}),
         ("axolotl", "optim_args", "weight_decouple=1"),
@@ -254,6 +257,52 @@ def wishes(name: str, **changes: Any) -> dict[str, Any]:
 def test_what_would_train_something_else_is_named(name: str, key: str, value: Any) -> None:
     assert key not in wishes(name)
     assert key in wishes(name, **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({"optimizer": "lion_8bit"}, {"optimizer": "lion8bit"}),
+        ({"optimizer": "adafactor"}, {"optimizer": "adafactor"}),
+        (
+            {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 3}},
+            {"lr_schedule": "cosine_with_restarts", "lr_num_cycles": 3},
+        ),
+        (
+            {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 2e-5}},
+            {"lr_schedule": "cosine", "min_lr_ratio": pytest.approx(0.1)},
+        ),
+        (
+            {
+                "lr_scheduler": "warmup_stable_decay",
+                "lr_scheduler_kwargs": {"num_decay_steps": 5, "decay_type": "1-sqrt"},
+            },
+            {
+                "lr_schedule": "warmup_stable_decay",
+                "lr_decay_steps": 5,
+                "lr_decay_shape": "1-sqrt",
+            },
+        ),
+        (
+            {"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 0}},
+            {"lr_schedule": "polynomial", "lr_power": 2, "min_lr_ratio": 0},
+        ),
+    ],
+)
+def test_optimizers_and_schedules_with_their_arguments(
+    changes: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    made = PROGRAMS["axolotl"](yaml.safe_load(CASES["axolotl"][0]) | changes, Path())
+    assert settings.items() <= made.values().items()
+    assert not made.missing.keys() & {"optimizer", "lr_scheduler", "lr_scheduler_kwargs"}
+    TrainConfig(**made.values() | {"model": "m", "data": "d"})
+
+
+def test_arguments_that_a_schedule_does_not_have_are_named() -> None:
+    given = {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"num_cycles": 3}}
+    assert "lr_scheduler_kwargs: num_cycles" in wishes("axolotl", **given)
+    given = {"lr_scheduler": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}}
+    assert "lr_scheduler_kwargs: lr_end" in wishes("axolotl", **given)
 
 
 @pytest.mark.parametrize(
