@@ -195,9 +195,14 @@ def _parameters(verb: Verb) -> list[inspect.Parameter]:
     fields = verb.flags()
     must = {group_of(field) for field in fields.values() if field.is_required()}
     groups = {name: group_of(field) for name, field in fields.items()}
-    ordered = sorted(
-        fields.items(), key=lambda item: (groups[item[0]] not in must, groups[item[0]] == "Hub")
-    )
+    # A table's own settings are what it is about; those that it shares with others come after them.
+    own = {name for table in verb.tables for name in table.__annotations__}
+
+    def rank(name: str) -> tuple[bool, bool, bool, bool]:
+        group = groups[name]
+        return group not in must, group == "Hub", name != "model", name not in own
+
+    ordered = [(name, fields[name]) for name in sorted(fields, key=rank)]
     flags = {name: _annotation(name, field) for name, field in ordered}
     flags |= {
         earlier: _annotation(earlier, known.fields[name], hidden=True)

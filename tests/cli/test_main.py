@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,6 +100,23 @@ def test_every_verb_has_help(verb: str) -> None:
     done = engine(verb, "--help")
     assert done.returncode == 0, done.stderr
     assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("verb", "first"),
+    [("train", "Model: --model Data: --data"), ("merge", "Model: --model --adapter"),
+     ("eval", "Model: --model --adapter"), ("prune", "Model: --model Heads: --fraction")],
+)  # fmt: skip
+def test_help_begins_with_what_a_verb_is_about(verb: str, first: str) -> None:
+    heads = [line.split()[0] for line in engine(verb, "--help").stdout.splitlines() if line.strip()]
+    shown = [word for word in heads if word.startswith("--") or word.endswith(":")]
+    wanted = first.split()
+    # Of each group only as many options as are asked for.
+    at = [shown.index(word) for word in wanted]
+    assert at == sorted(at)
+    for before, after in pairwise(wanted):
+        if not after.endswith(":"):
+            assert shown.index(after) == shown.index(before) + 1
 
 
 def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
