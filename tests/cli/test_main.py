@@ -146,7 +146,10 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--batch", "4"], ["no option --batch. Did you mean --batch-size?"]),
         (["train", "batch=4"], ["did you mean `batch_size`"]),
         (["train", "--lora"], ["no option --lora: write `method: lora`"]),
-        (["train", "--method", "dora"], ["qlora, lora, full or scratch, and `use_dora` (--use-dora)"]),
+        (
+            ["train", "--method", "dora"],
+            ["qlora, lora, full or scratch, and `use_dora` (--use-dora)"],
+        ),
         (["generate", "-p", "hi"], ["Did you mean --prompt?"]),
         (["merge", "-o", "out"], ["Did you mean --output?"]),
         (["train", "--seed"], ["--seed", "needs a value"]),

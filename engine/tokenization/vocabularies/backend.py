@@ -19,7 +19,7 @@ _MOST_GROWTH = 1_000
 
 
 @contextmanager
-def library_faults(where: str) -> Iterator[None]:
+def library_faults(where: str, part: str = "tokenizer") -> Iterator[None]:
     """Around calls of `tokenizers`: what it cannot do raises `CheckpointError` that names `where`.
 
     It raises bare exceptions, and where it panics one that no `except Exception` stops.
@@ -30,7 +30,7 @@ def library_faults(where: str) -> Iterator[None]:
         if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise CheckpointError(
-            f"{where}: its tokenizer cannot be used ({str(error)[:300]}). Fetch the tokenizer's "
+            f"{where}: its {part} cannot be used ({str(error)[:300]}). Fetch the tokenizer's "
             "files again, or install the `tokenizers` release that wrote them."
         ) from error
 
@@ -40,7 +40,7 @@ def open_backend(serialised: str, where: str) -> Backend:
 
     Raises `CheckpointError` for one that is damaged, or built to take hours.
     """
-    with library_faults(where):
+    with library_faults(where, "tokenizer.json"):
         backend = Backend.from_str(serialised)
         _refuse_growth(backend, where)
     model = backend.model

@@ -54,7 +54,7 @@ def test_a_beginning_or_initials_suggest_the_only_name_they_are_of(table: type) 
         (TrainConfig, "bs", "batch_size"),
         (TrainConfig, "batch", "batch_size"),
         (TrainConfig, "target", "target_modules"),
-        *((TrainConfig, word, None) for word in ("eval", "max", "chat", "deepspeed", "zz", "z")),
+        *((TrainConfig, word, None) for word in ("eval", "max", "chat", "deepspeed", "zz", "j")),
     ],
 )
 def test_short_names_of_other_programs(table: type, short: str, name: str | None) -> None:

@@ -48,7 +48,7 @@ def test_merges_are_never_left_out_at_random(
              | dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), False)]},
             "added token of 1000000",
         ),
-        ({"model": {"type": "Nope"}}, "its tokenizer cannot be used"),
+        ({"model": {"type": "Nope"}}, "its tokenizer.json cannot be used"),
     ],
     ids=["prepend", "replace", "added token", "unknown"],
 )  # fmt: skip

@@ -128,7 +128,7 @@ def test_context_and_the_rarer_names_are_used(row: dict[str, Any], text: str) ->
     [
         ({"question": "Q", "choices": ["a"], "answer": "A"}, ["choices"]),
         ({"messages": TURNS, "prompt": "P", "id": 3, "none": None}, ["id", "prompt"]),
-        ({"prompt": "Q", "response": "A", "weight": 2, "rating": 3}, ["weight"]),
+        ({"prompt": "Q", "response": "A", "weight": 2, "rating": 3}, []),
         ({"messages": [{**USER, "lang": "en"}, {**ANSWER, "id": 1}]},
          ["messages[].id", "messages[].lang"]),
         ({"conversations": [{"from": "human", "value": "Q", "x": 1},
@@ -174,11 +174,27 @@ def test_a_message_may_say_yes_to_the_loss(flag: str, value: Any) -> None:
     assert len(parse({"messages": [USER, {**ANSWER, flag: value}]}).messages) == 2
 
 
-@FLAGS
-@pytest.mark.parametrize("value", ["false", 0.5, 2, -1, [], "1"])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        *(
+            (flag, value)
+            for flag in ("weight", "train", "loss")
+            for value in ("false", -1, [], "1")
+        ),
+        *((flag, value) for flag in ("train", "loss") for value in (0.5, 2)),
+        *(("weight", value) for value in (float("nan"), float("inf"), 1e9)),
+    ],
+)
 def test_a_message_may_say_nothing_else(flag: str, value: Any) -> None:
     with pytest.raises(RowFault, match=rf"messages\[1\]: '{flag}' is .* expected"):
         parse({"messages": [USER, {**ANSWER, flag: value}]})
+
+
+@pytest.mark.parametrize("value", [0.5, 2])
+def test_a_message_may_weigh_more_or_less_than_others(value: float) -> None:
+    row = parse({"messages": [USER, {**ANSWER, "weight": value}]})
+    assert row.messages[1]["weight"] == value
 
 
 def test_flags_that_contradict_each_other_are_refused() -> None:
