@@ -180,11 +180,8 @@ NO_WEIGHTS: list[Any] = ["false", -1, [], "1", float("nan"), 1e300]
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [
-        *(("train", value) for value in NO_FLAGS),
-        *(("loss", value) for value in NO_FLAGS),
-        *(("weight", value) for value in NO_WEIGHTS),
-    ],
+    [(flag, value) for flag in ("train", "loss") for value in NO_FLAGS]
+    + [("weight", value) for value in NO_WEIGHTS],
 )
 def test_a_message_may_say_nothing_else(flag: str, value: Any) -> None:
     with pytest.raises(RowFault, match=rf"messages\[1\]: '{flag}' is .* expected"):
