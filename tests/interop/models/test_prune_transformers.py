@@ -181,13 +181,19 @@ def test_models_without_channels_layers_or_experts_load_with_equal_logits(
 def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
     smollm2_gguf: Path, tmp_path: Path, mode: PruneMode, fraction: float
 ) -> None:
-    """270 real heads: 54 of them are a fifth, and one of every three a third."""
+    """270 real heads: 54 of them are a fifth, and one of every three a third.
+
+    Without heads that mattered roundings grow on their way, so both are judged by float64.
+    """
     result = prune(smollm2_gguf, tmp_path / "out", PruneSettings(fraction=fraction, mode=mode))
     removed = 54 if mode == "zero" else 90
     assert result.record["units"] == {"before": 270, "asked": removed, "removed": removed}
     ours = load_model(tmp_path / "out")(IDS)
-    theirs = peer(tmp_path / "out")(IDS).logits
-    assert float((ours - theirs).abs().max()) <= 1e-3
+    other = peer(tmp_path / "out")
+    theirs = other(IDS).logits
+    truth = other.double()(IDS).logits
+    apart = [float((logits - truth).abs().max()) for logits in (ours, theirs)]
+    assert apart[0] <= 2 * apart[1] < 5e-3
 
 
 @torch.no_grad()
