@@ -18,7 +18,7 @@ TICKS = os.sysconf("SC_CLK_TCK")
 STARTUP = 0.05
 """Seconds of processor time in which Python itself starts and has no handler of ours."""
 LATEST = 3.0
-MOMENTS = 12
+MOMENTS = 8
 
 
 def processor_seconds(pid: int) -> float | None:
