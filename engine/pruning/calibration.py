@@ -71,13 +71,13 @@ def calibration_examples(source: ModelSource, how: Calibration) -> list[Example]
 
 
 def measured_scores(
-    source: ModelSource, layers: Sequence[HeadSlices], metric: Metric, how: Calibration
+    source: ModelSource,
+    layers: Sequence[HeadSlices],
+    metric: Metric,
+    examples: list[Example],
+    how: Calibration,
 ) -> list[LayerScores]:
-    """Scores of every head of `layers` by `metric` (l2-output or gradient).
-
-    Raises `DataError` for rows that cannot be used.
-    """
-    examples = calibration_examples(source, how)
+    """Scores of every head of `layers` by `metric` (l2-output or gradient)."""
     blank = weight_scores(source, layers, "random")
     device = resolve_device(how.device)
     model = build_model(

@@ -2,10 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.config.train_config import TrainConfig
+from engine.data.examples import Example
+
+
+def random_examples(seed: int, lengths: Sequence[int]) -> list[Example]:
+    """Examples of these lengths, of random tokens that every golden model has, all trained."""
+    generator = np.random.default_rng(seed)
+    return [
+        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
+        for length in lengths
+    ]
 
 
 def small_run(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
@@ -71,19 +84,10 @@ def write_judged(path: Path, count: int = 6) -> Path:
 
 def preference_run(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
     """Settings of 4 steps of two pairs on a CPU, with `changes`."""
-    plain: dict[str, Any] = {
-        "model": str(model),
-        "data": str(data),
-        "output_dir": output,
+    own: dict[str, Any] = {
         "objective": "dpo",
         "method": "lora",
         "max_steps": 4,
-        "batch_size": 2,
-        "max_length": 96,
-        "learning_rate": 5e-3,
-        "device": "cpu",
-        "plot": False,
-        "checkpoint_every": 2,
         "reference_cache": "none",
     }
-    return TrainConfig(**(plain | changes))
+    return small_run(model, data, output, **(own | changes))

@@ -1,7 +1,8 @@
-"""`ModelSourceView`: a model source that changes some answers of another."""
+"""Model sources that change some answers, or the names, of another."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,32 @@ class ModelSourceView:
 
     def digest(self) -> str:
         return self.base.digest()
+
+
+class RenamedView(ModelSourceView):
+    """A view whose tensors have other names; `outer` has the base's name of each."""
+
+    def __init__(self, base: ModelSource, outer: Mapping[str, str]) -> None:
+        super().__init__(base)
+        self._outer = outer
+
+    def names(self) -> list[str]:
+        return list(self._outer)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(self._outer[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(self._outer[name])
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.base.tensor(self._outer[name])
+
+    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
+        return self.base.codes(self._outer[name])
+
+    def stored_as(self, name: str) -> str | None:
+        return self.base.stored_as(self._outer[name])
+
+    def release(self, name: str) -> None:
+        self.base.release(self._outer[name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from engine.config.choices import METRICS_WITH_DATA
@@ -42,13 +43,22 @@ def calibration_of(settings: PruneSettings) -> Calibration:
     )
 
 
+Rows = Callable[[], list[Example]]
+"""Gives the calibration rows. Raises `DataError` for rows that cannot be used."""
+
+
+def rows_when_asked(source: ModelSource, settings: PruneSettings) -> Rows:
+    """The calibration rows, read once, when they are first asked for."""
+    return cache(lambda: calibration_examples(source, calibration_of(settings)))
+
+
 def scores_of(
-    source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings
+    source: ModelSource, layers: Sequence[HeadSlices], settings: PruneSettings, rows: Rows
 ) -> list[LayerScores]:
     """Scores of every head of `layers`. Raises `DataError` and `CheckpointError`."""
     metric, how = settings.importance, calibration_of(settings)
     if metric == "l2-reconstruction":
-        examples = calibration_examples(source, how)
+        examples = rows()
         say_memory(source, examples, settings, settings.measures_layers)
         stream = LayerStream(source, examples, how)
         blank = weight_scores(source, layers, "random")
@@ -56,7 +66,7 @@ def scores_of(
         ridge = settings.repair_ridge
         return reconstruction_scores(blank, stream, settings.grouping, ridge, measured)
     if metric in METRICS_WITH_DATA:
-        return measured_scores(source, layers, metric, how)
+        return measured_scores(source, layers, metric, rows(), how)
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)
 
 
@@ -94,11 +104,14 @@ def whole_model(
 
 
 def repair_of(
-    source: ModelSource, scored: Sequence[LayerScores], chosen: HeadMap, settings: PruneSettings
+    source: ModelSource,
+    scored: Sequence[LayerScores],
+    chosen: HeadMap,
+    settings: PruneSettings,
+    rows: Rows,
 ) -> tuple[dict[str, Change], dict[str, Any]]:
     """New values of what is left by the tensor's name, and what the record says of them."""
-    how = calibration_of(settings)
-    stream = LayerStream(source, calibration_examples(source, how), how)
+    stream = LayerStream(source, rows(), calibration_of(settings))
     dtype = parse_dtype(settings.dtype or type_to_write(source))
     repair = HeadRepair(stream, settings.repair_ridge, dtype)
     repair.run(scored, chosen)

@@ -97,13 +97,18 @@ def removal_order(given: Regression, units: Sequence[Tensor]) -> tuple[list[int]
         span = spans.pop(best)
         order.append(best)
         errors.append(max(growth[best], 0.0) / whole)
-        rows = inverse[span]
-        solved = torch.linalg.solve(inverse[span, span], rows)
-        weight -= weight[:, span] @ solved
-        inverse -= rows.mT @ solved
-        # Rounding must not bring back what went: its block of the inverse is zero from here on.
-        weight[:, span] = inverse[span] = inverse[:, span] = 0.0
+        _take_out(weight, inverse, span)
     return order, errors
+
+
+def _take_out(weight: Tensor, inverse: Tensor, columns: slice | Tensor) -> None:
+    """Zero these columns W_u in place, and update what is left of W and K = `inverse`."""
+    rows = inverse[columns]
+    update = torch.linalg.solve(rows[:, columns], rows)
+    weight -= weight[:, columns] @ update
+    inverse -= rows.mT @ update
+    # Rounding must not bring back what went: its block of the inverse is zero from here on.
+    weight[:, columns] = inverse[columns] = inverse[:, columns] = 0.0
 
 
 def _growth(weight: Tensor, inverse: Tensor, span: slice) -> float:
@@ -132,12 +137,8 @@ def cheapest_columns(given: Regression, count: int, rounds: int = 16) -> Tensor:
         if going:
             growth[torch.cat(going)] = torch.inf
         taken = growth.topk(min(size, count - start), largest=False).indices
-        rows = inverse[taken]
-        solved = torch.linalg.solve(rows[:, taken], rows)
-        weight -= weight[:, taken] @ solved
-        inverse -= rows.mT @ solved
+        _take_out(weight, inverse, taken)
         going.append(taken)
-        weight[:, taken] = inverse[taken] = inverse[:, taken] = 0.0
     return torch.cat(going)
 
 

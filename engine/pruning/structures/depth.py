@@ -15,6 +15,7 @@ down_proj is the best it can do in their place, with the ridge towards the weigh
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -112,11 +113,7 @@ class GapRepair:
                 continue
             model = self._stream.open(index)
             states = self._stream.run(model)
-            gap = [
-                n
-                for n in range(index + 1, layers)
-                if pruned_layers.issuperset(range(index + 1, n + 1))
-            ]
+            gap = list(takewhile(pruned_layers.__contains__, range(index + 1, layers)))
             mlp = model.layers[0].mlp
             if gap and isinstance(mlp, MLP):
                 wanted = self._through(states, gap)

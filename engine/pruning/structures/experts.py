@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import RenamedView
 from engine.pruning.reconstruction.layer_stream import LayerStream
 from engine.pruning.structures.views import with_text_config
 from kernels.linear.int8 import Int8Weight
@@ -71,13 +71,13 @@ def experts_to_go(config: ModelConfig, fraction: float) -> int:
     return count
 
 
-class FewerExpertsSource(ModelSourceView):
+class FewerExpertsSource(RenamedView):
     """A model source whose mixtures have the experts `staying` alone, numbered anew."""
 
     def __init__(self, base: ModelSource, staying: Mapping[int, Tensor]) -> None:
         """Every mixture keeps the same number of experts."""
-        super().__init__(base)
-        self._outer: dict[str, str] = {}
+        outer: dict[str, str] = {}
+        super().__init__(base, outer)
         self._rows: dict[str, Tensor] = {}
         prefix = re.escape(path_in_file(base.config, "model.layers."))
         known = re.compile(rf"({prefix}(\d+)\.mlp\.)(gate\.weight|experts\.(?:(\d+)\.)?(.+))")
@@ -85,12 +85,12 @@ class FewerExpertsSource(ModelSourceView):
             match = known.fullmatch(name)
             index = None if match is None else staying.get(int(match[2]))
             if match is None or index is None:
-                self._outer[name] = name
+                outer[name] = name
             elif match[4] is None:  # the router, or all experts in one tensor
-                self._outer[name], self._rows[name] = name, index
+                outer[name], self._rows[name] = name, index
             elif int(match[4]) in index.tolist():
                 number = index.tolist().index(int(match[4]))
-                self._outer[f"{match[1]}experts.{number}.{match[5]}"] = name
+                outer[f"{match[1]}experts.{number}.{match[5]}"] = name
         count = len(next(iter(staying.values())))
         own = base.raw_config.get("text_config")
         keys = ("num_experts", "num_local_experts")
@@ -99,32 +99,16 @@ class FewerExpertsSource(ModelSourceView):
         self.raw_config = with_text_config(base.raw_config, changes)
         self.config = ModelConfig.from_dict(self.raw_config)
 
-    def names(self) -> list[str]:
-        """Names as the model that is left has them."""
-        return list(self._outer)
-
     def tensor(self, name: str) -> Tensor:
         """Tensor `name` of the model that is left."""
-        tensor = self.base.tensor(self._outer[name])
+        tensor = super().tensor(name)
         return tensor if name not in self._rows else tensor.index_select(0, self._rows[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Its shape."""
-        shape = self.base.shape(self._outer[name])
+        shape = super().shape(name)
         return shape if name not in self._rows else (len(self._rows[name]), *shape[1:])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Its type."""
-        return self.base.dtype(self._outer[name])
 
     def codes(self, name: str) -> NF4Weight | Int8Weight | None:
         """Its codes, if it is stored in codes and whole."""
-        return None if name in self._rows else self.base.codes(self._outer[name])
-
-    def stored_as(self, name: str) -> str | None:
-        """How the files hold it."""
-        return self.base.stored_as(self._outer[name])
-
-    def release(self, name: str) -> None:
-        """Say that no view of it is in use."""
-        self.base.release(self._outer[name])
+        return None if name in self._rows else super().codes(name)

@@ -64,11 +64,7 @@ def _without_channels(
     examples: list[Example],
     protected: frozenset[int],
 ) -> tuple[ModelSource, dict[str, Any]]:
-    if protected:
-        raise ConfigError(
-            "--what mlp takes as many channels out of every layer, so no layer can be protected. "
-            "Leave out --protect."
-        )
+    _refuse_protection(protected, "--what mlp takes as many channels out of every layer")
     count = channels_to_go(source.config, settings.fraction)
     ridge = settings.repair_ridge if settings.repairs else None
     stream = LayerStream(source, examples, calibration_of(settings))
@@ -87,11 +83,7 @@ def _without_experts(
     examples: list[Example],
     protected: frozenset[int],
 ) -> tuple[ModelSource, dict[str, Any]]:
-    if protected:
-        raise ConfigError(
-            "--what experts takes as many out of every mixture, so no layer can be protected. "
-            "Leave out --protect."
-        )
+    _refuse_protection(protected, "--what experts takes as many out of every mixture")
     config = source.config
     count = experts_to_go(config, settings.fraction)
     mass = routed_mass(LayerStream(source, examples, calibration_of(settings)))
@@ -161,6 +153,11 @@ def _without_layers(
             {new: earlier[old] for new, old in enumerate(staying) if old in earlier}
         ),
     }
+
+
+def _refuse_protection(protected: frozenset[int], why: str) -> None:
+    if protected:
+        raise ConfigError(f"{why}, so no layer can be protected. Leave out --protect.")
 
 
 def _written(source: ModelSource, settings: PruneSettings) -> torch.dtype | None:

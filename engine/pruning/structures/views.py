@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import ModelSourceView, RenamedView
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 from models.config.heads_per_layer import PER_LAYER
@@ -58,52 +57,24 @@ class NarrowSource(ModelSourceView):
         return tuple(len(index) if axis == dim else size for axis, size in enumerate(shape))
 
 
-class ShallowSource(ModelSourceView):
+class ShallowSource(RenamedView):
     """A model source of the layers `staying` alone, numbered anew."""
 
     def __init__(self, base: ModelSource, staying: Sequence[int]) -> None:
         """Raises `ConfigError` where no configuration describes these layers."""
-        super().__init__(base)
         prefix = path_in_file(base.config, "model.layers.")
         number = {f"{prefix}{old}.": f"{prefix}{new}." for new, old in enumerate(staying)}
-        self._outer: dict[str, str] = {}
+        outer: dict[str, str] = {}
         for name in base.names():
             if not name.startswith(prefix):
-                self._outer[name] = name
+                outer[name] = name
                 continue
             head = prefix + name.removeprefix(prefix).partition(".")[0] + "."
             if head in number:
-                self._outer[number[head] + name.removeprefix(head)] = name
+                outer[number[head] + name.removeprefix(head)] = name
+        super().__init__(base, outer)
         self.raw_config = shallow_config(base, staying)
         self.config = ModelConfig.from_dict(self.raw_config)
-
-    def names(self) -> list[str]:
-        """Names as the model that is left has them."""
-        return list(self._outer)
-
-    def tensor(self, name: str) -> Tensor:
-        """Tensor `name` of the model that is left."""
-        return self.base.tensor(self._outer[name])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape."""
-        return self.base.shape(self._outer[name])
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Its type."""
-        return self.base.dtype(self._outer[name])
-
-    def codes(self, name: str) -> NF4Weight | Int8Weight | None:
-        """Its codes, if it is stored in codes."""
-        return self.base.codes(self._outer[name])
-
-    def stored_as(self, name: str) -> str | None:
-        """How the files hold it."""
-        return self.base.stored_as(self._outer[name])
-
-    def release(self, name: str) -> None:
-        """Say that no view of it is in use."""
-        self.base.release(self._outer[name])
 
 
 def with_text_config(raw: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,7 +103,7 @@ def shallow_config(base: ModelSource, staying: Sequence[int]) -> dict[str, Any]:
         changes |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     result = with_text_config(raw, changes)
     left = ModelConfig.from_dict(result)
-    for field in ("layer_types", "rope_layers", "sparse_layers", *PER_LAYER_FIELDS):
+    for field in ("layer_types", "rope_layers", "sparse_layers", *PER_LAYER):
         before, after = getattr(config, field), getattr(left, field)
         if tuple(before[layer] for layer in staying if before) != after:
             raise ConfigError(
@@ -141,6 +112,3 @@ def shallow_config(base: ModelSource, staying: Sequence[int]) -> dict[str, Any]:
                 "with --protect so that what is left follows the family's pattern."
             )
     return result
-
-
-PER_LAYER_FIELDS = ("num_attention_heads_per_layer", "num_key_value_heads_per_layer")

@@ -41,7 +41,11 @@ from engine.pruning.apply import (
     renumbered,
 )
 from engine.pruning.heat_map import HEAT_MAP, draw
-from engine.pruning.reconstruction.from_settings import repair_of, scores_of
+from engine.pruning.reconstruction.from_settings import (
+    repair_of,
+    rows_when_asked,
+    scores_of,
+)
 from engine.pruning.reconstruction.repair import Change, RepairedSource
 from engine.pruning.report import LOADS_IN, all_pruned, describe
 from engine.pruning.scores import (
@@ -92,7 +96,8 @@ def prune(
     rules = _rules(settings, source.config.num_hidden_layers)
     if settings.importance in ("l2-weights", "l2-weights-largest", "ov"):
         log.warning(WEIGHTS_WARNING, settings.importance)
-    scored = scores_of(source, layers, settings)
+    rows = rows_when_asked(source, settings)
+    scored = scores_of(source, layers, settings, rows)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.importance, settings.form)
     record |= {
@@ -115,7 +120,7 @@ def prune(
         return PruneResult(record, None)
     changes: Mapping[str, Change] = {}
     if settings.repairs:
-        changes, record["repair"] = repair_of(source, scored, choice.heads, settings)
+        changes, record["repair"] = repair_of(source, scored, choice.heads, settings, rows)
     figures = {"heads": record["heads"], "metric": settings.importance, "mode": settings.form}
     sum_up = _summary(settings, model, Path(output), started, figures)
     say_decoded(source, "written dense")

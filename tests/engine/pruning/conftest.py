@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from engine.config.tasks.pruning import PruneSettings
+from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
+from engine.verbs.models.prune import prune
 
 Golden = Callable[[str], Path]
 IDS = (torch.arange(72) * 7 % 61 + 3).reshape(2, 36)
@@ -25,6 +28,33 @@ def logits() -> Callable[..., torch.Tensor]:
         return result
 
     return run
+
+
+Cut = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def cutter(
+    tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Cut]:
+    """``cutter(what, examples)(model, name, **settings)`` prunes into ``tmp_path / name``.
+
+    The examples take the place of the calibration rows; the record is what comes back.
+    """
+
+    def of(what: str, examples: list[Example], fraction: float = 0.25) -> Cut:
+        monkeypatch.setattr(
+            "engine.pruning.structures.prune_structures.calibration_examples", lambda *_: examples
+        )
+
+        def run(model: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
+            given: dict[str, Any] = {"fraction": fraction, "what": what, "device": "cpu"} | changes
+            settings = PruneSettings(data=(str(write_rows(2)),), **given)
+            return prune(model, tmp_path / name, settings).record
+
+        return run
+
+    return of
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,23 +13,26 @@ from engine.errors import DataError
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.pruning import calibration
-from engine.pruning.calibration import Calibration, activations, gradients, measured_scores
+from engine.pruning.calibration import (
+    Calibration,
+    activations,
+    calibration_examples,
+    gradients,
+    measured_scores,
+)
 from engine.pruning.scores import prunable_heads
 from engine.verbs.models.prune import prune
 from models.decoder import Decoder
 from models.layers.linear import Linear
 from models.layers.packed_batch import PackedBatch
+from tests.support.small_runs import random_examples
 
 Golden = Callable[[str], Path]
 Rows = Callable[..., Path]
 
 
 def examples() -> list[Example]:
-    generator = np.random.default_rng(1)
-    return [
-        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
-        for length in (17, 5, 23)
-    ]
+    return random_examples(1, (17, 5, 23))
 
 
 def outputs(model: Decoder) -> dict[int, Linear]:
@@ -160,7 +162,9 @@ def test_only_the_asked_number_of_rows_is_run(
 
     def values(data: Path, rows: int) -> torch.Tensor:
         how = Calibration((str(data),), rows=rows, device="cpu")
-        measured = measured_scores(checkpoint, layers, "l2-output", how)
+        measured = measured_scores(
+            checkpoint, layers, "l2-output", calibration_examples(checkpoint, how), how
+        )
         return torch.stack([scores.values for scores in measured])
 
     three, nine = write_rows(3, "three.jsonl"), write_rows(9, "nine.jsonl")

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,16 +15,13 @@ from engine.pruning.calibration import Calibration, heads_output
 from engine.pruning.reconstruction.layer_stream import HeadMoments, LayerStream
 from models.decoder import Decoder
 from models.layers.observer import LayerObserver, observe_layers
+from tests.support.small_runs import random_examples
 
 Golden = Callable[[str], Path]
 
 
 def examples() -> list[Example]:
-    generator = np.random.default_rng(1)
-    return [
-        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
-        for length in (17, 5, 23)
-    ]
+    return random_examples(1, (17, 5, 23))
 
 
 def wide_stream(folder: Path) -> LayerStream:

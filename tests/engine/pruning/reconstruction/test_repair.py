@@ -25,6 +25,7 @@ from engine.verbs.models.quantize import quantize
 from models.decoder import Decoder
 from models.layers.observer import LayerObserver, observe_layers
 from tests.support.quantised_gguf import write_q8_gguf
+from tests.support.small_runs import random_examples
 
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]
@@ -32,11 +33,7 @@ RIDGE = 1e-3
 
 
 def examples() -> list[Example]:
-    generator = np.random.default_rng(5)
-    return [
-        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
-        for length in (40, 61, 33, 57, 48)
-    ]
+    return random_examples(5, (40, 61, 33, 57, 48))
 
 
 class _Inputs(LayerObserver):

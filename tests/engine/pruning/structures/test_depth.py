@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config.tasks.pruning import PruneSettings
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.errors import ConfigError
@@ -21,36 +20,22 @@ from engine.pruning.reconstruction.sensitivity import PrefixDivergence
 from engine.pruning.report import table
 from engine.pruning.structures.channels import channels
 from engine.pruning.structures.depth import GapRepair, layers_by_divergence
-from engine.verbs.models.prune import prune
 from models.decoder import Decoder
 from models.layers.observer import LayerObserver, observe_layers
+from tests.support.small_runs import random_examples
 
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]
 
 
 def examples() -> list[Example]:
-    generator = np.random.default_rng(7)
-    return [
-        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
-        for length in (40, 61, 33, 57)
-    ]
+    return random_examples(7, (40, 61, 33, 57))
 
 
 @pytest.fixture
-def cut(
-    tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
+def cut(cutter: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """``cut(model, name, **settings)`` prunes layers into ``tmp_path / name``."""
-    monkeypatch.setattr(
-        "engine.pruning.structures.prune_structures.calibration_examples", lambda *_: examples()
-    )
-
-    def run(model: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"fraction": 0.25, "what": "layers", "device": "cpu"} | changes
-        settings = PruneSettings(data=(str(write_rows(2)),), **given)
-        return prune(model, tmp_path / name, settings).record
-
+    run: Callable[..., dict[str, Any]] = cutter("layers", examples())
     return run
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config.tasks.pruning import PruneSettings
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.errors import ConfigError
@@ -18,7 +17,6 @@ from engine.pruning.calibration import Calibration
 from engine.pruning.reconstruction.layer_stream import LayerStream
 from engine.pruning.report import table
 from engine.pruning.structures.experts import routed_mass
-from engine.verbs.models.prune import prune
 from models.layers.context import DEFAULT_SETTINGS
 from models.tensor_names import expected_tensors
 
@@ -28,20 +26,9 @@ ROW = [5, 41]
 
 
 @pytest.fixture
-def cut(
-    tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
+def cut(cutter: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """``cut(model, **settings)`` prunes experts by the one row into ``tmp_path / "out"``."""
-    example = Example(ROW, [True] * 2, "row")
-    monkeypatch.setattr(
-        "engine.pruning.structures.prune_structures.calibration_examples", lambda *_: [example]
-    )
-
-    def run(model: Path, **changes: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"fraction": 1 / 3, "what": "experts", "device": "cpu"} | changes
-        settings = PruneSettings(data=(str(write_rows(2)),), **given)
-        return prune(model, tmp_path / "out", settings).record
-
+    run: Callable[..., dict[str, Any]] = cutter("experts", [Example(ROW, [True] * 2, "row")], 1 / 3)
     return run
 
 
