@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.config.choices import Metric
+from engine.config.tasks.pruning import DEFAULT_RIDGE
 from engine.errors import ConfigError
 from engine.pruning.calibration import dense_weight
 from engine.pruning.reconstruction.layer_stream import LayerStream
@@ -113,8 +113,8 @@ class ChannelPruning:
         mlp = model.layers[0].mlp
         assert isinstance(mlp, MLP)
         down, name = mlp.down_proj, f"model.layers.{index}.mlp.down_proj"
-        given = Regression(self._read(f"{name}.weight"), moments, self._ridge or 1e-3)
-        given = replace(given, centred=down.bias is not None)
+        ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
+        given = Regression(self._read(f"{name}.weight"), moments, ridge, down.bias is not None)
         going = self._chosen(given, model, count)
         stay = torch.ones(down.in_features, dtype=torch.bool)
         stay[going.cpu()] = False

@@ -21,6 +21,7 @@ from engine.pruning.report import table
 from engine.pruning.structures.channels import ChannelPruning, channels
 from engine.verbs.models.prune import prune
 from models.layers.observer import LayerObserver, observe_layers
+from tests.support.small_runs import random_examples
 
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]
@@ -28,27 +29,13 @@ RIDGE = 1e-3
 
 
 def examples() -> list[Example]:
-    generator = np.random.default_rng(5)
-    return [
-        Example(generator.integers(3, 60, length), [True] * length, f"row {length}")
-        for length in (40, 61, 33, 57, 48)
-    ]
+    return random_examples(5, (40, 61, 33, 57, 48))
 
 
 @pytest.fixture
-def cut(
-    tmp_path: Path, write_rows: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., dict[str, Any]]:
+def cut(cutter: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """``cut(model, name, **settings)`` prunes channels into ``tmp_path / name``."""
-    monkeypatch.setattr(
-        "engine.pruning.structures.prune_structures.calibration_examples", lambda *_: examples()
-    )
-
-    def run(model: Path, name: str = "out", **changes: Any) -> dict[str, Any]:
-        given: dict[str, Any] = {"fraction": 0.25, "what": "mlp", "device": "cpu"} | changes
-        settings = PruneSettings(data=(str(write_rows(2)),), **given)
-        return prune(model, tmp_path / name, settings).record
-
+    run: Callable[..., dict[str, Any]] = cutter("mlp", examples())
     return run
 
 
@@ -64,11 +51,14 @@ class _DownInputs(LayerObserver):
 
 
 @torch.no_grad()
-def test_each_down_proj_is_numpys_fit_after_the_repaired_layers_before_it(golden: Golden) -> None:
+@pytest.mark.parametrize("ridge", [RIDGE, 0.0])
+def test_each_down_proj_is_numpys_fit_after_the_repaired_layers_before_it(
+    golden: Golden, ridge: float
+) -> None:
     source = open_model_source(golden("llama"))
     stream = LayerStream(source, examples(), Calibration((), device="cpu"))
     stream.dtype, stream.states = torch.float64, stream.states.double()
-    work = ChannelPruning(stream, "l2-reconstruction", RIDGE, torch.float64)
+    work = ChannelPruning(stream, "l2-reconstruction", ridge, torch.float64)
     work.run(24)
     model = load_model(golden("llama"), dtype=torch.float64)
     for layer, staying in work.staying.items():
@@ -77,7 +67,7 @@ def test_each_down_proj_is_numpys_fit_after_the_repaired_layers_before_it(golden
         with observe_layers(observer):
             model.hidden_states(collate(examples()))
         a, weight = observer.a.numpy(), down.weight.numpy().copy()
-        wide = np.concatenate([a, np.sqrt(RIDGE * (a**2).mean() * len(a)) * np.eye(a.shape[1])])
+        wide = np.concatenate([a, np.sqrt(ridge * (a**2).mean() * len(a)) * np.eye(a.shape[1])])
         expected = np.linalg.lstsq(wide[:, staying], wide @ weight.T, rcond=None)[0].T
         ours = work.changes[f"model.layers.{layer}.mlp.down_proj.weight"].values.numpy()
         assert np.abs(ours[:, staying] - expected).max() < 1e-8
