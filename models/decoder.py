@@ -58,6 +58,12 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
 
 
+def balance_of(routed: Routed, batch: PackedBatch) -> Tensor:
+    """The router's balancing loss () of what the mixtures chose for a batch's tokens."""
+    counts, prob_sums = zip(*routed, strict=True)
+    return load_balancing_loss(counts, prob_sums, batch.tokens)
+
+
 class Decoder(nn.Module):
     """A causal language model.
 
@@ -184,7 +190,7 @@ class Decoder(nn.Module):
         given, batch = batch, batch.to(self.device, self.ids_device)
         items = (batch.items or 1) if num_items is None else num_items
         divisor = items / loss_scale
-        factor = self.router_loss if settings.router_loss is None else settings.router_loss
+        factor = self.router_factor(settings)
         routed: Routed | None = [] if factor else None
         x = self.hidden_states(batch, settings, routed)
         trained = self.model.norm(x.index_select(0, batch.trained))
@@ -209,9 +215,11 @@ class Decoder(nn.Module):
             return loss
         # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
         share = loss_scale if num_items is None else batch.items / divisor
-        counts, prob_sums = zip(*routed, strict=True)
-        balance = load_balancing_loss(counts, prob_sums, batch.tokens)
-        return loss + factor * share * balance.to(loss.dtype)
+        return loss + factor * share * balance_of(routed, batch).to(loss.dtype)
+
+    def router_factor(self, settings: StepSettings) -> float:
+        """How much the router's balancing loss counts: as settings say, else as the model does."""
+        return self.router_loss if settings.router_loss is None else settings.router_loss
 
     def hidden_states(
         self,
@@ -326,9 +334,9 @@ class Decoder(nn.Module):
         positions = positions if batch.shared is None else batch.shared.taken(positions)
         cos, sin = self.rotary(positions, self.dtype)
         key = None
-        drops = settings.drops or self._drops()
-        if self.training and settings.dropout_seed is not None and drops:
-            key = torch.full((), settings.dropout_seed, dtype=torch.int64, device=self.device)
+        seed = settings.dropout_seed if self.training else None
+        if seed is not None and (settings.drops or self._drops()):
+            key = torch.full((), seed, dtype=torch.int64, device=self.device)
         inputs = None
         if settings.offload_inputs and torch.is_grad_enabled():
             self._copies = self._copies or SideCopies(self.device)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.loss.linear_preference import sequence_log_probs
-from kernels.moe.router import load_balancing_loss
-from models.decoder import Decoder
+from models.decoder import Decoder, balance_of
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch, Sequences
 from models.memory.checkpointing import Routed
@@ -30,7 +29,7 @@ def batch_log_probs(
     """
     sequences_of(batch)
     batch = batch.to(model.device, model.ids_device)
-    factor = model.router_loss if settings.router_loss is None else settings.router_loss
+    factor = model.router_factor(settings)
     routed: Routed | None = [] if factor else None
     x = model.hidden_states(batch, settings, routed)
     trained = model.model.norm(x.index_select(0, batch.trained))
@@ -45,6 +44,4 @@ def batch_log_probs(
     )
     if not routed:
         return sums, None
-    counts, prob_sums = zip(*routed, strict=True)
-    balance = load_balancing_loss(counts, prob_sums, batch.tokens)
-    return sums, factor * balance.to(sums.dtype)
+    return sums, factor * balance_of(routed, batch).to(sums.dtype)

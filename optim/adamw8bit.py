@@ -158,7 +158,7 @@ class AdamW8bit(StepOptimizer):
             with torch.enable_grad():
                 loss = closure()
         observer, whole = optimizer_observer(), only is None
-        observer.step_begins([p.grad for p in self._params() if p.grad is not None], whole)
+        observer.step_begins([p.grad for p in self.ordered_params() if p.grad is not None], whole)
         if use_triton(self._built().m_absmax):
             self._step_flat(grad_scale, max_norm, only)
         else:
@@ -170,7 +170,7 @@ class AdamW8bit(StepOptimizer):
         self, grad_scale: float | Tensor, max_norm: float, only: tuple[int, ...] | None
     ) -> None:
         flat = self._built()
-        params = self._params()
+        params = self.ordered_params()
         numbers = range(len(params)) if only is None else only
         grads = {i: grad for i in numbers if (grad := params[i].grad) is not None}
         if math.isfinite(max_norm) and grads:
@@ -193,7 +193,7 @@ class AdamW8bit(StepOptimizer):
     def _step_flat(
         self, grad_scale: float | Tensor, max_norm: float, only: tuple[int, ...] | None
     ) -> None:
-        flat, params = self._built(), self._params()
+        flat, params = self._built(), self.ordered_params()
         device = flat.steps.device
         table = self._tables.get(only)
         if table is None:
@@ -247,7 +247,7 @@ class AdamW8bit(StepOptimizer):
             )
         flat = self._built()
         saved = state_dict["state"]
-        mine = [self.state[param] for param in self._params()]
+        mine = [self.state[param] for param in self.ordered_params()]
         for index, tensors in enumerate(mine):
             check_loadable(f"parameter {index}", tensors, saved.get(index, {}))
         for index, tensors in enumerate(mine):
@@ -257,13 +257,10 @@ class AdamW8bit(StepOptimizer):
         for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
             group.update({k: v for k, v in saved_group.items() if k != "params"})
 
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
     def _built(self) -> FlatState:
         """The flat state, made at first use, so that a model may still be moved before training."""
         if self._flat is None:
-            params = self._params()
+            params = self.ordered_params()
             refuse_unusable(params)
             masters = self._precision.low_precision == "master"
             with optimizer_observer().building_state():

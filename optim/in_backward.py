@@ -37,7 +37,7 @@ class StepInBackward:
 
     def __init__(self, optimizer: StepOptimizer, units: Sequence[Sequence[Tensor]]) -> None:
         self._optimizer = optimizer
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._params = optimizer.ordered_params()
         numbers = {id(param): number for number, param in enumerate(self._params)}
         members = [[numbers.get(id(param), -1) for param in unit] for unit in units]
         if sorted(number for unit in members for number in unit) != list(range(len(numbers))):

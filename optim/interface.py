@@ -11,6 +11,10 @@ from torch import Tensor
 class StepOptimizer(torch.optim.Optimizer):
     """An optimizer whose step scales gradients as it reads them and skips what is not finite."""
 
+    def ordered_params(self) -> list[Tensor]:
+        """Every parameter, in the order of the groups."""
+        return [param for group in self.param_groups for param in group["params"]]
+
     def step(  # type: ignore[override]
         self,
         closure: None = None,

@@ -71,10 +71,9 @@ class PerParameter(StepOptimizer):
         `grad_scale` multiplies the gradients as they are read. With `only`, numbers of parameters
         in the order of the groups, the others are neither looked at nor moved.
         """
-        states, params, whole = self._built(), self._params(), only is None
-        grads = {
-            i: grad for i in (only or range(len(params))) if (grad := params[i].grad) is not None
-        }
+        states, params, whole = self._built(), self.ordered_params(), only is None
+        numbers = range(len(params)) if only is None else only
+        grads = {i: grad for i in numbers if (grad := params[i].grad) is not None}
         observer = optimizer_observer()
         observer.step_begins(list(grads.values()), whole)
         scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
@@ -102,7 +101,7 @@ class PerParameter(StepOptimizer):
             "steps": torch.tensor(self._steps, dtype=torch.int64, device="cpu"),
             "skipped_steps": self._skipped,
             "layout": torch.tensor(
-                [LAYOUT_VERSION, *(param.numel() for param in self._params())],
+                [LAYOUT_VERSION, *(param.numel() for param in self.ordered_params())],
                 dtype=torch.int64,
                 device="cpu",
             ),
@@ -118,13 +117,10 @@ class PerParameter(StepOptimizer):
             mine.copy_(tensors[name])
         self._steps = [int(step) for step in tensors["steps"]]
 
-    def _params(self) -> list[Tensor]:
-        return [param for group in self.param_groups for param in group["params"]]
-
     def _built(self) -> list[dict[str, Tensor]]:
         """The state, made at first use, so that a model may still be moved before training."""
         if self._states is None:
-            params = self._params()
+            params = self.ordered_params()
             refuse_unusable(params)
             with optimizer_observer().building_state():
                 self._states = [

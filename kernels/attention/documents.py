@@ -178,6 +178,15 @@ def heads_first(x: Tensor, start: int, end: int, groups: int) -> Tensor:
     return part if groups == 1 else part.repeat_interleave(groups, dim=1)
 
 
+def add_to_keys(total: Tensor, part: Tensor, block: Block) -> None:
+    """Add part (1, H * groups, K, D) to the block's keys in total (N, H, D), in total's type.
+
+    The query heads of a group are summed. It is the transpose of `heads_first` of keys.
+    """
+    summed = part.to(total.dtype).unflatten(1, (total.shape[1], -1)).sum(2)
+    total[block.k0 : block.q1] += summed.squeeze(0).transpose(0, 1)
+
+
 def checked_bounds(bounds: Sequence[int], tokens: int) -> tuple[int, ...]:
     """The boundaries of documents. Raises `ValueError` unless they rise from 0 to `tokens`."""
     rising = all(a < b for a, b in pairwise(bounds))

@@ -16,7 +16,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.documents import AttentionGradients, AttentionSettings, Block, heads_first
+from kernels.attention.documents import (
+    AttentionGradients,
+    AttentionSettings,
+    Block,
+    add_to_keys,
+    heads_first,
+)
 from kernels.elementwise.dropout import Seed, dropout
 
 
@@ -60,13 +66,12 @@ def dropped_backward(
     out: Tensor,
     saved: list[Tensor],
     settings: AttentionSettings,
-    into: AttentionGradients | None = None,
 ) -> AttentionGradients:
     """dq, dk, dv; keys of overlapping blocks are summed in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    groups, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    groups = q.shape[1] // k.shape[1]
     for b in settings.blocks(q):
         queries, grad = heads_first(q, b.q0, b.q1, 1), heads_first(do, b.q0, b.q1, 1)
         keys, values = (heads_first(x, b.k0, b.q1, groups) for x in (k, v))
@@ -77,8 +82,6 @@ def dropped_backward(
         d_scores = d_weights.sub_(products.sum(3, keepdim=True)).mul_(weights).mul_(settings.scale)
         d_scores = d_scores.to(q.dtype)
         dq[b.q0 : b.q1] = (d_scores @ keys).squeeze(0).transpose(0, 1)
-        d_keys = d_scores.transpose(2, 3) @ queries
-        for target, part in ((dk, d_keys), (dv, d_values)):
-            summed = part.to(wide).unflatten(1, (kv_heads, groups)).sum(2)
-            target[b.k0 : b.q1] += summed.squeeze(0).transpose(0, 1)
+        add_to_keys(dk, d_scores.transpose(2, 3) @ queries, b)
+        add_to_keys(dv, d_values, b)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

@@ -10,7 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.attention.documents import AttentionGradients, AttentionSettings, heads_first
+from kernels.attention.documents import (
+    AttentionGradients,
+    AttentionSettings,
+    add_to_keys,
+    heads_first,
+)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -50,7 +55,7 @@ def documents_backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (k, v))
-    groups, kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    groups = q.shape[1] // k.shape[1]
     for b in settings.blocks(q):
         leaves = [
             heads_first(q, b.q0, b.q1, 1).detach().requires_grad_(True),
@@ -61,7 +66,6 @@ def documents_backward(
             part = _attend(leaves[0], leaves[1], leaves[2], b.mask, settings.scale)
         grads = torch.autograd.grad(part, leaves, heads_first(do, b.q0, b.q1, 1))
         dq[b.q0 : b.q1] = grads[0].squeeze(0).transpose(0, 1)
-        for target, grad in ((dk, grads[1]), (dv, grads[2])):
-            summed = grad.to(wide).unflatten(1, (kv_heads, groups)).sum(2)
-            target[b.k0 : b.q1] += summed.squeeze(0).transpose(0, 1)
+        add_to_keys(dk, grads[1], b)
+        add_to_keys(dv, grads[2], b)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

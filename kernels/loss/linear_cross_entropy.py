@@ -82,6 +82,13 @@ def _slabs(head: Int8Weight, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, dequantize_int8(part, like.dtype, out=buffer[: rows.stop - start])
 
 
+def dense_head(weight: Head, hidden: Tensor) -> Head:
+    """The head in the dtype of the products."""
+    if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
+        return weight.to(hidden.dtype)
+    return weight
+
+
 def head_logits(hidden: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
     """hidden (n, H) times the head (V, H), transposed: logits (n, V), in `out` if given."""
     if isinstance(head, Tensor):
@@ -167,9 +174,7 @@ def _forward(
     losses = torch.empty(count, dtype=wide, device=hidden.device)
     dhidden = torch.empty_like(hidden) if need_dhidden else None
     dweight = torch.zeros(weight.shape, dtype=wide, device=hidden.device) if need_dweight else None
-    head = weight
-    if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
-        head = weight.to(hidden.dtype)
+    head = dense_head(weight, hidden)
     buffer = logits_buffer(min(rows, count), vocab_size, hidden)
     for part in chunks(count, rows):
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])

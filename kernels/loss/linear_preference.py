@@ -33,6 +33,7 @@ from kernels.loss.linear_cross_entropy import (
     add_outer_,
     chunk_tokens,
     chunks,
+    dense_head,
     head_gradient,
     head_logits,
     logits_buffer,
@@ -55,13 +56,6 @@ def _sums(of_tokens: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
     return padded.index_copy(0, slots, of_tokens).view(shape).sum(1)
 
 
-def _dense(weight: Head, hidden: Tensor) -> Head:
-    """The head in the dtype of the products."""
-    if isinstance(weight, Tensor) and weight.dtype != hidden.dtype:
-        return weight.to(hidden.dtype)
-    return weight
-
-
 def _forward(
     hidden: Tensor, weight: Head, targets: Tensor, rows: int, need_dhidden: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -70,7 +64,7 @@ def _forward(
     count = hidden.shape[0]
     losses = torch.empty(count, dtype=wide, device=hidden.device)
     directions = torch.empty_like(hidden) if need_dhidden else None
-    head = _dense(weight, hidden)
+    head = dense_head(weight, hidden)
     buffer = logits_buffer(min(rows, count), weight.shape[0], hidden)
     for part in chunks(count, rows):
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
@@ -88,7 +82,7 @@ def _backward_both(
     count = hidden.shape[0]
     dhidden = torch.empty_like(hidden) if need_dhidden else None
     dweight = torch.zeros(weight.shape, dtype=wide, device=hidden.device)
-    head = _dense(weight, hidden)
+    head = dense_head(weight, hidden)
     buffer = logits_buffer(min(rows, count), weight.shape[0], hidden)
     for part in chunks(count, rows):
         logits = head_logits(hidden[part], head, buffer[: part.stop - part.start])
