@@ -1,7 +1,12 @@
 """engine sweep: runs with several values of their settings, one after another."""
 
+from typing import TYPE_CHECKING
+
 from cli.from_settings import Call, Verb, make_app
 from engine.config.tasks.comparing import SweepSettings
+
+if TYPE_CHECKING:
+    from engine.sweeps.trials import Trial
 
 OPENS_LOG = True
 
@@ -16,10 +21,10 @@ def run_sweep(call: Call) -> int:
     from engine.sweeps.report import PICTURE, TABLE, sweep_table
     from engine.verbs.training.sweep import sweep_with
 
-    def told(trial: object, what: str) -> None:
+    def told(trial: "Trial", what: str) -> None:
         if not call.as_json:
-            values = ", ".join(f"{k}={v}" for k, v in getattr(trial, "values", {}).items())
-            print(f"== {getattr(trial, 'name', '')} ({values}): {what}", flush=True)
+            values = ", ".join(f"{k}={v}" for k, v in trial.values.items())
+            print(f"== {trial.name} ({values}): {what}", flush=True)
 
     result = sweep_with(settings, told)
     if call.print_json(result.as_dict()):

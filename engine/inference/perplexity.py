@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,7 @@ from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
 TOKENS_PER_BATCH = 2048
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,24 @@ class EvalResult:
     parts: dict[str, float] = field(default_factory=dict)
 
 
-def by_tokens(examples: Iterable[Example], budget: int) -> Iterator[list[Example]]:
-    """Consecutive examples with at most `budget` tokens together, at least one at a time."""
-    group: list[Example] = []
+def grouped(items: Iterable[T], budget: int, length: Callable[[T], int]) -> Iterator[list[T]]:
+    """Consecutive items of at most `budget` tokens together, at least one at a time."""
+    group: list[T] = []
     size = 0
-    for example in examples:
-        if group and size + len(example) > budget:
+    for item in items:
+        tokens = length(item)
+        if group and size + tokens > budget:
             yield group
             group, size = [], 0
-        group.append(example)
-        size += len(example)
+        group.append(item)
+        size += tokens
     if group:
         yield group
+
+
+def by_tokens(examples: Iterable[Example], budget: int) -> Iterator[list[Example]]:
+    """Consecutive examples with at most `budget` tokens together, at least one at a time."""
+    return grouped(examples, budget, len)
 
 
 @torch.no_grad()
@@ -120,13 +128,14 @@ def row_losses(
     """Of each example, in the given order, the sum of its losses in nats and its trained tokens."""
     order = sorted(range(len(examples)), key=lambda number: -len(examples[number]))
     result: dict[int, tuple[float, int]] = {}
-    for group in by_tokens([examples[number] for number in order], tokens_per_batch):
-        batch = collate(group).to(model.device, model.ids_device)
+    for numbers in grouped(order, tokens_per_batch, lambda number: len(examples[number])):
+        batch = collate([examples[number] for number in numbers]).to(model.device, model.ids_device)
         states = model.model.norm(model.hidden_states(batch).index_select(0, batch.trained))
         start = 0
-        for example in group:
-            part = slice(start, start + example.trained_tokens)
+        for number in numbers:
+            tokens = examples[number].trained_tokens
+            part = slice(start, start + tokens)
             loss = linear_cross_entropy(states[part], model.head_weight(), batch.targets[part], 1.0)
-            result[order[len(result)]] = float(loss), example.trained_tokens
+            result[number] = float(loss), tokens
             start = part.stop
     return [result[number] for number in range(len(examples))]

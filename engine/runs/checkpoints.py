@@ -112,7 +112,7 @@ class CheckpointStore:
             )
         _refuse_nonfinite(step, tensors)
         self._require_space(tensors)
-        self._publish(target, tensors, state, extra, {"best": dict(best)} if best else {})
+        self._publish(step, tensors, state, extra, {"best": dict(best)} if best else {})
         read_manifest(target, step)
         self._saved.add(step)
         log.info("Checkpoint of step %d saved: %s", step, target)
@@ -209,14 +209,14 @@ class CheckpointStore:
 
     def _publish(
         self,
-        target: Path,
+        step: int,
         tensors: Mapping[str, Mapping[str, Tensor]],
         state: Mapping[str, Any],
         extra: Callable[[Path], None] | None,
         facts: Mapping[str, Any],
     ) -> None:
         """Write everything; after an I/O error anew from memory, as no fsync can be repeated."""
-        step = _step_of(target)
+        target = self.path_of(step)
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 with durable.publish_directory(target) as folder:
@@ -272,12 +272,6 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
-
-
-def _step_of(path: Path) -> int:
-    match = CHECKPOINT.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
 
 
 def _write_files(

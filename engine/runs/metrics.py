@@ -8,7 +8,6 @@ that line and every line after S: each step stands in the file once.
 import json
 import logging
 import math
-import os
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import CheckpointError
 from engine.plots import new_figure, save_figure
-from engine.storage import durable
-from engine.storage.safe_files import append_regular, read_regular
+from engine.storage.appended import AppendedLines
+from engine.storage.safe_files import read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -62,42 +61,25 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsWriter:
+class MetricsWriter(AppendedLines):
     """Appends lines to `metrics.jsonl`, after cutting the file back to `resume_step`.
 
     `resume_step` 0 starts the file anew. Raises `OSError` if the file cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
-        self.path = path
         lines = read_metrics(path) if resume_step > 0 else []
         earlier = [line for line in lines if line["step"] <= resume_step]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in earlier)
-        durable.write_text(path, text)
+        super().__init__(path, text.encode())
         self.last_step = earlier[-1]["step"] if earlier else -1
-        self._file = append_regular(path)
 
     def write(self, metrics: StepMetrics) -> None:
         """Append one step. Raises `ValueError` for a step that stands in the file already."""
         if metrics.step <= self.last_step:
             raise ValueError(f"step {metrics.step} comes after step {self.last_step} was written")
-        self._file.write(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
-        self._file.flush()
+        self.append(json.dumps(metrics.as_dict(), allow_nan=False) + "\n")
         self.last_step = metrics.step
-
-    def sync(self) -> None:
-        """Bring every line to the disk; before a checkpoint, which must not know more steps.
-
-        Raises `CheckpointError` where the disk refuses.
-        """
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise durable.write_error(self.path, error) from error
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

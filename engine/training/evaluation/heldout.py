@@ -27,13 +27,6 @@ HELDOUT, BEFORE = "heldout_", "_before"
 """What the names of figures in a summary begin with, and end with before the first step."""
 
 
-def evaluate_heldout(
-    model: Decoder, heldout: Sequence[Example], parts: PartNames, settings: StepSettings
-) -> EvalResult:
-    """The loss of the run's held-out rows, of all together and of every part."""
-    return evaluate_examples(model, heldout, settings=settings, parts=parts)
-
-
 def figures_of(result: EvalResult) -> dict[str, float]:
     """The figures of an evaluation by the names that metrics.jsonl has."""
     parts = {f"{LOSS}/{name}": loss for name, loss in result.parts.items()}
@@ -90,7 +83,10 @@ class HeldoutRows(Heldout):
 
     def measured(self) -> dict[str, float]:
         """Loss and perplexity."""
-        return figures_of(evaluate_heldout(self.model, self.examples, self.parts, self.settings))
+        result = evaluate_examples(
+            self.model, self.examples, settings=self.settings, parts=self.parts
+        )
+        return figures_of(result)
 
     def tell(self, figures: Mapping[str, float], when: str) -> None:
         """Perplexity at the ends of a run, and every loss on the way."""

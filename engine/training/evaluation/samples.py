@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from engine.inference.generation import stop_ids_of
 from engine.inference.request import RequestSettings
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.interface.model_source import ModelDescription
-from engine.storage import durable
-from engine.storage.safe_files import append_regular, read_regular
+from engine.storage.appended import AppendedLines
+from engine.storage.safe_files import read_regular
 from engine.storage.strict_json import loads
 from engine.tokenization.tokenizer import Tokenizer
 from models.cache.many_sequences import row_capacity
@@ -95,7 +94,7 @@ def sample_prompts(
     return SamplePrompts(rows, ids, RequestSettings(config.sample_max_new_tokens, sampling, stops))
 
 
-class SampleWriter:
+class SampleWriter(AppendedLines):
     """Writes the answers of a run's model to `samples.jsonl`, cut back to `resume_step` first.
 
     `more_stops` are ids that end an answer beside those of the prompts' request. Answers share keys
@@ -113,12 +112,11 @@ class SampleWriter:
         resume_step: int = 0,
         step_tokens: int = 1 << 62,
     ) -> None:
-        self.path, self.prompts, self.model, self.tokenizer = path, prompts, model, tokenizer
+        earlier = _lines_until(path, resume_step) if resume_step > 0 else []
+        super().__init__(path, b"".join(line + b"\n" for line in earlier))
+        self.prompts, self.model, self.tokenizer = prompts, model, tokenizer
         self._more_stops = frozenset(more_stops)
         self._cache_tokens = max(step_tokens, row_capacity(prompts.longest))
-        earlier = _lines_until(path, resume_step) if resume_step > 0 else []
-        durable.write_bytes(path, b"".join(line + b"\n" for line in earlier))
-        self._file = append_regular(path)
 
     def write(self, step: int) -> list[dict[str, Any]]:
         """Answer every prompt with the weights after `step`; the lines that were written.
@@ -150,25 +148,9 @@ class SampleWriter:
             }
             for row, answer in zip(rows, answers, strict=True)
         ]
-        for line in lines:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        self.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         log.info("%d samples after step %d: %s", len(lines), step, self.path)
         return lines
-
-    def sync(self) -> None:
-        """Bring every line to the disk, before a checkpoint that comes after them.
-
-        Raises `CheckpointError` where the disk refuses.
-        """
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise durable.write_error(self.path, error) from error
-
-    def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        self._file.close()
 
 
 def as_texts(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

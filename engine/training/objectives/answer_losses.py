@@ -24,6 +24,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+FIGURES = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+"""What every objective over answers reports, by TRL's names."""
+
 
 @dataclass(frozen=True)
 class AnswerScores:

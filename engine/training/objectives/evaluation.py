@@ -7,28 +7,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from engine.data.batches.sequences import AnswerSet
+from engine.inference.perplexity import TOKENS_PER_BATCH, grouped
 from engine.training.objectives.objective import Objective
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
-
-TOKENS_PER_BATCH = 2048
 
 
 def indices_by_tokens(
     answers: AnswerSet, indices: Sequence[int], budget: int = TOKENS_PER_BATCH
 ) -> Iterator[list[int]]:
     """These examples, longest first, with at most `budget` tokens together; one at least."""
-    group: list[int] = []
-    size = 0
-    for index in sorted(indices, key=lambda index: -answers.length(index)):
-        length = answers.length(index)
-        if group and size + length > budget:
-            yield group
-            group, size = [], 0
-        group.append(index)
-        size += length
-    if group:
-        yield group
+    longest_first = sorted(indices, key=lambda index: -answers.length(index))
+    return grouped(longest_first, budget, answers.length)
 
 
 @torch.no_grad()

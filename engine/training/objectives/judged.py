@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from engine.data.batches.sequences import AnswerSet
-from engine.training.objectives.answer_losses import AnswerScores, LossSettings, kto_loss
+from engine.training.objectives.answer_losses import (
+    FIGURES,
+    AnswerScores,
+    LossSettings,
+    kto_loss,
+)
 from engine.training.objectives.objective import Share, StepTotals
 from kernels.runtime.device import upload
 from models.decoder import Decoder
@@ -32,15 +37,7 @@ class JudgedObjective:
     desirable_weight: float
     undesirable_weight: float
     reference: Tensor
-    names: tuple[str, ...] = (
-        "rewards/chosen",
-        "rewards/rejected",
-        "rewards/accuracies",
-        "rewards/margins",
-        "logps/chosen",
-        "logps/rejected",
-        "kl",
-    )
+    names: tuple[str, ...] = (*FIGURES, "kl")
 
     def totals(
         self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings

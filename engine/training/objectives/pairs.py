@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.training.objectives.answer_losses import (
+    FIGURES,
     AnswerScores,
     LossSettings,
     cpo_loss,
@@ -54,15 +55,7 @@ class PairObjective:
     @property
     def names(self) -> tuple[str, ...]:
         """Figures of a step, each a mean over its pairs."""
-        names: tuple[str, ...] = (
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/accuracies",
-            "rewards/margins",
-            "logps/chosen",
-            "logps/rejected",
-        )
-        names = names if self.reference is None else (*names, "kl")
+        names = FIGURES if self.reference is None else (*FIGURES, "kl")
         return (*names, "nll_loss") if self.likelihood_weight else names
 
     def totals(

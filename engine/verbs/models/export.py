@@ -40,8 +40,6 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     if settings.random_weights and settings.calibration:
         raise ConfigError("--calibration reads rows; random weights have no tokenizer for them.")
     adapter = None if settings.adapter is None else load_adapter(adapter_path(settings.adapter))
-    if settings.calibration:
-        data_files(list(settings.calibration), settings.query)
     source = open_base(settings.model, settings.random_weights)
     if adapter is not None:
         pairs = write_gguf_adapter(source, adapter, settings.output)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -68,9 +68,6 @@ from engine.verbs.training.run_memory import (
     with_policy,
 )
 from engine.verbs.training.run_reports import RunReports
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
