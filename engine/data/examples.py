@@ -265,13 +265,7 @@ class ExampleBuilder:
     ) -> list[Example]:
         """The pieces of a document. Each begins with the last token of the one before it."""
         tokenizer, limit = self._tokenizer, self._how.max_length
-        before = (
-            []
-            if ids[: len(tokenizer.prefix_ids)] == tokenizer.prefix_ids
-            else (tokenizer.prefix_ids)
-        )
-        eos = tokenizer.eos_token_id
-        after = [eos] if eos is not None and ids[-1:] != [eos] else []
+        before, after = tokenizer.around_document(ids)
         whole = np.array([*before, *ids, *after])
         mask = np.ones(len(whole), dtype=np.bool_)
         if offsets is not None and row.text is not None and self._how.learning.marker is not None:

@@ -200,11 +200,9 @@ def _texts(
 ) -> Iterator[tuple[_Side, Example]]:
     """Texts as they are, trained after their prompt, with the tokens that end a document."""
     encoded = tokenizer.encode_batch_with_offsets([side.row.text or "" for side in sides])
-    eos, prefix = tokenizer.eos_token_id, tokenizer.prefix_ids
     for side, (ids, offsets) in zip(sides, encoded, strict=True):
         inner = trained_mask(offsets, [(side.prompt, len(side.row.text or ""))])
-        before = [] if ids[: len(prefix)] == prefix else prefix
-        after = [eos] if eos is not None and ids[-1:] != [eos] else []
+        before, after = tokenizer.around_document(ids)
         mask = [*[False] * len(before), *inner.tolist(), *[True] * len(after)]
         yield side, Example([*before, *ids, *after], mask, side.row.source)
 

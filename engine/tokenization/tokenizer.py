@@ -167,6 +167,12 @@ class Tokenizer:
     def eos_token_id(self) -> int | None:
         return self._id("eos_token")
 
+    def around_document(self, ids: list[int]) -> tuple[list[int], list[int]]:
+        """What goes before and behind a whole document, where it does not have it already."""
+        before = [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
+        eos = self.eos_token_id
+        return before, [eos] if eos is not None and ids[-1:] != [eos] else []
+
     @property
     def pad_token_id(self) -> int | None:
         return self._id("pad_token")

@@ -81,19 +81,45 @@ def code_rows(file: Path, task: str, limits: ExtractLimits, counts: Counter[str]
         if reason is not None:
             counts[reason] += 1
             continue
-        kind = _kind(node, name)
-        about = {"category": kind, "rating": 5, "source": f"{file}:{node.lineno}"}
-        length = unfit_length((node.end_lineno or node.lineno) - node.lineno + 1, limits)
-        if task != "describe" and length is not None:
-            counts[length] += 1
-        elif task != "describe":
-            prompt = f"Write the Python {kind} `{name}`.\n\n{text}"
-            rows.append(new_record(prompt, _code(node, lines), **about))
-        if task != "write":
-            prompt = f"What does the Python {kind} `{name}` do?"
-            if kind == "class":
-                prompt = f"What is the Python class `{name}`?"
-            rows.append(new_record(prompt, text, **about))
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        where, code = f"{file}:{node.lineno}", _code(node, lines)
+        documented = Definition("Python", _kind(node, name), name, text, code, length, where)
+        rows += definition_rows(documented, task, limits, counts)
+    return rows
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A documented definition of a program: `text` is what is said of it, `length` its lines.
+
+    `source` tells the file and the line.
+    """
+
+    language: str
+    kind: str
+    name: str
+    text: str
+    code: str
+    length: int
+    source: str
+
+
+def definition_rows(
+    given: Definition, task: str, limits: ExtractLimits, counts: Counter[str]
+) -> list[Record]:
+    """The rows of a definition that the task asks for; arguments as of `code_rows`."""
+    about = {"category": given.kind, "rating": 5, "source": given.source}
+    words = f"the {given.language} {given.kind} `{given.name}`"
+    unfit = _unfit_length(given.length, limits)
+    rows = []
+    if task != "describe" and unfit is not None:
+        counts[unfit] += 1
+    elif task != "describe":
+        rows.append(new_record(f"Write {words}.\n\n{given.text}", given.code, **about))
+    if task != "write":
+        does = given.kind in ("function", "method")
+        prompt = f"What does {words} do?" if does else f"What is {words}?"
+        rows.append(new_record(prompt, given.text, **about))
     return rows
 
 
@@ -114,7 +140,7 @@ def _unfit(name: str, text: str, limits: ExtractLimits) -> str | None:
     return "without_a_docstring" if len(text) < SHORTEST else None
 
 
-def unfit_length(count: int, limits: ExtractLimits) -> str | None:
+def _unfit_length(count: int, limits: ExtractLimits) -> str | None:
     """Whether so many lines of code are too few or too many for an answer; None if neither."""
     if count < limits.fewest_lines:
         return "too_short"

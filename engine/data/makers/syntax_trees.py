@@ -17,8 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.data.corpus.records import Record, new_record
-from engine.data.makers.code import SHORTEST, ExtractLimits, unfit_length
+from engine.data.corpus.records import Record
+from engine.data.makers.code import SHORTEST, Definition, ExtractLimits, definition_rows
 
 if TYPE_CHECKING:
     from tree_sitter import Node, Parser
@@ -111,19 +111,10 @@ def tree_rows(file: Path, task: str, limits: ExtractLimits, counts: Counter[str]
         if len(text) < SHORTEST or node.has_error:
             counts["cannot_be_parsed" if node.has_error else "without_a_docstring"] += 1
             continue
-        first = node.start_point.row + 1
-        about = {"category": kind, "rating": 5, "source": f"{file}:{first}"}
-        unfit = unfit_length(node.end_point.row - node.start_point.row + 1, limits)
-        if task != "describe" and unfit is not None:
-            counts[unfit] += 1
-        elif task != "describe":
-            prompt = f"Write the {grammar.name} {kind} `{name}`.\n\n{text}"
-            rows.append(new_record(prompt, _code(node, lines), **about))
-        if task != "write":
-            prompt = f"What does the {grammar.name} {kind} `{name}` do?"
-            if kind not in ("function", "method"):
-                prompt = f"What is the {grammar.name} {kind} `{name}`?"
-            rows.append(new_record(prompt, text, **about))
+        first, last = node.start_point.row, node.end_point.row
+        where, code = f"{file}:{first + 1}", _code(node, lines)
+        documented = Definition(grammar.name, kind, name, text, code, last - first + 1, where)
+        rows += definition_rows(documented, task, limits, counts)
     return rows
 
 
