@@ -17,7 +17,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,10 +25,10 @@ from typing import Any
 
 import torch
 
+from bench.cpu.fresh_process import ROOT, result_of
 from engine.provenance import device_name, git_commit
 from examples.smollm2 import gguf_path
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "generation_cpu.jsonl"
 KINDS = {
     "bfloat16": ("bfloat16", False, False),
@@ -45,24 +44,9 @@ Key = tuple[str, int, str]
 
 def run_side(side: str, work: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run one side in a fresh process, outside this project's folder; what it measured."""
-    work_file, result_file = folder / "work.json", folder / "result.json"
-    work_file.write_text(json.dumps(work))
-    result_file.write_text("{}")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-P", str(Path(__file__).with_name("generation_side.py"))]
-    done = subprocess.run(
-        [*command, side, str(work_file), str(result_file)],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{side} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
-    result: dict[str, Any] = json.loads(result_file.read_text())
-    return result
+    command = [sys.executable, "-P", str(Path(__file__).with_name("generation_side.py")), side]
+    return result_of(side, command, work, folder, folder, environment)
 
 
 def run_rounds(options: argparse.Namespace) -> dict[Key, list[dict[str, Any]]]:

@@ -20,7 +20,6 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,11 +27,11 @@ from typing import Any
 
 import torch
 
+from bench.cpu.fresh_process import ROOT, result_of
 from bench.preference_smollm2 import preference_rows
 from engine.provenance import device_name, git_commit
 from examples.smollm2 import gguf_path
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "preference_cpu.jsonl"
 SIDES = ("ours", "ours-shared", "trl")
 PAIRS, MAX_LENGTH = 4, 256
@@ -64,21 +63,8 @@ def tokenised_pairs(count: int) -> list[dict[str, list[int]]]:
 
 
 def run_side(side: str, work: dict[str, Any], folder: Path) -> dict[str, Any]:
-    work_file, result_file = folder / "work.json", folder / "result.json"
-    work_file.write_text(json.dumps(work))
-    result_file.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.cpu.preference_side", side, work_file, result_file],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{side} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
-    result: dict[str, Any] = json.loads(result_file.read_text()) if result_file.exists() else {}
-    return result
+    """Run one side in a fresh process; what it measured, empty where it only prepared something."""
+    return result_of(side, [sys.executable, "-m", "bench.cpu.preference_side", side], work, folder)
 
 
 def medians_of(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -30,7 +30,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -42,11 +41,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.cpu.fresh_process import ROOT, result_of
 from bench.cpu.side import Result, Row, Work
 from engine.provenance import device_name, git_commit
 from examples.smollm2 import gguf_path
 
-ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "train_step_cpu.jsonl"
 SIDES = {
     "ours": "bench.cpu.train_step_ours",
@@ -84,20 +83,8 @@ def docstring_rows(gguf: Path, count: int, seed: int) -> list[Row]:
 
 def run_side(side: str, work: Work, folder: Path) -> Result | None:
     """Run one side in a fresh process. Returns None where the process only prepared something."""
-    work_file, result_file = folder / "work.json", folder / "result.json"
-    work.write(work_file)
-    result_file.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", SIDES[side], str(work_file), str(result_file)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{side} failed with status {done.returncode}:\n{done.stdout[-4000:]}")
-    return Result(**json.loads(result_file.read_text())) if result_file.exists() else None
+    result = result_of(side, [sys.executable, "-m", SIDES[side]], asdict(work), folder)
+    return Result(**result) if result else None
 
 
 def summary(results: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
