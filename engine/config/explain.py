@@ -43,7 +43,10 @@ def nearest(name: str, known: Mapping[str, Any]) -> str | None:
     """
     names = [*known, *(alias for alias, field in ALIASES.items() if field in known)]
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return ALIASES.get(close[0], close[0]) if close else _written_out(name, known)
+    if not close:
+        return _written_out(name, known)
+    # Of one table `output` is a setting, of another the alias of `output_dir`.
+    return close[0] if close[0] in known else ALIASES[close[0]]
 
 
 def _written_out(short: str, known: Mapping[str, Any]) -> str | None:

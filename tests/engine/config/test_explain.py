@@ -8,6 +8,7 @@ from engine.config.aliases import ALIASES
 from engine.config.explain import nearest
 from engine.config.tasks.inference import EvalSettings, GenerateSettings
 from engine.config.tasks.quantizing import MergeSettings
+from engine.config.tasks.workflow import ValidateSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 
@@ -50,6 +51,8 @@ def test_a_beginning_or_initials_suggest_the_only_name_they_are_of(table: type) 
         (MergeSettings, "a", "adapter"),
         (GenerateSettings, "p", "prompt"),
         (GenerateSettings, "n", "max_new_tokens"),
+        (ValidateSettings, "output_dir", "output"),
+        (TrainConfig, "output", "output_dir"),
         (TrainConfig, "b", "batch_size"),
         (TrainConfig, "bs", "batch_size"),
         (TrainConfig, "batch", "batch_size"),
