@@ -21,7 +21,7 @@ def random_examples(seed: int, lengths: Sequence[int]) -> list[Example]:
     ]
 
 
-def small_run(model: Path, data: Path, output: Path, **changes: Any) -> TrainConfig:
+def small_run(model: Path, data: Path | str, output: Path, **changes: Any) -> TrainConfig:
     """Settings of 6 steps of two rows on a CPU, with `changes`."""
     plain: dict[str, Any] = {
         "model": str(model),

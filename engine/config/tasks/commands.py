@@ -62,12 +62,12 @@ def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
         "quantize": "nf4" if config.method == "qlora" else None,
         "data": config.data if split else config.eval_data,
         "max_length": config.max_length,
+        **_rows(config, config.query if split else config.eval_query),
         "heldout": config.heldout if split else None,
         "seed": config.seed if split else None,
         "min_rating": config.min_rating if split else None,
         "category": config.category if split else None,
         "limit_rows": config.limit_rows if split else None,
-        "bad_lines": config.bad_lines,
         "system_prompt": config.system_prompt,
         "chat_template_kwargs": config.chat_template_kwargs,
         "template_date": config.template_date,
@@ -78,21 +78,39 @@ def repeat_heldout(config: TrainConfig, output: Path) -> str | None:
         "dtype": config.dtype,
         "device": config.device,
     }
-    defaults = {name: field.default for name, field in EvalSettings.model_fields.items()}
-    return command("eval", {k: v for k, v in options.items() if v != defaults.get(k)})
+    return command("eval", _told(options))
 
 
 def next_steps(config: TrainConfig, output: Path) -> list[str]:
     """What one does after a run: evaluate, ask, and merge an adapter."""
     evaluated = repeat_heldout(config, output)
     if evaluated is None and not config.learns_answers:
-        evaluated = command("eval", _model(config, output) | {"data": config.data})
+        rows = {"data": config.data, **_rows(config, config.query)}
+        evaluated = command("eval", _model(config, output) | _told(rows))
     asked = command("generate", _model(config, output) | {"prompt": "Hello!"})
     steps = [asked] if evaluated is None else [evaluated, asked]
     if not config.every_weight:
         merged = output.with_name("merged")
         steps.append(command("merge", _model(config, output) | {"output": merged}))
     return steps
+
+
+def _rows(config: TrainConfig, query: str | None) -> dict[str, Any]:
+    """How rows are read and what of them is trained, as the run had it."""
+    columns = ",".join(f"{name}={column}" for name, column in config.map.items())
+    return {
+        "query": query,
+        "map": columns or None,
+        "bad_lines": config.bad_lines,
+        "train_on": config.train_on,
+        "thinking": config.thinking,
+    }
+
+
+def _told(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are not what `engine eval` does without them."""
+    defaults = {name: field.default for name, field in EvalSettings.model_fields.items()}
+    return {k: v for k, v in options.items() if v != defaults.get(k)}
 
 
 def _model(config: TrainConfig, output: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Every verb that writes a model says what it did, and `engine status` reads it."""
 
+import contextlib
 import json
 import shlex
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,3 +185,32 @@ def test_next_commands_are_there_and_work(
     figures = json.loads(capsys.readouterr().out)
     assert figures["loss"] == result.metrics["heldout_loss"]
     assert figures["perplexity"] == result.metrics["heldout_perplexity"]
+
+
+@pytest.mark.parametrize("heldout", [0.0, 0.25])
+def test_next_commands_read_a_database_as_the_run_did(
+    heldout: float, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as database:
+        database.execute("create table tickets (q text, a text, good int)")
+        rows = [(f"Word {n}?", f"{'abc' * (n % 3 + 1)}{n}.", n % 3) for n in range(18)]
+        database.executemany("insert into tickets values (?, ?, ?)", rows)
+        database.commit()
+    settings = small_run(
+        tiny_model,
+        f"sqlite:///{tmp_path / 'app.db'}",
+        tmp_path / "run",
+        query="select q, a from tickets where good > 0",
+        map="prompt=q,response=a",
+        bad_lines="skip",
+        train_on="last",
+        heldout=heldout,
+        max_steps=2,
+    )
+    result = train(settings, console=False)
+    evaluated = result.next[0]
+    assert cli.main([*shlex.split(evaluated)[1:], "--json"]) == 0, capsys.readouterr().err
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["rows"] == (3 if heldout else 12)
+    if heldout:
+        assert figures["loss"] == result.metrics["heldout_loss"]
