@@ -1,0 +1,112 @@
+"""Put a run together before its first step: plan, model, optimizer, state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.config.tasks.commands import command_of
+from engine.device import resolve_device, resolve_dtype
+from engine.model_sources.load_model import build_for
+from engine.model_sources.quantised.fates import run_fate, say
+from engine.pruning.keep_pruned import hold_pruned
+from engine.runs.directory import RunDirectory
+from engine.training.adapters.starts import start_pairs, with_start
+from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows
+from engine.training.loop import TrainerSettings
+from engine.training.objectives.choose import make_objective
+from engine.training.objectives.objective import Objective
+from engine.training.objectives.tokens import TOKENS
+from engine.training.prepare import Prepared
+from engine.training.reference import RunReference
+from engine.training.saving import Going, RunState
+from engine.training.step import TrainingStep
+from engine.training.trainable import (
+    load_teacher,
+    lr_shape,
+    make_in_backward,
+    make_optimizer,
+    make_trainable,
+    step_settings,
+)
+from engine.verbs.training.run_memory import budget_of, with_policy
+
+
+class RunSetup:
+    """A run that is ready for its next step, in the order in which memory is taken.
+
+    The plan and the budget come before any weight; the model, its adapter and the optimizer are
+    then made, and take on what a checkpoint says where the run goes on.
+    """
+
+    def __init__(self, directory: RunDirectory, prepared: Prepared, process: int) -> None:
+        self.directory, self.prepared = directory, prepared
+        self.config = directory.config
+        self.device = resolve_device(self.config.device)
+        dtype = resolve_dtype(self.config.dtype, self.device)
+        settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
+        self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
+        plan = planned if self.budget is None else self.budget.planned
+        self.planned_bytes = None if plan is None else plan.total
+        self.reference = RunReference(prepared, step_settings(settings), self.device, dtype)
+        self.reference.measure_another()
+        base = prepared.model_source if prepared.init is None else prepared.init.source
+        say(base, run_fate(self.config, base))
+        base = with_start(self.config, base)
+        self.model = build_for(self.config, base, self.device, dtype)
+        self.reference.measure("base", self.model)
+        self.trainable = make_trainable(self.model, settings, prepared.init)
+        first = start_pairs(self.model, self.config, base)
+        self.reference.measure("start", self.model)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
+        hold_pruned(self.model, self.optimizer, prepared.model_source.path)
+        if self.config.cuda_graphs:
+            self.model.record_layers()
+        self.state = RunState(
+            prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops, first
+        )
+        fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
+        self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
+        self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
+        self.heldout = self._heldout()
+
+    def _heldout(self) -> Heldout:
+        config, prepared = self.config, self.prepared
+        if not config.learns_answers:
+            return HeldoutRows(self.model, prepared.heldout, prepared.parts, self.settings)
+        answers, reference = prepared.heldout_answers, self.reference.heldout
+        objective = make_objective(config, answers, reference) if answers.examples else TOKENS
+        return HeldoutAnswers(self.model, answers, objective, self.settings)
+
+    def step(self) -> TrainingStep:
+        """The step of the run; a teacher is read here."""
+        return TrainingStep(
+            self.model,
+            self.optimizer,
+            self.settings,
+            self.config.max_grad_norm,
+            self.config.seed,
+            self._objective(),
+            self.in_backward,
+        )
+
+    def _objective(self) -> Objective:
+        teacher = load_teacher(self.config, self.device)
+        return make_objective(self.config, self.prepared.answers, self.reference.trained, teacher)
+
+    def trainer_settings(self) -> TrainerSettings:
+        """What the loop needs of the run's configuration."""
+        config, total_steps = self.config, self.prepared.total_steps
+        return TrainerSettings(
+            total_steps=total_steps,
+            learning_rate=config.learning_rate,
+            lr_schedule=config.lr_schedule,
+            warmup_steps=self.going.warmup_steps,
+            nonfinite_limit=config.nonfinite_limit,
+            checkpoint_every=config.checkpoint_every,
+            eval_every=config.eval_every,
+            min_lr_ratio=config.min_lr_ratio,
+            lr_shape=lr_shape(config, total_steps),
+            sample_every=config.sample_every,
+            go_on=f"`{command_of('resume', self.directory.path)}`",
+        )
