@@ -1,0 +1,51 @@
+"""A campaign, and the loop of those that read damaged bytes."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """`run(trials, seed)` gives figures; `passed` says whether they are as promised."""
+
+    what: str
+    trials: int
+    run: Callable[[int, int], Figures]
+    passed: Callable[[Figures], bool]
+
+
+def fuzz(
+    make: Callable[[random.Random], bytes], read: Callable[[bytes], object], trials: int, seed: int
+) -> Figures:
+    """Read damaged bytes: accepted, or refused by an `EngineError` that can be printed."""
+    chance, counts, worst = random.Random(seed), Counter[str](), 0.0
+    for _ in range(trials):
+        data = make(chance)
+        started = time.process_time()
+        try:
+            read(data)
+            counts["accepted"] += 1
+        except EngineError as error:
+            message = str(error)
+            fine = len(message) < 2000 and message.isprintable()
+            counts["named" if fine else "unprintable"] += 1
+        except Exception as error:
+            counts[f"raw {type(error).__name__}"] += 1
+        worst = max(worst, time.process_time() - started)
+    return {"trials": trials, "worst_ms": round(1000 * worst, 1), **counts}
+
+
+def no_raw(figures: Figures) -> bool:
+    """Whether nothing but named errors came out."""
+    bad = ("raw", "unprintable", "lost")
+    return not any(value for key, value in figures.items() if key.startswith(bad))
