@@ -1,0 +1,69 @@
+"""A group of torch.distributed as the `Ranks` that kernels and models know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.runtime.ranks import Transfer
+
+# torch 2.13 renamed both; older versions know the second name alone.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class TorchRanks:
+    """The processes of a group of torch's, by default all.
+
+    `sent` counts the bytes that this rank gives to each kind of collective. What a collective does
+    with them on the wire depends on its algorithm: a ring sends them 2 (N - 1) / N times for
+    all_reduce and (N - 1) / N times for the others, of the whole vector.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.sent: Counter[str] = Counter()
+
+    def all_reduce(self, x: Tensor) -> Transfer:
+        self._count("all_reduce", x)
+        return _started(dist.all_reduce(x, group=self._group, async_op=True))
+
+    def maximum(self, x: Tensor) -> Transfer:
+        self._count("all_reduce", x)
+        return _started(dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group, async_op=True))
+
+    def all_gather(self, out: Tensor, x: Tensor) -> Transfer:
+        self._count("all_gather", x)
+        return _started(_all_gather(out, x, group=self._group, async_op=True))
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> Transfer:
+        self._count("reduce_scatter", x)
+        return _started(_reduce_scatter(out, x, group=self._group, async_op=True))
+
+    def all_to_all(
+        self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> Transfer:
+        self._count("all_to_all", x)
+        return _started(
+            dist.all_to_all_single(
+                out, x, list(received), list(sent), group=self._group, async_op=True
+            )
+        )
+
+    def broadcast(self, x: Tensor, source: int) -> Transfer:
+        self._count("broadcast", x)
+        rank = source if self._group is None else dist.get_global_rank(self._group, source)
+        return _started(dist.broadcast(x, rank, group=self._group, async_op=True))
+
+    def _count(self, kind: str, x: Tensor) -> None:
+        self.sent[kind] += x.numel() * x.element_size()
+
+
+def _started(work: Any) -> Transfer:
+    started: Transfer = work
+    return started
