@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from engine.verbs.models.serve import serve
     from engine.verbs.training.board import board
     from engine.verbs.training.compare import compare
+    from engine.verbs.training.lr_find import lr_find
     from engine.verbs.training.plan import plan
     from engine.verbs.training.resume import resume
     from engine.verbs.training.sweep import sweep
@@ -87,6 +88,7 @@ _HOME = {
     "quantize": "engine.verbs.models.quantize",
     "forge": "engine.verbs.models.forge",
     "serve": "engine.verbs.models.serve",
+    "lr_find": "engine.verbs.training.lr_find",
     "plan": "engine.verbs.training.plan",
     "board": "engine.verbs.training.board",
     "sweep": "engine.verbs.training.sweep",
@@ -113,6 +115,7 @@ __all__ = [
     "generate",
     "judge",
     "load_model",
+    "lr_find",
     "merge",
     "plan",
     "prune",

@@ -27,7 +27,10 @@ def run_training(call: Call) -> int:
     with importing():
         from engine.verbs.training import train as run
 
-    if call.read(TrainOptions).dry_run:
+    options = call.read(TrainOptions)
+    if options.lr_find:
+        return _find_rate(settings, options)
+    if options.dry_run:
         from engine.runs.logs import RunLog
 
         log = RunLog("WARNING")
@@ -43,6 +46,21 @@ def run_training(call: Call) -> int:
         print(f"Sent to: {result.pushed}")
     print("Next:", *result.next, sep="\n  ")
     return 0 if result.status == "Success" else 1
+
+
+def _find_rate(settings: TrainConfig, options: TrainOptions) -> int:
+    """Suggest a learning rate, and the command that trains with it."""
+    from engine.config.tasks.commands import train_command
+    from engine.verbs.training.lr_find import lr_find
+
+    rates = options.lr_find_min, options.lr_find_max
+    curve = lr_find(settings, steps=options.lr_find_steps, rates=rates)
+    print(curve.text())
+    print(f"Written: {', '.join(str(path) for path in (curve.path, curve.figure) if path)}")
+    if curve.suggestion is None:
+        return 1
+    print("Next:", train_command(settings, learning_rate=curve.suggestion), sep="\n  ")
+    return 0
 
 
 app = make_app((Verb("train", (TrainOptions, TrainConfig), presets=True, json=False), train))

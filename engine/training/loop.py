@@ -56,6 +56,18 @@ class TrainerSettings:
     min_lr_ratio: float = 0.0
     lr_shape: ScheduleShape = DEFAULT_SHAPE
 
+    def rate(self, step: int) -> float:
+        """The learning rate of the update after `step` completed ones."""
+        return lr_at(
+            step,
+            base=self.learning_rate,
+            warmup=self.warmup_steps,
+            total=self.total_steps,
+            kind=self.lr_schedule,
+            min_ratio=self.min_lr_ratio,
+            shape=self.lr_shape,
+        )
+
 
 @dataclass
 class Progress:
@@ -247,15 +259,7 @@ class Trainer:
     def _one_step(self) -> None:
         settings, progress = self.settings, self.progress
         started = time.perf_counter()
-        lr = lr_at(
-            progress.step,
-            base=settings.learning_rate,
-            warmup=settings.warmup_steps,
-            total=settings.total_steps,
-            kind=settings.lr_schedule,
-            min_ratio=settings.min_lr_ratio,
-            shape=settings.lr_shape,
-        )
+        lr = settings.rate(progress.step)
         for group in self.step.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         batches = self._next_batches()

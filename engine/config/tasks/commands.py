@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.config.settings import is_repeated
 from engine.config.tasks.inference import EvalSettings
 from engine.config.train_config import TrainConfig
 
@@ -33,6 +34,21 @@ def command(verb: str, options: Mapping[str, Any]) -> str:
 def command_of(verb: str, directory: Path) -> str:
     """`engine VERB DIRECTORY`, quoted for a shell."""
     return shlex.join(["engine", verb, str(directory)])
+
+
+def train_command(config: TrainConfig, **changes: Any) -> str:
+    """The `engine train` of these settings, with `changes`; defaults are left out."""
+    options: dict[str, Any] = {}
+    for name, field in TrainConfig.model_fields.items():
+        value = getattr(config, name)
+        if value == field.default and not field.is_required():
+            continue
+        if isinstance(value, tuple) and not is_repeated(field):
+            value = ",".join(map(str, value))
+        elif name == "map":
+            value = _columns(config)
+        options[name] = value
+    return command("train", options | changes)
 
 
 def continued(config: TrainConfig, run: Path, steps: int | None = None) -> str:
@@ -97,14 +113,17 @@ def next_steps(config: TrainConfig, output: Path) -> list[str]:
 
 def _rows(config: TrainConfig, query: str | None) -> dict[str, Any]:
     """How rows are read and what of them is trained, as the run had it."""
-    columns = ",".join(f"{name}={column}" for name, column in config.map.items())
     return {
         "query": query,
-        "map": columns or None,
+        "map": _columns(config) or None,
         "bad_lines": config.bad_lines,
         "train_on": config.train_on,
         "thinking": config.thinking,
     }
+
+
+def _columns(config: TrainConfig) -> str:
+    return ",".join(f"{name}={column}" for name, column in config.map.items())
 
 
 def _told(options: Mapping[str, Any]) -> dict[str, Any]:

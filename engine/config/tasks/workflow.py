@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from engine.config.choices import GPU_TFLOPS, PipelineEvents, PretrainedMethod, Program
 from engine.config.data_names import ColumnMap, DataNames
@@ -25,6 +25,26 @@ class TrainOptions(Settings):
     """What `engine train` does with its `TrainConfig`."""
 
     dry_run: bool = setting(False, "Run", "show the resolved run and the first rows, then end")
+    lr_find: bool = setting(
+        False,
+        "Learning rate finder",
+        "train a few steps at rates that grow, suggest one for --learning-rate from their losses "
+        "(lr_find.json and lr_find.png in the output directory), then end; nothing is saved",
+    )
+    lr_find_steps: int = setting(100, "Learning rate finder", "steps of it", ge=20, le=100_000)
+    lr_find_min: float = setting(1e-6, "Learning rate finder", "its first rate", gt=0, le=10)
+    lr_find_max: float = setting(1.0, "Learning rate finder", "its last rate", gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        changed = [name for name in self.model_fields_set if name.startswith("lr_find_")]
+        if changed and not self.lr_find:
+            raise ValueError(f"{changed[0]} is of --lr-find, which is not given; add it")
+        if self.lr_find and self.dry_run:
+            raise ValueError("dry_run trains nothing and lr_find trains a few steps; give one")
+        if self.lr_find_min >= self.lr_find_max:
+            raise ValueError("lr_find_min should be less than lr_find_max")
+        return self
 
 
 class ResumeSettings(Settings):

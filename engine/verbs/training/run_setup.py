@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.config.tasks.commands import command_of
+from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say
 from engine.pruning.keep_pruned import hold_pruned
-from engine.runs.directory import RunDirectory
+from engine.runs.checkpoints import CheckpointStore
 from engine.training.adapters.starts import start_pairs, with_start
 from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows
-from engine.training.loop import TrainerSettings
+from engine.training.loop import TrainerSettings, new_progress
 from engine.training.objectives.choose import make_objective
 from engine.training.objectives.objective import Objective
 from engine.training.objectives.tokens import TOKENS
@@ -35,12 +36,17 @@ class RunSetup:
     """A run that is ready for its next step, in the order in which memory is taken.
 
     The plan and the budget come before any weight; the model, its adapter and the optimizer are
-    then made, and take on what a checkpoint says where the run goes on.
+    then made, and take on what a checkpoint says where the run goes on. `config` has its directory.
     """
 
-    def __init__(self, directory: RunDirectory, prepared: Prepared, process: int) -> None:
-        self.directory, self.prepared = directory, prepared
-        self.config = directory.config
+    def __init__(
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        process: int,
+        checkpoints: CheckpointStore | None = None,
+    ) -> None:
+        self.config, self.prepared = config, prepared
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
@@ -66,7 +72,9 @@ class RunSetup:
             prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops, first
         )
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
-        self.progress, self.going = self.state.resume(directory.checkpoints, fresh)
+        self.progress, self.going = new_progress(self.model), fresh
+        if checkpoints is not None:
+            self.progress, self.going = self.state.resume(checkpoints, fresh)
         self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
         self.heldout = self._heldout()
 
@@ -97,6 +105,7 @@ class RunSetup:
     def trainer_settings(self) -> TrainerSettings:
         """What the loop needs of the run's configuration."""
         config, total_steps = self.config, self.prepared.total_steps
+        assert config.output_dir is not None
         return TrainerSettings(
             total_steps=total_steps,
             learning_rate=config.learning_rate,
@@ -108,5 +117,5 @@ class RunSetup:
             min_lr_ratio=config.min_lr_ratio,
             lr_shape=lr_shape(config, total_steps),
             sample_every=config.sample_every,
-            go_on=f"`{command_of('resume', self.directory.path)}`",
+            go_on=f"`{command_of('resume', config.output_dir)}`",
         )

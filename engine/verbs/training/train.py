@@ -81,7 +81,7 @@ class _Run:
         self.directory, self.prepared, self.stack = directory, prepared, stack
         self.callbacks = callbacks
         self.config = directory.config
-        self.setup = RunSetup(directory, prepared, process)
+        self.setup = RunSetup(self.config, prepared, process, directory.checkpoints)
         self.progress, self.heldout = self.setup.progress, self.setup.heldout
 
     def evaluate_before(self) -> dict[str, float]:
