@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_INTEROP ?= .venv-interop
+VENV_LOCKED ?= .venv-locked
+VENV_RELEASE ?= .venv-release
 PYTEST_ARGS ?=
 # One process per core; `make test WORKERS=0` runs the tests in one process, for a debugger.
 WORKERS ?= auto
@@ -19,10 +21,14 @@ PYTEST := -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 INSTALL_OLD = -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
     --target $(VENV_INTEROP)/transformers4
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Only files whose SHA-256 is in the lock, and nothing that the lock does not name.
+INSTALL_LOCKED := -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps \
+    --no-build-isolation
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint docs interop bench torture compile-report compile-report-lowest constraints clean
+.PHONY: help demo test test-fast lint docs interop bench torture compile-report compile-report-lowest \
+    constraints lock locked release audit clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -77,8 +83,21 @@ constraints:  ## Write constraints.txt anew from a clean virtual environment
 	mv constraints.new constraints.txt
 	rm -rf .venv-constraints
 
+lock: $(VENV_RELEASE)/.tools  ## Write requirements.lock: constraints.txt with the hash of every file
+	$(VENV_RELEASE)/bin/python .ci/lock.py
+
+locked: $(VENV_LOCKED)/.locked  ## Install the tested environment, hashes checked: make test VENV=.venv-locked
+
+# The same bytes from two builds, a software bill of materials and checksums, in dist/.
+release: $(VENV_RELEASE)/.tools $(VENV_LOCKED)/.locked  ## Build the wheel and the sdist of the last commit into dist/
+	$(VENV_RELEASE)/bin/python .ci/release.py $(VENV_LOCKED)/bin/python
+
+audit: $(VENV_RELEASE)/.tools  ## Look for known vulnerabilities of the locked versions
+	$(VENV_RELEASE)/bin/pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+	    --requirement requirements.lock
+
 clean:  ## Remove the environments and everything that was built or run
-	rm -rf $(VENV) $(VENV_INTEROP) .venv-constraints *.egg-info build dist runs site
+	rm -rf $(VENV) $(VENV_INTEROP) $(VENV_LOCKED) $(VENV_RELEASE) .venv-constraints *.egg-info build dist runs site
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -127,6 +146,32 @@ $(VENV_INTEROP)/.interop: $(VENV_INTEROP)/.created $(REQUIREMENTS)
 	@$(VENV_INTEROP)/bin/python $(INSTALL_OLD) transformers==4.57.3 'huggingface_hub<1' \
 	    'tokenizers<0.23'
 	@touch $@
+
+$(VENV_RELEASE)/.tools: $(VENV_RELEASE)/.created .ci/release_tools.lock
+	@echo "Installing what makes a release into $(VENV_RELEASE)."
+	@$(VENV_RELEASE)/bin/python $(INSTALL_LOCKED) --requirement .ci/release_tools.lock
+	@touch $@
+
+# torch comes first, as the file that pip prefers: among several builds of one version it would else
+# take one whose hash the index tells, which is the build with CUDA's libraries, and the tested
+# environment is that of a CPU. setuptools is there before what has to be built.
+$(VENV_LOCKED)/.locked: $(VENV_LOCKED)/.created requirements.lock pyproject.toml
+	@echo "Installing requirements.lock into $(VENV_LOCKED), every file's hash checked: some minutes."
+	@for name in torch setuptools; do \
+	    sed -n "/^$$name==/,/[^\\]$$/p" requirements.lock > $(VENV_LOCKED)/$$name.lock; done
+	@$(VENV_LOCKED)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	    --dest $(VENV_LOCKED)/torch $(TORCH)
+	@$(VENV_LOCKED)/bin/python $(INSTALL_LOCKED) --no-index --find-links $(VENV_LOCKED)/torch \
+	    --requirement $(VENV_LOCKED)/torch.lock
+	@rm -r $(VENV_LOCKED)/torch
+	@$(VENV_LOCKED)/bin/python $(INSTALL_LOCKED) --requirement $(VENV_LOCKED)/setuptools.lock
+	@$(VENV_LOCKED)/bin/python $(INSTALL_LOCKED) --requirement requirements.lock
+	@$(VENV_LOCKED)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation --editable .
+	@$(VENV_LOCKED)/bin/python -c 'import torch' 2>/dev/null || { \
+	    echo "This torch needs CUDA's libraries, which the lock of the CPU environment lacks: name" \
+	         "the index of torch's CPU builds in PIP_EXTRA_INDEX_URL." >&2; exit 1; }
+	@touch $(addprefix $(VENV_LOCKED)/,.demo .test .docs .locked)
 
 # Chat templates of real models, which are read and never imported: TRL's are in its package,
 # llama.cpp's in the sources of its Python binding.
