@@ -13,7 +13,7 @@ from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
 from engine.forging.verdict import perplexity_interval
 from engine.inference.generation import complete, prompt_ids, stop_ids_of
-from engine.inference.perplexity import evaluate_examples, row_losses
+from engine.inference.perplexity import evaluate_rows
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
@@ -44,8 +44,7 @@ class Judge:
         examples, _ = build_examples(load_rows(self.heldout), tokenizer, self.max_length)
         check_ids(examples, source.config.vocab_size)
         decoder = build_model(source, device=where, dtype=resolve_dtype(self.dtype, where))
-        result = evaluate_examples(decoder, examples)
-        rows = row_losses(decoder, examples)
+        result, rows = evaluate_rows(decoder, examples)
         answers = [
             complete(
                 decoder,
