@@ -245,6 +245,10 @@ class Decoder(nn.Module):
             x = run_layer(x, layer, run)
         return x
 
+    def context(self, batch: PackedBatch) -> LayerContext:
+        """What the layers read of a batch on the device beside x, outside of training."""
+        return self._pass(batch, DEFAULT_SETTINGS, None).context
+
     @torch.no_grad()
     def continued(self, x: Tensor, batch: PackedBatch, layers: Iterable[int]) -> Tensor:
         """What these layers, one after the other, make of x (N, H)."""

@@ -8,7 +8,7 @@ the layers after it then see the change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,8 +24,10 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.pruning.calibration import TOKENS_PER_BATCH, Calibration, heads_output
 from engine.pruning.reconstruction.least_squares import InputMoments
+from kernels.linear.lora import project
 from models.decoder import Decoder
 from models.head_slices import HeadSlices, layer_heads
+from models.layers.context import LayerContext
 from models.layers.linear import Linear
 from models.layers.observer import LayerObserver, observe_layers
 from models.layers.packed_batch import PackedBatch
@@ -67,6 +69,39 @@ class LayerStream:
                 for batch in self._batches
             ]
         return torch.cat(outputs)
+
+    @torch.no_grad()
+    def mixed(self, model: Decoder) -> list[Tensor]:
+        """The mixer's half of a layer: what its output projection reads (n, heads x D), by batch.
+
+        With `finished` it is what `run` does: a layer that changes in between mixes tokens once.
+        """
+        layer = model.layers[0]
+        mixer, norm = layer.mixer, layer.input_layernorm
+        return [
+            heads_output(mixer, mixer.forward(x, norm, context)[1]).flatten(1)
+            for x, context in self._inputs(model)
+        ]
+
+    @torch.no_grad()
+    def finished(
+        self, model: Decoder, read: Sequence[Tensor], observer: LayerObserver | None = None
+    ) -> Tensor:
+        """The other half: the output (N, H) of a layer whose projection reads this."""
+        layer, outputs = model.layers[0], []
+        for z, (x, context) in zip(read, self._inputs(model), strict=True):
+            (addend,), _ = project(z, layer.mixer.output())
+            y, saved = layer.mlp.forward(x, addend, layer.post_attention_layernorm, context)
+            if observer is not None:
+                observer.mlp_ran(0, saved)
+            outputs.append(y)
+        return torch.cat(outputs)
+
+    def _inputs(self, model: Decoder) -> Iterator[tuple[Tensor, LayerContext]]:
+        """The states of every batch, and what a layer reads beside them."""
+        for given in self._batches:
+            batch = given.to(model.device, model.ids_device)
+            yield model.model.embed_tokens(batch.input_ids), model.context(batch)
 
     def go_on(self, states: Tensor) -> None:
         """Stand before the next layer, whose input these states (N, H) are."""

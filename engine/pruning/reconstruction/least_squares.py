@@ -39,6 +39,14 @@ class InputMoments:
         products = torch.zeros(width, width, dtype=torch.float64, device=device)
         return cls(products, torch.zeros_like(products[0]))
 
+    @classmethod
+    def of(cls, batches: Sequence[Tensor]) -> InputMoments:
+        """Those of these batches of inputs (N, n)."""
+        moments = cls.empty(batches[0].shape[1], batches[0].device)
+        for z in batches:
+            moments.add(z)
+        return moments
+
     def add(self, z: Tensor) -> None:
         """Add the tokens z (N, n)."""
         wide = z.double()

@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.pruning_record import HeadMap
-from engine.pruning.reconstruction.layer_stream import HeadMoments, LayerStream, lone_output
+from engine.pruning.reconstruction.layer_stream import LayerStream, lone_output
 from engine.pruning.reconstruction.least_squares import InputMoments, Regression, repaired
 from engine.pruning.scores import LayerScores
 from kernels.linear.int8 import Int8Weight
@@ -86,13 +86,13 @@ class HeadRepair:
         layers, last = {scores.heads.layer: scores for scores in scored}, max(chosen)
         for index in range(last + 1):
             model = self._stream.open(index)
+            read = self._stream.mixed(model)
             if index in chosen:
-                observer = HeadMoments(model)
-                self._stream.run(model, observer)
-                self._fit(model, layers[index], chosen[index], observer.moments)
+                moments = InputMoments.of(read)
+                self._fit(model, layers[index], chosen[index], moments)
             if index < last:
-                self._stream.go_on(self._stream.run(model))
-            del model
+                self._stream.go_on(self._stream.finished(model, read))
+            del model, read
 
     def _fit(
         self, model: Decoder, scores: LayerScores, going: Sequence[int], moments: InputMoments

@@ -103,11 +103,12 @@ class ChannelPruning:
             mlp = model.layers[0].mlp
             assert isinstance(mlp, MLP)
             observer = ChannelMoments(mlp.down_proj.in_features, model)
-            self._stream.run(model, observer)
+            read = self._stream.mixed(model)
+            self._stream.finished(model, read, observer)
             self._cut(index, model, observer.moments, count)
             if index + 1 < layers:
-                self._stream.go_on(self._stream.run(model))
-            del model, mlp
+                self._stream.go_on(self._stream.finished(model, read))
+            del model, mlp, read
 
     def _cut(self, index: int, model: Decoder, moments: InputMoments, count: int) -> None:
         mlp = model.layers[0].mlp

@@ -80,7 +80,7 @@ class _Residual(LayerObserver):
     """Products of what is missing of a lone layer's output and what its down_proj reads."""
 
     def __init__(self, missing: Tensor, width: int) -> None:
-        self._missing, self._start = missing, 0
+        self.missing, self._start = missing, 0
         self.moments = InputMoments.empty(width, missing.device)
         self.products = torch.zeros(
             missing.shape[1], width, dtype=torch.float64, device=missing.device
@@ -89,7 +89,7 @@ class _Residual(LayerObserver):
     def mlp_ran(self, layer: int, saved: Any) -> None:
         """Add a batch, whose tokens follow those of the one before."""
         a = channels(saved)
-        part = self._missing[self._start : self._start + len(a)]
+        part = self.missing[self._start : self._start + len(a)]
         self._start += len(a)
         self.moments.add(a)
         self.products.addmm_(part.double().mT, a.double())
@@ -112,17 +112,20 @@ class GapRepair:
             if index in pruned_layers:
                 continue
             model = self._stream.open(index)
-            states = self._stream.run(model)
+            read = self._stream.mixed(model)
+            states = self._stream.finished(model, read)
             gap = list(takewhile(pruned_layers.__contains__, range(index + 1, layers)))
             mlp = model.layers[0].mlp
             if gap and isinstance(mlp, MLP):
                 wanted = self._through(states, gap)
-                self._fit(index, model, mlp, wanted - states)
-                states = self._stream.run(model)
+                observer = _Residual(wanted - states, mlp.down_proj.in_features)
+                self._stream.finished(model, read, observer)
+                self._fit(index, model, mlp, observer)
+                states = self._stream.finished(model, read)
                 left = float((wanted - states).double().square().mean())
                 self.told[-1]["error_repaired"] = left
             self._stream.go_on(states)
-            del model, mlp
+            del model, mlp, read
 
     def _through(self, states: Tensor, gap: Sequence[int]) -> Tensor:
         """What the layers of a gap make of these states."""
@@ -133,10 +136,8 @@ class GapRepair:
         self._stream.go_on(before)
         return states
 
-    def _fit(self, index: int, model: Decoder, mlp: MLP, missing: Tensor) -> None:
-        source, down = self._stream.source, mlp.down_proj
-        observer = _Residual(missing, down.in_features)
-        self._stream.run(model, observer)
+    def _fit(self, index: int, model: Decoder, mlp: MLP, observer: _Residual) -> None:
+        source, down, missing = self._stream.source, mlp.down_proj, observer.missing
         name = path_in_file(source.config, f"model.layers.{index}.mlp.down_proj.weight")
         weight = source.tensor(name).to(missing.device).double()
         given = Regression(weight, observer.moments, self._ridge)

@@ -55,7 +55,10 @@ def test_states_and_moments_are_those_of_the_whole_model(golden: Golden, family:
     for index in range(model.config.num_hidden_layers):
         layer = stream.open(index)
         observer = HeadMoments(layer)
-        stream.go_on(stream.run(layer, observer))
+        states_after = stream.run(layer, observer)
+        halves = stream.finished(layer, stream.mixed(layer))
+        assert torch.allclose(halves, states_after, rtol=1e-12, atol=1e-13)
+        stream.go_on(states_after)
         z = whole.inputs[index]
         assert torch.allclose(observer.moments.products, z.mT @ z, rtol=1e-9, atol=1e-9)
         assert torch.allclose(observer.moments.means, z.mean(0), rtol=1e-9, atol=1e-10)

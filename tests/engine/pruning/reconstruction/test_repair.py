@@ -22,6 +22,7 @@ from engine.pruning.reconstruction.repair import HeadRepair, RepairedSource
 from engine.pruning.scores import prunable_heads, weight_scores
 from engine.verbs.models.prune import prune
 from engine.verbs.models.quantize import quantize
+from kernels.attention import attention_forward
 from models.decoder import Decoder
 from models.layers.observer import LayerObserver, observe_layers
 from tests.support.quantised_gguf import write_q8_gguf
@@ -80,6 +81,23 @@ def test_each_layer_is_numpys_fit_to_what_the_repaired_layers_before_it_give(
         wide = np.concatenate([z, ridge])
         expected = np.linalg.lstsq(wide[:, stay], wide @ weight.T, rcond=None)[0].T
         assert np.abs(ours[:, stay].numpy() - expected).max() < 1e-8
+
+
+def test_a_repaired_layer_mixes_tokens_once(
+    golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, attend = [], attention_forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(given[0].shape)
+        return attend(*given, **named)
+
+    monkeypatch.setattr("models.layers.attention.attention_forward", counted)
+    source = open_model_source(golden("llama"))
+    scored = weight_scores(source, prunable_heads(source, "attention"), "random")
+    stream = LayerStream(source, examples(), Calibration((), device="cpu"))
+    HeadRepair(stream, RIDGE, None).run(scored, {scores.heads.layer: (1, 2) for scores in scored})
+    assert len(calls) == source.config.num_hidden_layers
 
 
 def name_in_file(repair: HeadRepair, name: str) -> str:
