@@ -254,6 +254,25 @@ def test_a_killed_job_goes_on_to_the_same_results(make: Make, tmp_path: Path) ->
     assert lasting(json.loads(done.stdout)) == lasting(whole)
 
 
+def test_a_job_killed_at_some_of_its_file_operations_leaves_the_same_bytes(
+    tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`make torture` kills at every one of them."""
+    server = ROOT / "tests" / "support" / "processes" / "forge_kill_server.py"
+    done = subprocess.run(
+        [sys.executable, str(server), str(tiny_model), str(write_rows(24)), str(tmp_path / "k"),
+         "83", "40"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    assert seen["operations"] > 200
+    assert seen["killed"] == seen["same"] == len(range(40, seen["operations"], 83)), done.stderr
+
+
 def test_a_cycle_that_makes_the_model_much_worse_is_the_last(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
