@@ -7,25 +7,32 @@ the middle 95 % of draws of the held-out rows. The models pruned by `l2-reconstr
 are then fine-tuned with LoRA, as `engine forge` does it, and so is the model that was not pruned:
 the baseline, which tells how much of the gain is the training's and not the recovery's.
 
-Writes bench/results/prune_smollm2.{json,md}. Takes an hour or more on 2 cores; what was done stays
-under --output-dir, and a second start goes on from there. `--only l2-reconstruction` measures some
-rows of the table; a row without figures is left out of it.
+Every cell of the table is a line of bench/results/prune_smollm2.jsonl, written when it is measured;
+a second start measures what is missing. prune_smollm2.md is made of these lines alone. All of it
+takes hours on 2 cores; `--only l2-output random` measures some rows of the table.
 
-Run as ``python -m bench.prune_smollm2 [--output-dir runs/prune-smollm2] [--steps N]``.
+Run as ``python -m bench.prune_smollm2 [--output-dir runs/prune-smollm2] [--only ROW ...]``.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.config.choices import METRICS_OF, Metric, RepairMethod
 from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
+from engine.data.docstrings import write_docstrings
 from engine.forging.assess import Judge
-from engine.forging.stages import Stages
+from engine.provenance import measured_on
+from engine.pruning.scores import LayerScores
 from engine.storage import durable
 from engine.verbs.models.forge import forge
 from engine.verbs.models.prune import prune
@@ -36,7 +43,10 @@ FRACTIONS = (0.1, 0.2, 0.3)
 RECOVERED: Metric = "l2-reconstruction"
 HELDOUT_ROWS = 64
 MAX_LENGTH = 256
+STEPS = 60
 SEEDS = range(5)
+WHOLE = "whole"
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,18 @@ class Row:
         repaired = "-repaired" if self.repair == "least-squares" else ""
         return f"{self.metric}{repaired}" + (f"-{self.seed}" if self.metric == "random" else "")
 
+    def settings(self, fraction: float, data: Path) -> PruneSettings:
+        """What `engine prune` is asked for."""
+        return PruneSettings(
+            fraction=fraction,
+            metric=self.metric,
+            repair=self.repair,
+            seed=self.seed,
+            data=(str(data),),
+            device="cpu",
+            max_length=MAX_LENGTH,
+        )
+
 
 ROWS = (
     Row("l2-reconstruction", "least-squares"),
@@ -62,13 +84,39 @@ ROWS = (
 )
 
 
-def settings_of(root: Path, fraction: float, steps: int, baseline: bool) -> ForgeSettings:
-    """The forge of one fraction; its data and its baseline are those of every other."""
+class Lines:
+    """The lines of a file of measurements, one for each cell of a table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+
+    def cell(self, row: str, fraction: float) -> Line | None:
+        """The newest line of a cell."""
+        same = (
+            one for one in reversed(self.lines) if (one["row"], one["fraction"]) == (row, fraction)
+        )
+        return next(same, None)
+
+    def measure(self, row: str, fraction: float, work: Callable[[], Line]) -> None:
+        """Add the line of a cell, unless it is there."""
+        if self.cell(row, fraction) is not None:
+            return
+        line = {"row": row, "fraction": fraction} | work() | measured_on(torch.device("cpu"))
+        print(json.dumps(line), flush=True)
+        self.lines.append(line)
+        self.path.parent.mkdir(exist_ok=True)
+        durable.write_text(self.path, "".join(json.dumps(one) + "\n" for one in self.lines))
+
+
+def forge_settings(root: Path, fraction: float) -> ForgeSettings:
+    """The forge of one fraction; its data are those of every other, and of the table."""
     training = TrainConfig(
         model=str(gguf_path()),
         data=["-"],
         method="lora",
-        max_steps=steps,
+        max_steps=STEPS,
         learning_rate=5e-4,
         max_length=MAX_LENGTH,
         checkpoint_every=20,
@@ -76,149 +124,124 @@ def settings_of(root: Path, fraction: float, steps: int, baseline: bool) -> Forg
         seed=0,
         plot=False,
     )
-    pruning = PruneSettings(
-        fraction=fraction, metric=RECOVERED, device="cpu", max_length=MAX_LENGTH
-    )
+    row = Row(RECOVERED, "least-squares")
     return ForgeSettings(
         output_dir=root / f"forge-{fraction:g}",
         training=training,
-        pruning=pruning,
-        baseline=baseline,
+        pruning=row.settings(fraction, root / "data" / "train.jsonl"),
+        baseline=fraction == FRACTIONS[0],
         heldout_rows=HELDOUT_ROWS,
         samples=0,
-        domain="docstrings",
+        domain=str(root / "data"),
     )
 
 
-def pruned_perplexity(
-    root: Path, row: Row, fraction: float, data: Path, judge: Judge
-) -> dict[str, Any]:
-    """Prune, read back, evaluate; the model is deleted again."""
+def pruned_figures(
+    root: Path, row: Row, fraction: float, judge: Judge, known: dict[str, list[LayerScores]]
+) -> Line:
+    """Prune, read back, evaluate; the model is deleted again. `known` are scores, by the metric."""
     target = root / f"{row.name}-{fraction:g}"
     shutil.rmtree(target, ignore_errors=True)
-    settings = PruneSettings(
-        fraction=fraction,
-        metric=row.metric,
-        repair=row.repair,
-        seed=row.seed,
-        data=(str(data),),
-        device="cpu",
-        max_length=MAX_LENGTH,
-    )
-    record = prune(str(gguf_path()), target, settings).record
+    settings = row.settings(fraction, root / "data" / "train.jsonl")
+    key = f"{row.metric}-{row.seed}"
+    done = prune(str(gguf_path()), target, settings, scored=known.get(key))
+    if done.scored is not None:
+        known[key] = done.scored
+    record = done.record
     result = judge.assess(target)
     shutil.rmtree(target)
-    figures = {name: result[name] for name in ("perplexity", "interval", "tokens")}
-    return figures | {"heads": record["heads"]["removed"], "scope": record["scope"]}
+    told: Line = {"heads": record["heads"]["removed"], "scope": record["scope"]}
+    return figures(result) | told | {"calibration_rows": settings.calibration_rows}
 
 
-def run(root: Path, steps: int, only: list[str]) -> dict[str, Any]:
-    """Every row that is asked for, then the recovery. What was done before is read."""
-    forged = {
-        fraction: forge(settings_of(root, fraction, steps, fraction == FRACTIONS[0]), resume=True)
-        for fraction in (FRACTIONS if not only else ())
-    }
-    first = settings_of(root, FRACTIONS[0], steps, True)
-    folder = first.output_dir / "data"
-    if not folder.exists():
-        forge_data(root)
-        folder = root / "data"
-    judge = Judge(folder / "heldout.jsonl", (), MAX_LENGTH, "cpu", "auto")
-    job = Stages(root / "metrics", {"rows": HELDOUT_ROWS}, resume=True)
-    pruned = {
-        row.name: {
-            f"{fraction:g}": job.run(
-                f"{row.name}-{fraction:g}",
-                lambda row=row, fraction=fraction: pruned_perplexity(  # type: ignore[misc]
-                    root, row, fraction, folder / "train.jsonl", judge
-                ),
-            )
-            for fraction in FRACTIONS
-        }
-        for row in ROWS
-        if not only or row.name in only or row.metric in only
-    }
-    whole = job.run("whole", lambda: judge.assess(str(gguf_path())))
-    results: dict[str, Any] = {
-        "baseline": whole["perplexity"],
-        "interval": whole["interval"],
-        "tokens": whole["tokens"],
-        "rows": HELDOUT_ROWS,
-        "pruned": pruned,
-    }
-    if not forged:
-        return results
-    trained = forged[FRACTIONS[0]]["baseline_cycles"][0]["trained"]
-    return results | {
-        "steps": steps,
-        "recovered": {
-            f"{fraction:g}": one["cycles"][0]["trained"]["perplexity"]
-            for fraction, one in forged.items()
-        },
-        "baseline_trained": trained["perplexity"],
-    }
+def figures(judged: Line) -> Line:
+    """What a line holds of an assessment."""
+    return {name: judged[name] for name in ("perplexity", "interval", "tokens")}
 
 
-def forge_data(root: Path) -> None:
-    """The rows that a job of forge would write, for a table without recovery."""
-    from engine.data.docstrings import write_docstrings
+def measure(lines: Lines, root: Path, only: list[str]) -> None:
+    """Every cell that is asked for and missing."""
+    data = root / "data"
+    if not data.exists():
+        write_docstrings(data)
+    heldout = data / f"heldout-{HELDOUT_ROWS}.jsonl"
+    rows = (data / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    durable.write_text(heldout, "".join(rows[:HELDOUT_ROWS]))
+    judge = Judge(heldout, (), MAX_LENGTH, "cpu", "auto")
+    known: dict[str, list[LayerScores]] = {}
+    lines.measure(WHOLE, 0.0, lambda: figures(judge.assess(str(gguf_path()))))
+    for row in ROWS:
+        for fraction in FRACTIONS:
+            if not only or row.name in only or row.metric in only:
+                lines.measure(
+                    row.name,
+                    fraction,
+                    lambda row=row, fraction=fraction: pruned_figures(  # type: ignore[misc]
+                        root, row, fraction, judge, known
+                    ),
+                )
+    for fraction in FRACTIONS:
+        if not only or "recovered" in only:
+            recover(lines, root, fraction)
 
-    write_docstrings(root / "data")
-    rows = (root / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    durable.write_text(root / "data" / "heldout.jsonl", "".join(rows[:HELDOUT_ROWS]))
+
+def recover(lines: Lines, root: Path, fraction: float) -> None:
+    """Prune, repair and fine-tune; with the first fraction the baseline too."""
+    settings = forge_settings(root, fraction)
+    name = f"{RECOVERED}-repaired, then {STEPS} steps of LoRA"
+
+    def trained() -> Line:
+        return figures(forge(settings, resume=True)["cycles"][0]["trained"])
+
+    def baseline() -> Line:
+        return figures(forge(settings, resume=True)["baseline_cycles"][0]["trained"])
+
+    lines.measure(name, fraction, trained)
+    if settings.baseline:
+        lines.measure(f"{WHOLE}, then {STEPS} steps of LoRA", 0.0, baseline)
 
 
-def markdown(results: dict[str, Any]) -> str:
-    columns = [f"{100 * fraction:.0f} %" for fraction in FRACTIONS]
-    keys = [f"{fraction:g}" for fraction in FRACTIONS]
-    whole = f"{results['baseline']:.2f} ({_between(results['interval'])})"
-    lines = [
+def markdown(lines: Lines) -> str:
+    """The table, of the newest line of every cell."""
+    whole = lines.cell(WHOLE, 0.0)
+    told = "" if whole is None else f" ({whole['tokens']} trained tokens)"
+    columns = (0.0, *FRACTIONS)
+    text = [
         "# Head pruning of SmolLM2-135M-Instruct",
         "",
-        f"Perplexity on {results['rows']} held-out docstring rows "
-        f"({results['tokens']} trained tokens)",
+        f"Perplexity on {HELDOUT_ROWS} held-out docstring rows{told}",
         "of models read back from the disk, in brackets the middle 95 % of draws of the rows. 27,",
-        "54 and 81 of 270 attention heads are pruned, in mode zero. Calibration on 64 other rows.",
-        "Written by `python -m bench.prune_smollm2`.",
+        "54 and 81 of 270 attention heads are pruned, in mode zero. Calibration rows are others;",
+        "lines with all settings are in `prune_smollm2.jsonl`. Written by",
+        "`python -m bench.prune_smollm2`.",
         "",
-        f"| | {' | '.join(columns)} |",
+        f"| | {' | '.join(f'{100 * fraction:.0f} %' for fraction in columns)} |",
         f"|---|{'---|' * len(columns)}",
-        f"| whole | {' | '.join([whole] * len(columns))} |",
     ]
-    for name, cells in results["pruned"].items():
-        values = " | ".join(
-            f"{cells[key]['perplexity']:.2f} ({_between(cells[key]['interval'])})" for key in keys
-        )
-        lines.append(f"| {name} | {values} |")
-    if "recovered" in results:
-        values = " | ".join(f"{results['recovered'][key]:.2f}" for key in keys)
-        lines += [
-            f"| {RECOVERED}-repaired, then {results['steps']} steps of LoRA | {values} |",
-            "",
-            f"The model that was not pruned has {results['baseline_trained']:.2f} after the same",
-            "training: what pruning costs after recovery is the distance to it.",
-        ]
-    return "\n".join([*lines, ""])
+    for name in dict.fromkeys(one["row"] for one in lines.lines):
+        cells = [lines.cell(name, fraction) for fraction in columns]
+        text.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
+    return "\n".join([*text, ""])
 
 
-def _between(interval: list[float]) -> str:
-    return " - ".join(f"{value:.1f}" for value in interval)
+def _cell(line: Line | None) -> str:
+    if line is None:
+        return ""
+    low, high = line["interval"]
+    return f"{line['perplexity']:.2f} ({low:.1f} - {high:.1f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.prune_smollm2")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/prune-smollm2"))
-    parser.add_argument("--steps", type=int, default=60, help="of training, 4 rows each")
-    parser.add_argument("--only", nargs="*", default=[], help="rows of the table, no recovery")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--only", nargs="*", default=[], help="rows of the table, or recovered")
     given = parser.parse_args()
-    results = run(given.output_dir, given.steps, given.only)
-    if given.only:
-        print(markdown(results))
-        return
-    RESULTS.mkdir(exist_ok=True)
-    durable.write_json(RESULTS / "prune_smollm2.json", results)
-    durable.write_text(RESULTS / "prune_smollm2.md", markdown(results))
-    print(json.dumps(results, indent=2))
+    lines = Lines(given.results / "prune_smollm2.jsonl")
+    measure(lines, given.output_dir, given.only)
+    table = markdown(lines)
+    durable.write_text(given.results / "prune_smollm2.md", table)
+    print(table)
 
 
 if __name__ == "__main__":

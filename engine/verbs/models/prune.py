@@ -64,21 +64,29 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PruneResult:
-    """`record` is what `pruning.json` holds; `written` is None after a mere report."""
+    """`record` is what `pruning.json` holds; `written` is None after a mere report.
+
+    `scored` are the scores of the heads, where heads were pruned.
+    """
 
     record: dict[str, Any]
     written: WrittenModel | None
+    scored: list[LayerScores] | None = None
 
 
 def prune(
     model: str | Path,
     output: str | Path | None,
     settings: PruneSettings | None = None,
+    *,
+    scored: list[LayerScores] | None = None,
     **options: Any,
 ) -> PruneResult:
     """Prune `model` into the new folder `output`; without one only score and choose.
 
     The settings are given whole, or one by one as `options`: `fraction=0.1, metric="gradient"`.
+    `scored` is what an earlier result of the same model, rows and metric has: heads are then not
+    scored again, whatever the fraction.
     Raises `ConfigError` for settings that cannot be met (see `engine.pruning.selection`), and
     `CheckpointError` or `DataError` for files that cannot be used. Nothing is written then.
     """
@@ -97,7 +105,8 @@ def prune(
     if settings.importance in ("l2-weights", "l2-weights-largest", "ov"):
         log.warning(WEIGHTS_WARNING, settings.importance)
     rows = rows_when_asked(source, settings)
-    scored = scores_of(source, layers, settings, rows)
+    if scored is None:
+        scored = scores_of(source, layers, settings, rows)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.importance, settings.form)
     record |= {
@@ -117,7 +126,7 @@ def prune(
         record["calibration_rows"] = settings.calibration_rows
         record["data"] = list(settings.data)
     if output is None:
-        return PruneResult(record, None)
+        return PruneResult(record, None, scored)
     changes: Mapping[str, Change] = {}
     if settings.repairs:
         changes, record["repair"] = repair_of(source, scored, choice.heads, settings, rows)
@@ -261,7 +270,7 @@ def _write(
     dtype = settings.dtype or type_to_write(base)
     written = write_directory(source, output, zero, dtype, settings.max_shard_size, write_more)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)
-    return PruneResult(record, written)
+    return PruneResult(record, written, scored)
 
 
 def _cut(
