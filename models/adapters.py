@@ -10,7 +10,9 @@ fp32 whatever the base is. Every expert of a mixture has pairs of its own, named
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -153,11 +155,18 @@ def add_pairs(
         linear.lora_B = nn.Parameter(b.to(device))
         linear.scale, linear.dropout = scale_of(rank, alpha, use_rslora), dropout
         if use_dora:
-            linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
+            with _its_weights(model, path):
+                linear.lora_magnitude_vector = nn.Parameter(_magnitude(linear, model.dtype))
     for path, adapter in experts.items():
         rank, scale = sizes[path].rank, scale_of(sizes[path].rank, sizes[path].alpha, use_rslora)
         adapter.attach(rank, scale, dropout, model.device, generator)
     return [path for path, _, _ in _adapters(model)]
+
+
+def _its_weights(model: Decoder, path: str) -> AbstractContextManager[None]:
+    """Inside the block a projection has its weight, wherever that is between passes."""
+    stream, layer = model.weight_stream, re.search(r"\.layers\.(\d+)\.", path)
+    return nullcontext() if stream is None or layer is None else stream.weights_of(int(layer[1]), 1)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_en
 from kernels.loss.linear_distillation import linear_distillation
 from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
+from kernels.runtime.ranks import Ranks
 from models.cache.many_sequences import BatchPass
 from models.cache.one_sequence import KVCache, LayerCache
 from models.config.model_config import ModelConfig
@@ -37,8 +38,9 @@ from models.layers.packed_batch import PackedBatch
 from models.layers.rotary import Rotary
 from models.memory.checkpointing import ForwardPass, Routed, run_layer
 from models.memory.cuda_graphs import LayerGraphs, recordable
-from models.memory.offload import OffloadedInputs, WeightStream
+from models.memory.offload import LayerWeights, OffloadedInputs, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
+from models.memory.sharded_weights import ShardedWeights
 
 DISTILLATION_TOKENS = 256
 """Tokens whose logits, of both models, exist at a time in distillation."""
@@ -68,7 +70,7 @@ class Decoder(nn.Module):
     """A causal language model.
 
     What belongs to one step comes with the call, as `StepSettings`; what belongs to the model is
-    set by `stream_weights` and `record_layers`.
+    set by `stream_weights`, `shard_weights` and `record_layers`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -79,7 +81,7 @@ class Decoder(nn.Module):
             None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         )
         self.rotary = Rotary(config)
-        self.weight_stream: WeightStream | None = None
+        self.weight_stream: LayerWeights | None = None
         self.graphs: LayerGraphs | None = None
         self._copies: SideCopies | None = None
 
@@ -116,6 +118,13 @@ class Decoder(nn.Module):
     def stream_weights(self) -> None:
         """Stream the quantised weights, which lie in the host's memory, as layers need them."""
         self.weight_stream = WeightStream(self.layers, self.device)
+
+    def shard_weights(self, ranks: Ranks, *, on_host: bool = False) -> ShardedWeights:
+        """Keep this rank's share of the layers' frozen weights alone (`models.memory`)."""
+        self.weight_stream = sharded = ShardedWeights(ranks, self.device, on_host=on_host)
+        for layer in self.layers:
+            sharded.take(layer)
+        return sharded
 
     def record_layers(self, recorder: Recorder | None = None) -> None:
         """Run the layers of a training step from recorded launches (`models.memory.cuda_graphs`).

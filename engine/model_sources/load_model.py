@@ -36,12 +36,14 @@ from kernels.moe.grouped_matmul import planar_experts
 from kernels.nf4 import NF4Weight, quantize
 from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.runtime.host_memory import host_copy
+from kernels.runtime.ranks import Ranks
 from kernels.runtime.simulation import equal_parts
 from models.adapters import attach_lora
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.memory.offload import Kind, on_host
+from models.memory.sharded_weights import ShardedWeights
 from models.tensor_layout import Layout
 from models.tensor_names import is_quantised, skeleton
 
@@ -50,6 +52,20 @@ if TYPE_CHECKING:
     from engine.model_sources.adapter.adapted_source import AdaptedSource
 
 _PART = 1 << 22
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """Where layers' weights are between their turns: on the host, and divided among ranks or not.
+
+    On a CPU device and host are one. Without `ranks` every process has all weights.
+    """
+
+    on_host: bool = False
+    ranks: Ranks | None = None
+
+
+ON_DEVICE = LayerPlacement()
 
 
 @dataclass(frozen=True)
@@ -113,26 +129,28 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     head_8bit: bool = False,
     embedding_on_host: bool = False,
-    weights_on_host: bool = False,
+    layers: LayerPlacement = ON_DEVICE,
 ) -> Decoder:
     """A decoder with the source's weights, every parameter frozen.
 
     The large projections of each layer (`models.tensor_names.is_quantised`), experts among them,
     are quantised if asked for; embeddings, norms, biases, routers and the head stay in `dtype`, or
     the head, with the embedding where they are tied, is stored in 8-bit rows. An embedding on the
-    host sends only a batch's rows to the device; with `weights_on_host` the layers' quantised
-    weights lie there and are streamed. Codes that the source's files hold are taken as they are,
-    unless another quantisation is asked for. Raises `CheckpointError` for a tensor that is not
-    finite, `ConfigError` for a tied embedding on the host.
+    host sends only a batch's rows to the device; `layers` says where the layers' weights are when
+    it is not their turn. Where they are divided among ranks, each keeps its share of a layer as
+    soon as that is read. Codes that the source's files hold are taken as they are, unless another
+    quantisation is asked for. Raises `CheckpointError` for a tensor that is not finite,
+    `ConfigError` for a tied embedding on the host.
     """
     device = torch.device(device)
     if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
     model = skeleton(source.config)
     layout = Layout.of_names(source.config, source.names())
-    offloaded = weights_on_host and device.type == "cuda"
+    offloaded = layers.on_host and layers.ranks is None and device.type == "cuda"
     form = _Form(quantization, double_quant, device, dtype, offloaded)
     codes = StoredCodes(source, layout, quantization)
+    finish = _LayerEnds(model, layers, device)
     for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
         if not _set_codes(model, name, shape, codes, form):
             tensor = layout.assemble(name, shape, source.tensor)
@@ -142,18 +160,53 @@ def build_model(
             del tensor
         for part in layout.parts(name, shape):
             source.release(part)
-    for layer in model.layers:
-        layer.make_weights_adjacent()
-    if weights_on_host:
-        model.stream_weights()
+        finish.parameter_is_set(name)
+    finish.all_are_set()
     _return_freed_memory()
     return model.eval()
 
 
+class _LayerEnds:
+    """What is done with a layer whose parameters were all read, in their order."""
+
+    def __init__(self, model: Decoder, placement: LayerPlacement, device: torch.device) -> None:
+        self._model, self._placement = model, placement
+        owners = ((n.split(".")[:3], n) for n, _ in model.named_parameters())
+        ends = {int(at[2]): name for at, name in owners if at[:2] == ["model", "layers"]}
+        self._last = {name: layer for layer, name in ends.items()}
+        self._sharded: ShardedWeights | None = None
+        if placement.ranks is not None:
+            self._sharded = ShardedWeights(placement.ranks, device, on_host=placement.on_host)
+
+    def parameter_is_set(self, name: str) -> None:
+        """After the last parameter of a layer, lay it out, and keep this rank's share of it."""
+        number = self._last.get(name)
+        if number is None:
+            return
+        layer = self._model.layers[number]
+        layer.make_weights_adjacent()
+        if self._sharded is not None:
+            self._sharded.take(layer)
+
+    def all_are_set(self) -> None:
+        """The model brings its layers' weights from where they are."""
+        if self._sharded is not None:
+            self._model.weight_stream = self._sharded
+        elif self._placement.on_host:
+            self._model.stream_weights()
+
+
 def build_for(
-    config: TrainConfig, source: ModelSource, device: torch.device, dtype: torch.dtype
+    config: TrainConfig,
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> Decoder:
-    """The model that a run of `config` trains on, every parameter frozen. Raises as above."""
+    """The model that a run of `config` trains on, every parameter frozen. Raises as above.
+
+    With `ranks` the layers' frozen weights are divided among them.
+    """
     four_bit = config.method == "qlora"
     return build_model(
         source if four_bit else decoded(source),
@@ -163,7 +216,7 @@ def build_for(
         dtype=dtype,
         head_8bit=config.head_precision == "8bit",
         embedding_on_host=config.embedding_on == "host",
-        weights_on_host="weights" in config.offload,
+        layers=LayerPlacement("weights" in config.offload, ranks),
     )
 
 

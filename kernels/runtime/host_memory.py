@@ -14,6 +14,7 @@ import logging
 import math
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -133,6 +134,10 @@ class SideCopies:
         event = torch.cuda.Event()
         event.record(self._stream)
         return event
+
+    def following(self) -> AbstractContextManager[object]:
+        """What is queued inside the block follows the copies that were started."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def wait(self, event: torch.cuda.Event | None) -> None:
         """Let the computation's stream wait for a copy; the host goes on."""

@@ -20,7 +20,7 @@ from kernels.linear.columns import Columns
 from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.context import LayerContext
 from models.layers.moe import MoESaved
-from models.memory.offload import OffloadedInputs, WeightStream
+from models.memory.offload import LayerWeights, OffloadedInputs
 
 Routed = list[tuple[Tensor, Tensor]]
 """Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
@@ -59,12 +59,12 @@ class ForwardPass:
     context: LayerContext
     policies: tuple[str, ...]
     inputs: OffloadedInputs | None = None
-    weights: WeightStream | None = None
+    weights: LayerWeights | None = None
     routed: Routed | None = None
     gradient: LayerGradient = field(default_factory=LayerGradient)
 
     def with_weights(self, layer: DecoderLayer, ahead: int) -> AbstractContextManager[None]:
-        """Inside the block, a layer whose weights are offloaded has them on the device."""
+        """Inside the block, a layer whose weights are elsewhere has them on the device."""
         if self.weights is None:
             return nullcontext()
         return self.weights.weights_of(layer.index, ahead)

@@ -16,9 +16,9 @@ for inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ Quantized = QuantizedWeight | QuantizedExperts
 
 Kind = TypeVar("Kind", bound=Quantized)
 _Named = dict[str, Any]
+
+
+class LayerWeights(Protocol):
+    """Weights of layers that are elsewhere until their layer's turn."""
+
+    def weights_of(self, index: int, ahead: int) -> AbstractContextManager[None]:
+        """Inside the block layer `index` has its weights; `index + ahead` is next."""
 
 
 class OffloadedInputs:

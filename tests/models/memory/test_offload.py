@@ -153,7 +153,7 @@ def test_streamed_weights_give_the_same_gradients_and_leave_the_device() -> None
     model = build()
     model.stream_weights()
     stream = model.weight_stream
-    assert stream is not None
+    assert isinstance(stream, WeightStream)
     brought: list[int] = []
     bring = stream._start_upload
     most = 0
