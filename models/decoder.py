@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kernels.attention import AttentionPlan
-from kernels.few_rows.project import multiply_head
-from kernels.linear.dense import dense_product
 from kernels.linear.int8 import Int8Weight
-from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_entropy
+from kernels.loss.linear_cross_entropy import Head
 from kernels.loss.linear_distillation import linear_distillation
 from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
 from kernels.runtime.ranks import Ranks
+from kernels.vocabulary.shard import VocabularyShard
 from models.cache.many_sequences import BatchPass
 from models.cache.one_sequence import KVCache, LayerCache
 from models.config.model_config import ModelConfig
@@ -41,6 +40,7 @@ from models.memory.cuda_graphs import LayerGraphs, recordable
 from models.memory.offload import LayerWeights, OffloadedInputs, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
 from models.memory.sharded_weights import ShardedWeights
+from models.output_head import OutputHead
 
 DISTILLATION_TOKENS = 256
 """Tokens whose logits, of both models, exist at a time in distillation."""
@@ -82,6 +82,8 @@ class Decoder(nn.Module):
         )
         self.rotary = Rotary(config)
         self.weight_stream: LayerWeights | None = None
+        self.vocabulary: Ranks | None = None
+        """The ranks among whom the rows of embedding and head are divided."""
         self.graphs: LayerGraphs | None = None
         self._copies: SideCopies | None = None
 
@@ -109,11 +111,18 @@ class Decoder(nn.Module):
         config = self.config
         return config.router_aux_loss_coef if config.output_router_logits else 0.0
 
-    def head_weight(self) -> Head:
-        """The output head (V, H): the embedding where they are tied."""
+    @property
+    def head(self) -> OutputHead:
+        """The output head: the embedding where they are tied."""
         weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
         assert isinstance(weight, Tensor | Int8Weight)
-        return weight
+        if self.vocabulary is None:
+            return OutputHead(weight)
+        return OutputHead(weight, VocabularyShard(weight, self.config.vocab_size, self.vocabulary))
+
+    def head_weight(self) -> Head:
+        """The output head (V, H). Raises `ValueError` where each rank has rows of its own."""
+        return self.head.whole
 
     def stream_weights(self) -> None:
         """Stream the quantised weights, which lie in the host's memory, as layers need them."""
@@ -210,15 +219,8 @@ class Decoder(nn.Module):
             there = batch if wanted == (self.device, self.ids_device) else given.to(*wanted)
             loss = self._distillation(trained, teacher, there, divisor, chunk)
         else:
-            head = self.head_weight()
-            loss = linear_cross_entropy(
-                trained,
-                head,
-                batch.targets,
-                divisor,
-                chunk,
-                batch.weights,
-                settings.loss_terms,
+            loss = self.head.loss(
+                trained, batch.targets, divisor, chunk, batch.weights, settings.loss_terms
             )
         if not routed:
             return loss
@@ -316,22 +318,14 @@ class Decoder(nn.Module):
 
     def _head(self, x: Tensor) -> Tensor:
         """Logits (N, V) of the last layer's output (N, H), without gradients."""
-        normed, head = self.model.norm.next_tokens(x), self.head_weight()
-        logits = multiply_head(normed, head)
-        if logits is not None:
-            return logits
-        if not isinstance(head, Tensor):
-            return head_logits(normed, head)
-        return dense_product(normed, head, normed.new_empty(len(normed), head.shape[0]))
+        return self.head.next_logits(self.model.norm.next_tokens(x))
 
     def logits(self, states: Tensor) -> Tensor:
-        """Logits (N, V) of rows (N, H) of `hidden_states`, through the final norm."""
-        return self._logits(self.model.norm(states))
+        """Logits (N, V) of rows (N, H) of `hidden_states`, through the final norm.
 
-    def _logits(self, x: Tensor) -> Tensor:
-        """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""
-        head = self.head_weight()
-        return x @ head.T if isinstance(head, Tensor) else head_logits(x, head)
+        They have gradients where the head is dense and whole.
+        """
+        return self.head.logits(self.model.norm(states))
 
     def _pass(
         self, batch: PackedBatch, settings: StepSettings, routed: Routed | None

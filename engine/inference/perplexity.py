@@ -14,7 +14,6 @@ from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.inference.parts import PartNames
 from kernels.loss.cross_entropy import PLAIN
-from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
@@ -135,14 +134,14 @@ def evaluate_rows(
     for numbers in grouped(order, tokens_per_batch, lambda number: len(examples[number])):
         batch = collate([examples[number] for number in numbers]).to(model.device, model.ids_device)
         states = model.model.norm(model.hidden_states(batch).index_select(0, batch.trained))
-        head = model.head_weight()
-        whole.loss += float(linear_cross_entropy(states, head, batch.targets, 1.0))
+        head = model.head
+        whole.loss += float(head.loss(states, batch.targets, 1.0))
         whole.tokens += batch.trained_tokens
         start = 0
         for number in numbers:
             tokens = examples[number].trained_tokens
             part = slice(start, start + tokens)
-            loss = linear_cross_entropy(states[part], head, batch.targets[part], 1.0)
+            loss = head.loss(states[part], batch.targets[part], 1.0)
             rows[number] = float(loss), tokens
             start = part.stop
     perplexity = math.exp(whole.mean) if whole.mean < 700 else math.inf

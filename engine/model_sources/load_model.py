@@ -38,12 +38,14 @@ from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.ranks import Ranks
 from kernels.runtime.simulation import equal_parts
+from kernels.vocabulary.shard import own_rows
 from models.adapters import attach_lora
 from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.memory.offload import Kind, on_host
 from models.memory.sharded_weights import ShardedWeights
+from models.sharding import shard_vocabulary
 from models.tensor_layout import Layout
 from models.tensor_names import is_quantised, skeleton
 
@@ -52,17 +54,21 @@ if TYPE_CHECKING:
     from engine.model_sources.adapter.adapted_source import AdaptedSource
 
 _PART = 1 << 22
+OUTER_MATRICES = ("model.embed_tokens.weight", "lm_head.weight")
+"""Matrices with a row for every token of the vocabulary."""
 
 
 @dataclass(frozen=True)
 class LayerPlacement:
     """Where layers' weights are between their turns: on the host, and divided among ranks or not.
 
-    On a CPU device and host are one. Without `ranks` every process has all weights.
+    On a CPU device and host are one. Without `ranks` every process has all weights. With
+    `vocabulary` the ranks divide the rows of embedding and head too.
     """
 
     on_host: bool = False
     ranks: Ranks | None = None
+    vocabulary: Ranks | None = None
 
 
 ON_DEVICE = LayerPlacement()
@@ -143,6 +149,11 @@ def build_model(
     `ConfigError` for a tied embedding on the host.
     """
     device = torch.device(device)
+    if embedding_on_host and layers.vocabulary is not None:
+        raise ConfigError(
+            "the embedding is to lie on the host and its rows are to be divided among ranks, which "
+            "exclude each other: leave out --embedding-on host or the division of the vocabulary."
+        )
     if embedding_on_host and source.config.tie_word_embeddings:
         raise ConfigError(f"{TIED_EMBEDDING.message} {TIED_EMBEDDING.fix}.")
     model = skeleton(source.config)
@@ -151,9 +162,14 @@ def build_model(
     form = _Form(quantization, double_quant, device, dtype, offloaded)
     codes = StoredCodes(source, layout, quantization)
     finish = _LayerEnds(model, layers, device)
-    for name, shape in [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
+    parameters = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
+    if layers.vocabulary is not None:
+        shard_vocabulary(model, layers.vocabulary)
+    for name, shape in parameters:
         if not _set_codes(model, name, shape, codes, form):
             tensor = layout.assemble(name, shape, source.tensor)
+            if layers.vocabulary is not None and name in OUTER_MATRICES:
+                tensor = tensor[own_rows(shape[0], shape[1], layers.vocabulary)]
             outer = (head_8bit, embedding_on_host, device, dtype)
             if not _set_outer_tensor(model, name, tensor, *outer):
                 _set_tensor(model, name, tensor, form, stays_dense=codes.used)
@@ -202,10 +218,12 @@ def build_for(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
+    vocabulary: Ranks | None = None,
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above.
 
-    With `ranks` the layers' frozen weights are divided among them.
+    With `ranks` the layers' frozen weights are divided among them, with `vocabulary` the rows of
+    embedding and head.
     """
     four_bit = config.method == "qlora"
     return build_model(
@@ -216,7 +234,7 @@ def build_for(
         dtype=dtype,
         head_8bit=config.head_precision == "8bit",
         embedding_on_host=config.embedding_on == "host",
-        layers=LayerPlacement("weights" in config.offload, ranks),
+        layers=LayerPlacement("weights" in config.offload, ranks, vocabulary),
     )
 
 

@@ -27,6 +27,9 @@ from kernels.linear.projection import LastingWeights, Projection, Weight
 from kernels.linear.row_adapters import RowAdapter
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.host_memory import gather_rows
+from kernels.runtime.ranks import Ranks
+from kernels.vocabulary.lookup import lookup
+from kernels.vocabulary.shard import VocabularyShard
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,15 @@ class Linear(nn.Module):
             self.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
         else:
             self.__dict__["weight"] = weight
+
+    def keep_rows(self, rows: slice) -> None:
+        """Keep these rows alone."""
+        weight, self.out_features = self.weight, rows.stop - rows.start
+        trained = isinstance(weight, Tensor) and weight.requires_grad
+        assert isinstance(weight, Tensor | Int8Weight) and self.bias is None
+        self.set_weight(rows_of(weight, rows))
+        if trained:
+            self.requires_grad_(True)
 
     def projection(self, groups: RowGroups | None = None) -> Projection:
         """What `kernels.linear.lora` computes with; shares memory with this module.
@@ -253,6 +265,13 @@ class RMSNorm(nn.Module):
         return own
 
 
+def rows_of(weight: Tensor | Int8Weight, rows: slice) -> Tensor | Int8Weight:
+    """A copy of some rows of a matrix, dense or in 8-bit rows."""
+    if isinstance(weight, Tensor):
+        return weight.detach()[rows].clone()
+    return Int8Weight(weight.codes[rows].clone(), weight.absmax[rows].clone(), weight.dtype)
+
+
 class Embedding(nn.Module):
     """Holds the embedding matrix (V, H): a `Parameter`, or frozen as 8-bit rows or on the host."""
 
@@ -263,6 +282,21 @@ class Embedding(nn.Module):
         self.shape = (vocab_size, hidden_size)
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.device: torch.device | None = None
+        self._ranks: tuple[Ranks, int] | None = None
+
+    def keep_rows(self, rows: slice, ranks: Ranks) -> None:
+        """Keep these rows, of which each of `ranks` has its own (`kernels.vocabulary`).
+
+        Raises `ValueError` for a matrix on the host.
+        """
+        if self.device is not None:
+            raise ValueError("an embedding on the host is not divided among ranks: it is no GPU's")
+        weight, (vocab_size, width) = self.weight, self.shape
+        trained = isinstance(weight, Tensor) and weight.requires_grad
+        self.shape = (rows.stop - rows.start, width)
+        self._ranks = (ranks, vocab_size)
+        self.set_weight(rows_of(weight, rows))
+        self.requires_grad_(trained)
 
     def set_weight(self, weight: Tensor | Int8Weight, device: torch.device | None = None) -> None:
         """Replace the matrix by a frozen one.
@@ -284,6 +318,9 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Ids (N,) -> rows (N, H)."""
+        if self._ranks is not None:
+            ranks, vocab_size = self._ranks
+            return lookup(VocabularyShard(self.weight, vocab_size, ranks), input_ids)
         if isinstance(self.weight, Int8Weight):
             return rows_int8(self.weight, input_ids)
         if self.device is not None:

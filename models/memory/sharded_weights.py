@@ -72,7 +72,8 @@ class ShardedWeights:
     """This rank's share of every layer's frozen weights; `weights_of` makes a layer whole.
 
     Layers are given to `take` in their order. With `on_host` a GPU's shares wait in the host's
-    memory. Every rank must run the same passes: one that has no batch left calls `idle_pass`.
+    memory. Every rank must run the same passes: one that has no batch left
+    calls `models.sharding.idle_pass`.
     """
 
     def __init__(self, ranks: Ranks, device: torch.device, *, on_host: bool = False) -> None:
@@ -106,14 +107,14 @@ class ShardedWeights:
         finally:
             divided.put(divided.placeholders)
 
-    def idle_pass(self, *, backward: bool) -> None:
-        """The gathers of one pass, for a rank that computes nothing while others do.
-
-        As theirs, `backward` ends at the lowest layer that has something to train.
-        """
+    def idle_forward(self) -> None:
+        """The gathers of a forward pass, for a rank that computes nothing while others do."""
         for index in range(len(self._layers)):
             self._gather.arrive(index, 1)
-        lowest = self.lowest_trained() if backward else None
+
+    def idle_backward(self) -> None:
+        """Those of a backward pass, which ends at the lowest layer with something to train."""
+        lowest = self.lowest_trained()
         if lowest is not None:
             for index in range(len(self._layers) - 1, lowest - 1, -1):
                 self._gather.arrive(index, -1)

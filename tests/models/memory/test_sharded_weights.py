@@ -32,6 +32,7 @@ from models.memory.lasting import keep_decoded
 from models.memory.layer_gather import ALIGNED, LayerGather, gathered_layers
 from models.memory.offload import tensors_of
 from models.memory.sharded_weights import ShardedWeights, frozen_layer_bytes
+from models.sharding import idle_pass
 from models.tensor_names import skeleton
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 from tests.support.tiny_model import GOLDEN, RandomSource
@@ -227,13 +228,13 @@ def test_an_idle_rank_makes_the_gathers_of_a_pass(trained: int) -> None:
         model = _frozen_below(loaded(config, layers=LayerPlacement(ranks=ranks)), trained)
         for turn in range(3):
             if turn % 2 != ranks.rank:
-                sharded(model).idle_pass(backward=True)
+                idle_pass(model, num_items=7)
             elif trained < LAYERS:
                 assert_same_bits(step(model, ids_of(0)), expected)
             else:
                 model.loss(ids_of(0), ids_of(0), BOUNDS)
             if turn % 2 != ranks.rank:
-                sharded(model).idle_pass(backward=False)
+                idle_pass(model)
             else:
                 with torch.no_grad():
                     model(ids_of(1))

@@ -1,0 +1,1 @@
+"""Embeddings and output heads whose rows are divided among ranks."""
