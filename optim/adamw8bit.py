@@ -69,7 +69,8 @@ class AdamW8bit(StepOptimizer):
 
     All parameters must be contiguous, of floating point, and on one device; they are updated in
     place. A parameter without a gradient is left out of a step, as in torch. The keywords
-    `low_precision`, `seed` and `rounding` are those of `Precision`.
+    `low_precision`, `seed` and `rounding` are those of `Precision`. A group may have a
+    `min_8bit_size` of its own.
 
     `grad_norm` is the norm that the last step clipped by, on the device, or None.
     """
@@ -264,12 +265,18 @@ class AdamW8bit(StepOptimizer):
             refuse_unusable(params)
             masters = self._precision.low_precision == "master"
             with optimizer_observer().building_state():
-                self._flat = FlatState(params, self._min_8bit_size, masters)
+                self._flat = FlatState(params, self._least_8bit_sizes(), masters)
             self._plans.clear()
             self._tables.clear()
             for index, param in enumerate(params):
                 self.state[param] = self._flat.views(index)
         return self._flat
+
+    def _least_8bit_sizes(self) -> list[int]:
+        """For each parameter the size from which on its moments take 8 bits."""
+        own = self._min_8bit_size
+        sizes = [(g.get("min_8bit_size", own), len(g["params"])) for g in self.param_groups]
+        return [size for size, count in sizes for _ in range(count)]
 
     def _rule(self) -> Rounding:
         return self._precision.rounding or ("grid" if self._built().steps.is_cpu else "nearest")

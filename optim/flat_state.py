@@ -1,7 +1,7 @@
 """Optimizer state: all moments in a few flat buffers.
 
-A parameter of at least `min_8bit_size` elements owns rows of 256 in the 8-bit buffers, a smaller
-one rows in the fp32 buffers. Rows never hold two parameters, so blocks are those that each
+A parameter of at least as many elements as `least` says owns rows of 256 in the 8-bit buffers, a
+smaller one rows in the fp32 buffers. Rows never hold two parameters, so blocks are those that each
 parameter would have alone. Everything a step changes is a tensor here, and nothing else is.
 """
 
@@ -48,12 +48,12 @@ class Slab:
 class FlatState:
     """Moments, absmax, step counts and fp32 masters of `params`, in their order."""
 
-    def __init__(self, params: Sequence[Tensor], min_8bit_size: int, masters: bool) -> None:
+    def __init__(self, params: Sequence[Tensor], least: Sequence[int], masters: bool) -> None:
         device = params[0].device
         self.segments: list[ParameterRows] = []
         rows = {True: 0, False: 0}
         for index, param in enumerate(params):
-            quantized = param.numel() >= min_8bit_size
+            quantized = param.numel() >= least[index]
             count = -(-param.numel() // ROW)
             segment = ParameterRows(index, param.numel(), quantized, rows[quantized], count)
             self.segments.append(segment)

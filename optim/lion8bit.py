@@ -46,7 +46,7 @@ class Lion8bit(PerParameter):
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Codes and scales of rows of 256, or the momentum itself."""
-        if param.numel() < self._min_8bit_size:
+        if param.numel() < group.get("min_8bit_size", self._min_8bit_size):
             return {"exp_avg": torch.zeros(param.shape, dtype=torch.float32, device=param.device)}
         rows = -(-param.numel() // ROW)
         return {

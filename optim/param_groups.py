@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to the parameter of this name.
 
     Biases and the scales of norms have one dimension; the last tests are for those stored

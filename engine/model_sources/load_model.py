@@ -44,6 +44,7 @@ from models.decoder import Decoder
 from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
 from models.layers.linear import Linear
 from models.memory.offload import Kind, on_host
+from models.memory.sharded_parameters import ShardedParameters
 from models.memory.sharded_weights import ShardedWeights
 from models.sharding import shard_vocabulary
 from models.tensor_layout import Layout
@@ -63,12 +64,19 @@ class LayerPlacement:
     """Where layers' weights are between their turns: on the host, and divided among ranks or not.
 
     On a CPU device and host are one. Without `ranks` every process has all weights. With
-    `vocabulary` the ranks divide the rows of embedding and head too.
+    `vocabulary` the ranks divide the rows of embedding and head too. Where every weight is to be
+    `trained` they divide both as `models.sharding.shard_parameters` does.
     """
 
     on_host: bool = False
     ranks: Ranks | None = None
     vocabulary: Ranks | None = None
+    trained: bool = False
+
+    @property
+    def row_ranks(self) -> Ranks | None:
+        """The ranks among whom the rows of embedding and head are divided."""
+        return self.vocabulary or (self.ranks if self.trained else None)
 
 
 ON_DEVICE = LayerPlacement()
@@ -137,7 +145,7 @@ def build_model(
     embedding_on_host: bool = False,
     layers: LayerPlacement = ON_DEVICE,
 ) -> Decoder:
-    """A decoder with the source's weights, every parameter frozen.
+    """A decoder with the source's weights, every parameter frozen but where `layers` says trained.
 
     The large projections of each layer (`models.tensor_names.is_quantised`), experts among them,
     are quantised if asked for; embeddings, norms, biases, routers and the head stay in `dtype`, or
@@ -149,7 +157,7 @@ def build_model(
     `ConfigError` for a tied embedding on the host.
     """
     device = torch.device(device)
-    if embedding_on_host and layers.vocabulary is not None:
+    if embedding_on_host and layers.row_ranks is not None:
         raise ConfigError(
             "the embedding is to lie on the host and its rows are to be divided among ranks, which "
             "exclude each other: leave out --embedding-on host or the division of the vocabulary."
@@ -163,13 +171,13 @@ def build_model(
     codes = StoredCodes(source, layout, quantization)
     finish = _LayerEnds(model, layers, device)
     parameters = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
-    if layers.vocabulary is not None:
-        shard_vocabulary(model, layers.vocabulary)
+    if layers.row_ranks is not None:
+        shard_vocabulary(model, layers.row_ranks)
     for name, shape in parameters:
         if not _set_codes(model, name, shape, codes, form):
             tensor = layout.assemble(name, shape, source.tensor)
-            if layers.vocabulary is not None and name in OUTER_MATRICES:
-                tensor = tensor[own_rows(shape[0], shape[1], layers.vocabulary)]
+            if layers.row_ranks is not None and name in OUTER_MATRICES:
+                tensor = tensor[own_rows(shape[0], shape[1], layers.row_ranks)]
             outer = (head_8bit, embedding_on_host, device, dtype)
             if not _set_outer_tensor(model, name, tensor, *outer):
                 _set_tensor(model, name, tensor, form, stays_dense=codes.used)
@@ -190,8 +198,10 @@ class _LayerEnds:
         owners = ((n.split(".")[:3], n) for n, _ in model.named_parameters())
         ends = {int(at[2]): name for at, name in owners if at[:2] == ["model", "layers"]}
         self._last = {name: layer for layer, name in ends.items()}
-        self._sharded: ShardedWeights | None = None
-        if placement.ranks is not None:
+        self._sharded: ShardedWeights | ShardedParameters | None = None
+        if placement.ranks is not None and placement.trained:
+            self._sharded = ShardedParameters(placement.ranks, device)
+        elif placement.ranks is not None:
             self._sharded = ShardedWeights(placement.ranks, device, on_host=placement.on_host)
 
     def parameter_is_set(self, name: str) -> None:
@@ -208,6 +218,7 @@ class _LayerEnds:
         """The model brings its layers' weights from where they are."""
         if self._sharded is not None:
             self._model.weight_stream = self._sharded
+            self._model.requires_grad_(self._placement.trained)
         elif self._placement.on_host:
             self._model.stream_weights()
 

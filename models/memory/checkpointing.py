@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns
 from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.context import LayerContext
 from models.layers.moe import MoESaved
 from models.memory.offload import LayerWeights, OffloadedInputs
+from models.memory.sharded_parameters import ShardedParameters
 
 Routed = list[tuple[Tensor, Tensor]]
 """Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
@@ -69,6 +71,21 @@ class ForwardPass:
             return nullcontext()
         return self.weights.weights_of(layer.index, ahead)
 
+    def leaves(self, layer: DecoderLayer) -> list[Tensor]:
+        """What of a layer autograd sees as trained."""
+        if isinstance(self.weights, ShardedParameters):
+            return self.weights.leaves_of(layer.index)
+        return layer.trainable()
+
+    def returned(
+        self, layer: DecoderLayer, gradients: Gradients, leaves: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients that autograd gets for `leaves`; none where ranks add them up."""
+        if isinstance(self.weights, ShardedParameters):
+            self.weights.reduce(layer.index, gradients)
+            return (None,) * len(leaves)
+        return tuple(gradients.get(id(leaf)) for leaf in leaves)
+
     def note_routing(self, saved: BlockSaved) -> Tensor | None:
         """Add a mixture's counts and sums to `routed`; returns the sums if they were added."""
         if self.routed is None or not isinstance(saved.mlp, MoESaved):
@@ -112,8 +129,9 @@ class _CheckpointedLayer(torch.autograd.Function):
             dx, grads = layer.backward(
                 run.gradient.arrive(dy), x, run.context, saved, ctx.needs_input_grad[0]
             )
+            returned = run.returned(layer, grads, ctx.params)
         given = run.gradient.leave(dx)
-        return given, None, None, *(grads.get(id(p)) for p in ctx.params)
+        return given, None, None, *returned
 
 
 def run_layer(x: Tensor, layer: DecoderLayer, run: ForwardPass) -> Tensor:
@@ -122,7 +140,7 @@ def run_layer(x: Tensor, layer: DecoderLayer, run: ForwardPass) -> Tensor:
     Where the pass asks for it, a mixture's counts and sums of probabilities are noted there, the
     latter with their gradient.
     """
-    params = layer.trainable() if torch.is_grad_enabled() else []
+    params = run.leaves(layer) if torch.is_grad_enabled() else []
     if not params and not (torch.is_grad_enabled() and x.requires_grad):
         with run.with_weights(layer, 1):
             y, saved = layer.forward(x, run.context, "full")

@@ -71,7 +71,7 @@ class LayerGather:
         They stay until a layer of the same parity is asked for.
         """
         if not self._lasting and (index, ahead) == (0, 1):
-            self._holds = [None, None]
+            self.forget()
         self._start(index)
         slot, following = index % 2, index + ahead
         self._wait(slot)
@@ -80,6 +80,10 @@ class LayerGather:
         buffer = self._buffers[slot]
         assert buffer is not None
         return buffer
+
+    def forget(self) -> None:
+        """Gather every layer anew that is asked for from now on."""
+        self._holds = [None, None]
 
     def _start(self, index: int) -> None:
         slot = index % 2
