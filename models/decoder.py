@@ -246,7 +246,7 @@ class Decoder(nn.Module):
         x: Tensor = self.model.embed_tokens(batch.input_ids)
         seed, alpha = settings.dropout_seed, settings.neftune_alpha
         if alpha and self.training and seed is not None:
-            x = with_noise(x, batch.cu_seqlens, alpha, seed)
+            x = with_noise(x, batch.cu_seqlens, alpha, seed + settings.first_row)
         x = run.context.embedded(x)
         if self.graphs is not None and torch.is_grad_enabled():
             if run.inputs is not None:

@@ -2,26 +2,30 @@
 
 The gradients of the micro-batches, each divided by the trained tokens of all of them together, are
 summed, clipped by their global norm and handed to the optimizer. Accumulating N micro-batches is
-therefore the same arithmetic as one batch of N times the examples.
+therefore the same arithmetic as one batch of N times the examples. So are the micro-batches of
+several ranks: trained tokens, gradients and losses are summed over them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from engine.training.objectives.objective import Objective
+from engine.training.objectives.objective import Objective, StepTotals
 from engine.training.objectives.tokens import TOKENS
 from kernels.runtime.random import derived_seed
+from kernels.runtime.ranks import ONE_RANK, host_sums
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
 from optim import StepInBackward, StepOptimizer
 from optim.clip import clip_coefficient, global_norm
+from optim.data_parallel import DataParallel
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class TrainingStep:
 
     `max_grad_norm` 0 is no clipping. `objective` is what the steps minimise. With `in_backward`,
     which must be of `optimizer`, weights move while their gradients are made, to the same bits.
+    With `parallel` the micro-batches are this rank's part of the step, which may be none, and
+    `optimizer` has the parameters that this rank owns.
     """
 
     model: Decoder
@@ -62,6 +68,7 @@ class TrainingStep:
     seed: int = 0
     objective: Objective = TOKENS
     in_backward: StepInBackward | None = None
+    parallel: DataParallel | None = None
 
     def __call__(
         self,
@@ -93,45 +100,73 @@ class TrainingStep:
             )
         if not self.model.training:
             self.model.train()
-        totals = self.objective.totals(self.model, batches, self.settings)
-        loss = torch.zeros((), dtype=torch.float64, device=self.model.device)
-        figures = loss.new_zeros(len(self.objective.names))
-        for micro, batch in enumerate(batches):
-            how = replace(self.settings, dropout_seed=dropout_seed(self.seed, number, micro))
-            part = self.objective.share(self.model, batch, how, totals, loss_scale)
-            loss += part.loss.detach() / loss_scale
-            if part.figures is not None:
-                figures += part.figures
-            self._backward(part.loss, loss)
-        norm = self._update(loss, loss_scale)
-        tokens = sum(batch.tokens for batch in batches)
-        outcome = torch.cat((torch.stack((loss, norm.double())), figures))
+        ranks = ONE_RANK if self.parallel is None else self.parallel.ranks
+        totals = self.objective.totals(self.model, batches, self.settings, ranks)
+        sums = self._passes(batches, number, totals, loss_scale)
+        norm = self._norm(sums, loss_scale)
+        self._update(sums[0], norm, loss_scale)
+        counts = (sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches))
+        tokens, trained = map(int, host_sums(ranks, *counts))
+        outcome = torch.cat((sums[:1], norm.double().unsqueeze(0), sums[1:]))
         if meanwhile is not None:
             meanwhile()
         value, measured, *others = outcome.tolist()
         skipped = not (math.isfinite(value) and math.isfinite(measured))
         torn = skipped and math.isfinite(value) and self.in_backward is not None
-        trained = sum(batch.trained_tokens for batch in batches)
         told = dict(zip(self.objective.names, others, strict=True))
         return StepResult(value, measured, tokens, trained, skipped, torn, told)
 
-    def _backward(self, part: Tensor, loss: Tensor) -> None:
-        """The gradients of one micro-batch's share of the loss so far."""
-        if self.in_backward is None:
-            part.backward()
-        else:
-            with self.in_backward.stepping(torch.where(torch.isfinite(loss), 1.0, torch.nan)):
-                part.backward()
+    def _passes(
+        self, batches: Sequence[PackedBatch], number: int, totals: StepTotals, loss_scale: float
+    ) -> Tensor:
+        """The gradients of the micro-batches; their loss and figures (1 + F,), fp64."""
+        if self.parallel is not None:
+            self.parallel.begin()
+        names = len(self.objective.names)
+        sums = torch.zeros(1 + names, dtype=torch.float64, device=self.model.device)
+        for index, batch in enumerate(batches):
+            micro = index if batch.micro is None else batch.micro
+            seed = dropout_seed(self.seed, number, micro)
+            how = replace(self.settings, dropout_seed=seed, first_row=batch.first_token)
+            part = self.objective.share(self.model, batch, how, totals, loss_scale)
+            sums[0] += part.loss.detach() / loss_scale
+            if part.figures is not None:
+                sums[1:] += part.figures
+            with self._backward_pass(sums[0], last=index == len(batches) - 1):
+                part.loss.backward()
+        return sums
 
-    def _update(self, loss: Tensor, loss_scale: float) -> Tensor:
-        """Update by the gradients there are, clear them, and return their norm, fp32 ()."""
+    def _backward_pass(self, loss: Tensor, last: bool) -> AbstractContextManager[None]:
+        """Around the backward pass of a micro-batch, with the loss so far."""
+        if self.in_backward is not None:
+            return self.in_backward.stepping(torch.where(torch.isfinite(loss), 1.0, torch.nan))
+        if self.parallel is not None and last:
+            return self.parallel.last_pass()
+        return nullcontext()
+
+    def _norm(self, sums: Tensor, loss_scale: float) -> Tensor:
+        """The norm () of all gradients; they and `sums` (1 + F,) are then those of all ranks."""
         if self.in_backward is not None:  # the weights have moved already
             return self.in_backward.grad_norm()
+        if self.parallel is not None:
+            self.parallel.finish()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = global_norm([p.grad for p in parameters if p.grad is not None]) / loss_scale
+        norm = global_norm([p.grad for p in parameters if p.grad is not None])
+        if self.parallel is not None:
+            everything = torch.cat((sums, norm.double().square().unsqueeze(0)))
+            self.parallel.ranks.all_reduce(everything).wait()
+            sums.copy_(everything[:-1])
+            norm = everything[-1].sqrt().float()
+        return norm / loss_scale
+
+    def _update(self, loss: Tensor, norm: Tensor, loss_scale: float) -> None:
+        """Update by the gradients there are, and clear them."""
+        if self.in_backward is not None:
+            return
         factor = clip_coefficient(norm, self.max_grad_norm or math.inf) / loss_scale
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         # The optimizer leaves out a step whose factor is not finite, on the device.
         self.optimizer.step(grad_scale=torch.where(finite, factor, torch.nan))
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        if self.parallel is not None:
+            self.parallel.gather()

@@ -137,6 +137,23 @@ def lr_shape(config: TrainConfig, total_steps: int) -> ScheduleShape:
     )
 
 
+def backward_units(model: Decoder) -> list[list[torch.Tensor]]:
+    """The trained parameters in the order in which backward reaches them, a list for each part.
+
+    A head that is the embedding too comes last, with what else is reached at the end.
+    """
+    tail: list[nn.Module] = [model.model.norm]
+    if model.lm_head is not None:
+        tail.append(model.lm_head)
+    top: list[torch.Tensor] = [p for m in tail for p in m.parameters() if p.requires_grad]
+    layers = [layer.trainable() for layer in reversed(model.layers)]
+    reached = {id(p) for unit in (top, *layers) for p in unit}
+    rest: list[torch.Tensor] = [
+        p for p in model.parameters() if p.requires_grad and id(p) not in reached
+    ]
+    return [unit for unit in (top, *layers, rest) if unit]
+
+
 def make_in_backward(
     model: Decoder, optimizer: StepOptimizer, config: TrainConfig
 ) -> StepInBackward | None:

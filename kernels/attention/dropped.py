@@ -40,7 +40,7 @@ def _weights(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
 def _drop(weights: Tensor, block: Block, settings: AttentionSettings) -> Tensor:
     """Weights, or their gradient, (1, Hq, T, K), with elements dropped."""
     assert isinstance(settings.seed, Seed)
-    seed = settings.seed.at(0, first_row=block.q0 * weights.shape[1])
+    seed = settings.seed.at(0, first_row=block.q0 * weights.shape[1]).scaled(weights.shape[1])
     return dropout(weights, settings.dropout, seed)
 
 

@@ -50,17 +50,23 @@ _CHUNK = 1 << 15
 class Seed:
     """Whose mask: 63 bits of `key`, a number or int64 () on the device; the `site` in the model.
 
-    `first_row` is what the first row of a part counts as, in the whole of which it is a part.
+    `first_row` is what the first row of a part counts as, in the whole of which it is a part, and
+    `base` what the first row of that whole counts as, where it is a part of a micro-batch.
     """
 
     key: int | Tensor
     site: int = 0
     first_row: int = 0
+    base: int = 0
 
     def at(self, site: int, first_row: int | None = None) -> Seed:
         """The site that lies `site` after this one, with the rows of this one by default."""
         row = self.first_row if first_row is None else first_row
         return replace(self, site=self.site + site, first_row=row)
+
+    def scaled(self, rows: int) -> Seed:
+        """The seed of something that has `rows` rows for each of the whole."""
+        return replace(self, base=self.base * rows)
 
 
 def _stored_key(seed: Seed, device: torch.device) -> Tensor:
@@ -94,7 +100,7 @@ def _mask_parts(
     least = threshold(p)
     for start in equal_parts(range(0, rows, step)):
         count = min(step, rows - start)
-        row = offsets[:count] + (seed.first_row + start)
+        row = offsets[:count] + (seed.base + seed.first_row + start)
         mask = memory[:count]
         for index, word in enumerate(philox(key, (columns, row, site, zero))):
             assert isinstance(word, Tensor)
@@ -189,7 +195,7 @@ def _dropout_triton(x: Tensor, p: float, seed: Seed) -> Tensor:
         with on_device(x):
             launch(dropout_kernel, grid)(
                 source, y, _stored_key(seed, x.device), count, width, source.stride(0),
-                seed.first_row, seed.site, 1.0 / (1.0 - p), threshold(p),
+                seed.base + seed.first_row, seed.site, 1.0 / (1.0 - p), threshold(p),
                 ROWS=rows, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return y

@@ -117,7 +117,7 @@ class ExpertsSaved:
 
 def _expert_seed(seed: Seed | None, site: int, moe: MixtureOfExperts) -> Seed | None:
     """Of the experts' rows, of which every token has `top_k`."""
-    return None if seed is None else seed.at(site, seed.first_row * moe.top_k)
+    return None if seed is None else seed.at(site, seed.first_row * moe.top_k).scaled(moe.top_k)
 
 
 def moe_forward(

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -93,3 +94,23 @@ class OneRank:
 
 ONE_RANK = OneRank()
 """The group of a process that is alone."""
+
+
+def host_sums(ranks: Ranks, *numbers: float) -> list[float]:
+    """The sums over all ranks of numbers that the host has."""
+    if ranks.size == 1:
+        return list(numbers)
+    sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    ranks.all_reduce(sums).wait()
+    result: list[float] = sums.tolist()
+    return result
+
+
+def host_maxima(ranks: Ranks, *numbers: float) -> list[float]:
+    """The largest of all ranks of numbers that the host has."""
+    if ranks.size == 1:
+        return list(numbers)
+    maxima = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    ranks.maximum(maxima).wait()
+    result: list[float] = maxima.tolist()
+    return result

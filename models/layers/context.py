@@ -45,7 +45,7 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How one step is computed. All but the last six change time and memory, not gradients.
+    """How one step is computed. All but the last seven change time and memory, not gradients.
 
     With `mlp_tile_tokens` the feed-forward part takes that many tokens at a time and saves no inner
     activation under any checkpointing policy (`models.layers.token_tiles`); experts sort their rows
@@ -61,7 +61,8 @@ class StepSettings:
     probability of their own, that of the embedding and of what every part of a block adds to its
     input (`hidden_dropout`), and that of attention's weights (`attention_dropout`). It is the seed
     of the noise of size `neftune_alpha` too (`models.layers.noise`). `loss_terms` are what the loss
-    of a step has beside cross-entropy.
+    of a step has beside cross-entropy. A batch that is a part of a micro-batch begins at its token
+    `first_row`: masks are those of the whole.
     """
 
     mlp_tile_tokens: int | None = None
@@ -75,6 +76,7 @@ class StepSettings:
     attention_dropout: float = 0.0
     neftune_alpha: float = 0.0
     loss_terms: LossTerms = PLAIN
+    first_row: int = 0
 
     @property
     def drops(self) -> bool:
@@ -129,13 +131,16 @@ class LayerContext:
 
     def seed(self, layer: int, site: int) -> Seed | None:
         """Seed of one dropout site: 0 and 1 are the mixer's, 2 to 5 the feed-forward part's."""
-        return None if self.dropout_key is None else Seed(self.dropout_key, layer * _SITES + site)
+        return self._seed(layer * _SITES + site)
 
     def block_seed(self, layer: int, site: int) -> Seed | None:
         """Seed of the mixer's output (0), the feed-forward part's (1), or attention (2)."""
+        return self._seed(_BLOCK_SITE + layer * _BLOCK_SITES + site)
+
+    def _seed(self, site: int) -> Seed | None:
         if self.dropout_key is None:
             return None
-        return Seed(self.dropout_key, _BLOCK_SITE + layer * _BLOCK_SITES + site)
+        return Seed(self.dropout_key, site, base=self.settings.first_row)
 
     def output_dropout(self, layer: int, site: int) -> OutputDropout:
         """The dropout of what the mixer (0) or the feed-forward part (1) of a layer adds."""
@@ -144,7 +149,5 @@ class LayerContext:
 
     def embedded(self, x: Tensor) -> Tensor:
         """The embedding's rows (N, H) with elements dropped, for autograd."""
-        p = self.settings.hidden_dropout
-        if self.dropout_key is None or p == 0.0:
-            return x
-        return dropped(x, p, Seed(self.dropout_key, _BLOCK_SITE - 1))
+        p, seed = self.settings.hidden_dropout, self._seed(_BLOCK_SITE - 1)
+        return x if seed is None or p == 0.0 else dropped(x, p, seed)

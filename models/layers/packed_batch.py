@@ -54,7 +54,8 @@ class PackedBatch:
     asks for that. With `shared` the batch holds tokens once that two documents begin with:
     boundaries then count all tokens of the documents, `trained` and input_ids those of the batch.
     `weights` (n,) fp32 say how much each trained token counts, `total_weight` their sum; None where
-    all count once.
+    all count once. A part of a step's micro-batch `micro` begins at its token `first_token`, by
+    which random masks are drawn; None is a whole one.
     """
 
     input_ids: Tensor
@@ -66,6 +67,8 @@ class PackedBatch:
     shared: SharedTokens | None = None
     weights: Tensor | None = None
     total_weight: float | None = None
+    micro: int | None = None
+    first_token: int = 0
 
     @classmethod
     def of(
@@ -107,6 +110,10 @@ class PackedBatch:
         own = weights.reshape(-1).to(torch.float32).index_select(0, trained + 1)
         total = float(own.double().sum())
         return cls(ids, trained, targets, cu_seqlens, bounds, weights=own, total_weight=total)
+
+    def part_of(self, micro: int, first_token: int) -> PackedBatch:
+        """This batch as the part of a step's micro-batch that begins at one of its tokens."""
+        return replace(self, micro=micro, first_token=first_token)
 
     @property
     def items(self) -> float:

@@ -17,6 +17,7 @@ from engine.training.objectives.answer_losses import (
 )
 from engine.training.objectives.objective import Share, StepTotals
 from kernels.runtime.device import upload
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_sums
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -40,12 +41,16 @@ class JudgedObjective:
     names: tuple[str, ...] = (*FIGURES, "kl")
 
     def totals(
-        self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings
+        self,
+        model: Decoder,
+        batches: Sequence[PackedBatch],
+        settings: StepSettings,
+        ranks: Ranks = ONE_RANK,
     ) -> StepTotals:
         """The answers of each kind, and the step's baseline. Raises `ValueError` without any."""
         indices = [sequences_of(batch).examples for batch in batches]
         good = [self.answers.good(each) for each in indices]
-        items, wanted = sum(map(len, good)), sum(map(sum, good))
+        items, wanted = host_sums(ranks, sum(map(len, good)), sum(map(sum, good)))
         if items == 0:
             raise ValueError("the step has no answer")
         total = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -54,8 +59,9 @@ class JudgedObjective:
             for each in indices:
                 sums, _ = batch_log_probs(model, self.answers.mismatched(each), quiet)
                 total += (sums - self._reference(each, 1, sums)).sum()
+        ranks.all_reduce(total).wait()
         baseline = (total / items).clamp(min=0.0)
-        return StepTotals(items, 0, wanted, items - wanted, baseline)
+        return StepTotals(items, 0, int(wanted), int(items - wanted), baseline)
 
     def share(
         self,

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -49,9 +50,13 @@ class Objective(Protocol):
         """Names of the figures that a step reports besides its loss."""
 
     def totals(
-        self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings
+        self,
+        model: Decoder,
+        batches: Sequence[PackedBatch],
+        settings: StepSettings,
+        ranks: Ranks = ONE_RANK,
     ) -> StepTotals:
-        """What a step of these micro-batches divides by. The host does not wait.
+        """What a step of these micro-batches of every rank divides by. The host does not wait.
 
         Raises `ValueError` where there is nothing to learn from.
         """

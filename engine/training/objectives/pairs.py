@@ -20,6 +20,7 @@ from engine.training.objectives.answer_losses import (
 )
 from engine.training.objectives.objective import Share, StepTotals
 from kernels.runtime.device import upload
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_sums
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -59,14 +60,22 @@ class PairObjective:
         return (*names, "nll_loss") if self.likelihood_weight else names
 
     def totals(
-        self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings
+        self,
+        model: Decoder,
+        batches: Sequence[PackedBatch],
+        settings: StepSettings,
+        ranks: Ranks = ONE_RANK,
     ) -> StepTotals:
         """The pairs, and the trained tokens of their chosen answers."""
         counts = [sequences_of(batch).counts for batch in batches]
-        pairs = sum(len(each) // 2 for each in counts)
+        pairs, tokens = host_sums(
+            ranks,
+            sum(len(each) // 2 for each in counts),
+            sum(sum(each[::2]) for each in counts),
+        )
         if pairs == 0:
             raise ValueError("the step has no pair")
-        return StepTotals(pairs, sum(sum(each[::2]) for each in counts))
+        return StepTotals(pairs, int(tokens))
 
     def share(
         self,

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.training.objectives.objective import Share, StepTotals
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_sums
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -27,13 +28,21 @@ class TokenObjective:
     names: tuple[str, ...] = ()
 
     def totals(
-        self, model: Decoder, batches: Sequence[PackedBatch], settings: StepSettings
+        self,
+        model: Decoder,
+        batches: Sequence[PackedBatch],
+        settings: StepSettings,
+        ranks: Ranks = ONE_RANK,
     ) -> StepTotals:
         """The trained tokens, or the sum of their weights. Raises `ValueError` without any."""
-        items = sum(batch.items for batch in batches)
+        items, trained = host_sums(
+            ranks,
+            sum(batch.items for batch in batches),
+            sum(batch.trained_tokens for batch in batches),
+        )
         if items == 0:
             raise ValueError("none of the step's rows has a trained token")
-        return StepTotals(items, sum(batch.trained_tokens for batch in batches))
+        return StepTotals(items, int(trained))
 
     def share(
         self,

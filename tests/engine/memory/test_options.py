@@ -263,7 +263,7 @@ def test_policies_for_another_number_of_layers_are_refused_before_weights_are_re
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.run_setup.build_for", pytest.fail)
     with pytest.raises(ConfigError, match="for 5 layers; there are 2"):
         run(
             tiny_model,

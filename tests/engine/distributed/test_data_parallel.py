@@ -1,0 +1,243 @@
+"""A step of several ranks is that of one: losses, gradients, norms and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.data.batches.loader import collate
+from engine.data.examples import Example
+from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
+from engine.training.step import StepResult, TrainingStep
+from engine.training.trainable import backward_units
+from kernels.runtime.ranks import Ranks
+from models.adapters import adapter_tensors, add_lora
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+from models.layers.context import StepSettings
+from models.layers.packed_batch import PackedBatch
+from optim import Adafactor, AdamW8bit, Lion8bit, Muon, StepOptimizer
+from optim.data_parallel import DataParallel
+from tests.support.processes.rank_threads import ThreadRanks, run_ranks
+
+LENGTHS = (5, 17, 9, 30, 12, 3, 21, 8)
+COST = RowCost(100.0, 1.0)
+Weights = dict[str, Tensor]
+
+
+class WideAdamW(StepOptimizer):
+    """torch's AdamW in the parameters' own type, which may be fp64."""
+
+    def __init__(self, params: Sequence[Tensor], lr: float) -> None:
+        super().__init__(params, {})
+        # A larger eps: gradients that are all rounding must not move a weight by lr.
+        self._inner = torch.optim.AdamW(params, lr=lr, eps=1e-4, foreach=False)
+
+    def step(  # type: ignore[override]
+        self,
+        closure: None = None,
+        *,
+        grad_scale: float | Tensor = 1.0,
+        only: tuple[int, ...] | None = None,
+    ) -> None:
+        for param in self.ordered_params():
+            assert param.grad is not None
+            param.grad.mul_(grad_scale)
+        self._inner.step()
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], StepOptimizer]] = {
+    "wide": lambda own: WideAdamW(own, 1e-2),
+    "adamw8bit": lambda own: AdamW8bit(own, lr=1e-2, min_8bit_size=256),
+    "lion8bit": lambda own: Lion8bit(own, 1e-3),
+    "adafactor": lambda own: Adafactor(own, 1e-2),
+    "muon": lambda own: Muon(
+        [
+            {"params": members, "muon": muon}
+            for muon in (True, False)
+            if (members := [p for p in own if (p.ndim > 1) is muon])
+        ],
+        1e-2,
+    ),
+}
+
+
+def build(dtype: torch.dtype, dropout: float, full: bool) -> Decoder:
+    raw = {
+        "model_type": "qwen3",
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+    model = Decoder(ModelConfig.from_dict(raw))
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+        if "norm" in name:
+            parameter.data.add_(1.0)
+        parameter.requires_grad_(full)
+    if not full:
+        add_lora(model, rank=4, dropout=dropout)
+        for _, b in adapter_tensors(model).values():
+            torch.nn.init.normal_(b, std=0.1, generator=draw)
+    return model.to(dtype)
+
+
+def examples() -> list[Example]:
+    draw = torch.Generator().manual_seed(1)
+    return [
+        Example(
+            torch.randint(0, 97, (length,), generator=draw).tolist(),
+            [index > length // 3 for index in range(length)],
+            f"row:{length}",
+        )
+        for length in LENGTHS
+    ]
+
+
+def shares(
+    step: Sequence[Sequence[int]], ranks: Ranks, in_order: bool, most: int
+) -> list[PackedBatch]:
+    """The batches of one rank of a step."""
+    rows = examples()
+    length = LENGTHS.__getitem__
+    if in_order:
+        dealt = deal_in_order(step, length, COST, ranks.size)
+    else:
+        dealt = deal_by_cost(step, length, COST, ranks.size, PassLimits(most))
+    return [
+        collate([rows[index] for index in piece.rows]).part_of(piece.micro, piece.first_token)
+        for piece in dealt[ranks.rank]
+    ]
+
+
+def train(
+    ranks: Ranks,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    full: bool = False,
+    kind: str = "wide",
+    clip: float = 0.05,
+    steps: Sequence[Sequence[Sequence[int]]] = (((0, 1, 2), (3, 4, 5)), ((6, 7, 0), (2,))),
+) -> tuple[list[StepResult], Weights]:
+    """Some steps of a fresh model; the results and all trained weights."""
+    model = build(dtype, dropout, full)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parallel = DataParallel(ranks, backward_units(model), elements=3000)
+    own: list[Tensor] = [p for p in named.values() if id(p) in parallel.owned]
+    optimizer = OPTIMIZERS[kind](own)
+    settings = StepSettings(hidden_dropout=dropout, attention_dropout=dropout)
+    step = TrainingStep(model, optimizer, settings, clip, seed=3, parallel=parallel)
+    results = [
+        step(shares(rows, ranks, in_order=dropout > 0.0, most=3), number)
+        for number, rows in enumerate(steps)
+    ]
+    return results, {name: p.detach().clone() for name, p in named.items()}
+
+
+def assert_alike(
+    ours: tuple[list[StepResult], Weights], theirs: tuple[list[StepResult], Weights], eps: float
+) -> None:
+    for mine, other in zip(ours[0], theirs[0], strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=eps, abs=0)
+        # The norm is fp32, and its squares are added in another order.
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=max(eps, 3e-7), abs=0)
+        assert (mine.tokens, mine.trained_tokens) == (other.tokens, other.trained_tokens)
+    for name, tensor in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], tensor, rtol=0.0, atol=eps, msg=name)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_ranks_train_as_one_does(size: int, dropout: float) -> None:
+    (alone,) = run_ranks(1, lambda ranks: train(ranks, torch.float64, dropout))
+    together = run_ranks(size, lambda ranks: train(ranks, torch.float64, dropout))
+    for one in together:
+        assert_alike(one, alone, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "lion8bit", "adafactor", "muon"])
+def test_owners_update_to_the_bits_of_one_rank(kind: str) -> None:
+    """A step of one row has the same sums everywhere, so nothing is left that could differ."""
+    steps = (((3,),), ((1,),), ((4,),))
+
+    def work(ranks: Ranks) -> tuple[list[StepResult], Weights]:
+        return train(ranks, torch.float32, kind=kind, clip=0.0, steps=steps)
+
+    (alone,) = run_ranks(1, work)
+    for one in run_ranks(3, work):
+        assert_alike(one, alone, 0.0)
+
+
+def test_every_weight_is_trained_as_one_rank_does() -> None:
+    (alone,) = run_ranks(1, lambda ranks: train(ranks, torch.float64, full=True))
+    for one in run_ranks(3, lambda ranks: train(ranks, torch.float64, full=True)):
+        assert_alike(one, alone, 1e-12)
+
+
+def test_ranks_train_alike_in_single_precision() -> None:
+    (alone,) = run_ranks(1, lambda ranks: train(ranks, torch.float32))
+    for one in run_ranks(2, lambda ranks: train(ranks, torch.float32)):
+        assert_alike(one, alone, 1e-6)
+
+
+def test_ranks_without_a_row_take_part() -> None:
+    steps = (((3,),), ((1, 2),))
+    (alone,) = run_ranks(1, lambda ranks: train(ranks, torch.float64, steps=steps))
+    for one in run_ranks(4, lambda ranks: train(ranks, torch.float64, steps=steps)):
+        assert_alike(one, alone, 1e-12)
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
+    def work(ranks: Ranks) -> tuple[list[bool], bool, list[Tensor]]:
+        model = build(torch.float32, 0.0, full=False)
+        before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+        parallel = DataParallel(ranks, backward_units(model), elements=3000)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = AdamW8bit([p for p in trained if id(p) in parallel.owned], lr=1e-2)
+        step = TrainingStep(model, optimizer, max_grad_norm=1.0, parallel=parallel)
+        batches = shares(((0, 1, 2, 3),), ranks, in_order=False, most=4)
+        with torch.no_grad():
+            if ranks.rank == 1:
+                trained[-1].fill_(float("nan"))
+        result = step(batches, 0)
+        return (
+            [result.skipped, result.torn],
+            parallel.owned != set(),
+            [p.detach() - b for p, b in zip(trained, before, strict=True)],
+        )
+
+    for told, owns, moved in run_ranks(3, work):
+        assert told == [True, False] and owns
+        assert all(not bool(m.nan_to_num().any()) for m in moved)
+
+
+def test_what_a_step_sends_is_what_was_said() -> None:
+    def work(ranks: ThreadRanks) -> tuple[dict[str, int], dict[str, int]]:
+        model = build(torch.float32, 0.0, full=False)
+        parallel = DataParallel(ranks, backward_units(model))
+        trained = [p for p in model.parameters() if id(p) in parallel.owned]
+        step = TrainingStep(model, AdamW8bit(trained, lr=1e-2), parallel=parallel)
+        step(shares(((0, 1, 2, 3),), ranks, in_order=False, most=4))
+        return dict(ranks.sent), parallel.bytes_per_step()
+
+    for sent, said in run_ranks(2, work):
+        assert {kind: sent[kind] for kind in said} == said
+        assert sent["all_reduce"] < 200  # losses, norms and counts
+
+
+def test_a_parameter_is_in_one_unit_and_every_rank_owns_some() -> None:
+    p = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="two units"):
+        run_ranks(1, lambda ranks: DataParallel(ranks, [[p], [p]]))
+    with pytest.raises(ValueError, match="too few for 2 processes"):
+        run_ranks(2, lambda ranks: DataParallel(ranks, [[torch.nn.Parameter(torch.zeros(3))]]))
