@@ -221,6 +221,19 @@ class AdamW8bit(StepOptimizer):
         )
         self.grad_norm = outcome[0]
 
+    def set_skipped(self, count: int) -> None:
+        """Say how many steps were skipped before."""
+        self._built().skipped.fill_(count)
+
+    def parameter_state(self, index: int) -> dict[str, Tensor]:
+        """The state of one parameter, with its number of steps, without copies."""
+        return self._built().views(index)
+
+    def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `parameter_state` gave for a parameter of the same size and type."""
+        for name, mine in self._built().views(index).items():
+            mine.copy_(tensors[name])
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
 

@@ -1,4 +1,4 @@
-"""Data parallelism: gradients summed over ranks, each of which updates a part of the parameters.
+"""Data parallelism: gradients summed over ranks, updates divided among them.
 
 Each rank computes some rows of a step, and every gradient is the sum over the ranks. Parameters are
 owned, each by one rank, which alone has its optimizer state and moves it; then all ranks receive it
@@ -32,7 +32,7 @@ _ALIGNED = 64
 class GradientBucket:
     """Parameters of one dtype that are reduced together, and their memory.
 
-    `owned` are those of this rank.
+    `owners` are the ranks that update them.
     """
 
     def __init__(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
@@ -60,7 +60,7 @@ class GradientBucket:
                 mine = owner == ranks.rank
                 summed = self._reduced[begin:end].view_as(p) if mine else None
                 self._views.append((self._gradients[whole].view_as(p), summed))
-        self.owned = [p for p, o in zip(parameters, owners, strict=True) if o == ranks.rank]
+        self.owners = owners
 
     @property
     def gradient_bytes(self) -> int:
@@ -118,7 +118,16 @@ class DataParallel:
     @property
     def owned(self) -> set[int]:
         """The `id` of every parameter that this rank updates."""
-        return {id(p) for bucket in self.buckets for p in bucket.owned}
+        return self.owned_by(self.ranks.rank)
+
+    def owned_by(self, rank: int) -> set[int]:
+        """The `id` of every parameter that a rank updates."""
+        return {
+            id(p)
+            for bucket in self.buckets
+            for p, owner in zip(bucket.parameters, bucket.owners, strict=True)
+            if owner == rank
+        }
 
     def bytes_per_step(self) -> dict[str, int]:
         """What a rank gives to each kind of collective in a step, of gradients and parameters."""

@@ -29,6 +29,23 @@ class StepOptimizer(torch.optim.Optimizer):
         """
         raise NotImplementedError
 
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        raise NotImplementedError
+
+    def set_skipped(self, count: int) -> None:
+        """Say how many steps were skipped before."""
+        raise NotImplementedError
+
+    def parameter_state(self, index: int) -> dict[str, Tensor]:
+        """The state of one parameter, with its number of steps; some may be copies."""
+        raise NotImplementedError
+
+    def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `parameter_state` gave for a parameter of the same size and type."""
+        raise NotImplementedError
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
 

@@ -87,6 +87,21 @@ class PerParameter(StepOptimizer):
             self._skipped += 1
         observer.step_ends(whole)
 
+    def set_skipped(self, count: int) -> None:
+        """Say how many steps were skipped before."""
+        self._skipped.fill_(count)
+
+    def parameter_state(self, index: int) -> dict[str, Tensor]:
+        """The state of one parameter, with a copy of its number of steps."""
+        state = self._built()[index]
+        return {**state, "step": torch.tensor(self._steps[index], dtype=torch.int64, device="cpu")}
+
+    def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `parameter_state` gave for a parameter of the same size and type."""
+        for name, mine in self._built()[index].items():
+            mine.copy_(tensors[name])
+        self._steps[index] = int(tensors["step"])
+
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
 

@@ -4,6 +4,7 @@ from cli.from_settings import Call, Verb, make_app
 from engine.config.sources import build
 from engine.config.tasks.workflow import TrainOptions
 from engine.config.train_config import TrainConfig
+from engine.distributed.group import leads
 from engine.runs.startup import importing
 
 # The run directory's own log shows its lines on the console.
@@ -40,6 +41,8 @@ def run_training(call: Call) -> int:
             log.close()
         return 0
     result = run.train(settings)
+    if not leads():
+        return 0
     if result.adapter_path is not None:
         print(f"Trained adapter saved to: {result.adapter_path}")
     if result.pushed:

@@ -51,6 +51,8 @@ _BY_FIELD: dict[str, tuple[str, ...]] = {
     "sample_prompts": ("sample_file", "eval_prompts"),
     "push_to_hub": ("hub_model_id", "hub_repo_id", "upload_repo", "export_hub_model_id"),
     "private": ("hub_private_repo",),
+    "gpus": ("n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
+    "ddp_timeout": ("distributed_timeout", "timeout_seconds"),
     "report_to": ("log_with", "logger", "trackers"),
     "plot": ("plot_loss",),
     "log_every": ("log_interval", "logging_steps", "steps_per_report"),

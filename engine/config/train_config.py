@@ -50,6 +50,7 @@ from engine.config.spelling import (
     size_in_bytes,
     spelled,
 )
+from engine.config.training.distributed import DistributedSettings
 from engine.config.training.evaluation import EvaluationSettings
 from engine.config.trajectory import KNOWN_OTHERWISE, NOT_TRAJECTORY
 
@@ -68,6 +69,7 @@ class TrainConfig(
     OptimizerSettings,
     AdapterSettings,
     WholeModelSettings,
+    DistributedSettings,
     Publishing,
 ):
     """The settings of one run. Raises `ConfigError` naming every setting that cannot be used."""

@@ -1,6 +1,7 @@
 """Which settings decide what a run learns, and which do not."""
 
 from engine.config.publishing import Publishing
+from engine.config.training.distributed import DistributedSettings
 from engine.config.training.evaluation import EvaluationSettings
 
 # Settings that change where a run writes or what it shows, and never what it learns.
@@ -25,6 +26,7 @@ NOT_TRAJECTORY = frozenset(
         "plot",
         "token_cache",
         *EvaluationSettings.model_fields,
+        *DistributedSettings.model_fields,
         *Publishing.model_fields,
     }
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
+from engine.distributed.group import GroupError
 from kernels.runtime.ranks import Transfer
 
 # torch 2.13 renamed both; older versions know the second name alone.
@@ -31,39 +32,77 @@ class TorchRanks:
 
     def all_reduce(self, x: Tensor) -> Transfer:
         self._count("all_reduce", x)
-        return _started(dist.all_reduce(x, group=self._group, async_op=True))
+        return _started(lambda: dist.all_reduce(x, group=self._group, async_op=True), "all_reduce")
 
     def maximum(self, x: Tensor) -> Transfer:
         self._count("all_reduce", x)
-        return _started(dist.all_reduce(x, dist.ReduceOp.MAX, group=self._group, async_op=True))
+        most = dist.ReduceOp.MAX
+        return _started(
+            lambda: dist.all_reduce(x, most, group=self._group, async_op=True), "all_reduce"
+        )
 
     def all_gather(self, out: Tensor, x: Tensor) -> Transfer:
         self._count("all_gather", x)
-        return _started(_all_gather(out, x, group=self._group, async_op=True))
+        return _started(lambda: _all_gather(out, x, group=self._group, async_op=True), "all_gather")
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Transfer:
         self._count("reduce_scatter", x)
-        return _started(_reduce_scatter(out, x, group=self._group, async_op=True))
+        return _started(
+            lambda: _reduce_scatter(out, x, group=self._group, async_op=True), "reduce_scatter"
+        )
 
     def all_to_all(
         self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]
     ) -> Transfer:
         self._count("all_to_all", x)
         return _started(
-            dist.all_to_all_single(
+            lambda: dist.all_to_all_single(
                 out, x, list(received), list(sent), group=self._group, async_op=True
-            )
+            ),
+            "all_to_all",
         )
 
     def broadcast(self, x: Tensor, source: int) -> Transfer:
         self._count("broadcast", x)
         rank = source if self._group is None else dist.get_global_rank(self._group, source)
-        return _started(dist.broadcast(x, rank, group=self._group, async_op=True))
+        return _started(
+            lambda: dist.broadcast(x, rank, group=self._group, async_op=True), "broadcast"
+        )
 
     def _count(self, kind: str, x: Tensor) -> None:
         self.sent[kind] += x.numel() * x.element_size()
 
 
-def _started(work: Any) -> Transfer:
-    started: Transfer = work
-    return started
+class _Started:
+    """A collective of torch's whose failure is told in one paragraph."""
+
+    def __init__(self, work: Any, kind: str) -> None:
+        self._work, self._kind = work, kind
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            raise GroupError(
+                f"Rank {dist.get_rank()} of {dist.get_world_size()} waited for the others "
+                f"({self._kind}) and one of them ended, or did not answer within --ddp-timeout: "
+                f"{' '.join(str(error).split())[:300]}. What ended it stands in its own output. "
+                "The last checkpoint is whole: go on from it with --resume auto."
+            ) from error
+
+
+def _started(start: Callable[[], Any], kind: str) -> Transfer:
+    try:
+        return _Started(start(), kind)
+    except RuntimeError as error:
+        return _Started(_Failed(error), kind)
+
+
+class _Failed:
+    """A collective that could not even start; waiting for it raises why."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error

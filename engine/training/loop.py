@@ -133,6 +133,22 @@ def _never() -> bool:
 
 
 @dataclass(frozen=True)
+class StopReasons:
+    """Why a run may stop after a step: a signal, its caller's wish, more memory than it may take.
+
+    Of several processes each has its own, and all stop for the reason of any.
+    """
+
+    signal: int | None = None
+    ended: bool = False
+    problem: str | None = None
+
+
+def _own(reasons: StopReasons) -> StopReasons:
+    return reasons
+
+
+@dataclass(frozen=True)
 class TrainerHooks:
     """What the loop calls.
 
@@ -140,6 +156,7 @@ class TrainerHooks:
     figures to add to a step's line, `sample` writes answers of the model after a step, and `watch`
     is entered around a step. `overrun` is asked after a step whether it took more memory than it
     may; what it says ends the run. `ended` is asked whether the run shall end after this step.
+    `agree` makes the reasons of this process those of all that train together.
     """
 
     save: Callable[[Progress], None]
@@ -149,6 +166,7 @@ class TrainerHooks:
     overrun: Callable[[], str | None] = _within
     sample: Callable[[int], None] | None = None
     ended: Callable[[], bool] = _never
+    agree: Callable[[StopReasons], StopReasons] = _own
 
 
 class Trainer:
@@ -199,10 +217,12 @@ class Trainer:
         while not self.is_done and not ended:
             self._one_step()
             due = self._is_due(settings.checkpoint_every) or self._improved
-            stop = self.signals.requested  # read once: a signal may come at any moment
-            ended = self.hooks.ended()
+            # Read once: a signal may come at any moment.
+            own = StopReasons(self.signals.requested, self.hooks.ended(), self.hooks.overrun())
+            reasons = self.hooks.agree(own)
+            stop, ended = reasons.signal, reasons.ended
             unfinished = not self.is_done and not ended
-            problem = self.hooks.overrun() if unfinished else None
+            problem = reasons.problem if unfinished else None
             if due or stop is not None or problem is not None or not unfinished:
                 self._save()
             if problem is not None:

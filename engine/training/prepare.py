@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from engine.config.train_config import TrainConfig
@@ -26,6 +27,7 @@ from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
 from engine.training.evaluation.samples import SamplePrompts, sample_prompts
 from engine.training.init_adapter import open_init_adapter
+from engine.training.processes.dealing import Dealer
 from engine.training.row_set import RowSet, read_examples, row_settings, streamed_rows
 from engine.training.streamed import open_stream
 from models.config.model_config import ModelConfig
@@ -46,6 +48,7 @@ class Prepared:
     digests: dict[str, str]
     init: InitAdapter | None = None
     samples: SamplePrompts | None = None
+    dealer: Dealer | None = None
     steps_per_epoch: int = field(init=False)
     total_steps: int = field(init=False)
 
@@ -111,20 +114,43 @@ class Prepared:
         }
 
     def batches(self, step: int) -> tuple[list[PackedBatch], float]:
-        """The micro-batches of a step, counted from 0, and the epoch reached after it."""
+        """The micro-batches of a step, counted from 0, and the epoch reached after it.
+
+        With a `dealer` they are those of this process.
+        """
         if isinstance(self.plan, BatchStream):
-            return self.plan.step(step)
+            read, epoch_after = self.plan.step(step)
+            examples = [example for micro in read for example in micro]
+            numbers = iter(range(len(examples)))
+            micros = [[next(numbers) for _ in micro] for micro in read]
+            return self._shared(micros, partial(_collated_of, examples), examples), epoch_after
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.config.accumulate
         last = min(first + self.config.accumulate, self.plan.steps_per_epoch)
-        batches = [self._collated(self.plan.batch(epoch, micro)) for micro in range(first, last)]
+        micros = [self.plan.batch(epoch, micro) for micro in range(first, last)]
+        batches = self._shared(micros, self._collated, self.examples)
         return batches, epoch + last / self.plan.steps_per_epoch
+
+    def _shared(
+        self,
+        micros: Sequence[Sequence[int]],
+        collated: Callable[[Sequence[int]], PackedBatch],
+        examples: Sequence[Example],
+    ) -> list[PackedBatch]:
+        """The batches of these rows, or of those of them that are dealt to this process."""
+        if self.dealer is None:
+            return [collated(rows) for rows in micros]
+        length = self.answers.length if self.config.learns_answers else lambda n: len(examples[n])
+        return [
+            collated(piece.rows).part_of(piece.micro, piece.first_token)
+            for piece in self.dealer.share(micros, length)
+        ]
 
     def _collated(self, rows: Sequence[int]) -> PackedBatch:
         """These examples as one batch."""
         if self.config.learns_answers:
             return self.answers.batch(rows)
-        return collate([self.examples[row] for row in rows], weighted=True)
+        return _collated_of(self.examples, rows)
 
     @property
     def answers(self) -> AnswerSet:
@@ -156,6 +182,10 @@ class Prepared:
         """End what works ahead of the training."""
         if isinstance(self.plan, BatchStream):
             self.plan.close()
+
+
+def _collated_of(examples: Sequence[Example], rows: Sequence[int]) -> PackedBatch:
+    return collate([examples[row] for row in rows], weighted=True)
 
 
 def prepare(

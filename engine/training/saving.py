@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from engine.training.loop import Progress, new_progress
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
-from optim import StepOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +45,16 @@ class Going:
     warmup_steps: int
 
 
+class StoredState(Protocol):
+    """What a checkpoint holds of an optimizer, or of those of several processes."""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The whole state as named tensors."""
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_tensors` gave. Raises ValueError if it is of other parameters."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
@@ -56,7 +65,7 @@ class RunState:
 
     identity: RunIdentity
     model: Decoder
-    optimizer: StepOptimizer
+    optimizer: StoredState
     init: InitAdapter | None = None
     stops: tuple[int, ...] = ()
     first: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
@@ -83,13 +92,15 @@ class RunState:
         going: Going,
         source: ModelSource | None = None,
         best: Mapping[str, Any] | None = None,
+        collected: Mapping[str, Tensor] | None = None,
     ) -> Path:
         """Write a checkpoint of the run as it stands; its folder.
 
         `best` says which step was the best so far, by which metric and value. Where that is this
         one and `source` is given, the adapter stands in the checkpoint too, as other programs read
-        it.
+        it. `collected` is the optimizer's state, where that was asked for already.
         """
+        optimizer = self.collected() if collected is None else collected
         extra: Callable[[Path], None] | None = None
         if best and best["step"] == progress.step and source and not self.config.every_weight:
             extra = partial(self._add_adapter, source)
@@ -97,7 +108,7 @@ class RunState:
             progress.step,
             {
                 "weights": {k: v.detach().cpu() for k, v in self.weights().items()},
-                "optimizer": {k: v.cpu() for k, v in self.optimizer.state_tensors().items()},
+                "optimizer": {k: v.cpu() for k, v in optimizer.items()},
             },
             {
                 "progress": progress.state(),
@@ -111,6 +122,10 @@ class RunState:
             extra,
             best,
         )
+
+    def collected(self) -> dict[str, Tensor]:
+        """The optimizer's state; of several processes all must ask for it."""
+        return self.optimizer.state_tensors()
 
     def resume(self, checkpoints: CheckpointStore, going: Going) -> tuple[Progress, Going]:
         """Where the run goes on, its weights and optimizer restored, as `--resume` asks for.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -100,17 +100,22 @@ def load_teacher(config: TrainConfig, device: torch.device) -> Decoder | None:
 
 def make_optimizer(model: Decoder, config: TrainConfig) -> StepOptimizer:
     """The optimizer of `config` over the trainable parameters; norms and biases do not decay."""
-    named, decay, lr = model.named_parameters, config.weight_decay, config.learning_rate
+    return optimizer_over(model.named_parameters(), config)
+
+
+def optimizer_over(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> StepOptimizer:
+    """The optimizer of `config` over those of these parameters that are trainable."""
+    trained = [(name, p) for name, p in named if p.requires_grad]
+    decay, lr = config.weight_decay, config.learning_rate
     if config.optimizer == "muon":
         groups = [
             {**group, "muon": muon}
             for muon in (True, False)
-            for group in param_groups(
-                [(n, p) for n, p in named() if is_hidden_matrix(n, p) is muon], decay
-            )
+            if (members := [(n, p) for n, p in trained if is_hidden_matrix(n, p) is muon])
+            for group in param_groups(members, decay)
         ]
         return Muon(groups, lr, decay, betas=config.betas, eps=config.eps)
-    groups = param_groups(named(), decay, lr_ratio(config))
+    groups = param_groups(trained, decay, lr_ratio(config))
     if config.optimizer == "lion8bit":
         return Lion8bit(groups, lr, config.betas, decay)
     if config.optimizer == "adafactor":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.config.rules.distributed_rules import DISTRIBUTED_RULES
 from engine.config.rules.evaluation_rules import EVALUATION_RULES
 from engine.config.rules.preference_rules import PREFERENCE_RULES
 from engine.config.rules.recipe_rules import RECIPE_RULES
@@ -18,7 +19,14 @@ from engine.errors import ConfigError
 
 __all__ = ["RULES", "TIED_EMBEDDING", "Facts", "Rule", "RunSettings", "allows", "broken", "check"]
 
-RULES = (*RUN_RULES, *EVALUATION_RULES, *RECIPE_RULES, *SCRATCH_RULES, *PREFERENCE_RULES)
+RULES = (
+    *RUN_RULES,
+    *EVALUATION_RULES,
+    *RECIPE_RULES,
+    *SCRATCH_RULES,
+    *PREFERENCE_RULES,
+    *DISTRIBUTED_RULES,
+)
 
 
 def broken(config: RunSettings, facts: Facts | None = None) -> list[Rule]:

@@ -25,6 +25,9 @@ class RunSettings(Protocol):
     """The settings of `TrainConfig` that the rules look at."""
 
     model: str
+    data: tuple[str, ...]
+    gpus: int
+    max_restarts: int
     tokenizer: str | None
     method: Method
     lora_dropout: float

@@ -16,13 +16,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-from engine.data.batches.loader import SHUFFLE, collate, permutation
+from engine.data.batches.loader import SHUFFLE, permutation
 from engine.data.batches.packing import best_fit
 from engine.data.examples import Example
 from engine.data.streaming.ahead import Ahead
 from engine.data.streaming.example_stream import CHUNK, ExampleStream
 from engine.errors import DataError
-from models.layers.packed_batch import PackedBatch
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +114,8 @@ class BatchStream:
         self._next = step
         self._cursors = {step: Cursor(**cursor) if cursor else Cursor()}
 
-    def step(self, number: int) -> tuple[list[PackedBatch], float]:
-        """The micro-batches of a step, counted from 0, and the epoch reached after it.
+    def step(self, number: int) -> tuple[list[list[Example]], float]:
+        """The examples of a step's micro-batches, counted from 0, and the epoch after it.
 
         Raises `ValueError` for another step than the next, and `DataError` for a bad row.
         """
@@ -137,9 +136,8 @@ class BatchStream:
         self._cursors[self._next] = micros[-1].after
         for old in [step for step in self._cursors if step < number - 1]:
             del self._cursors[old]
-        return [collate(micro.examples, weighted=True) for micro in micros], micros[
-            -1
-        ].epoch + micros[-1].share
+        last = micros[-1]
+        return [micro.examples for micro in micros], last.epoch + last.share
 
     def close(self) -> None:
         """End the thread that works ahead."""

@@ -49,6 +49,14 @@ class CallbackList:
         self._callbacks = tuple(callbacks)
         self.ended = False
 
+    def refuse(self, why: str) -> None:
+        """Raise `ConfigError` where there are any, for they could not be told."""
+        if self._callbacks:
+            raise ConfigError(
+                f"{len(self._callbacks)} callbacks were given with {why}. Leave them out, or start "
+                "the program itself with torchrun."
+            )
+
     def on_step(self, step: int, line: Mapping[str, Any]) -> None:
         """Tell a step."""
         self._ask("on_step", step, line)

@@ -91,3 +91,19 @@ class RunReports:
     def saved(self, step: int, path: Path) -> None:
         """Tell a checkpoint."""
         self.callbacks.on_save(step, path)
+
+
+class NoReports:
+    """The reports of a process whose run another one tells of."""
+
+    def step(self, line: StepMetrics) -> None:
+        """Nobody is told."""
+
+    def sample(self, step: int) -> None:
+        """Nothing is answered."""
+
+    def sync(self) -> None:
+        """Nothing was written."""
+
+    def saved(self, step: int, path: Path) -> None:
+        """Nobody is told."""

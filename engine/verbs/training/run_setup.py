@@ -7,17 +7,19 @@ from dataclasses import replace
 from engine.config.tasks.commands import command_of
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
+from engine.distributed.group import ALONE, Group
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say
 from engine.pruning.keep_pruned import hold_pruned
 from engine.runs.checkpoints import CheckpointStore
 from engine.training.adapters.starts import start_pairs, with_start
 from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows
-from engine.training.loop import TrainerSettings, new_progress
+from engine.training.loop import TrainerSettings
 from engine.training.objectives.choose import make_objective
 from engine.training.objectives.objective import Objective
 from engine.training.objectives.tokens import TOKENS
 from engine.training.prepare import Prepared
+from engine.training.processes.together import Optimization, resumed_together
 from engine.training.reference import RunReference
 from engine.training.saving import Going, RunState
 from engine.training.step import TrainingStep
@@ -25,7 +27,6 @@ from engine.training.trainable import (
     load_teacher,
     lr_shape,
     make_in_backward,
-    make_optimizer,
     make_trainable,
     step_settings,
 )
@@ -45,8 +46,9 @@ class RunSetup:
         prepared: Prepared,
         process: int,
         checkpoints: CheckpointStore | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.config, self.prepared = config, prepared
+        self.config, self.prepared, self.group = config, prepared, group
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
@@ -63,18 +65,22 @@ class RunSetup:
         self.trainable = make_trainable(self.model, settings, prepared.init)
         first = start_pairs(self.model, self.config, base)
         self.reference.measure("start", self.model)
-        self.optimizer = make_optimizer(self.model, self.config)
+        self.optimization = Optimization.of(self.model, self.config, group)
+        self.optimizer = self.optimization.optimizer
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
         if self.config.cuda_graphs:
             self.model.record_layers()
         self.state = RunState(
-            prepared.identity, self.model, self.optimizer, prepared.init, prepared.stops, first
+            prepared.identity,
+            self.model,
+            self.optimization.state,
+            prepared.init,
+            prepared.stops,
+            first,
         )
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
-        self.progress, self.going = new_progress(self.model), fresh
-        if checkpoints is not None:
-            self.progress, self.going = self.state.resume(checkpoints, fresh)
+        self.progress, self.going = resumed_together(self.state, checkpoints, fresh, group)
         self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
         self.heldout = self._heldout()
 
@@ -96,6 +102,7 @@ class RunSetup:
             self.config.seed,
             self._objective(),
             self.in_backward,
+            self.optimization.parallel,
         )
 
     def _objective(self) -> Objective:

@@ -6,6 +6,7 @@ device, trackers, the run's directory. The loop itself is `engine.training.loop`
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,6 +22,9 @@ from engine.config.tasks.commands import next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.data.examples import shown_stretches
 from engine.device import check_threads, resolve_device, resolve_dtype
+from engine.distributed.follower import FollowedDirectory
+from engine.distributed.group import Group, after_restart, joined, launched, leads
+from engine.distributed.messages import all_or_none, broadcast_text
 from engine.exporting.publish import destination, publish_folder
 from engine.model_sources.quantised.fates import run_fate, stored_line
 from engine.runs.directory import RunDirectory, dated
@@ -36,10 +40,12 @@ from engine.training.evaluation.heldout import figures_before, told_before
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks
 from engine.training.prepare import Prepared, prepare
+from engine.training.processes.dealing import Dealer
+from engine.training.processes.together import agreed, over_ranks, share_weights
 from engine.training.row_set import RowSet
 from engine.verbs.training.plan import fitted_changes, with_fitted
 from engine.verbs.training.run_memory import explained_memory, require_space_for
-from engine.verbs.training.run_reports import RunReports
+from engine.verbs.training.run_reports import NoReports, RunReports
 from engine.verbs.training.run_setup import RunSetup
 
 log = logging.getLogger(__name__)
@@ -77,11 +83,13 @@ class _Run:
         stack: ExitStack,
         process: int,
         callbacks: CallbackList,
+        group: Group,
     ) -> None:
         self.directory, self.prepared, self.stack = directory, prepared, stack
-        self.callbacks = callbacks
+        self.callbacks, self.group = callbacks, group
         self.config = directory.config
-        self.setup = RunSetup(self.config, prepared, process, directory.checkpoints)
+        checkpoints = directory.checkpoints if group.leads else None
+        self.setup = RunSetup(self.config, prepared, process, checkpoints, group)
         self.progress, self.heldout = self.setup.progress, self.setup.heldout
 
     def evaluate_before(self) -> dict[str, float]:
@@ -108,8 +116,10 @@ class _Run:
         if facts:
             log.info("best %(metric)s: %(value)g, after step %(step)d", facts)
         restored = self.config.load_best_at_end and facts.get("step") not in (None, step)
-        if restored:
+        if restored and self.group.leads:
             self.setup.state.restore_best(self.directory.checkpoints, facts["step"])
+        if restored:
+            share_weights(self.setup.state, self.group)
         figures = self.heldout.after(None if restored or step != self.progress.step else known)
         return figures | {f"best_{name}": value for name, value in facts.items()}
 
@@ -137,14 +147,20 @@ class _Run:
         setup, start = self.setup, self.progress.step
         prepared.go_on(start, self.progress.cursor)
         self.stack.callback(prepared.close)
-        reports = RunReports(directory, prepared, setup.model, start, self.callbacks, self.stack)
+        group, reports = self.group, self._reports(start)
 
         def save(progress: Progress) -> None:
-            reports.sync()
             progress.cursor = prepared.cursor(progress.step)
+            all_or_none(group, partial(write, progress))
+
+        def write(progress: Progress) -> None:
+            state = setup.state.collected()
+            if not group.leads:
+                return
+            reports.sync()
             facts = None if best is None else best.facts()
-            source = prepared.model_source
-            path = setup.state.save(directory.checkpoints, progress, setup.going, source, facts)
+            source, store = prepared.model_source, directory.checkpoints
+            path = setup.state.save(store, progress, setup.going, source, facts, state)
             directory.reached_checkpoint()
             reports.saved(progress.step, path)
 
@@ -152,10 +168,11 @@ class _Run:
         best = None if rule is None else BestSoFar(rule, self.progress.best)
         hooks = TrainerHooks(
             save,
-            reports.step,
+            lambda line: reports.step(over_ranks(group, line)),
             self.heldout.figures if prepared.heldout else None,
             sample=reports.sample,
             ended=lambda: self.callbacks.ended,
+            agree=partial(agreed, group),
         )
         if setup.budget is not None:
             watch = partial(setup.budget.watch, setup.model, setup.optimizer)
@@ -172,6 +189,12 @@ class _Run:
                 *(reached.step, prepared.total_steps, best.state.waited, best.rule.metric),
             )
         return reached
+
+    def _reports(self, start: int) -> RunReports | NoReports:
+        if not self.group.leads:
+            return NoReports()
+        told = self.prepared, self.setup.model, start, self.callbacks, self.stack
+        return RunReports(self.directory, *told)
 
 
 def train(
@@ -192,19 +215,56 @@ def train(
     told = CallbackList(callbacks)
     config = given_settings(TrainConfig, config, settings)
     check_threads(config.threads)
+    if config.gpus > 1 and not launched():
+        return _in_processes(config, console, told)
     if config.threads:
         torch.set_num_threads(config.threads)
-    asked = with_cpu_dtype(with_init_adapter(config))
-    process = _process(asked)
-    config, rows = with_fitted(asked)
+    with joined(config.device, config.ddp_timeout) as group:
+        return _train(config, group, console, told)
+
+
+def _in_processes(config: TrainConfig, console: bool, told: CallbackList) -> TrainResult:
+    """Train in processes of this machine, and tell what they left."""
+    from engine.verbs.worker import train_in_processes
+
     where = destination(config)
-    with RunDirectory(config, console=console) as directory, ExitStack() as stack:
-        prepared = _checked(directory.config, process, rows)
-        directory.open()
+    told.refuse("--gpus above 1, whose processes know nothing of this one's objects")
+    config = dated(name_run(config))
+    facts = train_in_processes(config, console)
+    assert config.output_dir is not None
+    output = Path(facts["output"])
+    adapter = None if config.every_weight else output
+    history = read_metrics(config.output_dir / "metrics.jsonl")
+    sent = publish_folder(where, output, None if config.method == "scratch" else config.model)
+    return TrainResult(
+        config.output_dir,
+        adapter,
+        facts["metrics"],
+        "Success",
+        output,
+        tuple(facts["next"]),
+        sent,
+        history,
+    )
+
+
+def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList) -> TrainResult:
+    """The run as one process of its group has it."""
+    asked, config, rows = all_or_none(group, partial(_resolved, config, group))
+    if not group.is_alone:
+        config = TrainConfig(**json.loads(broadcast_text(group.ranks, config.model_dump_json())))
+    process = _process(config)
+    where = destination(config)
+    with _directory(config, group, console) as directory, ExitStack() as stack:
+        prepared = all_or_none(group, partial(_checked, directory.config, process, rows))
+        if not group.is_alone:
+            prepared.dealer = Dealer.of(config, prepared.model_source.config, group.ranks)
+        all_or_none(group, directory.open)
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         stack.enter_context(explained_memory(directory.config, prepared))
-        run = _Run(directory, prepared, stack, process, told)
-        directory.begin()
+        started = partial(_Run, directory, prepared, stack, process, told, group)
+        run = all_or_none(group, started)
+        all_or_none(group, directory.begin)
         if asked.fit_memory is not None:
             log.info("chosen for the memory: %s", fitted_changes(asked, config) or "no changes")
         if run.setup.device.type == "cpu":
@@ -229,7 +289,11 @@ def train(
         log.info("%s as it is trained (behind '>'): %s", first.source, as_text[:_SHOWN])
         progress = run.train()
         after = run.evaluate_after()
-        output = run.setup.state.write_output(prepared.model_source, directory.path)
+        if not group.leads:
+            all_or_none(group, lambda: None)  # the result is written
+            return TrainResult(directory.path, None, after, "Success")
+        writes = partial(run.setup.state.write_output, prepared.model_source, directory.path)
+        output = all_or_none(group, writes)
         figures = run.figures(progress) | before | after
         if config.plot:
             plot_loss(directory.path, before.get("heldout_loss_before"))
@@ -256,6 +320,24 @@ def train(
     return result
 
 
+def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConfig, RowSet | None]:
+    """The settings as asked for, as the machine decides them, and rows that were read for that.
+
+    The first process of a group decides for all; the others return what they were given.
+    """
+    if not group.leads:
+        return config, config, None
+    asked = with_cpu_dtype(with_init_adapter(after_restart(config)))
+    fitted, rows = with_fitted(asked)
+    return asked, fitted if group.is_alone else dated(name_run(fitted)), rows
+
+
+def _directory(config: TrainConfig, group: Group, console: bool) -> RunDirectory:
+    if group.leads:
+        return RunDirectory(config, console=console)
+    return FollowedDirectory(config, group.ranks.rank)
+
+
 def _process(config: TrainConfig) -> int:
     """What this process holds of the device's memory besides tensors, before weights are read."""
     from engine.memory.process import process_bytes
@@ -268,7 +350,8 @@ def _checked(config: TrainConfig, process: int, rows: RowSet | None) -> Prepared
 
     `rows` are those that were read to plan the run.
     """
-    check_earlier(config)
+    if leads():
+        check_earlier(config)
     with deterministic(resolve_device(config.device), config.deterministic):
         prepared = prepare(config, partial(require_space_for, config, process), rows)
     check_identity(prepared.identity)

@@ -157,7 +157,7 @@ def test_a_budget_below_the_largest_step_is_refused_after_two_plans(
     monkeypatch: pytest.MonkeyPatch,
     policies_planned: list[tuple[str, str]],
 ) -> None:
-    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.run_setup.build_for", pytest.fail)
     monkeypatch.setattr("engine.memory.process.process_bytes", lambda device: PROCESS)
     config = TrainConfig(
         model=str(tiny_model),

@@ -267,7 +267,7 @@ def test_full_fine_tuning_is_held_to_its_budget_and_measured(
 def test_a_run_that_cannot_fit_is_refused_before_weights_are_read(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.verbs.training.train.build_for", pytest.fail)
+    monkeypatch.setattr("engine.verbs.training.run_setup.build_for", pytest.fail)
     with pytest.raises(MemoryPlanError, match=r"memory budget of 1\.00 MiB"):
         train(run_settings(tiny_model, write_rows(9), tmp_path / "run", "1MiB"), console=False)
 

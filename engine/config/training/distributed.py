@@ -1,0 +1,30 @@
+"""Settings of runs over several processes, and how they are started."""
+
+from engine.config.settings import Settings, setting
+
+
+class DistributedSettings(Settings):
+    """How many processes train together. None of these decides what a run learns."""
+
+    gpus: int = setting(
+        1,
+        "Distributed",
+        "processes on this machine that train together, one on each GPU (on a CPU they share its "
+        "cores); the rows of a step are dealt to them. For several machines start torchrun",
+        ge=1,
+        le=1024,
+    )
+    max_restarts: int = setting(
+        0,
+        "Distributed",
+        "with --gpus: how often to start again from the last checkpoint when a process dies",
+        ge=0,
+        le=1000,
+    )
+    ddp_timeout: int = setting(
+        1800,
+        "Distributed",
+        "seconds that a process waits for the others before it gives up",
+        ge=10,
+        le=86_400,
+    )

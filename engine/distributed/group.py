@@ -1,0 +1,143 @@
+"""Join the processes that torchrun started, and leave them again.
+
+Whatever starts torchrun's environment starts this: `torchrun -m cli.main train ...`, `engine train
+--gpus N`, or a scheduler that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. A
+process without them is alone, and torch.distributed is not imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+from engine.config.train_config import TrainConfig
+from engine.errors import ConfigError, EngineError
+from kernels.runtime.ranks import ONE_RANK, Ranks
+
+RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+
+
+class GroupError(EngineError):
+    """Another process of the group ended, or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together. `local_rank` counts those of this machine."""
+
+    ranks: Ranks = ONE_RANK
+    local_rank: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes, logs and draws for all."""
+        return self.ranks.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        return self.ranks.size == 1
+
+
+ALONE = Group()
+"""A process that trains by itself."""
+
+
+def launched(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of a group, even of one, that a launcher started."""
+    return RANK in environment and WORLD_SIZE in environment
+
+
+def leads(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is the first of its group, or alone, before the group is joined."""
+    return not launched(environment) or _number(environment, RANK) == 0
+
+
+def restarted(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun started this process again after one of its group had failed."""
+    return environment.get(RESTARTS, "0") not in ("", "0")
+
+
+def may_restart(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun will start the group again after a failure."""
+    return environment.get(MAX_RESTARTS, "0") not in ("", "0")
+
+
+@contextmanager
+def joined(device: str, timeout: int) -> Iterator[Group]:
+    """The group of this process inside the block; alone where nothing started several.
+
+    `device` is that of the settings; each process of a machine takes the GPU of its local number.
+    `timeout` is how many seconds a collective waits for the others. Raises `ConfigError` where the
+    group cannot be joined, or a machine has fewer GPUs than processes.
+    """
+    size = _number(os.environ, WORLD_SIZE) if launched() else 1
+    if size == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    from engine.distributed.torch_ranks import TorchRanks
+
+    local = _number(os.environ, LOCAL_RANK, _number(os.environ, RANK))
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        _take_gpu(local)
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"The group of {size} processes could not be joined: {str(error)[:500]}. Rank "
+            f"{os.environ[RANK]} expected the others at MASTER_ADDR "
+            f"{os.environ.get('MASTER_ADDR', '(not set)')}, MASTER_PORT "
+            f"{os.environ.get('MASTER_PORT', '(not set)')}: check that all were started, with one "
+            "address that all can reach, and that no firewall is between them."
+        ) from error
+    yield Group(TorchRanks(), local)
+    # Not after an error: the others may be waiting in a collective that this would wait for.
+    dist.destroy_process_group()
+
+
+def _take_gpu(local: int) -> None:
+    import torch
+
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(
+            f"Process {local} of this machine has no GPU: there are {count}, and one process runs "
+            "on each. Start as many as there are GPUs, or give --device cpu."
+        )
+    torch.cuda.set_device(local)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environment.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ConfigError(
+            f"The environment variable {name} is {text!r}; a launcher such as torchrun sets it to "
+            "a number. Unset RANK and WORLD_SIZE to train with one process."
+        )
+    return int(text)
+
+
+def after_restart(config: TrainConfig) -> TrainConfig:
+    """`config` as a process goes on with it that torchrun may start again.
+
+    Raises `ConfigError` where the directory would have another name the next time.
+    """
+    if may_restart() and config.output_dir is None and config.run_id is None:
+        raise ConfigError(
+            "torchrun will start the processes again after a failure, and the run's directory "
+            "would then have another name, so that nothing could go on. Give --output-dir or "
+            "--run-id."
+        )
+    if restarted() and config.resume is None:
+        return config.model_copy(update={"resume": "auto", "overwrite": False})
+    return config

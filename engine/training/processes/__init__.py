@@ -1,0 +1,1 @@
+"""Processes that train together: their rows, their optimizer, their decisions."""

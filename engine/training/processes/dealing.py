@@ -1,0 +1,63 @@
+"""Which rows of a step this process computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from engine.config.train_config import TrainConfig
+from engine.distributed.deal import (
+    DealtRows,
+    PassLimits,
+    RowCost,
+    deal_by_cost,
+    deal_in_order,
+)
+from kernels.runtime.ranks import Ranks
+from models.config.model_config import ModelConfig
+from models.tensor_names import expected_tensors
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """Deals the rows of every step to `ranks`.
+
+    In order where random masks follow from the token's index in its micro-batch: they are then
+    those of one process.
+    """
+
+    ranks: Ranks
+    cost: RowCost
+    limits: PassLimits
+    in_order: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig, model: ModelConfig, ranks: Ranks) -> Dealer:
+        """The dealer of a run of this model."""
+        drops = max(config.lora_dropout, config.hidden_dropout, config.attention_dropout) > 0.0
+        tokens = config.batch_size * config.max_length if config.packing else None
+        return cls(ranks, cost_of(model), PassLimits(config.batch_size, tokens), drops)
+
+    def share(self, step: Sequence[Sequence[int]], length: Callable[[int], int]) -> list[DealtRows]:
+        """The rows of this rank, in pieces that are a pass each; there may be none."""
+        size = self.ranks.size
+        if self.in_order:
+            return deal_in_order(step, length, self.cost, size)[self.ranks.rank]
+        return deal_by_cost(step, length, self.cost, size, self.limits)[self.ranks.rank]
+
+
+def cost_of(model: ModelConfig) -> RowCost:
+    """The products of a forward pass: with every weight, and of queries with keys.
+
+    Of a mixture's experts a token meets `num_experts_per_tok`.
+    """
+    share = model.num_experts_per_tok / model.num_experts if model.num_experts else 1.0
+    linear = 0.0
+    for name, shape in expected_tensors(model).items():
+        size = 1
+        for extent in shape:
+            size *= extent
+        if ".layers." in name and len(shape) > 1:
+            linear += size * (share if ".experts." in name else 1.0)
+    attention = [i for i, kind in enumerate(model.layer_types) if kind != "linear_attention"]
+    return RowCost(linear, sum(float(model.heads(i) * model.head_dim) for i in attention))

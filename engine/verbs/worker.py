@@ -1,0 +1,76 @@
+"""One of the processes of `engine train --gpus N`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from engine.config.train_config import TrainConfig
+from engine.distributed.group import GroupError, leads
+from engine.distributed.launch import Processes, run_group
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EngineError,
+    MemoryPlanError,
+)
+from engine.runs.signals import Interrupted
+from engine.storage import durable
+
+_ERRORS = {
+    kind.__name__: kind
+    for kind in (CheckpointError, ConfigError, DataError, EngineError, GroupError, MemoryPlanError)
+}
+
+
+def train_in_processes(config: TrainConfig, console: bool) -> dict[str, Any]:
+    """Train with `config.gpus` processes; the `output`, `metrics` and `next` commands they left.
+
+    Raises what the first of them raised, by its name and text; `GroupError` where one died.
+    """
+    job = {"settings": config.model_dump(mode="json"), "console": console}
+    processes = Processes(config.gpus, config.max_restarts, config.threads)
+    outcome = run_group("engine.verbs.worker", job, processes)
+    told = outcome.told
+    if told.get("signal") or outcome.signal is not None:
+        number = int(told.get("signal") or outcome.signal or 0)
+        raise Interrupted(number, told.get("error") or "", told.get("step"))
+    if told.get("error"):
+        raise _ERRORS.get(told["kind"], EngineError)(told["error"])
+    return told
+
+
+def main(job: dict[str, Any]) -> int:
+    """Train as one of the processes; the exit status."""
+    from engine.verbs.training.train import train
+
+    outcome = Path(job["outcome"])
+    if leads():
+        outcome.unlink(missing_ok=True)  # of a start before this one
+    try:
+        result = train(TrainConfig(**job["settings"]), console=job["console"] and leads())
+    except Interrupted as error:
+        _tell(outcome, {"error": str(error), "signal": error.number, "step": error.step})
+        return int(error.code or 0) if isinstance(error.code, int) else 1
+    except EngineError as error:
+        if not leads():
+            print(f"engine: rank {os.environ['RANK']}: {error}", file=sys.stderr, flush=True)
+        _tell(outcome, {"error": str(error), "kind": type(error).__name__})
+        return 2
+    facts = {"output": str(result.output_path), "metrics": result.metrics}
+    _tell(outcome, facts | {"next": list(result.next)})
+    return 0
+
+
+def _tell(outcome: Path, facts: dict[str, Any]) -> None:
+    """Leave `facts` for the process that started this one; the first speaks for all."""
+    if leads():
+        durable.write_json(outcome, facts)
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
