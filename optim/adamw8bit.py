@@ -229,11 +229,6 @@ class AdamW8bit(StepOptimizer):
         """The state of one parameter, with its number of steps, without copies."""
         return self._built().views(index)
 
-    def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `parameter_state` gave for a parameter of the same size and type."""
-        for name, mine in self._built().views(index).items():
-            mine.copy_(tensors[name])
-
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.
 

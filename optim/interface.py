@@ -39,12 +39,13 @@ class StepOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def parameter_state(self, index: int) -> dict[str, Tensor]:
-        """The state of one parameter, with its number of steps; some may be copies."""
+        """The state of one parameter; `step`, its number of steps, may be a copy."""
         raise NotImplementedError
 
     def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Take what `parameter_state` gave for a parameter of the same size and type."""
-        raise NotImplementedError
+        for name, mine in self.parameter_state(index).items():
+            mine.copy_(tensors[name])
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The whole state as named tensors, without copies, for a checkpoint that holds no pickle.

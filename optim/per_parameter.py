@@ -98,8 +98,7 @@ class PerParameter(StepOptimizer):
 
     def load_parameter_state(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Take what `parameter_state` gave for a parameter of the same size and type."""
-        for name, mine in self._built()[index].items():
-            mine.copy_(tensors[name])
+        super().load_parameter_state(index, tensors)
         self._steps[index] = int(tensors["step"])
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The run directory as a process sees it that does not write to it."""
+"""The run directory of a process that does not write to it."""
 
 from __future__ import annotations
 

@@ -98,8 +98,13 @@ def joined(device: str, timeout: int) -> Iterator[Group]:
             f"{os.environ.get('MASTER_PORT', '(not set)')}: check that all were started, with one "
             "address that all can reach, and that no firewall is between them."
         ) from error
-    yield Group(TorchRanks(), local)
-    # Not after an error: the others may be waiting in a collective that this would wait for.
+    try:
+        yield Group(TorchRanks(), local)
+    except BaseException:
+        # NCCL would wait here for collectives that the others never join; gloo does not.
+        if not on_gpu:
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -33,8 +33,8 @@ def broadcast_text(ranks: Ranks, text: str, source: int = 0) -> str:
 def all_or_none(group: Group, work: Callable[[], T]) -> T:
     """What `work` returns, if it fails on no rank.
 
-    Otherwise the ranks where it failed raise their errors, and the others leave quietly with the
-    same status, instead of waiting for them.
+    Otherwise the first rank where it failed raises its error, and the others leave quietly with
+    the same status, instead of waiting for it.
     """
     if group.is_alone:
         return work()
@@ -43,8 +43,9 @@ def all_or_none(group: Group, work: Callable[[], T]) -> T:
         result = work()
     except EngineError as raised:
         error = raised
-    (failed,) = host_maxima(group.ranks, float(error is not None))
-    if error is not None:
+    ranks = group.ranks
+    (failed,) = host_maxima(ranks, 0.0 if error is None else float(ranks.size - ranks.rank))
+    if error is not None and int(failed) == ranks.size - ranks.rank:
         raise error
     if failed:
         raise SystemExit(2)

@@ -134,8 +134,14 @@ def test_no_words_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["quantise"], ["That is `engine quantize` here."]),
         (["--verison"], ["no option '--verison'", "Did you mean `engine --version`?"]),
         (["deepspeed"], ["no verb 'deepspeed'. Verbs: "]),
-        (["train", "--deepspeed", "z3.json"], ["no option --deepspeed: a run is one process"]),
-        (["train", "deepspeed=z3.json"], ["no setting `deepspeed`; a run is one process"]),
+        (
+            ["train", "--deepspeed", "z3.json"],
+            ["no option --deepspeed: write `gpus:` or start"],
+        ),
+        (
+            ["train", "deepspeed=z3.json"],
+            ["no setting `deepspeed`; write `gpus:` or start"],
+        ),
         (["train", "num_layers=3"], ["no setting `num_layers`; an adapter is put on every layer"]),
         (["train", "template=chatml"], ["comes from the model's own tokenizer files"]),
         (["--verbose"], ["no option '--verbose'"]),
@@ -351,7 +357,7 @@ def test_status_answers_for_a_run_in_words_and_json(
     [
         (("export", "--model", "m"), "Its commands: gguf, adapter"),
         (("data", "rows.jsonl"), "Its commands: "),
-        (("train", "--gpus", "2"), "a run is one process on one device"),
+        (("train", "--fsdp", "full_shard"), "write `gpus:` or start torchrun"),
     ],
 )
 def test_what_stands_where_a_command_should_names_the_commands(

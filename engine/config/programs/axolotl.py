@@ -12,8 +12,8 @@ from engine.config.programs.translation import (
     NO_PREFERENCES,
     NOT_EIGHT_BITS,
     NOTHING_UPLOADED,
-    ONE_PROCESS,
     OPTIMIZERS,
+    PROCESSES,
     SAME_VOCABULARY,
     GivenKeys,
     Translation,
@@ -92,7 +92,7 @@ _NEEDLESS = {
         "gradient_checkpointing_kwargs",
     ),
     "products of fp32 are exact here": ("tf32", "bfloat16", "float16"),
-    ONE_PROCESS: (
+    PROCESSES: (
         "local_rank", "ddp_timeout", "ddp_find_unused_parameters", "device_map", "world_size",
     ),
     "what happens here anyway": (
@@ -114,9 +114,9 @@ _MISSING = {
     "tokens": SAME_VOCABULARY,
     "added_tokens_overrides": SAME_VOCABULARY,
     "resize_token_embeddings_to_32x": SAME_VOCABULARY,
-    "fsdp_version": ONE_PROCESS,
-    "sequence_parallel_degree": ONE_PROCESS,
-    "context_parallel_size": ONE_PROCESS,
+    "fsdp_version": PROCESSES,
+    "sequence_parallel_degree": PROCESSES,
+    "context_parallel_size": PROCESSES,
     "hub_strategy": NOTHING_UPLOADED,
     "push_dataset_to_hub": NOTHING_UPLOADED,
     "saves_per_epoch": "`checkpoint_every` counts steps, not parts of an epoch",
@@ -188,7 +188,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
 def _method(source: GivenKeys) -> None:
     adapter, four = source.take("adapter"), source.take("load_in_4bit", False)
     eight = source.take("load_in_8bit", False)
-    source.drop(("qlora_sharded_model_loading",), ONE_PROCESS)
+    source.drop(("qlora_sharded_model_loading",), PROCESSES)
     if adapter in (None, ""):
         source.put("method", "full", "adapter")
         return

@@ -4,8 +4,8 @@ from engine.config.programs.schedules import schedule
 from engine.config.programs.translation import (
     KERNELS,
     NEVER_PADDED,
-    ONE_PROCESS,
     OPTIMIZERS,
+    PROCESSES,
     GivenKeys,
     checkpointing,
     compute_type,
@@ -42,7 +42,7 @@ _NEEDLESS = {
         "per_device_eval_batch_size",
         "eval_accumulation_steps",
     ),
-    ONE_PROCESS: ("ddp_timeout", "ddp_find_unused_parameters", "local_rank"),
+    PROCESSES: ("ddp_timeout", "ddp_find_unused_parameters", "local_rank"),
     "a run always trains, and evaluates what is held out": ("do_train", "do_eval"),
     "weights are always saved without the optimizer's state beside the checkpoints": (
         "save_only_model",
@@ -59,9 +59,9 @@ _NEEDLESS = {
     ),
 }
 MISSING = {
-    "deepspeed": ONE_PROCESS,
-    "fsdp": ONE_PROCESS,
-    "fsdp_config": ONE_PROCESS,
+    "deepspeed": PROCESSES,
+    "fsdp": PROCESSES,
+    "fsdp_config": PROCESSES,
     "optim_args": "the optimizer has `betas`, `eps` and `weight_decay`",
     "resume_from_checkpoint": "`engine train --resume auto` goes on with a run of this engine",
 }

@@ -165,7 +165,7 @@ OPTIMIZERS = ADAMW | {
     "adafactor": "adafactor",
     "muon": "muon",
 }
-ONE_PROCESS = "a run is one process; for less memory, `memory_budget` or `offload`"
+PROCESSES = "`gpus` or torchrun starts processes; for less memory, `memory_budget` or `offload`"
 KERNELS = "the kernels are fused already"
 NEVER_PADDED = "rows are never padded"
 NOT_EIGHT_BITS = "8-bit bases are not trained on: the base has 16 bits, or 4"

@@ -103,7 +103,7 @@ class Facts:
     """What is known of the machine and the model; None where it is not known yet.
 
     `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer,
-    `hybrid` that some layers are Gated DeltaNets.
+    `hybrid` that some layers are Gated DeltaNets, `processes` how many train together.
     """
 
     device: str | None = None
@@ -112,6 +112,7 @@ class Facts:
     tied: bool | None = None
     recordable: bool | None = None
     hybrid: bool | None = None
+    processes: int | None = None
 
 
 @dataclass(frozen=True)

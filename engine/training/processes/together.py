@@ -1,4 +1,4 @@
-"""The optimizer, the progress and the reasons to stop of processes that train together."""
+"""What processes that train together share: optimizer, progress, reasons to stop."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from engine.config.rules import Facts, check
 from engine.config.settings import given_settings
 from engine.config.tasks.commands import next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
@@ -327,6 +328,7 @@ def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConf
     """
     if not group.leads:
         return config, config, None
+    check(config, Facts(processes=group.ranks.size))
     asked = with_cpu_dtype(with_init_adapter(after_restart(config)))
     fitted, rows = with_fitted(asked)
     return asked, fitted if group.is_alone else dated(name_run(fitted)), rows

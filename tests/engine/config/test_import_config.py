@@ -313,7 +313,7 @@ def test_the_command_writes_a_file_that_train_takes(
     file.write_text(AXOLOTL)
     assert cli.main(["import-config", str(file), "--output", str(target)]) == 0
     out = capsys.readouterr().out
-    assert "deepspeed: a run is one process" in out
+    assert "deepspeed: `gpus` or torchrun starts processes" in out
     assert f"engine train --config {target} --dry-run" in out
     assert load_config(target).lora_rank == 32
     assert cli.main(["import-config", str(file), "--output", str(target)]) == 2

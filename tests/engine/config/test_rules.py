@@ -91,12 +91,19 @@ PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"objective": "kto", "streaming": "on"}, Facts()),
     ({"objective": "dpo", "train_on": "### Answer:"}, Facts()),
 ]
+DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({**IN_BACKWARD, "gpus": 2}, Facts()),
+    ({"cuda_graphs": True}, Facts(processes=2)),
+    ({"data": ("-",), "gpus": 2}, Facts()),
+    ({"max_restarts": 3}, Facts()),
+]
 BREAKS = [
     *RUN_BREAKS,
     *EVALUATION_BREAKS,
     *RECIPE_BREAKS,
     *SCRATCH_BREAKS,
     *PREFERENCE_BREAKS,
+    *DISTRIBUTED_BREAKS,
 ]
 PLAIN = TrainConfig(model="m", data="d")
 
