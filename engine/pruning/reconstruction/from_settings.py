@@ -64,7 +64,8 @@ def scores_of(
         blank = weight_scores(source, layers, "random")
         measured = whole_model(source, examples, how) if settings.measures_layers else None
         ridge = settings.repair_ridge
-        return reconstruction_scores(blank, stream, settings.grouping, ridge, measured)
+        level = settings.form == "structural" and not settings.per_layer
+        return reconstruction_scores(blank, stream, settings.grouping, ridge, measured, level=level)
     if metric in METRICS_WITH_DATA:
         return measured_scores(source, layers, metric, rows(), how)
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)

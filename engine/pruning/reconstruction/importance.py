@@ -2,15 +2,17 @@
 
 Of every layer the units (heads, or key/value heads with all that read them) are taken out one by
 one, the cheapest first, the rest updated each time (`engine.pruning.reconstruction.least_squares`).
+Where every key/value head must give up as many (`level`), they take turns: a head is the cheapest
+given those that go before it in such a cut, not given others that stay.
 A unit's score is what the error had grown by when it went, as a share of the layer's output; scores
-never fall along the order, so that the lowest scores of a layer are always the first of its order.
+rise along the order, so that the lowest scores of a layer are always the first of its order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ def reconstruction_scores(
     granularity: Granularity,
     ridge: float,
     divergence: PrefixDivergence | None = None,
+    *,
+    level: bool = False,
 ) -> list[LayerScores]:
     """Scores of every head of the layers in `blank`, whose values are not read.
 
@@ -53,7 +57,9 @@ def reconstruction_scores(
             linear = lone_output(model)[1]
             weight = dense_weight(linear, torch.float32)
             given = Regression(weight, observer.moments, ridge, linear.bias is not None)
-            result.append(_scored(wanted[index], given, granularity, divergence))
+            units = _units(wanted[index], granularity)
+            groups = _groups(wanted[index], units) if level and granularity == "head" else None
+            result.append(_scored(wanted[index], given, units, groups, divergence))
         del model, observer
         stream.go_on(states)
         if divergence is not None:
@@ -64,24 +70,32 @@ def reconstruction_scores(
 def _scored(
     scores: LayerScores,
     given: Regression,
-    granularity: Granularity,
+    units: list[tuple[int, ...]],
+    groups: list[int] | None,
     divergence: PrefixDivergence | None,
 ) -> LayerScores:
     heads = scores.heads
-    units = _units(scores, granularity)
     values = torch.zeros(heads.heads, dtype=torch.float64)
     if not units:
         return replace(scores, values=values)
     columns = [heads.output_columns(unit) for unit in units]
-    order, errors = removal_order(given, columns)
-    grown = list(accumulate(errors, max))
+    order, errors = removal_order(given, columns, groups)
+    grown = errors
     if divergence is not None:
         measured = _measured(scores, given, [columns[number] for number in order], divergence)
         grown = growth_of_units(errors, measured)
-    for number, value in zip(order, grown, strict=True):
+    for number, value in zip(order, _rising(grown), strict=True):
         for head in units[number]:
             values[head] = value / len(units[number])
     return replace(scores, values=checked(values, heads.layer))
+
+
+def _rising(values: Sequence[float]) -> Iterator[float]:
+    """The values, each raised above the one before it where it is not."""
+    last = -math.inf
+    for value in values:
+        last = max(value, math.nextafter(last, math.inf))
+        yield last
 
 
 def _units(scores: LayerScores, granularity: Granularity) -> list[tuple[int, ...]]:
@@ -91,6 +105,11 @@ def _units(scores: LayerScores, granularity: Granularity) -> list[tuple[int, ...
         return [(head,) for head in sorted(active)]
     groups = (heads.members(group) for group in sorted(heads.groups(active)))
     return [tuple(head for head in group if head in active) for group in groups]
+
+
+def _groups(scores: LayerScores, units: list[tuple[int, ...]]) -> list[int]:
+    """The key/value head of each unit of one head."""
+    return [next(iter(scores.heads.groups(set(unit)))) for unit in units]
 
 
 def _measured(

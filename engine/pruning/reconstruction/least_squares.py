@@ -18,7 +18,8 @@ inverting there is, and the sums of the growths are exact. Everything here is fl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,14 @@ class Regression:
         return second
 
 
-def removal_order(given: Regression, units: Sequence[Tensor]) -> tuple[list[int], list[float]]:
+def removal_order(
+    given: Regression, units: Sequence[Tensor], groups: Sequence[int] | None = None
+) -> tuple[list[int], list[float]]:
     """Units in the order in which they cost least, and what the error grows by with each.
 
     `units` are the columns of each. Columns that no unit has are taken to do nothing: they belong
-    to what was pruned before. Errors are shares of E|W z|^2.
+    to what was pruned before. Errors are shares of E|W z|^2. With `groups`, the group of each unit,
+    no group gives up its next unit before every other that has one has given up as many.
     """
     alive = torch.cat(list(units))
     damped = given.damped(alive)
@@ -98,15 +102,25 @@ def removal_order(given: Regression, units: Sequence[Tensor]) -> tuple[list[int]
     inverse = torch.cholesky_inverse(_factor(damped))
     starts = torch.tensor([0, *(len(unit) for unit in units)]).cumsum(0).tolist()
     spans = {n: slice(starts[n], starts[n + 1]) for n in range(len(units))}
-    order, errors = [], []
+    order: list[int] = []
+    errors = []
     while spans:
-        growth = {n: _growth(weight, inverse, span) for n, span in spans.items()}
+        growth = {n: _growth(weight, inverse, spans[n]) for n in _next(spans, order, groups)}
         best = min(growth, key=lambda n: (growth[n], n))
         span = spans.pop(best)
         order.append(best)
         errors.append(max(growth[best], 0.0) / whole)
         _take_out(weight, inverse, span)
     return order, errors
+
+
+def _next(left: Iterable[int], order: Sequence[int], groups: Sequence[int] | None) -> list[int]:
+    """Units that may go next: of the groups with units left, those that gave up fewest."""
+    if groups is None:
+        return list(left)
+    given = Counter(groups[unit] for unit in order)
+    fewest = min(given[groups[unit]] for unit in left)
+    return [unit for unit in left if given[groups[unit]] == fewest]
 
 
 def _take_out(weight: Tensor, inverse: Tensor, columns: slice | Tensor) -> None:

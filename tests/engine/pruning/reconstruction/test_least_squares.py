@@ -118,3 +118,38 @@ def test_a_strong_ridge_leaves_the_weights_as_they_are() -> None:
     going, stay = UNITS[0], torch.cat(UNITS[1:])
     weight, _ = repaired(given, stay, going)
     assert torch.allclose(weight, given.weight.double()[:, stay], atol=1e-6)
+
+
+def test_groups_that_take_turns_cost_less_than_the_first_of_each_in_the_free_order() -> None:
+    """The greedy cut of as many of each group, against what a free order would take of each."""
+    given, groups = regression(1e-3), [0, 0, 0, 1, 1, 1]
+    free, _ = removal_order(given, UNITS)
+    order, errors = removal_order(given, UNITS, groups)
+    assert sum(errors) == pytest.approx(1.0, rel=1e-8)
+
+    def cost(going: set[int]) -> float:
+        stay = [int(c) for unit in range(len(UNITS)) if unit not in going for c in UNITS[unit]]
+        return solved(given, stay)[1]
+
+    for count in (1, 2):
+        taken = order[: 2 * count]
+        assert sorted(groups[unit] for unit in taken) == [0] * count + [1] * count
+        assert sum(errors[: 2 * count]) == pytest.approx(cost(set(taken)), rel=1e-8)
+        of_each = [[unit for unit in free if groups[unit] == group][:count] for group in (0, 1)]
+        assert cost(set(taken)) <= cost({unit for part in of_each for unit in part}) + 1e-12
+    assert order[0] == free[0]
+
+
+def test_the_second_turn_knows_what_went_in_the_first() -> None:
+    """Heads 0 and 2 are the same input: each could go alone, but not both."""
+    z = inputs()
+    z[:, UNITS[2]] = z[:, UNITS[0]]
+    moments = InputMoments.empty(WIDTH)
+    moments.add(z)
+    weight = torch.ones(OUT, WIDTH)
+    weight[:, 2 * SIZE :] *= 3
+    given = Regression(weight, moments, 1e-9)
+    order, errors = removal_order(given, UNITS[:4], [0, 0, 1, 1])
+    assert order[0] in (0, 2)
+    assert order[1] == {0: 3, 2: 1}[order[0]]
+    assert errors[0] < 1e-6 < errors[1]

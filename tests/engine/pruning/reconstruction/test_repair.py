@@ -155,6 +155,24 @@ def test_zero_mask_and_structural_are_the_same_function_and_only_the_output_chan
         assert torch.equal(tensor, before[name]) != name.endswith(f"{leaf}.weight"), name
 
 
+def test_heads_of_a_uniform_cut_are_scored_in_turns_of_all_key_value_heads(
+    golden: Golden,
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = pruned(
+        golden("llama"), tmp_path / "cut", write_rows(2), monkeypatch, mode="structural"
+    )
+    for layer in record["layers"]:
+        groups, size = layer["kv_heads"], layer["heads"] // layer["kv_heads"]
+        assert groups > 1 < size
+        order = sorted(range(layer["heads"]), key=layer["scores"].__getitem__)
+        for start in range(0, len(order), groups):
+            turn = order[start : start + groups]
+            assert sorted(head // size for head in turn) == list(range(groups))
+
+
 def test_structural_and_zero_agree_where_the_same_heads_go(
     golden: Golden,
     tmp_path: Path,
