@@ -11,6 +11,7 @@ from typing import Any
 from engine.data.dataset import load_rows
 from engine.data.examples import build_examples, check_ids
 from engine.device import resolve_device, resolve_dtype
+from engine.forging.task_score import TaskScore
 from engine.forging.verdict import perplexity_interval
 from engine.inference.generation import complete, prompt_ids, stop_ids_of
 from engine.inference.perplexity import evaluate_rows
@@ -26,7 +27,7 @@ class Judge:
     """The same questions to every model: held-out rows and prompts.
 
     `prompts` are answered greedily with at most `max_new_tokens`: an answer drawn at random says
-    more of the draw than of the model.
+    more of the draw than of the model. With a `task` the held-out rows are answered too.
     """
 
     heldout: Path
@@ -35,6 +36,7 @@ class Judge:
     device: str
     dtype: str
     max_new_tokens: int = 48
+    task: TaskScore | None = None
 
     def assess(self, model: str | Path) -> dict[str, Any]:
         """Perplexity over trained tokens, samples, speed, and size of the model in a directory."""
@@ -55,8 +57,12 @@ class Judge:
             )
             for prompt in self.prompts
         ]
+        scored = {}
+        if self.task is not None:
+            stops = stop_ids_of(source, tokenizer)
+            scored["task"] = self.task.measured(decoder, tokenizer, stops, result.perplexity)
         speeds = sorted(answer.tokens_per_second for answer in answers)
-        return {
+        return scored | {
             "model": str(model),
             "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
             "loss": result.loss,

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.forging.task_score import told
+
 TOLERANCE = 0.02
 _DRAWS, _SEED = 1000, 1979
 Rows = Sequence[Sequence[float]]
@@ -79,6 +81,9 @@ def judged(results: dict[str, Any]) -> dict[str, Any] | None:
     if any("row_losses" not in one for one in (last, *against)):
         return None  # a job of an earlier version
     gap = difference(last["row_losses"], [one["row_losses"] for one in against])
+    text = _text(gap, len(trained))
+    if "task" in last:
+        text += " " + told(last, against[0])
     return {
         "verdict": gap.verdict,
         "against": "baseline" if trained else "untrained",
@@ -86,7 +91,7 @@ def judged(results: dict[str, Any]) -> dict[str, Any] | None:
         "loss_difference": gap.mean,
         "interval": [gap.low, gap.high],
         "seed_spread": gap.spread,
-        "text": _text(gap, len(trained)),
+        "text": text,
     }
 
 
@@ -96,15 +101,15 @@ def _text(gap: Difference, seeds: int) -> str:
     if seeds > 1:
         spread = 100 * math.expm1(min(gap.spread, 20.0))
         whom += f" of {seeds} seeds, which are {spread:.1f} % apart"
-    told = (
+    said = (
         f"{gap.verdict}: perplexity {percent[0]:+.1f} % (95 % of draws of the held-out rows: "
         f"{percent[1]:+.1f} to {percent[2]:+.1f} %) against {whom}."
     )
     if not seeds:
-        told += " What the training alone is worth, --baseline tells."
+        said += " What the training alone is worth, --baseline tells."
     elif seeds == 1:
-        told += " One seed: --baseline-seeds 3 tells what chance does to a training."
-    return told
+        said += " One seed: --baseline-seeds 3 tells what chance does to a training."
+    return said
 
 
 def _columns(rows: Rows) -> tuple[_Floats, _Floats]:

@@ -255,6 +255,12 @@ class ForgeCycles(Settings):
     heldout: float = setting(0.1, "Data", "share of --data held out", ge=0.001, le=0.9)
     heldout_rows: int | None = setting(None, "Data", "judge by the first N held-out rows", ge=1)
     samples: int = setting(3, "Data", "held-out questions to answer", ge=0)
+    gates: Path | None = setting(
+        None,
+        "Data",
+        "gates file (YAML), as for engine eval: every model answers the held-out rows, too, and "
+        "its answers are checked",
+    )
 
 
 class ForgeSettings(ForgeCycles):

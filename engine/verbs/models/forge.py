@@ -20,10 +20,12 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from engine.config.settings import Settings, given_settings
+from engine.config.tasks.gates import GateSettings
 from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.batches.loader import split_heldout
@@ -34,6 +36,7 @@ from engine.errors import ConfigError
 from engine.forging.assess import Judge
 from engine.forging.identity import RENAMED, identity, upgraded
 from engine.forging.stages import JOB, Stages, check_job, make_directory
+from engine.forging.task_score import TaskScore, refuse_other_base
 from engine.forging.verdict import judged
 from engine.model_sources.open import describe_model
 from engine.model_sources.pruning_record import PRUNING
@@ -44,6 +47,7 @@ from engine.storage import durable
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
 from engine.training.checks import check_model, check_request
+from engine.verbs.models.judge import read_gates
 from engine.verbs.models.merge import merge
 from engine.verbs.models.prune import prune
 from engine.verbs.training.train import train
@@ -87,7 +91,11 @@ def forge(
         settings = given_settings(ForgeSettings, settings, options)
     started, root = time.time(), settings.output_dir
     _check(settings)
+    gates = None if settings.gates is None else read_gates(settings.gates)
     known = identity(settings)
+    if gates is not None:
+        refuse_other_base(gates)
+        known["gates"] = gates.model_dump(mode="json")
     check_job(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
     make_directory(root)
     parameters = settings.model_dump(mode="json")
@@ -96,7 +104,7 @@ def forge(
         for folder in (root, *parts, *root.glob("cycle-*"), *root.glob("baseline-*")):
             sweep(folder)
         job = Stages(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
-        results = _Forge(settings, job).run()
+        results = _Forge(settings, job, gates).run()
         write_summary(
             root,
             "forge",
@@ -151,7 +159,7 @@ def _check(settings: ForgeSettings) -> None:
 
 
 class _Forge:
-    def __init__(self, settings: ForgeSettings, job: Stages) -> None:
+    def __init__(self, settings: ForgeSettings, job: Stages, gates: GateSettings | None) -> None:
         self.settings, self.job, self.root = settings, job, settings.output_dir
         rows = self.job.run("data", self._data)
         self.rows = rows
@@ -163,12 +171,16 @@ class _Forge:
             max_length=config.max_length,
             device=config.device,
             dtype=config.dtype,
+            task=None if gates is None else TaskScore.of(gates, heldout),
         )
 
     def run(self) -> dict[str, Any]:
         source = self.settings.training.model
         baseline = self.job.run("baseline", lambda: self.judge.assess(source))
         log.info("baseline: perplexity %.3f", baseline["perplexity"])
+        if self.judge.task is not None:
+            task = replace(self.judge.task, base=baseline["task"]["figures"])
+            self.judge = replace(self.judge, task=task)
         cycles: list[dict[str, Any]] = []
         stopped, current, before = None, source, baseline
         for number in range(1, self.settings.cycles + 1):

@@ -25,6 +25,7 @@ from engine.pruning.selection import wanted_units
 from engine.verbs.models import forge as recipe
 from engine.verbs.models.evaluate import evaluate
 from engine.verbs.models.forge import _worse, forge
+from engine.verbs.models.judge import judge
 
 ROOT = Path(__file__).parents[3]
 Make = Callable[..., ForgeSettings]
@@ -321,6 +322,30 @@ def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"):
         forge(make("file/job"))
+
+
+def test_gates_score_the_answers_of_every_model(make: Make, tmp_path: Path) -> None:
+    gates = tmp_path / "gates.yaml"
+    asked = {"checker": "regex", "pattern": "[aeiou]", "parse_rate": 0, "max_new_tokens": 4}
+    gates.write_text(json.dumps(asked | {"worse_than_base": 1}))
+    results = forge(make(cycles=1, steps=2, samples=0, gates=gates))
+    models = [results["baseline"], results["cycles"][0]["pruned"], results["cycles"][0]["trained"]]
+    again = judge(
+        models[2]["model"], make().output_dir / "data" / "heldout.jsonl", gates=asked,
+        device="cpu", max_length=64, output_dir=tmp_path,
+    )  # fmt: skip
+    for model in models:
+        assert 0 <= model["task"]["figures"]["parse_rate"] <= 1
+        assert model["task"]["gates"][0]["name"] == "parse_rate"
+    assert models[2]["task"]["figures"]["parse_rate"] == again.figures["parse_rate"]
+    against = [gate["name"] for gate in models[2]["task"]["gates"]]
+    assert "parse_rate_loss_from_base" in against
+    assert "gates passed (parse_rate" in results["verdict"]["text"]
+    with pytest.raises(ConfigError, match="gates"):
+        forge(make(cycles=1, steps=2, samples=0), resume=True)
+    gates.write_text("checker: json\nbase: other\n")
+    with pytest.raises(ConfigError, match="names 'other' as `base`"):
+        forge(make("second", cycles=1, gates=gates))
 
 
 def test_a_pruned_model_learns_from_the_one_it_was(make: Make) -> None:
