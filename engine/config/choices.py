@@ -52,6 +52,7 @@ METRICS_WITH_DATA: tuple[Metric, ...] = ("l2-reconstruction", "l2-output", "grad
     "routed-mass",
 )  # fmt: skip
 Prunable = Literal["heads", "kv-groups", "mlp", "layers", "experts"]
+PRUNABLES: tuple[Prunable, ...] = get_args(Prunable)
 METRICS_OF: dict[Prunable, tuple[Metric, ...]] = {
     "heads": tuple(metric for metric in METRICS if metric not in ("cosine", "routed-mass")),
     "kv-groups": tuple(metric for metric in METRICS if metric not in ("cosine", "routed-mass")),

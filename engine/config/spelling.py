@@ -1,14 +1,14 @@
 """Validators that accept settings in the spellings people use."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from engine.config.choices import POLICIES, Auto
+from engine.config.choices import POLICIES, PRUNABLES, Auto
 from engine.storage import strict_json
 
 DTYPES = {
@@ -218,6 +218,36 @@ def layer_numbers(value: Any) -> Any:
         return tuple(int(part) for part in value.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"{value!r} is no list of layer numbers, such as 0,1,-1") from error
+
+
+def optional(check: Callable[[float], float]) -> Callable[[float | None], float | None]:
+    """A validator that leaves None alone."""
+    return lambda value: None if value is None else check(value)
+
+
+def budget(value: Any) -> Any:
+    """`params=0.8` or `latency=0.8`: a share of a whole model's parameters or time."""
+    if value is None:
+        return None
+    kind, sign, share = str(value).replace(" ", "").partition("=")
+    kind = {"parameters": "params", "ms": "latency"}.get(kind, kind)
+    try:
+        number = float(share)
+    except ValueError:
+        number = 0.0
+    if kind not in ("params", "latency") or not sign or not 0 < number < 1:
+        raise ValueError("expected params=SHARE or latency=SHARE, with a share between 0 and 1")
+    return f"{kind}={number:g}"
+
+
+def parts_of_a_model(value: Any) -> Any:
+    """Parts to prune, with commas between them, in the order in which they are known."""
+    listed = comma_list(value)
+    named = [str(part).strip() for part in listed] if isinstance(listed, list | tuple) else [value]
+    known = [part for part in PRUNABLES if part in named]
+    if len(known) != len(named) or not known:
+        raise ValueError(f"should be one or several of {', '.join(PRUNABLES)}")
+    return ",".join(known)
 
 
 def inner_share(value: float) -> float:

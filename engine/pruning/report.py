@@ -97,8 +97,27 @@ def _parts(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _budget(record: dict[str, Any]) -> str:
+    """The record of a budget for several parts as text."""
+    budget, sizes = record["budget"], record["parameters"]
+    unit = "parameters" if budget["kind"] == "params" else "ms"
+    before, asked, after = (
+        f"{budget[name]:,.0f}" if unit == "parameters" else f"{budget[name]:.3f}"
+        for name in ("before", "asked", "after")
+    )
+    lines = [table(stage) for stage in record["stages"]]
+    for part, losses in record["losses"].items():
+        told = ", ".join(f"{loss:.4f} without {count}" for count, loss in losses.items())
+        lines.append(f"{part}: {told} (nats a token); {record['counts'][part]} go")
+    lines.append(f"{after} {unit} are left of {before}, at most {asked} were asked for.")
+    lines.append(f"{sizes['after']:,} of {sizes['before']:,} parameters are left.")
+    return "\n".join(lines)
+
+
 def table(record: dict[str, Any]) -> str:
     """The record as text: a line a layer, and the totals."""
+    if "stages" in record:
+        return _budget(record)
     if "parts" in record:
         return _parts(record)
     head = f"{'layer':>5} {'heads':>5} {'asked':>5} {'pruned':>6} {'left':>4} {'kv left':>7}  which"

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 from engine.config.choices import (
     MAX_SHARD_SIZE,
     METRICS_OF,
+    PRUNABLES,
     ComputeType,
     Granularity,
     HeadKind,
@@ -24,8 +25,11 @@ from engine.config.settings import Settings, setting
 from engine.config.spelling import (
     DTYPES,
     METRIC_NAMES,
+    budget,
     inner_share,
     layer_numbers,
+    optional,
+    parts_of_a_model,
     shard_size,
     spelled,
 )
@@ -38,15 +42,23 @@ DEFAULT_RIDGE = 1e-3
 class HeadChoice(Settings):
     """How many heads are pruned, which ones, and how."""
 
-    fraction: Annotated[float, AfterValidator(inner_share)] = setting(
-        ..., "Heads", "share of the heads, channels, layers or experts to prune, between 0 and 1"
+    fraction: Annotated[float | None, AfterValidator(optional(inner_share))] = setting(
+        None, "Heads", "share of the heads, channels, layers or experts to prune, between 0 and 1"
     )
-    what: Prunable = setting(
+    target: Annotated[str | None, BeforeValidator(budget)] = setting(
+        None,
+        "Heads",
+        "instead of --fraction: what is to be left of the whole, params=0.8 of its parameters or "
+        "latency=0.8 of the time of its ops on this machine. Needs --data",
+    )
+    what: Annotated[str, BeforeValidator(parts_of_a_model)] = setting(
         "heads",
         "Heads",
         "heads; kv-groups: key/value heads with all that read them; mlp: channels of dense "
         "feed-forward parts, as many of each layer; layers: whole ones; experts: as many of each "
-        "mixture",
+        "mixture. With --target several, such as heads,mlp,layers: each gives up what the model "
+        "misses least",
+        expected=", ".join(PRUNABLES),
     )
     metric: Annotated[Metric | None, spelled(METRIC_NAMES)] = setting(
         None,
@@ -154,7 +166,19 @@ class PruneSettings(HeadChoice, Machine):
     @property
     def form(self) -> PruneMode:
         """The mode, chosen by what is pruned where none was named."""
-        return self.mode or ("zero" if self.prunes_heads else "structural")
+        return self.mode or ("zero" if self.prunes_heads and not self.target else "structural")
+
+    @property
+    def parts(self) -> tuple[Prunable, ...]:
+        """The parts of the model that are pruned."""
+        named = self.what.split(",")
+        return tuple(part for part in PRUNABLES if part in named)
+
+    @property
+    def share(self) -> float:
+        """The fraction of a job that has one."""
+        assert self.fraction is not None
+        return self.fraction
 
     @property
     def prunes_heads(self) -> bool:
@@ -186,17 +210,38 @@ class PruneSettings(HeadChoice, Machine):
 
     @model_validator(mode="after")
     def _fits_what_is_pruned(self) -> Self:
-        known = METRICS_OF[self.what]
-        if self.metric is not None and self.metric not in known:
-            raise ValueError(
-                f"--metric {self.metric} does not rank {self.what}; expected one of "
-                f"{', '.join(known)}"
-            )
+        for part in self.parts:
+            known = METRICS_OF[part]
+            if self.metric is not None and self.metric not in known:
+                raise ValueError(
+                    f"--metric {self.metric} does not rank {part}; expected one of "
+                    f"{', '.join(known)}"
+                )
         if not self.prunes_heads and self.form != "structural":
             raise ValueError(
                 f"--what {self.what} makes smaller weights: leave out --mode {self.mode}, or "
                 "prune heads"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if (self.fraction is None) == (self.target is None):
+            raise ValueError(
+                "give --fraction, a share of the heads, channels, layers or experts, or --target, "
+                "a share of the whole model's parameters or time: one of them"
+            )
+        if len(self.parts) > 1 and self.target is None:
+            raise ValueError(
+                f"--what {self.what} shares one budget: give --target params=0.8, or one part"
+            )
+        if self.target is not None and (self.form != "structural" or self.per_layer):
+            raise ValueError(
+                "--target makes a smaller model that every program loads: leave out --per-layer "
+                f"and --mode {self.form}"
+            )
+        if {"heads", "kv-groups"} <= {*self.parts}:
+            raise ValueError("--what takes heads or kv-groups, which are heads too: one of them")
         return self
 
     @model_validator(mode="after")

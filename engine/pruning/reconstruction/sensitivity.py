@@ -26,21 +26,26 @@ from models.layers.linear import Linear
 SENSITIVITY_TOKENS = 1024
 
 
+def first_tokens(examples: Sequence[Example]) -> list[Example]:
+    """The first examples, up to `SENSITIVITY_TOKENS`; at least one."""
+    chosen: list[Example] = []
+    tokens = 0
+    for example in examples:
+        if chosen and tokens + len(example) > SENSITIVITY_TOKENS:
+            break
+        chosen.append(example)
+        tokens += len(example)
+    return chosen
+
+
 class PrefixDivergence:
     """Runs a whole model from one layer on, and tells how far it strays."""
 
     @torch.no_grad()
     def __init__(self, model: Decoder, examples: Sequence[Example]) -> None:
-        """Uses the first examples, up to `SENSITIVITY_TOKENS`; at least one."""
-        chosen: list[Example] = []
-        tokens = 0
-        for example in examples:
-            if chosen and tokens + len(example) > SENSITIVITY_TOKENS:
-                break
-            chosen.append(example)
-            tokens += len(example)
+        """Uses the `first_tokens` of the examples."""
         self.model, count = model, len(model.layers)
-        self._batch = collate(chosen).to(model.device, model.ids_device)
+        self._batch = collate(first_tokens(examples)).to(model.device, model.ids_device)
         self._x: Tensor = model.model.embed_tokens(self._batch.input_ids)
         self._first, self._layer, self._count = self._x, 0, count
         self._known = self._last_states(range(count))

@@ -44,12 +44,12 @@ def prune_structures(
         left, record = _without_experts(source, settings, examples, protected)
     else:
         left, record = _without_layers(source, settings, examples, protected)
-    sizes = [_parameters(model) for model in (source, left)]
+    sizes = [elements(model) for model in (source, left)]
     record |= {
         "mode": settings.form,
         "what": settings.what,
         "metric": settings.importance,
-        "fraction": settings.fraction,
+        "fraction": settings.share,
         "protected": sorted(protected),
         "parameters": {"before": sizes[0], "after": sizes[1]},
         "tokens": sum(map(len, examples)),
@@ -65,13 +65,13 @@ def _without_channels(
     protected: frozenset[int],
 ) -> tuple[ModelSource, dict[str, Any]]:
     _refuse_protection(protected, "--what mlp takes as many channels out of every layer")
-    count = channels_to_go(source.config, settings.fraction)
+    count = channels_to_go(source.config, settings.share)
     ridge = settings.repair_ridge if settings.repairs else None
     stream = LayerStream(source, examples, calibration_of(settings))
     work = ChannelPruning(stream, settings.importance, ridge, _written(source, settings))
     work.run(count, settings.seed)
     width = source.config.intermediate_size
-    units = {"before": width, "asked": round(settings.fraction * width), "removed": count}
+    units = {"before": width, "asked": round(settings.share * width), "removed": count}
     left = NarrowSource(RepairedSource(source, work.changes), work.staying)
     pruned = _earlier(source)
     return left, {"units": units, "parts": work.told, "pruned_heads": head_map(pruned)}
@@ -85,7 +85,7 @@ def _without_experts(
 ) -> tuple[ModelSource, dict[str, Any]]:
     _refuse_protection(protected, "--what experts takes as many out of every mixture")
     config = source.config
-    count = experts_to_go(config, settings.fraction)
+    count = experts_to_go(config, settings.share)
     mass = routed_mass(LayerStream(source, examples, calibration_of(settings)))
     generator = torch.Generator().manual_seed(settings.seed)
     staying, parts = {}, []
@@ -115,11 +115,11 @@ def _without_layers(
     protected: frozenset[int],
 ) -> tuple[ModelSource, dict[str, Any]]:
     layers = source.config.num_hidden_layers
-    count = math.floor(settings.fraction * layers + 0.5)
+    count = math.floor(settings.share * layers + 0.5)
     free = [layer for layer in range(layers) if layer not in protected]
     if not 0 < count <= min(len(free), layers - 1):
         raise ConfigError(
-            f"--fraction {settings.fraction:g} of {layers} layers is {count}, and {len(free)} are "
+            f"--fraction {settings.share:g} of {layers} layers is {count}, and {len(free)} are "
             "not protected. Ask for at least one, and leave at least one."
         )
     how = calibration_of(settings)
@@ -170,5 +170,6 @@ def _earlier(source: ModelSource) -> HeadMap:
     return {} if pruning is None else pruning.heads
 
 
-def _parameters(source: ModelSource) -> int:
+def elements(source: ModelSource) -> int:
+    """Of all tensors together."""
     return sum(math.prod(source.shape(name)) for name in source.names())

@@ -32,14 +32,9 @@ from engine.model_sources.pruning_record import (
 )
 from engine.model_sources.quantised.fates import say_decoded
 from engine.provenance import version
-from engine.pruning.apply import (
-    CutSource,
-    PrunedSlices,
-    counts_per_layer,
-    refuse_indivisible,
-    remaining,
-    renumbered,
-)
+from engine.pruning.apply import PrunedSlices
+from engine.pruning.budgets.mixed import prune_to_target
+from engine.pruning.cut import cut_source
 from engine.pruning.heat_map import HEAT_MAP, draw
 from engine.pruning.reconstruction.from_settings import (
     repair_of,
@@ -98,7 +93,7 @@ def prune(
     if settings.data:
         data_files(settings.data, settings.query)
     source = open_model_source(model)
-    if not settings.prunes_heads:
+    if settings.target is not None or not settings.prunes_heads:
         return _prune_structures(source, output, settings, started)
     layers = prunable_heads(source, settings.heads)
     rules = _rules(settings, source.config.num_hidden_layers)
@@ -153,14 +148,15 @@ def _summary(
 def _prune_structures(
     source: ModelSource, output: str | Path | None, settings: PruneSettings, started: float
 ) -> PruneResult:
-    """Channels or layers. Raises as `prune` does."""
+    """Parts of other kinds than heads, or of several. Raises as `prune` does."""
     if not settings.data:
         raise ConfigError(
-            f"--what {settings.what} runs the model on calibration rows: name a file of rows with "
+            f"{_asked(settings)} runs the model on calibration rows: name a file of rows with "
             "--data."
         )
     protected = _protected(settings, source.config.num_hidden_layers)
-    left, record = prune_structures(source, settings, protected)
+    smaller = prune_structures if settings.target is None else prune_to_target
+    left, record = smaller(source, settings, protected)
     record |= {
         "engine_version": version(),
         "model": str(source.path),
@@ -190,6 +186,10 @@ def _prune_structures(
     return PruneResult(record, written)
 
 
+def _asked(settings: PruneSettings) -> str:
+    return f"--what {settings.what}" if settings.target is None else f"--target {settings.target}"
+
+
 def _check(settings: PruneSettings) -> None:
     """Refuse settings that want rows and have none."""
     metric = settings.importance
@@ -216,7 +216,7 @@ def _uses_rows(settings: PruneSettings) -> bool:
 
 def _rules(settings: PruneSettings, layers: int) -> Rules:
     return Rules(
-        fraction=settings.fraction,
+        fraction=settings.share,
         scope=settings.ranking,
         granularity=settings.grouping,
         min_heads=settings.min_heads,
@@ -258,7 +258,7 @@ def _write(
     if changes:
         source = RepairedSource(source, changes)
     if mode == "structural":
-        source, pruned = _cut(source, scored, choice, settings.per_layer)
+        source, pruned = cut_source(source, scored, choice, settings.per_layer)
     record = sealed(record | {"pruned_heads": head_map(_others(source, layers) | pruned)})
 
     def write_more(folder: Path) -> None:
@@ -271,23 +271,6 @@ def _write(
     written = write_directory(source, output, zero, dtype, settings.max_shard_size, write_more)
     log.info("Pruned %d heads: %s", choice.removed_heads, output)
     return PruneResult(record, written, scored)
-
-
-def _cut(
-    source: ModelSource, scored: list[LayerScores], choice: Selection, per_layer: bool
-) -> tuple[CutSource, HeadMap]:
-    """The model without the chosen heads, and the heads that earlier prunings left in it."""
-    layers = [s.heads for s in scored]
-    if per_layer:
-        counts = counts_per_layer(source.config, layers, choice.heads)
-    else:
-        heads, kv_heads = remaining(layers[0], choice.heads)
-        counts = layers[0].counts(heads, kv_heads)
-        if "num_attention_heads" in counts:
-            refuse_indivisible(source.config, heads, source.path)
-    earlier = {s.heads.layer: tuple(sorted(s.pruned)) for s in scored}
-    left = renumbered(layers, earlier, choice.heads)
-    return CutSource(source, choice.heads, counts), left
 
 
 def _others(source: ModelSource, layers: Sequence[HeadSlices]) -> HeadMap:

@@ -1,0 +1,1 @@
+"""One budget, in parameters or milliseconds, for all parts of a model."""
