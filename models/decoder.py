@@ -16,9 +16,8 @@ from kernels.attention import AttentionPlan
 from kernels.linear.int8 import Int8Weight
 from kernels.loss.linear_cross_entropy import Head
 from kernels.loss.linear_distillation import linear_distillation
-from kernels.moe.router import load_balancing_loss
 from kernels.runtime.host_memory import SideCopies
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from kernels.vocabulary.shard import VocabularyShard
 from models.cache.many_sequences import BatchPass
 from models.cache.one_sequence import KVCache, LayerCache
@@ -32,15 +31,17 @@ from models.layers.context import (
 )
 from models.layers.experts import ExpertAdapter
 from models.layers.linear import Embedding, Linear, RMSNorm, RowGroups
+from models.layers.moe import Routed, balance_of
 from models.layers.noise import with_noise
-from models.layers.packed_batch import PackedBatch
+from models.layers.packed_batch import PackedBatch, batch_positions
 from models.layers.rotary import Rotary
-from models.memory.checkpointing import ForwardPass, Routed, run_layer
+from models.memory.checkpointing import ForwardPass, run_layer
 from models.memory.cuda_graphs import LayerGraphs, recordable
 from models.memory.offload import LayerWeights, OffloadedInputs, WeightStream
 from models.memory.recorder import CudaRecorder, Recorder
 from models.memory.sharded_weights import ShardedWeights
 from models.output_head import OutputHead
+from models.parallel.head_exchange import HeadExchange
 
 DISTILLATION_TOKENS = 256
 """Tokens whose logits, of both models, exist at a time in distillation."""
@@ -58,12 +59,6 @@ class Trunk(nn.Module):
             DecoderLayer(config, index) for index in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.zero_centered_norm)
-
-
-def balance_of(routed: Routed, batch: PackedBatch) -> Tensor:
-    """The router's balancing loss () of what the mixtures chose for a batch's tokens."""
-    counts, prob_sums = zip(*routed, strict=True)
-    return load_balancing_loss(counts, prob_sums, batch.tokens)
 
 
 class Decoder(nn.Module):
@@ -85,6 +80,7 @@ class Decoder(nn.Module):
         self.vocabulary: Ranks | None = None
         """The ranks among whom the rows of embedding and head are divided."""
         self.graphs: LayerGraphs | None = None
+        self.context_ranks: Ranks = ONE_RANK
         self._copies: SideCopies | None = None
 
     @property
@@ -123,6 +119,11 @@ class Decoder(nn.Module):
     def head_weight(self) -> Head:
         """The output head (V, H). Raises `ValueError` where each rank has rows of its own."""
         return self.head.whole
+
+    def own_slice(self, batch: PackedBatch) -> PackedBatch:
+        """What this rank computes of a batch: all of it, but where the context is split."""
+        rank, size = self.context_ranks.rank, self.context_ranks.size
+        return batch if size == 1 or batch.slices is not None else batch.sliced(rank, size)
 
     def stream_weights(self) -> None:
         """Stream the quantised weights, which lie in the host's memory, as layers need them."""
@@ -204,7 +205,9 @@ class Decoder(nn.Module):
         products, where float16 gradients could vanish otherwise. With a router loss its balancing
         loss is added. With a `teacher` of the same vocabulary its distribution is learnt in place
         of the tokens (`kernels.loss.linear_distillation`); the trained tokens then say where.
+        Where the context is split, the loss is that of this rank's slice: their sum is the batch's.
         """
+        batch = self.own_slice(batch)
         given, batch = batch, batch.to(self.device, self.ids_device)
         items = (batch.items or 1) if num_items is None else num_items
         divisor = items / loss_scale
@@ -226,7 +229,8 @@ class Decoder(nn.Module):
             return loss
         # Of the accumulated batch each micro-batch counts by its trained tokens, here as above.
         share = loss_scale if num_items is None else batch.items / divisor
-        return loss + factor * share * balance_of(routed, batch).to(loss.dtype)
+        balance = balance_of(routed, batch, self.context_ranks)
+        return loss + factor * share * balance.to(loss.dtype)
 
     def router_factor(self, settings: StepSettings) -> float:
         """How much the router's balancing loss counts: as settings say, else as the model does."""
@@ -246,9 +250,11 @@ class Decoder(nn.Module):
         x: Tensor = self.model.embed_tokens(batch.input_ids)
         seed, alpha = settings.dropout_seed, settings.neftune_alpha
         if alpha and self.training and seed is not None:
-            x = with_noise(x, batch.cu_seqlens, alpha, seed + settings.first_row)
+            x = with_noise(x, batch.cu_seqlens, alpha, seed + settings.first_row, batch.slices)
         x = run.context.embedded(x)
         if self.graphs is not None and torch.is_grad_enabled():
+            if run.context.exchange is not None:
+                raise ValueError("layers that exchange tokens with other ranks cannot be recorded")
             if run.inputs is not None:
                 raise ValueError(_OFFLOADED_LAYERS)
             return self.graphs.forward(x, run)
@@ -331,25 +337,22 @@ class Decoder(nn.Module):
         self, batch: PackedBatch, settings: StepSettings, routed: Routed | None
     ) -> ForwardPass:
         """What the layers read of a batch that lies on the model's device."""
-        bounds = batch.cu_seqlens
-        frugal = settings.low_memory_decode
-        plan = AttentionPlan(bounds, batch.bounds, frugal, shared=batch.shared)
-        starts = torch.repeat_interleave(
-            bounds[:-1].long(), bounds.diff().long(), output_size=batch.bounds[-1]
-        )
-        positions = torch.arange(batch.bounds[-1], device=bounds.device) - starts
-        positions = positions if batch.shared is None else batch.shared.taken(positions)
-        cos, sin = self.rotary(positions, self.dtype)
         key = None
         seed = settings.dropout_seed if self.training else None
         if seed is not None and (settings.drops or self._drops()):
             key = torch.full((), seed, dtype=torch.int64, device=self.device)
+        slices = batch.slices
+        exchange = None if slices is None else HeadExchange(self.context_ranks, slices)
         inputs = None
         if settings.offload_inputs and torch.is_grad_enabled():
             self._copies = self._copies or SideCopies(self.device)
             inputs = OffloadedInputs(self.device, self._copies)
         policies = layer_policies(settings.checkpointing, len(self.layers))
-        context = LayerContext(cos, sin, plan, key, settings=settings)
+        cos, sin = self.rotary(batch_positions(batch), self.dtype)
+        plan = AttentionPlan(
+            batch.cu_seqlens, batch.bounds, settings.low_memory_decode, shared=batch.shared
+        )
+        context = LayerContext(cos, sin, plan, key, settings=settings, exchange=exchange)
         return ForwardPass(context, policies, inputs, self.weight_stream, routed)
 
     def _drops(self) -> bool:

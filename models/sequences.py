@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.loss.linear_preference import sequence_log_probs
-from models.decoder import Decoder, balance_of
+from kernels.runtime.ranks import Ranks
+from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
+from models.layers.moe import Routed, balance_of
 from models.layers.packed_batch import PackedBatch, Sequences
-from models.memory.checkpointing import Routed
 
 
 def sequences_of(batch: PackedBatch) -> Sequences:
@@ -25,10 +30,15 @@ def batch_log_probs(
 
     A batch in host memory is sent to the device; the host does not wait. The router's balancing
     loss (), of all tokens of the batch and times its factor, is None where the model or the
-    settings ask for none. Raises `ValueError` for a batch without `sequences`.
+    settings ask for none.
+
+    Where the context is split, every rank has the sums of whole sequences, and the loss that it
+    makes of them is to be divided by `Decoder.context_ranks.size`: the parts of all ranks, and
+    their gradients, then add up to the loss and to its gradients. Raises `ValueError` for a batch
+    without `sequences`.
     """
     sequences_of(batch)
-    batch = batch.to(model.device, model.ids_device)
+    batch = model.own_slice(batch).to(model.device, model.ids_device)
     factor = model.router_factor(settings)
     routed: Routed | None = [] if factor else None
     x = model.hidden_states(batch, settings, routed)
@@ -42,6 +52,32 @@ def batch_log_probs(
         sequences.shape,
         settings.loss_chunk_tokens,
     )
+    ranks = model.context_ranks
+    if ranks.size > 1:
+        sums = summed(sums, ranks)
     if not routed:
         return sums, None
-    return sums, factor * balance_of(routed, batch).to(sums.dtype)
+    balance = factor * ranks.size * balance_of(routed, batch, ranks)
+    return sums, balance.to(sums.dtype)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        total = x.clone()
+        ranks.all_reduce(total).wait()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        total = dy.clone()
+        ctx.ranks.all_reduce(total).wait()
+        return total, None
+
+
+def summed(x: Tensor, ranks: Ranks) -> Tensor:
+    """The sum of x over ranks, each of which has a part of the loss that reads it."""
+    total: Tensor = _Summed.apply(x, ranks)
+    return total

@@ -153,7 +153,8 @@ class AttentionSettings:
     `window` counts the keys that a query sees, its own included; scores are multiplied by `scale`.
     `backend` "cpu" or one of `kernels.attention.table.BACKENDS` forces a back end; None chooses
     the best that works. With a `seed` each weight is zeroed with the probability `dropout` and the
-    others divided by 1 - dropout (`kernels.attention.dropped`).
+    others divided by 1 - dropout (`kernels.attention.dropped`). Where these heads are a share of a
+    layer's `all_heads`, from `first_head` on, masks are those of all.
     """
 
     plan: AttentionPlan
@@ -162,6 +163,8 @@ class AttentionSettings:
     backend: str | None = None
     dropout: float = 0.0
     seed: Seed | None = None
+    first_head: int = 0
+    all_heads: int | None = None
 
     @property
     def hiding_window(self) -> int | None:

@@ -40,8 +40,10 @@ def _weights(q: Tensor, k: Tensor, block: Block, scale: float) -> Tensor:
 def _drop(weights: Tensor, block: Block, settings: AttentionSettings) -> Tensor:
     """Weights, or their gradient, (1, Hq, T, K), with elements dropped."""
     assert isinstance(settings.seed, Seed)
-    seed = settings.seed.at(0, first_row=block.q0 * weights.shape[1]).scaled(weights.shape[1])
-    return dropout(weights, settings.dropout, seed)
+    _, heads, queries, _ = weights.shape
+    heads = settings.all_heads or heads
+    first = block.q0 * heads + settings.first_head * queries
+    return dropout(weights, settings.dropout, settings.seed.at(0, first_row=first).scaled(heads))
 
 
 def dropped_forward(

@@ -4,12 +4,16 @@
 
 A family may norm every head's q and k, rotate a part of each head or none of it, and gate the
 heads' outputs: q_proj then has rows [q | gate] for every head.
+
+Where a rank has a slice of the tokens (`models.parallel`), q, k and v are exchanged as they leave
+their projections, and from there to attention's output are those of all tokens and a share of the
+heads; so are their gradients. The gate and o_proj have the rank's own tokens again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +37,7 @@ from kernels.linear.projection import Projection
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm, RowGroups
+from models.parallel.head_exchange import HeadExchange, copies_of, joined_like
 
 
 @dataclass
@@ -40,7 +45,7 @@ class AttentionSaved:
     """What backward reads of attention; None where it is recomputed.
 
     `adapter_input` and `output_adapter_input` are what the adapters of q, k, v and of o left (the
-    second value of `project`).
+    second value of `project`). `heads_out` is `out` before it was exchanged, if it was.
     """
 
     q: Tensor | None = None
@@ -48,6 +53,7 @@ class AttentionSaved:
     v: Tensor | None = None
     gate: Tensor | None = None
     out: Tensor | None = None
+    heads_out: Tensor | None = None
     lse: list[Tensor] = field(default_factory=list)
     adapter_input: AdapterSaved | None = None
     output_adapter_input: AdapterSaved | None = None
@@ -61,7 +67,7 @@ class AttentionSaved:
 
     def forget(self) -> None:
         """Free everything: the gradients of q, k and v are there."""
-        self.q = self.k = self.v = self.gate = self.out = None
+        self.q = self.k = self.v = self.gate = self.out = self.heads_out = None
         self.output_adapter_input = None
         self.lse = []
 
@@ -74,6 +80,7 @@ class Attention(nn.Module):
         hidden, dim = config.hidden_size, config.head_dim
         heads, kv_heads = config.heads(index), config.kv_heads(index)
         self.index, self.head_dim = index, dim
+        self.query_heads, self.kv_heads = heads, kv_heads
         self.window, self.scale = config.window(index), dim**-0.5
         self.rotates, self.gated = config.rope_layers[index], config.attention_gate
         q_width = heads * dim * (2 if self.gated else 1)
@@ -124,6 +131,9 @@ class Attention(nn.Module):
             saved.out = context.cache.attend(self.index, q, k, saved.v, self.window, self.scale)
         else:
             saved.out, saved.lse = attention_forward(q, k, saved.v, self._settings(context))
+            if context.exchange is not None:
+                saved.heads_out = saved.out
+                saved.out = context.exchange.of_tokens(saved.heads_out)
         seed, slot = context.seed(self.index, 1), context.settings.output_scratch
         output = self.output(context.groups)
         ys, low = project(self._gated(saved), output, seed, slot=slot, spare=False)
@@ -152,8 +162,21 @@ class Attention(nn.Module):
 
     def _settings(self, context: LayerContext) -> AttentionSettings:
         p = context.settings.attention_dropout
-        seed = context.block_seed(self.index, 2) if p > 0.0 else None
-        return AttentionSettings(context.plan, self.window, self.scale, None, p, seed)
+        seed = context.attention_seed(self.index) if p > 0.0 else None
+        settings = AttentionSettings(context.plan, self.window, self.scale, None, p, seed)
+        if context.exchange is None or seed is None:
+            return settings
+        ranks = context.exchange.ranks
+        first = ranks.rank * self.query_heads // ranks.size
+        return replace(settings, first_head=first, all_heads=self.query_heads)
+
+    def copies(self, ranks: int) -> tuple[int, int, int]:
+        """How often heads of q, k and v are sent to `ranks` that share them.
+
+        Raises `ValueError` where they cannot be shared equally.
+        """
+        keys = copies_of(self.query_heads, self.kv_heads, ranks)
+        return 1, keys, keys
 
     def _qkv(
         self,
@@ -165,7 +188,13 @@ class Attention(nn.Module):
         """q, k, v as heads; q and k rotated in place unless a norm needs their raw values."""
         qkv, seed = self.qkv(context.groups), context.seed(self.index, 0)
         ys, saved.adapter_input = project(h, qkv, seed, decoded)
-        saved.q, saved.k, saved.v, saved.gate = self._split(ys)
+        q, k, v, saved.gate = self._split(ys)
+        if context.exchange is not None:
+            copies = self.copies(context.exchange.ranks.size)
+            q, k, v = context.exchange.to_heads((q, k, v), copies)
+            if saved.gate is not None:  # else it holds the memory of q, k and v
+                saved.gate = saved.gate.contiguous()
+        saved.q, saved.k, saved.v = q, k, v
         if self.q_norm is None:
             self._rotate(saved.q, saved.k, context)
 
@@ -263,17 +292,25 @@ class Attention(nn.Module):
         v, out = saved.v, saved.out
         assert v is not None and out is not None
         columns = output_columns(d_out.shape[0], self.qkv(), d_out)
-        dq, dk, dv, d_gate = self._split(columns)
+        *own, d_gate = self._split(columns)
         if d_gate is not None and saved.gate is not None:
             open_ = torch.sigmoid(saved.gate)
             torch.mul(d_out * out, open_ * (1 - open_), out=d_gate)
             d_out = d_out * open_
+        exchange, joined = context.exchange, None
+        if exchange is None:
+            dq, dk, dv = own
+        else:
+            d_out, out = _exchanged(exchange, d_out, saved)
+            joined, (dq, dk, dv) = joined_like((q, k, v))
         settings, targets = self._settings(context), (dq, dk, dv)
         given = targets if writes_gradients(q, k, settings) else None
         made = attention_backward(d_out, q, k, v, out, saved.lse, settings, given)
         if given is None:
             dv.copy_(made[2])
         self._input_gradients((made[0], made[1]), (dq, dk), saved, context, rstd, grads)
+        if exchange is not None and joined is not None:
+            exchange.to_tokens(joined, own, self.copies(exchange.ranks.size))
         return columns
 
     def _input_gradients(
@@ -298,3 +335,14 @@ class Attention(nn.Module):
                 norm.backward(grad, values, rstd[index], grads, out=target)
             elif grad is not target:
                 target.copy_(grad)
+
+
+def _exchanged(
+    exchange: HeadExchange, d_out: Tensor, saved: AttentionSaved
+) -> tuple[Tensor, Tensor]:
+    """The gradient of attention's output, and the output, of this rank's heads."""
+    assert saved.out is not None
+    if saved.heads_out is not None:
+        return exchange.to_heads((d_out,), (1,))[0], saved.heads_out
+    d_out, out = exchange.to_heads((d_out, saved.out), (1, 1))
+    return d_out, out

@@ -50,6 +50,12 @@ class Part(Protocol):
 class Mixer(Part, Protocol):
     """Mixes tokens: attention or Gated DeltaNet."""
 
+    def copies(self, ranks: int) -> tuple[int, ...]:
+        """How often its heads are sent to `ranks` that share them.
+
+        Raises `ValueError` where they cannot be shared equally.
+        """
+
     def forward(self, x: Tensor, norm: RMSNorm, context: LayerContext, /) -> tuple[Tensor, Any]:
         """x (N, H) -> what is to be added to x (N, H), and all that backward could use."""
 

@@ -12,6 +12,7 @@ from kernels.linear.columns import Columns, matrix_of
 from kernels.loss.cross_entropy import PLAIN, LossTerms
 from models.cache.one_sequence import LayerCache
 from models.layers.linear import RowGroups
+from models.parallel.head_exchange import HeadExchange
 
 POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
@@ -118,7 +119,8 @@ class LayerContext:
 
     cos, sin (N, rotary_dim / 2); `dropout_key` int64 (), None means no dropout. With a `cache` the
     tokens are the next ones of the cached sequences, and `groups` may say which of them are
-    computed with which named adapter.
+    computed with which named adapter. With an `exchange` layers are given a slice of the batch's
+    tokens; cos, sin and the plan are those of all.
     """
 
     cos: Tensor
@@ -128,19 +130,27 @@ class LayerContext:
     cache: LayerCache | None = None
     settings: StepSettings = DEFAULT_SETTINGS
     groups: RowGroups | None = None
+    exchange: HeadExchange | None = None
 
     def seed(self, layer: int, site: int) -> Seed | None:
         """Seed of one dropout site: 0 and 1 are the mixer's, 2 to 5 the feed-forward part's."""
         return self._seed(layer * _SITES + site)
 
     def block_seed(self, layer: int, site: int) -> Seed | None:
-        """Seed of the mixer's output (0), the feed-forward part's (1), or attention (2)."""
+        """Seed of the mixer's output (0) or the feed-forward part's (1)."""
         return self._seed(_BLOCK_SITE + layer * _BLOCK_SITES + site)
 
-    def _seed(self, site: int) -> Seed | None:
+    def attention_seed(self, layer: int) -> Seed | None:
+        """Seed of attention's weights, whose rows are queries of all tokens."""
+        return self._seed(_BLOCK_SITE + layer * _BLOCK_SITES + 2, whole=True)
+
+    def _seed(self, site: int, whole: bool = False) -> Seed | None:
         if self.dropout_key is None:
             return None
-        return Seed(self.dropout_key, site, base=self.settings.first_row)
+        first = self.settings.first_row
+        if self.exchange is not None and not whole:
+            first += self.exchange.first_token
+        return Seed(self.dropout_key, site, base=first)
 
     def output_dropout(self, layer: int, site: int) -> OutputDropout:
         """The dropout of what the mixer (0) or the feed-forward part (1) of a layer adds."""

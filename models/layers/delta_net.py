@@ -6,13 +6,15 @@
 
 Qwen3.5 has separate projections, of [q | k | v], z, b and a. Qwen3-Next has two, whose rows are
 grouped by key head: [q | k | v | z] and [b | a] with the r value heads of that key head together.
-The arithmetic is in `kernels.delta_net`. Policy "none" saves the projections' outputs, the rule's
+The arithmetic is in `kernels.delta_net`. Where a rank has a slice of the tokens, m, b, a and the
+rule's output are exchanged, and from the convolution to that output are those of all tokens and a
+share of the heads (`models.parallel`). Policy "none" saves the projections' outputs, the rule's
 output and its states; "selective" the output and T.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ from models.cache.one_sequence import DeltaState, LayerCache
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.linear import Linear, RMSNorm, RowGroups
+from models.parallel.delta_heads import DeltaShare
+from models.parallel.head_exchange import HeadExchange
 
 
 @dataclass
@@ -93,6 +97,7 @@ class DeltaNet(nn.Module):
         self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
         keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
         self.widths = (keys, keys, values)
+        self.heads = DeltaShare(self.key_heads, self.value_heads, self.key_dim, self.value_dim)
         if joint:
             self.in_proj_qkvz = Linear(hidden, 2 * keys + 2 * values)
             self.in_proj_ba = Linear(hidden, 2 * self.value_heads)
@@ -140,12 +145,14 @@ class DeltaNet(nn.Module):
         h, _ = norm.forward_for(x, self._wide())
         self._project(h, context, saved, None)
         assert saved.mixed is not None and saved.a is not None and saved.b is not None
-        g, beta = gates_forward(saved.a, saved.b, self.A_log, self.dt_bias)
+        g, beta = self._gates(saved.a, saved.b, context)
         if context.cache is None:
             q, k, v = self._convolved(saved.mixed, context)
             saved.out, _, saved.rule = gated_delta_forward(
                 GatedDeltaInputs(q, k, v, g, beta, context.plan.bounds)
             )
+            if context.exchange is not None:
+                saved.out = context.exchange.of_tokens(saved.out)
         else:
             saved.out = self._cached(saved.mixed, g, beta, context.cache)
         normed, seed = self._normed(saved)[0].flatten(1), context.seed(self.index, 1)
@@ -154,6 +161,27 @@ class DeltaNet(nn.Module):
         return context.output_dropout(self.index, 0)(ys.matrix), saved
 
     def _project(
+        self,
+        h: Tensor | Columns,
+        context: LayerContext,
+        saved: DeltaNetSaved,
+        decoded: Decoded | None,
+    ) -> None:
+        self._project_tokens(h, context, saved, decoded)
+        if context.exchange is None:
+            return
+        assert saved.mixed is not None and saved.b is not None and saved.a is not None
+        parts = (*self.heads.split(saved.mixed), saved.b.unsqueeze(2), saved.a.unsqueeze(2))
+        copies = self.copies(context.exchange.ranks.size)
+        q, _, _, b, a = context.exchange.to_heads(parts, copies)
+        # q, k and v lie side by side.
+        width = self._own_heads(context).width
+        saved.mixed = q.as_strided((q.shape[0], width), (q.stride(0), 1))
+        saved.b, saved.a = b.flatten(1), a.flatten(1)
+        assert saved.z is not None
+        saved.z = saved.z.contiguous()  # else it holds the memory of m
+
+    def _project_tokens(
         self,
         h: Tensor | Columns,
         context: LayerContext,
@@ -174,14 +202,29 @@ class DeltaNet(nn.Module):
         b, a = narrow[0].unflatten(1, (self.key_heads, 2, -1)).unbind(2)
         saved.b, saved.a = b.flatten(1), a.flatten(1)
 
-    def _heads(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(N, C) -> q, k (N, Hk, K) and v (N, Hv, V), views."""
-        q, k, v = mixed.split(self.widths, 1)
-        keys, values = (self.key_heads, self.key_dim), (self.value_heads, self.value_dim)
-        return q.unflatten(1, keys), k.unflatten(1, keys), v.unflatten(1, values)
+    def copies(self, ranks: int) -> tuple[int, ...]:
+        """How often heads of q, k, v, b and a are sent to `ranks` that share them.
+
+        Raises `ValueError` where they cannot be shared equally.
+        """
+        keys = replace(self.heads, ranks=ranks).copies
+        return keys, keys, 1, 1, 1
+
+    def _own_heads(self, context: LayerContext) -> DeltaShare:
+        """The heads that this rank computes."""
+        if context.exchange is None:
+            return self.heads
+        ranks = context.exchange.ranks
+        return replace(self.heads, rank=ranks.rank, ranks=ranks.size)
+
+    def _gates(self, a: Tensor, b: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+        own = self._own_heads(context)
+        return gates_forward(a, b, own.of_values(self.A_log), own.of_values(self.dt_bias))
 
     def _convolved(self, mixed: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
-        return self._heads(causal_conv1d_forward(mixed, self.conv1d.weight, context.plan.bounds))
+        own = self._own_heads(context)
+        weight = own.of_channels(self.conv1d.weight)
+        return own.split(causal_conv1d_forward(mixed, weight, context.plan.bounds))
 
     def _cached(self, mixed: Tensor, g: Tensor, beta: Tensor, cache: LayerCache) -> Tensor:
         """The rule's output for the next tokens of cached sequences; their states move on."""
@@ -195,10 +238,10 @@ class DeltaNet(nn.Module):
         """The rule's output for a token of each of B sequences, or several of one."""
         weight, bounds = self.conv1d.weight, (0, mixed.shape[0])
         if mixed.shape[0] == state.inputs.shape[0]:
-            q, k, v = self._heads(causal_conv1d_step(mixed, weight, state.inputs))
+            q, k, v = self.heads.split(causal_conv1d_step(mixed, weight, state.inputs))
             return gated_delta_step(q, k, v, g, beta, state.memory)
         y = causal_conv1d_forward(mixed, weight, bounds, state.inputs)
-        inputs = GatedDeltaInputs(*self._heads(y), g, beta, bounds, state.memory)
+        inputs = GatedDeltaInputs(*self.heads.split(y), g, beta, bounds, state.memory)
         out, memory, _ = gated_delta_forward(inputs)
         state.inputs.copy_(final_conv_state(mixed, weight.shape[-1], bounds, state.inputs))
         state.memory.copy_(memory)
@@ -284,25 +327,43 @@ class DeltaNet(nn.Module):
         """Gradients of m (N, C), b and a (N, Hv)."""
         mixed, a, b, rule = saved.mixed, saved.a, saved.b, saved.rule
         assert mixed is not None and a is not None and b is not None and rule is not None
-        g, beta = gates_forward(a, b, self.A_log, self.dt_bias)
+        own, exchange = self._own_heads(context), context.exchange
+        if exchange is not None:
+            (do,) = exchange.to_heads((do,), (1,))
+        g, beta = self._gates(a, b, context)
         heads = self._convolved(mixed, context)
         inputs = GatedDeltaInputs(*heads, g, beta, context.plan.bounds)
         d_rule = gated_delta_backward(do, inputs, rule)
-        da, db, da_log, d_dt_bias = gates_backward(
-            d_rule.dg, d_rule.dbeta, a, b, self.A_log, self.dt_bias
-        )
-        for parameter, gradient in ((self.A_log, da_log), (self.dt_bias, d_dt_bias)):
-            if parameter.requires_grad:
-                grads[id(parameter)] = gradient
+        a_log, dt_bias = own.of_values(self.A_log), own.of_values(self.dt_bias)
+        da, db, da_log, d_dt_bias = gates_backward(d_rule.dg, d_rule.dbeta, a, b, a_log, dt_bias)
+        own.add_values(grads, self.A_log, da_log)
+        own.add_values(grads, self.dt_bias, d_dt_bias)
         d_heads = (d_rule.dq, d_rule.dk, d_rule.dv)
         d_convolved = torch.cat([part.flatten(1) for part in d_heads], 1)
         weight = self.conv1d.weight
         d_mixed, d_weight = causal_conv1d_backward(
-            d_convolved, mixed, weight, context.plan.bounds, need_dweight=weight.requires_grad
+            d_convolved,
+            mixed,
+            own.of_channels(weight),
+            context.plan.bounds,
+            need_dweight=weight.requires_grad,
         )
-        if d_weight is not None:
-            grads[id(weight)] = d_weight
-        return d_mixed, db, da
+        own.add_channels(grads, weight, d_weight)
+        if exchange is None:
+            return d_mixed, db, da
+        return self._tokens_gradients(exchange, d_mixed, db, da)
+
+    def _tokens_gradients(
+        self, exchange: HeadExchange, d_mixed: Tensor, db: Tensor, da: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of m (n, C), b and a (n, Hv) of this rank's tokens."""
+        own = exchange.slices.counts[exchange.ranks.rank]
+        mixed = d_mixed.new_empty(own, sum(self.widths))
+        b, a = (x.new_empty(own, self.value_heads) for x in (db, da))
+        targets = (*self.heads.split(mixed), b.unsqueeze(2), a.unsqueeze(2))
+        whole = torch.cat((d_mixed, db, da), 1)
+        exchange.to_tokens(whole, targets, self.copies(exchange.ranks.size))
+        return mixed, b, a
 
     def _joined_gradients(self, d_mixed: Tensor, dz: Tensor, like: Tensor) -> Columns:
         """Gradients of the wide projections' outputs."""

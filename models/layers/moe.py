@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from kernels.linear.adapters import Gradients
@@ -26,12 +27,18 @@ from kernels.moe.experts import (
     moe_forward,
     moe_output,
 )
+from kernels.moe.router import load_balancing_loss
+from kernels.runtime.ranks import Ranks
 from models.config.model_config import ModelConfig
 from models.layers.context import LayerContext
 from models.layers.experts import Experts
 from models.layers.linear import Linear, RMSNorm, RowGroups
 from models.layers.mlp import MLP
+from models.layers.packed_batch import PackedBatch
 from models.layers.token_tiles import NormedTiles, TokenTile, backward_in_tiles, forward_in_tiles
+
+Routed = list[tuple[Tensor, Tensor]]
+"""Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
 
 
 @dataclass
@@ -140,3 +147,16 @@ class MoE(nn.Module):
             return dh
 
         return backward_in_tiles(dy, x1, NormedTiles(norm, tile_tokens), backward, grads)
+
+
+def balance_of(routed: Routed, batch: PackedBatch, ranks: Ranks) -> Tensor:
+    """The router's balancing loss () of what the mixtures chose for a batch's tokens.
+
+    Of a slice it is a part: the sum over `ranks` is that of the whole batch.
+    """
+    counts, prob_sums = zip(*routed, strict=True)
+    if batch.slices is None:
+        return load_balancing_loss(counts, prob_sums, batch.tokens)
+    total = torch.stack(counts)
+    ranks.all_reduce(total).wait()
+    return load_balancing_loss(total.unbind(), prob_sums, batch.slices.tokens)

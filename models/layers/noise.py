@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 
 from kernels.runtime.simulation import simulated_gpu
+from models.parallel.token_slices import TokenSlices
 
 
-def with_noise(x: Tensor, cu_seqlens: Tensor, alpha: float, seed: int) -> Tensor:
-    """x (N, H) of documents at the boundaries cu_seqlens (D + 1,), with noise added."""
+def with_noise(
+    x: Tensor, cu_seqlens: Tensor, alpha: float, seed: int, slices: TokenSlices | None = None
+) -> Tensor:
+    """x (N, H) of documents at the boundaries cu_seqlens (D + 1,), with noise added.
+
+    Of `slices` x is this rank's; it has noise of its own, other than that of the whole.
+    """
     lengths = cu_seqlens.diff()
     size = alpha / (lengths.to(torch.float32) * x.shape[1]).sqrt()
-    each = torch.repeat_interleave(size, lengths.long(), output_size=x.shape[0])
+    tokens = x.shape[0] if slices is None else slices.tokens
+    each = torch.repeat_interleave(size, lengths.long(), output_size=tokens)
+    if slices is not None:
+        each, seed = slices.own(each), seed + slices.first
     noise = torch.empty_like(x, requires_grad=False)
     if not noise.is_meta and simulated_gpu() is None:
         generator = torch.Generator(device=x.device).manual_seed(seed)

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.attention.documents import checked_bounds
 from kernels.attention.shared import SharedTokens, prompts_shared
 from kernels.runtime.device import has_streams, upload
+from models.parallel.token_slices import TokenSlices
 
 _ALIGNMENT = 16
 """Elements of eight bytes at which the parts of a joined batch start: kernels read them widely."""
@@ -54,8 +55,10 @@ class PackedBatch:
     asks for that. With `shared` the batch holds tokens once that two documents begin with:
     boundaries then count all tokens of the documents, `trained` and input_ids those of the batch.
     `weights` (n,) fp32 say how much each trained token counts, `total_weight` their sum; None where
-    all count once. A part of a step's micro-batch `micro` begins at its token `first_token`, by
-    which random masks are drawn; None is a whole one.
+    all count once. With `slices` the ids and the trained tokens are those of one rank's slice, by
+    their index in it; documents and `total_weight` are those of the whole. A part of a step's
+    micro-batch `micro` begins at its token `first_token`, by which random masks are drawn; None is
+    a whole one.
     """
 
     input_ids: Tensor
@@ -69,6 +72,7 @@ class PackedBatch:
     total_weight: float | None = None
     micro: int | None = None
     first_token: int = 0
+    slices: TokenSlices | None = None
 
     @classmethod
     def of(
@@ -114,6 +118,37 @@ class PackedBatch:
     def part_of(self, micro: int, first_token: int) -> PackedBatch:
         """This batch as the part of a step's micro-batch that begins at one of its tokens."""
         return replace(self, micro=micro, first_token=first_token)
+
+    def sliced(self, rank: int, size: int) -> PackedBatch:
+        """The slice of one of `size` ranks, which is as long as the others' or a token longer.
+
+        A batch in a GPU's memory is waited for.
+        """
+        slices = TokenSlices.of(self.tokens, rank, size)
+        own = (self.trained >= slices.first) & (self.trained < slices.edges[rank + 1])
+        index = torch.nonzero(own).squeeze(1)
+        sequences, weights = self.sequences, self.weights
+        if sequences is not None:
+            sequences = replace(sequences, slots=sequences.slots.index_select(0, index))
+        return replace(
+            self,
+            input_ids=slices.own(self.input_ids),
+            trained=self.trained.index_select(0, index) - slices.first,
+            targets=self.targets.index_select(0, index),
+            sequences=sequences,
+            weights=None if weights is None else weights.index_select(0, index),
+            total_weight=self.items,
+            slices=slices,
+        )
+
+    @classmethod
+    def idle(cls) -> PackedBatch:
+        """A batch without trained tokens, for a rank that has no row while others compute.
+
+        Its loss, of tokens or of its no sequences, and its gradients are zero.
+        """
+        batch = cls.of(torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -100))
+        return replace(batch, sequences=Sequences.of((), ()))
 
     @property
     def items(self) -> float:
@@ -235,3 +270,13 @@ def _shifted(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
     targets[:-1] = labels[1:]
     targets[cu_seqlens[1:].long() - 1] = -100
     return targets
+
+
+def batch_positions(batch: PackedBatch) -> Tensor:
+    """The position (N,) of every token of the whole batch in its document."""
+    bounds = batch.cu_seqlens
+    starts = torch.repeat_interleave(
+        bounds[:-1].long(), bounds.diff().long(), output_size=batch.bounds[-1]
+    )
+    positions = torch.arange(batch.bounds[-1], device=bounds.device) - starts
+    return positions if batch.shared is None else batch.shared.taken(positions)

@@ -20,12 +20,9 @@ from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns
 from models.layers.block import BlockSaved, DecoderLayer
 from models.layers.context import LayerContext
-from models.layers.moe import MoESaved
+from models.layers.moe import MoESaved, Routed
 from models.memory.offload import LayerWeights, OffloadedInputs
 from models.memory.sharded_parameters import ShardedParameters
-
-Routed = list[tuple[Tensor, Tensor]]
-"""Of every mixture its tokens per expert and its sums of probabilities, both (E,)."""
 
 
 class LayerGradient:

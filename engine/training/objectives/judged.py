@@ -57,7 +57,8 @@ class JudgedObjective:
         quiet = replace(settings, router_loss=0.0, dropout_seed=None)
         with torch.no_grad():
             for each in indices:
-                sums, _ = batch_log_probs(model, self.answers.mismatched(each), quiet)
+                other = self.answers.mismatched(each) if each else PackedBatch.idle()
+                sums, _ = batch_log_probs(model, other, quiet)
                 total += (sums - self._reference(each, 1, sums)).sum()
         ranks.all_reduce(total).wait()
         baseline = (total / items).clamp(min=0.0)
@@ -71,12 +72,16 @@ class JudgedObjective:
         totals: StepTotals,
         loss_scale: float = 1.0,
     ) -> Share:
-        """The sum over the batch's answers, divided by those of the step."""
+        """The sum over the batch's answers, divided by those of the step.
+
+        Ranks that share the batch's tokens have equal parts of it.
+        """
         assert totals.baseline is not None
         sequences = sequences_of(batch)
         sums, balance = batch_log_probs(model, batch, settings)
-        indices, share = sequences.examples, 1.0 / totals.items
-        known = torch.tensor(self.answers.good(indices))
+        indices, size = sequences.examples, model.context_ranks.size
+        share = 1.0 / (totals.items * size)
+        known = torch.tensor(self.answers.good(indices), dtype=torch.bool)
         good = upload(known, sums.device)
         tokens = upload(torch.tensor(sequences.counts, dtype=torch.float32), sums.device)
         answers = AnswerScores(sums, self._reference(indices, 0, sums), tokens)
@@ -86,12 +91,12 @@ class JudgedObjective:
         if balance is not None:
             loss = loss + balance * (len(indices) * share)
         with torch.no_grad():
-            figures = self._figures(answers, good, baseline, totals)
+            figures = self._figures(answers, good, baseline, totals) / size
         part = len(indices) * share
         return Share(loss * loss_scale, torch.cat((figures, (baseline * part).unsqueeze(0))))
 
     def _reference(self, indices: Sequence[int], column: int, like: Tensor) -> Tensor:
-        values = self.reference[torch.tensor(indices), column]
+        values = self.reference[torch.tensor(indices, dtype=torch.int64), column]
         return upload(values, like.device).to(like.dtype)
 
     def _figures(

@@ -85,13 +85,17 @@ class PairObjective:
         totals: StepTotals,
         loss_scale: float = 1.0,
     ) -> Share:
-        """The sum over the batch's pairs, divided by those of the step."""
+        """The sum over the batch's pairs, divided by those of the step.
+
+        Ranks that share the batch's tokens have equal parts of it.
+        """
         sequences = sequences_of(batch)
         sums, balance = batch_log_probs(model, batch, settings)
         chosen, rejected = self._answers(sums, sequences.counts, sequences.examples)
-        share = 1.0 / totals.items
+        size = model.context_ranks.size
+        share = 1.0 / (totals.items * size)
         loss = PAIR_LOSSES[self.objective](chosen, rejected, self.how).sum() * share
-        likelihood = -chosen.policy.sum() / totals.tokens
+        likelihood = -chosen.policy.sum() / (totals.tokens * size)
         if self.likelihood_weight:
             loss = loss + self.likelihood_weight * likelihood
         if balance is not None:
@@ -109,7 +113,7 @@ class PairObjective:
         tokens = upload(torch.tensor(counts, dtype=torch.float32), sums.device).view(-1, 2)
         reference = torch.zeros_like(pairs)
         if self.reference is not None:
-            values = self.reference[torch.tensor(examples[::2])]
+            values = self.reference[torch.tensor(examples[::2], dtype=torch.int64)]
             reference = upload(values, sums.device).to(pairs.dtype)
         chosen, rejected = (
             AnswerScores(pairs[:, side], reference[:, side], tokens[:, side].to(pairs.dtype))

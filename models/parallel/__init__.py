@@ -1,0 +1,1 @@
+"""Slices of a batch's tokens and shares of its heads, over ranks."""
