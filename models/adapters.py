@@ -203,7 +203,8 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter], int |
             for name, adapter in module.adapters().items():
                 pair = [part for part in (adapter.lora_A, adapter.lora_B) if part is not None]
                 for expert in range(module.count if pair else 0):
-                    yield f"{path}.{expert}.{name}", pair, expert
+                    number = module.share.first + expert
+                    yield f"{path}.{number}.{name}", pair, expert
         if isinstance(module, Linear) and module.lora_A is not None:
             parts = (module.lora_A, module.lora_B, module.lora_magnitude_vector)
             yield path, [part for part in parts if part is not None], None

@@ -1,14 +1,25 @@
-"""Divide a model's work over ranks: a batch's tokens.
+"""Divide a model's work over ranks: a batch's tokens, or experts.
 
 Context parallel (`split_context`): each rank of a group computes a slice of every batch of a loss,
 and mixes tokens for a share of the heads (`models.parallel`). All are given the same batches; the
 losses and the gradients of all add up to those of the batch.
+
+Expert parallel (`divide_experts`): each rank has an equal share of the experts of every mixture,
+with their adapters; everything else is on all. A rank's gradients of its experts are those of the
+tokens of all ranks of the group: they are left out of sums over it. All of them run the same number
+of passes, for each pass exchanges tokens; one that has no row computes `PackedBatch.idle()`.
 """
 
 from __future__ import annotations
 
-from kernels.runtime.ranks import Ranks
+import torch
+from torch import Tensor, nn
+
+from kernels.runtime.ranks import ONE_RANK, Ranks
+from models.adapters import adapter_tensors
 from models.decoder import Decoder
+from models.layers.experts import Experts
+from models.tensor_layout import Layout
 
 
 def split_context(model: Decoder, ranks: Ranks) -> None:
@@ -21,3 +32,60 @@ def split_context(model: Decoder, ranks: Ranks) -> None:
     for layer in model.layers:
         layer.mixer.copies(ranks.size)
     model.context_ranks = ranks
+
+
+def divide_experts(model: Decoder, ranks: Ranks) -> None:
+    """Keep this rank's experts alone. Raises `ValueError` where they cannot be divided equally.
+
+    Of a model on the meta device what is loaded later is divided as it is set.
+    """
+    mixtures = _mixtures(model)
+    if not mixtures:
+        raise ValueError("the model has no experts to divide over processes")
+    for experts in mixtures:
+        experts.divide(ranks)
+
+
+def expert_ranks(model: Decoder) -> Ranks:
+    """The ranks that the experts are divided over; one alone where they are not."""
+    return next((experts.share.ranks for experts in _mixtures(model)), ONE_RANK)
+
+
+def expert_parameters(model: Decoder) -> list[nn.Parameter]:
+    """Parameters that this rank alone has within the group: those of divided experts."""
+    return [
+        parameter
+        for experts in _mixtures(model)
+        if experts.share.ranks.size > 1
+        for parameter in experts.parameters()
+    ]
+
+
+def gathered_adapter(model: Decoder) -> dict[str, tuple[Tensor, ...]]:
+    """`adapter_tensors` with the pairs of all ranks' experts; all ranks call it together.
+
+    Those of experts are copies.
+    """
+    tensors, layout = adapter_tensors(model), Layout(nested=model.config.nested)
+    for path, experts in model.named_modules():
+        if not isinstance(experts, Experts) or experts.share.ranks.size == 1:
+            continue
+        for name, adapter in experts.adapters().items():
+            if adapter.lora_A is None or adapter.lora_B is None:
+                continue
+            ranks = experts.share.ranks
+            a, b = (gathered(part.data, ranks) for part in (adapter.lora_A, adapter.lora_B))
+            for expert, pair in enumerate(zip(a, b, strict=True)):
+                tensors[f"{layout.path(path)}.{expert}.{name}"] = pair
+    return tensors
+
+
+def gathered(part: Tensor, ranks: Ranks) -> Tensor:
+    """The parts (E / R, ...) of all ranks as one tensor (E, ...)."""
+    whole = torch.empty(ranks.size * part.numel(), dtype=part.dtype, device=part.device)
+    ranks.all_gather(whole, part.reshape(-1)).wait()
+    return whole.view(-1, *part.shape[1:])
+
+
+def _mixtures(model: Decoder) -> list[Experts]:
+    return [module for module in model.modules() if isinstance(module, Experts)]

@@ -25,27 +25,24 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.fates import say_loaded
 from engine.model_sources.quantised.stored_codes import (
-    Codes,
     StoredCodes,
     decoded,
     joined_experts,
 )
+from engine.model_sources.quantised.weight_form import WeightForm
 from kernels.linear.int8 import quantize_int8
-from kernels.linear.projection import QuantizedWeight
-from kernels.moe.grouped_matmul import planar_experts
-from kernels.nf4 import NF4Weight, quantize
-from kernels.nf4.planar import BLOCK, has_planar_order, to_planar
+from kernels.nf4 import NF4Weight
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.ranks import Ranks
 from kernels.runtime.simulation import equal_parts
 from kernels.vocabulary.shard import own_rows
 from models.adapters import attach_lora
 from models.decoder import Decoder
-from models.layers.experts import EXPERT_PROJECTIONS, Experts, QuantizedExperts
+from models.layers.experts import Experts, QuantizedExperts
 from models.layers.linear import Linear
-from models.memory.offload import Kind, on_host
 from models.memory.sharded_parameters import ShardedParameters
 from models.memory.sharded_weights import ShardedWeights
+from models.over_ranks import divide_experts
 from models.sharding import shard_vocabulary
 from models.tensor_layout import Layout
 from models.tensor_names import is_quantised, skeleton
@@ -65,13 +62,15 @@ class LayerPlacement:
 
     On a CPU device and host are one. Without `ranks` every process has all weights. With
     `vocabulary` the ranks divide the rows of embedding and head too. Where every weight is to be
-    `trained` they divide both as `models.sharding.shard_parameters` does.
+    `trained` they divide both as `models.sharding.shard_parameters` does. Experts may be divided
+    over `experts` instead of the layers' weights: each then computes with its own alone.
     """
 
     on_host: bool = False
     ranks: Ranks | None = None
     vocabulary: Ranks | None = None
     trained: bool = False
+    experts: Ranks | None = None
 
     @property
     def row_ranks(self) -> Ranks | None:
@@ -80,58 +79,6 @@ class LayerPlacement:
 
 
 ON_DEVICE = LayerPlacement()
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What becomes of a layer's weights; quantised ones may be `offloaded` to the host."""
-
-    quantization: Quantization | None
-    double_quant: bool
-    device: torch.device
-    dtype: torch.dtype
-    offloaded: bool
-
-    def quantized(self, weight: Tensor) -> QuantizedWeight:
-        """`weight` (out, in) in the order in which the device reads it."""
-        on_device = weight.to(self.device)
-        if self.quantization == "int8":
-            return self.stored(quantize_int8(on_device))
-        return self.in_order(quantize(on_device, double_quant=self.double_quant))
-
-    def in_order(self, weight: Codes) -> QuantizedWeight:
-        """`weight`, which lies on the device, where it is to lie and as the kernels read it."""
-        # The GPU kernels read their own order of NF4 codes; the reference reads either.
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and isinstance(weight, NF4Weight) and has_planar_order(weight):
-            return self.stored(to_planar(weight))
-        return self.stored(weight)
-
-    def quantized_experts(self, leaf: str, tensor: Tensor) -> dict[str, QuantizedExperts]:
-        """All experts' weights (E, out, in) of one parameter, projection by projection."""
-        both = leaf == "gate_up_proj"
-        names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
-        result: dict[str, QuantizedExperts] = {}
-        for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
-            on_device = part.to(self.device)
-            if self.quantization == "int8":
-                result[name] = self.stored(tuple(quantize_int8(expert) for expert in on_device))
-                continue
-            packed = quantize(on_device, double_quant=self.double_quant)
-            del on_device
-            result[name] = self.experts_in_order(packed)
-        return result
-
-    def experts_in_order(self, weight: NF4Weight) -> QuantizedExperts:
-        """All experts' codes (E, out, in), which lie on the device, as the kernels read them."""
-        # In 16 bits on a GPU all experts are one launch, which reads the planar order.
-        planar = self.device.type == "cuda" and self.dtype.itemsize == 2
-        whole = planar and weight.shape[-1] % BLOCK == 0 and weight.block_size % BLOCK == 0
-        return self.stored(planar_experts(weight) if whole else weight)
-
-    def stored(self, weight: Kind) -> Kind:
-        """`weight` where it is to lie."""
-        return on_host(weight) if self.offloaded else weight
 
 
 def build_model(
@@ -167,12 +114,14 @@ def build_model(
     model = skeleton(source.config)
     layout = Layout.of_names(source.config, source.names())
     offloaded = layers.on_host and layers.ranks is None and device.type == "cuda"
-    form = _Form(quantization, double_quant, device, dtype, offloaded)
+    form = WeightForm(quantization, double_quant, device, dtype, offloaded)
     codes = StoredCodes(source, layout, quantization)
     finish = _LayerEnds(model, layers, device)
     parameters = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
     if layers.row_ranks is not None:
         shard_vocabulary(model, layers.row_ranks)
+    if layers.experts is not None:
+        _divide_experts(model, layers, layers.experts)
     for name, shape in parameters:
         if not _set_codes(model, name, shape, codes, form):
             tensor = layout.assemble(name, shape, source.tensor)
@@ -188,6 +137,18 @@ def build_model(
     finish.all_are_set()
     _return_freed_memory()
     return model.eval()
+
+
+def _divide_experts(model: Decoder, placement: LayerPlacement, ranks: Ranks) -> None:
+    if placement.ranks is not None:
+        raise ConfigError(
+            "Layers' weights are to be sharded, which takes weights that all processes have, and "
+            "experts to be divided over processes; leave one of the two out."
+        )
+    try:
+        divide_experts(model, ranks)
+    except ValueError as error:
+        raise ConfigError(f"Experts cannot be divided: {error}.") from error
 
 
 class _LayerEnds:
@@ -283,7 +244,7 @@ def _return_freed_memory() -> None:
 
 
 def _set_codes(
-    model: Decoder, name: str, shape: tuple[int, ...], codes: StoredCodes, form: _Form
+    model: Decoder, name: str, shape: tuple[int, ...], codes: StoredCodes, form: WeightForm
 ) -> bool:
     """Set a weight that is taken in its file's codes, if this is one."""
     path, _, leaf = name.rpartition(".")
@@ -296,9 +257,11 @@ def _set_codes(
         for projection, parts in experts.items():
             joined = joined_experts(parts)
             if isinstance(joined, NF4Weight):
-                ready[projection] = form.experts_in_order(joined.to(form.device))
+                ready[projection] = form.experts_in_order(joined.to(form.device), module.share)
             else:
-                ready[projection] = form.stored(tuple(part.to(form.device) for part in joined))
+                own = module.share.of_weight(joined)
+                assert isinstance(own, tuple)
+                ready[projection] = form.stored(tuple(part.to(form.device) for part in own))
         module.set_quantized(leaf, ready)
         return True
     weight = codes.weight(name) if isinstance(module, Linear) else None
@@ -309,19 +272,20 @@ def _set_codes(
 
 
 def _set_tensor(
-    model: Decoder, name: str, tensor: Tensor, form: _Form, stays_dense: bool = False
+    model: Decoder, name: str, tensor: Tensor, form: WeightForm, stays_dense: bool = False
 ) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     _require_finite(name, tensor)
     if isinstance(module, Experts) and form.quantization:
-        module.set_quantized(leaf, form.quantized_experts(leaf, tensor))
+        module.set_quantized(leaf, form.quantized_experts(leaf, tensor, module.share))
     elif isinstance(module, Linear) and leaf == "weight":
         small = form.quantization is None or not is_quantised(name) or stays_dense
         weight = _owned(tensor, form.device, form.dtype) if small else form.quantized(tensor)
         module.set_weight(weight)
     else:
-        owned = _owned(tensor, form.device, form.dtype)
+        part = module.share.of(tensor) if isinstance(module, Experts) else tensor
+        owned = _owned(part, form.device, form.dtype)
         setattr(module, leaf, nn.Parameter(owned, requires_grad=False))
 
 

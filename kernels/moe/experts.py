@@ -12,6 +12,8 @@ linear, and then backward has dw = <down^T dy, h> without down's output. With a 
 The shared expert's gate sigmoid(s . x) scales its inner activation alike, in
 `kernels.linear.swiglu_mlp`. Source: Shazeer et al. 2017 (arXiv
 1701.06538); the shared expert as in Qwen2-MoE (arXiv 2407.10671).
+
+Experts may be divided over processes: `kernels.moe.expert_rows` brings rows to them and back.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ from kernels.linear.swiglu_mlp import (
     mlp_forward,
     mlp_inner,
 )
-from kernels.moe.gathered import Gathered
+from kernels.moe.expert_rows import ExpertRows, OwnRows, rows_of
 from kernels.moe.grouped_matmul import ExpertProjection, grouped_project, grouped_project_backward
 from kernels.moe.router import Routing, route, route_backward
+from kernels.runtime.ranks import ONE_RANK, Ranks
 
 SITES = 4
 """Consecutive dropout sites of one mixture: experts' and shared expert's two each."""
@@ -65,7 +68,8 @@ class MixtureOfExperts:
     """The weights of one layer's mixture.
 
     `inner` is one projection (E, 2 I, H), rows of gate then of up, or a pair (E, I, H) of them;
-    `down` is (E, H, I); `router` (E, H). `renormalise` divides the k weights by their sum.
+    `down` is (E, H, I); `router` (E, H). `renormalise` divides the k weights by their sum. Where
+    the experts are divided over `ranks`, `inner` and `down` are those of this one's.
     """
 
     router: Projection
@@ -74,6 +78,7 @@ class MixtureOfExperts:
     top_k: int
     renormalise: bool
     shared: SharedExpert | None = None
+    ranks: Ranks = ONE_RANK
 
     def trainable(self) -> list[Tensor]:
         """The tensors that want a gradient, in a fixed order."""
@@ -87,37 +92,46 @@ class MixtureOfExperts:
 class ExpertsSaved:
     """What backward reads besides x; once trimmed, the inner activations are computed again.
 
-    `counts` (E,) are rows per expert and `prob_sum` (E,) the sum of p over tokens, both fp32 or
-    wider, for `load_balancing_loss`. Backward overwrites `inner` and `shared`.
+    `rows` are those of the choice that this process's experts compute. `counts` (E,) are rows per
+    expert and `prob_sum` (E,) the sum of p over tokens, both fp32 or wider, for
+    `load_balancing_loss`. Backward overwrites `inner` and `shared`.
     """
 
     routing: Routing
     counts: Tensor
     prob_sum: Tensor
+    rows: ExpertRows
     inner: Tensor | None = None
     shared: MLPActivations | None = None
 
     @classmethod
     def of(
-        cls, routing: Routing, inner: Tensor | None = None, shared: MLPActivations | None = None
+        cls,
+        routing: Routing,
+        rows: ExpertRows,
+        inner: Tensor | None = None,
+        shared: MLPActivations | None = None,
     ) -> ExpertsSaved:
         """With what is counted over all tokens of an untrimmed choice."""
         assert routing.probabilities is not None
         counts = routing.groups.offsets.diff().to(routing.weights.dtype)
-        return cls(routing, counts, routing.probabilities.sum(0), inner, shared)
+        return cls(routing, counts, routing.probabilities.sum(0), rows, inner, shared)
 
     def part(self, tokens: slice) -> ExpertsSaved:
-        """What backward reads of some consecutive tokens, trimmed."""
-        return ExpertsSaved(self.routing.part(tokens), self.counts, self.prob_sum)
+        """What backward reads of some consecutive tokens, trimmed; their experts are all here."""
+        routing = self.routing.part(tokens)
+        return ExpertsSaved(routing, self.counts, self.prob_sum, OwnRows(routing))
 
     def trim(self) -> ExpertsSaved:
         """Only the choice of experts, which backward must not make again."""
-        return replace(self, routing=self.routing.trim(), inner=None, shared=None)
+        routing = self.routing.trim()
+        rows = replace(self.rows, routing=routing)
+        return replace(self, routing=routing, rows=rows, inner=None, shared=None)
 
 
-def _expert_seed(seed: Seed | None, site: int, moe: MixtureOfExperts) -> Seed | None:
-    """Of the experts' rows, of which every token has `top_k`."""
-    return None if seed is None else seed.at(site, seed.first_row * moe.top_k).scaled(moe.top_k)
+def _expert_seeds(seed: Seed | None, rows: ExpertRows) -> tuple[Seed | None, Seed | None]:
+    """Of the rows' two projections."""
+    return (None, None) if seed is None else (rows.seed(seed), rows.seed(seed.at(1)))
 
 
 def moe_forward(
@@ -128,8 +142,9 @@ def moe_forward(
     With one its site and the next SITES - 1 are used.
     """
     routing = choose(x, moe)
-    y, inner, shared = moe_output(x, moe, routing, seed)
-    return y, ExpertsSaved.of(routing, inner, shared)
+    rows = rows_of(routing, moe.ranks)
+    y, inner, shared = moe_output(x, moe, rows, seed)
+    return y, ExpertsSaved.of(routing, rows, inner, shared)
 
 
 def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
@@ -139,15 +154,15 @@ def choose(x: Tensor, moe: MixtureOfExperts) -> Routing:
 
 
 def moe_output(
-    x: Tensor, moe: MixtureOfExperts, routing: Routing, seed: Seed | None = None
+    x: Tensor, moe: MixtureOfExperts, rows: ExpertRows, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, MLPActivations | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
-    groups, tokens = routing.groups, routing.tokens
-    seeds = _expert_seed(seed, 0, moe), _expert_seed(seed, 1, moe)
-    inner, _ = grouped_project(Gathered(x, tokens), moe.inner, groups, seed=seeds[0], tokens=tokens)
-    h = _halves_swiglu(inner).mul_(routing.sorted_weights().to(x.dtype))
+    groups, tokens = rows.groups, rows.tokens
+    seeds = _expert_seeds(seed, rows)
+    inner, _ = grouped_project(rows.of(x), moe.inner, groups, seed=seeds[0], tokens=tokens)
+    h = _halves_swiglu(inner).mul_(rows.weights.to(x.dtype))
     out, _ = grouped_project(h, (moe.down,), groups, seed=seeds[1], tokens=tokens)
-    y = routing.combine(out)
+    y = rows.routing.combine(rows.back(out))
     if moe.shared is None:
         return y, inner, None
     addend, saved = mlp_forward(x, moe.shared.mlp(seed), _strength(x, moe.shared))
@@ -192,7 +207,7 @@ def moe_backward(
     if routing.probabilities is None:
         (logits,), _ = project(x, (moe.router,))
         routing = routing.with_logits(logits)
-    d_weights, dx = _experts_backward(dy, x, moe, routing, saved.inner, grads, seed, need_dx)
+    d_weights, dx = _experts_backward(dy, x, moe, saved, grads, seed, need_dx)
     d_logits = route_backward(d_weights, routing, moe.renormalise, d_prob_sum).to(x.dtype)
     d_router = project_backward((d_logits,), x, (moe.router,), grads, need_dx=need_dx)
     addends = [d_router]
@@ -210,42 +225,31 @@ def _experts_backward(
     dy: Tensor,
     x: Tensor,
     moe: MixtureOfExperts,
-    routing: Routing,
-    inner: Tensor | None,
+    saved: ExpertsSaved,
     grads: Gradients,
     seed: Seed | None,
     need_dx: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """d_weights (N, k), fp32 or wider, and dx (N, H) of the experts."""
-    groups, tokens, weights = routing.groups, routing.tokens, routing.sorted_weights()
+    rows, routing = saved.rows, saved.routing
+    groups, weights, inner = rows.groups, rows.weights, saved.inner
+    seeds = _expert_seeds(seed, rows)
+    given = rows.of(x)
     if inner is None:
-        inner, _ = grouped_project(
-            Gathered(x, tokens), moe.inner, groups, seed=_expert_seed(seed, 0, moe)
-        )
+        inner, _ = grouped_project(given, moe.inner, groups, seed=seeds[0])
     h = _halves_swiglu(inner)
     adjoint = grouped_project_backward(
-        Gathered(dy, tokens),
-        h * weights.to(h.dtype),
-        (moe.down,),
-        groups,
-        grads,
-        seed=_expert_seed(seed, 1, moe),
+        rows.of(dy), h * weights.to(h.dtype), (moe.down,), groups, grads, seed=seeds[1]
     )
     assert adjoint is not None
-    sorted_d_weights = (adjoint.to(weights.dtype) * h).sum(1)
-    d_weights = torch.empty_like(sorted_d_weights)
-    d_weights[routing.order] = sorted_d_weights
+    d_rows = rows.back((adjoint.to(weights.dtype) * h).sum(1, keepdim=True))
+    d_weights = torch.empty_like(d_rows[:, 0])
+    d_weights[routing.order] = d_rows[:, 0]
     swiglu_backward_(adjoint.mul_(weights.to(adjoint.dtype)), *_halves(inner))
     dx = grouped_project_backward(
-        inner,
-        Gathered(x, tokens),
-        moe.inner,
-        groups,
-        grads,
-        seed=_expert_seed(seed, 0, moe),
-        need_dx=need_dx,
+        inner, given, moe.inner, groups, grads, seed=seeds[0], need_dx=need_dx
     )
-    combined = None if dx is None else routing.combine(dx)
+    combined = None if dx is None else routing.combine(rows.back(dx))
     return d_weights.view_as(routing.weights), combined
 
 
@@ -276,7 +280,8 @@ class _MixtureOfExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, saved = moe_forward(x, moe, seed)
         ctx.save_for_backward(x, saved.inner)
-        ctx.moe, ctx.seed, ctx.params, ctx.routing = moe, seed, params, saved.routing
+        ctx.moe, ctx.seed, ctx.params = moe, seed, params
+        ctx.routing, ctx.rows = saved.routing, saved.rows
         ctx.mark_non_differentiable(saved.counts)
         return y, saved.counts, saved.prob_sum
 
@@ -291,7 +296,7 @@ class _MixtureOfExperts(torch.autograd.Function):
             dy,
             x,
             ctx.moe,
-            ExpertsSaved(ctx.routing, d_counts, d_prob_sum, inner.clone()),
+            ExpertsSaved(ctx.routing, d_counts, d_prob_sum, ctx.rows, inner.clone()),
             grads,
             seed=ctx.seed,
             d_prob_sum=d_prob_sum,

@@ -5,7 +5,8 @@
 `kernels.moe.experts` has the arithmetic. Every checkpointing policy saves the router's choice, so
 that what backward recomputes cannot choose anew; "none" saves the experts' inner activations too.
 In tiles of tokens (`models.layers.token_tiles`) nothing else is saved under any policy, and the
-choice is made over all tokens: tiles divide it.
+choice is made over all tokens: tiles divide it. Where experts are divided over processes, the
+router and the shared expert are everywhere (`kernels.moe.expert_rows`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from kernels.linear.adapters import Gradients
 from kernels.linear.columns import Columns, matrix_of
 from kernels.linear.projection import Projection
+from kernels.moe.expert_rows import OwnRows
 from kernels.moe.experts import (
     ExpertsSaved,
     MixtureOfExperts,
@@ -88,6 +90,7 @@ class MoE(nn.Module):
             self.top_k,
             self.renormalise,
             shared,
+            self.experts.share.ranks,
         )
 
     def forward(
@@ -104,12 +107,18 @@ class MoE(nn.Module):
         if tile_tokens is None:
             y, experts = moe_forward(h, moe, seed)
             return drop(y).add_(x1), MoESaved(experts)
-        experts = ExpertsSaved.of(choose(h, moe)).trim()
+        if moe.ranks.size > 1:
+            raise ValueError(
+                "mlp_tile_tokens is set and experts are divided over processes, which then would "
+                "exchange different numbers of tiles; leave one of them out"
+            )
+        routing = choose(h, moe)
+        experts = ExpertsSaved.of(routing, OwnRows(routing)).trim()
         del h
 
         def forward(h: Tensor | Columns, tile: TokenTile) -> Tensor:
             routing = experts.routing.part(tile.tokens)
-            y = moe_output(matrix_of(h), moe, routing, tile.seed(seed))[0]
+            y = moe_output(matrix_of(h), moe, OwnRows(routing), tile.seed(seed))[0]
             return drop.from_row(tile.tokens.start)(y)
 
         return forward_in_tiles(x1, NormedTiles(norm, tile_tokens), forward), MoESaved(experts)

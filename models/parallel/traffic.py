@@ -7,6 +7,10 @@ W columns that are exchanged before heads are mixed, and O columns of their outp
     backward, none    n O + N W / R
     selective         n W + 2 n O + N W / R    (attention; n W + n O + N W / R of Gated DeltaNet)
     full              forward again, then as none
+
+A mixture of experts gives, for n tokens with k experts each and m rows that its experts are sent,
+(n k + m) H forward and (2 n k + m) H backward, of the hidden size H, and beside them n k weights of
+rows forward and their m gradients backward. On an average m is n k.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ from models.parallel.token_slices import TokenSlices
 
 @dataclass(frozen=True)
 class Exchanged:
-    """Elements of the activations' dtype in one layer."""
+    """Elements of the activations' dtype in one layer, and `weights` of fp32 or wider."""
 
     forward: int
     backward: int
+    weights: int = 0
 
     def bytes(self, itemsize: int) -> int:
         """Of both passes, with activations of `itemsize` bytes."""
-        return (self.forward + self.backward) * itemsize
+        return (self.forward + self.backward) * itemsize + self.weights * max(4, itemsize)
 
 
 def exchanged_heads(
@@ -48,6 +53,13 @@ def exchanged_heads(
     elif policy == "selective":
         backward += own * before + (0 if linear else own * after)
     return Exchanged(forward, backward)
+
+
+def exchanged_rows(config: ModelConfig, tokens: int, rows: int) -> Exchanged:
+    """What a mixture exchanges for `tokens` of this rank and `rows` that its experts are sent."""
+    sent, hidden = tokens * config.num_experts_per_tok, config.hidden_size
+    forward = (sent + rows) * hidden
+    return Exchanged(forward, forward + sent * hidden, sent + rows)
 
 
 def _attention_columns(config: ModelConfig, layer: int, ranks: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
-from models.over_ranks import split_context
+from models.over_ranks import divide_experts, split_context
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 
 LENGTHS = (9, 14, 7)
@@ -88,3 +88,20 @@ def test_parts_of_an_answer_objective_add_up(kind: str, model: Decoder) -> None:
     parts = run_ranks(4, work)
     for name, want in step(model, objective, batch).items():
         assert_equal(torch.stack([part[name] for part in parts]).sum(0), want, name)
+
+
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "kto"])
+def test_a_rank_without_answers_lends_its_experts(kind: str, model: Decoder) -> None:
+    objective, answers = make(kind)
+    batch = answers.batch(range(len(LENGTHS)))
+
+    def work(ranks: ThreadRanks) -> dict[str, Tensor]:
+        own = copy.deepcopy(model)
+        divide_experts(own, ranks)
+        return step(own, objective, PackedBatch.idle() if ranks.rank else batch, ranks)
+
+    parts = run_ranks(2, work)
+    for name, want in step(model, objective, batch).items():
+        both = [part[name] for part in parts]
+        expert = ".experts." in name
+        assert_equal(torch.cat(both) if expert else torch.stack(both).sum(0), want, name)
