@@ -26,9 +26,8 @@ from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.simulation import once_per_shape
 from optim.clip import clip_coefficient, global_norm
-from optim.flat_state import FlatState, Slab, check_loadable, slabs
-from optim.interface import StepOptimizer
-from optim.observer import optimizer_observer
+from optim.flat_state import FlatState, Slab, check_loadable, refuse_unusable, slabs
+from optim.interface import StepOptimizer, optimizer_observer
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
 
@@ -387,18 +386,3 @@ def _step_slab(
     for param, target in zip(stored, targets, strict=True):
         if target is not param:
             param.copy_(target)
-
-
-def refuse_unusable(params: list[Tensor]) -> None:
-    """Raise ValueError where a parameter cannot be updated in place through a flat view."""
-    for index, param in enumerate(params):
-        if not param.is_floating_point() or not param.is_contiguous():
-            raise ValueError(
-                f"parameter {index} ({param.dtype}, {tuple(param.shape)}) must be a contiguous "
-                "floating-point tensor"
-            )
-        if param.device != params[0].device:
-            raise ValueError(
-                f"parameter {index} is on {param.device}, parameter 0 on {params[0].device}; "
-                "one optimiser updates one device"
-            )

@@ -226,3 +226,18 @@ def slabs(segments: Sequence[ParameterRows]) -> list[Slab]:
             done += take
     close()
     return cut
+
+
+def refuse_unusable(params: list[Tensor]) -> None:
+    """Raise ValueError where a parameter cannot be updated in place through a flat view."""
+    for index, param in enumerate(params):
+        if not param.is_floating_point() or not param.is_contiguous():
+            raise ValueError(
+                f"parameter {index} ({param.dtype}, {tuple(param.shape)}) must be a contiguous "
+                "floating-point tensor"
+            )
+        if param.device != params[0].device:
+            raise ValueError(
+                f"parameter {index} is on {param.device}, parameter 0 on {params[0].device}; "
+                "one optimiser updates one device"
+            )

@@ -1,11 +1,14 @@
-"""What a training step asks of every optimizer."""
+"""What a training step asks of every optimizer, and who watches it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+
+from kernels.runtime.simulation import Scoped
 
 
 class StepOptimizer(torch.optim.Optimizer):
@@ -57,3 +60,24 @@ class StepOptimizer(torch.optim.Optimizer):
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises ValueError if it is of other parameters."""
         raise NotImplementedError
+
+
+class OptimizerObserver:
+    """Is told what the optimizers of a thread do; here every method does nothing."""
+
+    def building_state(self) -> AbstractContextManager[None]:
+        """Entered while the state of all parameters is allocated."""
+        return nullcontext()
+
+    def step_begins(self, gradients: Sequence[Tensor], whole: bool) -> None:
+        """A step is next, of all parameters or, in the midst of backward, of some."""
+
+    def step_ends(self, whole: bool) -> None:
+        """The step is done."""
+
+
+_observer: Scoped[OptimizerObserver] = Scoped("optimizer observer", OptimizerObserver())
+
+optimizer_observer = _observer.get
+observe_optimizer = _observer.use
+"""A context in which an observer is told of this thread's optimizers."""

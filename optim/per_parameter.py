@@ -15,10 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from kernels.adamw8bit import all_finite
-from optim.adamw8bit import refuse_unusable
-from optim.flat_state import check_loadable
-from optim.interface import StepOptimizer
-from optim.observer import optimizer_observer
+from optim.flat_state import check_loadable, refuse_unusable
+from optim.interface import StepOptimizer, optimizer_observer
 
 LAYOUT_VERSION = 1
 """Raised when stored states change their meaning, so that an older file is refused."""

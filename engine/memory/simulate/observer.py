@@ -15,7 +15,7 @@ from models.layers.linear import Embedding
 from models.layers.observer import LayerObserver, observe_layers
 from models.memory.lasting import lasting_matrices
 from models.memory.offload import quantized_weights, tensors_of
-from optim.observer import OptimizerObserver, observe_optimizer
+from optim.interface import OptimizerObserver, observe_optimizer
 
 
 def track_model(meter: MemoryMeter, model: Decoder) -> None:
