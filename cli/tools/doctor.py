@@ -18,10 +18,13 @@ def doctor(call: Call) -> int:
     """Check Python, torch, Triton, CUDA, memory, disk, package versions and extras.
 
     With --gpu or --interpret check that every kernel computes what it should, each in a process of
-    its own, and name the way around those that do not. Exit status 1 if something keeps the engine
+    its own, and name the way around those that do not. With --distributed, under torchrun or with
+    --gpus, check that processes can train together. Exit status 1 if something keeps the engine
     from training at all, or if a check fails.
     """
     settings = call.read(DoctorSettings)
+    if settings.distributed:
+        return _group_check(call, settings)
     if settings.gpu or settings.interpret or settings.only:
         return _self_check(call, settings)
     from engine.verbs.doctor import examine
@@ -32,6 +35,17 @@ def doctor(call: Call) -> int:
         for check in checks:
             print(f"{_MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
     return int(any(check.status == "problem" for check in checks))
+
+
+def _group_check(call: Call, settings: DoctorSettings) -> int:
+    from engine.verbs.doctor_group import examine_group
+
+    report = examine_group(settings)
+    if report is None:  # the first process tells it
+        return 0
+    if not call.print_json(report.plain()):
+        print("\n".join(report.lines()))
+    return int(bool(report.problems))
 
 
 def _self_check(call: Call, settings: DoctorSettings) -> int:

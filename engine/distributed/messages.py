@@ -30,6 +30,11 @@ def broadcast_text(ranks: Ranks, text: str, source: int = 0) -> str:
     return bytes(data.tolist()).decode()
 
 
+def gather_texts(ranks: Ranks, text: str) -> list[str]:
+    """What every rank says, in their order, on every rank."""
+    return [broadcast_text(ranks, text, rank) for rank in range(ranks.size)]
+
+
 def all_or_none(group: Group, work: Callable[[], T]) -> T:
     """What `work` returns, if it fails on no rank.
 

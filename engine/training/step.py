@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.training.objectives.objective import Objective, StepTotals
 from engine.training.objectives.tokens import TOKENS
+from engine.training.processes.data_parallel import DataParallel
 from kernels.runtime.random import derived_seed
 from kernels.runtime.ranks import ONE_RANK, host_sums
 from models.decoder import Decoder
@@ -25,7 +26,6 @@ from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
 from optim import StepInBackward, StepOptimizer
 from optim.clip import clip_coefficient, global_norm
-from optim.data_parallel import DataParallel
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One of the processes of `engine train --gpus N`."""
+"""One of the processes that `--gpus N` starts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from engine.config.tasks.workflow import DoctorSettings
 from engine.config.train_config import TrainConfig
 from engine.distributed.group import GroupError, leads
 from engine.distributed.launch import Processes, run_group
@@ -45,12 +46,14 @@ def train_in_processes(config: TrainConfig, console: bool) -> dict[str, Any]:
 
 
 def main(job: dict[str, Any]) -> int:
-    """Train as one of the processes; the exit status."""
+    """Do the job as one of the processes; the exit status."""
     from engine.verbs.training.train import train
 
     outcome = Path(job["outcome"])
     if leads():
         outcome.unlink(missing_ok=True)  # of a start before this one
+    if "check" in job:
+        return _check(outcome, DoctorSettings(**job["check"]))
     try:
         result = train(TrainConfig(**job["settings"]), console=job["console"] and leads())
     except Interrupted as error:
@@ -63,6 +66,20 @@ def main(job: dict[str, Any]) -> int:
         return 2
     facts = {"output": str(result.output_path), "metrics": result.metrics}
     _tell(outcome, facts | {"next": list(result.next)})
+    return 0
+
+
+def _check(outcome: Path, settings: DoctorSettings) -> int:
+    """Look at the group that this process is one of."""
+    from engine.verbs.doctor_group import examine_group
+
+    try:
+        report = examine_group(settings)
+    except EngineError as error:
+        _tell(outcome, {"error": str(error)})
+        return 2
+    if report is not None:
+        _tell(outcome, report.plain())
     return 0
 
 

@@ -184,8 +184,17 @@ class DoctorSettings(Settings):
         False, "Checks", "the same checks in Triton's interpreter, on the CPU, in some minutes"
     )
     only: Paths = setting((), "Checks", "only these checks, by name", repeat=True)
+    distributed: bool = setting(
+        False,
+        "Checks",
+        "check the processes that torchrun started, or --gpus: versions, devices, link, clocks",
+    )
+    gpus: int = setting(1, "Checks", "with --distributed: processes to start here", ge=1, le=1024)
+    ddp_timeout: int = setting(
+        60, "Checks", "with --distributed: seconds to wait for the others", ge=10, le=86_400
+    )
     device: str = setting(
-        "auto", "Checks", "which GPU: auto or cuda:N", pattern=DEVICE, expected=DEVICES
+        "auto", "Checks", "which GPU: auto, cpu or cuda:N", pattern=DEVICE, expected=DEVICES
     )
     seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
+from engine.training.processes.data_parallel import DataParallel
 from engine.training.step import StepResult, TrainingStep
 from engine.training.trainable import backward_units
 from kernels.runtime.ranks import Ranks
@@ -20,7 +21,6 @@ from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
 from optim import Adafactor, AdamW8bit, Lion8bit, Muon, StepOptimizer
-from optim.data_parallel import DataParallel
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 
 LENGTHS = (5, 17, 9, 30, 12, 3, 21, 8)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from engine.distributed.messages import as_bytes, from_bytes
+from engine.training.processes.data_parallel import DataParallel
 from optim import StepOptimizer
-from optim.data_parallel import DataParallel
 
 
 class OptimizerOfRanks:
