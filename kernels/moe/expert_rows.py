@@ -35,11 +35,6 @@ class OwnRows:
         return self.routing.groups
 
     @property
-    def tokens(self) -> Tensor:
-        """The token (M,) of every row."""
-        return self.routing.tokens
-
-    @property
     def weights(self) -> Tensor:
         """The router's weight (M, 1) of every row."""
         return self.routing.sorted_weights()
@@ -49,9 +44,10 @@ class OwnRows:
         count = self.routing.experts.shape[1]
         return seed.at(0, seed.first_row * count).scaled(count)
 
-    def of(self, x: Tensor) -> Gathered:
-        """The rows of x (N, width)."""
-        return Gathered(x, self.routing.tokens)
+    def of(self, *xs: Tensor) -> list[Gathered]:
+        """The rows of every x (N, width), read where their tokens lie."""
+        tokens = self.routing.tokens
+        return [Gathered(x, tokens) for x in xs]
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows as the routing sorts them."""
@@ -111,10 +107,6 @@ class SentRows:
         weights = rows._exchanged(routing.sorted_weights()).index_select(0, rows.order)
         return replace(rows, weights=weights)
 
-    @property
-    def tokens(self) -> None:
-        """None: a row's token is known to the rank that it came from."""
-
     def seed(self, seed: Seed) -> Seed:
         """Whose masks the rows are dropped by: those of all ranks are numbered by expert.
 
@@ -123,9 +115,10 @@ class SentRows:
         begin = seed.base * self.routing.experts.shape[1] - self.rows_of_lower_ranks
         return replace(seed, first_row=self.rows_before, base=max(0, begin))
 
-    def of(self, x: Tensor) -> Gathered:
-        """The rows of every rank's x (N, width)."""
-        return Gathered(self._exchanged(x.index_select(0, self.routing.tokens)), self.order)
+    def of(self, *xs: Tensor) -> list[Gathered]:
+        """The rows of every rank's x (N, width), for every x."""
+        tokens = self.routing.tokens
+        return [Gathered(self._exchanged(x.index_select(0, tokens)), self.order) for x in xs]
 
     def back(self, rows: Tensor) -> Tensor:
         """What became of the rows (m, width), as this rank's routing sorts its own (M, width)."""

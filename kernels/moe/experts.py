@@ -157,9 +157,10 @@ def moe_output(
     x: Tensor, moe: MixtureOfExperts, rows: ExpertRows, seed: Seed | None = None
 ) -> tuple[Tensor, Tensor, MLPActivations | None]:
     """y (N, H) for x (N, H) by a choice that is made, and the inner activations to be saved."""
-    groups, tokens = rows.groups, rows.tokens
-    seeds = _expert_seeds(seed, rows)
-    inner, _ = grouped_project(rows.of(x), moe.inner, groups, seed=seeds[0], tokens=tokens)
+    groups, seeds = rows.groups, _expert_seeds(seed, rows)
+    (given,) = rows.of(x)
+    tokens = given.rows
+    inner, _ = grouped_project(given, moe.inner, groups, seed=seeds[0], tokens=tokens)
     h = _halves_swiglu(inner).mul_(rows.weights.to(x.dtype))
     out, _ = grouped_project(h, (moe.down,), groups, seed=seeds[1], tokens=tokens)
     y = rows.routing.combine(rows.back(out))
@@ -234,12 +235,12 @@ def _experts_backward(
     rows, routing = saved.rows, saved.routing
     groups, weights, inner = rows.groups, rows.weights, saved.inner
     seeds = _expert_seeds(seed, rows)
-    given = rows.of(x)
+    given, given_dy = rows.of(x, dy)
     if inner is None:
         inner, _ = grouped_project(given, moe.inner, groups, seed=seeds[0])
     h = _halves_swiglu(inner)
     adjoint = grouped_project_backward(
-        rows.of(dy), h * weights.to(h.dtype), (moe.down,), groups, grads, seed=seeds[1]
+        given_dy, h * weights.to(h.dtype), (moe.down,), groups, grads, seed=seeds[1]
     )
     assert adjoint is not None
     d_rows = rows.back((adjoint.to(weights.dtype) * h).sum(1, keepdim=True))
