@@ -135,7 +135,7 @@ def _outer_rows(model: Decoder) -> dict[str, nn.Parameter]:
 def finish_gradients(model: Decoder) -> tuple[list[Tensor], list[Tensor]]:
     """Sum the gradient that every rank has whole, after the last pass of a step; a collective.
 
-    Returns the gradients of this rank's parts and the whole ones (`optim.divided.norm_over_ranks`).
+    Returns the gradients of this rank's parts and the whole ones (`optim.clip.norm_over_ranks`).
     """
     norm = model.model.norm.weight
     wide = torch.promote_types(norm.dtype, torch.float32)

@@ -26,7 +26,14 @@ from kernels.runtime.device import upload
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.simulation import once_per_shape
 from optim.clip import clip_coefficient, global_norm
-from optim.flat_state import FlatState, Slab, check_loadable, refuse_unusable, slabs
+from optim.flat_state import (
+    FlatState,
+    Slab,
+    check_loadable,
+    least_8bit_sizes,
+    refuse_unusable,
+    slabs,
+)
 from optim.interface import StepOptimizer, optimizer_observer
 
 LowPrecision = Literal["nearest", "stochastic", "master"]
@@ -270,20 +277,14 @@ class AdamW8bit(StepOptimizer):
         if self._flat is None:
             params = self.ordered_params()
             refuse_unusable(params)
-            masters = self._precision.low_precision == "master"
+            masters, own = self._precision.low_precision == "master", self._min_8bit_size
             with optimizer_observer().building_state():
-                self._flat = FlatState(params, self._least_8bit_sizes(), masters)
+                self._flat = FlatState(params, least_8bit_sizes(self.param_groups, own), masters)
             self._plans.clear()
             self._tables.clear()
             for index, param in enumerate(params):
                 self.state[param] = self._flat.views(index)
         return self._flat
-
-    def _least_8bit_sizes(self) -> list[int]:
-        """For each parameter the size from which on its moments take 8 bits."""
-        own = self._min_8bit_size
-        sizes = [(g.get("min_8bit_size", own), len(g["params"])) for g in self.param_groups]
-        return [size for size, count in sizes for _ in range(count)]
 
     def _rule(self) -> Rounding:
         return self._precision.rounding or ("grid" if self._built().steps.is_cpu else "nearest")

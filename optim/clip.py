@@ -9,10 +9,12 @@ they are, so that the optimiser, which skips such a step, still sees what happen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from kernels.runtime.ranks import Ranks
 
 
 def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
@@ -46,3 +48,23 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """min(1, max_norm / norm), fp32 (), and 1 where `norm` is not finite."""
     scale = (max_norm / norm).clamp(max=1.0)
     return torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
+
+
+def norm_over_ranks(divided: Sequence[Tensor], whole: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """The 2-norm, fp32 (), of gradients of which ranks have parts and of whole ones, alike on all.
+
+    Squares are summed in float64, in the order of the ranks, so all have the same bits; one rank's
+    gradient that is not finite makes the norm so on all.
+    """
+    device = (*divided, *whole)[0].device
+    own = torch.zeros(1, dtype=torch.float64, device=device)
+    if divided:
+        own += torch.stack(torch._foreach_norm(list(divided), 2, torch.float64)).square().sum()
+    every = own.new_empty(ranks.size)
+    ranks.all_gather(every, own).wait()
+    total = every.sum()
+    if whole:
+        total = (
+            total + torch.stack(torch._foreach_norm(list(whole), 2, torch.float64)).square().sum()
+        )
+    return total.sqrt().float()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,6 +183,12 @@ class FlatState:
             )
         for name, mine in own.items():
             mine.copy_(tensors[name])
+
+
+def least_8bit_sizes(groups: Sequence[Mapping[str, Any]], own: int) -> list[int]:
+    """For each parameter the size from which on its moments take 8 bits: its group's, or `own`."""
+    sizes = [(group.get("min_8bit_size", own), len(group["params"])) for group in groups]
+    return [size for size, count in sizes for _ in range(count)]
 
 
 def check_loadable(what: str, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -57,4 +58,49 @@ def param_groups(
     return [
         {"params": members[kind], "weight_decay": weight_decay if kind[1] else 0.0, **more}
         for kind, more in zip(ordered, extra, strict=True)
+    ]
+
+
+class DividedParameter(Protocol):
+    """A rank's part of a parameter of this name and whole shape: whole blocks of 256 elements.
+
+    It begins at element `begin` of the flattened whole.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def begin(self) -> int: ...
+
+    @property
+    def parameter(self) -> nn.Parameter: ...
+
+
+def piece_groups(
+    pieces: Iterable[DividedParameter], weight_decay: float = 0.01, min_8bit_size: int = 4096
+) -> list[dict[str, Any]]:
+    """Groups as `param_groups` makes them, by what each piece is a part of.
+
+    Whether states take 8 bits follows from the whole parameter too (`min_8bit_size` of a group), so
+    that a step moves every element as an optimizer of whole parameters does. Raises ValueError if
+    nothing trains.
+    """
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for piece in pieces:
+        whole = torch.empty(piece.shape, device="meta")
+        kind = decays(piece.name, whole), whole.numel() >= min_8bit_size
+        members.setdefault(kind, []).append(piece.parameter)
+    if not members:
+        raise ValueError("this rank has no part of any parameter, so there is nothing to optimise")
+    return [
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if decayed else 0.0,
+            "min_8bit_size": 0 if eight_bit else 1 << 62,
+        }
+        for (decayed, eight_bit), parameters in sorted(members.items(), reverse=True)
     ]

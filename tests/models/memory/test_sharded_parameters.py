@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.distributed.piece_states import piece_states, restore_pieces
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.gathered_source import GatheredSource
 from engine.model_sources.load_model import ON_DEVICE, LayerPlacement, build_model
@@ -29,8 +30,8 @@ from models.sharding import (
     trained_pieces,
 )
 from optim import AdamW8bit, Lion8bit, param_groups
-from optim.clip import clip_coefficient, global_norm
-from optim.divided import norm_over_ranks, piece_groups
+from optim.clip import clip_coefficient, global_norm, norm_over_ranks
+from optim.param_groups import piece_groups
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 from tests.support.tiny_model import GOLDEN
 
@@ -312,3 +313,53 @@ def test_layers_that_cannot_be_divided_are_refused() -> None:
         trained_pieces(built("llama"))
     with pytest.raises(ValueError, match="nothing to optimise"):
         piece_groups([])
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (4, 1), (1, 2)])
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_another_number_of_ranks_goes_on_from_the_same_states(
+    kind: str, before: int, after: int
+) -> None:
+    def step(own: ThreadRanks, model: Decoder, optimizer: Any, number: int) -> None:
+        if own.rank == 0:
+            model.batch_loss(batches_of(number, 0)[0], SETTINGS, num_items=9).backward()
+        else:
+            idle_pass(model, SETTINGS, num_items=9)
+        finish_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def all_of(model: Decoder) -> dict[str, Tensor]:
+        whole = WholeParameters(model)
+        return {name: whole.parameter(name).clone() for name in whole.shapes}
+
+    def first(own: ThreadRanks) -> Any:
+        model = built("llama", LayerPlacement(ranks=own, trained=True), torch.float32)
+        optimizer = optimizer_of(kind, piece_groups(trained_pieces(model)))
+        step(own, model, optimizer, 0)
+        pieces = trained_pieces(model)
+        saved = {piece.name: piece.parameter.detach().clone() for piece in pieces}
+        states = {name: x.clone() for name, x in piece_states(optimizer, pieces).items()}
+        step(own, model, optimizer, 1)
+        return saved, states, all_of(model)
+
+    results = run_ranks(before, first)
+    saved, states = [result[0] for result in results], [result[1] for result in results]
+
+    def second(own: ThreadRanks) -> None:
+        model = built("llama", LayerPlacement(ranks=own, trained=True), torch.float32)
+        pieces = trained_pieces(model)
+        optimizer = optimizer_of(kind, piece_groups(pieces))
+        with pytest.raises(ValueError, match="no rank saved model"):
+            restore_pieces(optimizer, pieces, [{}], states)
+        with pytest.raises(ValueError, match=r"elements of torch.float32; .* are expected"):
+            restore_pieces(optimizer, pieces, [_halved(x) for x in saved], states)
+        restore_pieces(optimizer, pieces, saved, states)
+        step(own, model, optimizer, 1)
+        assert_near(all_of(model), results[0][2], 1e-6)
+
+    run_ranks(after, second)
+
+
+def _halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.reshape(-1)[: x.numel() // 2] for name, x in tensors.items()}

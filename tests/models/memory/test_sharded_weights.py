@@ -16,8 +16,10 @@ from torch import Tensor
 from engine.inference.generation import generate_ids
 from engine.model_sources.load_model import ON_DEVICE, LayerPlacement, build_model
 from engine.model_sources.open import open_model_source
+from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 from kernels.nf4.planar import has_planar_order, to_planar
+from kernels.runtime.host_memory import SideCopies
 from kernels.runtime.ranks import ONE_RANK
 from models.adapters import add_lora
 from models.config.model_config import ModelConfig
@@ -26,15 +28,16 @@ from models.layers.block import DecoderLayer
 from models.layers.context import StepSettings
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear
-from models.memory import layer_gather
 from models.memory.absent import Absent
 from models.memory.lasting import keep_decoded
-from models.memory.layer_gather import ALIGNED, LayerGather, gathered_layers
+from models.memory.layer_gather import ALIGNED
 from models.memory.offload import tensors_of
 from models.memory.sharded_weights import ShardedWeights, frozen_layer_bytes
 from models.sharding import idle_pass
 from models.tensor_names import skeleton
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
+from tests.support.quantised_gguf import write_q8_gguf
+from tests.support.scaled_folders import eight_bit, four_bit, write_quantised
 from tests.support.tiny_model import GOLDEN, RandomSource
 
 CPU = torch.device("cpu")
@@ -210,15 +213,6 @@ def test_bytes_sent_and_memory_follow_their_formulas(family: str) -> None:
     assert weights.resident_bytes == resident
 
 
-def test_layers_that_stay_are_not_gathered_again() -> None:
-    assert gathered_layers(5, 0, first=True) == [0, 1, 2, 3, 4, 2, 1, 0]
-    assert gathered_layers(5, 0, first=False) == [2, 3, 4, 2, 1, 0]
-    assert gathered_layers(5, None, first=False) == [0, 1, 2, 3, 4]
-    assert gathered_layers(5, 3, first=False) == [0, 1, 2, 3, 4, 2]
-    assert gathered_layers(2, 0, first=False) == []
-    assert gathered_layers(1, 0, first=False) == []
-
-
 @pytest.mark.parametrize("trained", [0, 2, LAYERS])
 def test_an_idle_rank_makes_the_gathers_of_a_pass(trained: int) -> None:
     config = config_of("qwen3_5")
@@ -281,13 +275,33 @@ def test_a_magnitude_is_that_of_the_whole_weight() -> None:
     run_ranks(2, work)
 
 
-def test_files_of_other_formats_are_divided_too(golden: Callable[[str], Path]) -> None:
-    source = open_model_source(str(golden("qwen3")))
-    plain = build_model(source, quantization="nf4")
-    ids = ids_of(0)
+def write_gguf(folder: Path) -> Path:
+    write_q8_gguf(folder / "m.gguf", GOLDEN / "qwen2")
+    return folder / "m.gguf"
+
+
+def write_codes(folder: Path, encode: Any, **noted: Any) -> Path:
+    return write_quantised(folder / "m", encode, {"quant_method": "bitsandbytes", **noted})
+
+
+SOURCES: dict[str, tuple[Callable[[Path], Path], Any]] = {
+    "GGUF": (write_gguf, "nf4"),
+    "GGUF, dense": (write_gguf, None),
+    "4-bit codes": (lambda folder: write_codes(folder, four_bit(), load_in_4bit=True), None),
+    "8-bit codes": (lambda folder: write_codes(folder, eight_bit, load_in_8bit=True), None),
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_files_of_every_kind_are_divided(tmp_path: Path, kind: str) -> None:
+    write, quantization = SOURCES[kind]
+    source, ids = open_model_source(str(write(tmp_path))), ids_of(0)
+    plain = build_model(source, quantization=quantization)
+    kinds = {type(m.weight) for m in plain.layers[0].modules() if isinstance(m, Linear)}
+    assert kinds <= {NF4Weight, Int8Weight} or (quantization is None and kind.startswith("GGUF"))
 
     def work(ranks: ThreadRanks) -> None:
-        model = build_model(source, quantization="nf4", layers=LayerPlacement(True, ranks))
+        model = build_model(source, quantization=quantization, layers=LayerPlacement(True, ranks))
         assert all(isinstance(x, Absent) for layer in model.layers for x in frozen(layer))
         assert torch.equal(model(ids), plain(ids))
 
@@ -337,32 +351,16 @@ def test_what_is_trained_or_decoded_is_not_divided() -> None:
         weights.take(loaded(config_of("llama3")).layers[1])
 
 
-class Late:
-    """A group whose gathers write when they are waited for, and never before."""
+def test_shares_on_the_host_are_uploaded_before_they_are_gathered() -> None:
+    """On a CPU host and device are one; the uploads are made to happen."""
+    config = config_of("qwen3_moe")
+    expected = step(loaded(config), ids_of(0))
 
-    rank, size = 0, 1
+    def work(ranks: ThreadRanks) -> None:
+        model = loaded(config, layers=LayerPlacement(True, ranks))
+        gather = sharded(model)._gather
+        gather._copies = SideCopies(CPU)
+        assert_same_bits(step(model, ids_of(0)), expected)
+        assert all(buffer is not None for buffer in gather._uploaded)
 
-    def __init__(self) -> None:
-        self.started: list[int] = []
-
-    def all_gather(self, out: Tensor, x: Tensor) -> Any:
-        self.started.append(int(x[0]))
-
-        class Pending:
-            def wait(self) -> None:
-                out.copy_(x)
-
-        return Pending()
-
-
-def test_a_layer_is_gathered_ahead_and_waited_for_at_its_turn() -> None:
-    ranks: Any = Late()
-    gather = LayerGather(ranks, CPU)
-    for number in range(3):
-        gather.add(torch.full((300 + number,), number, dtype=torch.uint8))
-    seen = []
-    for index, ahead in [(0, 1), (1, 1), (2, 1), (2, -1), (1, -1), (0, -1), (2, 1), (0, 1)]:
-        seen.append(int(gather.arrive(index, ahead)[7]))
-    assert seen == [0, 1, 2, 2, 1, 0, 2, 0]
-    assert ranks.started == [0, 1, 2, 0, 2, 0]
-    assert layer_gather.share_bytes(300, 2) == ALIGNED
+    run_ranks(2, work)
