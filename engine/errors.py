@@ -43,6 +43,10 @@ class DataError(EngineError):
     """A data set cannot be read, or holds nothing that can be trained on."""
 
 
+class GroupError(EngineError):
+    """Another process of the group ended, or did not answer in time."""
+
+
 class MemoryPlanError(EngineError):
     """A run does not fit in the memory it was given."""
 

@@ -14,15 +14,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from engine.config.train_config import TrainConfig
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from kernels.runtime.ranks import ONE_RANK, Ranks
 
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
-
-
-class GroupError(EngineError):
-    """Another process of the group ended, or did not answer in time."""
 
 
 @dataclass(frozen=True)

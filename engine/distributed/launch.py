@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.distributed.group import GroupError
+from engine.errors import GroupError
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +30,14 @@ class Processes:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class GroupOutcome:
     """How a group ended: what its first process left, and the signal that stopped it, if any."""
 
     told: dict[str, Any]
     signal: int | None = None
 
 
-def run_group(module: str, job: dict[str, Any], processes: Processes) -> Outcome:
+def run_group(module: str, job: dict[str, Any], processes: Processes) -> GroupOutcome:
     """Run `python -m module FILE` in every process, FILE being `job` as JSON with `outcome`.
 
     The first process writes to the path `outcome` what it has to tell, as JSON. The agent is
@@ -75,7 +75,7 @@ def run_group(module: str, job: dict[str, Any], processes: Processes) -> Outcome
         told = _read(outcome)
     if stopped is None and failure is not None and not told:
         raise GroupError(_ended(failure, processes))
-    return Outcome(told, stopped)
+    return GroupOutcome(told, stopped)
 
 
 def _read(outcome: Path) -> dict[str, Any]:

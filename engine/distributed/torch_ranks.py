@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.distributed.group import GroupError
+from engine.errors import GroupError
 from kernels.runtime.ranks import Transfer
 
 # torch 2.13 renamed both; older versions know the second name alone.

@@ -17,6 +17,7 @@ from engine.data.batches.taught_stops import taught_stops
 from engine.data.examples import Example
 from engine.data.sources.resolve import data_files
 from engine.data.streaming.batch_stream import BatchStream
+from engine.distributed.dealing import Dealer
 from engine.inference.parts import PartNames
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.interface.model_source import ModelSource
@@ -27,7 +28,6 @@ from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.checks import check_model, check_request, check_run
 from engine.training.evaluation.samples import SamplePrompts, sample_prompts
 from engine.training.init_adapter import open_init_adapter
-from engine.training.processes.dealing import Dealer
 from engine.training.row_set import RowSet, read_examples, row_settings, streamed_rows
 from engine.training.streamed import open_stream
 from models.config.model_config import ModelConfig

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from engine.distributed.data_parallel import DataParallel
 from engine.training.objectives.objective import Objective, StepTotals
 from engine.training.objectives.tokens import TOKENS
-from engine.training.processes.data_parallel import DataParallel
 from kernels.runtime.random import derived_seed
 from kernels.runtime.ranks import ONE_RANK, host_sums
 from models.decoder import Decoder

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config.train_config import TrainConfig
+from engine.distributed.data_parallel import DataParallel
 from engine.distributed.group import Group
 from engine.distributed.messages import broadcast_tensors, broadcast_text
+from engine.distributed.optimizer_state import OptimizerOfRanks
 from engine.runs.checkpoints import CheckpointStore
 from engine.runs.metrics import StepMetrics
 from engine.training.loop import Progress, StopReasons, new_progress
-from engine.training.processes.data_parallel import DataParallel
-from engine.training.processes.optimizer_state import OptimizerOfRanks
 from engine.training.saving import Going, RunState, StoredState
 from engine.training.trainable import backward_units, optimizer_over
 from kernels.runtime.ranks import host_maxima

@@ -23,6 +23,7 @@ from engine.config.tasks.commands import next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
 from engine.data.examples import shown_stretches
 from engine.device import check_threads, resolve_device, resolve_dtype
+from engine.distributed.dealing import Dealer
 from engine.distributed.follower import FollowedDirectory
 from engine.distributed.group import Group, after_restart, joined, launched, leads
 from engine.distributed.messages import all_or_none, broadcast_text
@@ -41,7 +42,7 @@ from engine.training.evaluation.heldout import figures_before, told_before
 from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks
 from engine.training.prepare import Prepared, prepare
-from engine.training.processes.dealing import Dealer
+from engine.training.processes.started import train_in_processes
 from engine.training.processes.together import agreed, over_ranks, share_weights
 from engine.training.row_set import RowSet
 from engine.verbs.training.plan import fitted_changes, with_fitted
@@ -226,8 +227,6 @@ def train(
 
 def _in_processes(config: TrainConfig, console: bool, told: CallbackList) -> TrainResult:
     """Train in processes of this machine, and tell what they left."""
-    from engine.verbs.worker import train_in_processes
-
     where = destination(config)
     told.refuse("--gpus above 1, whose processes know nothing of this one's objects")
     config = dated(name_run(config))

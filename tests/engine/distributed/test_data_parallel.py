@@ -10,8 +10,8 @@ from torch import Tensor
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
+from engine.distributed.data_parallel import DataParallel
 from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
-from engine.training.processes.data_parallel import DataParallel
 from engine.training.step import StepResult, TrainingStep
 from engine.training.trainable import backward_units
 from kernels.runtime.ranks import Ranks

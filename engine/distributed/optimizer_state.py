@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from engine.distributed.data_parallel import DataParallel
 from engine.distributed.messages import as_bytes, from_bytes
-from engine.training.processes.data_parallel import DataParallel
 from optim import StepOptimizer
 
 
