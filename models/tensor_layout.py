@@ -8,6 +8,7 @@ stands under `model.language_model.` in its file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -67,9 +68,20 @@ class Layout:
     def assemble(self, name: str, shape: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
         """The graph's parameter `name` from the file's tensors; a copy only where it is divided."""
         parts = self.parts(name, shape)
-        stored = [read(part) for part in parts]
         # One expert's matrix is divided too: its file has two dimensions.
-        return stored[0] if shape in parts.values() else torch.cat(stored).view(shape)
+        if shape in parts.values():
+            return read(next(iter(parts)))
+        whole, start = torch.empty(0), 0
+        for part in parts:
+            rows = read(part)
+            if start == 0:
+                whole = rows.new_empty(math.prod(shape[:-1]), shape[-1])
+            if rows.dtype != whole.dtype:
+                whole = whole.to(torch.promote_types(whole.dtype, rows.dtype))
+            whole[start : start + len(rows)] = rows
+            start += len(rows)
+            del rows  # Decoded ones would all be in memory beside the whole.
+        return whole.view(shape)
 
     def divide(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The file's tensors of the graph's parameter `name`, views of `tensor`."""

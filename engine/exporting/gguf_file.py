@@ -8,7 +8,7 @@ first one last.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from engine.exporting.gguf_metadata import architecture, shape_metadata
 from engine.exporting.gguf_types import FLOATS, FileType, bytes_of, file_type, format_of
 from engine.exporting.gguf_vocabulary import vocabulary
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import outside_layers, row_parts, split_rows
 from engine.storage import durable
 from kernels.gguf import FORMATS, quantize
 from models.tensor_layout import Layout
@@ -32,8 +33,6 @@ from models.tensor_names import graph_tensors
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_PART = 1 << 22
-"""Weights that are in memory in both forms at a time."""
 _AS_16_BIT = {"f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -163,22 +162,28 @@ def _write(
     stored = Layout.of_names(source.config, source.names())
     shapes = graph_tensors(source.config)
     for tensor in tensors:
-        value = torch.empty(0)
-        if tensor.parameter is not None:
-            value = stored.assemble(tensor.parameter, shapes[tensor.parameter], source.tensor)
-        made = tensor.make(value)
         weights = importance.get(tensor.parameter or "")
         if weights is not None and tensor.columns_move:
             weights = tensor.make(weights.view(1, -1)).view(-1)
-        parts = _InParts(made, formats[tensor.name], weights)
+        if tensor.parameter is not None and outside_layers(tensor.parameter):
+            rows = map(tensor.make, row_parts(source, stored.path(tensor.parameter)))
+        else:
+            rows = map(tensor.make, _whole(source, stored, tensor.parameter, shapes))
+        parts = _InParts(rows, tensor.shape, formats[tensor.name], weights)
         try:
             writer.write_tensor_data(cast("np.ndarray[Any, Any]", parts))
         except ValueError as error:
             raise CheckpointError(f"{source.path}: tensor {tensor.parameter}: {error}.") from error
-        del value, made
         if tensor.parameter is not None:
             for part in stored.parts(tensor.parameter, shapes[tensor.parameter]):
                 source.release(part)
+
+
+def _whole(
+    source: ModelSource, stored: Layout, name: str | None, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Tensor]:
+    """The graph's parameter `name`; nothing for a tensor that is made of none."""
+    yield torch.empty(0) if name is None else stored.assemble(name, shapes[name], source.tensor)
 
 
 class _InParts:
@@ -187,21 +192,26 @@ class _InParts:
     It stands for an array where the package writes one: `nbytes` and `tofile` are what it asks for.
     """
 
-    def __init__(self, tensor: Tensor, form: str, importance: Tensor | None) -> None:
-        # Experts are parts of their own, for some lie apart in a tensor of gate and up.
-        self._matrices = tensor.unbind() if tensor.dim() == 3 else (tensor,)
-        self._importance = importance
-        self._form = form
-        self.nbytes = bytes_of(tuple(tensor.shape), form)
+    def __init__(
+        self, rows: Iterable[Tensor], shape: tuple[int, ...], form: str, importance: Tensor | None
+    ) -> None:
+        """`rows` are the tensor's: all of them at once or some after others."""
+        self._rows, self._importance, self._form = rows, importance, form
+        self.nbytes = bytes_of(shape, form)
 
     def tofile(self, file: BinaryIO) -> None:
         """Write all parts. Raises `ValueError` for values that the format does not hold."""
-        for number, matrix in enumerate(self._matrices):
+        for tensor in self._rows:
+            self._write(tensor, file)
+            del tensor  # Else it stays in memory while the next is made.
+
+    def _write(self, tensor: Tensor, file: BinaryIO) -> None:
+        # Experts are parts of their own, for some lie apart in a tensor of gate and up.
+        for number, matrix in enumerate(tensor.unbind() if tensor.dim() == 3 else (tensor,)):
             weights = self._importance
             if weights is not None and weights.dim() == 2:
                 weights = weights[number]
-            rows = max(1, _PART // matrix.shape[-1]) if matrix.dim() > 1 else len(matrix)
-            for part in matrix.split(rows):
+            for part in split_rows(matrix):
                 file.write(encoded(part, self._form, weights).data)
 
 

@@ -12,7 +12,7 @@ from engine.config.choices import MergeOnto
 from engine.errors import CheckpointError
 from engine.model_sources.adapter.adapted_source import AdaptedSource, with_pair
 from engine.model_sources.expert_tensors import StoredExperts
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import LayersView
 from engine.model_sources.quantised.stored_codes import stays_as_stored, stored_kind
 from kernels.nf4 import dequantize, quantize
 from models.tensor_names import is_quantised
@@ -22,16 +22,22 @@ class Merger:
     """Turns each tensor of the base into that of the merged model; uses every pair once.
 
     `double_quant` are the scales of the weights that 4-bit training saw. Without `pairs` it makes
-    the weights below them.
+    the weights below them. `dtype` is what they are written in, by default each tensor's own.
     """
 
     def __init__(
-        self, source: AdaptedSource, onto: MergeOnto, *, double_quant: bool, pairs: bool = True
+        self,
+        source: AdaptedSource,
+        onto: MergeOnto,
+        *,
+        double_quant: bool,
+        pairs: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._source = source
         given = source.pairs if pairs else {}
         self._pairs = {f"{module}.weight": pair for module, pair in given.items()}
-        self._onto = onto
+        self._onto, self._dtype = onto, dtype
         self._experts = StoredExperts(source)
         self._double_quant = double_quant
         self._kind = stored_kind(source)
@@ -57,23 +63,26 @@ class Merger:
 
     def _merge_experts(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor of all experts' weights (E, out, in); every expert has pairs of its own."""
-        merged = tensor
+        below = tensor
         if self._onto == "dequantised":
-            merged = self._experts.through_nf4(name, self._double_quant)
+            below = self._experts.through_nf4(name, self._double_quant)
             self.requantised += 1
+        modules = self._experts.modules(name, below)
         pairs = {
             path: self._pairs.pop(f"{path}.weight")
-            for path in self._experts.modules(name, tensor)
+            for path in modules
             if f"{path}.weight" in self._pairs
         }
         if not pairs:
-            return merged
-        merged = merged.to(torch.float32, copy=True)
+            return below
+        # One expert is in fp32 at a time, for all of a layer can be the model's largest tensor.
+        merged = torch.empty_like(below, dtype=self._dtype or self._source.dtype(name))
         for path, target in self._experts.modules(name, merged).items():
-            if path in pairs:
-                a, b, *_ = pairs[path]
-                target.addmm_(b, a, alpha=self._source.scales[path])
+            expert, pair = modules[path], pairs.get(path)
+            if pair is not None:
+                expert = with_pair(expert, pair[:2], self._source.scales[path])
                 self.merged += 1
+            target.copy_(expert)
         return merged
 
 
@@ -84,7 +93,7 @@ def _through_nf4(name: str, tensor: torch.Tensor, double_quant: bool) -> torch.T
         raise CheckpointError(f"tensor {name} cannot be quantised: {error}.") from error
 
 
-class BelowPairs(ModelSourceView):
+class BelowPairs(LayersView):
     """The weights below an adapter's pairs, as the merger takes them."""
 
     def __init__(self, source: AdaptedSource, onto: MergeOnto, *, double_quant: bool) -> None:

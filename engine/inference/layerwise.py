@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import row_parts
 from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.load_model import build_model
 from kernels.linear.int8 import Int8Weight
@@ -26,7 +27,6 @@ from models.layers.packed_batch import PackedBatch
 from models.tensor_layout import Layout
 
 HEAD = "lm_head.weight"
-_HEAD_ROWS = 1 << 13
 T = TypeVar("T")
 
 
@@ -43,8 +43,7 @@ def layerwise_logits(
     """
     config = source.config
     embedding = Layout(config.nested).path("model.embed_tokens.weight")
-    states = source.tensor(embedding)[ids].float()
-    source.release(embedding)
+    states = embedded(source, embedding, ids).float()
     batch = PackedBatch.of(torch.arange(len(ids))[None])
     for index in range(config.num_hidden_layers):
         layer = OneLayer(source, index, states)
@@ -59,11 +58,21 @@ def layerwise_logits(
     return _logits(source, embedding if config.tie_word_embeddings else HEAD, norm(states))
 
 
+def embedded(source: ModelSource, embedding: str, ids: Tensor) -> Tensor:
+    """The rows of tensor `embedding` for ids (...), as (..., H)."""
+    flat = ids.reshape(-1)
+    states, start = torch.empty(0), 0
+    for part in row_parts(source, embedding):
+        if start == 0:
+            states = part.new_empty(len(flat), part.shape[1])
+        inside = (flat >= start) & (flat < start + len(part))
+        states[inside] = part[flat[inside] - start]
+        start += len(part)
+    return states.view(*ids.shape, -1)
+
+
 def _logits(source: ModelSource, head: str, states: Tensor) -> Tensor:
-    weight = source.tensor(head)
-    parts = [states @ rows.float().T for rows in weight.split(_HEAD_ROWS)]
-    source.release(head)
-    return torch.cat(parts, dim=1)
+    return torch.cat([states @ part.float().T for part in row_parts(source, head)], dim=1)
 
 
 class OneLayer(ModelSourceView):

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import torch
 
+from engine.model_sources.interface.row_parts import outside_layers, rows_of_part
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors, skeleton
 
@@ -42,14 +43,21 @@ def host_peak(
     """The most bytes of host memory that adding an adapter to the original weights takes.
 
     The adapter is held whole, and of one tensor after the other the mapped original; where it is
-    adapted, also the sum in fp32 and the sum rounded. A model's depth does not matter. For
-    Llama-3.3-70B in bf16 a `down_proj` of 28,672 x 8,192 takes 0.47 + 0.94 + 0.47 = 1.88 GB and the
-    embedding, which is only copied, 2.10 GB; an adapter of rank 16 in fp32 adds 0.83 GB.
+    adapted, also the sum in fp32 and the sum rounded. Embedding and head are read some rows at a
+    time, experts in one tensor are added to one by one. A model's depth does not matter. For
+    Llama-3.3-70B in bf16 a `down_proj` of 28,672 x 8,192 takes 0.47 + 0.94 + 0.47 = 1.88 GB; an
+    adapter of rank 16 in fp32 adds 0.83 GB.
     """
-    most = 0
+    most, both = 0, 2 * stored.itemsize
     for name, shape in expected_tensors(model).items():
         leaf = name.removesuffix(".weight").rpartition(".")[2]
         adapted = leaf in targets or (leaf == "gate_up_proj" and "gate_proj" in targets)
-        width = 2 * stored.itemsize + 4 if adapted and len(shape) > 1 else stored.itemsize
-        most = max(most, width * math.prod(shape))
+        adapted = adapted and len(shape) > 1
+        count = math.prod(shape)
+        if outside_layers(name) and len(shape) > 1:
+            count = min(count, rows_of_part(shape) * shape[-1])
+        if adapted and len(shape) > 2:
+            most = max(most, both * count + _FP32 * math.prod(shape[1:]))
+        else:
+            most = max(most, (both + _FP32 if adapted else stored.itemsize) * count)
     return most + adapter_bytes

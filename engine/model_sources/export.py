@@ -1,12 +1,13 @@
 """Write a model source as a Hugging Face directory.
 
-The tensors stream: each is read, changed, cast, checked and written before the next is read, so
-memory holds the largest tensor and no more. The folder appears under its name when it is complete.
+The tensors stream: each is read, changed, cast, checked and written before the next is read.
+Embedding and head, the largest of most models, do so some rows at a time. So memory holds a layer's
+largest tensor and no more. The folder appears under its name when it is complete.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import outside_layers, row_parts
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
 from engine.model_sources.quantised.write import Encoding
 from engine.model_sources.safetensors.file import SafetensorsWriter
@@ -67,10 +69,11 @@ def write_directory(
 ) -> WrittenModel:
     """As `export_hf_directory`, with `transform(name, tensor)` in place of every tensor.
 
-    `transform` returns a tensor of the same shape and any floating type. Tensors of the model's
-    other parts (`models.tensor_layout.carried_prefixes`) keep their bytes and see neither.
-    `write_more` may write more files into the folder, before it appears under its name. With an
-    `encoding` weights are stored in its codes.
+    `transform` returns a tensor of the same shape and any floating type. Of a tensor that is in no
+    layer it is given some rows at a time. Tensors of the model's other parts
+    (`models.tensor_layout.carried_prefixes`) keep their bytes and see neither. `write_more` may
+    write more files into the folder, before it appears under its name. With an `encoding` weights
+    are stored in its codes.
     """
     wanted = parse_dtype(dtype)
     output = Path(output)
@@ -153,22 +156,43 @@ def _write_shard(
     written = 0
     with SafetensorsWriter(path, specs, {"format": "pt"}, unknown) as writer:
         for name, parts in shard.items():
-            if name.startswith(others):
-                ready = {name: source.tensor(name)}
-            elif encoding is not None and encoding.encodes(name):
-                ready = _encoded(source, name, transform, encoding)
+            if encoding is not None and encoding.encodes(name):
+                written += _write_codes(writer, _encoded(source, name, transform, encoding))
+            elif name.startswith(others):
+                writer.write(name, source.tensor(name))
+                written += source.tensor(name).nbytes
             else:
-                tensor = transform(name, source.tensor(name)).to(parts[name][0])
-                _require_finite(source, name, tensor)
-                ready = {name: tensor}
-                del tensor
-            for part, tensor in ready.items():
-                writer.write(part, tensor)
-                written += tensor.nbytes
-                del tensor  # It would stay in memory while the next is made.
-            ready.clear()
+                dtype, shape = parts[name]
+                writer.write_parts(name, _dense(source, name, transform, dtype))
+                written += dtype.itemsize * torch.Size(shape).numel()
             source.release(name)
     return written
+
+
+def _write_codes(writer: SafetensorsWriter, ready: dict[str, torch.Tensor]) -> int:
+    """Write the tensors of a quantised weight; returns their bytes."""
+    for name, tensor in ready.items():
+        writer.write(name, tensor)
+    return sum(tensor.nbytes for tensor in ready.values())
+
+
+def _dense(
+    source: ModelSource, name: str, transform: Transform, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """Tensor `name` as it is written: whole, or in parts if it is of no layer."""
+    parts = row_parts(source, name) if outside_layers(name) else _whole(source, name)
+    for part in parts:
+        changed = transform(name, part)
+        del part  # Neither it nor what it becomes stays in memory while the next is made.
+        ready = changed.to(dtype)
+        del changed
+        _require_finite(source, name, ready)
+        yield ready
+        del ready
+
+
+def _whole(source: ModelSource, name: str) -> Iterator[torch.Tensor]:
+    yield source.tensor(name)
 
 
 def _encoded(

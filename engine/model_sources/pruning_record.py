@@ -23,7 +23,7 @@ import torch
 from engine.config.choices import PRUNE_MODES
 from engine.errors import CheckpointError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import LayersView
 from engine.storage.safe_files import read_json_object
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
@@ -87,7 +87,7 @@ def carried(pruning: Pruning) -> dict[str, Any]:
     return sealed({**pruning.record, "mode": "zero" if pruning.mode == "mask" else pruning.mode})
 
 
-class MaskedSource(ModelSourceView):
+class MaskedSource(LayersView):
     """A model source whose masked heads read as zeros.
 
     Raises `CheckpointError` where the mask names a head that the model does not have.

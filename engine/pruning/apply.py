@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import LayersView
 from engine.model_sources.pruning_record import HeadMap
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
@@ -68,7 +68,7 @@ class PrunedSlices:
         return tuple(n - len(index) if d == dim else n for d, n in enumerate(shape))
 
 
-class CutSource(ModelSourceView):
+class CutSource(LayersView):
     """A model source without the heads `pruned`: they are cut out of its tensors."""
 
     def __init__(self, base: ModelSource, pruned: HeadMap, counts: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ then the head is a tensor of its own here, unless both are still equal.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from engine.model_sources.adapter.gguf_lora import in_order
 from engine.model_sources.adapter.initial import initial_base
 from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import row_parts, split_rows
 from engine.model_sources.interface.stops import adapter_stops, with_stops
 from engine.model_sources.interface.view import ModelSourceView
 from kernels.linear.dora import scale_rows_
@@ -128,13 +129,34 @@ class AdaptedSource(ModelSourceView):
         if leaf == "bias" and name in self._biases:
             return self._biased(name)
         weight = self._copies[name] if name in self._copies else self._below(name)
-        if leaf != "weight":
-            return weight
+        return weight if leaf != "weight" else self._changed_rows(module, weight, 0)
+
+    def row_parts(self, name: str) -> Iterator[Tensor]:
+        """Tensor `name` in parts, each changed by itself where no change needs the whole."""
+        module, _, leaf = name.rpartition(".")
+        measured = len(self._embeddings.get(module, ())) > 2  # DoRA, by columns there
+        if leaf != "weight" or measured:
+            yield from split_rows(self.tensor(name))
+            return
+        whole = self._copies.get(name)
+        if whole is None and (self._whole_base(name) is not None or self._has_start(name)):
+            whole = self._below(name)
+        below = row_parts(self.base, self._stored(name)) if whole is None else split_rows(whole)
+        start = 0
+        for part in below:
+            yield self._changed_rows(module, part, start)
+            start += len(part)
+
+    def _changed_rows(self, module: str, weight: Tensor, start: int) -> Tensor:
+        """Rows of a module's weight from `start` on, in float32 where the adapter changes them."""
+        rows = slice(start, start + len(weight))
         if module in self.folded_pairs:
-            weight = with_pair(weight, self.folded_pairs[module], self.scales[module])
+            a, *by_row = self.folded_pairs[module]
+            pair = (a, *(part[rows] for part in by_row))
+            weight = with_pair(weight, pair, self.scales[module])
         if module in self._embeddings:
-            weight = self._with_embedding(module, weight)
-        return self._with_rows(module, weight)
+            weight = self._with_embedding(module, weight, rows)
+        return self._with_rows(module, weight, start)
 
     def _stored(self, name: str) -> str:
         """The base's tensor from which `name` comes."""
@@ -161,30 +183,46 @@ class AdaptedSource(ModelSourceView):
         PEFT stores the weights of embedding and head with their pairs, as an initialisation left
         them; where the two are tied, what it does to the one it does to both.
         """
-        tied = self._base_tied and name in (self.embedding, HEAD)
-        for key in (name, *((self.embedding, HEAD) if tied else ())):
-            if key in self._bases:
-                return self._bases[key]
+        stored = self._whole_base(name)
+        if stored is not None:
+            return stored
         weight = self.base.tensor(self._stored(name))
-        module = "lm_head" if tied else name.removesuffix(".weight")
-        config = self.adapter.config
-        if not config.initial or module not in self._all_pairs:
+        if not self._has_start(name):
             return weight
+        module, config = self._base_module(name), self.adapter.config
         rank = int(self._all_pairs[module][0].shape[0])
         return initial_base(weight, config.initial, rank, self.scales[module], config.raw)
 
-    def _with_embedding(self, module: str, weight: Tensor) -> Tensor:
+    def _whole_base(self, name: str) -> Tensor | None:
+        """The tensor below the pairs, where it is stored with them."""
+        tied = self._base_tied and name in (self.embedding, HEAD)
+        keys = (name, *((self.embedding, HEAD) if tied else ()))
+        return next((self._bases[key] for key in keys if key in self._bases), None)
+
+    def _base_module(self, name: str) -> str:
+        """The module whose initialisation changed the base of tensor `name`."""
+        tied = self._base_tied and name in (self.embedding, HEAD)
+        return "lm_head" if tied else name.removesuffix(".weight")
+
+    def _has_start(self, name: str) -> bool:
+        """Whether an initialisation took something from the base of tensor `name`."""
+        return bool(self.adapter.config.initial) and self._base_module(name) in self._all_pairs
+
+    def _with_embedding(self, module: str, weight: Tensor, rows: slice) -> Tensor:
         a, b, *magnitude = self._embeddings[module]
         scale = self.adapter.config.module_scale(module)
-        wide = weight.to(torch.float32, copy=True).addmm_(a.T, b.T, alpha=scale)
+        wide = weight.to(torch.float32, copy=True).addmm_(a.T[rows], b.T, alpha=scale)
         if not magnitude:
             return wide
         # PEFT measures the columns of the embedding, not the tokens' rows.
         lengths: Tensor = torch.linalg.vector_norm(wide, dim=0)
         return wide.mul_(magnitude[0] / lengths)
 
-    def _with_rows(self, module: str, weight: Tensor) -> Tensor:
-        """`weight` with the trained rows of single tokens; a tied head has the embedding's."""
+    def _with_rows(self, module: str, weight: Tensor, start: int) -> Tensor:
+        """Rows from `start` on, those of single tokens as they were trained.
+
+        A tied head has the embedding's.
+        """
         source = module
         if (
             module == "lm_head"
@@ -196,12 +234,15 @@ class AdaptedSource(ModelSourceView):
         if rows is None:
             return weight
         index = self._token_indices(source)
-        if len(index) != len(rows) or max(index) >= len(weight) or min(index) < 0:
+        size = self.config.vocab_size
+        if len(index) != len(rows) or max(index) >= size or min(index) < 0:
             raise CheckpointError(
                 f"{self.adapter.path}: trainable_token_indices of {source} are {index[:8]}, for "
-                f"{len(rows)} rows of a vocabulary of {len(weight)}."
+                f"{len(rows)} rows of a vocabulary of {size}."
             )
-        return weight.to(torch.float32, copy=True).index_copy_(0, torch.tensor(index), rows)
+        here = [n for n, row in enumerate(index) if start <= row < start + len(weight)]
+        target = torch.tensor([index[n] - start for n in here], dtype=torch.int64)
+        return weight.to(torch.float32, copy=True).index_copy_(0, target, rows[here])
 
     def _token_indices(self, module: str) -> list[int]:
         given = self.adapter.config.raw.get("trainable_token_indices") or []
@@ -267,7 +308,8 @@ class AdaptedSource(ModelSourceView):
         touched |= {name.removesuffix(".weight") for name in self._copies}
         if not touched & {"lm_head", self.embedding.removesuffix(".weight")}:
             return
-        if not torch.equal(self.tensor(self.embedding), self.tensor(HEAD)):
+        parts = zip(self.row_parts(self.embedding), self.row_parts(HEAD), strict=True)
+        if not all(torch.equal(one, other) for one, other in parts):
             self.config = replace(self.config, tie_word_embeddings=False)
 
     def _ordered_names(self) -> list[str]:

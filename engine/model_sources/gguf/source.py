@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from engine.model_sources.gguf.tensor_map import sources
 from engine.model_sources.gguf.tokenizer import GGUFTokenizer, build_tokenizer
 from engine.model_sources.interface.checks import match_tensors, quick_digest, read_config
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import outside_layers, rows_of_part, split_rows
 from models.tensor_names import expected_tensors
 
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -85,6 +87,16 @@ class GGUFSource:
         source = self._sources[name]
         parts = [dequantise(self._file, part, source.entry) for part in source.tensors]
         return source.restore(*parts)
+
+    def row_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """Tensor `name` in parts; embedding and head are dequantised some rows at a time."""
+        shape, stored = self.shape(name), list(self._sources[name].tensors)
+        if len(shape) != 2 or not outside_layers(name):
+            yield from split_rows(self.tensor(name))
+            return
+        step = rows_of_part(shape)
+        for start in range(0, shape[0], step):
+            yield dequantise(self._file, stored[0], slice(start, start + step)).view(-1, shape[1])
 
     def codes(self, name: str) -> None:
         """None: the kernels compute with other codes than those of GGUF files."""
@@ -158,14 +170,19 @@ def type_to_write(source: ModelSource) -> torch.dtype | None:
     return torch.bfloat16 if isinstance(source, GGUFSource) and source.quantised else None
 
 
-def dequantise(file: GGUFFile | GGUFParts, name: str, entry: int | None = None) -> torch.Tensor:
+def dequantise(
+    file: GGUFFile | GGUFParts, name: str, entry: int | slice | None = None
+) -> torch.Tensor:
     """Tensor `name` of `file` in memory of its own: fp32, or as stored for F32, F16 and BF16.
 
-    Only entry `entry` of its first dimension, an expert, where that is given.
+    Only entry `entry` of its first dimension, an expert, or some of its rows, where that is given.
     """
     info = file.tensors[name]
     raw, shape = file.raw(name), info.shape
-    if entry is not None:
+    if isinstance(entry, slice):
+        raw = raw.reshape(shape[0], -1)[entry]
+        shape = (len(raw), *shape[1:])
+    elif entry is not None:
         raw, shape = raw.reshape(shape[0], -1)[entry], shape[1:]
     if info.kind in _STORED or info.kind in _UNPACK:
         data = torch.from_numpy(raw.copy())

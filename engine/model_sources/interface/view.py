@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.row_parts import outside_layers, row_parts, split_rows
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 
@@ -66,8 +67,16 @@ class ModelSourceView:
         return self.base.digest()
 
 
-class RenamedView(ModelSourceView):
-    """A view whose tensors have other names; `outer` has the base's name of each."""
+class LayersView(ModelSourceView):
+    """A view whose subclasses change tensors of layers alone."""
+
+    def row_parts(self, name: str) -> Iterator[torch.Tensor]:
+        """Tensor `name` in parts: those of the base, if it is not of a layer."""
+        return row_parts(self.base, name) if outside_layers(name) else split_rows(self.tensor(name))
+
+
+class RenamedView(LayersView):
+    """A view whose layers' tensors have other names; `outer` has the base's name of each."""
 
     def __init__(self, base: ModelSource, outer: Mapping[str, str]) -> None:
         super().__init__(base)

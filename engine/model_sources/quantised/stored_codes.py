@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.config.choices import Quantization
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import LayersView
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 from kernels.nf4.decode import decode_scales
@@ -49,7 +49,7 @@ def used_weights(
     return kind, nested
 
 
-class _DecodedSource(ModelSourceView):
+class _DecodedSource(LayersView):
     """A model source whose codes are not taken."""
 
     def codes(self, name: str) -> None:

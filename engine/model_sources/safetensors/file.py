@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
@@ -95,8 +95,8 @@ class SafetensorsWriter:
 
     `specs` says name -> (dtype, shape) of every tensor that will come. Those named in `open_length`
     are bytes (n,), of which fewer may come; they wait in memory for the end of the file. Use it
-    as a context manager: an exception inside removes the temporary file. At most one other tensor
-    is held in memory.
+    as a context manager: an exception inside removes the temporary file. No other tensor is held in
+    memory.
     Raises `ValueError` for a name, shape or type that the format or `read_header` does not allow,
     and `CheckpointError` if the disk refuses.
     """
@@ -124,24 +124,53 @@ class SafetensorsWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write tensor `name`, once. Raises `ValueError` if it is not as announced."""
-        entry = self._entries.get(name)
-        if entry is None or name not in self._missing:
-            what = "was not announced" if entry is None else "was written before"
-            raise ValueError(f"tensor {name!r} {what} for {self._path}")
+        entry = self._announced(name)
         fits = tuple(tensor.shape) == entry.shape or (
             name in self._open and tensor.dim() == 1 and 0 < len(tensor) <= entry.shape[0]
         )
         if tensor.dtype != entry.dtype or not fits:
-            raise ValueError(
-                f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
-                f"announced was {entry.dtype} {list(entry.shape)}"
-            )
+            raise self._misfit(name, tensor)
         if name in self._open:
             self._open[name] = tensor.clone()
         else:
             self._handle.seek(entry.start)
             self._handle.write(tensor_bytes(tensor))
         self._missing.remove(name)
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Write tensor `name` as parts of consecutive rows, once.
+
+        Raises `ValueError` for parts that are not together what was announced.
+        """
+        entry = self._announced(name)
+        self._handle.seek(entry.start)
+        rows = 0
+        for part in parts:
+            rows += part.shape[0] if part.dim() else 1
+            fits = tuple(part.shape[1:]) == entry.shape[1:] and part.dim() == len(entry.shape)
+            if part.dtype != entry.dtype or not fits or rows > (*entry.shape, 1)[0]:
+                raise self._misfit(name, part)
+            self._handle.write(tensor_bytes(part))
+            del part  # Else it stays in memory while the next is made.
+        if rows != (*entry.shape, 1)[0]:
+            raise ValueError(
+                f"tensor {name!r} has {rows} rows of the {list(entry.shape)} announced"
+            )
+        self._missing.remove(name)
+
+    def _announced(self, name: str) -> TensorEntry:
+        entry = self._entries.get(name)
+        if entry is None or name not in self._missing:
+            what = "was not announced" if entry is None else "was written before"
+            raise ValueError(f"tensor {name!r} {what} for {self._path}")
+        return entry
+
+    def _misfit(self, name: str, tensor: torch.Tensor) -> ValueError:
+        entry = self._entries[name]
+        return ValueError(
+            f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}; "
+            f"announced was {entry.dtype} {list(entry.shape)}"
+        )
 
     def close(self) -> None:
         """Publish the file. Raises `ValueError`, and leaves no file, if a tensor is missing."""

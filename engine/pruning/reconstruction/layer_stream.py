@@ -18,7 +18,7 @@ from torch import Tensor
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.device import resolve_device, resolve_dtype
-from engine.inference.layerwise import OneLayer
+from engine.inference.layerwise import OneLayer, embedded
 from engine.inference.perplexity import by_tokens
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
@@ -48,8 +48,7 @@ class LayerStream:
         ids = torch.cat([batch.input_ids for batch in whole])
         self._batches = _numbered(whole)
         embedding = Layout(source.config.nested).path("model.embed_tokens.weight")
-        self.states = source.tensor(embedding)[ids].to(self.device, self.dtype)
-        source.release(embedding)
+        self.states = embedded(source, embedding, ids).to(self.device, self.dtype)
 
     def open(self, index: int) -> Decoder:
         """Layer `index` alone, which reads the states as they are now."""

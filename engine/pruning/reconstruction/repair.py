@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import LayersView
 from engine.model_sources.pruning_record import HeadMap
 from engine.pruning.reconstruction.layer_stream import LayerStream, lone_output
 from engine.pruning.reconstruction.least_squares import InputMoments, Regression, repaired
@@ -42,7 +42,7 @@ class Change:
         return tensor.to(self.values.dtype).index_copy(1, self.columns, self.values)
 
 
-class RepairedSource(ModelSourceView):
+class RepairedSource(LayersView):
     """A model source some of whose tensors have new values in them."""
 
     def __init__(self, base: ModelSource, changes: Mapping[str, Change]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.view import ModelSourceView, RenamedView
+from engine.model_sources.interface.view import LayersView, RenamedView
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 from models.config.heads_per_layer import PER_LAYER
@@ -20,7 +20,7 @@ _LISTS = ("layer_types", "no_rope_layers", *PER_LAYER)
 """Keys of the configuration with a value for each layer."""
 
 
-class NarrowSource(ModelSourceView):
+class NarrowSource(LayersView):
     """A model source whose feed-forward parts have the channels `staying` alone, layer by layer."""
 
     def __init__(self, base: ModelSource, staying: Mapping[int, Tensor]) -> None:

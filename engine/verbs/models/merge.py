@@ -30,7 +30,7 @@ from engine.inference.loading import check_adapter
 from engine.memory.random_model import open_base
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, read_base, say_base
-from engine.model_sources.export import WrittenModel, write_directory
+from engine.model_sources.export import WrittenModel, parse_dtype, write_directory
 from engine.model_sources.hf_directory import HFDirectory
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import adapted
@@ -115,7 +115,8 @@ def merge_with(settings: MergeSettings) -> MergeResult:
     nested = _say_bases(source, settings)
     asked: Quantization | None = "nf4" if settings.onto == "dequantised" else None
     say(source, loaded_fate(source, asked, written=True))
-    merger = Merger(source, settings.onto, double_quant=nested)
+    dtype = parse_dtype(settings.dtype)
+    merger = Merger(source, settings.onto, double_quant=nested, dtype=dtype)
     apart: list[float] = []
 
     def write_more(folder: Path) -> None:
@@ -142,7 +143,7 @@ def merge_with(settings: MergeSettings) -> MergeResult:
         durable.write_text(folder / "README.md", text)
 
     written = write_directory(
-        source, settings.output, merger, settings.dtype, settings.max_shard_size, write_more
+        source, settings.output, merger, dtype, settings.max_shard_size, write_more
     )
     measured = _perplexities(source, settings) if settings.check else {}
     return MergeResult(

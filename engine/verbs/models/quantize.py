@@ -98,7 +98,9 @@ def quantize_with(settings: QuantizeSettings) -> QuantizeResult:
         _say_experts(source, settings.bits)
     say(source, _fate(source, encoding))
     transform = (
-        Merger(adapted, "original", double_quant=True) if adapted else lambda _, tensor: tensor
+        Merger(adapted, "original", double_quant=True, dtype=dtype)
+        if adapted
+        else lambda _, tensor: tensor
     )
     before = _perplexity(settings, settings.model) if settings.data else None
     size = _bytes_of(base) if settings.random_weights else _file_bytes(base.path)
