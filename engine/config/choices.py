@@ -36,6 +36,7 @@ PAIR_OBJECTIVES: tuple[ObjectiveName, ...] = ("dpo", "ipo", "orpo", "simpo", "cp
 Tracker = Literal["tensorboard", "wandb"]
 Thinking = Literal["auto", "keep", "strip", "empty"]
 Streaming = Literal["auto", "on", "off"]
+Sharding = Literal["none", "weights"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"]
 PipelineEvents = Literal["text", "jsonl"]

@@ -92,14 +92,19 @@ class GradientBucket:
 class DataParallel:
     """Sums the gradients of `units` over `ranks`, and hands out what owners updated.
 
-    `units` are lists of parameters in the order in which backward reaches them. Raises `ValueError`
-    where a parameter is in two of them, and where a rank would own none.
+    `units` are lists of parameters in the order in which backward reaches them. `data` are the
+    ranks that the rows of a step are dealt to, by default the same; others share their batches.
+    Raises `ValueError` where a parameter is in two of them, and where a rank would own none.
     """
 
     def __init__(
-        self, ranks: Ranks, units: Sequence[Sequence[Tensor]], elements: int = BUCKET_ELEMENTS
+        self,
+        ranks: Ranks,
+        units: Sequence[Sequence[Tensor]],
+        elements: int = BUCKET_ELEMENTS,
+        data: Ranks | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.ranks, self.data = ranks, ranks if data is None else data
         self.buckets = [GradientBucket(members, ranks) for members in _bucketed(units, elements)]
         self._bucket_of = {
             id(p): number for number, b in enumerate(self.buckets) for p in b.parameters

@@ -13,6 +13,7 @@ from engine.distributed.deal import (
     deal_by_cost,
     deal_in_order,
 )
+from engine.distributed.mesh import Mesh
 from kernels.runtime.ranks import Ranks
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
@@ -23,27 +24,37 @@ class Dealer:
     """Deals the rows of every step to `ranks`.
 
     In order where random masks follow from the token's index in its micro-batch: they are then
-    those of one process.
+    those of one process. In `lockstep` every rank runs as many passes as the one with most.
     """
 
     ranks: Ranks
     cost: RowCost
     limits: PassLimits
     in_order: bool
+    lockstep: bool = False
 
     @classmethod
-    def of(cls, config: TrainConfig, model: ModelConfig, ranks: Ranks) -> Dealer:
+    def of(cls, config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Dealer:
         """The dealer of a run of this model."""
         drops = max(config.lora_dropout, config.hidden_dropout, config.attention_dropout) > 0.0
         tokens = config.batch_size * config.max_length if config.packing else None
-        return cls(ranks, cost_of(model), PassLimits(config.batch_size, tokens), drops)
+        limits = PassLimits(config.batch_size, tokens)
+        return cls(mesh.data, cost_of(model), limits, drops, mesh.lockstep)
 
-    def share(self, step: Sequence[Sequence[int]], length: Callable[[int], int]) -> list[DealtRows]:
-        """The rows of this rank, in pieces that are a pass each; there may be none."""
+    def share(
+        self, step: Sequence[Sequence[int]], length: Callable[[int], int]
+    ) -> tuple[list[DealtRows], int]:
+        """The rows of this rank, in pieces that are a pass each, and how many it must add to them.
+
+        There may be no rows. What is added are passes without any, for lockstep.
+        """
         size = self.ranks.size
         if self.in_order:
-            return deal_in_order(step, length, self.cost, size)[self.ranks.rank]
-        return deal_by_cost(step, length, self.cost, size, self.limits)[self.ranks.rank]
+            dealt = deal_in_order(step, length, self.cost, size)
+        else:
+            dealt = deal_by_cost(step, length, self.cost, size, self.limits)
+        own = dealt[self.ranks.rank]
+        return own, max(map(len, dealt)) - len(own) if self.lockstep else 0
 
 
 def cost_of(model: ModelConfig) -> RowCost:

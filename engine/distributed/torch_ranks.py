@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from engine.errors import GroupError
-from kernels.runtime.ranks import Transfer
+from kernels.runtime.ranks import ONE_RANK, Ranks, Transfer
 
 # torch 2.13 renamed both; older versions know the second name alone.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -71,6 +71,14 @@ class TorchRanks:
 
     def _count(self, kind: str, x: Tensor) -> None:
         self.sent[kind] += x.numel() * x.element_size()
+
+
+def group_of(members: Sequence[int]) -> Ranks:
+    """A group of these processes, which all processes make; for others it is nothing to use."""
+    made = dist.new_group(list(members))
+    if len(members) == 1 or dist.get_rank() not in members:
+        return ONE_RANK
+    return TorchRanks(made)
 
 
 class _Started:

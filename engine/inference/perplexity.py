@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,8 +15,10 @@ from engine.data.batches.loader import collate
 from engine.data.examples import Example
 from engine.inference.parts import PartNames
 from kernels.loss.cross_entropy import PLAIN
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_sums
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
+from models.layers.packed_batch import PackedBatch
 
 TOKENS_PER_BATCH = 2048
 T = TypeVar("T")
@@ -64,17 +67,19 @@ def evaluate_examples(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     settings: StepSettings = DEFAULT_SETTINGS,
     parts: PartNames | None = None,
+    ranks: Ranks = ONE_RANK,
 ) -> EvalResult:
     """Token-weighted loss of `examples`; dropout is off, and the model's mode is left as it was.
 
     It is the plain cross-entropy: weights of rows, smoothing and z-loss are of training. `parts`
-    are the categories and sources whose losses are asked for as well.
+    are the categories and sources whose losses are asked for as well. The batches are dealt to
+    `ranks`, which all have the result.
     """
     started, was_training = time.perf_counter(), model.training
     model.eval()
     whole, by_part = _Sum(), dict[str, _Sum]()
     for names, group in _grouped(examples, parts):
-        own = _sum_of(model, group, tokens_per_batch, settings)
+        own = _sum_of(model, group, tokens_per_batch, settings, ranks)
         for added in (whole, *(by_part.setdefault(name, _Sum()) for name in names)):
             added.loss += own.loss
             added.tokens += own.tokens
@@ -109,15 +114,33 @@ def _grouped(
 
 
 def _sum_of(
-    model: Decoder, examples: list[Example], tokens_per_batch: int, settings: StepSettings
+    model: Decoder,
+    examples: list[Example],
+    tokens_per_batch: int,
+    settings: StepSettings,
+    ranks: Ranks,
 ) -> _Sum:
     total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for group in by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch):
-        batch = collate(group)
+    groups = list(by_tokens(sorted(examples, key=len, reverse=True), tokens_per_batch))
+    for batch in dealt_batches([partial(collate, group) for group in groups], ranks):
         loss = model.batch_loss(batch, replace(settings, loss_terms=PLAIN), num_items=1)
         total += loss.double().cpu()
         tokens += batch.trained_tokens
-    return _Sum(float(total), tokens)
+    # Of a batch whose tokens several ranks share, each has the loss of its own.
+    (loss_sum,) = host_sums(model.context_ranks, float(total))
+    loss_sum, count = host_sums(ranks, loss_sum, tokens)
+    return _Sum(loss_sum, int(count))
+
+
+def dealt_batches(
+    makers: Sequence[Callable[[], PackedBatch]], ranks: Ranks
+) -> Iterator[PackedBatch]:
+    """The batches of this rank, made one after the other; every rank has as many of them."""
+    own = makers[ranks.rank :: ranks.size]
+    for make in own:
+        yield make()
+    for _ in range(-(-len(makers) // ranks.size) - len(own)):
+        yield PackedBatch.idle()
 
 
 @torch.no_grad()

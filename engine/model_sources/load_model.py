@@ -190,13 +190,14 @@ def build_for(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
-    vocabulary: Ranks | None = None,
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above.
 
-    With `ranks` the layers' frozen weights are divided among them, with `vocabulary` the rows of
-    embedding and head.
+    With `ranks` the layers' frozen weights are divided among them; so are the rows of embedding
+    and head, where the objective is one of next tokens alone and reads none of them on the host.
     """
+    whole = config.learns_answers or config.teacher is not None or config.embedding_on == "host"
+    vocabulary = None if whole else ranks
     four_bit = config.method == "qlora"
     return build_model(
         source if four_bit else decoded(source),

@@ -141,10 +141,9 @@ class Prepared:
         if self.dealer is None:
             return [collated(rows) for rows in micros]
         length = self.answers.length if self.config.learns_answers else lambda n: len(examples[n])
-        return [
-            collated(piece.rows).part_of(piece.micro, piece.first_token)
-            for piece in self.dealer.share(micros, length)
-        ]
+        pieces, idle = self.dealer.share(micros, length)
+        own = [collated(p.rows).part_of(p.micro, p.first_token) for p in pieces]
+        return own + [PackedBatch.idle()] * idle
 
     def _collated(self, rows: Sequence[int]) -> PackedBatch:
         """These examples as one batch."""

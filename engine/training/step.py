@@ -100,7 +100,7 @@ class TrainingStep:
             )
         if not self.model.training:
             self.model.train()
-        ranks = ONE_RANK if self.parallel is None else self.parallel.ranks
+        ranks = ONE_RANK if self.parallel is None else self.parallel.data
         totals = self.objective.totals(self.model, batches, self.settings, ranks)
         sums = self._passes(batches, number, totals, loss_scale)
         norm = self._norm(sums, loss_scale)

@@ -35,4 +35,47 @@ DISTRIBUTED_RULES = (
         "max_restarts {c.max_restarts} starts processes again that --gpus started, and gpus is 1.",
         "Give --gpus N, or torchrun's own --max-restarts",
     ),
+    Rule(
+        "context_parallel",
+        lambda c, f: (
+            c.context_parallel > 1
+            and (c.gpus > 1 or f.processes is not None)
+            and max(c.gpus, f.processes or 1) % c.context_parallel != 0
+        ),
+        "context_parallel {c.context_parallel} does not divide the number of processes.",
+        "Start a multiple of it with --gpus, or torchrun's --nproc-per-node",
+    ),
+    Rule(
+        "context_parallel",
+        lambda c, f: c.context_parallel > 1 and c.gpus == 1 and f.processes == 1,
+        "context_parallel {c.context_parallel} shares a batch's tokens among processes, and there "
+        "is one.",
+        "Give --gpus N, or start torchrun",
+    ),
+    Rule(
+        "shard",
+        lambda c, f: c.shard != "none" and c.gpus == 1 and f.processes == 1,
+        "shard {c.shard} divides weights among processes, and there is one.",
+        "Give --gpus N, start torchrun, or use --offload weights",
+    ),
+    Rule(
+        "shard",
+        lambda c, _: c.shard == "weights" and c.every_weight,
+        "shard weights divides a frozen base, and method {c.method} trains every weight.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "shard",
+        lambda c, _: c.shard != "none" and c.keep_decoded.isdecimal() and int(c.keep_decoded) > 0,
+        "shard {c.shard} gathers the stored weights of each layer, and keep_decoded "
+        "{c.keep_decoded} would keep decoded ones.",
+        "Leave one of them out",
+    ),
+    Rule(
+        "shard",
+        lambda c, _: c.shard != "none" and c.sample_every > 0,
+        "shard {c.shard} needs all processes for every pass, and sample_every {c.sample_every} "
+        "generates in one of them.",
+        "Leave out --sample-every, and generate from the adapter afterwards",
+    ),
 )

@@ -17,6 +17,7 @@ from engine.config.choices import (
     Offload,
     Optimizer,
     Schedule,
+    Sharding,
     Streaming,
 )
 
@@ -28,6 +29,8 @@ class RunSettings(Protocol):
     data: tuple[str, ...]
     gpus: int
     max_restarts: int
+    shard: Sharding
+    context_parallel: int
     tokenizer: str | None
     method: Method
     lora_dropout: float

@@ -1,6 +1,10 @@
 """Settings of runs over several processes, and how they are started."""
 
+from typing import Annotated
+
+from engine.config.choices import Sharding
 from engine.config.settings import Settings, setting
+from engine.config.spelling import spelled
 
 
 class DistributedSettings(Settings):
@@ -11,6 +15,18 @@ class DistributedSettings(Settings):
         "Distributed",
         "processes on this machine that train together, one on each GPU (on a CPU they share its "
         "cores); the rows of a step are dealt to them. For several machines start torchrun",
+        ge=1,
+        le=1024,
+    )
+    shard: Annotated[Sharding, spelled({"false": "none", "base": "weights"})] = setting(
+        "none",
+        "Distributed",
+        "weights: every process keeps a part of the frozen weights, gathered a layer at a time",
+    )
+    context_parallel: int = setting(
+        1,
+        "Distributed",
+        "processes that share the tokens of each batch, for long rows; divides their number",
         ge=1,
         le=1024,
     )

@@ -17,6 +17,7 @@ from engine.inference.perplexity import EvalResult, evaluate_examples
 from engine.training.objectives.choose import names_of
 from engine.training.objectives.evaluation import evaluate_answers
 from engine.training.objectives.objective import Objective
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 
@@ -80,11 +81,16 @@ class HeldoutRows(Heldout):
     examples: Sequence[Example]
     parts: PartNames
     settings: StepSettings
+    ranks: Ranks = ONE_RANK
 
     def measured(self) -> dict[str, float]:
         """Loss and perplexity."""
         result = evaluate_examples(
-            self.model, self.examples, settings=self.settings, parts=self.parts
+            self.model,
+            self.examples,
+            settings=self.settings,
+            parts=self.parts,
+            ranks=self.ranks,
         )
         return figures_of(result)
 
@@ -108,6 +114,7 @@ class HeldoutAnswers(Heldout):
     answers: AnswerSet
     objective: Objective
     settings: StepSettings
+    ranks: Ranks = ONE_RANK
 
     @property
     def examples(self) -> Sequence[Example]:  # type: ignore[override]
@@ -116,7 +123,8 @@ class HeldoutAnswers(Heldout):
 
     def measured(self) -> dict[str, float]:
         """Loss and the objective's figures."""
-        figures = evaluate_answers(self.model, self.objective, self.answers, self.settings)
+        what = self.model, self.objective, self.answers, self.settings
+        figures = evaluate_answers(*what, ranks=self.ranks)
         return {f"{EVAL}{name}": value for name, value in figures.items()}
 
     def tell(self, figures: Mapping[str, float], when: str) -> None:

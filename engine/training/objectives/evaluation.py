@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from engine.data.batches.sequences import AnswerSet
-from engine.inference.perplexity import TOKENS_PER_BATCH, grouped
+from engine.inference.perplexity import TOKENS_PER_BATCH, dealt_batches, grouped
 from engine.training.objectives.objective import Objective
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 
@@ -28,17 +30,19 @@ def evaluate_answers(
     answers: AnswerSet,
     settings: StepSettings = DEFAULT_SETTINGS,
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    ranks: Ranks = ONE_RANK,
 ) -> dict[str, float]:
     """`loss` and the objective's figures over all `answers`, as one step of all of them has them.
 
-    Dropout is off, and the model's mode is left as it was.
+    Dropout is off, and the model's mode is left as it was. The batches are dealt to `ranks`, which
+    all have the result.
     """
     was_training = model.training
     model.eval()
     every = range(len(answers.examples))
     groups = indices_by_tokens(answers, every, tokens_per_batch)
-    batches = [answers.batch(group) for group in groups]
-    totals = objective.totals(model, batches, settings)
+    batches = list(dealt_batches([partial(answers.batch, group) for group in groups], ranks))
+    totals = objective.totals(model, batches, settings, ranks)
     sums = torch.zeros(1 + len(objective.names), dtype=torch.float64, device=model.device)
     for batch in batches:
         part = objective.share(model, batch, settings, totals)
@@ -46,4 +50,6 @@ def evaluate_answers(
         if part.figures is not None:
             sums[1:] += part.figures
     model.train(was_training)
+    for shared in (model.context_ranks, ranks):
+        shared.all_reduce(sums).wait()
     return dict(zip(("loss", *objective.names), sums.tolist(), strict=True))

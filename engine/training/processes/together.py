@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from engine.config.train_config import TrainConfig
 from engine.distributed.data_parallel import DataParallel
 from engine.distributed.group import Group
+from engine.distributed.mesh import Mesh
 from engine.distributed.messages import broadcast_tensors, broadcast_text
 from engine.distributed.optimizer_state import OptimizerOfRanks
 from engine.runs.checkpoints import CheckpointStore
@@ -35,13 +36,13 @@ class Optimization:
     parallel: DataParallel | None = None
 
     @classmethod
-    def of(cls, model: Decoder, config: TrainConfig, group: Group) -> Optimization:
+    def of(cls, model: Decoder, config: TrainConfig, mesh: Mesh) -> Optimization:
         """The optimizer of `config` over what this process updates of the model."""
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if group.is_alone:
+        if mesh.every.size == 1:
             optimizer = optimizer_over(trained.items(), config)
             return cls(optimizer, optimizer)
-        parallel = DataParallel(group.ranks, backward_units(model))
+        parallel = DataParallel(mesh.every, backward_units(model), data=mesh.data)
         own = {n: p for n, p in trained.items() if id(p) in parallel.owned}
         optimizer = optimizer_over(own.items(), config)
         # The names decide the groups, and so the order of the whole state.

@@ -8,6 +8,7 @@ from engine.config.tasks.commands import command_of
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.distributed.group import ALONE, Group
+from engine.distributed.mesh import ALONE_MESH, Mesh
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say
 from engine.pruning.keep_pruned import hold_pruned
@@ -31,6 +32,7 @@ from engine.training.trainable import (
     step_settings,
 )
 from engine.verbs.training.run_memory import budget_of, with_policy
+from models.over_ranks import split_context
 
 
 class RunSetup:
@@ -47,8 +49,9 @@ class RunSetup:
         process: int,
         checkpoints: CheckpointStore | None = None,
         group: Group = ALONE,
+        mesh: Mesh = ALONE_MESH,
     ) -> None:
-        self.config, self.prepared, self.group = config, prepared, group
+        self.config, self.prepared, self.mesh = config, prepared, mesh
         self.device = resolve_device(self.config.device)
         dtype = resolve_dtype(self.config.dtype, self.device)
         settings, planned = with_policy(self.config, prepared, self.device, dtype, process)
@@ -60,12 +63,14 @@ class RunSetup:
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
         base = with_start(self.config, base)
-        self.model = build_for(self.config, base, self.device, dtype)
+        self.model = build_for(self.config, base, self.device, dtype, mesh.weights)
         self.reference.measure("base", self.model)
         self.trainable = make_trainable(self.model, settings, prepared.init)
         first = start_pairs(self.model, self.config, base)
         self.reference.measure("start", self.model)
-        self.optimization = Optimization.of(self.model, self.config, group)
+        if mesh.context.size > 1:
+            split_context(self.model, mesh.context)
+        self.optimization = Optimization.of(self.model, self.config, mesh)
         self.optimizer = self.optimization.optimizer
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
@@ -87,10 +92,11 @@ class RunSetup:
     def _heldout(self) -> Heldout:
         config, prepared = self.config, self.prepared
         if not config.learns_answers:
-            return HeldoutRows(self.model, prepared.heldout, prepared.parts, self.settings)
+            rows = self.model, prepared.heldout, prepared.parts, self.settings
+            return HeldoutRows(*rows, self.mesh.data)
         answers, reference = prepared.heldout_answers, self.reference.heldout
         objective = make_objective(config, answers, reference) if answers.examples else TOKENS
-        return HeldoutAnswers(self.model, answers, objective, self.settings)
+        return HeldoutAnswers(self.model, answers, objective, self.settings, self.mesh.data)
 
     def step(self) -> TrainingStep:
         """The step of the run; a teacher is read here."""

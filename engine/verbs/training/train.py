@@ -26,6 +26,7 @@ from engine.device import check_threads, resolve_device, resolve_dtype
 from engine.distributed.dealing import Dealer
 from engine.distributed.follower import FollowedDirectory
 from engine.distributed.group import Group, after_restart, joined, launched, leads
+from engine.distributed.mesh import Mesh, lay_out
 from engine.distributed.messages import all_or_none, broadcast_text
 from engine.exporting.publish import destination, publish_folder
 from engine.model_sources.quantised.fates import run_fate, stored_line
@@ -86,12 +87,13 @@ class _Run:
         process: int,
         callbacks: CallbackList,
         group: Group,
+        mesh: Mesh,
     ) -> None:
         self.directory, self.prepared, self.stack = directory, prepared, stack
         self.callbacks, self.group = callbacks, group
         self.config = directory.config
         checkpoints = directory.checkpoints if group.leads else None
-        self.setup = RunSetup(self.config, prepared, process, checkpoints, group)
+        self.setup = RunSetup(self.config, prepared, process, checkpoints, group, mesh)
         self.progress, self.heldout = self.setup.progress, self.setup.heldout
 
     def evaluate_before(self) -> dict[str, float]:
@@ -253,16 +255,17 @@ def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList)
     asked, config, rows = all_or_none(group, partial(_resolved, config, group))
     if not group.is_alone:
         config = TrainConfig(**json.loads(broadcast_text(group.ranks, config.model_dump_json())))
+    mesh = lay_out(group, config.context_parallel, config.shard == "weights")
     process = _process(config)
     where = destination(config)
     with _directory(config, group, console) as directory, ExitStack() as stack:
         prepared = all_or_none(group, partial(_checked, directory.config, process, rows))
         if not group.is_alone:
-            prepared.dealer = Dealer.of(config, prepared.model_source.config, group.ranks)
+            prepared.dealer = Dealer.of(config, prepared.model_source.config, mesh)
         all_or_none(group, directory.open)
         stack.enter_context(deterministic(resolve_device(config.device), config.deterministic))
         stack.enter_context(explained_memory(directory.config, prepared))
-        started = partial(_Run, directory, prepared, stack, process, told, group)
+        started = partial(_Run, directory, prepared, stack, process, told, group, mesh)
         run = all_or_none(group, started)
         all_or_none(group, directory.begin)
         if asked.fit_memory is not None:
@@ -328,6 +331,8 @@ def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConf
     if not group.leads:
         return config, config, None
     check(config, Facts(processes=group.ranks.size))
+    if config.shard != "none":  # what is gathered is as it is stored
+        config = config.model_copy(update={"keep_decoded": "none"})
     asked = with_cpu_dtype(with_init_adapter(after_restart(config)))
     fitted, rows = with_fitted(asked)
     return asked, fitted if group.is_alone else dated(name_run(fitted)), rows

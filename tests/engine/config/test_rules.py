@@ -91,11 +91,18 @@ PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"objective": "kto", "streaming": "on"}, Facts()),
     ({"objective": "dpo", "train_on": "### Answer:"}, Facts()),
 ]
+SAMPLES = {"sample_every": 5, "sample_prompts": "prompts.jsonl"}
 DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({**IN_BACKWARD, "gpus": 2}, Facts()),
     ({"cuda_graphs": True}, Facts(processes=2)),
     ({"data": ("-",), "gpus": 2}, Facts()),
     ({"max_restarts": 3}, Facts()),
+    ({"gpus": 3, "context_parallel": 2}, Facts()),
+    ({"context_parallel": 2}, Facts(processes=1)),
+    ({"shard": "weights"}, Facts(processes=1)),
+    ({"shard": "weights", "gpus": 2, "method": "full"}, Facts()),
+    ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
+    ({"shard": "weights", "gpus": 2, **SAMPLES}, Facts()),
 ]
 BREAKS = [
     *RUN_BREAKS,

@@ -116,6 +116,23 @@ def test_two_processes_leave_what_one_does(alone: Path, together: Path) -> None:
     assert checkpoints[0] == checkpoints[1]
 
 
+def test_divided_weights_and_rows_leave_what_one_process_does(alone: Path) -> None:
+    """Four processes: two share the tokens of a batch, and all divide the base between them."""
+    more = ("--gpus", "4", "--context-parallel", "2", "--shard", "weights")
+    status, output = finished("cli.main", *words(alone, "divided", *more))
+    assert status == 0, output
+    figures = [
+        json.loads((alone / name / "summary.json").read_text())["metrics"]
+        for name in ("divided", "alone")
+    ]
+    before = [figure["heldout_loss_before"] for figure in figures]
+    assert before[0] == pytest.approx(before[1], rel=1e-6)
+    for mine, other in zip(lines(alone, "divided"), lines(alone, "alone"), strict=True):
+        assert mine["trained_tokens"] == other["trained_tokens"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-5)
+
+
 def test_a_group_that_is_stopped_goes_on_with_any_number(together: Path) -> None:
     process = start("cli.main", *words(together, "stopped", "--gpus", "2"))
     wait_for(together / "stopped" / "checkpoint-3", process)
