@@ -48,11 +48,14 @@ def idle_pass(
     *,
     num_items: float | None = None,
     loss_scale: float = 1.0,
+    teacher: Decoder | None = None,
 ) -> None:
     """Everything that a micro-batch sends, for a rank that has none while others have one.
 
     With `num_items`, which is the others', it goes forward and backward, and a trained head gets
-    the gradient of the others' tokens; without, forward alone.
+    the gradient of the others' tokens; without, forward alone. A `teacher` goes forward in between.
+    It computes no layer; `PackedBatch.idle` does the same by a pass over one token, which experts
+    that ranks divide need.
     """
     embedding, stream, backward = (
         model.model.embed_tokens,
@@ -65,6 +68,8 @@ def idle_pass(
         rows = embedding(none) if model.vocabulary is not None else None
         if shared is not None:
             shared.idle_forward()
+        if teacher is not None and isinstance(teacher.weight_stream, SharedPasses):
+            teacher.weight_stream.idle_forward()
         if model.vocabulary is not None:
             states = torch.empty(
                 0, model.config.hidden_size, dtype=model.dtype, device=model.device

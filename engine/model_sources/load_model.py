@@ -63,7 +63,7 @@ class LayerPlacement:
     On a CPU device and host are one. Without `ranks` every process has all weights. With
     `vocabulary` the ranks divide the rows of embedding and head too. Where every weight is to be
     `trained` they divide both as `models.sharding.shard_parameters` does. Experts may be divided
-    over `experts` instead of the layers' weights: each then computes with its own alone.
+    over `experts`: each then computes with its own alone, and `ranks` divide the other weights.
     """
 
     on_host: bool = False
@@ -140,10 +140,10 @@ def build_model(
 
 
 def _divide_experts(model: Decoder, placement: LayerPlacement, ranks: Ranks) -> None:
-    if placement.ranks is not None:
+    if placement.ranks is not None and placement.trained:
         raise ConfigError(
-            "Layers' weights are to be sharded, which takes weights that all processes have, and "
-            "experts to be divided over processes; leave one of the two out."
+            "Parameters that are trained are to be sharded, which takes those that all processes "
+            "have, and experts to be divided over processes; leave one of the two out."
         )
     try:
         divide_experts(model, ranks)

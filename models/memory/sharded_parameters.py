@@ -26,6 +26,7 @@ from kernels.linear.adapters import Gradients
 from kernels.runtime.ranks import Ranks, Transfer
 from kernels.vocabulary.shard import BLOCK
 from models.layers.block import DecoderLayer
+from models.layers.experts import Experts
 from models.memory.absent import Absent
 from models.memory.layer_gather import LayerGather, bytes_sent, resident_bytes
 
@@ -93,11 +94,13 @@ class ShardedParameters:
     def take(self, layer: DecoderLayer) -> None:
         """Keep a share of the next layer's parameters, to be trained, and free the rest.
 
-        Raises `ValueError` where the layer is not the next one, is not dense throughout, or has
-        parameters of several dtypes.
+        Raises `ValueError` where the layer is not the next one, has experts that are divided
+        already, or parameters of several dtypes.
         """
         if layer.index != len(self._slots):
             raise ValueError(f"layer {layer.index} is given where {len(self._slots)} is expected")
+        if any(isinstance(m, Experts) and m.share.ranks.size > 1 for m in layer.modules()):
+            raise ValueError(f"the experts of layer {layer.index} are divided over ranks already")
         slots, size = _slots(layer)
         whole = [slot.parameter() for slot in slots]
         dtypes = {parameter.dtype for parameter in whole}

@@ -3,7 +3,7 @@
 A rank keeps an N-th of the bytes of each layer: codes and scales of quantised projections and
 experts, and dense matrices where nothing is quantised. The bytes are gathered as they are
 (`models.memory.layer_gather`), so results are those of whole weights, to the bit. Biases, norms and
-whatever is trained stay whole on every rank.
+whatever is trained stay whole on every rank; experts that are divided already stay where they are.
 
 Outside its turn a layer's weights are placeholders (`models.memory.absent`): whoever reads one gets
 an error, not other numbers.
@@ -154,6 +154,8 @@ def frozen_layer_bytes(layer: DecoderLayer) -> int:
 def _frozen_weights(module: nn.Module) -> _Named:
     """Name -> weight that is divided: quantised ones, dense matrices and dense experts."""
     if isinstance(module, Experts):
+        if module.share.ranks.size > 1:
+            return {}  # each rank has experts of its own, and keeps them
         dense = {"gate_up_proj": module.gate_up_proj, "down_proj": module.down_proj}
         return module.stored or {name: p for name, p in dense.items() if p is not None}
     if isinstance(module, Linear) and isinstance(module.weight, Tensor):

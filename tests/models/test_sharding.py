@@ -19,7 +19,10 @@ from models.adapters import add_lora
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
+from models.layers.experts import Experts
 from models.layers.packed_batch import PackedBatch
+from models.memory.sharded_parameters import ShardedParameters
+from models.over_ranks import split_context
 from models.sharding import idle_pass, shard_vocabulary
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 from tests.support.tiny_model import GOLDEN, RandomSource
@@ -58,10 +61,13 @@ def built(
     if full:
         return model.requires_grad_(True)
     add_lora(model, rank=2, seed=3)
-    draw = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora" in name:
-            parameter.data = torch.randn(parameter.shape, generator=draw).to(dtype) * 0.1
+            draw = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            experts = _experts_of(model, name)
+            count = len(parameter) if experts is None else experts.share.total
+            values = torch.randn(count, *parameter.shape[1:], generator=draw).to(dtype) * 0.1
+            parameter.data = values if experts is None else experts.share.of(values).clone()
     return model
 
 
@@ -77,13 +83,19 @@ def batches_of(rank: int) -> Batch:
     return results
 
 
-def accumulated(model: Decoder, mine: Batch, passes: int, items: float) -> dict[str, Tensor]:
-    """The loss and gradients of a rank's micro-batches, which keeps step for `passes` of them."""
+def accumulated(
+    model: Decoder, mine: Batch, passes: int, items: float, *, token: bool = False
+) -> dict[str, Tensor]:
+    """The loss and gradients of a rank's micro-batches, which keeps step for `passes` of them.
+
+    Without a batch it computes nothing, or one `token`.
+    """
     model.zero_grad()
     loss = torch.zeros((), dtype=torch.float64)
     for number in range(passes):
-        if number < len(mine):
-            part = model.batch_loss(mine[number], SETTINGS, num_items=items)
+        if number < len(mine) or token:
+            batch = mine[number] if number < len(mine) else PackedBatch.idle()
+            part = model.batch_loss(batch, SETTINGS, num_items=items)
             part.backward()
             loss += part.detach()
         else:
@@ -137,6 +149,83 @@ def test_single_precision_and_8_bit_rows(head_8bit: bool) -> None:
         return accumulated(model, batches_of(own.rank), 2, items)
 
     assert_sum(run_ranks(2, work), whole, 2e-6)
+
+
+def test_a_token_that_is_not_trained_keeps_step_too() -> None:
+    whole, items = expected_of(built("qwen3_moe", quantization="nf4"), 3)
+
+    def work(own: ThreadRanks) -> dict[str, Tensor]:
+        model = built("qwen3_moe", LayerPlacement(False, own, own), quantization="nf4")
+        mine = batches_of(own.rank)
+        return accumulated(model, mine, 2, items, token=own.rank == 0)
+
+    assert_sum(run_ranks(3, work), whole, 1e-12)
+
+
+def test_experts_that_are_divided_stay_where_they_are() -> None:
+    whole, items = expected_of(built("qwen3_moe", quantization="nf4"), 2)
+
+    def work(own: ThreadRanks) -> dict[str, Tensor]:
+        placed = LayerPlacement(ranks=own, vocabulary=own, experts=own)
+        model = built("qwen3_moe", placed, quantization="nf4")
+        with pytest.raises(ValueError, match="divided over ranks already"):
+            ShardedParameters(own, model.device).take(model.layers[0])
+        gradients = accumulated(model, batches_of(own.rank), 2, items, token=True)
+        return {name: _spread(model, name, x) for name, x in gradients.items()}
+
+    assert_sum(run_ranks(2, work), whole, 1e-12)
+
+
+def _spread(model: Decoder, name: str, gradient: Tensor) -> Tensor:
+    """An expert's gradient where it stands among those of all, and zeros elsewhere."""
+    experts = _experts_of(model, name)
+    if experts is None:
+        return gradient
+    out = gradient.new_zeros(experts.share.total, *gradient.shape[1:])
+    out[experts.share.first : experts.share.first + experts.share.count] = gradient
+    return out
+
+
+def _experts_of(model: Decoder, name: str) -> Experts | None:
+    """The experts that a parameter is of, if any."""
+    path, separator, _ = name.partition(".experts.")
+    experts = model.get_submodule(f"{path}.experts") if separator else None
+    assert experts is None or isinstance(experts, Experts)
+    return experts
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_ranks_share_the_tokens_of_a_batch_too(family: str) -> None:
+    whole, items = expected_of(built(family, quantization="nf4"), 2)
+
+    def work(own: ThreadRanks) -> dict[str, Tensor]:
+        model = built(family, LayerPlacement(False, own, own), quantization="nf4")
+        split_context(model, own)
+        batches = [batch for rank in range(2) for batch in batches_of(rank)]
+        return accumulated(model, batches, len(batches), items)
+
+    assert_sum(run_ranks(2, work), whole, 1e-12)
+
+
+def test_a_teacher_keeps_step_with_its_student() -> None:
+    """The teacher's base and the student's are divided, their vocabulary is whole."""
+    batch, items = batches_of(0)[0], 7.0
+    plain = built("qwen3", quantization="nf4")
+    teacher = built("qwen3")
+    plain.batch_loss(batch, SETTINGS, num_items=items, teacher=teacher).backward()
+    whole = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+
+    def work(own: ThreadRanks) -> dict[str, Tensor]:
+        model = built("qwen3", LayerPlacement(ranks=own), quantization="nf4")
+        told = built("qwen3")
+        told.shard_weights(own)
+        if own.rank == 1:
+            idle_pass(model, SETTINGS, num_items=items, teacher=told)
+            return {}
+        model.batch_loss(batch, SETTINGS, num_items=items, teacher=told).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_sum(run_ranks(2, work), whole, 1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:2])

@@ -15,6 +15,7 @@ from kernels.runtime.ranks import ONE_RANK
 from kernels.vocabulary.lookup import lookup
 from kernels.vocabulary.shard import BLOCK, VocabularyShard, own_rows, rows_per_rank
 from kernels.vocabulary.sharded_cross_entropy import sharded_cross_entropy, sharded_logits
+from kernels.vocabulary.traffic import lookup_bytes, loss_bytes
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 
 VOCABULARY, WIDTH, ITEMS = 150, 32, 11.0
@@ -246,3 +247,26 @@ def test_a_process_alone_has_every_row() -> None:
     close(mine, linear_cross_entropy(hidden, matrix(), targets, ITEMS), 1e-12)
     with pytest.raises(ValueError, match="do not fit"):
         sharded_cross_entropy(hidden, shard, targets[:2], ITEMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_bytes_given_follow_their_formulas(dtype: torch.dtype, gradient: bool) -> None:
+    whole = matrix(dtype)
+
+    def work(own: ThreadRanks) -> None:
+        shard = part_of(whole, own)
+        hidden, targets, _ = tokens(own.rank, dtype)
+        own.sent.clear()
+        lookup(shard, targets)
+        rows = own_rows(VOCABULARY, WIDTH, own)
+        every = torch.cat([tokens(rank)[1] for rank in range(4)])
+        answered = int(((every >= rows.start) & (every < rows.stop)).sum())
+        expected = lookup_bytes(len(targets), answered, WIDTH * dtype.itemsize, 4)
+        assert own.sent.total() == expected
+        own.sent.clear()
+        sharded_cross_entropy(hidden.requires_grad_(gradient), shard, targets, ITEMS, 6)
+        expected = loss_bytes(max(COUNTS), 6, WIDTH, dtype.itemsize, 4, gradient=gradient)
+        assert own.sent.total() == expected
+
+    run_ranks(4, work)

@@ -315,7 +315,7 @@ def test_what_cannot_be_divided_is_refused(golden: Golden) -> None:
         with pytest.raises(ConfigError, match="6 experts cannot be divided equally over 4"):
             build_model(source, layers=LayerPlacement(experts=ranks))
         with pytest.raises(ConfigError, match="leave one of the two out"):
-            build_model(source, layers=LayerPlacement(ranks=ranks, experts=ranks))
+            build_model(source, layers=LayerPlacement(ranks=ranks, experts=ranks, trained=True))
         dense = open_model_source(golden("llama"))
         with pytest.raises(ConfigError, match="no experts to divide"):
             build_model(dense, layers=LayerPlacement(experts=ranks))
