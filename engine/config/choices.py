@@ -22,6 +22,9 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 ComputeType = Literal["auto", "float32", "bfloat16", "float16"]
 StoredType = Literal["float32", "bfloat16", "float16"]
 Auto = Literal["auto"]
+SavedModule = Literal["embed_tokens", "lm_head"]
+SAVED_MODULES: tuple[SavedModule, ...] = get_args(SavedModule)
+"""Modules that can be trained whole beside an adapter."""
 HeadPrecision = Literal["16bit", "8bit"]
 EmbeddingOn = Literal["device", "host"]
 Offload = Literal["checkpoints", "weights"]

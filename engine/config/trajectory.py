@@ -33,6 +33,7 @@ NOT_TRAJECTORY = frozenset(
 # What the digests of a run's manifest say more of than a name can, and how long a run is.
 KNOWN_OTHERWISE = frozenset(
     {
+        "add_tokens",  # the tokenizer's digest says which they are
         "bad_lines",  # rows that it leaves out would have ended the run
         "data",
         "epochs",

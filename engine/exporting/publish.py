@@ -18,8 +18,8 @@ from engine.config.publishing import Publishing
 from engine.exporting.model_page import model_page
 from engine.hub.upload import Destination, require_destination, upload
 from engine.model_sources.adapter.config import public_name
-from engine.model_sources.model_files import TOKENIZER_FILES
 from engine.model_sources.pruning_record import FORMAT, PRUNING, sealed
+from engine.model_sources.vocabulary.folder import TOKENIZER_FILES
 from engine.storage.safe_files import MIB, read_json_object, read_regular, read_text
 
 _PAGE = "README.md"

@@ -10,6 +10,7 @@ from engine.config.given_adapters import WeightedPath
 from engine.config.tasks.inference import GenerateSettings, OneModel
 from engine.config.tasks.quantizing import MergeSettings, QuantizeSettings
 from engine.device import resolve_device, resolve_dtype
+from engine.errors import ConfigError
 from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.provenance import base_name, say_base
 from engine.model_sources.adapter_path import adapter_path
@@ -18,6 +19,8 @@ from engine.model_sources.interface.stops import adapter_stops
 from engine.model_sources.load_model import adapted, attach_adapter, build_model
 from engine.model_sources.quantised.fates import say_loaded
 from engine.model_sources.quantised.stored_codes import used_weights
+from engine.model_sources.vocabulary.of_adapter import brought_words
+from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4.weight import NF4Tensors
 from models.decoder import Decoder
@@ -33,6 +36,23 @@ def check_adapter(settings: OneModel | MergeSettings | QuantizeSettings) -> None
     """Raises `CheckpointError` or `ConfigError` where an adapter of `settings` is not there."""
     for path, _ in settings.adapter:
         adapter_path(path)
+
+
+def require_same_words(tokenizer: Tokenizer, adapters: Iterable[Path]) -> None:
+    """Raises `ConfigError` where an adapter brings tokens that the model's `tokenizer` has not.
+
+    Requests of several adapters are read with one tokenizer, the model's.
+    """
+    for path in adapters:
+        brought = brought_words(path)
+        more = 0 if brought is None else load_tokenizer(brought.folder).vocab_size
+        if more > tokenizer.vocab_size:
+            raise ConfigError(
+                f"The adapter {path} brings {more - tokenizer.vocab_size} tokens of its own, and "
+                "what is asked of the model and of its adapters is read with one tokenizer, the "
+                "model's. Merge it and use what comes of it: engine merge --adapter "
+                f"{path} --model MODEL --output FOLDER."
+            )
 
 
 def load_named_adapter(

@@ -58,6 +58,7 @@ def _estimate(
     trained = weights if config.every_weight else config.lora_rank * model.num_hidden_layers * (
         2 * hidden + heads * model.head_dim + inner
     ) * 8  # fmt: skip
+    trained += len(config.saved_modules) * model.vocab_size * hidden
     logits = chunk_of(config, model, dtype, gpu) * model.vocab_size
     longest = max(max(lengths) for lengths in work.micro_batches)
     if config.attention_dropout > 0.0:  # the weights of one block of queries exist

@@ -230,6 +230,8 @@ def _plan_of(
 ) -> MemoryPlan:
     step, resident = result.step, result.resident
     saved: tuple[str, ...] = ("adapters", "optimiser")
+    if config.saved_modules:
+        saved += ("embeddings", "head")
     if config.every_weight:
         saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
     passing = sum(step.owners.get(owner, 0) for owner in _PASSING)

@@ -16,8 +16,10 @@ from engine.memory.budget import step_of
 from engine.memory.decoded import FREE_SHARE, resolve_decoded, spare_memory
 from engine.memory.estimate import MemoryPlan, Simulations
 from engine.memory.estimate import plan as plan_memory
+from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step
 from engine.model_sources.scratch.open_base import describe_base
+from engine.model_sources.vocabulary.token_file import read_tokens
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.row_set import RowSet, heldout_choice, read_examples, trained_choice
 from engine.training.streamed import is_streamed
@@ -80,6 +82,19 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
     if config.eval_data:
         read_chosen(config.eval_data, heldout_choice(config))
     return KnownRows(len(plain[: config.limit_rows]), None)
+
+
+def with_new_rows(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """`model` with the rows that a run adds to embedding and head.
+
+    Of a model that is known by name alone every token of --add-tokens is taken to be new.
+    """
+    if config.add_tokens is None and config.init_adapter is None:
+        return model
+    if preset_config(config.model) is None:
+        return replace(model, vocab_size=describe_base(config).config.vocab_size)
+    new = () if config.add_tokens is None else read_tokens(config.add_tokens)
+    return replace(model, vocab_size=model.vocab_size + len(new))
 
 
 @dataclass(frozen=True)

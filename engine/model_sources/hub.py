@@ -17,7 +17,7 @@ from engine.errors import ConfigError, listing
 from engine.hub.download import RemoteFiles, cached_snapshot, download
 from engine.hub.names import HubName, hub_name
 from engine.model_sources.gguf.parts import part_names
-from engine.model_sources.model_files import TOKENIZER_FILES
+from engine.model_sources.vocabulary.folder import TOKENIZER_FILES
 from engine.storage.safe_files import MIB, read_json_object
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

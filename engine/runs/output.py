@@ -145,7 +145,7 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in marks)
 
 
-_OF_FILES = ("--data", "--eval-data", "--sample-prompts")
+_OF_FILES = ("--add-tokens", "--data", "--eval-data", "--sample-prompts")
 
 
 def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
@@ -154,6 +154,7 @@ def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
         "--tokenizer": [config.tokenizer],
         "--teacher": [config.teacher],
         "--init-adapter": [config.init_adapter],
+        "--add-tokens": [config.add_tokens],
         "--data": config.data,
         "--eval-data": config.eval_data,
         "--sample-prompts": [config.sample_prompts],

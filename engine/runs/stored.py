@@ -14,7 +14,7 @@ from engine.runs.output import CHECKPOINT
 from engine.storage.safe_files import json_object_or_empty
 
 CONFIG = "config.yaml"
-_PATHS = ("model", "teacher", "init_adapter", "data", "eval_data", "sample_prompts")
+_PATHS = ("model", "teacher", "init_adapter", "add_tokens", "data", "eval_data", "sample_prompts")
 # Where the run is, whatever its settings say: its directory may have been moved or copied.
 _OF_THE_DIRECTORY = (*VERBS, "output_dir")
 

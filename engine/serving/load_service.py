@@ -12,7 +12,7 @@ from engine.device import resolve_device
 from engine.errors import ConfigError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import stop_ids_of
-from engine.inference.loading import load_decoder, say_bases
+from engine.inference.loading import load_decoder, require_same_words, say_bases
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
@@ -70,6 +70,7 @@ def load_service(settings: ServeSettings) -> Service:
         )
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
+    require_same_words(tokenizer, adapters.values())
     machine = {name: getattr(settings, name) for name in Machine.model_fields}
     decoder = load_decoder(source, OneModel(model=settings.model, **machine))
     generator = BatchedGenerator(

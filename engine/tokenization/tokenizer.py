@@ -142,6 +142,10 @@ class Tokenizer:
         token = self._backend.id_to_token(index)
         return None if token is None else str(token)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Id of every token's text."""
+        return dict(self._vocabulary)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id; a model needs at least as many embedding rows."""

@@ -134,4 +134,7 @@ def saved_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> 
     moments = _MOMENTS.get(config.optimizer, dtype.itemsize)
     if config.every_weight:
         return parameter_count(model) * (dtype.itemsize + moments)
-    return adapted_elements(selection(config, model), config.use_dora) * (4 + moments)
+    pairs = adapted_elements(selection(config, model), config.use_dora) * (4 + moments)
+    matrices = min(len(config.saved_modules), 1 if model.tie_word_embeddings else 2)
+    rows = model.vocab_size * model.hidden_size
+    return pairs + matrices * rows * (dtype.itemsize + moments)

@@ -51,7 +51,7 @@ def with_cpu_dtype(
         return config
     if earlier is None:
         assert model is not None
-        narrow = config.every_weight or model.hidden_size < NARROWEST
+        narrow = bool(config.every_weight or config.saved_modules) or model.hidden_size < NARROWEST
         earlier = "float32" if narrow else faster_type()[0]
     return config.model_copy(update={"dtype": earlier})
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from engine.config.choices import SAVED_MODULES
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, EngineError
 from engine.model_sources.adapter.adapted_source import AdaptedSource
@@ -48,6 +49,9 @@ def with_init_adapter(config: TrainConfig) -> TrainConfig:
         del own["lora_alpha"], own["use_rslora"]
     if not own["target_modules"]:
         del own["target_modules"]
+    whole = _whole_modules(adapter)
+    if whole:
+        own["modules_to_save"] = whole
     unset = {key: value for key, value in own.items() if key not in config.model_fields_set}
     return config.model_copy(update=unset)
 
@@ -93,16 +97,29 @@ def open_init_adapter(
             f"without its {BASE_FILE} is taken as it is: rm '{adapter.path / BASE_FILE}'."
         )
     adapted = AdaptedSource(source, adapter)
-    if adapted.folded:
+    fixed_tensors = adapted.folded - _trained_again(config, adapted)
+    if fixed_tensors:
         log.warning(
             "%d tensors that the adapter holds beside its pairs stay as they are: they are not "
-            "trained on, and are saved with the new adapter", adapted.folded,
+            "trained on, and are saved with the new adapter", fixed_tensors,
         )  # fmt: skip
     _, scale = _rank_and_scale(adapter)
     _, everything = uniform({**adapted.pairs, **adapted.folded_pairs}, adapted.scales, scale)
     pairs = {module: everything[module] for module in adapted.pairs}
     fixed = {module: everything[module] for module in adapted.folded_pairs}
     return InitAdapter(adapted, pairs, fixed, scale)
+
+
+def _whole_modules(adapter: Adapter) -> tuple[str, ...]:
+    """The modules that an adapter holds whole and that can be trained on."""
+    leaves = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter.others.copies}
+    return tuple(module for module in SAVED_MODULES if module in leaves)
+
+
+def _trained_again(config: TrainConfig, adapted: AdaptedSource) -> int:
+    """How many of the adapter's whole tensors the run trains on."""
+    leaves = [name.removesuffix(".weight").rpartition(".")[2] for name in adapted.copied]
+    return sum(leaf in config.saved_modules for leaf in leaves)
 
 
 def _refused(config: TrainConfig, wrong: list[str]) -> CheckpointError:
@@ -138,6 +155,14 @@ def _unlike(config: TrainConfig, adapter: Adapter, model: ModelConfig) -> list[s
     if targets != wanted:
         wrong.append(f"it adapts {_listed(targets)}, --target-modules is {_listed(wanted)}")
     ranks = {int(a.shape[0]) for a, *_ in adapter.pairs.values()}
+    others = adapter.others
+    by_pairs = {m.rpartition(".")[2] for m in (*others.embeddings, *others.rows, *adapter.pairs)}
+    twice = sorted(by_pairs & set(config.saved_modules))
+    if twice:
+        wrong.append(
+            f"it adapts {', '.join(twice)} by a pair or by single rows, --modules-to-save is "
+            f"{', '.join(config.saved_modules)}"
+        )
     changed = adapter.config.initial
     if changed == "kasa" or (changed and len(ranks) > 1):
         wrong.append(f"its initialisation ({changed}) cannot be written again from here")

@@ -30,9 +30,11 @@ from engine.storage import durable
 from engine.training.adapters.starts import as_plain
 from engine.training.adapters.written import adapter_config
 from engine.training.loop import Progress, new_progress
+from engine.training.trainable import whole_parameters
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
+from models.tensor_layout import path_in_file
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +81,14 @@ class RunState:
         """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
         if self.config.every_weight:
             return dict(self.model.named_parameters())
-        return {
+        pairs = {
             f"{path}.{part}": tensor
             for path, tensors in adapter_tensors(self.model).items()
             for part, tensor in zip(PARTS, tensors, strict=False)
+        }
+        return pairs | {
+            name: parameter.data
+            for name, parameter in whole_parameters(self.model, self.config).items()
         }
 
     def save(
@@ -183,7 +189,7 @@ class RunState:
             adapter_config(self.config, source, self.init), self._adapter_tensors(), self.first
         )
         earlier = None if self.init is None else self.init.source.adapter
-        save_adapter(target, settings, tensors, earlier)
+        save_adapter(target, settings, tensors, earlier, self._whole_tensors(source))
         write_base(target, self._base_record(source))
         earlier_stops = () if earlier is None else adapter_stops(earlier.path)
         generation = with_stops(source, (*earlier_stops, *self.stops))
@@ -191,6 +197,17 @@ class RunState:
             durable.write_json(target / GENERATION_CONFIG, generation)
         write_tokenizer(source, target)
         return target
+
+    def _whole_tensors(self, source: ModelSource) -> dict[str, Tensor]:
+        """What is saved whole in the adapter, by the file's names.
+
+        A tied matrix stands there twice, for PEFT makes two copies of what is tied.
+        """
+        whole = whole_parameters(self.model, self.config)
+        tied = self.model.lm_head is None
+        if tied and whole:
+            whole = whole | {"lm_head.weight": whole["model.embed_tokens.weight"]}
+        return {path_in_file(source.config, name): value.data for name, value in whole.items()}
 
     def _adapter_tensors(self) -> dict[str, tuple[Tensor, ...]]:
         """The trained pairs, and those that an earlier adapter has on what is not trained."""

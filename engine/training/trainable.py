@@ -63,9 +63,26 @@ def make_trainable(model: Decoder, config: TrainConfig, init: InitAdapter | None
             seed=config.seed,
             use_dora=config.use_dora,
         )
+    for parameter in whole_parameters(model, config).values():
+        parameter.requires_grad_(True)
     layers = model.layers
     keep_decoded(layers[len(layers) - decoded_layers(config, len(layers)) :], model.dtype)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def whole_parameters(model: Decoder, config: TrainConfig) -> dict[str, nn.Parameter]:
+    """What is trained whole beside an adapter, by the graph's names; a tied head is the embedding.
+
+    They have the compute type, as the weights of method full.
+    """
+    asked = set(config.saved_modules)
+    if not asked:
+        return {}
+    tied = model.lm_head is None
+    names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    if tied:
+        asked = {"embed_tokens"}
+    return {names[module]: model.get_parameter(names[module]) for module in sorted(asked)}
 
 
 def decoded_layers(config: TrainConfig, layers: int) -> int:

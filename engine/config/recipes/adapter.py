@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, field_validator
 
-from engine.config.choices import Method
+from engine.config.choices import EVERY_WEIGHT, SAVED_MODULES, Method, SavedModule
 from engine.config.recipes.module_names import (
     excluded_names,
     layer_ranges,
@@ -14,7 +14,7 @@ from engine.config.recipes.module_names import (
     target_names,
 )
 from engine.config.settings import Settings, setting
-from engine.config.spelling import spelled
+from engine.config.spelling import comma_list, spelled
 
 MOST_RANK = 4096
 
@@ -66,8 +66,27 @@ class AdapterSettings(Settings):
         expected="default, gaussian, pissa, pissa_niter_16, olora or loftq",
     )
     loftq_iter: int = setting(1, "Adapter", "rounds of LoftQ", ge=1, le=20)
+    modules_to_save: Annotated[tuple[SavedModule, ...], BeforeValidator(comma_list)] = setting(
+        (),
+        "Adapter",
+        "train these whole too and save them in the adapter: embed_tokens, lm_head; where the two "
+        "are tied they are one",
+    )
+    add_tokens: Path | None = setting(
+        None,
+        "Adapter",
+        "file of new tokens, one a line, or .json with lists under normal and special; embedding "
+        "and head get rows for them, the mean of the others', and are trained",
+    )
     init_adapter: Path | None = setting(None, "Adapter", "an earlier adapter to train on from")
     double_quant: bool = setting(True, "Adapter", "quantise the NF4 scales again")
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """What is trained whole beside an adapter: with new tokens, embedding and head."""
+        if self.method in EVERY_WEIGHT:
+            return ()
+        return SAVED_MODULES if self.add_tokens is not None else self.modules_to_save
 
     @field_validator("rank_pattern")
     @classmethod

@@ -1,6 +1,6 @@
 """Rules between the settings of recipes."""
 
-from engine.config.rules.rule import Rule, RunSettings
+from engine.config.rules.rule import Facts, Rule, RunSettings
 
 
 def _chooses_modules(config: RunSettings) -> bool:
@@ -15,7 +15,58 @@ def _divides(config: RunSettings) -> bool:
     return config.init_lora_weights not in ("default", "gaussian")
 
 
+def _trains_head(config: RunSettings, facts: Facts) -> bool:
+    """Whether the output head is trained beside an adapter: by itself, or as the embedding."""
+    saved = config.saved_modules
+    return "lm_head" in saved or (bool(saved) and facts.tied is True)
+
+
 RECIPE_RULES = (
+    Rule(
+        "modules_to_save",
+        lambda c, _: bool(c.modules_to_save) and c.every_weight,
+        "modules_to_save names what is trained beside an adapter, and method {c.method} trains "
+        "every weight.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "modules_to_save",
+        lambda c, _: c.add_tokens is not None and len(set(c.modules_to_save)) == 1,
+        "add_tokens needs rows in embedding and head, and modules_to_save names one of them.",
+        "Leave out --modules-to-save: with new tokens both are trained and saved",
+    ),
+    Rule(
+        "add_tokens",
+        lambda c, _: c.add_tokens is not None and c.method == "scratch",
+        "add_tokens extends the vocabulary of a pretrained model, and method is scratch.",
+        "Put the tokens into the tokenizer itself: engine data tokenizer",
+    ),
+    Rule(
+        "add_tokens",
+        lambda c, _: c.add_tokens is not None and c.init_adapter is not None,
+        "add_tokens extends the model's vocabulary, and init_adapter goes on with an adapter, "
+        "whose own new tokens come with it.",
+        "Merge the adapter first (engine merge) and add tokens to what comes of it, or leave out "
+        "one or the other",
+    ),
+    Rule(
+        "head_precision",
+        lambda c, f: c.head_precision == "8bit" and _trains_head(c, f),
+        "head_precision 8bit is for a frozen head, and modules_to_save or add_tokens train it.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "embedding_on",
+        lambda c, _: c.embedding_on == "host" and "embed_tokens" in c.saved_modules,
+        "embedding_on host is for a frozen embedding, and modules_to_save or add_tokens train it.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "teacher",
+        lambda c, f: c.teacher is not None and _trains_head(c, f),
+        "teacher needs a frozen head, and modules_to_save or add_tokens train it.",
+        "Leave out one or the other",
+    ),
     Rule(
         "init_lora_weights",
         lambda c, _: c.init_lora_weights != "default" and c.every_weight,

@@ -16,6 +16,7 @@ from engine.config.choices import (
     ObjectiveName,
     Offload,
     Optimizer,
+    SavedModule,
     Schedule,
     Sharding,
     Streaming,
@@ -54,6 +55,8 @@ class RunSettings(Protocol):
     overwrite: bool
     use_dora: bool
     init_adapter: Path | None
+    modules_to_save: tuple[SavedModule, ...]
+    add_tokens: Path | None
     optimizer: Optimizer
     label_smoothing_factor: float
     z_loss: float
@@ -89,6 +92,11 @@ class RunSettings(Protocol):
     @property
     def every_weight(self) -> bool:
         """Whether all weights are trained, and no adapter."""
+        ...
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """What is trained whole beside an adapter."""
         ...
 
     @property

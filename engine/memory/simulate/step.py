@@ -55,6 +55,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import quantized_weights
+from models.tensor_layout import Layout
 from optim import StepOptimizer
 
 
@@ -113,9 +114,18 @@ def simulate_step(
         _make_tables(device)
         with meter:
             meter.begin("load")
-            source = cast(ModelSource, EmptySource(model_config, stored, meter))
+            source = cast(
+                ModelSource,
+                EmptySource(model_config, stored, meter, _resized(model_config, config)),
+            )
             model = build_for(config, source, device, dtype)
             return _trained(meter, model, config, batches)
+
+
+def _resized(model: ModelConfig, config: TrainConfig) -> tuple[str, ...]:
+    """The tensors that get rows for new tokens as they are read."""
+    embedding = Layout(model.nested).path("model.embed_tokens.weight")
+    return () if config.add_tokens is None else (embedding, "lm_head.weight")
 
 
 def _assumed_gpu(config: TrainConfig) -> SimulatedGPU:

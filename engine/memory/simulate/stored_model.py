@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -84,8 +84,15 @@ def stored_model(source: ModelSource) -> ModelConfig:
 class EmptySource:
     """A model source of which only names, shapes and the stored types are known."""
 
-    def __init__(self, config: ModelConfig, stored: torch.dtype, meter: SimulatedMeter) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        stored: torch.dtype,
+        meter: SimulatedMeter,
+        resized: Collection[str] = (),
+    ) -> None:
         self.config, self._stored, self._meter = config, stored, meter
+        self._resized = resized
         self.path, self.raw_config = None, dict[str, object]()
         self._shapes = expected_tensors(config)
         self._codes = config.codes if isinstance(config, StoredModel) else {}
@@ -95,7 +102,12 @@ class EmptySource:
         return list(self._shapes)
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor of the file; on a CPU it is mapped and takes no memory, unless it is decoded."""
+        """A tensor of the file; on a CPU it is mapped and takes no memory.
+
+        Unless it is decoded, or one of those that are `resized` as they are read.
+        """
+        if name in self._resized and self._meter.gpu is None:
+            return torch.empty(self._shapes[name], dtype=self._stored, device="meta")
         if name in self._codes:
             return torch.empty(self._shapes[name], dtype=self._codes[name].dtype, device="meta")
         with self._meter.shapes_only():

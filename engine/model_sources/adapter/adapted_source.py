@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import CheckpointError, listing
-from engine.model_sources.adapter.biases import BiasedConfig, with_biases, with_key
+from engine.model_sources.adapter.biases import BiasedConfig, with_biases
 from engine.model_sources.adapter.contents import Pairs
 from engine.model_sources.adapter.fit import ModuleNames, check_fit
 from engine.model_sources.adapter.gguf_lora import in_order
@@ -29,7 +29,9 @@ from engine.model_sources.adapter.peft import Adapter
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.row_parts import row_parts, split_rows
 from engine.model_sources.interface.stops import adapter_stops, with_stops
-from engine.model_sources.interface.view import ModelSourceView
+from engine.model_sources.interface.view import ModelSourceView, with_key
+from engine.model_sources.vocabulary.folder import OtherWords
+from engine.model_sources.vocabulary.of_adapter import words_of
 from kernels.linear.dora import scale_rows_
 from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
@@ -41,7 +43,7 @@ log = logging.getLogger(__name__)
 HEAD = "lm_head.weight"
 
 
-class AdaptedSource(ModelSourceView):
+class AdaptedSource(OtherWords, ModelSourceView):
     """`base` with all of `adapter` but `pairs`, which have the factors `scales`, by module.
 
     `folded` counts the tensors that are changed. Raises `CheckpointError` where the adapter does
@@ -52,6 +54,7 @@ class AdaptedSource(ModelSourceView):
         super().__init__(base)
         check_fit(adapter, base.config, base.path)
         self.adapter = adapter = in_order(adapter, base.config)
+        self.words = words_of(base, adapter.paths)
         self._rename = ModuleNames(base.config, adapter)
         self._layout = Layout.of_names(base.config, base.names())
         self._base_names, self._base_tied = set(base.names()), base.config.tie_word_embeddings

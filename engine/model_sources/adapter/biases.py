@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import CheckpointError, listing
 from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.view import with_key
 from models.config.model_config import ModelConfig
 from models.tensor_names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 
@@ -27,14 +28,6 @@ class BiasedConfig:
     config: ModelConfig
     raw: dict[str, Any]
     inexpressible: str = ""
-
-
-def with_key(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """`raw` with `key` set where the decoder's keys are."""
-    text = raw.get("text_config")
-    if isinstance(text, Mapping):
-        return {**raw, "text_config": {**text, key: value}}
-    return {**raw, key: value}
 
 
 def with_biases(base: ModelSource, modules: Collection[str]) -> BiasedConfig:

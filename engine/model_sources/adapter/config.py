@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,17 +217,28 @@ def _require_number(key: str, value: Any, low: float, high: float, source: str) 
         )
 
 
-def model_card(config: AdapterConfig) -> str:
-    """The model card that PEFT writes: front matter by which the hub knows what this is."""
+def model_card(config: AdapterConfig, whole: Sequence[str] = ()) -> str:
+    """The model card that PEFT writes: front matter by which the hub knows what this is.
+
+    `whole` are the modules that the adapter holds whole.
+    """
     name = public_name(config.base_model_name_or_path)
     base, tag = json.dumps(name), json.dumps(f"base_model:adapter:{name}")
     targets = ", ".join(sorted(config.target_modules))
+    copies, resize = "", ""
+    if whole:
+        copies = f"\nIt holds {' and '.join(whole)} whole, for the tokenizer in this folder.\n"
+        resize = (
+            "    tokenizer = AutoTokenizer.from_pretrained(this_folder)\n"
+            "    if len(tokenizer) > base_model.get_input_embeddings().weight.shape[0]:\n"
+            "        base_model.resize_token_embeddings(len(tokenizer))\n"
+        )
     return (
         f"---\nbase_model: {base}\nlibrary_name: peft\npipeline_tag: text-generation\n"
         f"tags:\n- {tag}\n- lora\n- transformers\n---\n\n# LoRA adapter\n\n"
         f"Rank {config.r}, scale {config.scale:g}, on {targets} of "
-        f"`{name}`. Load it with PEFT:\n\n"
-        "    from peft import PeftModel\n"
+        f"`{name}`. Load it with PEFT:\n{copies}\n"
+        f"    from peft import PeftModel\n{resize}"
         "    model = PeftModel.from_pretrained(base_model, this_folder)\n"
     )
 

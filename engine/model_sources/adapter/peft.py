@@ -22,7 +22,7 @@ computed is refused by its name, never ignored.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,21 @@ def save_adapter(
     config: AdapterConfig,
     tensors: Mapping[str, tuple[torch.Tensor, ...]],
     carried: Adapter | None = None,
+    whole: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Write an adapter that PEFT loads into `directory`, replacing one that stands there.
 
     `tensors` maps a module's path to A (r, in), B (out, r) and, under DoRA, the magnitude (out,),
-    which are saved in float32. Whatever `carried` holds beside pairs is written as it is. Raises
-    `CheckpointError` for a tensor that is not finite or of another shape, before anything is
-    written, and if the disk refuses.
+    which are saved in float32; `whole` are weights by their names that stand in place of the
+    model's (`modules_to_save`), saved in their type. Whatever `carried` holds beside pairs and
+    these is written as it is. Raises `CheckpointError` for a tensor that is not finite or of
+    another shape, before anything is written, and if the disk refuses.
     """
     directory = Path(directory)
-    flat = {} if carried is None else _carried_tensors(carried)
+    whole = whole or {}
+    modules = {name.removesuffix(".weight") for name in whole}
+    flat = {} if carried is None else _carried_tensors(carried, modules)
+    flat |= {f"{PREFIX}{name}": _whole(name, t, directory) for name, t in whole.items()}
     for module, parts in tensors.items():
         _check_parts(module, parts, config, str(directory))
     stored = fuse(tensors) if config.fused_experts else tensors
@@ -103,8 +108,11 @@ def save_adapter(
     except OSError as error:
         raise durable.write_error(directory, error) from error
     keys = _of_experts(config, tensors) | ({} if carried is None else _carried_keys(carried))
+    if whole:
+        saved = {module.rpartition(".")[2] for module in modules}
+        keys["modules_to_save"] = sorted(saved | set(keys.get("modules_to_save") or ()))
     durable.write_json(directory / CONFIG, to_json(config, keys))
-    durable.write_text(directory / "README.md", model_card(config))
+    durable.write_text(directory / "README.md", model_card(config, sorted(modules)))
     save_file(dict(sorted(flat.items())), directory / WEIGHTS, {"format": "pt"})
 
 
@@ -151,10 +159,23 @@ def _names(module: str) -> tuple[str, ...]:
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.lora_magnitude_vector"
 
 
-def _carried_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """All tensors of an adapter's file beside pairs of linear layers, under their names there."""
+def _whole(name: str, tensor: torch.Tensor, directory: Path) -> torch.Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(
+            f"{directory}: {name} holds values that are not finite. Training diverged; use an "
+            "earlier checkpoint."
+        )
+    return tensor.detach().cpu().clone()
+
+
+def _carried_tensors(adapter: Adapter, without: Collection[str]) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file beside pairs of linear layers, under their names there.
+
+    Those of the modules in `without` are left out.
+    """
     file, others = SafetensorsFile(adapter.path / WEIGHTS), adapter.others
-    named = others.modules()
+    leaves = {module.rpartition(".")[2] for module in without}
+    named = {module for module in others.modules() if module.rpartition(".")[2] not in leaves}
     pairs = {name for module in adapter.pairs for name in _names(module)}
     return {
         name: file.tensor(name).clone()

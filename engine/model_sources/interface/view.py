@@ -14,6 +14,14 @@ from kernels.linear.int8 import Int8Weight
 from kernels.nf4 import NF4Weight
 
 
+def with_key(raw: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """`raw` with `key` set where the decoder's keys are."""
+    text = raw.get("text_config")
+    if isinstance(text, Mapping):
+        return {**raw, "text_config": {**text, key: value}}
+    return {**raw, key: value}
+
+
 class ModelSourceView:
     """A `ModelSource` that answers as `base` does, but for what a subclass overrides."""
 

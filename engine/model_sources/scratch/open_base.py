@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import ConfigError
+from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import (
     ModelDescription,
     ModelSource,
     TokenizerSource,
 )
-from engine.model_sources.model_files import TOKENIZER_FILES, TokenizerFolder
 from engine.model_sources.open import describe_model, open_model_source
 from engine.model_sources.scratch.characters import CharacterTokenizer
 from engine.model_sources.scratch.fresh_model import FreshModel
+from engine.model_sources.vocabulary.extended import ExtendedTokenizer
+from engine.model_sources.vocabulary.folder import TOKENIZER_FILES, TokenizerFolder
+from engine.model_sources.vocabulary.of_adapter import brought_words
+from engine.model_sources.vocabulary.resized import NewWords, ResizedDescription, ResizedSource
+from engine.model_sources.vocabulary.token_file import read_tokens
 from engine.storage.safe_files import read_json_object
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from models.families import FAMILIES
@@ -68,6 +73,8 @@ class BaseSettings(Protocol):
     method: Any
     tokenizer: str | None
     seed: int
+    add_tokens: Path | None
+    init_adapter: Path | None
 
 
 def describe_base(config: BaseSettings) -> ModelDescription:
@@ -77,14 +84,30 @@ def describe_base(config: BaseSettings) -> ModelDescription:
     """
     if config.method == "scratch":
         return fresh_model(config)
-    return describe_model(config.model, config.revision)
+    described = describe_model(config.model, config.revision)
+    new = _new_words(config, described)
+    return described if new is None else ResizedDescription(described, new)
 
 
 def open_base(config: BaseSettings) -> ModelSource:
     """What a run begins with: a pretrained model's files, or a model from scratch."""
     if config.method == "scratch":
         return fresh_model(config)
-    return open_model_source(config.model, config.revision)
+    source = open_model_source(config.model, config.revision)
+    new = _new_words(config, source)
+    return source if new is None else ResizedSource(source, new)
+
+
+def _new_words(config: BaseSettings, base: ModelDescription) -> NewWords | None:
+    """The words that a run has in place of the model's: with further tokens, or an adapter's."""
+    if config.add_tokens is not None:
+        words = ExtendedTokenizer(base, read_tokens(config.add_tokens))
+        return NewWords(words, words.known, words.size)
+    if config.init_adapter is None:
+        return None
+    brought = brought_words(adapter_path(config.init_adapter))
+    rows = base.config.vocab_size
+    return None if brought is None else NewWords(brought.folder, rows, max(rows, brought.rows))
 
 
 def fresh_model(config: BaseSettings) -> FreshModel:

@@ -16,7 +16,7 @@ from engine.conversation.speaker import ModelSpeaker
 from engine.device import resolve_device
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import stop_ids_of
-from engine.inference.loading import load_decoder, say_bases
+from engine.inference.loading import load_decoder, require_same_words, say_bases
 from engine.inference.request import RequestSettings
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.adapter_path import adapter_path
@@ -55,6 +55,7 @@ def load_speaker(settings: ChatSettings, terminal: Terminal) -> tuple[ModelSpeak
     adapters = [adapter_path(path) for path, _ in settings.adapter]
     source = open_model_source(settings.model)
     tokenizer = load_tokenizer(source)
+    require_same_words(tokenizer, adapters)
     sampling, line = resolve_sampling(settings, source.generation_config, str(source.path))
     if line is not None and terminal.interactive:
         terminal.note(line)

@@ -21,8 +21,10 @@ from engine.device import resolve_device
 from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.parts import categories_of, parts_of
 from engine.inference.perplexity import TOKENS_PER_BATCH, EvalResult, evaluate_examples
+from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.model_sources.vocabulary.of_adapter import words_of
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
 from engine.training.row_set import with_system
@@ -87,7 +89,7 @@ class LoadedModel:
             bad_rows=settings.bad_lines,
             learning=Learning.of(settings),
         )
-        check_ids(examples, self.source.config.vocab_size)
+        check_ids(examples, max(self.source.config.vocab_size, self.tokenizer.vocab_size))
         bound = settings.batch_size
         tokens = bound * settings.max_length if bound else TOKENS_PER_BATCH
         how = StepSettings(
@@ -109,7 +111,8 @@ def loaded(settings: EvalSettings) -> Iterator[LoadedModel]:
         data_files(settings.data, settings.query)
     check_adapter(settings)
     source = open_model_source(settings.model)
-    model = LoadedModel(settings, source, load_tokenizer(source, settings.template_date))
+    words = words_of(source, [adapter_path(path) for path, _ in settings.adapter])
+    model = LoadedModel(settings, source, load_tokenizer(words, settings.template_date))
     with deterministic(device, settings.deterministic):
         yield model
 

@@ -18,6 +18,7 @@ from engine.inference.request import RequestSettings
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.open import open_model_source
+from engine.model_sources.vocabulary.of_adapter import words_of
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
 from models.decoder import Decoder
@@ -83,8 +84,8 @@ class _Loaded:
 def _load(settings: GenerateSettings) -> _Loaded:
     check_adapter(settings)
     source = open_model_source(settings.model)
-    tokenizer = load_tokenizer(source)
     adapters = [adapter_path(path) for path, _ in settings.adapter]
+    tokenizer = load_tokenizer(words_of(source, adapters))
     sampling, line = resolve_sampling(settings, source.generation_config, str(source.path))
     stops = stop_ids_of(source, tokenizer, *adapters)
     request = RequestSettings(settings.max_new_tokens, sampling, stops, settings.stop)

@@ -26,6 +26,7 @@ from engine.memory.run_planner import (
     compute_dtype,
     read_known_rows,
     usable_memory,
+    with_new_rows,
 )
 from engine.memory.search import Choice, Planner, changed, choose
 from engine.memory.simulate.meter import OWNERS, gib
@@ -93,13 +94,14 @@ def find_target(config: TrainConfig) -> Target:
         model, stored = describe_base(config).config, torch.float32
     else:
         model, stored = find_model(config.model, config.revision)
+        model = with_new_rows(config, model)
     check_model(config, model, runs_on, disk=config.output_dir is not None)
     machine = "a CUDA GPU" if gpu else "the CPU"
     rows = read_known_rows(config, model)
     noted = {} if scratch else noted_quantisation(config.model, config.revision)
     teacher = None if config.teacher is None else describe_model(config.teacher).config
     files = None if scratch else quantised_files(config.model)
-    model = model if files is None else stored_model(files)
+    model = model if files is None else with_new_rows(config, stored_model(files))
     planner = RunPlanner(model, gpu, stored, rows, teacher)
     title = f"{config.model} on {machine}"
     return Target(title, model, gpu, stored, planner, rows, noted, files)

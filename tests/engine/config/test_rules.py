@@ -46,6 +46,13 @@ EVALUATION_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"sample_prompts": "prompts.jsonl"}, Facts()),
 ]
 RECIPE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"method": "full", "modules_to_save": ("lm_head",)}, Facts()),
+    ({"add_tokens": Path("t"), "modules_to_save": ("lm_head",)}, Facts()),
+    ({"add_tokens": Path("t"), "method": "scratch"}, Facts()),
+    ({"add_tokens": Path("t"), "init_adapter": Path("a")}, Facts()),
+    ({"modules_to_save": ("embed_tokens",), "head_precision": "8bit"}, Facts(tied=True)),
+    ({"add_tokens": Path("t"), "embedding_on": "host"}, Facts()),
+    ({"modules_to_save": ("lm_head",), "teacher": "t"}, Facts()),
     ({"method": "full", "init_lora_weights": "gaussian"}, Facts()),
     ({"init_adapter": Path("a"), "init_lora_weights": "pissa"}, Facts()),
     ({"use_dora": True, "init_lora_weights": "olora"}, Facts()),

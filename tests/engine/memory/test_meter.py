@@ -96,6 +96,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "adafactor in backward": {**IN_BACKWARD, "optimizer": "adafactor"},
     "muon": {"method": "full", "optimizer": "muon", "dtype": "bfloat16"},
     "ranks in some layers": {"layers": "1-2", "rank_pattern": {"q_proj": 40}, "method": "lora"},
+    "whole modules": {"modules_to_save": "embed_tokens,lm_head"},
+    "whole head in bfloat16": {"modules_to_save": "lm_head", "dtype": "bfloat16"},
     "noise and terms": {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, "z_loss": 1e-4},
     "accumulation": {"accumulate": 2},
     "high rank": {"lora_rank": 64},

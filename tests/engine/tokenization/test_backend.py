@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
-from engine.model_sources.model_files import TokenizerFolder
+from engine.model_sources.vocabulary.folder import TokenizerFolder
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
 from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece

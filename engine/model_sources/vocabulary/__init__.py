@@ -1,0 +1,1 @@
+"""Tokenizers of models and adapters, and tokens that are added to them."""
