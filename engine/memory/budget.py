@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from models.decoder import Decoder
     from models.layers.packed_batch import PackedBatch
     from optim import StepOptimizer
+from models.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,11 @@ class MemoryBudget:
 
     @contextmanager
     def watch(
-        self, model: Decoder, optimizer: StepOptimizer, batches: Sequence[PackedBatch]
+        self,
+        model: Decoder,
+        optimizer: StepOptimizer,
+        average: WeightAverage | None,
+        batches: Sequence[PackedBatch],
     ) -> Iterator[None]:
         """Around one step. Raises `MemoryPlanError` from the op that goes over the budget."""
         tokens = sum(batch.tokens for batch in batches)
@@ -160,6 +165,8 @@ class MemoryBudget:
         meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
         meter.track("optimiser", optimizer.state_tensors().values())
+        if average is not None:
+            meter.track("moving average", average.state_tensors().values())
         with observed(meter), meter:
             yield
         self._measured = max(self._measured, meter.peak.bytes)

@@ -229,11 +229,12 @@ def _plan_of(
     layers: int,
 ) -> MemoryPlan:
     step, resident = result.step, result.resident
-    saved: tuple[str, ...] = ("adapters", "optimiser")
+    saved: tuple[str, ...] = ("adapters", "optimiser", "moving average")
     if config.saved_modules:
         saved += ("embeddings", "head")
     if config.every_weight:
         saved = ("dense base", "embeddings", "head", "norms and biases", "optimiser")
+        saved += ("moving average",)
     passing = sum(step.owners.get(owner, 0) for owner in _PASSING)
     holes = int(FRAGMENTATION * passing)
     if gpu:

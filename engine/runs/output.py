@@ -23,6 +23,9 @@ CHECKPOINT = re.compile(r"checkpoint-([0-9]{1,12})", re.ASCII)
 WAITING, MOVING = ".waiting-run", ".moving-run"
 """Where an earlier run waits until the new one has a checkpoint (`engine.runs.earlier`)."""
 _SET_ASIDE = re.compile(r"\.(bad|old)-checkpoint-.*")
+WITHOUT_EMA = "-without-ema"
+"""Ending of the folder of a run's last weights, where its result is their moving average."""
+_BESIDE = tuple(f"{name}{WITHOUT_EMA}" for name in RESULTS)
 _DRAWN = ("loss.png", "tensorboard", "wandb")
 _MARGIN = 64 << 20
 
@@ -51,7 +54,7 @@ def name_run(config: TrainConfig, now: float | None = None) -> TrainConfig:
 def run_files(root: Path) -> list[Path]:
     """Everything in `root` that belongs to the run there."""
     entries = root.iterdir() if root.is_dir() else iter(())
-    names = {*RECORDS, *RESULTS, *_DRAWN}
+    names = {*RECORDS, *RESULTS, *_BESIDE, *_DRAWN}
     return sorted(
         entry
         for entry in entries

@@ -126,12 +126,13 @@ def check_vocabulary(role: str, name: str, model: ModelConfig) -> None:
 
 
 def saved_bytes(config: TrainConfig, model: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of one checkpoint: the trained weights and the two moments of the optimizer.
+    """Bytes of one checkpoint: the trained weights, the optimizer's two moments, an average.
 
     Moments take 2 bytes a parameter in 8 bits (their scales a few percent more) and 8 in 32 bits;
     Lion has one, Adafactor next to none, and Muon's is of the weights' type.
     """
     moments = _MOMENTS.get(config.optimizer, dtype.itemsize)
+    moments += 0 if config.ema_decay is None else 4
     if config.every_weight:
         return parameter_count(model) * (dtype.itemsize + moments)
     pairs = adapted_elements(selection(config, model), config.use_dora) * (4 + moments)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from engine.model_sources.quantised.stored_codes import used_weights
 from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
+from engine.runs.output import WITHOUT_EMA
 from engine.storage import durable
 from engine.training.adapters.starts import as_plain
 from engine.training.adapters.written import adapter_config
@@ -35,8 +37,11 @@ from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
 from models.tensor_layout import path_in_file
+from models.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,8 @@ class RunState:
     """The part of a run that a checkpoint holds: weights, optimizer, and which run it is.
 
     `init` is an earlier adapter that is trained on; `stops` are the ids that the rows teach as the
-    end of an answer. `first` are the pairs that the base is without (`adapters.starts`).
+    end of an answer. `first` are the pairs that the base is without (`adapters.starts`). With an
+    `average` of the weights that is the result.
     """
 
     identity: RunIdentity
@@ -71,11 +77,34 @@ class RunState:
     init: InitAdapter | None = None
     stops: tuple[int, ...] = ()
     first: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    average: WeightAverage | None = None
 
     @property
     def config(self) -> TrainConfig:
         """The settings of the run."""
         return self.identity.config
+
+    @property
+    def evaluates_output(self) -> bool:
+        """Whether evaluations while training are of the weights that are the result."""
+        return self.average is None or self.config.eval_ema
+
+    def output_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights of the result: their average, where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
+
+    def evaluated_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the weights that evaluations while training are of."""
+        return self.output_weights() if self.config.eval_ema else nullcontext()
+
+    def on_evaluated(self, call: Callable[P, T]) -> Callable[P, T]:
+        """`call` with the model as evaluations while training see it."""
+
+        def inside(*args: P.args, **kwargs: P.kwargs) -> T:
+            with self.evaluated_weights():
+                return call(*args, **kwargs)
+
+        return inside
 
     def weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
@@ -115,6 +144,7 @@ class RunState:
             {
                 "weights": {k: v.detach().cpu() for k, v in self.weights().items()},
                 "optimizer": {k: v.cpu() for k, v in optimizer.items()},
+                **self._average_tensors(),
             },
             {
                 "progress": progress.state(),
@@ -124,6 +154,7 @@ class RunState:
                 "base": self.identity.digests["base"],
                 "dropout": GENERATOR,
                 "stop_token_ids": list(self.stops),
+                **({} if self.average is None else {"ema_updates": self.average.updates}),
             },
             extra,
             best,
@@ -161,6 +192,11 @@ class RunState:
         """Take the weights of the checkpoint of `step`. Raises `CheckpointError`."""
         self._restore(checkpoints.load(checkpoints.path_of(step)))
 
+    def _average_tensors(self) -> dict[str, dict[str, Tensor]]:
+        if self.average is None:
+            return {}
+        return {"ema": {k: v.cpu() for k, v in self.average.state_tensors().items()}}
+
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         saved = loaded.tensors("weights")
         own = self.weights()
@@ -169,28 +205,44 @@ class RunState:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+        if self.average is not None:
+            self.average.load_state_tensors(loaded.tensors("ema"), loaded.state["ema_updates"])
 
     def write_output(self, source: ModelSource, directory: Path) -> Path:
-        """The adapter with PEFT's names, or after full fine-tuning the whole model."""
+        """The adapter with PEFT's names, or after full fine-tuning the whole model.
+
+        Of averaged weights, and those of the last step beside it under `WITHOUT_EMA`.
+        """
+        if self.average is None:
+            return self._write_result(source, directory)
+        last = self._write_result(source, directory, WITHOUT_EMA)
+        with self.output_weights():
+            output = self._write_result(source, directory)
+        log.info("%s has the averaged weights, %s those of the last step", output, last)
+        return output
+
+    def _write_result(self, source: ModelSource, directory: Path, ending: str = "") -> Path:
         if self.config.every_weight:
-            target = directory / "model"
+            target = directory / f"model{ending}"
             if target.exists():  # of a run that had ended and was resumed
                 shutil.rmtree(target)
             export_hf_directory(TrainedSource(source, self.model, self.stops), target)
             return target
-        return self._write_adapter(source, directory)
+        return self._write_adapter(source, directory, ending)
 
     def _add_adapter(self, source: ModelSource, folder: Path) -> None:
-        self._write_adapter(source, folder)
+        with self.evaluated_weights():
+            self._write_adapter(source, folder)
 
-    def _write_adapter(self, source: ModelSource, directory: Path) -> Path:
-        target = directory / "adapter"
+    def _write_adapter(self, source: ModelSource, directory: Path, ending: str = "") -> Path:
+        target = directory / f"adapter{ending}"
         settings, tensors = as_plain(
             adapter_config(self.config, source, self.init), self._adapter_tensors(), self.first
         )
         earlier = None if self.init is None else self.init.source.adapter
         save_adapter(target, settings, tensors, earlier, self._whole_tensors(source))
-        write_base(target, self._base_record(source))
+        averaged = {} if ending or self.average is None else {"ema_decay": self.average.decay}
+        write_base(target, self._base_record(source) | averaged)
         earlier_stops = () if earlier is None else adapter_stops(earlier.path)
         generation = with_stops(source, (*earlier_stops, *self.stops))
         if generation:

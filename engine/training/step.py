@@ -24,6 +24,7 @@ from kernels.runtime.ranks import ONE_RANK, host_sums
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
+from models.weight_average import WeightAverage
 from optim import StepInBackward, StepOptimizer
 from optim.clip import clip_coefficient, global_norm
 
@@ -58,7 +59,8 @@ class TrainingStep:
     `max_grad_norm` 0 is no clipping. `objective` is what the steps minimise. With `in_backward`,
     which must be of `optimizer`, weights move while their gradients are made, to the same bits.
     With `parallel` the micro-batches are this rank's part of the step, which may be none, and
-    `optimizer` has the parameters that this rank owns.
+    `optimizer` has the parameters that this rank owns. An `average` takes in the weights after
+    every update.
     """
 
     model: Decoder
@@ -69,6 +71,7 @@ class TrainingStep:
     objective: Objective = TOKENS
     in_backward: StepInBackward | None = None
     parallel: DataParallel | None = None
+    average: WeightAverage | None = None
 
     def __call__(
         self,
@@ -113,6 +116,8 @@ class TrainingStep:
         value, measured, *others = outcome.tolist()
         skipped = not (math.isfinite(value) and math.isfinite(measured))
         torn = skipped and math.isfinite(value) and self.in_backward is not None
+        if self.average is not None and not skipped:
+            self.average.update()
         told = dict(zip(self.objective.names, others, strict=True))
         return StepResult(value, measured, tokens, trained, skipped, torn, told)
 

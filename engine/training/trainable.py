@@ -22,6 +22,7 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.memory.lasting import keep_decoded
+from models.weight_average import WeightAverage
 from optim import (
     Adafactor,
     AdamW8bit,
@@ -139,6 +140,13 @@ def optimizer_over(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
         return Adafactor(groups, lr, decay)
     least = 4096 if config.optimizer == "adamw8bit" else 1 << 62
     return AdamW8bit(groups, lr, config.betas, config.eps, min_8bit_size=least)
+
+
+def make_average(model: Decoder, config: TrainConfig) -> WeightAverage | None:
+    """The moving average of the trained weights, where `config` asks for one."""
+    if config.ema_decay is None:
+        return None
+    return WeightAverage(model.named_parameters(), config.ema_decay)
 
 
 def lr_ratio(config: TrainConfig) -> Callable[[str, nn.Parameter], float] | None:

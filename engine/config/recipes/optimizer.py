@@ -34,6 +34,14 @@ class OptimizerSettings(Settings):
         "AdamW with 8-bit or with 32-bit moments; Lion in 8 bits; Adafactor, without moments; or, "
         "for method full, Muon",
     )
+    ema_decay: float | None = setting(
+        None,
+        "Optimisation",
+        "keep an exponential moving average of the trained weights, such as 0.999, and save it as "
+        "the result; the weights of the last step are saved beside it",
+        gt=0,
+        lt=1,
+    )
     nonfinite: str = setting(
         "stop",
         "Optimisation",

@@ -4,6 +4,12 @@ from engine.config.rules.rule import Rule
 
 EVALUATION_RULES = (
     Rule(
+        "eval_ema",
+        lambda c, _: c.eval_ema and c.ema_decay is None,
+        "eval_ema evaluates averaged weights, and ema_decay, which averages them, is not set.",
+        "Give --ema-decay 0.999, or leave out --eval-ema",
+    ),
+    Rule(
         "save_best",
         lambda c, _: c.best_metric is not None and not c.eval_every,
         "The best checkpoint and early stopping go by {c.best_metric} of evaluations while the run "

@@ -47,6 +47,8 @@ class RunSettings(Protocol):
     eval_data: tuple[str, ...]
     heldout: float
     eval_every: int
+    eval_ema: bool
+    ema_decay: float | None
     sample_every: int
     sample_prompts: Path | None
     output_dir: Path | None

@@ -68,6 +68,11 @@ class EvaluationSettings(Settings):
     eval_at_start: bool = setting(
         True, "Evaluation", "evaluate the held-out rows before the first step too"
     )
+    eval_ema: bool = setting(
+        False,
+        "Evaluation",
+        "evaluations and sampled answers while training are of the averaged weights (--ema-decay)",
+    )
     save_best: Annotated[str | None, BeforeValidator(metric_name)] = setting(
         None,
         "Evaluation",

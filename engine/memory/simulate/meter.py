@@ -34,6 +34,7 @@ OWNERS = (
     "adapters",
     "gradients",
     "optimiser",
+    "moving average",
     "saved activations",
     "block working set",
     "loss",

@@ -41,6 +41,7 @@ from engine.model_sources.load_model import build_for
 from engine.runs.startup import importing
 from engine.training.step import TrainingStep
 from engine.training.trainable import (
+    make_average,
     make_in_backward,
     make_optimizer,
     make_trainable,
@@ -155,10 +156,15 @@ def _trained(
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
     optimizer = make_optimizer(model, config)
+    average = make_average(model, config)
     track_model(meter, model)
+    if average is not None:
+        meter.track("moving average", average.state_tensors().values())
     if meter.gpu is not None:
         _reserve_partial_sums(model, meter.gpu)
     _step(meter, model, optimizer, batches, config)
+    if average is not None:
+        average.update()
     resident = dict(meter.live)
     steady = _steady(meter.segments, resident)
     return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)

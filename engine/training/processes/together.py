@@ -69,19 +69,24 @@ def resumed_together(
     told = ""
     if group.leads:
         how = {"policy": going.policy, "warmup_steps": going.warmup_steps}
-        told = json.dumps({"progress": progress.state(), "going": how})
+        averaged = 0 if state.average is None else state.average.updates
+        facts = {"progress": progress.state(), "going": how, "averaged": averaged}
+        told = json.dumps(facts)
     facts = json.loads(broadcast_text(group.ranks, told))
     progress, going = Progress(**facts["progress"]), Going(**facts["going"])
     if progress.step > 0:
         share_weights(state, group)
+        if state.average is not None:
+            state.average.updates = facts["averaged"]
         assert isinstance(state.optimizer, OptimizerOfRanks)
         state.optimizer.spread()
     return progress, going
 
 
 def share_weights(state: RunState, group: Group) -> None:
-    """Give every process the trained weights of the first."""
-    broadcast_tensors(group.ranks, list(state.weights().values()))
+    """Give every process the trained weights of the first, and their average."""
+    averages = {} if state.average is None else state.average.state_tensors()
+    broadcast_tensors(group.ranks, [*state.weights().values(), *averages.values()])
 
 
 def agreed(group: Group, own: StopReasons) -> StopReasons:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from engine.config.tasks.commands import command_of
@@ -27,12 +28,15 @@ from engine.training.step import TrainingStep
 from engine.training.trainable import (
     load_teacher,
     lr_shape,
+    make_average,
     make_in_backward,
     make_trainable,
     step_settings,
 )
 from engine.verbs.training.run_memory import budget_of, with_policy
 from models.over_ranks import split_context
+
+log = logging.getLogger(__name__)
 
 
 class RunSetup:
@@ -74,6 +78,8 @@ class RunSetup:
         self.optimizer = self.optimization.optimizer
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
         hold_pruned(self.model, self.optimizer, prepared.model_source.path)
+        self.average = make_average(self.model, self.config)
+        self._warn_of_long_memory()
         if self.config.cuda_graphs:
             self.model.record_layers()
         self.state = RunState(
@@ -83,11 +89,21 @@ class RunSetup:
             prepared.init,
             prepared.stops,
             first,
+            self.average,
         )
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = resumed_together(self.state, checkpoints, fresh, group)
         self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
         self.heldout = self._heldout()
+
+    def _warn_of_long_memory(self) -> None:
+        decay, steps = self.config.ema_decay, self.prepared.total_steps
+        if decay is not None and 1.0 / (1.0 - decay) > steps:
+            log.warning(
+                "ema_decay %g remembers some %d steps, and the run has %d: its result would mostly "
+                "be its beginning. A decay of %.3g remembers a fifth of them",
+                decay, round(1.0 / (1.0 - decay)), steps, max(0.5, 1.0 - 5.0 / steps),
+            )  # fmt: skip
 
     def _heldout(self) -> Heldout:
         config, prepared = self.config, self.prepared
@@ -109,6 +125,7 @@ class RunSetup:
             self._objective(),
             self.in_backward,
             self.optimization.parallel,
+            self.average,
         )
 
     def _objective(self) -> Objective:

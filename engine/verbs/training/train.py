@@ -124,7 +124,11 @@ class _Run:
             self.setup.state.restore_best(self.directory.checkpoints, facts["step"])
         if restored:
             share_weights(self.setup.state, self.group)
-        figures = self.heldout.after(None if restored or step != self.progress.step else known)
+        state = self.setup.state
+        if restored or step != self.progress.step or not state.evaluates_output:
+            known = None
+        with state.output_weights():
+            figures = self.heldout.after(known)
         return figures | {f"best_{name}": value for name, value in facts.items()}
 
     def figures(self, progress: Progress) -> dict[str, Any]:
@@ -137,6 +141,7 @@ class _Run:
             "skipped_steps": progress.skipped,
             "train_seconds": round(progress.seconds, 3),
             "trainable_parameters": setup.trainable,
+            **({} if setup.average is None else {"ema_updates": setup.average.updates}),
             **self.prepared.row_counts(),
         }
         if graphs is not None:
@@ -173,13 +178,13 @@ class _Run:
         hooks = TrainerHooks(
             save,
             lambda line: reports.step(over_ranks(group, line)),
-            self.heldout.figures if prepared.heldout else None,
-            sample=reports.sample,
+            setup.state.on_evaluated(self.heldout.figures) if prepared.heldout else None,
+            sample=setup.state.on_evaluated(reports.sample),
             ended=lambda: self.callbacks.ended,
             agree=partial(agreed, group),
         )
         if setup.budget is not None:
-            watch = partial(setup.budget.watch, setup.model, setup.optimizer)
+            watch = partial(setup.budget.watch, setup.model, setup.optimizer, setup.average)
             hooks = replace(hooks, watch=watch, overrun=setup.budget.overrun)
         signals = self.stack.enter_context(StopSignals())
         settings = setup.trainer_settings()

@@ -41,6 +41,7 @@ RUN_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"resume": "x", "overwrite": True}, Facts()),
 ]
 EVALUATION_BREAKS: list[tuple[dict[str, Any], Facts]] = [
+    ({"eval_ema": True}, Facts()),
     ({"save_best": "eval_loss", "heldout": 0.1}, Facts()),
     ({"sample_every": 5}, Facts()),
     ({"sample_prompts": "prompts.jsonl"}, Facts()),
