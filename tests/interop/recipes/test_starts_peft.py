@@ -10,6 +10,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.device import resolve_device
+from engine.model_sources.adapter.initial import initial_pair
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.load_model import build_for, load_model
 from engine.model_sources.open import open_model_source
@@ -114,3 +115,54 @@ def test_a_start_is_pefts_and_its_result_is_what_peft_computes(name: str, tmp_pa
     assert not torch.allclose(trained, start, atol=1e-2)
     assert torch.allclose(trained, wanted, atol=2e-4)
     assert loftq or torch.allclose(again, wanted, atol=2e-4)
+
+
+@torch.no_grad()
+def test_a_randomised_pissa_is_pefts_where_both_draw_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import peft.tuners.lora.layer as peft_layer
+
+    def seeded(*args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(7)
+        return torch.svd_lowrank(*args, **kwargs)
+
+    monkeypatch.setattr(peft_layer, "svd_lowrank", seeded)
+    linear = torch.nn.Linear(96, 64, bias=False)
+    weight = linear.weight.clone()
+    settings = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="pissa_niter_2"
+    )
+    layer = peft.get_peft_model(torch.nn.Sequential(linear), settings).base_model.model[0]
+    torch.manual_seed(7)
+    rest, a, b = initial_pair(weight, "pissa_niter_2", 4, 2.0, {})
+    theirs = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(b @ a, theirs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rest, layer.base_layer.weight, rtol=1e-4, atol=1e-6)
+    # With few rounds it is not the exact one: the test would see another algorithm.
+    exact = initial_pair(weight, "pissa", 4, 2.0, {})
+    assert not torch.allclose(exact[2] @ exact[1], theirs, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_gaussian_start_is_drawn_as_pefts() -> None:
+    config = TrainConfig(
+        model=str(GOLDEN), data="d", lora_rank=16, method="lora", init_lora_weights="gaussian"
+    )
+    model, first = started(config)
+    assert first == {}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(GOLDEN, dtype=torch.float32)
+    settings = peft.LoraConfig(r=16, target_modules=ALL, init_lora_weights="gaussian")
+    theirs = peft.get_peft_model(plain, settings)
+    drawn: list[list[torch.Tensor]] = [[], []]
+    for path, (a, b) in adapter_tensors(model).items():
+        layer = theirs.get_submodule(f"base_model.model.{path}")
+        drawn[0].append(a.flatten())
+        drawn[1].append(layer.lora_A["default"].weight.flatten())
+        assert not b.any() and not layer.lora_B["default"].weight.any()
+    ours, pefts = (torch.cat(parts).sort().values for parts in drawn)
+    assert len(ours) == len(pefts) > 10_000
+    # Two samples of one distribution: Kolmogorov and Smirnov's distance, at one in ten thousand.
+    ranks = torch.searchsorted(pefts, ours).float() / len(pefts)
+    distance = (ranks - torch.arange(len(ours)) / len(ours)).abs().max()
+    assert float(distance) < 2.2 * (2 / len(ours)) ** 0.5
