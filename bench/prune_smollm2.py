@@ -159,15 +159,20 @@ def figures(judged: Line) -> Line:
     return {name: judged[name] for name in ("perplexity", "interval", "tokens")}
 
 
-def measure(lines: Lines, root: Path, only: list[str]) -> None:
-    """Every cell that is asked for and missing."""
+def prepared(root: Path) -> Judge:
+    """Write the rows, and judge by the first that are held out."""
     data = root / "data"
     if not data.exists():
         write_docstrings(data)
     heldout = data / f"heldout-{HELDOUT_ROWS}.jsonl"
     rows = (data / "heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     durable.write_text(heldout, "".join(rows[:HELDOUT_ROWS]))
-    judge = Judge(heldout, (), MAX_LENGTH, "cpu", "auto")
+    return Judge(heldout, (), MAX_LENGTH, "cpu", "auto")
+
+
+def measure(lines: Lines, root: Path, only: list[str]) -> None:
+    """Every cell that is asked for and missing."""
+    judge = prepared(root)
     known: dict[str, list[LayerScores]] = {}
     lines.measure(WHOLE, 0.0, lambda: figures(judge.assess(str(gguf_path()))))
     for row in ROWS:

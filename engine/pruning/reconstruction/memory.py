@@ -16,7 +16,7 @@ _STATES = 4
 _MATRICES = 5
 """Of the inputs' width squared in fp64: sums, their mean, damped, its factor and its inverse."""
 _MIXED, _INNER = 4, 3
-"""Of a batch: its states, normed, mixed and added, beside q, k, v and o; gate, up, their product."""
+"""Of a batch: states, normed, mixed and added, beside q, k, v and o; gate, up and their product."""
 _WEIGHTS = 3
 """Of the projection in fp64: as it is, as it becomes, and what it is solved for."""
 
