@@ -246,6 +246,8 @@ class PruneSettings(HeadChoice, Machine):
 
     @model_validator(mode="after")
     def _per_layer_is_structural(self) -> Self:
+        if self.target is not None and self.heads != "attention":
+            raise ValueError("--target takes heads of attention: leave out --heads delta")
         if self.per_layer and (self.mode, self.heads) != ("structural", "attention"):
             raise ValueError(
                 "--per-layer lets a structural cut take another number of attention heads out of "

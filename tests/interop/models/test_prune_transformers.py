@@ -177,6 +177,33 @@ def test_models_without_channels_layers_or_experts_load_with_equal_logits(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("family", "what"),
+    [("llama", "heads,mlp,layers"), ("qwen2", "kv-groups,mlp"), ("qwen3_moe", "experts,heads"),
+     ("qwen3_5_vl", "heads,mlp")],
+)  # fmt: skip
+def test_models_inside_a_budget_load_with_equal_logits(
+    family: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("budgets.mixed", "structures.prune_structures"):
+        monkeypatch.setattr(
+            f"engine.pruning.{module}.calibration_examples", lambda *_: rows_of((70, 53, 61))
+        )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    settings = PruneSettings(
+        target="params=0.8", what=what, data=[tmp_path / "rows.jsonl"], dtype="float32",
+        device="cpu",
+    )  # fmt: skip
+    record = prune(GOLDEN / family, tmp_path / "out", settings).record
+    other = peer(tmp_path / "out")
+    ours, theirs = load_model(tmp_path / "out")(IDS), other(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 5e-5
+    if family != "qwen3_5_vl":  # which has other parts than its decoder
+        left = sum({p.data_ptr(): p.numel() for p in other.parameters()}.values())
+        assert left == record["budget"]["after"] <= record["budget"]["asked"]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(("mode", "fraction"), [("zero", 0.2), ("structural", 1 / 3)])
 def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
     smollm2_gguf: Path, tmp_path: Path, mode: PruneMode, fraction: float

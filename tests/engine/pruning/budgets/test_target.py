@@ -139,6 +139,7 @@ def test_what_cannot_be_asked_is_told(golden: Golden, to_target: Prune) -> None:
         ({"fraction": 0.5, "what": "heads,mlp"}, "shares one budget"),
         ({"fraction": 0.5, "what": "heads,tails"}, "one or several of"),
         ({"target": "params=0.5", "what": "heads,kv-groups"}, "heads too"),
+        ({"target": "params=0.5", "heads": "delta"}, "heads of attention"),
         ({"target": "params=0.5", "what": "heads,mlp", "metric": "ov"}, "does not rank mlp"),
     ):
         with pytest.raises(ConfigError, match=told):
