@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from engine.config.choices import METRICS_OF, Metric, RepairMethod
+from engine.config.choices import METRICS_OF, Metric, RepairMethod, Scope
 from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.data.docstrings import write_docstrings
@@ -56,18 +56,21 @@ class Row:
     metric: Metric
     repair: RepairMethod = "none"
     seed: int = 0
+    scope: Scope | None = None
 
     @property
     def name(self) -> str:
         """Its key in the results."""
-        repaired = "-repaired" if self.repair == "least-squares" else ""
-        return f"{self.metric}{repaired}" + (f"-{self.seed}" if self.metric == "random" else "")
+        parts = (self.metric, self.scope, "repaired" if self.repair == "least-squares" else None)
+        name = "-".join(part for part in parts if part is not None)
+        return f"{name}-{self.seed}" if self.metric == "random" else name
 
     def settings(self, fraction: float, data: Path) -> PruneSettings:
         """What `engine prune` is asked for."""
         return PruneSettings(
             fraction=fraction,
             metric=self.metric,
+            scope=self.scope,
             repair=self.repair,
             seed=self.seed,
             data=(str(data),),
@@ -78,6 +81,7 @@ class Row:
 
 ROWS = (
     Row("l2-reconstruction", "least-squares"),
+    Row("l2-reconstruction", "least-squares", scope="global"),
     Row("l2-output", "least-squares"),
     *(Row(metric) for metric in METRICS_OF["heads"] if metric != "random"),
     *(Row("random", seed=seed) for seed in SEEDS),
@@ -143,7 +147,7 @@ def pruned_figures(
     target = root / f"{row.name}-{fraction:g}"
     shutil.rmtree(target, ignore_errors=True)
     settings = row.settings(fraction, root / "data" / "train.jsonl")
-    key = f"{row.metric}-{row.seed}"
+    key = f"{row.metric}-{row.scope}-{row.seed}"
     done = prune(str(gguf_path()), target, settings, scored=known.get(key))
     if done.scored is not None:
         known[key] = done.scored
@@ -223,7 +227,7 @@ def markdown(lines: Lines) -> str:
         f"| | {' | '.join(f'{100 * fraction:.0f} %' for fraction in columns)} |",
         f"|---|{'---|' * len(columns)}",
     ]
-    for name in dict.fromkeys(one["row"] for one in lines.lines):
+    for name in dict.fromkeys(one["row"] for one in lines.lines if "perplexity" in one):
         cells = [lines.cell(name, fraction) for fraction in columns]
         text.append(f"| {name} | {' | '.join(map(_cell, cells))} |")
     return "\n".join([*text, ""])
