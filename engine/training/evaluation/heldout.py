@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.config.recipes.preference import ObjectiveSettings
@@ -24,6 +24,8 @@ from models.layers.context import StepSettings
 log = logging.getLogger(__name__)
 
 PERPLEXITY, ACCURACY = f"{EVAL}perplexity", f"{EVAL}rewards/accuracies"
+OF_PARTS = (LOSS, ACCURACY)
+"""Figures that every part of held-out preferences has."""
 HELDOUT, BEFORE = "heldout_", "_before"
 """What the names of figures in a summary begin with, and end with before the first step."""
 
@@ -108,13 +110,18 @@ class HeldoutRows(Heldout):
 
 @dataclass(frozen=True)
 class HeldoutAnswers(Heldout):
-    """Held-out pairs or judged answers: the objective's loss, rewards and accuracy."""
+    """Held-out pairs or judged answers: the objective's loss, rewards and accuracy.
+
+    Every part has its loss and accuracy, of an evaluation of its own: what a loss is divided by, or
+    measured from, is that of the part's answers.
+    """
 
     model: Decoder
     answers: AnswerSet
     objective: Objective
     settings: StepSettings
     ranks: Ranks = ONE_RANK
+    parts: PartNames = field(default_factory=PartNames)
 
     @property
     def examples(self) -> Sequence[Example]:  # type: ignore[override]
@@ -122,10 +129,22 @@ class HeldoutAnswers(Heldout):
         return self.answers.examples
 
     def measured(self) -> dict[str, float]:
-        """Loss and the objective's figures."""
+        """Loss and the objective's figures; of every part loss and accuracy."""
         what = self.model, self.objective, self.answers, self.settings
         figures = evaluate_answers(*what, ranks=self.ranks)
-        return {f"{EVAL}{name}": value for name, value in figures.items()}
+        told = {f"{EVAL}{name}": value for name, value in figures.items()}
+        for part, indices in self._members().items():
+            own = evaluate_answers(*what, ranks=self.ranks, indices=indices)
+            told |= {f"{name}/{part}": own[name.removeprefix(EVAL)] for name in OF_PARTS}
+        return told
+
+    def _members(self) -> dict[str, list[int]]:
+        """The indices of the examples of every part."""
+        members: dict[str, list[int]] = {}
+        for index, example in enumerate(self.examples):
+            for part in self.parts.of(example):
+                members.setdefault(part, []).append(index)
+        return members
 
     def tell(self, figures: Mapping[str, float], when: str) -> None:
         """Loss, accuracy and margin."""
@@ -133,6 +152,11 @@ class HeldoutAnswers(Heldout):
             "held-out preferences%s: loss %.4f, accuracy %.3f, margin %.3f", f" {when}" if when
             else "", figures[LOSS], figures[ACCURACY], figures[f"{EVAL}rewards/margins"],
         )  # fmt: skip
+        for part in self._members():
+            log.info(
+                "held-out preferences of %s: loss %.4f, accuracy %.3f",
+                part, *(figures[f"{name}/{part}"] for name in OF_PARTS),
+            )  # fmt: skip
 
 
 def _told(name: str, ending: str = "") -> str:
@@ -166,5 +190,6 @@ def figure_names(
     if not heldout:
         return set()
     if config.learns_answers:
-        return {LOSS, *(f"{EVAL}{name}" for name in names_of(config))}
+        names = {LOSS, *(f"{EVAL}{name}" for name in names_of(config))}
+        return names | {f"{name}/{part}" for part in parts.names(heldout) for name in OF_PARTS}
     return {LOSS, PERPLEXITY, *(f"{LOSS}/{name}" for name in parts.names(heldout))}

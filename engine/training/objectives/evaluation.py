@@ -31,16 +31,17 @@ def evaluate_answers(
     settings: StepSettings = DEFAULT_SETTINGS,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     ranks: Ranks = ONE_RANK,
+    indices: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """`loss` and the objective's figures over all `answers`, as one step of all of them has them.
 
-    Dropout is off, and the model's mode is left as it was. The batches are dealt to `ranks`, which
-    all have the result.
+    With `indices` over these alone. Dropout is off, and the model's mode is left as it was. The
+    batches are dealt to `ranks`, which all have the result.
     """
     was_training = model.training
     model.eval()
-    every = range(len(answers.examples))
-    groups = indices_by_tokens(answers, every, tokens_per_batch)
+    chosen = range(len(answers.examples)) if indices is None else indices
+    groups = indices_by_tokens(answers, chosen, tokens_per_batch)
     batches = list(dealt_batches([partial(answers.batch, group) for group in groups], ranks))
     totals = objective.totals(model, batches, settings, ranks)
     sums = torch.zeros(1 + len(objective.names), dtype=torch.float64, device=model.device)

@@ -112,7 +112,8 @@ class RunSetup:
             return HeldoutRows(*rows, self.mesh.data)
         answers, reference = prepared.heldout_answers, self.reference.heldout
         objective = make_objective(config, answers, reference) if answers.examples else TOKENS
-        return HeldoutAnswers(self.model, answers, objective, self.settings, self.mesh.data)
+        what = self.model, answers, objective, self.settings, self.mesh.data
+        return HeldoutAnswers(*what, prepared.parts)
 
     def step(self) -> TrainingStep:
         """The step of the run; a teacher is read here."""

@@ -254,3 +254,32 @@ def test_other_verbs_know_pairs(
     capsys.readouterr()
     assert main(["plan", *plan, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["settings"]["share_prompt"] is True
+
+
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
+def test_parts_of_heldout_preferences_have_losses_and_accuracies_of_their_own(
+    objective: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A part's figures are those of a run that holds out that part alone."""
+    write = write_judged if objective == "kto" else write_pairs
+    data = write(tmp_path / "data.jsonl")
+    parts = [write(tmp_path / f"{name}.jsonl", count) for name, count in (("a", 4), ("b", 3))]
+    given = {"objective": objective, "max_steps": 2, "eval_every": 2}
+    both = train(
+        preference_run(
+            tiny_model, data, tmp_path / "both", eval_data=[str(p) for p in parts], **given,
+            save_best="rewards/accuracies/source/a.jsonl",
+        ),
+        console=False,
+    )  # fmt: skip
+    for path in parts:
+        run = tmp_path / path.stem
+        one = train(
+            preference_run(tiny_model, data, run, eval_data=[str(path)], **given), console=False
+        )
+        last, alone = both.history[-1], one.history[-1]
+        for name in ("eval_loss", "eval_rewards/accuracies"):
+            assert last[f"{name}/source/{path.name}"] == pytest.approx(alone[name], rel=1e-6)
+        told = both.metrics[f"heldout_loss/source/{path.name}"]
+        assert told == last[f"eval_loss/source/{path.name}"]
+    assert both.metrics["best_metric"] == "eval_rewards/accuracies/source/a.jsonl"
