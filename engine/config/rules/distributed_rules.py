@@ -1,5 +1,6 @@
 """Rules between the settings of several processes and the others."""
 
+from engine.config.data_names.given_rows import PREFIX
 from engine.config.rules.rule import Facts, Rule, RunSettings
 
 
@@ -25,8 +26,11 @@ DISTRIBUTED_RULES = (
     ),
     Rule(
         "gpus",
-        lambda c, f: _several(c, f) and "-" in c.data,
-        "data - is standard input, which one process alone can read.",
+        lambda c, f: (
+            _several(c, f) and any(name == "-" or name.startswith(PREFIX) for name in c.data)
+        ),
+        "data {c.data} is standard input, or rows of a Python program, which one process alone can "
+        "read.",
         "Write the rows to a file first",
     ),
     Rule(
