@@ -101,10 +101,14 @@ def decontaminate(call: Call) -> None:
     from engine.data.corpus.reading import read_corpus
     from engine.data.corpus.writing import refuse_output
     from engine.data.dataset import RowChoice
+    from engine.data.sources.streams.located import RowLimit
 
     settings = call.read(DecontaminateSettings)
     refuse_output(settings.output, settings.removed, overwrite=settings.overwrite)
-    against = read_corpus(settings.against, RowChoice(bad_lines=settings.bad_lines))
+    against = read_corpus(
+        settings.against,
+        RowChoice(bad_lines=settings.bad_lines, limit=RowLimit(settings.max_row_bytes)),
+    )
     heldout = HeldoutRuns(settings.ngram)
     for item in against.rows:
         heldout.add(item)
@@ -164,6 +168,7 @@ def _mix_source(source: MixSource, settings: MixSettings) -> "Corpus | None":
 
     from engine.data.corpus.reading import read_corpus
     from engine.data.dataset import RowChoice
+    from engine.data.sources.streams.located import RowLimit
     from engine.errors import DataError
 
     local = [Path(path).expanduser() for path in source.path]
@@ -173,7 +178,12 @@ def _mix_source(source: MixSource, settings: MixSettings) -> "Corpus | None":
         logging.getLogger(__name__).warning("%s is absent and optional", ", ".join(source.path))
         return None
     choice = RowChoice(
-        source.min_rating, source.category, settings.bad_lines, source.query, source.map
+        source.min_rating,
+        source.category,
+        settings.bad_lines,
+        source.query,
+        source.map,
+        limit=RowLimit(settings.max_row_bytes),
     )
     return read_corpus(source.path, choice, settings.strict)
 

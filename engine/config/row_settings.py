@@ -1,12 +1,38 @@
 """Settings about rows that training, evaluating and looking at data share."""
 
+from typing import Annotated
+
+from pydantic import BeforeValidator
+
 from engine.config.choices import Thinking
 from engine.config.data_names import ColumnMap
 from engine.config.settings import Settings, setting
-from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS
+from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS, number_of_bytes
+
+MAX_ROW_BYTES = 16 * 2**20
 
 
-class ChoiceSettings(Settings):
+class BadRowSettings(Settings):
+    """What a bad row is, and what is done with it."""
+
+    bad_lines: str = setting(
+        "fail",
+        "Data",
+        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
+        pattern=BAD_LINES,
+        expected=BAD_LINES_WORDS,
+    )
+    max_row_bytes: Annotated[int, BeforeValidator(number_of_bytes)] = setting(
+        MAX_ROW_BYTES,
+        "Data",
+        "a longer row, such as one of 16MiB, is a bad one, and so is one with more than an object, "
+        "list or key for each 32 of these bytes",
+        ge=1024,
+        le=2**30,
+    )
+
+
+class ChoiceSettings(BadRowSettings):
     """Which rows of a source are read, and in which columns."""
 
     query: str | None = setting(
@@ -16,13 +42,6 @@ class ChoiceSettings(Settings):
         {}, "Data", "columns by the fields they are: prompt=question,response=answer"
     )
     min_rating: int | None = setting(None, "Data", "leave out rows rated lower", ge=1, le=5)
-    bad_lines: str = setting(
-        "fail",
-        "Data",
-        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
-        pattern=BAD_LINES,
-        expected=BAD_LINES_WORDS,
-    )
 
 
 class RowSettings(ChoiceSettings):

@@ -169,6 +169,11 @@ def size_in_bytes(value: Any) -> Any:
     return size
 
 
+def number_of_bytes(value: Any) -> Any:
+    """`"64KiB"` and `"16MiB"` as numbers of bytes; a number as it is."""
+    return _bytes(value) if isinstance(value, str) else value
+
+
 def auto_or_size(value: Any) -> Any:
     """`"auto"` as it is, none as None, and sizes as `size_in_bytes` reads them."""
     if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() == "auto"):

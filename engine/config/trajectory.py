@@ -35,6 +35,7 @@ KNOWN_OTHERWISE = frozenset(
     {
         "add_tokens",  # the tokenizer's digest says which they are
         "bad_lines",  # rows that it leaves out would have ended the run
+        "max_row_bytes",
         "data",
         "epochs",
         "eval_data",

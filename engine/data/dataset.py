@@ -14,8 +14,8 @@ from engine.config.row_settings import ChoiceSettings
 from engine.data.origins import notice_stale
 from engine.data.rows import Row, is_row, parse_row
 from engine.data.rows.fields import RowFault
-from engine.data.sources.located import BadLine, Located
 from engine.data.sources.resolve import Names, RowFile, data_files
+from engine.data.sources.streams.located import ROW_LIMIT, BadLine, Located, RowLimit
 from engine.errors import ConfigError, DataError, listing
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class RowChoice:
         query: which rows of a database.
         columns: field of a row -> column of the data, where it is named otherwise.
         judged: read the `label` of a row: whether its answer is a good one.
+        limit: how large a row may be.
     """
 
     min_rating: int | None = None
@@ -126,11 +127,23 @@ class RowChoice:
     query: str | None = None
     columns: Mapping[str, str] | None = None
     judged: bool = False
+    limit: RowLimit = ROW_LIMIT
 
     @classmethod
     def of(cls, settings: ChoiceSettings, category: str | Sequence[str] | None = None) -> Self:
         """The choice that a table of settings makes."""
-        return cls(settings.min_rating, category, settings.bad_lines, settings.query, settings.map)
+        return cls(
+            settings.min_rating,
+            category,
+            settings.bad_lines,
+            settings.query,
+            settings.map,
+            limit=RowLimit(settings.max_row_bytes),
+        )
+
+    def limited(self, file: RowFile) -> RowFile:
+        """The file, read with this choice's limit of a row."""
+        return file if file.limit == self.limit else replace(file, limit=self.limit)
 
     @property
     def categories(self) -> set[str]:
@@ -209,7 +222,7 @@ def each_row(
         DataError: a row is bad, and `choice` does not say that such are skipped.
     """
     policy = BadLines.parse(choice.bad_lines)
-    for file in files:
+    for file in map(choice.limited, files):
         for item in file.values(is_row):
             report.read += 1
             row = choice.parse(item, file)

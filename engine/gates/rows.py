@@ -11,8 +11,8 @@ from typing import Any
 from engine.data.rows import CHAT_KEYS, RESPONSE_KEYS, Row, is_row, parse_row
 from engine.data.rows.fields import RowFault, json_name
 from engine.data.sources.file_kinds import DATA_SUFFIXES, plain_suffix
-from engine.data.sources.located import BadLine
 from engine.data.sources.resolve import RowFile, data_files
+from engine.data.sources.streams.located import BadLine
 from engine.errors import DataError
 
 _REFERENCES = (*RESPONSE_KEYS, *CHAT_KEYS, "solution")

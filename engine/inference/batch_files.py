@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.inference import GenerateSettings
-from engine.data.sources.json_lines import read_json
-from engine.data.sources.located import BadLine
+from engine.data.sources.streams.json_lines import read_json
+from engine.data.sources.streams.located import BadLine
 from engine.errors import ConfigError, DataError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import GenerateResult, conversation_ids

@@ -73,7 +73,7 @@ def _used(
     """
     from engine.data.batches.loader import question_of
     from engine.data.dataset import BadLines, ReadReport
-    from engine.data.sources.located import BadLine
+    from engine.data.sources.streams.located import BadLine
     from engine.errors import DataError
 
     policy, report = BadLines.parse(choice.bad_lines), ReadReport()

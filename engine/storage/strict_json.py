@@ -19,9 +19,16 @@ MAX_DEPTH = 64
 MAX_DIGITS = 300
 """Longer integers are refused: no float holds them, and reading them takes quadratic time."""
 
+# Possessive (`*+`): a long text without an end would otherwise take memory for every escape.
 _TOKEN = re.compile(
-    r'"[^"\\\x00-\x1f]*(?:\\.[^"\\\x00-\x1f]*)*"|-?Infinity|NaN|-?\d[\d.eE+-]*|true|false|null|[\[\]{}:,]|\s+'
+    r'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+"|-?Infinity|NaN|-?\d[\d.eE+-]*+|true|false|null|[\[\]{}:,]|\s++'
 )
+_FAULTLESS = re.compile(
+    r'(?:[\s,]++|-?\d{1,17}+(?:\.\d{1,17}+)?+(?![\d.eE+-])|true|false|null|"[^"\\\x00-\x1f\ud800-\udfff]*+")++'
+)
+"""Values in a list that strict JSON forbids nothing about."""
+_LONGEST_WORD = 16
+"""Characters within which a text that is cut off ends in a broken word, number or escape."""
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -86,13 +93,33 @@ def decode(text: str, start: int = 0) -> tuple[Any, int]:
         JSONFault: the text is not strict JSON.
     """
     try:
+        return _decode(text, start)
+    except json.JSONDecodeError as error:
+        raise _find_fault(text, start, error) from None
+
+
+def begin(text: str, start: int) -> tuple[Any, int] | None:
+    """`decode` for a text that goes on: None where what is wrong may be that it is cut off."""
+    try:
+        return _decode(text, start)
+    except json.JSONDecodeError as error:
+        if error.msg.startswith("Unterminated") or error.pos >= len(text) - _LONGEST_WORD:
+            return None
+        raise _find_fault(text, start, error) from None
+
+
+def _decode(text: str, start: int) -> tuple[Any, int]:
+    """`decode` that raises the reader's own error for what is no JSON at all."""
+    try:
         value, end = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError:
+        raise
     except (_Objection, ValueError, RecursionError) as error:
         raise _find_fault(text, start, error) from None
     if _too_deep(value) or _SURROGATE_ESCAPE.search(text, start, end):
-        fault = _scan(text[start:end])
+        fault = _scan(text, start, end)
         if fault is not None:
-            raise JSONFault(fault.message, fault.position + start)
+            raise fault
     return value, end
 
 
@@ -153,26 +180,25 @@ def _too_deep(value: Any) -> bool:
 
 def _find_fault(text: str, start: int, error: Exception) -> JSONFault:
     """Locate a fault that the fast reader noticed without a position, or with one."""
-    fault = _scan(text[start:])
-    if fault is not None and (
-        not isinstance(error, json.JSONDecodeError) or fault.position + start < error.pos
-    ):
-        return JSONFault(fault.message, fault.position + start)
+    end = error.pos if isinstance(error, json.JSONDecodeError) else len(text)
+    fault = _scan(text, start, end)
+    if fault is not None and fault.position < end:
+        return fault
     if isinstance(error, json.JSONDecodeError):
         message = error.msg.removesuffix(" at").removesuffix(" starting")
         return JSONFault(message[:1].lower() + message[1:], error.pos)
     return JSONFault(f"the value cannot be read ({error})", start)
 
 
-def _scan(text: str) -> JSONFault | None:
-    """Walk over the tokens and return the first that strict JSON forbids, or None.
+def _scan(text: str, start: int, end: int) -> JSONFault | None:
+    """Walk over the tokens of text[start:end] and return the first that is forbidden, or None.
 
     Syntax errors are not looked for: at the first character that starts no token the scan ends,
     and the reader's own message stands.
     """
     keys: list[set[str] | None] = []
-    position, expect_key = 0, False
-    while match := _TOKEN.match(text, position):
+    position, expect_key = start, False
+    while match := _TOKEN.match(text, position, end):
         token, position = match.group(), match.end()
         if token.isspace():
             continue
@@ -181,12 +207,14 @@ def _scan(text: str) -> JSONFault | None:
             if len(keys) > MAX_DEPTH:
                 return JSONFault(f"values nested more than {MAX_DEPTH} deep", match.start())
             expect_key = token == "{"
+            position = _after_faultless(text, position, end, keys)
             continue
         if token in "]}":
             if keys:
                 keys.pop()
             if not keys:
                 return None
+            position = _after_faultless(text, position, end, keys)
             continue
         if token == ",":
             expect_key = bool(keys) and keys[-1] is not None
@@ -199,6 +227,12 @@ def _scan(text: str) -> JSONFault | None:
         if not keys:
             return None
     return None
+
+
+def _after_faultless(text: str, position: int, end: int, keys: list[set[str] | None]) -> int:
+    """Where the next value of a list stands that has to be looked at."""
+    match = _FAULTLESS.match(text, position, end) if keys[-1] is None else None
+    return position if match is None else match.end()
 
 
 def _value_fault(token: str, seen: set[str] | None) -> str | None:

@@ -70,6 +70,7 @@ _DECIDING_ROWS = (
     "min_rating",
     "category",
     "bad_lines",
+    "max_row_bytes",
     "max_length",
     "system_prompt",
     "chat_template_kwargs",
@@ -205,8 +206,7 @@ def trained_choice(config: TrainConfig) -> RowChoice:
 
 def heldout_choice(config: TrainConfig) -> RowChoice:
     """How the rows of `eval_data` are read."""
-    judged = config.objective == "kto"
-    return RowChoice(None, None, config.bad_lines, config.eval_query, config.map, judged)
+    return replace(trained_choice(config), min_rating=None, category=None, query=config.eval_query)
 
 
 def with_system(row: Row, prompt: str | None) -> Row:

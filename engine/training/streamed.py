@@ -10,8 +10,8 @@ from engine.data.dataset import RowChoice
 from engine.data.examples import ExampleBuilder, ExampleSettings
 from engine.data.origins import notice_stale
 from engine.data.rendering import Learning
-from engine.data.sources.compressed import is_compressed
 from engine.data.sources.resolve import RowFile, data_files
+from engine.data.sources.streams.compressed import is_compressed
 from engine.data.streaming.batch_stream import BatchSettings, BatchStream
 from engine.data.streaming.example_stream import ExampleStream, StreamSettings
 from engine.data.streaming.indexed_rows import IndexedRows

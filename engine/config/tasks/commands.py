@@ -117,6 +117,7 @@ def _rows(config: TrainConfig, query: str | None) -> dict[str, Any]:
         "query": query,
         "map": _columns(config) or None,
         "bad_lines": config.bad_lines,
+        "max_row_bytes": config.max_row_bytes,
         "train_on": config.train_on,
         "thinking": config.thinking,
     }

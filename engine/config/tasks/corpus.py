@@ -8,9 +8,8 @@ from pydantic import BeforeValidator
 
 from engine.config.choices import CompareOn, RowShape
 from engine.config.data_names import ColumnMap, DataNames
-from engine.config.row_settings import ChoiceSettings
+from engine.config.row_settings import BadRowSettings, ChoiceSettings
 from engine.config.settings import Settings, setting
-from engine.config.spelling import BAD_LINES, BAD_LINES_WORDS
 from engine.config.tasks.inference import Paths
 from engine.errors import ConfigError
 
@@ -110,7 +109,7 @@ def _one_source(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
-class MixSettings(Settings):
+class MixSettings(BadRowSettings):
     """`engine data mix`."""
 
     sources: Annotated[
@@ -122,13 +121,6 @@ class MixSettings(Settings):
     )  # fmt: skip
     rows: int | None = setting(None, "Mix", "rows to write; by default what weights give", ge=1)
     seed: int = setting(0, "Mix", "another seed draws and orders otherwise", ge=0)
-    bad_lines: str = setting(
-        "fail",
-        "Data",
-        "a row that cannot be used: fail, or skip, or skip:5% (no more than that share)",
-        pattern=BAD_LINES,
-        expected=BAD_LINES_WORDS,
-    )
     strict: bool = setting(False, "Data", "fail where a source is stale, or an optional one absent")
     output: Path = setting(..., "Output", "file to write: .jsonl, .jsonl.gz or .parquet")
     report: Path | None = setting(None, "Output", "file for the figures (.json)")

@@ -8,9 +8,9 @@ from typing import Any
 
 from engine.data.corpus.reading import CorpusRow
 from engine.data.corpus.writing import json_line
-from engine.data.sources.compressed import open_plain
-from engine.data.sources.located import BadLine, Located
 from engine.data.sources.resolve import RowFile
+from engine.data.sources.streams.compressed import open_plain
+from engine.data.sources.streams.located import BadLine, Located
 from engine.storage import durable
 
 _LONGEST_TEXT = 1 << 20
@@ -68,7 +68,10 @@ class Quarantine:
             return {}
         texts = {}
         with open_plain(file.path) as stream:
-            for number, line in enumerate(stream, 1):
-                if number in wanted:
-                    texts[number] = line[:_LONGEST_TEXT].decode("utf-8", "replace").rstrip("\r\n")
+            number, begins = 1, True
+            while part := stream.readline(_LONGEST_TEXT):
+                if begins and number in wanted:
+                    texts[number] = part.decode("utf-8", "replace").rstrip("\r\n")
+                begins = part.endswith(b"\n")
+                number += begins
         return texts

@@ -16,8 +16,8 @@ from engine.data.dataset import (
 )
 from engine.data.origins import Origin, notice_stale
 from engine.data.rows import Row
-from engine.data.sources.located import BadLine, Located
 from engine.data.sources.resolve import Names, RowFile, data_files
+from engine.data.sources.streams.located import BadLine, Located
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.data.sources.cells import CellFault, cell
 from engine.data.sources.file_kinds import PARQUET, with_article
-from engine.data.sources.located import BadLine, Located, Position
+from engine.data.sources.streams.located import BadLine, Located, Position
 from engine.data.sources.tables import refuse_repeated
 from engine.errors import DataError
 

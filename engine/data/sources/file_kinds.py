@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from engine.config.data_names import ROW_FIELDS
-from engine.data.sources.compressed import SUFFIXES as COMPRESSED
+from engine.data.sources.streams.compressed import SUFFIXES as COMPRESSED
 
 JSON, CSV, PARQUET, ARROW, TEXT = "JSON", "CSV", "Parquet", "Arrow", "text"
 """The kinds that are read."""

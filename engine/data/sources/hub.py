@@ -15,8 +15,8 @@ from typing import Any, Self
 
 import yaml
 
-from engine.data.sources.compressed import SUFFIXES as COMPRESSED
 from engine.data.sources.file_kinds import DATA_SUFFIXES, TEXT_SUFFIXES, plain_suffix
+from engine.data.sources.streams.compressed import SUFFIXES as COMPRESSED
 from engine.errors import DataError
 from engine.storage import strict_yaml
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from engine.data.sources.located import BadLine, Located, Position
+from engine.data.sources.streams.located import BadLine, Located, Position
 
 _PIECE = 4 * 2**20
 """Characters of the longest document; a longer file is divided at the end of a line."""

@@ -14,7 +14,6 @@ from engine.config.data_names import DataName
 from engine.config.data_names.given_rows import PREFIX
 from engine.config.data_names.passwords import hide_password
 from engine.data.sources.arrow import read_arrow
-from engine.data.sources.compressed import READ_ERRORS, open_plain
 from engine.data.sources.database import check_database, is_database, spooled_query
 from engine.data.sources.file_kinds import (
     ARROW,
@@ -30,10 +29,11 @@ from engine.data.sources.file_kinds import (
     with_article,
 )
 from engine.data.sources.hub import HubData, of_split
-from engine.data.sources.json_lines import read_json
-from engine.data.sources.located import BadLine, Located
 from engine.data.sources.plain_text import read_text
 from engine.data.sources.spool import spooled_python, spooled_standard_input
+from engine.data.sources.streams.compressed import READ_ERRORS, open_plain
+from engine.data.sources.streams.json_lines import read_json
+from engine.data.sources.streams.located import ROW_LIMIT, BadLine, Located, RowLimit
 from engine.data.sources.tables import read_table
 from engine.errors import DataError
 
@@ -55,12 +55,14 @@ class RowFile:
         name: what is shown of it.
         origin: which of the data names it belongs to, from 0.
         weight: how often its rows are read in an epoch.
+        limit: how large a row may be.
     """
 
     path: Path
     name: str
     origin: int = 0
     weight: float = 1.0
+    limit: RowLimit = ROW_LIMIT
 
     @property
     def kind(self) -> str:
@@ -80,13 +82,13 @@ class RowFile:
         kind = self.kind
         try:
             if kind == JSON:
-                yield from read_json(self.path, self.name, is_row)
+                yield from read_json(self.path, self.name, is_row, self.limit)
             elif kind in (PARQUET, ARROW):
                 yield from read_arrow(self.path, kind, self.name)
             elif kind in (CSV, TEXT):
                 with open_plain(self.path) as stream:
                     yield from (
-                        read_table(stream, self.path, self.name)
+                        read_table(stream, self.path, self.name, self.limit)
                         if kind == CSV
                         else read_text(stream, self.name)
                     )

@@ -11,46 +11,48 @@ from typing import BinaryIO
 
 from engine.data.sources.cells import cell
 from engine.data.sources.file_kinds import delimiter_of
-from engine.data.sources.located import MAX_ROW_BYTES, BadLine, Located, Position
+from engine.data.sources.streams.located import BadLine, Located, Position, RowLimit
 from engine.errors import DataError
 
-_LONG = "Split or shorten the row; a quote that is never closed swallows what follows it."
+_LONG = "A quote that is never closed swallows what follows it."
 
 
 class _LongLine(Exception):
-    """A row has grown beyond `MAX_ROW_BYTES`."""
+    """A row has grown beyond what one may have."""
 
 
 class _Lines:
     """The lines of a text, counted; a row may not grow without end."""
 
-    def __init__(self, text: io.TextIOWrapper) -> None:
-        self._text, self.number, self.size = text, 0, 0
+    def __init__(self, text: io.TextIOWrapper, limit: RowLimit) -> None:
+        self._text, self.limit, self.number, self.size = text, limit, 0, 0
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        line = self._text.readline(MAX_ROW_BYTES)
+        line = self._text.readline(self.limit.most_bytes)
         if not line:
             raise StopIteration
         self.number += 1
         self.size += len(line)
-        if self.size > MAX_ROW_BYTES:
+        if self.size > self.limit.most_bytes:
             raise _LongLine
         return line
 
 
-def read_table(stream: BinaryIO, path: Path, name: str) -> Iterator[Located | BadLine]:
+def read_table(
+    stream: BinaryIO, path: Path, name: str, limit: RowLimit
+) -> Iterator[Located | BadLine]:
     """The rows of a table with a line of column names, as mappings.
 
     Bytes that are not UTF-8 make their row a `BadLine`, and so does a row with more or fewer cells
     than columns. Raises `DataError` where the first line names no columns.
     """
-    csv.field_size_limit(MAX_ROW_BYTES)
+    csv.field_size_limit(limit.most_bytes)
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        yield from _rows(_Lines(text), path, name)
+        yield from _rows(_Lines(text, limit), path, name)
     finally:
         text.detach()  # whoever opened the stream closes it
 
@@ -74,7 +76,7 @@ def _rows(lines: _Lines, path: Path, name: str) -> Iterator[Located | BadLine]:
             yield BadLine(position, f"found broken CSV ({error})", "Fix its quotes, or remove it.")
             continue
         except _LongLine:
-            yield BadLine(position, "the row is longer than 16 MiB", _LONG)
+            yield BadLine(position, lines.limit.too_long, f"{lines.limit.advice} {_LONG}")
             continue
         if any(cells):
             yield _row(columns, cells, position)

@@ -19,9 +19,9 @@ from typing import Any
 
 from engine.data import rows, sources
 from engine.data.rows import is_row
-from engine.data.sources.located import Located
 from engine.data.sources.resolve import RowFile
 from engine.data.sources.spool import is_spooled, new_file
+from engine.data.sources.streams.located import Located
 from engine.errors import DataError
 from engine.storage import durable
 from engine.storage.safe_files import json_object_or_empty
@@ -40,7 +40,7 @@ def as_lines(file: RowFile, folder: Path) -> Path:
             plain.writelines(_lines(file))
         return path
     try:
-        facts = _facts(file.path)
+        facts = _facts(file.path) | {"most_bytes": file.limit.most_bytes}
     except OSError as error:
         raise DataError(f"{file.name}: the file cannot be read ({error}).") from error
     name = hashlib.sha256(facts["path"].encode()).hexdigest()[:24]
@@ -54,7 +54,7 @@ def as_lines(file: RowFile, folder: Path) -> Path:
         os.fchmod(out.fileno(), 0o600)
         for line in _lines(file):
             out.write(line)
-    if _facts(file.path) != facts:
+    if not _facts(file.path).items() <= facts.items():
         raise DataError(f"{file.name} changed while it was read; try again.")
     durable.write_json(record, facts | {"written": target.stat().st_size})
     return target
@@ -88,6 +88,6 @@ def _code() -> str:
     """A digest of the code that reads sources."""
     digest = hashlib.sha256()
     for package in (sources, rows):
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()

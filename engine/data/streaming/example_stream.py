@@ -18,7 +18,7 @@ from engine.data.dataset import BadLines, ReadReport, RowChoice
 from engine.data.example_report import ExampleReport
 from engine.data.examples import Example, ExampleBuilder, check_ids
 from engine.data.rows import Row
-from engine.data.sources.located import BadLine
+from engine.data.sources.streams.located import BadLine
 from engine.data.streaming.indexed_rows import IndexedRows
 from engine.data.streaming.order import ShuffledOrder
 from engine.errors import DataError

@@ -18,14 +18,17 @@ import numpy.typing as npt
 
 from engine.data.dataset import RowChoice
 from engine.data.rows import Row, is_row
-from engine.data.sources.compressed import is_compressed
 from engine.data.sources.file_kinds import JSON
-from engine.data.sources.json_lines import BYTE_ORDER_MARK, parse_line
-from engine.data.sources.located import MAX_ROW_BYTES, BadLine, Located, Position
 from engine.data.sources.resolve import RowFile
+from engine.data.sources.streams.compressed import is_compressed
+from engine.data.sources.streams.json_lines import BYTE_ORDER_MARK, parse_line
+from engine.data.sources.streams.located import BadLine, Located, Position
 from engine.data.streaming.converted import as_lines
 from engine.data.streaming.line_index import LineIndex, index_lines
 from engine.errors import DataError
+
+_AROUND = 64
+"""Bytes of a line besides its row: what ends it, and what a file of lines says of the row."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,17 @@ class IndexedFile:
 
     def value(self, number: int) -> Located | BadLine | None:
         """The value on one line, counted from 0; None for a blank line."""
+        position, limit = Position(self.file.name, number + 1), self.file.limit
+        if self.lines.size(number) > limit.most_bytes + _AROUND:
+            return BadLine(position, limit.too_long, limit.advice)
         data = self.lines.line(number).rstrip(b"\r\n")
         if number == 0:
             data = data.removeprefix(BYTE_ORDER_MARK)
-        position = Position(self.file.name, number + 1)
         if not data.strip():
             return None
-        if len(data) > MAX_ROW_BYTES:
-            fault = "the line is longer than 16 MiB"
-            return BadLine(position, fault, "Split or shorten the row.")
         if not self.spooled:
-            return parse_line(data, position)
-        line, *rest = json.loads(data)
+            return parse_line(data, position, limit)
+        line, *rest = json.loads(data)  # as `engine.data.streaming.converted` wrote it
         if len(rest) == 1:
             return Located(Position(self.file.name, line), rest[0])
         return BadLine(Position(self.file.name, line, rest[0]), rest[1], rest[2])
@@ -65,7 +67,7 @@ class IndexedRows:
     """
 
     def __init__(self, files: Sequence[RowFile], choice: RowChoice, folder: Path) -> None:
-        self.files = [_indexed(file, folder) for file in files]
+        self.files = [_indexed(choice.limited(file), folder) for file in files]
         self._choice = choice
         counts = [file.lines.count for file in self.files]
         self._ends = np.cumsum(counts, dtype=np.int64)
@@ -123,10 +125,10 @@ def _is_lines(file: RowFile) -> bool:
     if file.kind != JSON or is_compressed(file.path):
         return False
     with file.path.open("rb") as stream:
-        first = stream.readline(MAX_ROW_BYTES).removeprefix(BYTE_ORDER_MARK)
+        first = stream.readline(file.limit.most_bytes).removeprefix(BYTE_ORDER_MARK)
         while first and not first.strip():
-            first = stream.readline(MAX_ROW_BYTES)
-    value = parse_line(first.rstrip(b"\r\n"), Position(file.name, 1))
+            first = stream.readline(file.limit.most_bytes)
+    value = parse_line(first.rstrip(b"\r\n"), Position(file.name, 1), file.limit)
     if isinstance(value, BadLine):
         return not first.lstrip().startswith((b"[", b"{\n", b"{\r"))
     return isinstance(value.value, dict) and is_row(value.value)

@@ -45,14 +45,24 @@ class LineIndex:
     count: int
     digest: str
 
+    def size(self, number: int) -> int:
+        """Bytes of one line, counted from 0, with what ends it."""
+        start, end = self._bounds(number)
+        return end - start
+
     def line(self, number: int) -> bytes:
         """One line, counted from 0, with what ends it. Raises `DataError` if the file changed."""
-        bounds = os.pread(self._offsets, 2 * _OFFSET, _HEADER + number * _OFFSET)
-        start, end = np.frombuffer(bounds, dtype="<u8").tolist()
+        start, end = self._bounds(number)
         data = os.pread(self._file, end - start, start)
         if len(data) != end - start:
             raise DataError(f"{self.path}: the file became shorter while it was read.")
         return data
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        """Where a line begins and ends."""
+        bounds = os.pread(self._offsets, 2 * _OFFSET, _HEADER + number * _OFFSET)
+        start, end = np.frombuffer(bounds, dtype="<u8").tolist()
+        return start, end
 
     @cached_property
     def _file(self) -> int:

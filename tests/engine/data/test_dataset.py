@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.config.row_settings import MAX_ROW_BYTES
 from engine.data.dataset import BadLines, load_rows, read_rows
-from engine.data.sources.located import MAX_ROW_BYTES
 from engine.errors import ConfigError, DataError
 
 PAIR = {"prompt": "Q", "response": "A"}
