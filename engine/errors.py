@@ -5,6 +5,7 @@ are any), what was expected and what to do. The command line prints that paragra
 status 2; the traceback goes to the run's log only.
 """
 
+import re
 from collections.abc import Iterable
 
 _LONGEST = 4000
@@ -22,6 +23,14 @@ def printable(text: str, longest: int = _LONGEST) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def without_controls(text: str) -> str:
+    """`text` with the characters escaped that move a terminal's cursor or turn its text around."""
+    return _CONTROLS.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 class EngineError(Exception):

@@ -149,7 +149,7 @@ def test_allowed_import_is_no_fault(path: str, source: str) -> None:
 
 
 GROUND = {
-    "cli": {"from_settings"},
+    "cli": {"from_settings", "say"},
     "engine": {
         "errors",
         "device",

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.inference import EvalSettings
 
 GATE_FAILED = 3
@@ -30,10 +31,10 @@ def evaluate_model(call: Call) -> int | None:
     if not math.isfinite(result.perplexity):
         figures["perplexity"] = None  # JSON has no word for infinity
     if not call.print_json(figures):
-        print(f"perplexity {result.perplexity:.4f}   loss {result.loss:.4f} nats per token")
+        say(f"perplexity {result.perplexity:.4f}   loss {result.loss:.4f} nats per token")
         for name, loss in result.parts.items():
-            print(f"  {name}: loss {loss:.4f}")
-        print(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
+            say(f"  {name}: loss {loss:.4f}")
+        say(f"{result.tokens:,} tokens in {result.rows:,} rows, {result.seconds:.1f} s")
     return None
 
 
@@ -43,7 +44,7 @@ def _score(call: Call, settings: EvalSettings) -> None:
 
     done = evaluate_tasks(settings)
     if not call.print_json({"results": done.results}):
-        print(done.table)
+        say(done.table)
 
 
 def _judge(call: Call, settings: EvalSettings) -> int | None:
@@ -59,7 +60,7 @@ def _judge(call: Call, settings: EvalSettings) -> int | None:
         "output_dir": str(verdict.output_dir),
     }
     if not call.print_json(facts):
-        print(verdict.text())
+        say(verdict.text())
     return GATE_FAILED if not verdict.passed and is_strict(settings) else None
 
 

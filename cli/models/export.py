@@ -3,6 +3,7 @@
 import dataclasses
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.inference import ExportAdapterSettings, ExportGGUFSettings
 
 
@@ -16,10 +17,10 @@ def gguf(call: Call) -> None:
     if call.print_json(answer):
         return
     formats = ", ".join(f"{count} {form}" for form, count in result.formats.items())
-    print(f"{result.tensors} tensors ({formats}), {result.total_bytes / 1e6:,.1f} MB")
-    print(f"GGUF saved to: {', '.join(str(file) for file in result.files)}")
+    say(f"{result.tensors} tensors ({formats}), {result.total_bytes / 1e6:,.1f} MB")
+    say(f"GGUF saved to: {', '.join(str(file) for file in result.files)}")
     if result.pushed:
-        print(f"Sent to: {result.pushed}")
+        say(f"Sent to: {result.pushed}")
 
 
 def adapter(call: Call) -> None:
@@ -30,10 +31,10 @@ def adapter(call: Call) -> None:
     result = export_adapter(settings)
     if call.print_json({"output": str(settings.output), **dataclasses.asdict(result)}):
         return
-    print("\n".join(result.notes))
-    print(f"Adapter saved to: {settings.output}")
+    say("\n".join(result.notes))
+    say(f"Adapter saved to: {settings.output}")
     if result.pushed:
-        print(f"Sent to: {result.pushed}")
+        say(f"Sent to: {result.pushed}")
 
 
 app = make_app(

@@ -1,6 +1,7 @@
 """`engine forge`: prune, fine-tune, judge what was saved, cycle after cycle."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.explain import Setting
 from engine.config.sources import build
 from engine.config.tasks.pruning import ForgeJob
@@ -31,13 +32,13 @@ def forge_model(call: Call) -> None:
     if call.print_json(results):
         return
     if job.samples:
-        print(samples(results), end="\n\n")
-    print(table(results))
+        say(samples(results), end="\n\n")
+    say(table(results))
     if results["stopped"]:
-        print(results["stopped"])
+        say(results["stopped"])
     if results["verdict"] is not None:
-        print(results["verdict"]["text"])
-    print(f"Model: {results['model']}")
+        say(results["verdict"]["text"])
+    say(f"Model: {results['model']}")
 
 
 def _as_forge_has_it(given: dict[str, Setting]) -> dict[str, Setting]:

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say, say_answer
 from engine.config.tasks.inference import GenerateSettings
 
 
@@ -23,7 +24,7 @@ def generate(call: Call) -> int:
     def show(piece: str) -> None:
         pieces.append(piece)
         if not call.as_json:
-            print(piece, end="", flush=True)
+            say_answer(piece, end="", flush=True)
 
     try:
         result = answer(settings, show)
@@ -51,7 +52,7 @@ def _samples(call: Call, settings: GenerateSettings, prompt: str) -> int:
     results = answer_prompts(settings, [prompt])
     if not call.print_json({"samples": [dataclasses.asdict(result) for result in results]}):
         for number, result in enumerate(results, 1):
-            print(f"[{number}] {result.text}")
+            say_answer(f"[{number}] {result.text}")
         if results[0].sampling is not None:
             print(results[0].sampling, file=sys.stderr)
     return 0
@@ -66,7 +67,7 @@ def _rows(call: Call, settings: GenerateSettings) -> int:
 
     answered = answer_rows(settings, show)
     if not call.print_json({"rows": answered, "output": str(settings.output)}):
-        print(f"{answered} rows answered into {settings.output}")
+        say(f"{answered} rows answered into {settings.output}")
     return 0
 
 

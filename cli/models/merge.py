@@ -1,6 +1,7 @@
 """`engine merge`: write a model with adapters merged into it."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.quantizing import MergeSettings
 
 
@@ -14,14 +15,14 @@ def merge_adapter(call: Call) -> None:
     apart = result.logit_difference
     figures |= result.check | ({} if apart is None else {"logit_difference": apart})
     if not call.print_json({"output": str(result.output), "pushed": result.pushed} | figures):
-        print(f"Merged {result.merged} of {result.written.tensors} tensors into: {result.output}")
+        say(f"Merged {result.merged} of {result.written.tensors} tensors into: {result.output}")
         if apart is not None:
-            print(f"verified: logits as of model and adapter, to {apart:.1g} of their spread")
+            say(f"verified: logits as of model and adapter, to {apart:.1g} of their spread")
         if result.check:
             before, after = result.check.values()
-            print(f"perplexity {after:.4f}, of the adapter as it was trained {before:.4f}")
+            say(f"perplexity {after:.4f}, of the adapter as it was trained {before:.4f}")
         if result.pushed:
-            print(f"Sent to: {result.pushed}")
+            say(f"Sent to: {result.pushed}")
 
 
 app = make_app((Verb("merge", (MergeSettings,)), merge_adapter))

@@ -1,6 +1,7 @@
 """`engine prune`: remove the least important attention heads."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.pruning import PruneJob
 
 
@@ -16,9 +17,9 @@ def prune_heads(call: Call) -> None:
     result = prune(job.model, job.output, job)
     if call.print_json(result.record | {"output": str(job.output) if job.output else None}):
         return
-    print(table(result.record))
+    say(table(result.record))
     if job.output is not None:
-        print(f"Pruned model saved to: {job.output}")
+        say(f"Pruned model saved to: {job.output}")
 
 
 app = make_app((Verb("prune", (PruneJob,)), prune_heads))

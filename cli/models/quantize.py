@@ -1,6 +1,7 @@
 """`engine quantize`: write a model in 4, 8 or 16 bits."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.quantizing import QuantizeSettings
 
 
@@ -16,14 +17,14 @@ def quantize_model(call: Call) -> None:
     if call.print_json({"output": str(result.output)} | figures):
         return
     copied = f", {result.copied} copied as they are" if result.copied else ""
-    print(f"{result.quantised} of {result.written.tensors} tensors quantised{copied}")
-    print(f"{result.bytes_before / 1e6:,.1f} MB before, {result.bytes_after / 1e6:,.1f} MB now")
+    say(f"{result.quantised} of {result.written.tensors} tensors quantised{copied}")
+    say(f"{result.bytes_before / 1e6:,.1f} MB before, {result.bytes_after / 1e6:,.1f} MB now")
     if result.perplexity:
         before, after = result.perplexity.values()
-        print(f"perplexity {before:.4f} before, {after:.4f} now")
-    print(f"Model saved to: {result.output}")
+        say(f"perplexity {before:.4f} before, {after:.4f} now")
+    say(f"Model saved to: {result.output}")
     if result.pushed:
-        print(f"Sent to: {result.pushed}")
+        say(f"Sent to: {result.pushed}")
 
 
 app = make_app((Verb("quantize", (QuantizeSettings,)), quantize_model))

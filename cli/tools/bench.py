@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import BenchSettings
 
 if TYPE_CHECKING:
@@ -33,16 +34,16 @@ def bench(call: Call) -> None:
     if call.print_json([{**row.plain(), **result.machine} for row in result.rows]):
         return
     if settings.csv:
-        print(csv_text(result.rows), end="")
+        say(csv_text(result.rows), end="")
         return
     for name in result.models:
         own = [row for row in result.rows if row.model == name]
         _show(own, f"{result.machine['device']}: {name}")
-    print(limits(result.roofline))
+    say(limits(result.roofline))
     for reason in reasons(result.rows):
-        print(f"Not measured: {reason}")
+        say(f"Not measured: {reason}")
     for path in result.written:
-        print(f"Written: {path}")
+        say(f"Written: {path}")
 
 
 def _compare(call: Call, paths: list[str]) -> None:
@@ -65,7 +66,7 @@ def _compare(call: Call, paths: list[str]) -> None:
         lines.append([row.op, row.model, row.shape, *times, ratio, *bytes_of])
     _table(f"A {paths[0]}, B {paths[1]}", headings, lines)
     for line in differing:
-        print(f"The machines differ in {line}")
+        say(f"The machines differ in {line}")
 
 
 def _counted(cases: Sequence[Case]) -> Iterator[Case]:

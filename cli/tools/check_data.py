@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call
+from cli.say import say
 from engine.config.tasks.workflow import DataSettings, StatsSettings, ValidateSettings
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def validate(call: Call) -> None:
         _print_findings(rows, corpus.report, examples)
         for path, count in ((settings.output, len(corpus.rows)), (settings.quarantine, len(bad))):
             if path is not None:
-                print(f"{count:,} rows in {path}")
+                say(f"{count:,} rows in {path}")
     if settings.strict:
         _refuse_losses(corpus.report, examples)
 
@@ -91,16 +92,16 @@ def _refuse_losses(read: "ReadReport", report: "ExampleReport | None") -> None:
 
 def _print_findings(rows: list["Row"], read: "ReadReport", report: "ExampleReport | None") -> None:
     for line in read.skipped:
-        print(f"skipped {line}")
-    print(
+        say(f"skipped {line}")
+    say(
         f"{len(rows):,} of {read.read:,} rows are good: {len(read.skipped)} bad, "
         f"{read.below_rating} rated too low, {read.unrated} without a rating, "
         f"{read.other_category} of another category."
     )
     if report is not None:
         for line in report.dropped:
-            print(f"dropped {line}")
-        print(f"{report.describe()}.")
+            say(f"dropped {line}")
+        say(f"{report.describe()}.")
 
 
 def stats(call: Call) -> None:
@@ -220,4 +221,4 @@ def _print_table(figures: dict[str, Any]) -> None:
             value = ", ".join(f"{key} {number:,}" for key, number in value.items()) or "none"
         elif not isinstance(value, str):
             value = f"{value:,}"
-        print(f"{name.replace('_', ' '):<{width}}  {value}")
+        say(f"{name.replace('_', ' '):<{width}}  {value}")

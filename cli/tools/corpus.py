@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call
+from cli.say import say
 from engine.config.tasks.corpus import (
     ConvertSettings,
     CorpusSettings,
@@ -218,4 +219,4 @@ def tell(call: Call, report: "CorpusReport", more: list[str] | None = None) -> N
     told: dict[str, Any] = dataclasses.asdict(report)
     if not call.print_json(told):
         for line in (*(more or [])[:20], *report.lines()):
-            print(line)
+            say(line)

@@ -5,6 +5,7 @@ import platform
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from cli.tools.check_data import build_rows, load_words, read_chosen_rows, stats, validate
 from cli.tools.corpus import convert, decontaminate, dedup, mix, split
 from cli.tools.make_rows import extract, pairs, synth, tokenizer
@@ -25,6 +26,7 @@ from engine.config.tasks.workflow import (
     StatsSettings,
     ValidateSettings,
 )
+from engine.errors import without_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,7 +63,7 @@ def preview(call: Call) -> None:
     for example in examples:
         _print_example(console, example, tokenizer)
     for line in report.dropped:
-        print(f"dropped {line}")
+        say(f"dropped {line}")
 
 
 def docstrings(call: Call) -> None:
@@ -84,19 +86,20 @@ def docstrings(call: Call) -> None:
     told = {"python": platform.python_version(), "heldout_fraction": asked.heldout_fraction}
     for file, count in ((train, rows), (heldout, others)):
         write_origins(file, "docstrings", {**told, "limit": asked.limit}, [], {"written": count})
-    print(f"{rows:,} rows in {train}")
-    print(f"{others:,} rows in {heldout}, of modules that the first file does not have")
+    say(f"{rows:,} rows in {train}")
+    say(f"{others:,} rows in {heldout}, of modules that the first file does not have")
 
 
 def _print_messages(console: "Console", row: "Row") -> None:
     from rich.text import Text
 
-    console.print(Text(f"{row.source}  category {row.category}  rating {row.rating}", style="dim"))
+    head = f"{row.source}  category {row.category}  rating {row.rating}"
+    console.print(Text(without_controls(head), style="dim"))
     for message in row.messages:
-        console.print(Text(f"[{message['role']}] ", style="bold"), end="")
+        console.print(Text(without_controls(f"[{message['role']}] "), style="bold"), end="")
         shown = {key: value for key, value in message.items() if key not in ("role", "content")}
         extra = f" {json.dumps(shown, ensure_ascii=False)}" if shown else ""
-        console.print(Text(f"{message.get('content') or ''}{extra}"))
+        console.print(Text(without_controls(f"{message.get('content') or ''}{extra}")))
 
 
 def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer") -> None:
@@ -104,11 +107,11 @@ def _print_example(console: "Console", example: "Example", tokenizer: "Tokenizer
     from rich.text import Text
 
     head = f"{example.source}  {len(example)} tokens, {example.trained_tokens} trained"
-    console.print(Text(head, style="dim"))
+    console.print(Text(without_controls(head), style="dim"))
     text = Text()
     for trained, ids in example.stretches():
         run = tokenizer.decode(ids, skip_special_tokens=False)
-        text.append(run, style="bold black on green" if trained else "dim")
+        text.append(without_controls(run), style="bold black on green" if trained else "dim")
     console.print(text)
     if not console.is_terminal:
         learnt = [index for trained, ids in example.stretches() if trained for index in ids]

@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import DoctorSettings
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def doctor(call: Call) -> int:
     if not call.print_json([check.__dict__ for check in checks]):
         width = max(len(check.name) for check in checks)
         for check in checks:
-            print(f"{_MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
+            say(f"{_MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
     return int(any(check.status == "problem" for check in checks))
 
 
@@ -62,15 +63,15 @@ def _self_check(call: Call, settings: DoctorSettings) -> int:
     everything = {"machine": machine, "passed": not wrong, "checks": [r.plain() for r in results]}
     if not call.print_json(everything):
         ok = sum(result.status == "ok" for result in results)
-        print(f"{ok} passed, {len(wrong)} failed, {len(results) - ok - len(wrong)} not run.")
+        say(f"{ok} passed, {len(wrong)} failed, {len(results) - ok - len(wrong)} not run.")
     return int(bool(wrong))
 
 
 def _show(result: CheckResult, width: int) -> None:
     mark = _MARKS.get(result.status, result.status)
-    print(f"{mark}  {result.name:<{width}}  {result.seconds:5.1f} s  {result.detail}")
+    say(f"{mark}  {result.name:<{width}}  {result.seconds:5.1f} s  {result.detail}")
     if result.remedy:
-        print(f"      {'':<{width}}           way around: {result.remedy}")
+        say(f"      {'':<{width}}           way around: {result.remedy}")
     sys.stdout.flush()
 
 

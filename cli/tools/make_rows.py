@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call
+from cli.say import say
 from cli.tools.corpus import tell
 from engine.config.tasks.corpus import (
     ExtractSettings,
@@ -169,9 +170,9 @@ def tokenizer(call: Call) -> None:
     per_token = round(trained.text_bytes / max(trained.tokens, 1), 3)
     told: dict[str, Any] = {"vocab_size": trained.size, "bytes_per_token": per_token, **counts}
     if not call.print_json(told):
-        print(f"{trained.size:,} ids in {settings.output_dir}, {per_token} bytes a token")
+        say(f"{trained.size:,} ids in {settings.output_dir}, {per_token} bytes a token")
         if trained.size < settings.vocab_size:
-            print(f"{settings.vocab_size:,} were asked for; the text has no more pairs to merge")
+            say(f"{settings.vocab_size:,} were asked for; the text has no more pairs to merge")
 
 
 def _finish(

@@ -1,6 +1,7 @@
 """`engine board`: runs in a browser, while they train and afterwards."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import BoardSettings
 
 # What a preview of rows logs would be repeated in this terminal for every row that is looked at.
@@ -19,7 +20,7 @@ def board(call: Call) -> None:
     board(
         settings.runs,
         settings.port,
-        lambda address: print(f"Runs in {named}: {address}  (Ctrl-C ends it)", flush=True),
+        lambda address: say(f"Runs in {named}: {address}  (Ctrl-C ends it)", flush=True),
     )
 
 

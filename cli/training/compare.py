@@ -1,6 +1,7 @@
 """engine compare: runs side by side."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.comparing import CompareSettings
 
 
@@ -16,9 +17,9 @@ def compare(call: Call) -> None:
     comparison = compare_runs(settings.runs, plot=settings.plot)
     if call.print_json(comparison.as_dict()):
         return
-    print(comparison_text(comparison))
+    say(comparison_text(comparison))
     if settings.plot is not None:
-        print(f"\nCurves: {settings.plot}")
+        say(f"\nCurves: {settings.plot}")
 
 
 app = make_app((Verb("compare", (CompareSettings,), words="runs"), compare))

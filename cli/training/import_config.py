@@ -3,6 +3,7 @@
 import sys
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import ImportSettings
 
 
@@ -24,11 +25,11 @@ def import_config(call: Call) -> None:
     if call.print_json(answer | {"needless": result.needless, "refusal": refusal}):
         return
     if settings.output is None:
-        print(text, end="")
+        say(text, end="")
     else:
-        print("\n".join(verb.notes(result)).strip())
-        print(f"\nSettings of {result.program} saved to: {settings.output}")
-        print(f"Next: engine train --config {settings.output} --dry-run")
+        say("\n".join(verb.notes(result)).strip())
+        say(f"\nSettings of {result.program} saved to: {settings.output}")
+        say(f"Next: engine train --config {settings.output} --dry-run")
     if refusal is not None:
         print(f"engine train will ask for more: {refusal}", file=sys.stderr)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.explain import Setting
 from engine.config.tasks.workflow import InitSettings
 from engine.errors import ConfigError
@@ -36,11 +37,11 @@ def init(call: Call) -> None:
     answer = {"file": str(settings.output), "steps": proposal.steps}
     if call.print_json(answer | {"plan": proposal.report.as_dict()}):
         return
-    print(proposal.text(settings.output))
-    print(f"Settings saved to: {settings.output}\n\nNext:")
+    say(proposal.text(settings.output))
+    say(f"Settings saved to: {settings.output}\n\nNext:")
     for words in ("plan", "train --dry-run", "train"):
         verb, *flags = words.split()
-        print("  " + " ".join(["engine", verb, "--config", str(settings.output), *flags]))
+        say("  " + " ".join(["engine", verb, "--config", str(settings.output), *flags]))
 
 
 def _ask(call: Call) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.runs.startup import importing
@@ -33,7 +34,7 @@ def plan(call: Call) -> int:
     with _progress() as tried:
         report = plan_run(settings, options.gpu, tried)
     if not call.print_json(report.as_dict()):
-        print(report.text())
+        say(report.text())
     return 0
 
 
@@ -56,11 +57,11 @@ def _show_sizes(call: Call) -> int:
     known = {name: model for name in NAMES if (model := preset_config(name)) is not None}
     if call.print_json({"parameters": PARAMETERS}):
         return 0
-    print(f"{'model':<24}{'parameters':>17}  kind, layers x width")
+    say(f"{'model':<24}{'parameters':>17}  kind, layers x width")
     for name, model in known.items():
         shape = f"{model.model_type}, {model.num_hidden_layers} x {model.hidden_size}"
-        print(f"{name:<24}{PARAMETERS[name]:>17,}  {shape}")
-    print("Of models that also see pictures or predict further tokens, the decoder is counted.")
+        say(f"{name:<24}{PARAMETERS[name]:>17,}  {shape}")
+    say("Of models that also see pictures or predict further tokens, the decoder is counted.")
     return 0
 
 
@@ -72,11 +73,11 @@ def _show_contexts(settings: TrainConfig, target: Any, call: Call) -> int:
         table = context_table(settings, told(target.plan, tried), target.longest_row)
     if call.print_json({"max_context": {str(row.gigabytes): row.tokens for row in table}}):
         return 0
-    print(f"{target.title}, one row, {settings.method}, all that saves memory")
-    print(f"{'GB':>5}{'tokens':>14}{'with weights streamed':>24}")
+    say(f"{target.title}, one row, {settings.method}, all that saves memory")
+    say(f"{'GB':>5}{'tokens':>14}{'with weights streamed':>24}")
     for row in table:
         cells = ["does not fit" if n is None else f"{n:,}" for n in (row.resident, row.streamed)]
-        print(f"{row.gigabytes:>5}{cells[0]:>14}{cells[1]:>24}")
+        say(f"{row.gigabytes:>5}{cells[0]:>14}{cells[1]:>24}")
     return 0
 
 

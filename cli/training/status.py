@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.workflow import StatusSettings
 
 
@@ -13,7 +14,7 @@ def status(call: Call) -> None:
 
     state = read_status(find_run(settings.run, Path("runs")), settings.tail)
     if not call.print_json(state):
-        print("\n".join(describe_status(state)))
+        say("\n".join(describe_status(state)))
 
 
 app = make_app((Verb("status", (StatusSettings,), words="run"), status))

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.tasks.comparing import SweepSettings
 
 if TYPE_CHECKING:
@@ -24,21 +25,21 @@ def run_sweep(call: Call) -> int:
     def told(trial: "Trial", what: str) -> None:
         if not call.as_json:
             values = ", ".join(f"{k}={v}" for k, v in trial.values.items())
-            print(f"== {trial.name} ({values}): {what}", flush=True)
+            say(f"== {trial.name} ({values}): {what}", flush=True)
 
     result = sweep_with(settings, told)
     if call.print_json(result.as_dict()):
         return result.status
-    print(sweep_table(result))
+    say(sweep_table(result))
     if settings.dry_run:
         return 0
     folder, best = result.sweep.output_dir, result.best
     if best is not None:
         reached = f"{best.trial.name}, {result.sweep.metric} {best.value:.6g}"
-        print(f"\nBest: {reached}: {best.trial.folder}")
-    print(f"Table: {folder / TABLE}")
+        say(f"\nBest: {reached}: {best.trial.folder}")
+    say(f"Table: {folder / TABLE}")
     if (folder / PICTURE).exists():
-        print(f"Picture: {folder / PICTURE}")
+        say(f"Picture: {folder / PICTURE}")
     return result.status
 
 

@@ -1,6 +1,7 @@
 """`engine train`: fine-tune a model by the settings of `TrainConfig`."""
 
 from cli.from_settings import Call, Verb, make_app
+from cli.say import say
 from engine.config.sources import build
 from engine.config.tasks.workflow import TrainOptions
 from engine.config.train_config import TrainConfig
@@ -36,7 +37,7 @@ def run_training(call: Call) -> int:
 
         log = RunLog("WARNING")
         try:
-            print(run.dry_run(settings))
+            say(run.dry_run(settings))
         finally:
             log.close()
         return 0
@@ -44,10 +45,10 @@ def run_training(call: Call) -> int:
     if not leads():
         return 0
     if result.adapter_path is not None:
-        print(f"Trained adapter saved to: {result.adapter_path}")
+        say(f"Trained adapter saved to: {result.adapter_path}")
     if result.pushed:
-        print(f"Sent to: {result.pushed}")
-    print("Next:", *result.next, sep="\n  ")
+        say(f"Sent to: {result.pushed}")
+    say("Next:", *result.next, sep="\n  ")
     return 0 if result.status == "Success" else 1
 
 
@@ -58,11 +59,11 @@ def _find_rate(settings: TrainConfig, options: TrainOptions) -> int:
 
     rates = options.lr_find_min, options.lr_find_max
     curve = lr_find(settings, steps=options.lr_find_steps, rates=rates)
-    print(curve.text())
-    print(f"Written: {', '.join(str(path) for path in (curve.path, curve.figure) if path)}")
+    say(curve.text())
+    say(f"Written: {', '.join(str(path) for path in (curve.path, curve.figure) if path)}")
     if curve.suggestion is None:
         return 1
-    print("Next:", train_command(settings, learning_rate=curve.suggestion), sep="\n  ")
+    say("Next:", train_command(settings, learning_rate=curve.suggestion), sep="\n  ")
     return 0
 
 

@@ -10,7 +10,7 @@ from engine.conversation.chat_input import Command, ReadLine, read_entry
 from engine.conversation.columns import TwoColumns
 from engine.conversation.prompts import Prompt, conversation_prompt
 from engine.conversation.reasoning import ReasoningStream, TextPart, reasons
-from engine.errors import EngineError
+from engine.errors import EngineError, without_controls
 from engine.tokenization.tokenizer import Tokenizer
 
 HELP = """\
@@ -156,7 +156,8 @@ class Chat:
 
     def _dimmed(self, part: TextPart) -> str:
         dim = part.part == "reasoning" and self.terminal.interactive
-        return f"\x1b[2m{part.text}\x1b[0m" if dim else part.text
+        text = without_controls(part.text) if self.terminal.interactive else part.text
+        return f"\x1b[2m{text}\x1b[0m" if dim else text
 
     def _prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt:
         whole = [*([{"role": "system", "content": self.system}] if self.system else []), *messages]

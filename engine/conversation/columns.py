@@ -6,6 +6,8 @@ import textwrap
 import unicodedata
 from collections.abc import Callable
 
+from engine.errors import without_controls
+
 _GAP = " │ "
 _NARROWEST = 24
 
@@ -33,7 +35,7 @@ class TwoColumns:
 
     def add(self, column: int, text: str) -> None:
         """More of one text."""
-        self._texts[column] += text
+        self._texts[column] += without_controls(text)
         self._show()
 
     def end(self, column: int) -> None:

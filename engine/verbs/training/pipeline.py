@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.workflow import PipelineSettings
-from engine.errors import ConfigError
+from engine.errors import ConfigError, without_controls
 from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Recipe, read_recipe
 from engine.pipelines.records import StageRecord
@@ -101,7 +101,7 @@ def told(event: Mapping[str, Any]) -> None:
     """Write an event to standard output, in words."""
     kind, stage = event["event"], event.get("stage")
     if kind == "stage_begins":
-        print(f"== {stage}: engine {event['verb']}", flush=True)
+        print(f"== {without_controls(str(stage))}: engine {event['verb']}", flush=True)
     elif kind == "stage_skipped":
         print(f"== {stage}: done before", flush=True)
     elif kind == "stage_ends":
