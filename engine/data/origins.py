@@ -20,12 +20,14 @@ from engine.data.sources.resolve import RowFile
 from engine.data.sources.spool import is_spooled
 from engine.errors import CheckpointError, DataError
 from engine.provenance import version
-from engine.storage import durable, strict_json
+from engine.storage import durable
+from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 
 SUFFIX = ".manifest.json"
 FORMAT_VERSION = 1
+_LARGEST = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def _stale(path: Path, seen: set[Path]) -> Iterable[str]:
         return
     seen.add(path)
     try:
-        told = strict_json.loads(manifest.read_text("utf-8"))
+        told = read_json_object(manifest, limit=_LARGEST)
         tool, output, sources = told["tool"], told["output"], told["sources"]
         if _differs(path, output):
             yield f"{path} has changed since `engine data {tool}` wrote it."

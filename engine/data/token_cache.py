@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -22,8 +23,9 @@ from engine.data.example_report import ExampleReport
 from engine.data.examples import Example, ExampleSettings
 from engine.data.rows import Row
 from engine.errors import CheckpointError
-from engine.storage import durable
+from engine.storage import durable, strict_json
 from engine.storage.cache_folder import cache_folder
+from engine.storage.safe_files import open_regular
 from engine.tokenization.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -76,15 +78,26 @@ def read_tokens(folder: Path, key: str) -> Tokenised | None:
     """What was stored under a key, or None."""
     path = folder / f"{key}.tokens"
     try:
-        data = path.read_bytes()
-    except OSError:
+        with os.fdopen(open_regular(path), "rb") as file:
+            data = file.read()
+    except (CheckpointError, OSError):
         return None
     body = memoryview(data)[:-_DIGEST]
-    if len(data) < _DIGEST or hashlib.sha256(body).digest() != data[-_DIGEST:]:
-        log.warning("%s is damaged; the rows are tokenised again", path)
+    try:
+        if len(data) < _DIGEST or hashlib.sha256(body).digest() != data[-_DIGEST:]:
+            raise ValueError("its digest is another")
+        tokenised = _parsed(data[: data.find(b"\n")], body, key)
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        log.warning("%s is damaged (%s); the rows are tokenised again", path, error)
         return None
-    head, _, _ = data.partition(b"\n")
-    header = json.loads(head)
+    if tokenised is not None:
+        log.info("%d examples come from the token cache: %s", len(tokenised[0]), path)
+    return tokenised
+
+
+def _parsed(head: bytes, body: memoryview, key: str) -> Tokenised | None:
+    """The content of a file; None of one that is of another key. Raises built-in exceptions."""
+    header = strict_json.loads(head.decode())
     if header["key"] != key:
         return None
     rest = body[len(head) + 1 :]
@@ -104,7 +117,6 @@ def read_tokens(folder: Path, key: str) -> Tokenised | None:
             zip(ends, lengths, header["sources"], strict=True)
         )
     ]
-    log.info("%d examples come from the token cache: %s", count, path)
     return examples, ExampleReport(**header["report"])
 
 

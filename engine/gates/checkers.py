@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 import subprocess
 import warnings
@@ -15,6 +14,7 @@ from typing import Any
 from engine.config.tasks.gates import GateSettings
 from engine.errors import ConfigError
 from engine.storage import strict_json
+from engine.storage.safe_files import read_json_object
 
 Checker = Callable[[str], str | None]
 """Takes an answer; None where it is accepted, else what is wrong with it."""
@@ -119,11 +119,11 @@ def _schema_checker(settings: GateSettings) -> Checker:
     return check
 
 
-def _read_schema(path: Path) -> Any:
+def _read_schema(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the JSON schema cannot be read: {error}.") from None
+        return read_json_object(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(f"The JSON schema cannot be read. {error}") from None
 
 
 def _pattern_checker(settings: GateSettings) -> Checker:

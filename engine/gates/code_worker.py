@@ -155,7 +155,7 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
         return {"outcome": "failed", "message": f"the process was ended (status {status})"}
     try:
         message = json.loads(text)["message"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = "the program wrote into the channel of its result"
     return {"outcome": "failed", "message": message} if message else {"outcome": "passed"}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import ConfigError
+from engine.storage import strict_json
 
 _WORKER = Path(__file__).with_name("code_worker.py")
 _STARTING = 10.0
@@ -50,8 +51,8 @@ def run_program(program: str, limits: CodeLimits) -> str | None:
         except subprocess.TimeoutExpired:
             return f"no end in {limits.wall_seconds} s"
     try:
-        result = json.loads(done.stdout)
-    except ValueError:
+        result = strict_json.loads(done.stdout)
+    except strict_json.JSONFault:
         result = {"outcome": "no isolation", "message": done.stderr.strip()[-300:]}
     if result["outcome"] == "no isolation":
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from engine.config.tasks.gates import GateSettings
 from engine.errors import DataError
+from engine.storage.safe_files import read_json_object
 
 RATES = ("parse_rate", "coverage", "pass_rate")
 
@@ -100,11 +100,11 @@ def read_earlier(path: Path) -> dict[str, float | None]:
     """The figures of an earlier eval_results.json. Raises `DataError`."""
     advice = "Name the eval_results.json that an earlier `engine eval --gates` wrote."
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+        figures = read_json_object(path, DataError)["figures"]
         return {str(name): None if v is None else float(v) for name, v in figures.items()}
-    except OSError as error:
-        raise DataError(f"{path}: the earlier result cannot be read: {error}. {advice}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except DataError as error:
+        raise DataError(f"The earlier result cannot be read. {error} {advice}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise DataError(
             f"{path}: this is no result of an evaluation ({type(error).__name__}: {error}). "
             f"{advice}"

@@ -23,6 +23,7 @@ from engine.errors import CheckpointError, ConfigError
 from engine.runs.output import CHECKPOINT
 from engine.storage import durable
 from engine.storage.safe_files import json_object_or_empty
+from engine.storage.strict_json import parse_object
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +210,6 @@ def tokenizer_digest(files: Mapping[str, bytes]) -> str:
 
 
 def _without_template(data: bytes) -> bytes:
-    try:
-        value = json.loads(data)
-    except ValueError as error:
-        raise CheckpointError(f"tokenizer_config.json is no JSON: {error}.") from error
+    value = parse_object(data, "tokenizer_config.json")
     rest = {key: item for key, item in value.items() if key != "chat_template"}
     return json.dumps(rest, sort_keys=True).encode()

@@ -17,8 +17,9 @@ import yaml
 
 from engine.data.sources.file_kinds import DATA_SUFFIXES, TEXT_SUFFIXES, plain_suffix
 from engine.data.sources.streams.compressed import SUFFIXES as COMPRESSED
-from engine.errors import DataError
+from engine.errors import CheckpointError, DataError
 from engine.storage import strict_yaml
+from engine.storage.safe_files import read_text
 
 TRAIN = "train"
 OTHER_SPLITS = ("test", "validation", "valid", "val", "dev", "eval", "heldout")
@@ -180,8 +181,8 @@ def _is_data(name: str | Path) -> bool:
 
 def _front_matter(readme: Path) -> dict[str, Any]:
     try:
-        text = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_text(readme)
+    except CheckpointError:
         return {}
     head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:

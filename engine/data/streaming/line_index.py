@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from engine.errors import CheckpointError, DataError
-from engine.storage import durable
+from engine.storage import durable, strict_json
+from engine.storage.safe_files import open_regular
 
 _HEADER = 4096
 _CHUNK = 8 << 20
@@ -112,14 +113,16 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _stored(target: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        with target.open("rb") as file:
-            header = json.loads(file.read(_HEADER))
+        with os.fdopen(open_regular(target), "rb") as file:
+            header = strict_json.loads(file.read(_HEADER).decode())
             whole = os.fstat(file.fileno()).st_size
-    except (OSError, ValueError):
+    except (CheckpointError, OSError, ValueError):
         return None
     if not isinstance(header, dict) or any(header.get(key) != facts[key] for key in facts):
         return None
-    return header if whole == _HEADER + _OFFSET * (header["count"] + 1) else None
+    lines = header.get("count")
+    fits = type(lines) is int and whole == _HEADER + _OFFSET * (lines + 1)
+    return header if fits and isinstance(header.get("digest"), str) else None
 
 
 def _scan(path: Path, target: Path, facts: dict[str, Any]) -> dict[str, Any]:
