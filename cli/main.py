@@ -131,6 +131,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         with importing():
             module = importlib.import_module(VERBS[verb][0])
+            _hide_secrets_typed()
         with nullcontext() if getattr(module, "OPENS_LOG", False) else _console_log():
             return _invoke(module, verb, arguments)
     except BrokenPipeError:
@@ -146,6 +147,13 @@ def _run(verb: str, arguments: list[str]) -> int:
             _complain(f"{_usage_message(error)} `engine {verb} --help` lists the options.")
             return 2
         return _failed(error)
+
+
+def _hide_secrets_typed() -> None:
+    """Take secrets out of this process's own words, which trackers store beside a run."""
+    from engine.config.data_names.passwords import hide_in_words
+
+    sys.argv[1:] = hide_in_words(sys.argv[1:])
 
 
 def _invoke(module: ModuleType, verb: str, arguments: list[str]) -> int:
@@ -244,7 +252,9 @@ def _keep_traceback(error: BaseException) -> str:
             encoding="utf-8",
             errors="backslashreplace",
         ) as file:
-            traceback.print_exception(error, file=file)
+            from engine.config.data_names.passwords import scrub
+
+            file.write(scrub("".join(traceback.format_exception(error))))
     except OSError:
         return "ENGINE_TRACEBACK=1 shows the traceback."
     return f"The traceback is in {file.name}."
@@ -252,10 +262,11 @@ def _keep_traceback(error: BaseException) -> str:
 
 def _complain(message: str) -> None:
     """Print one paragraph to the error stream, if anyone is there."""
+    from engine.config.data_names.passwords import scrub
     from engine.errors import printable
 
     try:
-        print(f"engine: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+        print(f"engine: {printable(scrub(' '.join(message.split())))}", file=sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 

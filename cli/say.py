@@ -1,4 +1,4 @@
-"""Print what may hold others' text, so that it cannot steer the terminal."""
+"""Print others' text so that it cannot steer the terminal."""
 
 from __future__ import annotations
 

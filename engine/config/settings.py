@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
+from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
 from engine.errors import ConfigError
 
@@ -32,7 +33,8 @@ def setting(
 class Settings(BaseModel):
     """A table of settings. Raises `ConfigError` naming every setting that cannot be used.
 
-    `renamed` maps the earlier name of a field to its present one; both are read.
+    `renamed` maps the earlier name of a field to its present one; both are read. Passwords of URLs
+    are put aside before anything is stored, whichever setting they came in.
     """
 
     # Validators are built when a table is first filled: help only reads the fields.
@@ -44,10 +46,16 @@ class Settings(BaseModel):
         defer_build=True,
     )
     renamed: ClassVar[Mapping[str, str]] = {}
+    free_texts: ClassVar[frozenset[str]] = frozenset(
+        {"prompt", "system", "system_prompt", "train_on", "pattern", "query"}
+    )
+    """Texts that are what they say, even where they begin with a URL."""
 
     def __init__(self, /, **values: Any) -> None:
         try:
-            super().__init__(**self._renamed(values))
+            shown = self._renamed(values)
+            free = self.free_texts
+            super().__init__(**{k: v if k in free else hidden(v) for k, v in shown.items()})
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from engine.config.aliases import ALIASES, GROUPS, HINTS
+from engine.config.data_names.passwords import shown_value
 from engine.config.explain import Setting, describe, nearest
 from engine.config.settings import Settings
 from engine.config.train_config import TrainConfig
@@ -83,7 +84,9 @@ class Vocabulary:
             near = nearest(plain, self.fields) or nearest(leaf, self.fields)
             hint = f"`engine {self.verb} --help` lists the settings"
             hint = f"did you mean `{near}`" if near else hint
-        raise ConfigError(f"{source}: there is no setting `{key}`; {hint}.")
+        head, equals, value = source.partition("=")
+        shown = f"{head}={shown_value(head, value)}" if equals else source
+        raise ConfigError(f"{shown}: there is no setting `{key}`; {hint}.")
 
 
 TRAIN = Vocabulary.of("train", TrainConfig)

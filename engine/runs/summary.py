@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engine.config.data_names.passwords import scrub
 from engine.errors import EngineError
 from engine.runs.signals import Interrupted
 from engine.storage import durable
@@ -62,7 +63,7 @@ def write_summary(
         "parameters": _plain(parameters),
         "status": "Success" if error_message is None else "Failure",
         "output_path": None if output_path is None else str(output_path),
-        "error_message": error_message,
+        "error_message": scrub(error_message) if error_message else None,
         "metrics": _plain(dict(metrics or {})),
         "wall_seconds": round(time.time() - started, 3),
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from engine.config.data_names.passwords import hidden, scrub
 from engine.config.explain import Setting
 from engine.config.programs.detect import translate
 from engine.config.programs.translation import Translation
@@ -36,7 +37,7 @@ def as_yaml(translation: Translation, file: str | Path) -> str:
     for name in TrainConfig.model_fields:
         if name in translation.settings:
             entry = translation.settings[name]
-            lines.append(f"{_yaml(name, entry.value)}  # {entry.origin}")
+            lines.append(f"{_yaml(name, hidden(entry.value))}  # {scrub(entry.origin)}")
     absent = [name for name in ("model", "data") if name not in translation.settings]
     lines += [f"# {name}: must be given, and {file} does not say it" for name in absent]
     return "\n".join(lines + [f"# {line}".rstrip() for line in notes(translation)]) + "\n"
@@ -47,7 +48,8 @@ def notes(translation: Translation) -> list[str]:
     missing = [f"  {key}: {why}" for key, why in translation.missing.items()]
     needless = [f"  {key}: {why}" for key, why in translation.needless.items()]
     lines = ["", "Without a counterpart:", *missing] if missing else []
-    return lines + (["", "Needs nothing here:", *needless] if needless else [])
+    lines += ["", "Needs nothing here:", *needless] if needless else []
+    return [scrub(line) for line in lines]
 
 
 def refusal(translation: Translation) -> str | None:

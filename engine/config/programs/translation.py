@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.config.data_names.passwords import shown_value
+
 
 @dataclass(frozen=True)
 class Translated:
@@ -114,7 +116,7 @@ class GivenKeys:
             if name in made and "eval_every" not in made:
                 self.miss(made.pop(name).origin, "nothing is evaluated while the run trains")
         for key, value in self.left.items():
-            self.miss(key, f"this key ({str(value)[:60]}) is not known here")
+            self.miss(key, f"this key ({shown_value(key, value)[:60]}) is not known here")
         return self.result
 
 
