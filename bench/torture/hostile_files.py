@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -13,6 +14,9 @@ import torch
 
 from bench.torture.campaign import Campaign, Figures, fuzz, no_raw
 from bench.torture.damage import damaged, with_odd_value
+from bench.torture.hostile_clients import CLIENTS
+from bench.torture.hostile_folders import HOSTILE_FOLDERS
+from bench.torture.templates import TEMPLATES
 from engine.model_sources.adapter.peft import CONFIG, load_adapter
 from engine.model_sources.gguf.container import GGUFFile
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
@@ -115,7 +119,7 @@ def json_lines(trials: int, seed: int) -> Figures:
     return {"trials": trials, "seconds": seconds, **counts}
 
 
-def configurations(trials: int, seed: int) -> Figures:
+def yaml_files(trials: int, seed: int) -> Figures:
     """Damaged YAML configurations."""
     from engine.config.sources import load_config
 
@@ -142,10 +146,57 @@ def configurations(trials: int, seed: int) -> Figures:
         return fuzz(lambda chance: damaged(whole, chance, pieces), read, trials, seed)
 
 
+def model_configs(trials: int, seed: int) -> Figures:
+    """Damaged config.json, as bytes and as values of other kinds."""
+    from engine.model_sources.open import open_model_source
+
+    golden = ROOT / "tests" / "fixtures" / "golden"
+    families = sorted(path for path in golden.iterdir() if (path / "config.json").is_file())
+    with tempfile.TemporaryDirectory() as name:
+        whole = {path.name: (path / "config.json").read_bytes() for path in families}
+        for path in families:
+            shutil.copytree(path, Path(name) / path.name)
+
+        def make(chance: random.Random) -> bytes:
+            family = chance.choice(list(whole))
+            if chance.random() < 0.4:
+                data = damaged(whole[family], chance)
+            else:
+                data = json.dumps(with_odd_value(json.loads(whole[family]), chance)).encode()
+            return family.encode() + b"\0" + data
+
+        def read(data: bytes) -> None:
+            family, _, content = data.partition(b"\0")
+            folder = Path(name) / family.decode()
+            (folder / "config.json").write_bytes(content)
+            try:
+                _ = open_model_source(folder).config
+            finally:
+                (folder / "config.json").write_bytes(whole[folder.name])
+
+        return fuzz(make, read, trials, seed)
+
+
+def configurations(trials: int, seed: int) -> Figures:
+    """A third each of YAML configurations, adapters' and models' ones."""
+    kinds = {"yaml": yaml_files, "adapter": adapter_configs, "model": model_configs}
+    told = {kind: run(max(1, trials // 3), seed) for kind, run in kinds.items()}
+    figures: Figures = {"trials": 0, "worst_ms": 0.0}
+    for kind, counts in told.items():
+        figures["trials"] += counts.pop("trials")
+        figures["worst_ms"] = max(figures["worst_ms"], counts.pop("worst_ms"))
+        for key, value in counts.items():
+            plain = key in ("accepted", "named")
+            figures[f"{key}_{kind}" if plain else key] = figures.get(key, 0) * (not plain) + value
+    return figures
+
+
 HOSTILE_FILES: dict[str, Campaign] = {
     "T9": Campaign("damaged safetensors headers", 1_000_000, headers, no_raw),
-    "T11": Campaign("damaged adapter configurations", 100_000, adapter_configs, no_raw),
-    "T12": Campaign("damaged configurations", 100_000, configurations, no_raw),
+    "T12": Campaign("damaged configurations", 200_000, configurations, no_raw),
     "T15": Campaign("damaged GGUF headers", 200_000, gguf_files, no_raw),
     "T16": Campaign("damaged rows of JSON Lines", 1_000_000, json_lines, no_raw),
+    **HOSTILE_FOLDERS,
+    **TEMPLATES,
+    **CLIENTS,
 }

@@ -45,7 +45,7 @@ def _group_check(call: Call, settings: DoctorSettings) -> int:
     if report is None:  # the first process tells it
         return 0
     if not call.print_json(report.plain()):
-        print("\n".join(report.lines()))
+        say("\n".join(report.lines()))
     return int(bool(report.problems))
 
 

@@ -124,7 +124,7 @@ def _open_shards(folder: Path) -> list[SafetensorsFile]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map, which says what stands where.")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or _SHARD.fullmatch(shard) is None:
+        if not isinstance(shard, str) or len(shard) > 255 or not _SHARD.fullmatch(shard):
             raise CheckpointError(
                 f"{index_path}: tensor {name[:80]!r} is said to be in {str(shard)[:120]!r}; "
                 "expected the plain name of a .safetensors file in the same folder."

@@ -45,6 +45,11 @@ def open_regular(path: Path) -> int:
     try:
         # Path.resolve raises RuntimeError for links in a circle before Python 3.13; this OSError.
         target = os.path.realpath(path, strict=True) if path.is_symlink() else path
+        # A device may do something when it is opened; what changes in between, fstat sees.
+        if not stat.S_ISREG(os.lstat(target).st_mode):
+            raise CheckpointError(
+                f"{path} is not a regular file; a model holds regular files only."
+            )
         descriptor = os.open(target, _READ_ONLY)
     except OSError as error:
         raise CheckpointError(f"Cannot open {path}: {describe(error)}.") from error

@@ -10,12 +10,12 @@ names of tokenizers' AddedToken, and its defaults: `normalized` is true unless t
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import DataError
+from engine.storage import strict_json
 from engine.storage.safe_files import MIB, read_text
 
 _FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
@@ -70,8 +70,8 @@ def read_tokens(path: Path) -> tuple[NewToken, ...]:
 
 def _from_json(text: str, path: Path) -> list[NewToken]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(text)
+    except strict_json.JSONFault as error:
         raise DataError(f"--add-tokens {path} is no JSON: {error}.") from None
     if isinstance(value, dict):
         odd = sorted(set(value) - {"normal", "special"})

@@ -63,7 +63,7 @@ HTTP = f"http://me:{CANARY}-http@127.0.0.1:9/x?api_key={CANARY}-parameter"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 TRAIN = ("train", "--model", "{model}", "--data", "{rows}", "--output-dir", "run")
 QUERY = ("--query", "select 1")
-PLACES: dict[str, tuple[str, ...]] = {
+ENTRIES: dict[str, tuple[str, ...]] = {
     "train model": ("train", "--model", HTTP, "--data", "{rows}", "--output-dir", "run"),
     "train data": ("train", "--model", "{model}", "--data", URL, "--output-dir", "run", *QUERY),
     "train web data": ("train", "--model", "{model}", "--data", HTTP, "--output-dir", "run"),
@@ -130,9 +130,9 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("entry", ENTRIES)
 def test_a_secret_that_is_typed_anywhere_is_shown_and_stored_nowhere(
-    place: str,
+    entry: str,
     tiny_model: Path,
     write_rows: Callable[..., Path],
     tmp_path: Path,
@@ -152,7 +152,7 @@ def test_a_secret_that_is_typed_anywhere_is_shown_and_stored_nowhere(
     for name in (*VARIABLES, *PROXIES):
         monkeypatch.setenv(name, f"http://me:{CANARY}-{name}@127.0.0.1:9")
     monkeypatch.setenv("ENGINE_API_KEY", f"{CANARY}-key-of-the-server")
-    words = [known.get(word.strip("{}"), word) for word in PLACES[place]]
+    words = [known.get(word.strip("{}"), word) for word in ENTRIES[entry]]
     main(words)
     told = "".join(capfd.readouterr())
     assert told

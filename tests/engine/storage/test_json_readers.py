@@ -44,6 +44,7 @@ OWN_OUTPUT = {
     "engine/model_sources/gguf/longest_match.py",
     "engine/runs/metrics.py",  # guarded line by line, 1e999 among them
     "engine/monitoring/metrics_tail.py",
+    "engine/distributed/check_group.py",
     "engine/distributed/launch.py",  # what processes of one run tell each other
     "engine/training/processes/together.py",
     "engine/verbs/training/train.py",
