@@ -15,8 +15,9 @@ def evaluate_model(call: Call) -> int | None:
     """Perplexity of a model on held-out rows, with or without an adapter; its gates.
 
     Counts the tokens a model would be trained on (the assistant's turns), each once. With --gates
-    the model also answers rows, and its answers are held against limits. With --tasks it is scored
-    by the LM Evaluation Harness instead.
+    the model also answers rows, and its answers are held against limits. With --objective rows are
+    preferences, and what is told is how often the better answer wins. With --tasks the model is
+    scored by the LM Evaluation Harness instead.
     """
     settings = call.read(EvalSettings)
     if settings.tasks:
@@ -24,6 +25,9 @@ def evaluate_model(call: Call) -> int | None:
         return None
     if settings.gates is not None:
         return _judge(call, settings)
+    if settings.objective != "sft":
+        _prefer(call, settings)
+        return None
     from engine.verbs.models.evaluate import evaluate_with
 
     result = evaluate_with(settings)
@@ -45,6 +49,15 @@ def _score(call: Call, settings: EvalSettings) -> None:
     done = evaluate_tasks(settings)
     if not call.print_json({"results": done.results}):
         say(done.table)
+
+
+def _prefer(call: Call, settings: EvalSettings) -> None:
+    """Print how well the model tells better answers from worse."""
+    from engine.verbs.models.evaluate_answers import evaluate_preferences
+
+    result = evaluate_preferences(settings)
+    if not call.print_json({**result.figures, "rows": result.rows, "seconds": result.seconds}):
+        print(result.text())
 
 
 def _judge(call: Call, settings: EvalSettings) -> int | None:

@@ -34,6 +34,8 @@ Schedule = Literal[
 ]  # fmt: skip
 DecayShape = Literal["linear", "cosine", "1-sqrt"]
 ObjectiveName = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo", "distill"]
+AnswerObjective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "cpo"]
+"""What `engine eval` can judge rows by."""
 PAIR_OBJECTIVES: tuple[ObjectiveName, ...] = ("dpo", "ipo", "orpo", "simpo", "cpo")
 """What learns from pairs of a better and a worse answer."""
 Tracker = Literal["tensorboard", "wandb"]

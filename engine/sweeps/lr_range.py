@@ -83,6 +83,14 @@ class LrCurve:
         """A rate for the run, of two digits; None where the loss never fell."""
         return None if self.lowest is None else float(f"{self.lowest / 10:.1e}")
 
+    def shown_losses(self) -> tuple[float, float]:
+        """The losses that a picture shows: where it falls, not how far it rises in the end."""
+        last = self._lowest()
+        falling = self.losses if last is None else self.losses[: last + 1]
+        low, high = min(falling), max(falling)
+        margin = (high - low) or abs(high) or 1.0
+        return low - 0.2 * margin, high + margin
+
     def _first(self) -> int:
         return math.ceil(len(self.rates) / _UNSETTLED)
 
@@ -146,6 +154,7 @@ def write_curve(curve: LrCurve, folder: Path, facts: Mapping[str, Any]) -> LrCur
         ):
             if rate is not None:
                 axes.axvline(rate, color=color, linestyle="--", label=f"{name}: {rate:.1e}")
+        axes.set_ylim(*curve.shown_losses())
         axes.set(xlabel="learning rate", ylabel="loss", title=folder.name)
         axes.grid(alpha=0.3)
         axes.legend()

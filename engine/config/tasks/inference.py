@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.config.choices import (
     DETERMINISTIC,
+    AnswerObjective,
     ComputeType,
     GGUFType,
     HeadPrecision,
@@ -16,6 +17,7 @@ from engine.config.choices import (
 from engine.config.data_names import DataNames
 from engine.config.given_adapters import Adapters
 from engine.config.publishing import Publishing
+from engine.config.recipes.preference import OBJECTIVE_NAMES, WITH_REFERENCE
 from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
@@ -117,6 +119,21 @@ class EvalSettings(OneModel, RowSettings):
     mlp_tile_tokens: int | None = setting(
         None, "Machine", "tokens at a time in the feed-forward part", ge=16, le=1 << 20
     )
+    objective: Annotated[AnswerObjective, spelled(OBJECTIVE_NAMES)] = setting(
+        "sft",
+        "Preferences",
+        "sft: the perplexity of the rows; else rows are preferences, and their rewards, accuracy "
+        "and loss are this objective's",
+    )
+    beta: float | None = setting(
+        None, "Preferences", "as in training; by default 0.1, of simpo 2", gt=0, le=1000
+    )
+    reference: str | None = setting(
+        None,
+        "Preferences",
+        "dpo, ipo, kto: the model that answers are measured against; by default the model without "
+        "its adapter",
+    )
     gates: Path | None = setting(
         None, "Gates", "YAML file of limits that the model's answers and perplexity have to meet"
     )
@@ -134,11 +151,18 @@ class EvalSettings(OneModel, RowSettings):
             raise ValueError("give either `data`, for a perplexity, or `tasks` of the harness")
         of_rows = {"category", "limit_rows", "heldout", *RowSettings.model_fields}
         of_rows |= {"loss_chunk_tokens", "mlp_tile_tokens", "gates", "strict", "output_dir"}
+        of_rows |= {"objective", "beta", "reference"}
         of_tasks = {"include_path", "num_fewshot", "limit", "apply_chat_template"}
         idle = sorted((of_rows if self.tasks else of_tasks) & self.model_fields_set)
         if idle:
             asked = "tasks" if self.tasks else "data"
             raise ValueError(f"{', '.join(idle)}: no setting of an evaluation by `{asked}`")
+        if self.objective == "sft" and (self.beta is not None or self.reference is not None):
+            raise ValueError("beta and reference are of preferences: give objective too")
+        if self.reference is not None and self.objective not in WITH_REFERENCE:
+            raise ValueError(f"objective {self.objective} has no reference; leave reference out")
+        if self.objective != "sft" and self.gates is not None:
+            raise ValueError("gates judge perplexity and answers, not preferences")
         return self
 
 

@@ -43,6 +43,8 @@ def test_the_suggestion_is_an_order_below_the_lowest_loss_and_close_to_the_steep
     assert curve.suggestion == float(f"{curve.lowest / 10:.1e}")
     assert 0.4 < curve.suggestion / curve.steepest < 2.5
     assert f"Suggested: {curve.suggestion:g}" in curve.text()
+    low, high = curve.shown_losses()  # what rises to 200 in the end does not flatten the fall
+    assert low < 1 and 5 < high < 10 < max(curve.losses)
 
 
 def test_a_loss_that_only_rises_gives_no_suggestion() -> None:
