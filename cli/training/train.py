@@ -5,7 +5,6 @@ from cli.say import say
 from engine.config.sources import build
 from engine.config.tasks.workflow import TrainOptions
 from engine.config.train_config import TrainConfig
-from engine.distributed.group import leads
 from engine.runs.startup import importing
 
 # The run directory's own log shows its lines on the console.
@@ -27,6 +26,7 @@ def run_training(call: Call) -> int:
 
     settings = build(TrainConfig, resumed(call.given))
     with importing():
+        from engine.distributed.group import leads
         from engine.verbs.training import train as run
 
     options = call.read(TrainOptions)
