@@ -77,6 +77,13 @@ DISTRIBUTED_RULES = (
     ),
     Rule(
         "shard",
+        lambda c, _: c.shard != "none" and bool(c.saved_modules),
+        "shard {c.shard} divides frozen weights, embedding and head among them, and "
+        "modules_to_save or add_tokens train these.",
+        "Leave out one or the other",
+    ),
+    Rule(
+        "shard",
         lambda c, _: c.shard != "none" and c.sample_every > 0,
         "shard {c.shard} needs all processes for every pass, and sample_every {c.sample_every} "
         "generates in one of them.",

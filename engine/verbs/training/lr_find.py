@@ -17,6 +17,7 @@ import torch
 from engine.config.settings import given_settings
 from engine.config.train_config import TrainConfig
 from engine.device import check_threads, resolve_device
+from engine.distributed.group import launched
 from engine.errors import ConfigError, DataError, MemoryPlanError
 from engine.memory.process import process_bytes
 from engine.runs.directory import dated
@@ -73,6 +74,11 @@ def lr_find(
         raise ConfigError(
             "--lr-find tries rates for a run that begins, and --resume goes on with one. Leave out "
             "one or the other."
+        )
+    if config.gpus > 1 or launched():
+        raise ConfigError(
+            "--lr-find takes its steps in one process: their gradients are those of the same rows "
+            "over several. Leave out --gpus or torchrun here, and give them with the rate it finds."
         )
     check_threads(config.threads)
     if config.threads:

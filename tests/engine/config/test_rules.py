@@ -110,6 +110,7 @@ DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"shard": "weights"}, Facts(processes=1)),
     ({"shard": "weights", "gpus": 2, "method": "full"}, Facts()),
     ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
+    ({"shard": "weights", "gpus": 2, "modules_to_save": ("lm_head",)}, Facts()),
     ({"shard": "weights", "gpus": 2, **SAMPLES}, Facts()),
 ]
 BREAKS = [

@@ -181,6 +181,11 @@ def test_options_that_mean_nothing_are_refused(given: dict[str, Any], said: str)
         TrainOptions(**given)
 
 
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="in one process"):
+        engine.lr_find(model="m", data="d", output_dir=tmp_path, gpus=2, console=False)
+
+
 def test_a_run_that_goes_on_has_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="goes on with one"):
         engine.lr_find(model="m", data="d", output_dir=tmp_path, resume="auto", console=False)
