@@ -80,6 +80,24 @@ def gathered_adapter(model: Decoder) -> dict[str, tuple[Tensor, ...]]:
     return tensors
 
 
+def adapter_paths(model: Decoder) -> list[str]:
+    """The paths of `gathered_adapter`, without asking anyone."""
+    paths, layout = dict.fromkeys(adapter_tensors(model)), Layout(nested=model.config.nested)
+    for path, experts in model.named_modules():
+        for name, adapter in experts.adapters().items() if isinstance(experts, Experts) else ():
+            if adapter.lora_A is not None:
+                every = range(adapter.share.total)
+                paths |= dict.fromkeys(f"{layout.path(path)}.{n}.{name}" for n in every)
+    return list(paths)
+
+
+def trained_elements(model: Decoder) -> int:
+    """Elements of the parameters that are trained, of all ranks' experts."""
+    divided, ranks = {id(p) for p in expert_parameters(model)}, expert_ranks(model)
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return sum(p.numel() * (ranks.size if id(p) in divided else 1) for p in trained)
+
+
 def gathered(part: Tensor, ranks: Ranks) -> Tensor:
     """The parts (E / R, ...) of all ranks as one tensor (E, ...)."""
     whole = torch.empty(ranks.size * part.numel(), dtype=part.dtype, device=part.device)

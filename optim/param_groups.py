@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +59,23 @@ def param_groups(
         {"params": members[kind], "weight_decay": weight_decay if kind[1] else 0.0, **more}
         for kind, more in zip(ordered, extra, strict=True)
     ]
+
+
+def by_whole_size(
+    groups: Iterable[Mapping[str, Any]], sizes: Mapping[int, int], min_8bit_size: int = 4096
+) -> list[dict[str, Any]]:
+    """The groups, divided by whether the whole parameter's states take 8 bits.
+
+    `sizes` has by their `id` the elements of parameters of which only a part is in the groups.
+    """
+    divided = []
+    for group in groups:
+        wide = [p for p in group["params"] if sizes.get(id(p), p.numel()) < min_8bit_size]
+        exact = {id(p) for p in wide}
+        narrow = [p for p in group["params"] if id(p) not in exact]
+        kinds = ((narrow, 0), (wide, 1 << 62))
+        divided += [{**group, "params": p, "min_8bit_size": least} for p, least in kinds if p]
+    return divided
 
 
 class DividedParameter(Protocol):

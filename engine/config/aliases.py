@@ -53,6 +53,8 @@ _BY_FIELD: dict[str, tuple[str, ...]] = {
     "private": ("hub_private_repo",),
     "gpus": ("n_gpus", "nproc_per_node", "num_gpus", "num_processes"),
     "ddp_timeout": ("distributed_timeout", "timeout_seconds"),
+    "context_parallel": ("context_parallel_size", "sequence_parallel_degree"),
+    "expert_parallel": ("expert_model_parallel_size", "expert_parallel_size"),
     "report_to": ("log_with", "logger", "trackers"),
     "plot": ("plot_loss",),
     "log_every": ("log_interval", "logging_steps", "steps_per_report"),

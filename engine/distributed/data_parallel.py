@@ -14,13 +14,14 @@ update. Buckets start in one order on all ranks, also on one that has no row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from kernels.runtime.ranks import Ranks, Transfer
+from optim.clip import global_norm
 
 BUCKET_ELEMENTS = 1 << 22
 """From so many elements on a bucket takes no further layer."""
@@ -94,7 +95,8 @@ class DataParallel:
 
     `units` are lists of parameters in the order in which backward reaches them. `data` are the
     ranks that the rows of a step are dealt to, by default the same; others share their batches.
-    Raises `ValueError` where a parameter is in two of them, and where a rank would own none.
+    Raises `ValueError` where a parameter is in two of them, and where a rank would own none, unless
+    it may be without (`spare`).
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class DataParallel:
         units: Sequence[Sequence[Tensor]],
         elements: int = BUCKET_ELEMENTS,
         data: Ranks | None = None,
+        spare: bool = False,
     ) -> None:
         self.ranks, self.data = ranks, ranks if data is None else data
         self.buckets = [GradientBucket(members, ranks) for members in _bucketed(units, elements)]
@@ -112,7 +115,7 @@ class DataParallel:
         count = sum(len(unit) for unit in units)
         if len(self._bucket_of) != count:
             raise ValueError("a parameter is in two units")
-        if not self.owned:
+        if not (self.owned or spare):
             raise ValueError(
                 f"{count} trained tensors are too few for {ranks.size} processes: rank "
                 f"{ranks.rank} would have none to update"
@@ -168,6 +171,10 @@ class DataParallel:
         for bucket in self.buckets:
             bucket.detach()
 
+    def norm(self, gradients: Sequence[Tensor], sums: Tensor) -> Tensor:
+        """The norm () of what all ranks have of gradients; `sums` (F,) become those of all."""
+        return norm_of_ranks(self.ranks, gradients, sums)
+
     def gather(self) -> None:
         """After the update: every rank has all parameters as their owners left them."""
         for transfer in [bucket.gather() for bucket in self.buckets]:
@@ -184,6 +191,54 @@ class DataParallel:
         """Start the sums of the first `count` buckets that have not started."""
         for bucket in self.buckets[len(self._started) : count]:
             self._started.append(bucket.reduce())
+
+
+class JoinedParallel:
+    """Parameters that are summed over different ranks, as one set; the first one's have all ranks.
+
+    Experts that ranks divide are the second set: they are summed over those ranks alone that have
+    the same ones.
+    """
+
+    def __init__(self, *sets: DataParallel) -> None:
+        self.sets = sets
+        self.ranks, self.data = sets[0].ranks, sets[0].data
+
+    def begin(self) -> None:
+        """Before a step's first pass: gradients are zero."""
+        for parallel in self.sets:
+            parallel.begin()
+
+    @contextmanager
+    def last_pass(self) -> Iterator[None]:
+        """Around this rank's last backward pass of a step: sums start as gradients come."""
+        with ExitStack() as stack:
+            for parallel in self.sets:
+                stack.enter_context(parallel.last_pass())
+            yield
+
+    def finish(self) -> None:
+        """Sum what is left, wait for all, and give owners their gradients."""
+        for parallel in self.sets:
+            parallel.finish()
+
+    def norm(self, gradients: Sequence[Tensor], sums: Tensor) -> Tensor:
+        """The norm () of what all ranks have of gradients; `sums` (F,) become those of all."""
+        return norm_of_ranks(self.ranks, gradients, sums)
+
+    def gather(self) -> None:
+        """After the update: every rank has all its parameters as their owners left them."""
+        for parallel in self.sets:
+            parallel.gather()
+
+
+def norm_of_ranks(ranks: Ranks, gradients: Sequence[Tensor], sums: Tensor) -> Tensor:
+    """The norm () of gradients of which one rank each has one; `sums` become those of all ranks."""
+    norm = global_norm(list(gradients)) if gradients else sums.new_zeros(())
+    everything = torch.cat((sums, norm.double().square().unsqueeze(0)))
+    ranks.all_reduce(everything).wait()
+    sums.copy_(everything[:-1])
+    return everything[-1].sqrt().float()
 
 
 def _bucketed(units: Sequence[Sequence[Tensor]], elements: int) -> list[list[Tensor]]:

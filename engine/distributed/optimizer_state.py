@@ -7,42 +7,60 @@ go on from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.distributed.data_parallel import DataParallel
 from engine.distributed.messages import as_bytes, from_bytes
+from kernels.runtime.ranks import Ranks
 from optim import StepOptimizer
+
+
+@dataclass(frozen=True)
+class OwnedState:
+    """The state of parameter `index` that a rank has: one of equal parts, or the whole.
+
+    A part is one of consecutive elements, whole blocks of 256 where states have 8 bits.
+    """
+
+    index: int
+    part: int = 0
+    parts: int = 1
+
+    def of(self, whole: Tensor) -> Tensor:
+        """What of a tensor of the whole state is this one's, flat and in the same memory."""
+        if self.parts == 1 or whole.dim() == 0:
+            return whole
+        return whole.view(self.parts, -1)[self.part]
 
 
 class OptimizerOfRanks:
     """Gathers and spreads the state of `own`, the optimizer of what this rank owns.
 
-    `whole` is an optimizer of the same kind over stand-ins of all parameters in host memory, and
-    `parameters` are the real ones, in the order of its stand-ins.
+    `whole` is an optimizer of the same kind over stand-ins of all parameters in host memory;
+    `owned` says what every rank has of them, and `numbers` which parameter of `own` each of this
+    rank's is.
     """
 
     def __init__(
         self,
-        parallel: DataParallel,
+        ranks: Ranks,
         own: StepOptimizer,
         whole: StepOptimizer,
-        parameters: list[Tensor],
+        owned: Sequence[Sequence[OwnedState]],
+        numbers: Mapping[int, int],
     ) -> None:
-        self._parallel, self._own, self._whole = parallel, own, whole
-        self._parameters = parameters
-        numbers = {id(p): number for number, p in enumerate(own.ordered_params())}
-        self._own_numbers = {
-            index: numbers[id(p)] for index, p in enumerate(parameters) if id(p) in numbers
-        }
+        self._ranks, self._own, self._whole = ranks, own, whole
+        self._owned, self._numbers = owned, numbers
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The state that one rank would have; every rank must ask, and every rank has it then."""
-        for rank in range(self._parallel.ranks.size):
-            for index, tensors in self._exchanged(rank).items():
-                self._whole.load_parameter_state(index, tensors)
+        for rank, owned in enumerate(self._owned):
+            received = _by_parameter(self._exchanged(rank))
+            for state in owned:
+                self._take(state, received.get(state.index, {}))
         self._whole.set_skipped(self._own.skipped_steps)
         return self._whole.state_tensors()
 
@@ -51,47 +69,57 @@ class OptimizerOfRanks:
         self._whole.load_state_tensors(tensors)
         self._take_own()
 
+    def _take(self, state: OwnedState, received: Mapping[str, Tensor]) -> None:
+        """Lay what its owner sent into the whole state."""
+        whole = self._whole.parameter_state(state.index)
+        if state.parts > 1:
+            whole = {name: tensor.clone() for name, tensor in whole.items()}
+            for name, tensor in received.items():
+                state.of(whole[name]).copy_(tensor)
+            received = whole
+        self._whole.load_parameter_state(state.index, received)
+
     def _take_own(self) -> None:
-        for index, number in self._own_numbers.items():
-            self._own.load_parameter_state(number, self._whole.parameter_state(index))
+        for state in self._owned[self._ranks.rank]:
+            number = self._numbers[state.index]
+            own = self._own.parameter_state(number)
+            whole = self._whole.parameter_state(state.index)
+            parts = {n: state.of(tensor).view(own[n].shape) for n, tensor in whole.items()}
+            self._own.load_parameter_state(number, parts)
         self._own.set_skipped(self._whole.skipped_steps)
 
-    def _exchanged(self, rank: int) -> dict[int, dict[str, Tensor]]:
-        """The state of every parameter that `rank` owns, by the parameter's number."""
-        owned = self._parallel.owned_by(rank)
+    def _exchanged(self, rank: int) -> dict[str, Tensor]:
+        """The state of every parameter that `rank` owns, by the parameter's number and name."""
         like = {
-            f"{index}.{name}": tensor
-            for index, p in enumerate(self._parameters)
-            if id(p) in owned
-            for name, tensor in self._whole.parameter_state(index).items()
+            f"{state.index}.{name}": state.of(tensor)
+            for state in self._owned[rank]
+            for name, tensor in self._whole.parameter_state(state.index).items()
         }
-        ranks = self._parallel.ranks
-        if ranks.rank == rank:
+        if self._ranks.rank == rank:
             mine = {
-                f"{index}.{name}": tensor
-                for index, number in self._own_numbers.items()
-                for name, tensor in self._own.parameter_state(number).items()
+                f"{state.index}.{name}": tensor
+                for state in self._owned[rank]
+                for name, tensor in self._own.parameter_state(self._numbers[state.index]).items()
             }
             flat = as_bytes({key: mine[key] for key in like})
         else:
             size = sum(t.numel() * t.element_size() for t in like.values())
             flat = torch.empty(size, dtype=torch.uint8)
-        ranks.broadcast(flat, rank).wait()
-        return _by_parameter(from_bytes(flat, like))
+        self._ranks.broadcast(flat, rank).wait()
+        return from_bytes(flat, like)
 
     def spread(self) -> None:
         """Give every rank its part of the state that the first rank has loaded."""
-        ranks, count = self._parallel.ranks, len(self._parameters)
         like = {
             f"{index}.{name}": tensor
-            for index in range(count)
+            for index in range(len(self._whole.ordered_params()))
             for name, tensor in self._whole.parameter_state(index).items()
         }
         flat = as_bytes(like)
         skipped = torch.tensor(self._whole.skipped_steps, dtype=torch.int64)
         for tensor in (flat, skipped):
-            ranks.broadcast(tensor, 0).wait()
-        if ranks.rank == 0:
+            self._ranks.broadcast(tensor, 0).wait()
+        if self._ranks.rank == 0:
             return
         for index, state in _by_parameter(from_bytes(flat, like)).items():
             self._whole.load_parameter_state(index, state)

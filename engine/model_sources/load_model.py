@@ -190,11 +190,13 @@ def build_for(
     device: torch.device,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
+    experts: Ranks | None = None,
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above.
 
     With `ranks` the layers' frozen weights are divided among them; so are the rows of embedding
     and head, where the objective is one of next tokens alone and reads none of them on the host.
+    Experts are divided among `experts`.
     """
     whole = config.learns_answers or config.teacher is not None or config.embedding_on == "host"
     vocabulary = None if whole else ranks
@@ -207,7 +209,7 @@ def build_for(
         dtype=dtype,
         head_8bit=config.head_precision == "8bit",
         embedding_on_host=config.embedding_on == "host",
-        layers=LayerPlacement("weights" in config.offload, ranks, vocabulary),
+        layers=LayerPlacement("weights" in config.offload, ranks, vocabulary, experts=experts),
     )
 
 

@@ -95,6 +95,7 @@ def check_run(
             model_type=model.model_type,
             tied=model.tie_word_embeddings,
             hybrid="linear_attention" in model.layer_types,
+            experts=model.num_experts or 0,
             recordable=_recordable(model) if config.cuda_graphs else None,
         )
     check(config, facts)

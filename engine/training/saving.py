@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.config.train_config import TrainConfig
+from engine.distributed.group import Group
+from engine.distributed.messages import broadcast_tensors
 from engine.errors import CheckpointError
 from engine.model_sources.adapter.peft import save_adapter
 from engine.model_sources.adapter.provenance import write_base
@@ -36,12 +38,14 @@ from engine.training.trainable import whole_parameters
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
+from models.over_ranks import adapter_paths, expert_ranks, gathered_adapter
 from models.tensor_layout import path_in_file
 from models.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+Pairs = Mapping[str, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,20 @@ class StoredState(Protocol):
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `state_tensors` gave. Raises ValueError if it is of other parameters."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a checkpoint needs that several processes have between them.
+
+    It is the optimizer's state, and all experts' pairs where they divide the experts.
+    """
+
+    optimizer: Mapping[str, Tensor]
+    pairs: Pairs | None = None
+
+
+Resumed = tuple[Progress, Going, LoadedCheckpoint | None]
 
 
 @dataclass(frozen=True)
@@ -106,16 +124,23 @@ class RunState:
 
         return inside
 
-    def weights(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model: the adapter's tensors, or every weight."""
+    def gathered(self) -> Pairs | None:
+        """The pairs of all processes where they divide the experts; all must ask for them."""
+        return gathered_adapter(self.model) if expert_ranks(self.model).size > 1 else None
+
+    def weights(self, pairs: Pairs | None = None) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: the adapter's tensors, or every weight.
+
+        Of experts that processes divide, those of this one, or all `pairs` that were gathered.
+        """
         if self.config.every_weight:
             return dict(self.model.named_parameters())
-        pairs = {
+        named = {
             f"{path}.{part}": tensor
-            for path, tensors in adapter_tensors(self.model).items()
+            for path, tensors in (pairs or adapter_tensors(self.model)).items()
             for part, tensor in zip(PARTS, tensors, strict=False)
         }
-        return pairs | {
+        return named | {
             name: parameter.data
             for name, parameter in whole_parameters(self.model, self.config).items()
         }
@@ -127,23 +152,23 @@ class RunState:
         going: Going,
         source: ModelSource | None = None,
         best: Mapping[str, Any] | None = None,
-        collected: Mapping[str, Tensor] | None = None,
+        collected: Collected | None = None,
     ) -> Path:
         """Write a checkpoint of the run as it stands; its folder.
 
         `best` says which step was the best so far, by which metric and value. Where that is this
         one and `source` is given, the adapter stands in the checkpoint too, as other programs read
-        it. `collected` is the optimizer's state, where that was asked for already.
+        it. `collected` is what was asked for already.
         """
-        optimizer = self.collected() if collected is None else collected
+        state = self.collected() if collected is None else collected
         extra: Callable[[Path], None] | None = None
         if best and best["step"] == progress.step and source and not self.config.every_weight:
-            extra = partial(self._add_adapter, source)
+            extra = partial(self._add_adapter, source, state.pairs)
         return checkpoints.save(
             progress.step,
             {
-                "weights": {k: v.detach().cpu() for k, v in self.weights().items()},
-                "optimizer": {k: v.cpu() for k, v in optimizer.items()},
+                "weights": {k: v.detach().cpu() for k, v in self.weights(state.pairs).items()},
+                "optimizer": {k: v.cpu() for k, v in state.optimizer.items()},
                 **self._average_tensors(),
             },
             {
@@ -160,19 +185,19 @@ class RunState:
             best,
         )
 
-    def collected(self) -> dict[str, Tensor]:
-        """The optimizer's state; of several processes all must ask for it."""
-        return self.optimizer.state_tensors()
+    def collected(self) -> Collected:
+        """What processes have between them; all must ask for it."""
+        return Collected(self.optimizer.state_tensors(), self.gathered())
 
-    def resume(self, checkpoints: CheckpointStore, going: Going) -> tuple[Progress, Going]:
+    def resume(self, checkpoints: CheckpointStore, going: Going) -> Resumed:
         """Where the run goes on, its weights and optimizer restored, as `--resume` asks for.
 
-        With it how it goes on: as the checkpoint says, or `going` for a fresh start. Raises
-        `CheckpointError` for a checkpoint of another run.
+        With it how it goes on, as the checkpoint says, or `going` for a fresh start, and the
+        checkpoint. Raises `CheckpointError` for a checkpoint of another run.
         """
         loaded = checkpoints.resume(self.config.resume)
         if loaded is None:
-            return new_progress(self.model), going
+            return new_progress(self.model), going, None
         require_same_run(loaded.state, self.identity, loaded.path)
         self._restore(loaded)
         self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
@@ -186,21 +211,44 @@ class RunState:
             )
         # Earlier versions wrote the policy under "recompute".
         policy = state.get("checkpointing") or state["recompute"]
-        return Progress(**state["progress"]), Going(policy, warmup_of(state, self.identity))
-
-    def restore_best(self, checkpoints: CheckpointStore, step: int) -> None:
-        """Take the weights of the checkpoint of `step`. Raises `CheckpointError`."""
-        self._restore(checkpoints.load(checkpoints.path_of(step)))
+        going = Going(policy, warmup_of(state, self.identity))
+        return Progress(**state["progress"]), going, loaded
 
     def _average_tensors(self) -> dict[str, dict[str, Tensor]]:
         if self.average is None:
             return {}
         return {"ema": {k: v.cpu() for k, v in self.average.state_tensors().items()}}
 
+    def share(self, group: Group, loaded: LoadedCheckpoint | None) -> None:
+        """Give every process the trained weights of the first, and their average.
+
+        The first has them of a checkpoint, from which it gives others the experts that they have.
+        """
+        averages = {} if self.average is None else self.average.state_tensors()
+        own, pairs = self.weights(), self.gathered()
+        whole = own if pairs is None else self.weights(pairs)
+        names = sorted(whole)
+        with torch.no_grad():
+            if pairs is not None and loaded is not None:
+                for name, tensor in loaded.tensors("weights").items():
+                    whole[name].copy_(tensor)
+            given = [*(whole[name] for name in names), *averages.values()]
+            broadcast_tensors(group.ranks, given)
+            for name, tensor in own.items() if pairs is not None else ():
+                tensor.copy_(whole[name])
+
+    def take_best(self, group: Group, checkpoints: CheckpointStore, step: int) -> None:
+        """All processes take the weights of the checkpoint of `step`. Raises `CheckpointError`."""
+        loaded = None
+        if group.leads:
+            loaded = checkpoints.load(checkpoints.path_of(step))
+            self._restore(loaded)
+        self.share(group, loaded)
+
     def _restore(self, loaded: LoadedCheckpoint) -> None:
         saved = loaded.tensors("weights")
         own = self.weights()
-        if saved.keys() != own.keys():
+        if saved.keys() != own.keys() | self._names_of_experts():
             raise CheckpointError(f"{loaded.path} holds other weights than this run trains.")
         with torch.no_grad():
             for name, tensor in own.items():
@@ -208,36 +256,53 @@ class RunState:
         if self.average is not None:
             self.average.load_state_tensors(loaded.tensors("ema"), loaded.state["ema_updates"])
 
+    def _names_of_experts(self) -> set[str]:
+        """The names of all experts' tensors, where processes divide them."""
+        if expert_ranks(self.model).size == 1:
+            return set()
+        own = adapter_tensors(self.model)
+        others = (path for path in adapter_paths(self.model) if path not in own)
+        return {f"{path}.{part}" for path in others for part in PARTS[:2]}
+
+    def follow_output(self, source: ModelSource) -> None:
+        """What other processes do while the first one is in `write_output`."""
+        self.gathered()
+
     def write_output(self, source: ModelSource, directory: Path) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model.
 
         Of averaged weights, and those of the last step beside it under `WITHOUT_EMA`.
         """
+        pairs = self.gathered()
         if self.average is None:
-            return self._write_result(source, directory)
+            return self._write_result(source, directory, pairs=pairs)
         last = self._write_result(source, directory, WITHOUT_EMA)
         with self.output_weights():
             output = self._write_result(source, directory)
         log.info("%s has the averaged weights, %s those of the last step", output, last)
         return output
 
-    def _write_result(self, source: ModelSource, directory: Path, ending: str = "") -> Path:
+    def _write_result(
+        self, source: ModelSource, directory: Path, ending: str = "", pairs: Pairs | None = None
+    ) -> Path:
         if self.config.every_weight:
             target = directory / f"model{ending}"
             if target.exists():  # of a run that had ended and was resumed
                 shutil.rmtree(target)
             export_hf_directory(TrainedSource(source, self.model, self.stops), target)
             return target
-        return self._write_adapter(source, directory, ending)
+        return self._write_adapter(source, directory, ending, pairs)
 
-    def _add_adapter(self, source: ModelSource, folder: Path) -> None:
+    def _add_adapter(self, source: ModelSource, pairs: Pairs | None, folder: Path) -> None:
         with self.evaluated_weights():
-            self._write_adapter(source, folder)
+            self._write_adapter(source, folder, pairs=pairs)
 
-    def _write_adapter(self, source: ModelSource, directory: Path, ending: str = "") -> Path:
+    def _write_adapter(
+        self, source: ModelSource, directory: Path, ending: str = "", pairs: Pairs | None = None
+    ) -> Path:
         target = directory / f"adapter{ending}"
         settings, tensors = as_plain(
-            adapter_config(self.config, source, self.init), self._adapter_tensors(), self.first
+            adapter_config(self.config, source, self.init), self._adapter_tensors(pairs), self.first
         )
         earlier = None if self.init is None else self.init.source.adapter
         save_adapter(target, settings, tensors, earlier, self._whole_tensors(source))
@@ -261,9 +326,9 @@ class RunState:
             whole = whole | {"lm_head.weight": whole["model.embed_tokens.weight"]}
         return {path_in_file(source.config, name): value.data for name, value in whole.items()}
 
-    def _adapter_tensors(self) -> dict[str, tuple[Tensor, ...]]:
+    def _adapter_tensors(self, pairs: Pairs | None) -> dict[str, tuple[Tensor, ...]]:
         """The trained pairs, and those that an earlier adapter has on what is not trained."""
-        trained = adapter_tensors(self.model)
+        trained = dict(pairs or adapter_tensors(self.model))
         return trained if self.init is None else trained | self.init.fixed
 
     def _base_record(self, source: ModelSource) -> dict[str, Any]:

@@ -12,15 +12,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.distributed.data_parallel import DataParallel
 from engine.training.objectives.objective import Objective, StepTotals
 from engine.training.objectives.tokens import TOKENS
 from kernels.runtime.random import derived_seed
-from kernels.runtime.ranks import ONE_RANK, host_sums
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_sums
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -47,6 +47,32 @@ class StepResult:
     figures: dict[str, float] = field(default_factory=dict)
 
 
+class StepRanks(Protocol):
+    """What ranks that compute a step together do around its passes; all of them, in this order."""
+
+    @property
+    def data(self) -> Ranks:
+        """The ranks that the rows of a step are dealt to."""
+
+    def begin(self) -> None:
+        """Before the first pass."""
+
+    def last_pass(self) -> AbstractContextManager[None]:
+        """Around this rank's last backward pass, if it has one."""
+
+    def finish(self) -> None:
+        """After the last pass: the optimizer's parameters have the gradients of all ranks."""
+
+    def norm(self, gradients: Sequence[Tensor], sums: Tensor) -> Tensor:
+        """The norm () of all ranks' gradients; `gradients` are the optimizer's own.
+
+        `sums` (F,) become those of all ranks.
+        """
+
+    def gather(self) -> None:
+        """After the update."""
+
+
 def dropout_seed(seed: int, step: int, micro: int) -> int:
     """Key of one micro-batch's dropout: a pure function of the run's seed and its position."""
     return derived_seed(seed, step, micro)
@@ -70,7 +96,7 @@ class TrainingStep:
     seed: int = 0
     objective: Objective = TOKENS
     in_backward: StepInBackward | None = None
-    parallel: DataParallel | None = None
+    parallel: StepRanks | None = None
     average: WeightAverage | None = None
 
     def __call__(
@@ -156,13 +182,10 @@ class TrainingStep:
         if self.parallel is not None:
             self.parallel.finish()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = global_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self.parallel is not None:
-            everything = torch.cat((sums, norm.double().square().unsqueeze(0)))
-            self.parallel.ranks.all_reduce(everything).wait()
-            sums.copy_(everything[:-1])
-            norm = everything[-1].sqrt().float()
-        return norm / loss_scale
+            return self.parallel.norm(gradients, sums) / loss_scale
+        return global_norm(gradients) / loss_scale
 
     def _update(self, loss: Tensor, norm: Tensor, loss_scale: float) -> None:
         """Update by the gradients there are, and clear them."""

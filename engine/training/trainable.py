@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from optim import (
     param_groups,
 )
 from optim.muon import is_hidden_matrix
-from optim.param_groups import plus_ratio
+from optim.param_groups import by_whole_size, plus_ratio
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +121,15 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> StepOptimizer:
     return optimizer_over(model.named_parameters(), config)
 
 
-def optimizer_over(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> StepOptimizer:
-    """The optimizer of `config` over those of these parameters that are trainable."""
+def optimizer_over(
+    named: Iterable[tuple[str, nn.Parameter]],
+    config: TrainConfig,
+    sizes: Mapping[int, int] | None = None,
+) -> StepOptimizer:
+    """The optimizer of `config` over those of these parameters that are trainable.
+
+    `sizes` has by their `id` the elements of those of which only a part is given.
+    """
     trained = [(name, p) for name, p in named if p.requires_grad]
     decay, lr = config.weight_decay, config.learning_rate
     if config.optimizer == "muon":
@@ -134,6 +141,8 @@ def optimizer_over(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfi
         ]
         return Muon(groups, lr, decay, betas=config.betas, eps=config.eps)
     groups = param_groups(trained, decay, lr_ratio(config))
+    if sizes and config.optimizer in ("adamw8bit", "lion8bit"):
+        groups = by_whole_size(groups, sizes)
     if config.optimizer == "lion8bit":
         return Lion8bit(groups, lr, config.betas, decay)
     if config.optimizer == "adafactor":

@@ -9,6 +9,73 @@ def _several(settings: RunSettings, facts: Facts) -> bool:
     return max(settings.gpus, facts.processes or 1) > 1
 
 
+_EXPERTS = (
+    Rule(
+        "expert_parallel",
+        lambda c, f: (
+            c.expert_parallel > 1
+            and (c.gpus > 1 or f.processes is not None)
+            and max(c.gpus, f.processes or 1) % c.expert_parallel != 0
+        ),
+        "expert_parallel {c.expert_parallel} does not divide the number of processes.",
+        "Start a multiple of it with --gpus, or torchrun's --nproc-per-node",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, f: c.expert_parallel > 1 and c.gpus == 1 and f.processes == 1,
+        "expert_parallel {c.expert_parallel} divides experts among processes, and there is one.",
+        "Give --gpus N, or start torchrun",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, f: c.expert_parallel > 1 and f.experts == 0,
+        "expert_parallel {c.expert_parallel} divides the experts of a mixture, and {c.model} has "
+        "none.",
+        "Leave it out",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, f: bool(f.experts and f.experts % c.expert_parallel),
+        "expert_parallel {c.expert_parallel} does not divide the {f.experts} experts of {c.model}.",
+        "Give a number that divides them",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, _: c.expert_parallel > 1 and c.every_weight,
+        "expert_parallel divides experts whose weights are frozen, and method {c.method} trains "
+        "every weight.",
+        "Leave it out, or give method lora or qlora",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, _: c.expert_parallel > 1 and c.mlp_tile_tokens is not None,
+        "expert_parallel sends a batch's tokens to their experts at once, and mlp_tile_tokens "
+        "{c.mlp_tile_tokens} would compute them in tiles.",
+        "Leave one of them out",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, _: c.expert_parallel > 1 and c.optimizer == "adafactor",
+        "optimizer adafactor limits the update of all experts of a projection together, and "
+        "expert_parallel divides them among processes.",
+        "Give optimizer adamw8bit, adamw or lion8bit",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, _: c.expert_parallel > 1 and c.ema_decay is not None,
+        "expert_parallel has each process train experts of its own, and ema_decay averages what "
+        "all processes have.",
+        "Leave one of them out",
+    ),
+    Rule(
+        "expert_parallel",
+        lambda c, _: c.expert_parallel > 1 and c.sample_every > 0,
+        "expert_parallel needs all processes for every pass, and sample_every {c.sample_every} "
+        "generates in one of them.",
+        "Leave out --sample-every, and generate from the adapter afterwards",
+    ),
+)
+
 DISTRIBUTED_RULES = (
     Rule(
         "optimizer_in_backward",
@@ -56,6 +123,7 @@ DISTRIBUTED_RULES = (
         "is one.",
         "Give --gpus N, or start torchrun",
     ),
+    *_EXPERTS,
     Rule(
         "shard",
         lambda c, f: c.shard != "none" and c.gpus == 1 and f.processes == 1,

@@ -32,6 +32,7 @@ class RunSettings(Protocol):
     max_restarts: int
     shard: Sharding
     context_parallel: int
+    expert_parallel: int
     tokenizer: str | None
     method: Method
     lora_dropout: float
@@ -87,6 +88,7 @@ class RunSettings(Protocol):
     embedding_on: EmbeddingOn
     offload: tuple[Offload, ...]
     keep_decoded: str
+    mlp_tile_tokens: int | None
     low_memory_decode: bool
     cuda_graphs: bool
     memory_budget: int | None
@@ -116,7 +118,8 @@ class Facts:
     """What is known of the machine and the model; None where it is not known yet.
 
     `tied` says that the head is the embedding, `recordable` that CUDA graphs can hold a layer,
-    `hybrid` that some layers are Gated DeltaNets, `processes` how many train together.
+    `hybrid` that some layers are Gated DeltaNets, `experts` how many a mixture has, `processes` how
+    many train together.
     """
 
     device: str | None = None
@@ -125,6 +128,7 @@ class Facts:
     tied: bool | None = None
     recordable: bool | None = None
     hybrid: bool | None = None
+    experts: int | None = None
     processes: int | None = None
 
 

@@ -30,6 +30,14 @@ class DistributedSettings(Settings):
         ge=1,
         le=1024,
     )
+    expert_parallel: int = setting(
+        1,
+        "Distributed",
+        "processes that divide the experts of a mixture, to which tokens are sent; divides their "
+        "number and that of the experts",
+        ge=1,
+        le=1024,
+    )
     max_restarts: int = setting(
         0,
         "Distributed",

@@ -34,7 +34,7 @@ from engine.training.trainable import (
     step_settings,
 )
 from engine.verbs.training.run_memory import budget_of, with_policy
-from models.over_ranks import split_context
+from models.over_ranks import split_context, trained_elements
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,11 @@ class RunSetup:
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))
         base = with_start(self.config, base)
-        self.model = build_for(self.config, base, self.device, dtype, mesh.weights)
+        divided = mesh.weights, mesh.experts
+        self.model = build_for(self.config, base, self.device, dtype, *divided)
         self.reference.measure("base", self.model)
-        self.trainable = make_trainable(self.model, settings, prepared.init)
+        make_trainable(self.model, settings, prepared.init)
+        self.trainable = trained_elements(self.model)
         first = start_pairs(self.model, self.config, base)
         self.reference.measure("start", self.model)
         if mesh.context.size > 1:

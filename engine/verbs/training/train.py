@@ -26,7 +26,7 @@ from engine.device import check_threads, resolve_device, resolve_dtype
 from engine.distributed.dealing import Dealer
 from engine.distributed.follower import FollowedDirectory
 from engine.distributed.group import Group, after_restart, joined, launched, leads
-from engine.distributed.mesh import Mesh, lay_out
+from engine.distributed.mesh import Mesh, MeshSizes, lay_out
 from engine.distributed.messages import all_or_none, broadcast_text
 from engine.exporting.publish import destination, publish_folder
 from engine.model_sources.quantised.fates import run_fate, stored_line
@@ -44,7 +44,7 @@ from engine.training.init_adapter import with_init_adapter
 from engine.training.loop import Progress, Trainer, TrainerHooks
 from engine.training.prepare import Prepared, prepare
 from engine.training.processes.started import train_in_processes
-from engine.training.processes.together import agreed, over_ranks, share_weights
+from engine.training.processes.together import agreed, over_ranks
 from engine.training.row_set import RowSet
 from engine.verbs.training.plan import fitted_changes, with_fitted
 from engine.verbs.training.run_memory import explained_memory, require_space_for
@@ -120,11 +120,9 @@ class _Run:
         if facts:
             log.info("best %(metric)s: %(value)g, after step %(step)d", facts)
         restored = self.config.load_best_at_end and facts.get("step") not in (None, step)
-        if restored and self.group.leads:
-            self.setup.state.restore_best(self.directory.checkpoints, facts["step"])
-        if restored:
-            share_weights(self.setup.state, self.group)
         state = self.setup.state
+        if restored:
+            state.take_best(self.group, self.directory.checkpoints, facts["step"])
         if restored or step != self.progress.step or not state.evaluates_output:
             known = None
         with state.output_weights():
@@ -260,7 +258,8 @@ def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList)
     asked, config, rows = all_or_none(group, partial(_resolved, config, group))
     if not group.is_alone:
         config = TrainConfig(**json.loads(broadcast_text(group.ranks, config.model_dump_json())))
-    mesh = lay_out(group, config.context_parallel, config.shard == "weights")
+    sizes = MeshSizes(config.context_parallel, config.expert_parallel, config.shard == "weights")
+    mesh = lay_out(group, sizes)
     process = _process(config)
     where = destination(config)
     with _directory(config, group, console) as directory, ExitStack() as stack:
@@ -298,7 +297,7 @@ def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList)
         progress = run.train()
         after = run.evaluate_after()
         if not group.leads:
-            all_or_none(group, lambda: None)  # the result is written
+            all_or_none(group, partial(run.setup.state.follow_output, prepared.model_source))
             return TrainResult(directory.path, None, after, "Success")
         writes = partial(run.setup.state.write_output, prepared.model_source, directory.path)
         output = all_or_none(group, writes)

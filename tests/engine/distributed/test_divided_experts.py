@@ -1,0 +1,255 @@
+"""Runs whose experts are divided among processes: steps, states and adapters of one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import string
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config.train_config import TrainConfig
+from engine.data.batches.loader import collate
+from engine.distributed.deal import PassLimits, deal_by_cost
+from engine.distributed.group import Group
+from engine.distributed.mesh import Mesh, MeshSizes
+from engine.errors import ConfigError
+from engine.model_sources.load_model import LayerPlacement
+from engine.runs.identity import RunIdentity
+from engine.training.processes.together import Optimization
+from engine.training.saving import RunState
+from engine.training.step import StepResult, TrainingStep
+from kernels.runtime.ranks import ONE_RANK, Ranks
+from models.layers.packed_batch import PackedBatch
+from models.over_ranks import trained_elements
+from tests.engine.distributed.test_data_parallel import COST, LENGTHS, WideAdamW
+from tests.engine.distributed.test_processes import adapter, finished, lines, words
+from tests.models.test_sharding import built
+from tests.support.processes.rank_threads import Meeting, ThreadRanks, run_ranks
+from tests.support.small_runs import random_examples
+from tests.support.tiny_model import write_tiny_model, write_tokenizer
+
+STEPS = (((0, 1, 2), (3, 4, 5)), ((6, 7, 0), (2,)), ((3,),))
+Work = Callable[[Mesh], Any]
+
+
+def on_mesh(size: int, experts: int, work: Work) -> list[Any]:
+    """What `work` returns on every rank, of which runs of `experts` divide the experts."""
+    runs = [Meeting(experts) for _ in range(size // experts)]
+    strides = [Meeting(size // experts) for _ in range(experts)]
+
+    def inside(every: ThreadRanks) -> Any:
+        run, offset = divmod(every.rank, experts)
+        replicas: Ranks = ThreadRanks(strides[offset], run) if size > experts else ONE_RANK
+        divided = ThreadRanks(runs[run], offset)
+        return work(Mesh(every, every, experts=divided, replicas=replicas))
+
+    return run_ranks(size, inside)
+
+
+def settings(optimizer: str, **more: Any) -> TrainConfig:
+    # A larger eps: gradients that are all rounding must not move a weight by the rate.
+    rates = {"learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.01}
+    return TrainConfig(model="m", data="d", method="lora", optimizer=optimizer, **(rates | more))
+
+
+def shares(step: tuple[tuple[int, ...], ...], ranks: Ranks) -> list[PackedBatch]:
+    """The batches of a rank, as many as every other's."""
+    rows = random_examples(1, LENGTHS)
+    dealt = deal_by_cost(step, LENGTHS.__getitem__, COST, ranks.size, PassLimits(3))
+    own = [collate([rows[index] for index in p.rows]) for p in dealt[ranks.rank]]
+    return own + [PackedBatch.idle()] * (max(map(len, dealt)) - len(own))
+
+
+class Loaded:
+    """A checkpoint in memory."""
+
+    def __init__(self, saved: dict[str, dict[str, Tensor]]) -> None:
+        self._saved = saved
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        return self._saved[stem]
+
+
+class Trained:
+    """A mixture with adapters, and its state, on one rank."""
+
+    def __init__(self, mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> None:
+        self.mesh = mesh
+        self.model = built("qwen3_moe", LayerPlacement(experts=mesh.experts), dtype=dtype)
+        self.optimization = Optimization.of(self.model, config, mesh)
+        identity = RunIdentity(config, {}, 1)
+        self.state = RunState(identity, self.model, self.optimization.state)
+        parallel = self.optimization.parallel
+        self.step = TrainingStep(
+            self.model, self.optimization.optimizer, max_grad_norm=0.05, parallel=parallel
+        )
+
+    def steps(self, begin: int = 0, end: int = len(STEPS)) -> list[StepResult]:
+        return [self.step(shares(STEPS[n], self.mesh.data), n) for n in range(begin, end)]
+
+    def saved(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, by file."""
+        collected = self.state.collected()
+        weights = self.state.weights(collected.pairs)
+        return {
+            "weights": {name: value.detach().clone() for name, value in weights.items()},
+            "optimizer": {name: value.clone() for name, value in collected.optimizer.items()},
+        }
+
+    def restored(self, saved: dict[str, dict[str, Tensor]]) -> Trained:
+        """This rank, going on from what others saved; only the first has read it."""
+        state = cast(Any, self.optimization.state)
+        if self.mesh.every.rank == 0:
+            state.load_state_tensors(saved["optimizer"])
+        loaded = cast(Any, Loaded(saved)) if self.mesh.every.rank == 0 else None
+        self.state.share(Group(self.mesh.every), loaded)
+        state.spread()
+        return self
+
+
+def whole(config: TrainConfig, dtype: torch.dtype = torch.float32) -> Trained:
+    return Trained(Mesh(), config, dtype)
+
+
+def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], eps: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=eps, msg=name)
+
+
+def wide(
+    named: Iterable[tuple[str, Tensor]], config: TrainConfig, sizes: object = None
+) -> WideAdamW:
+    return WideAdamW([p for _, p in named if p.requires_grad], 1e-2)
+
+
+@pytest.mark.parametrize(("size", "experts"), [(2, 2), (4, 2), (3, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divided_experts_are_trained_as_whole_ones(
+    size: int, experts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, eps = settings("adamw"), 1e-6 if dtype == torch.float32 else 1e-12
+    if dtype == torch.float64:
+        monkeypatch.setattr("engine.training.processes.together.optimizer_over", wide)
+
+    def trained(mesh: Mesh) -> tuple[list[StepResult], dict[str, Tensor], int]:
+        one = Trained(mesh, config, dtype)
+        results, pairs = one.steps(), one.state.gathered()
+        weights = {name: value.clone() for name, value in one.state.weights(pairs).items()}
+        return results, weights, trained_elements(one.model)
+
+    results, weights, elements = trained(Mesh())
+    for told, ours, count in on_mesh(size, experts, trained):
+        for mine, theirs in zip(told, results, strict=True):
+            assert mine.loss == pytest.approx(theirs.loss, rel=eps)
+            # The norm is fp32, and its squares are added in another order.
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=max(eps, 3e-7))
+            assert mine.trained_tokens == theirs.trained_tokens
+        assert_alike(ours, weights, eps)
+        assert count == elements
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion8bit", "adamw"])
+def test_any_number_of_ranks_goes_on_from_what_others_saved(optimizer: str) -> None:
+    """What one saved is taken, and saved again, to the bits, whatever divides it."""
+    config = settings(optimizer, learning_rate=1e-3)
+    begun = whole(config)
+    begun.steps(0, 2)
+    first = begun.saved()
+    begun.steps(2)
+
+    def work(mesh: Mesh) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+        one = Trained(mesh, config, torch.float32).restored(first)
+        before = one.saved()
+        one.steps(2)
+        return before, one.saved()
+
+    for size, experts in ((2, 2), (3, 3), (4, 2)):
+        for before, after in on_mesh(size, experts, work):
+            for kind in ("weights", "optimizer"):
+                assert_alike(before[kind], first[kind], 0.0)
+            assert_alike(after["weights"], begun.saved()["weights"], 2e-6)
+
+
+def test_blocks_of_states_that_hold_experts_of_two_processes_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six experts of 2 x 32 are 384 elements: were they in 8 bits, half of them is no block."""
+    monkeypatch.setattr("engine.training.processes.together.LEAST_8BIT", 256)
+
+    def work(mesh: Mesh) -> None:
+        with pytest.raises(ConfigError, match="some would be of two processes"):
+            Trained(mesh, settings("adamw8bit"), torch.float32)
+        Trained(mesh, settings("adamw"), torch.float32)
+
+    on_mesh(2, 2, work)
+
+
+def test_a_number_that_does_not_divide_the_processes_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expert_parallel is 3, which does not divide the 4"):
+        MeshSizes(experts=3).check(4)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny mixture, rows, and what one process leaves."""
+    folder = tmp_path_factory.mktemp("mixture")
+    write_tiny_model(folder / "model", "qwen3_moe")
+    # The model has 64 rows of its vocabulary.
+    write_tokenizer(folder / "model", f"{string.ascii_lowercase}{string.digits} \n.?WI")
+    rows = [
+        {"prompt": f"What is {n}? " * (1 + n % 3), "response": f"It is {n}. " * (1 + n % 5)}
+        for n in range(24)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, output = finished("cli.main", *words(folder, "alone", *PLAIN))
+    assert status == 0, output
+    return folder
+
+
+PLAIN = ("--lora-dropout", "0", "--eps", "1e-4", "--method", "qlora")
+
+
+@pytest.fixture(scope="module")
+def divided(mixture: Path) -> Path:
+    """And what two processes leave that divide experts and weights."""
+    more = ("--gpus", "2", "--expert-parallel", "2", "--shard", "weights")
+    status, output = finished("cli.main", *words(mixture, "divided", *PLAIN, *more))
+    assert status == 0, output
+    return mixture
+
+
+def test_processes_with_experts_of_their_own_leave_what_one_does(divided: Path) -> None:
+    assert_same_run(divided, "divided")
+    figures = [
+        json.loads((divided / name / "summary.json").read_text())["metrics"]
+        for name in ("divided", "alone")
+    ]
+    assert figures[0]["trainable_parameters"] == figures[1]["trainable_parameters"]
+    assert figures[0]["heldout_loss"] == pytest.approx(figures[1]["heldout_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("first", "more"), [("divided", ()), ("alone", ("--gpus", "4", "--expert-parallel", "2"))]
+)
+def test_any_number_of_processes_goes_on(divided: Path, first: str, more: tuple[str, ...]) -> None:
+    run = divided / f"after-{first}"
+    shutil.copytree(divided / first, run)
+    how = (*PLAIN, *more, "--resume", str(run / "checkpoint-9"))
+    status, output = finished("cli.main", *words(divided, run.name, *how))
+    assert status == 0, output
+    assert_same_run(divided, run.name)
+
+
+def assert_same_run(folder: Path, name: str) -> None:
+    for mine, other in zip(lines(folder, name), lines(folder, "alone"), strict=True):
+        assert mine["trained_tokens"] == other["trained_tokens"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=2e-6)
+    ours, theirs = adapter(folder, name), adapter(folder, "alone")
+    assert_alike(ours, theirs, 5e-6)
