@@ -34,6 +34,9 @@ _SAME = {
     "peft_use_rslora": "use_rslora",
     "sequence_len": "max_length",
     "sample_packing": "packing",
+    "ddp_timeout": "ddp_timeout",
+    "context_parallel_size": "context_parallel",
+    "sequence_parallel_degree": "context_parallel",
     "learning_rate": "learning_rate",
     "warmup_steps": "warmup_steps",
     "warmup_ratio": "warmup_ratio",
@@ -93,7 +96,7 @@ _NEEDLESS = {
     ),
     "products of fp32 are exact here": ("tf32", "bfloat16", "float16"),
     PROCESSES: (
-        "local_rank", "ddp_timeout", "ddp_find_unused_parameters", "device_map", "world_size",
+        "local_rank", "ddp_find_unused_parameters", "device_map", "world_size",
     ),
     "what happens here anyway": (
         "save_safetensors", "low_cpu_mem_usage", "lora_on_cpu", "logging_first_step",
@@ -115,8 +118,6 @@ _MISSING = {
     "added_tokens_overrides": SAME_VOCABULARY,
     "resize_token_embeddings_to_32x": SAME_VOCABULARY,
     "fsdp_version": PROCESSES,
-    "sequence_parallel_degree": PROCESSES,
-    "context_parallel_size": PROCESSES,
     "hub_strategy": NOTHING_UPLOADED,
     "push_dataset_to_hub": NOTHING_UPLOADED,
     "saves_per_epoch": "`checkpoint_every` counts steps, not parts of an epoch",

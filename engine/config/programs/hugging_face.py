@@ -22,6 +22,7 @@ _SAME = {
     "run_name": "run_id",
     "neftune_noise_alpha": "neftune_noise_alpha",
     "label_smoothing_factor": "label_smoothing_factor",
+    "ddp_timeout": "ddp_timeout",
 }
 _DEFAULTS = {
     "per_device_train_batch_size": ("batch_size", 8),
@@ -42,7 +43,7 @@ _NEEDLESS = {
         "per_device_eval_batch_size",
         "eval_accumulation_steps",
     ),
-    PROCESSES: ("ddp_timeout", "ddp_find_unused_parameters", "local_rank"),
+    PROCESSES: ("ddp_find_unused_parameters", "local_rank"),
     "a run always trains, and evaluates what is held out": ("do_train", "do_eval"),
     "weights are always saved without the optimizer's state beside the checkpoints": (
         "save_only_model",

@@ -50,5 +50,5 @@ class DistributedSettings(Settings):
         "Distributed",
         "seconds that a process waits for the others before it gives up",
         ge=10,
-        le=86_400,
+        le=10**9,
     )
