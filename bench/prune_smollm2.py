@@ -236,8 +236,12 @@ def markdown(lines: Lines) -> str:
 def _cell(line: Line | None) -> str:
     if line is None:
         return ""
-    low, high = line["interval"]
-    return f"{line['perplexity']:.2f} ({low:.1f} - {high:.1f})"
+    return f"{line['perplexity']:.2f} ({between(line['interval'])})"
+
+
+def between(interval: list[float]) -> str:
+    """An interval in a cell."""
+    return f"{interval[0]:.1f} - {interval[1]:.1f}"
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.prune_pages import BEGIN, END, pages
+from bench.prune_smollm2 import Lines
 from cli.main import VERBS
 from tests.support.source_tree import product_sources
 
@@ -28,6 +30,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_the_readme_is_of_one_screen() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_tables_of_pruning_are_those_of_the_measured_lines() -> None:
+    """Otherwise: python -m bench.prune_pages."""
+    lines = Lines(ROOT / "bench" / "results" / "prune_smollm2.jsonl")
+    assert lines.lines
+    for page, inside in pages(lines).items():
+        assert BEGIN + inside + END in page.read_text(), page
 
 
 def test_the_readme_reads_in_its_order() -> None:

@@ -1,0 +1,122 @@
+"""Write the tables of pruning in README.md and docs/pruning.md.
+
+They are made of the lines of bench/results/prune_smollm2.jsonl alone, between two comments of each
+page, and so is prune_smollm2.md; seeds of `random` become one row. README.md has the rows that are
+measured at every fraction, docs/pruning.md all of them.
+
+Run as ``python -m bench.prune_pages [--check]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from bench.prune_smollm2 import FRACTIONS, RESULTS, WHOLE, Line, Lines, between, markdown
+from engine.storage import durable
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- pruned: begin -->\n", "<!-- pruned: end -->\n"
+RANDOM = "random"
+
+
+def rows_of(lines: Lines) -> dict[str, list[str]]:
+    """The cells of every row by its name, a fraction each; seeds of chance are one row."""
+    names = dict.fromkeys(one["row"] for one in lines.lines if one["fraction"] in FRACTIONS)
+    chance = [name for name in names if name.startswith(f"{RANDOM}-")]
+    rows = {
+        name: [_cell(lines.cell(name, fraction)) for fraction in FRACTIONS]
+        for name in names
+        if name not in chance and not name.startswith("mlp")
+    }
+    if chance:
+        rows[f"{RANDOM}: median (least - most of {len(chance)} seeds)"] = [
+            _spread([lines.cell(name, fraction) for name in chance]) for fraction in FRACTIONS
+        ]
+    return rows
+
+
+def table(rows: dict[str, list[str]], whole: str) -> str:
+    """The rows as Markdown."""
+    heads = (27, 54, 81)
+    text = [
+        f"| perplexity, {whole} before | {' | '.join(f'{100 * f:.0f} %' for f in FRACTIONS)} |",
+        "|---|" + "---|" * len(FRACTIONS),
+        f"| heads pruned of 270 | {' | '.join(map(str, heads))} |",
+    ]
+    text += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join(text) + "\n"
+
+
+def structures(lines: Lines) -> str:
+    """What was measured of channels and layers, in sentences; nothing where it was not."""
+    said = []
+    plain, repaired = lines.cell("mlp", 0.2), lines.cell("mlp-repaired", 0.2)
+    if plain is not None and repaired is not None:
+        said.append(
+            f"Channels, 20 % of every layer: {plain['perplexity']:.2f} unrepaired, "
+            f"{repaired['perplexity']:.2f} repaired."
+        )
+    layer = lines.cell("layer of 30", 0.0)
+    if layer is not None:
+        said.append(
+            f"Layers: {layer['chosen']} goes first; of all 30, each left out in turn on "
+            f"{layer['rows']} held-out rows, it costs the {_ordinal(layer['rank'])}."
+        )
+    return "\n" + " ".join(said) + "\n" if said else ""
+
+
+def _ordinal(rank: int) -> str:
+    return "least" if rank == 1 else f"{rank}. least"
+
+
+def _cell(line: Line | None) -> str:
+    return "" if line is None else f"{line['perplexity']:.2f} ({between(line['interval'])})"
+
+
+def _spread(cells: list[Line | None]) -> str:
+    values = [cell["perplexity"] for cell in cells if cell is not None]
+    if not values:
+        return ""
+    return f"{statistics.median(values):.2f} ({min(values):.1f} - {max(values):.1f})"
+
+
+def pages(lines: Lines) -> dict[Path, str]:
+    """What stands between the comments of each page."""
+    whole = lines.cell(WHOLE, 0.0)
+    told = "?" if whole is None else f"{whole['perplexity']:.2f}"
+    rows = rows_of(lines)
+    full = {name: cells for name, cells in rows.items() if all(cells)}
+    return {
+        ROOT / "README.md": table(full, told),
+        ROOT / "docs" / "pruning.md": table(rows, told) + structures(lines),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.prune_pages")
+    parser.add_argument("--check", action="store_true", help="end with 1 where a page is old")
+    check = parser.parse_args().check
+    old, lines = [], Lines(RESULTS / "prune_smollm2.jsonl")
+    if not check:
+        durable.write_text(RESULTS / "prune_smollm2.md", markdown(lines))
+    for page, inside in pages(lines).items():
+        text = page.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        wanted = before + BEGIN + inside + END + after
+        if wanted != text:
+            old.append(page.name)
+            if not check:
+                durable.write_text(page, wanted)
+    if check and old:
+        print(
+            f"{', '.join(old)}: other figures than bench/results has: python -m bench.prune_pages"
+        )
+    return int(check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
