@@ -11,6 +11,7 @@ from cli.say import say
 from engine.config.tasks.workflow import DataSettings, StatsSettings, ValidateSettings
 
 if TYPE_CHECKING:
+    from engine.data.corpus.quarantine import Quarantine
     from engine.data.corpus.reading import Corpus
     from engine.data.dataset import ReadReport
     from engine.data.example_report import ExampleReport
@@ -42,12 +43,9 @@ def validate(call: Call) -> None:
         examples = build_rows(rows, *load_words(settings.model), settings)[1]
         corpus.rows = bad.divide(corpus.rows, examples.dropped)
     told = {"read": dataclasses.asdict(corpus.report), "examples": _asdict(examples)}
-    if settings.quarantine is not None:
-        bad.write(settings.quarantine, corpus.files)
     if settings.report is not None:
         _write_report(settings.report, told)
-    if settings.output is not None:
-        _write_good(settings, corpus, len(bad))
+    _write_rows(settings, corpus, bad)
     if not call.print_json(told):
         _print_findings(rows, corpus.report, examples)
         for path, count in ((settings.output, len(corpus.rows)), (settings.quarantine, len(bad))):
@@ -57,14 +55,22 @@ def validate(call: Call) -> None:
         _refuse_losses(corpus.report, examples)
 
 
-def _write_good(settings: ValidateSettings, corpus: "Corpus", bad: int) -> None:
+def _write_rows(settings: ValidateSettings, corpus: "Corpus", bad: "Quarantine") -> None:
+    """Write the good rows, the bad ones, or both together, as asked."""
     from engine.data.corpus.publishing import CorpusReport, Making, publish
     from engine.data.corpus.reading import records
+    from engine.data.corpus.writing import write_records
 
-    assert settings.output is not None
-    report = CorpusReport("validate", corpus.report.read, left_out={**corpus.losses, "bad": bad})
-    making = Making.of("validate", settings, corpus.origins)
-    publish(settings.output, records(corpus.rows), making, report)
+    others = None
+    if settings.quarantine is not None:
+        others = (settings.quarantine, bad.records(corpus.files))
+    if settings.output is not None:
+        left_out = {**corpus.losses, "bad": len(bad)}
+        report = CorpusReport("validate", corpus.report.read, left_out=left_out)
+        making = Making.of("validate", settings, corpus.origins)
+        publish(settings.output, records(corpus.rows), making, report, others)
+    elif others is not None:
+        write_records(*others)
 
 
 def _write_report(path: Path, told: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ def convert(call: Call) -> None:
 
 def split(call: Call) -> None:
     """Divide rows into training and held-out ones; what is alike stays on one side."""
-    from engine.data.corpus.publishing import Making, publish
+    from engine.data.corpus.publishing import Making, publish_all
     from engine.data.corpus.split import linked_rows, split_rows
     from engine.data.corpus.writing import refuse_output
 
@@ -65,8 +65,10 @@ def split(call: Call) -> None:
     report.figures["sets_of_rows"] = len(sets)
     report.figures["largest_set"] = max(map(len, sets))
     making = Making.of("split", settings, corpus.origins)
-    for side, path in outputs.items():
-        publish(path, [corpus.rows[row].record for row in sides[side]], making, report)
+    records = {
+        path: [corpus.rows[row].record for row in sides[side]] for side, path in outputs.items()
+    }
+    publish_all(records, making, report)
     tell(call, report)
 
 
@@ -90,8 +92,8 @@ def dedup(call: Call) -> None:
         for r in repeats
     ]
     making = Making.of("dedup", settings, corpus.origins)
-    publish(settings.output, records(rows[row] for row in stay), making, report)
-    _write_removed(settings.removed, removed, report)
+    others = None if settings.removed is None else (settings.removed, removed)
+    publish(settings.output, records(rows[row] for row in stay), making, report, others)
     tell(call, report)
 
 
@@ -124,8 +126,9 @@ def decontaminate(call: Call) -> None:
         for row, match in shared.items()
     ]
     origins = [*corpus.origins, *against.origins]
-    publish(settings.output, clean, Making.of("decontaminate", settings, origins), report)
-    _write_removed(settings.removed, removed, report)
+    others = None if settings.removed is None else (settings.removed, removed)
+    making = Making.of("decontaminate", settings, origins)
+    publish(settings.output, clean, making, report, others)
     lines = [f"{row['source']} shares with {row['contaminated_by']}" for row in removed[:10]]
     tell(call, report, lines)
 
@@ -157,9 +160,11 @@ def mix(call: Call) -> None:
     rows, figures = mix_rows(parts, settings.rows, settings.seed)
     report.left_out["not_drawn"] = sum(told["read"] - told["used"] for told in figures.values())
     report.figures = {**figures, "absent": ", ".join(absent)}
-    publish(settings.output, rows, Making.of("mix", settings, origins), report)
     if settings.report is not None:
-        durable.write_json(settings.report, dataclasses.asdict(report))
+        # Before the rows: where they stand, a second start is refused.
+        told = {**dataclasses.asdict(report), "outputs": {str(settings.output): len(rows)}}
+        durable.write_json(settings.report, told)
+    publish(settings.output, rows, Making.of("mix", settings, origins), report)
     tell(call, report)
 
 
@@ -187,14 +192,6 @@ def _mix_source(source: MixSource, settings: MixSettings) -> "Corpus | None":
         limit=RowLimit(settings.max_row_bytes),
     )
     return read_corpus(source.path, choice, settings.strict)
-
-
-def _write_removed(path: Path | None, rows: list[dict[str, Any]], report: "CorpusReport") -> None:
-    """Write the rows that were left out, if that was asked for."""
-    from engine.data.corpus.writing import write_records
-
-    if path is not None:
-        report.outputs[str(path)] = write_records(path, rows)
 
 
 def _start(tool: str, settings: CorpusSettings) -> tuple["Corpus", "CorpusReport"]:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.from_settings import Call, Verb, make_app
@@ -71,21 +72,25 @@ def docstrings(call: Call) -> None:
     from engine.data.docstrings import write_docstrings
     from engine.data.origins import write_origins
     from engine.errors import ConfigError
+    from engine.storage import durable
 
     asked = call.read(DocstringSettings)
     names = ("train.jsonl", "heldout.jsonl")
+    durable.sweep_leftovers(asked.output_dir / names[0])
     taken = [name for name in names if (asked.output_dir / name).exists()]
     if taken:
         raise ConfigError(
             f"{asked.output_dir} holds {' and '.join(taken)} already, which would be replaced. "
             "Move it away, or choose another --output-dir."
         )
-    train, rows, heldout, others = write_docstrings(
-        asked.output_dir, asked.limit, asked.heldout_fraction
-    )
     told = {"python": platform.python_version(), "heldout_fraction": asked.heldout_fraction}
-    for file, count in ((train, rows), (heldout, others)):
+
+    def describe(file: Path, count: int) -> None:
         write_origins(file, "docstrings", {**told, "limit": asked.limit}, [], {"written": count})
+
+    train, rows, heldout, others = write_docstrings(
+        asked.output_dir, asked.limit, asked.heldout_fraction, describe
+    )
     say(f"{rows:,} rows in {train}")
     say(f"{others:,} rows in {heldout}, of modules that the first file does not have")
 

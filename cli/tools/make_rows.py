@@ -163,10 +163,17 @@ def tokenizer(call: Call) -> None:
     refuse_occupied(settings.output_dir)
     corpus = read_corpus(settings.data, RowChoice.of(settings, settings.category))
     texts = [text for item in corpus.rows for text in item.texts if text]
-    trained = train_tokenizer(texts, settings.output_dir, settings.vocab_size, settings.special)
     asked = settings.model_dump(mode="json", exclude={"output_dir"})
     counts = {"read": corpus.report.read, **corpus.losses}
-    write_origins(settings.output_dir, "tokenizer", asked, corpus.origins, counts)
+
+    def describe(folder: Path) -> None:
+        write_origins(
+            settings.output_dir, "tokenizer", asked, corpus.origins, counts, content=folder
+        )
+
+    trained = train_tokenizer(
+        texts, settings.output_dir, settings.vocab_size, settings.special, describe
+    )
     per_token = round(trained.text_bytes / max(trained.tokens, 1), 3)
     told: dict[str, Any] = {"vocab_size": trained.size, "bytes_per_token": per_token, **counts}
     if not call.print_json(told):

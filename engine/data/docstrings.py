@@ -15,16 +15,17 @@ import json
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from engine.data.origins import manifest_path
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.storage.durable import write_text
+from engine.storage import durable
 
 SHORTEST, LONGEST = 60, 1200
 """Characters of a docstring that becomes a row."""
@@ -105,7 +106,10 @@ def split_by_module(rows: Sequence[Row], fraction: float = 0.15) -> tuple[list[R
 
 
 def write_docstrings(
-    output_dir: Path, limit: int | None = None, fraction: float = 0.15
+    output_dir: Path,
+    limit: int | None = None,
+    fraction: float = 0.15,
+    describe: Callable[[Path, int], None] | None = None,
 ) -> tuple[Path, int, Path, int]:
     """Write train.jsonl and heldout.jsonl.
 
@@ -113,6 +117,7 @@ def write_docstrings(
         output_dir: made if it does not exist.
         limit: most rows of both files together.
         fraction: share of modules to hold out.
+        describe: called with each file and its rows before the two get their names.
 
     Returns:
         each file with the number of its rows.
@@ -130,8 +135,12 @@ def write_docstrings(
             f"{output_dir}: the folder cannot be made ({error.strerror or error}). Choose one on "
             "a disk with space that you may write to."
         ) from error
-    for file, rows in zip(files, (train, heldout), strict=True):
-        write_text(file, "".join(_line(row) for row in rows))
+    replaces = any(path.exists() for file in files for path in (file, manifest_path(file)))
+    with durable.publish_files(files[0], replaces) as folder:
+        for file, rows in zip(files, (train, heldout), strict=True):
+            durable.write_text(folder / file.name, "".join(_line(row) for row in rows))
+            if describe is not None:
+                describe(folder / file.name, len(rows))
     return files[0], len(train), files[1], len(heldout)
 
 

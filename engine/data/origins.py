@@ -73,8 +73,10 @@ def write_origins(
     settings: Mapping[str, Any],
     sources: Iterable[Origin],
     counts: Mapping[str, int],
+    content: Path | None = None,
+    manifest: Path | None = None,
 ) -> str:
-    """Write the manifest of `output`, which stands already, and return its fingerprint.
+    """Write the manifest of `output` and return its fingerprint.
 
     Args:
         output: the corpus.
@@ -82,6 +84,8 @@ def write_origins(
         settings: what was asked for, as JSON values.
         sources: what it was made of.
         counts: rows written, and rows left out by their reasons.
+        content: where the corpus stands until it gets its name; by default under its name.
+        manifest: where to write it, if not beside `output`.
 
     Raises:
         CheckpointError: a file cannot be read or written.
@@ -89,7 +93,7 @@ def write_origins(
     told = [source.describe(output.parent) for source in sources]
     basis = [tool, dict(settings), [[source["name"], source["sha256"]] for source in told]]
     fingerprint = hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
-    content = {
+    facts = {
         "format_version": FORMAT_VERSION,
         "engine_version": version(),
         "tool": tool,
@@ -97,9 +101,9 @@ def write_origins(
         "fingerprint": fingerprint,
         "sources": told,
         "counts": dict(counts),
-        "output": _digest(output),
+        "output": _digest(content or output),
     }
-    durable.write_json(manifest_path(output), content)
+    durable.write_json(manifest or manifest_path(output), facts)
     return fingerprint
 
 

@@ -8,7 +8,7 @@ first one last.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +69,14 @@ def write_gguf(
     importance: Mapping[str, Tensor] | None = None,
     max_file_size: int = 0,
     name: str | None = None,
+    more: Callable[[Path, str], None] | None = None,
 ) -> WrittenGGUF:
     """Write the model as `output`, a new `.gguf` file of a type of `FILE_TYPES`.
 
     `importance` holds the mean square of each input of a parameter of the graph: (columns,), of
     experts (E, columns).
     `max_file_size` in bytes divides the model into files `NAME-00001-of-0000N.gguf`; 0 does not.
+    `more(folder, first)` writes what is to stand beside `first`, the file to open, into a folder.
 
     Raises `ConfigError` for a model that llama.cpp has no form of, an occupied output or an unknown
     type, and `CheckpointError` for weights that are not finite or a disk that refuses.
@@ -101,6 +103,8 @@ def write_gguf(
             durable.refuse_occupied(file)
         with closing(writer):
             _write(writer, source, tensors, formats, importance or {})
+        if more is not None:
+            more(folder, files[0].name)
     counted = {form: list(formats.values()).count(form) for form in sorted(set(formats.values()))}
     total = sum(os.path.getsize(file) for file in files)  # noqa: PTH202
     return WrittenGGUF(files, len(tensors), total, counted)

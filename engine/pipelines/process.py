@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from engine.storage import durable
+from engine.storage.safe_files import write_regular
 
 _MOST_MESSAGE = 4000
 
@@ -27,7 +28,7 @@ def run_stage(
     durable.write_text(file, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     command = [sys.executable, "-m", "engine", *verb.split(), "--config", str(file)]
     errors = folder / "stderr.log"
-    with errors.open("wb") as log, (folder / "stdout.log").open("wb") as output:
+    with write_regular(errors) as log, write_regular(folder / "stdout.log") as output:
         with subprocess.Popen(
             command, stdout=output if quiet else None, stderr=subprocess.PIPE
         ) as process:

@@ -47,8 +47,8 @@ class StageRecord:
 
     def _set_aside(self, paths: list[Path]) -> None:
         replaced = self.folder / "replaced"
-        if paths and replaced.exists():
-            shutil.rmtree(replaced)
+        if paths:
+            durable.remove_tree(replaced)
         for number, path in enumerate(paths):
             target = replaced / str(number) / path.name
             target.parent.mkdir(parents=True)
@@ -99,13 +99,13 @@ class StageRecord:
             "ended": round(time.time(), 3),
         }
         durable.write_json(self.summary, facts)
-        if status == 0 and (self.folder / "replaced").exists():
-            shutil.rmtree(self.folder / "replaced")
+        if status == 0:
+            durable.remove_tree(self.folder / "replaced")
         return facts
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        durable.remove_tree(path)
     else:
         path.unlink(missing_ok=True)

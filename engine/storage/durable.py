@@ -7,9 +7,10 @@ A file appears under its final name whole or not at all, whatever kills the proc
 3. rename it over the final name (atomic on a POSIX file system),
 4. fsync the folder, so that the new name is on the disk too.
 
-`publish_directory` does the same for a whole folder, `publish_files` for files that another package
-writes. Temporary names start with `.tmp-`; whatever carries such a name after a crash can be
-deleted. Files get the mode that the umask allows, not 0600 as `tempfile` would give them: a model
+`publish_directory` does the same for a whole folder, `publish_files` for files of one folder.
+Temporary names start with `.tmp-` and hold the name that is written and the writer's process; what
+a writer that was killed leaves under such names goes when the same output is written again. Files
+get the mode that the umask allows, not 0600 as `tempfile` would give them: a model
 is written to be read by others.
 
 Every `OSError` of a write becomes a `CheckpointError` that names the path, the system's own words
@@ -26,6 +27,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,6 +38,7 @@ TEMPORARY_PREFIX = ".tmp-"
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
@@ -68,6 +71,7 @@ def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
     published = False
     try:
         with _writing(path):
+            sweep_leftovers(path)
             with os.fdopen(os.open(temporary, _EXCLUSIVE, 0o666), "wb") as handle:
                 if size:
                     _reserve(handle.fileno(), size)
@@ -102,18 +106,56 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def publish_files(target: Path) -> Iterator[Path]:
+def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder; on a clean exit its files appear beside `target`.
 
-    Of several the first by name appears last. Whoever calls refuses what is occupied. A failed
-    write, also one inside, raises `CheckpointError`.
+    `target` appears last, or the first by name of those that begin as it does: where it stands,
+    all stand. Without `overwrite` no file is replaced. Whoever calls refuses what is occupied
+    before any work is done. A failed write, also one inside, raises `CheckpointError`.
     """
     with _temporary_folder(target) as temporary, _writing(target):
         yield temporary
         fsync_tree(temporary)
-        for file in sorted(temporary.iterdir(), reverse=True):
-            file.replace(target.with_name(file.name))
+        files = sorted(temporary.iterdir(), reverse=True)
+        files.sort(key=lambda file: file.name.startswith(target.stem))
+        try:
+            for file in files:
+                _name_also(file, target.with_name(file.name), overwrite)
+        except OSError:
+            _withdraw(temporary)
+            raise
         fsync_dir(target.parent)
+
+
+def _name_also(file: Path, target: Path, overwrite: bool) -> None:
+    """Give a file a second name, so that a second start knows by the first whose it is."""
+    if overwrite:
+        file.replace(target)
+        return
+    try:
+        target.hardlink_to(file)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        file.rename(target)  # a file system without second names
+
+
+def _withdraw(temporary: Path) -> None:
+    """Take back the files that got their names out of a folder, unless all of them did."""
+    files = list(temporary.iterdir())
+    named = [file for file in files if _is_same(file, temporary.with_name(file.name))]
+    if len(named) < len(files):
+        for file in named:
+            temporary.with_name(file.name).unlink()
+
+
+def _is_same(file: Path, other: Path) -> bool:
+    """Whether two names are of one regular file."""
+    try:
+        first, second = file.lstat(), other.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(first.st_mode) and os.path.samestat(first, second)
 
 
 @contextlib.contextmanager
@@ -122,7 +164,7 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
     temporary = temporary_beside(target)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep_leftovers(target)
+        sweep_leftovers(target)
         temporary.mkdir()
     try:
         yield temporary
@@ -131,13 +173,41 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sweep_leftovers(target: Path) -> None:
-    """Delete what processes that have ended left of this same output."""
+def sweep_leftovers(target: Path) -> None:
+    """Delete what processes that have ended left of this same output.
+
+    Raises `OSError` where its folder cannot be listed; one that is missing holds nothing.
+    """
+    if not target.parent.is_dir():
+        return
     pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX + target.name[:80])}-(\d+)-[0-9a-f]{{8}}")
-    for entry in target.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match and entry.is_dir() and not process_lives(int(match[1])):
-            shutil.rmtree(entry, ignore_errors=True)
+    for name in os.listdir(target.parent):  # noqa: PTH208 - names alone; there may be many
+        match = pattern.fullmatch(name)
+        if not match or process_lives(int(match[1])):
+            continue
+        # Another start may sweep at the same time.
+        with contextlib.suppress(OSError):
+            entry = target.with_name(name)
+            if entry.is_dir() and not entry.is_symlink():
+                _withdraw(entry)
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+
+
+def remove_tree(target: Path) -> None:
+    """Delete a folder, if it is there, so that no part of it stands under its name meanwhile.
+
+    Raises `CheckpointError` where it cannot be moved out of the way.
+    """
+    with _writing(target):
+        sweep_leftovers(target)
+        if not target.is_dir():
+            return
+        doomed = temporary_beside(target)
+        target.rename(doomed)
+        fsync_dir(target.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def process_lives(pid: int) -> bool:
@@ -154,8 +224,12 @@ def process_lives(pid: int) -> bool:
 
 
 def refuse_occupied(target: Path) -> None:
-    """Raise `ConfigError` unless `target` does not exist or is an empty folder."""
+    """Raise `ConfigError` unless `target` does not exist or is an empty folder.
+
+    What a writer that was killed left of this output is cleared away first.
+    """
     with _writing(target):
+        sweep_leftovers(target)
         occupied = target.is_symlink() or (target.exists() and not target.is_dir())
         occupied = occupied or (target.is_dir() and any(target.iterdir()))
     if occupied:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from engine.errors import CheckpointError, EngineError
 from engine.storage.durable import describe
@@ -70,6 +70,19 @@ def append_regular(path: Path, errors: str = "strict") -> TextIOWrapper:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
     return os.fdopen(descriptor, "a", encoding="utf-8", errors=errors)
+
+
+def write_regular(path: Path) -> BinaryIO:
+    """Open `path`, emptied, for a log that grows; never followed if a link.
+
+    Raises `OSError` for a link, a pipe or a device.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (_READ_ONLY & ~os.O_RDONLY)
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(descriptor, "wb")
 
 
 def read_regular(path: Path, limit: int) -> bytes:

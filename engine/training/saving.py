@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -287,8 +286,7 @@ class RunState:
     ) -> Path:
         if self.config.every_weight:
             target = directory / f"model{ending}"
-            if target.exists():  # of a run that had ended and was resumed
-                shutil.rmtree(target)
+            durable.remove_tree(target)  # of a run that had ended and was resumed
             export_hf_directory(TrainedSource(source, self.model, self.stops), target)
             return target
         return self._write_adapter(source, directory, ending, pairs)

@@ -10,7 +10,8 @@ from typing import Any
 from engine.config.settings import Settings
 from engine.data.corpus.records import Record
 from engine.data.corpus.writing import refuse_reading, write_records
-from engine.data.origins import Origin, write_origins
+from engine.data.origins import Origin, manifest_path, write_origins
+from engine.storage import durable
 
 _NO_SETTINGS = {"output", "output_dir", "overwrite", "strict", "report", "removed", "quarantine"}
 
@@ -64,15 +65,50 @@ class CorpusReport:
         return lines
 
 
-def publish(output: Path, rows: Iterable[Record], making: Making, report: CorpusReport) -> None:
-    """Write rows, then their manifest; both are counted in `report`.
+def publish(
+    output: Path,
+    rows: Iterable[Record],
+    making: Making,
+    report: CorpusReport,
+    removed: tuple[Path, Iterable[Record]] | None = None,
+) -> None:
+    """Write rows and their manifest, and before them those that were removed, if that was asked.
 
     Raises:
         ConfigError: the output is one of the sources.
         CheckpointError: a file cannot be written.
     """
-    refuse_reading(output, [origin.content for origin in making.origins])
-    written = write_records(output, rows)
-    report.outputs[str(output)] = written
-    counts = {"read": report.read, "written": written, **report.left_out}
-    write_origins(output, making.tool, making.settings, making.origins, counts)
+    if removed is not None and removed[0].parent.absolute() == output.parent.absolute():
+        publish_all({output: rows}, making, report, removed)
+        return
+    if removed is not None:
+        report.outputs[str(removed[0])] = write_records(*removed)
+    publish_all({output: rows}, making, report)
+
+
+def publish_all(
+    outputs: Mapping[Path, Iterable[Record]],
+    making: Making,
+    report: CorpusReport,
+    removed: tuple[Path, Iterable[Record]] | None = None,
+) -> None:
+    """Write files of rows of one folder, with their manifests, all together; the first last.
+
+    `removed` is a file more, which has no manifest. What is there already is replaced: whoever
+    calls refuses it before any work is done. Raises as `publish`.
+    """
+    for output in outputs:
+        refuse_reading(output, [origin.content for origin in making.origins])
+    # A manifest whose rows have gone speaks of nothing.
+    replaces = any(path.exists() for one in outputs for path in (one, manifest_path(one)))
+    with durable.publish_files(next(iter(outputs)), replaces) as folder:
+        for output, rows in outputs.items():
+            written = write_records(folder / output.name, rows)
+            report.outputs[str(output)] = written
+            counts = {"read": report.read, "written": written, **report.left_out}
+            write_origins(
+                output, making.tool, making.settings, making.origins, counts,
+                content=folder / output.name, manifest=manifest_path(folder / output.name),
+            )  # fmt: skip
+        if removed is not None:
+            report.outputs[str(removed[0])] = write_records(folder / removed[0].name, removed[1])

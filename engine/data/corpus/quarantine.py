@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from engine.data.corpus.reading import CorpusRow
-from engine.data.corpus.writing import json_line
+from engine.data.corpus.records import Record
 from engine.data.sources.resolve import RowFile
 from engine.data.sources.streams.compressed import open_plain
 from engine.data.sources.streams.located import BadLine, Located
-from engine.storage import durable
 
 _LONGEST_TEXT = 1 << 20
 
@@ -52,14 +50,14 @@ class Quarantine:
             self._entries.append({**told, "reason": why, "row": item.record})
         return good
 
-    def write(self, path: Path, files: Sequence[RowFile]) -> None:
-        """Write all of them as JSON Lines; of what is no JSON the line itself, as `text`."""
+    def records(self, files: Sequence[RowFile]) -> list[Record]:
+        """All of them with their reasons; of what is no JSON the line itself, as `text`."""
         lines = {file.name: self._texts(file) for file in files}
         for entry in self._entries:
             text = lines.get(entry["file"], {}).get(entry["line"])
             if "row" not in entry and text is not None:
                 entry["text"] = text
-        durable.write_bytes(path, b"".join(map(json_line, self._entries)))
+        return self._entries
 
     def _texts(self, file: RowFile) -> dict[int, str]:
         """The lines of a text file that are wanted, by their numbers."""

@@ -20,11 +20,13 @@ _GROUP = 10_000
 def refuse_output(*outputs: Path | None, overwrite: bool = False) -> None:
     """Refuse an output that cannot be written, before any work is done.
 
-    Raises `ConfigError` for one that exists, without `overwrite`, and for an unknown ending.
+    What a writer that was killed left of them is cleared away first. Raises `ConfigError` for one
+    that exists, without `overwrite`, and for an unknown ending.
     """
-    for output in outputs:
-        if output is None:
-            continue
+    named = [output for output in outputs if output is not None]
+    for output in named:
+        durable.sweep_leftovers(output)
+    for output in named:
         if not output.name.lower().endswith((*_JSON_LINES, ".parquet")):
             raise ConfigError(
                 f"{output}: rows are written as .jsonl, .jsonl.gz or .parquet; name the output so."
@@ -34,8 +36,7 @@ def refuse_output(*outputs: Path | None, overwrite: bool = False) -> None:
                 f"{output} exists already. Nothing was written; name another output, or replace it "
                 "with --overwrite."
             )
-    given = [output.absolute() for output in outputs if output is not None]
-    if len(set(given)) < len(given):
+    if len({output.absolute() for output in named}) < len(named):
         raise ConfigError("Two outputs have one name; every one needs its own.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,11 @@ class TrainedVocabulary:
 
 
 def train_tokenizer(
-    texts: Sequence[str], output_dir: Path, vocab_size: int, special: Iterable[str] = ()
+    texts: Sequence[str],
+    output_dir: Path,
+    vocab_size: int,
+    special: Iterable[str] = (),
+    describe: Callable[[Path], None] | None = None,
 ) -> TrainedVocabulary:
     """Train on texts and write tokenizer.json, tokenizer_config.json and a ChatML template.
 
@@ -39,6 +43,7 @@ def train_tokenizer(
         output_dir: must not exist, or be empty.
         vocab_size: most ids; at least the 256 bytes and the special tokens.
         special: further special tokens.
+        describe: called with the folder before it gets its name.
 
     Raises:
         DataError: the vocabulary is too small for the bytes.
@@ -77,6 +82,8 @@ def train_tokenizer(
         durable.write_text(folder / "tokenizer.json", backend.to_str(pretty=True))
         durable.write_json(folder / "tokenizer_config.json", config)
         durable.write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+        if describe is not None:
+            describe(folder)
     tokens = sum(len(encoding) for encoding in backend.encode_batch_fast(texts))
     size = sum(len(text.encode("utf-8", "replace")) for text in texts)
     return TrainedVocabulary(backend.get_vocab_size(), size, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from engine.config.settings import given_settings
@@ -32,6 +33,7 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
     """
     settings = given_settings(ExportGGUFSettings, settings, options)
     where, target = destination(settings), settings.output.parent / "Modelfile"
+    durable.sweep_leftovers(settings.output)
     if settings.modelfile:
         if settings.adapter is not None:
             raise ConfigError("--modelfile is for a model: leave it out beside --adapter.")
@@ -53,14 +55,16 @@ def export_gguf(settings: ExportGGUFSettings | None = None, **options: Any) -> W
         rows = chosen[: settings.calibration_rows]
         importance = measured_importance(source, rows, settings.device)
     say_decoded(source, f"written as {settings.type}")
+
+    def write_modelfile(folder: Path, first: str) -> None:
+        durable.write_text(folder / target.name, modelfile(source, first))
+
     written = write_gguf(
         source, settings.output, settings.type,
         importance=importance, max_file_size=settings.max_file_size,
+        more=write_modelfile if settings.modelfile else None,
     )  # fmt: skip
-    files = list(written.files)
-    if settings.modelfile:
-        durable.write_text(target, modelfile(source, written.files[0].name))
-        files.append(target)
+    files = [*written.files, *([target] if settings.modelfile else [])]
     return replace(written, pushed=publish_gguf(where, files, settings.model))
 
 

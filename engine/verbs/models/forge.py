@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -263,7 +262,7 @@ class _Forge:
         trained = self._train(name, str(pruned), folder, self.settings.distill)
         log.info("%s: perplexity %.3f after training", name, trained["trained"]["perplexity"])
         if not self.settings.keep_pruned:
-            shutil.rmtree(pruned, ignore_errors=True)
+            durable.remove_tree(pruned)
         return {"prune": done, "pruned": after, **trained}
 
     def _prune(self, source: str, target: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -242,3 +243,79 @@ def test_json_holds_a_path_that_is_not_utf8_as_text(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"path": "men\\udce9"}
     durable.write_text(tmp_path / "a.txt", "men\udce9")
     assert (tmp_path / "a.txt").read_bytes() == b"men\\udce9"
+
+
+def dead_writer() -> int:
+    """The number of a process that has ended."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_what_a_killed_writer_left_goes_when_the_same_file_is_written(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp-a.json-{dead_writer()}-01234567"
+    others = [
+        tmp_path / f".tmp-a.json-{os.getpid()}-01234567",
+        tmp_path / f".tmp-b.json-{dead_writer()}-01234567",
+        tmp_path / ".tmp-a.json",
+    ]
+    for path in (left, *others):
+        path.write_text("half")
+    durable.write_text(tmp_path / "a.json", "{}")
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_files_of_which_some_have_their_names_are_taken_back(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp-a-{dead_writer()}-01234567"
+    left.mkdir()
+    for name in ("a", "a.more"):
+        (left / name).write_text("new")
+    (tmp_path / "a.more").hardlink_to(left / "a.more")
+    (tmp_path / "else").write_text("another's")
+    durable.refuse_occupied(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["else"]
+
+
+def test_files_that_all_have_their_names_stay(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp-a-{dead_writer()}-01234567"
+    left.mkdir()
+    for name in ("a", "a.more"):
+        (left / name).write_text("new")
+        (tmp_path / name).hardlink_to(left / name)
+    with pytest.raises(ConfigError, match="exists already"):
+        durable.refuse_occupied(tmp_path / "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.more"]
+
+
+def test_files_never_replace_another_unless_asked(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+
+    def publish(overwrite: bool) -> None:
+        with durable.publish_files(tmp_path / "a", overwrite) as folder:
+            (folder / "a").write_text("new")
+            (folder / "b").write_text("new")
+
+    with pytest.raises(CheckpointError, match="EEXIST"):
+        publish(overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+    publish(overwrite=True)
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "new"
+
+
+def test_a_folder_is_deleted_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    names: list[str] = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: names.append(Path(path).name))
+    durable.remove_tree(folder)
+    (name,) = names
+    assert name.startswith(".tmp-model-") and not folder.exists()
+    monkeypatch.undo()
+    durable.remove_tree(folder)  # what is not there is no fault
