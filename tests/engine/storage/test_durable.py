@@ -245,7 +245,7 @@ def test_json_holds_a_path_that_is_not_utf8_as_text(tmp_path: Path) -> None:
     assert (tmp_path / "a.txt").read_bytes() == b"men\\udce9"
 
 
-def dead_writer() -> int:
+def ended_process() -> int:
     """The number of a process that has ended."""
     child = os.fork()
     if child == 0:
@@ -255,10 +255,10 @@ def dead_writer() -> int:
 
 
 def test_what_a_killed_writer_left_goes_when_the_same_file_is_written(tmp_path: Path) -> None:
-    left = tmp_path / f".tmp-a.json-{dead_writer()}-01234567"
+    left = tmp_path / f".tmp-a.json-{ended_process()}-01234567"
     others = [
         tmp_path / f".tmp-a.json-{os.getpid()}-01234567",
-        tmp_path / f".tmp-b.json-{dead_writer()}-01234567",
+        tmp_path / f".tmp-b.json-{ended_process()}-01234567",
         tmp_path / ".tmp-a.json",
     ]
     for path in (left, *others):
@@ -269,7 +269,7 @@ def test_what_a_killed_writer_left_goes_when_the_same_file_is_written(tmp_path: 
 
 
 def test_files_of_which_some_have_their_names_are_taken_back(tmp_path: Path) -> None:
-    left = tmp_path / f".tmp-a-{dead_writer()}-01234567"
+    left = tmp_path / f".tmp-a-{ended_process()}-01234567"
     left.mkdir()
     for name in ("a", "a.more"):
         (left / name).write_text("new")
@@ -280,7 +280,7 @@ def test_files_of_which_some_have_their_names_are_taken_back(tmp_path: Path) -> 
 
 
 def test_files_that_all_have_their_names_stay(tmp_path: Path) -> None:
-    left = tmp_path / f".tmp-a-{dead_writer()}-01234567"
+    left = tmp_path / f".tmp-a-{ended_process()}-01234567"
     left.mkdir()
     for name in ("a", "a.more"):
         (left / name).write_text("new")

@@ -33,6 +33,7 @@ ALLOWED = {
     "engine/data/sources/spool.py spooled_standard_input": OWN_FOLDER,
     "engine/data/streaming/converted.py as_lines": OWN_FOLDER,
     "engine/data/token_cache.py _prune": CACHE,
+    "engine/distributed/launch.py run_group": OWN_FOLDER,
     "engine/gates/code_worker.py leave_the_machine": SWITCH,
     "engine/gates/code_worker.py child": NOTHING,
     "engine/gates/generated_code.py run_program": OWN_FOLDER,
@@ -53,6 +54,7 @@ ALLOWED = {
     "engine/runs/output.py check_output": "asks whether a folder can be written to; has no name",
     "engine/training/objectives/reference.py _write": CACHE,
     "engine/verbs/models/judge.py _write": RECORD,
+    "engine/verbs/worker.py main": RECORD,
 }
 
 

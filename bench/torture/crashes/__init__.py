@@ -1,0 +1,1 @@
+"""Campaigns that kill a program at any moment, or refuse it resources."""
