@@ -1,7 +1,7 @@
 """`make torture`: all campaigns, resumable, with a report at the end.
 
 `python -m bench.torture [--share 0.01] [T1 T5 ...]` does a share of each campaign's trials. What
-this commit has done already, in the same number, is not done again.
+this commit has done already, in the same number, is not done again, parts of a campaign included.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any
 
 import torch
 
+from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.campaigns import CAMPAIGNS
 from engine.provenance import git_commit
+from engine.storage.durable import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
+PARTIAL = ".reliability.partial.json"
 
 
 def main() -> int:
@@ -37,11 +40,10 @@ def main() -> int:
         same = {"campaign": name, "asked": trials, "commit": commit}
         if any(same.items() <= row.items() for row in done):
             continue
-        started = time.time()
-        figures = campaign.run(trials, len(done))
+        figures, seconds = in_parts(campaign, trials, same, asked.results / PARTIAL, len(done))
         row = same | {
             "passed": campaign.passed(figures),
-            "seconds": round(time.time() - started, 1),
+            "seconds": round(seconds, 1),
             "figures": figures,
             "machine": platform.machine(),
             "python": platform.python_version(),
@@ -53,6 +55,26 @@ def main() -> int:
             file.write(json.dumps(row) + "\n")
     (asked.results / "reliability.md").write_text(report(done), encoding="utf-8")
     return int(not all(row["passed"] for row in done if row["commit"] == commit))
+
+
+def in_parts(
+    campaign: Campaign, trials: int, same: dict[str, Any], partial: Path, rows: int
+) -> tuple[Figures, float]:
+    """The figures of all parts and their seconds; those in the file `partial` are done already."""
+    figures: Figures = {}
+    first, seconds = 0, 0.0
+    if partial.exists() and same.items() <= (before := json.loads(partial.read_text())).items():
+        figures, first, seconds = before["figures"], before["next"], before["seconds"]
+    for start, size in campaign.parts(trials):
+        if start < first:
+            continue
+        began = time.time()
+        figures = merged(figures, campaign.run(size, rows * PART + start))
+        seconds += time.time() - began
+        told = same | {"figures": figures, "next": start + size, "seconds": seconds}
+        write_json(partial, told)
+    partial.unlink()
+    return figures, seconds
 
 
 def report(rows: list[dict[str, Any]]) -> str:

@@ -5,23 +5,54 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError
 
 Figures = dict[str, Any]
+PART = 1_000_000
+"""A seed is a number of this size for each row before, and the first trial of the part."""
+
+_LARGEST = ("worst", "slowest", "most")
 
 
 @dataclass(frozen=True)
 class Campaign:
-    """`run(trials, seed)` gives figures; `passed` says whether they are as promised."""
+    """`run(trials, seed)` gives figures; `passed` says whether they are as promised.
+
+    With `part` it is run for so many trials at a time, and goes on after a stop where it was.
+    """
 
     what: str
     trials: int
     run: Callable[[int, int], Figures]
     passed: Callable[[Figures], bool]
+    part: int = 0
+
+    def parts(self, trials: int) -> Iterator[tuple[int, int]]:
+        """First trial and number of trials of each part."""
+        size = self.part or trials
+        yield from ((first, min(size, trials - first)) for first in range(0, trials, size))
+
+
+def merged(one: Figures, other: Figures) -> Figures:
+    """The figures of two parts together: sums, the largest of what is a worst, lists in a row."""
+    result = dict(one)
+    for key, value in other.items():
+        before = result.get(key)
+        if before is None:
+            result[key] = value
+        elif isinstance(value, dict):
+            result[key] = merged(before, value)
+        elif isinstance(value, bool):
+            result[key] = before and value
+        elif key.startswith(_LARGEST):
+            result[key] = max(before, value)
+        elif isinstance(value, int | float | list):
+            result[key] = before + value
+    return result
 
 
 def fuzz(

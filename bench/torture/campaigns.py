@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench.torture.campaign import Campaign, Figures
+from bench.torture.crashes.campaigns import CRASHES
 from bench.torture.hostile_files import HOSTILE_FILES
 from engine.errors import CheckpointError
 from engine.runs.checkpoints import CheckpointStore
@@ -27,29 +28,7 @@ def kills(trials: int, seed: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(PROCESSES / "resume_crash_server.py"), folder]
         done = subprocess.run(
-            [*command, str(trials), "none"],
-            capture_output=True,
-            check=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )
-    figures: Figures = json.loads(done.stdout)
-    return figures
-
-
-def forge_kills(trials: int, seed: int) -> Figures:
-    """SIGKILL before the file operations of a forge, each followed by a life that finishes it."""
-    from tests.support.tiny_model import write_tiny_model
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        rows = [{"prompt": f"What is {n}?", "completion": f"It is {n + 1}."} for n in range(24)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-        model = write_tiny_model(folder / "model")
-        command = [sys.executable, str(PROCESSES / "forge_kill_server.py"), str(model)]
-        every = max(1, 300 // trials)
-        done = subprocess.run(
-            [*command, str(folder / "rows.jsonl"), str(folder / "kills"), str(every), str(seed)],
+            [*command, str(trials), "none", str(seed)],
             capture_output=True,
             check=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -116,13 +95,7 @@ def _no_loss(figures: Figures) -> bool:
 
 
 CAMPAIGNS: dict[str, Campaign] = {
-    "T1": Campaign("SIGKILL while checkpoints are saved", 10_000, kills, _no_loss),
-    "T2": Campaign(
-        "SIGKILL before every file operation of a forge, which is then finished",
-        300,
-        forge_kills,
-        lambda f: f["killed"] == f["same"] > 0,
-    ),
+    "T1": Campaign("SIGKILL while checkpoints are saved", 10_000, kills, _no_loss, part=500),
     "T5": Campaign(
         "flipped bits of a checkpoint",
         10_000,
@@ -133,5 +106,6 @@ CAMPAIGNS: dict[str, Campaign] = {
         "full disks", 100, full_disks, lambda f: f["loadable"] == f["trials"] == f["named"]
     ),
     "T23": Campaign("steps of the protocol taken away", 1, protocol_steps, lambda f: f["passed"]),
+    **CRASHES,
     **HOSTILE_FILES,
 }

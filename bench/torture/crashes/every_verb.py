@@ -122,6 +122,8 @@ LINES: dict[str, Words] = {
         "pipeline", inputs / "pipeline.yaml", "--output-dir", folder / "job"],
     "compare --plot": lambda inputs, folder: [
         "compare", inputs / "run", inputs / "other", "--plot", folder / "curves.png"],
+    "plan": lambda inputs, folder: [
+        "plan", "--model", inputs / "model", "--data", inputs / "rows.jsonl", *TRAIN],
     "init": lambda inputs, folder: [
         "init", "--model", inputs / "model", "--data", inputs / "rows.jsonl",
         "--output", folder / "config.yaml"],

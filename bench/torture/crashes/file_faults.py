@@ -235,15 +235,16 @@ def campaign(
     return {"operations": len(expected.operations), **counts, "wrong": wrong}
 
 
-def main(folder: Path, every: int, names: list[str]) -> None:
+def main(folder: Path, every: int, kinds: str, names: list[str]) -> None:
     """Print a JSON object: the figures of each command that is named, or of all of them."""
+    errors = {"kills": (None,), "errors": ERRORS, "all": (None, *ERRORS)}[kinds]
     torch.set_num_threads(1)
     inputs = write_inputs(folder / "inputs")
     # Loaded once, and not again in each child.
     for module in (*(module for module, _ in VERBS.values()), *LIBRARIES):
         importlib.import_module(module)
     figures = {
-        command.name: campaign(command, folder / "trial" / "here", every)
+        command.name: campaign(command, folder / "trial" / "here", every, errors)
         for command in commands(inputs)
         if command.name in names or not names
     }
@@ -251,4 +252,4 @@ def main(folder: Path, every: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[3]
 def faults(folder: Path, every: int, *names: str) -> dict[str, dict[str, int | list[str]]]:
     program = [sys.executable, "-m", "bench.torture.crashes.file_faults"]
     done = subprocess.run(
-        [*program, str(folder), str(every), *names],
+        [*program, str(folder), str(every), "all", *names],
         cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip

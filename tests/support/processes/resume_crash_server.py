@@ -6,8 +6,8 @@ After a random time it is killed; the newest checkpoint that loads must then be 
 the last acknowledged one, with exactly that step's content. fsync does nothing here: a killed
 process's writes survive in the system's cache, and the rounds are ten times as fast.
 
-Usage: resume_crash_server.py FOLDER ROUNDS FAULT, where FAULT is `none` or one that is planted to
-show that this campaign would notice it. Prints one JSON object.
+Usage: resume_crash_server.py FOLDER ROUNDS FAULT [SEED], where FAULT is `none` or one that is
+planted to show that this campaign would notice it. Prints one JSON object.
 """
 
 import json
@@ -107,10 +107,10 @@ def check(folder: Path, acknowledged: int) -> str:
     return "good"
 
 
-def main(folder: Path, rounds: int, fault: str) -> None:
+def main(folder: Path, rounds: int, fault: str, seed: int = 1) -> None:
     os.fsync = lambda fd: None
     torch.set_num_threads(1)
-    draw = random.Random(1)
+    draw = random.Random(seed)
     seen = {"rounds": 0, "inside": 0, "good": 0, "lost": 0, "unloadable": 0, "wrong": 0, "steps": 0}
     acknowledged = 0
     for _ in range(rounds):
@@ -128,4 +128,4 @@ def main(folder: Path, rounds: int, fault: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:]))

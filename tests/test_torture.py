@@ -1,0 +1,90 @@
+"""Campaigns go on where they were stopped, and their programs notice planted faults."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.torture.__main__ import in_parts
+from bench.torture.campaign import PART, Campaign, Figures, merged
+
+ROOT = Path(__file__).parent.parent
+
+
+def printed(module: str, *words: object, before: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The figures of one of the programs."""
+    done = subprocess.run(
+        [*before, sys.executable, "-m", f"bench.torture.crashes.{module}", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def test_a_campaign_that_is_stopped_goes_on_with_the_next_part(tmp_path: Path) -> None:
+    begun: list[tuple[int, int]] = []
+
+    def run(trials: int, seed: int) -> Figures:
+        begun.append((trials, seed))
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return {"trials": trials, "worst_ms": seed % 7, "wrong": [seed]}
+
+    campaign = Campaign("counts", 50, run, lambda f: True, part=20)
+    partial, same = tmp_path / "partial.json", {"campaign": "T0", "asked": 50, "commit": "c"}
+    with pytest.raises(KeyboardInterrupt):
+        in_parts(campaign, 50, same, partial, 2)
+    figures, _ = in_parts(campaign, 50, same, partial, 2)
+    first = 2 * PART
+    assert begun == [(20, first), (20, first + 20), (10, first + 40), (10, first + 40)]
+    assert figures["trials"] == 50
+    assert figures["wrong"] == [first, first + 20, first + 40]
+    assert figures["worst_ms"] == max((first + n) % 7 for n in (0, 20, 40))
+    assert not partial.exists()
+    # Of another commit nothing is taken over.
+    partial.write_text(json.dumps(same | {"figures": {"trials": 9}, "next": 40, "seconds": 1.0}))
+    begun.clear()
+    in_parts(Campaign("all", 5, lambda n, _: {"trials": n}, bool), 5, {"commit": "d"}, partial, 0)
+
+
+def test_figures_are_added_but_for_the_worst_of_them() -> None:
+    one = {"good": 1, "slowest_s": 2.0, "passed": True, "kinds": {"a": 1}, "wrong": ["x"]}
+    other = {"good": 2, "slowest_s": 1.0, "passed": False, "kinds": {"a": 1, "b": 3}, "bad": 1}
+    assert merged(one, other) == {
+        "good": 3, "slowest_s": 2.0, "passed": False, "kinds": {"a": 2, "b": 3}, "wrong": ["x"],
+        "bad": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["none", "folders", "files"])
+def test_no_loss_of_power_loses_a_step_unless_a_flush_is_missing(
+    fault: str, tmp_path: Path
+) -> None:
+    seen = printed("power_loss", tmp_path / "disk", 150, fault)
+    assert seen["trials"] == 150
+    lost = seen["lost"] + seen["unloadable"] + seen["wrong"]
+    assert lost + seen["good"] == 150
+    assert (lost == 0) == (fault == "none")
+
+
+def test_signals_end_a_run_with_its_checkpoint(tmp_path: Path) -> None:
+    seen = printed("signals", tmp_path, 3)
+    assert seen["wrong"] == []
+    assert seen["good"] == seen["trials"] == 3
+
+
+def test_commands_that_are_refused_end_with_one_paragraph(tmp_path: Path) -> None:
+    namespace = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-Urm")
+    seen = printed("refused", tmp_path, "export gguf", "data convert", before=namespace)
+    assert seen["wrong"] == []
+    assert seen["good"] == seen["trials"] == 12
+    # A refusal that refuses nothing would prove nothing.
+    assert all(seen["statuses"][name]["2"] == 2 for name in ("missing", "empty folder"))
+    assert seen["statuses"]["not permitted"] == {"2": 2}
+    assert seen["statuses"]["closed output"] == {"0": 2}
