@@ -45,6 +45,8 @@ def upgraded(before: dict[str, Any]) -> dict[str, Any]:
         added = {name: fields[name].default for name in _SINCE} | {"repair": "none"}
         metric = pruning.get("metric")
         result["pruning"] = added | pruning | {"metric": METRIC_NAMES.get(str(metric), metric)}
+    if isinstance(result.get("pruning"), dict):
+        result["pruning"] = {"target": None} | result["pruning"]
     if result.get("baseline"):
         result.setdefault("baseline_seeds", 1)
     return result

@@ -147,10 +147,13 @@ def test_a_job_of_an_earlier_version_is_known_by_its_present_settings(make: Make
     known = identity(settings.model_copy(update={"pruning": pruning}))
     earlier = json.loads(json.dumps(known))
     del earlier["baseline_seeds"]
-    for name in ("what", "protect_first", "protect_last", "repair", "repair_ridge"):
+    for name in ("what", "protect_first", "protect_last", "repair", "repair_ridge", "target"):
         del earlier["pruning"][name]
     earlier["pruning"]["metric"] = "activation"
     assert upgraded(earlier) == json.loads(json.dumps(known))
+    yesterday = json.loads(json.dumps(known))
+    del yesterday["pruning"]["target"]
+    assert upgraded(yesterday) == json.loads(json.dumps(known))
 
 
 @pytest.mark.parametrize("mode", ["zero", "structural"])
