@@ -8,16 +8,21 @@ process without them is alone, and torch.distributed is not imported.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from kernels.runtime.ranks import ONE_RANK, Ranks
 
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+_CONNECTING, _TRIES = 60, 3
+"""Seconds of one try to connect processes that are all there, and how many tries there are."""
+
 RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 
 
@@ -85,7 +90,7 @@ def joined(device: str, timeout: int) -> Iterator[Group]:
         _take_gpu(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _meet(backend, timeout)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"The group of {size} processes could not be joined: {str(error)[:500]}. Rank "
@@ -102,6 +107,50 @@ def joined(device: str, timeout: int) -> Iterator[Group]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _meet(backend: str, timeout: int) -> None:
+    """Make torch's default group once all processes are there.
+
+    gloo may wait in silence for a connection that was lost on its way. So a try to connect is
+    short, all begin it together, and what failed for one is tried again by all.
+    """
+    import torch
+    import torch.distributed as dist
+
+    c10d: Any = dist.distributed_c10d  # these names are not exported
+    store, rank, size = next(iter(c10d.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    for number in range(_TRIES):
+        _wait_for_all(store, f"try-{number}", size, timeout)
+        short = timedelta(seconds=min(timeout, _CONNECTING))
+        try:
+            dist.init_process_group(
+                backend,
+                store=c10d.PrefixStore(f"group-{number}", store),
+                rank=rank,
+                world_size=size,
+                timeout=short,
+            )
+            everybody = torch.ones((), device="cpu")
+            dist.all_reduce(everybody)
+            break
+        except RuntimeError:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if number == _TRIES - 1:
+                raise
+    c10d._set_pg_timeout(timedelta(seconds=timeout))
+
+
+def _wait_for_all(store: Any, key: str, size: int, timeout: int) -> None:
+    """Wait until every process has come to this point. Raises `RuntimeError` where one does not."""
+    end = time.monotonic() + timeout
+    arrived = store.add(key, 1)
+    while arrived < size:
+        if time.monotonic() > end:
+            raise RuntimeError(f"{size - arrived} of them did not start within {timeout} seconds")
+        time.sleep(0.02)
+        arrived = store.add(key, 0)
 
 
 def _take_gpu(local: int) -> None:

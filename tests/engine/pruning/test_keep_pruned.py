@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import engine.verbs.training.train
+import engine.verbs.training.run_setup
 from engine.config.tasks.pruning import PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError
@@ -114,7 +114,7 @@ def test_without_being_held_a_pruned_head_comes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The planted fault that the test above must see."""
-    monkeypatch.setattr(engine.verbs.training.train, "hold_pruned", lambda *_: 0)
+    monkeypatch.setattr(engine.verbs.training.run_setup, "hold_pruned", lambda *_: 0)
     heads = pruned(tiny_model, tmp_path / "pruned", "zero")
     out = trained(tmp_path / "pruned", write_rows(8), tmp_path / "run", **changes)
     assert revived(out, heads) > 1e-4
