@@ -12,6 +12,8 @@ of passes, for each pass exchanges tokens; one that has no row computes `PackedB
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,9 @@ from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.adapters import adapter_tensors
 from models.decoder import Decoder
 from models.layers.experts import Experts
+from models.memory.sharded_parameters import ShardedParameters
 from models.tensor_layout import Layout
+from models.tensor_names import graph_tensors
 
 
 def split_context(model: Decoder, ranks: Ranks) -> None:
@@ -92,7 +96,9 @@ def adapter_paths(model: Decoder) -> list[str]:
 
 
 def trained_elements(model: Decoder) -> int:
-    """Elements of the parameters that are trained, of all ranks' experts."""
+    """Elements of the parameters that are trained, of all ranks' experts and other parts."""
+    if isinstance(model.weight_stream, ShardedParameters):
+        return sum(math.prod(shape) for shape in graph_tensors(model.config).values())
     divided, ranks = {id(p) for p in expert_parameters(model)}, expert_ranks(model)
     trained = (p for p in model.parameters() if p.requires_grad)
     return sum(p.numel() * (ranks.size if id(p) in divided else 1) for p in trained)

@@ -59,6 +59,12 @@ class GatheredSource(ModelSourceView):
         for name in self._whole.shapes:
             self._whole.parameter(name)
 
+    def finish(self) -> None:
+        """Ask for what was not read, where writing has failed: others still follow."""
+        names, last = list(self._whole.shapes), self._divided[0]
+        for name in names[names.index(last) + 1 if last else 0 :]:
+            self._whole.parameter(name)
+
     def codes(self, name: str) -> None:
         """None: the tensors of a model whose every weight was trained are dense."""
 

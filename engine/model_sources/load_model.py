@@ -194,8 +194,9 @@ def build_for(
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above.
 
-    With `ranks` the layers' frozen weights are divided among them; so are the rows of embedding
-    and head, where the objective is one of next tokens alone and reads none of them on the host.
+    With `ranks` the layers' weights are divided among them, trained or not; so are the rows of
+    embedding and head, where the objective is one of next tokens alone and reads none of them on
+    the host.
     Experts are divided among `experts`.
     """
     whole = config.learns_answers or config.teacher is not None or config.embedding_on == "host"
@@ -209,7 +210,9 @@ def build_for(
         dtype=dtype,
         head_8bit=config.head_precision == "8bit",
         embedding_on_host=config.embedding_on == "host",
-        layers=LayerPlacement("weights" in config.offload, ranks, vocabulary, experts=experts),
+        layers=LayerPlacement(
+            "weights" in config.offload, ranks, vocabulary, config.every_weight, experts
+        ),
     )
 
 

@@ -33,6 +33,12 @@ from models.layers.linear import Linear
 log = logging.getLogger(__name__)
 
 
+def pruned_heads(source: Path) -> int:
+    """How many heads the `pruning.json` in `source` names. Raises `CheckpointError`."""
+    pruning = read_pruning(source)
+    return 0 if pruning is None else sum(map(len, pruning.heads.values()))
+
+
 def hold_pruned(model: Decoder, optimizer: Optimizer, source: Path) -> int:
     """Keep the heads at zero that the `pruning.json` in `source` names; returns their number.
 

@@ -110,7 +110,7 @@ class CheckpointStore:
                 f"{target} exists already and this run did not write it. Go on from it with "
                 "--resume auto, or start over with --overwrite."
             )
-        _refuse_nonfinite(step, tensors)
+        refuse_nonfinite(step, tensors)
         self._require_space(tensors)
         self._publish(step, tensors, state, extra, {"best": dict(best)} if best else {})
         read_manifest(target, step)
@@ -286,7 +286,8 @@ def _write_files(
     durable.write_json(folder / STATE_NAME, dict(state))
 
 
-def _refuse_nonfinite(step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def refuse_nonfinite(step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise `CheckpointError` for a value that is not finite."""
     bad = [f"{stem}: {name}" for stem, group in tensors.items() for name in _nonfinite(group)]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

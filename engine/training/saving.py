@@ -55,6 +55,10 @@ class Going:
     warmup_steps: int
 
 
+RANKS = "ranks"
+"""What a checkpoint's state calls the number of processes that wrote parts of it."""
+
+
 class StoredState(Protocol):
     """What a checkpoint holds of an optimizer, or of those of several processes."""
 
@@ -74,6 +78,13 @@ class Collected:
 
     optimizer: Mapping[str, Tensor]
     pairs: Pairs | None = None
+
+    def led(self) -> AbstractContextManager[None]:
+        """Around what the first process does to write it, while the others `follow`."""
+        return nullcontext()
+
+    def follow(self) -> None:
+        """What other processes do while the first one writes."""
 
 
 Resumed = tuple[Progress, Going, LoadedCheckpoint | None]
@@ -159,7 +170,7 @@ class RunState:
         one and `source` is given, the adapter stands in the checkpoint too, as other programs read
         it. `collected` is what was asked for already.
         """
-        state = self.collected() if collected is None else collected
+        state = self.collected(progress.step) if collected is None else collected
         extra: Callable[[Path], None] | None = None
         if best and best["step"] == progress.step and source and not self.config.every_weight:
             extra = partial(self._add_adapter, source, state.pairs)
@@ -170,21 +181,25 @@ class RunState:
                 "optimizer": {k: v.cpu() for k, v in state.optimizer.items()},
                 **self._average_tensors(),
             },
-            {
-                "progress": progress.state(),
-                "trajectory": self.config.trajectory(),
-                "checkpointing": going.policy,
-                "warmup_steps": going.warmup_steps,
-                "base": self.identity.digests["base"],
-                "dropout": GENERATOR,
-                "stop_token_ids": list(self.stops),
-                **({} if self.average is None else {"ema_updates": self.average.updates}),
-            },
+            self.facts(progress, going),
             extra,
             best,
         )
 
-    def collected(self) -> Collected:
+    def facts(self, progress: Progress, going: Going) -> dict[str, Any]:
+        """The JSON part of a checkpoint."""
+        return {
+            "progress": progress.state(),
+            "trajectory": self.config.trajectory(),
+            "checkpointing": going.policy,
+            "warmup_steps": going.warmup_steps,
+            "base": self.identity.digests["base"],
+            "dropout": GENERATOR,
+            "stop_token_ids": list(self.stops),
+            **({} if self.average is None else {"ema_updates": self.average.updates}),
+        }
+
+    def collected(self, step: int) -> Collected:
         """What processes have between them; all must ask for it."""
         return Collected(self.optimizer.state_tensors(), self.gathered())
 
@@ -198,8 +213,7 @@ class RunState:
         if loaded is None:
             return new_progress(self.model), going, None
         require_same_run(loaded.state, self.identity, loaded.path)
-        self._restore(loaded)
-        self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
+        self.take(loaded)
         state = loaded.state
         log.info("Going on from %s", loaded.path)
         if self.config.lora_dropout > 0.0 and state.get("dropout") != GENERATOR:
@@ -217,6 +231,11 @@ class RunState:
         if self.average is None:
             return {}
         return {"ema": {k: v.cpu() for k, v in self.average.state_tensors().items()}}
+
+    def take(self, loaded: LoadedCheckpoint) -> None:
+        """Take the weights and the optimizer's state of a checkpoint. Raises `CheckpointError`."""
+        self._restore(loaded)
+        self.optimizer.load_state_tensors(loaded.tensors("optimizer"))
 
     def share(self, group: Group, loaded: LoadedCheckpoint | None) -> None:
         """Give every process the trained weights of the first, and their average.
@@ -245,6 +264,11 @@ class RunState:
         self.share(group, loaded)
 
     def _restore(self, loaded: LoadedCheckpoint) -> None:
+        if RANKS in loaded.state:
+            raise CheckpointError(
+                f"{loaded.path} was written by {loaded.state[RANKS]} processes that divided the "
+                "parameters. Go on from it with --shard weights, on any number of processes."
+            )
         saved = loaded.tensors("weights")
         own = self.weights()
         if saved.keys() != own.keys() | self._names_of_experts():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,9 @@ from optim.muon import is_hidden_matrix
 from optim.param_groups import by_whole_size, plus_ratio
 
 log = logging.getLogger(__name__)
+
+LEAST_8BIT = 4096
+"""Elements from which on a parameter's states take 8 bits, in optimizers that have such states."""
 
 
 def targets_of(config: TrainConfig, model: ModelConfig) -> tuple[str, ...]:
@@ -143,12 +147,22 @@ def optimizer_over(
     groups = param_groups(trained, decay, lr_ratio(config))
     if sizes and config.optimizer in ("adamw8bit", "lion8bit"):
         groups = by_whole_size(groups, sizes)
-    if config.optimizer == "lion8bit":
-        return Lion8bit(groups, lr, config.betas, decay)
     if config.optimizer == "adafactor":
         return Adafactor(groups, lr, decay)
-    least = 4096 if config.optimizer == "adamw8bit" else 1 << 62
+    return optimizer_of(groups, config)
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: TrainConfig) -> StepOptimizer:
+    """The optimizer of `config` over groups of parameters, or of parts of them: AdamW or Lion."""
+    lr, least = config.learning_rate, least_8bit(config)
+    if config.optimizer == "lion8bit":
+        return Lion8bit(groups, lr, config.betas, config.weight_decay, min_8bit_size=least)
     return AdamW8bit(groups, lr, config.betas, config.eps, min_8bit_size=least)
+
+
+def least_8bit(config: TrainConfig) -> int:
+    """Elements from which on the states of a parameter take 8 bits."""
+    return 1 << 62 if config.optimizer == "adamw" else LEAST_8BIT
 
 
 def make_average(model: Decoder, config: TrainConfig) -> WeightAverage | None:

@@ -9,6 +9,11 @@ def _several(settings: RunSettings, facts: Facts) -> bool:
     return max(settings.gpus, facts.processes or 1) > 1
 
 
+def _divides_trained(settings: RunSettings) -> bool:
+    """Whether processes divide the parameters that they train."""
+    return settings.shard == "weights" and settings.every_weight
+
+
 _EXPERTS = (
     Rule(
         "expert_parallel",
@@ -132,9 +137,24 @@ DISTRIBUTED_RULES = (
     ),
     Rule(
         "shard",
-        lambda c, _: c.shard == "weights" and c.every_weight,
-        "shard weights divides a frozen base, and method {c.method} trains every weight.",
-        "Leave it out, or give method lora or qlora",
+        lambda c, _: _divides_trained(c) and c.optimizer in ("muon", "adafactor"),
+        "shard weights with method {c.method} divides the parameters that are trained, and "
+        "optimizer {c.optimizer} needs whole matrices.",
+        "Give optimizer adamw8bit, adamw or lion8bit",
+    ),
+    Rule(
+        "shard",
+        lambda c, _: _divides_trained(c) and (c.objective != "sft" or c.teacher is not None),
+        "shard weights with method {c.method} divides the head by vocabulary, and only the loss of "
+        "next tokens is computed from parts of it.",
+        "Leave out --shard weights, or train an adapter",
+    ),
+    Rule(
+        "shard",
+        lambda c, _: _divides_trained(c) and c.ema_decay is not None,
+        "shard weights with method {c.method} divides the parameters that are trained, and "
+        "ema_decay averages whole ones.",
+        "Leave one of them out",
     ),
     Rule(
         "shard",

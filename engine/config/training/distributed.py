@@ -21,7 +21,8 @@ class DistributedSettings(Settings):
     shard: Annotated[Sharding, spelled({"false": "none", "base": "weights"})] = setting(
         "none",
         "Distributed",
-        "weights: every process keeps a part of the frozen weights, gathered a layer at a time",
+        "weights: every process keeps a part of the weights, gathered a layer at a time, and with "
+        "method full of their gradients and optimizer states",
     )
     context_parallel: int = setting(
         1,

@@ -19,17 +19,23 @@ from engine.errors import ConfigError
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.metrics import StepMetrics
 from engine.training.loop import Progress, StopReasons, new_progress
+from engine.training.processes.divided_state import DividedStep
 from engine.training.saving import Going, RunState, StoredState
 from engine.training.step import StepRanks
-from engine.training.trainable import backward_units, optimizer_over
+from engine.training.trainable import (
+    LEAST_8BIT,
+    backward_units,
+    least_8bit,
+    optimizer_of,
+    optimizer_over,
+)
 from kernels.adamw8bit import ROW
 from kernels.runtime.ranks import host_maxima
 from models.decoder import Decoder
 from models.over_ranks import expert_parameters
+from models.sharding import trained_pieces
 from optim import StepOptimizer
-
-LEAST_8BIT = 4096
-"""Elements from which on a parameter's states take 8 bits."""
+from optim.param_groups import piece_groups
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,10 @@ class Optimization:
         if mesh.every.size == 1:
             optimizer = optimizer_over(trained.items(), config)
             return cls(optimizer, optimizer)
+        if mesh.weights is not None and config.every_weight:
+            groups = piece_groups(trained_pieces(model), config.weight_decay, least_8bit(config))
+            optimizer = optimizer_of(groups, config)
+            return cls(optimizer, optimizer, DividedStep(model, mesh.data))
         experts = {id(p) for p in expert_parameters(model)}
         try:
             parallel = _parallel(backward_units(model), experts, mesh)
@@ -149,8 +159,8 @@ def resumed_together(
         state.share(group, loaded)
         if state.average is not None:
             state.average.updates = facts["averaged"]
-        assert isinstance(state.optimizer, OptimizerOfRanks)
-        state.optimizer.spread()
+        if isinstance(state.optimizer, OptimizerOfRanks):
+            state.optimizer.spread()
     return progress, going
 
 

@@ -10,9 +10,10 @@ from engine.config.train_config import TrainConfig
 from engine.device import resolve_device, resolve_dtype
 from engine.distributed.group import ALONE, Group
 from engine.distributed.mesh import ALONE_MESH, Mesh
+from engine.errors import ConfigError
 from engine.model_sources.load_model import build_for
 from engine.model_sources.quantised.fates import run_fate, say
-from engine.pruning.keep_pruned import hold_pruned
+from engine.pruning.keep_pruned import hold_pruned, pruned_heads
 from engine.runs.checkpoints import CheckpointStore
 from engine.training.adapters.starts import start_pairs, with_start
 from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows
@@ -21,6 +22,7 @@ from engine.training.objectives.choose import make_objective
 from engine.training.objectives.objective import Objective
 from engine.training.objectives.tokens import TOKENS
 from engine.training.prepare import Prepared
+from engine.training.processes.divided_state import DividedState
 from engine.training.processes.together import Optimization, resumed_together
 from engine.training.reference import RunReference
 from engine.training.saving import Going, RunState
@@ -79,24 +81,25 @@ class RunSetup:
         self.optimization = Optimization.of(self.model, self.config, mesh)
         self.optimizer = self.optimization.optimizer
         self.in_backward = make_in_backward(self.model, self.optimizer, self.config)
-        hold_pruned(self.model, self.optimizer, prepared.model_source.path)
+        self._hold_pruned()
         self.average = make_average(self.model, self.config)
         self._warn_of_long_memory()
         if self.config.cuda_graphs:
             self.model.record_layers()
-        self.state = RunState(
-            prepared.identity,
-            self.model,
-            self.optimization.state,
-            prepared.init,
-            prepared.stops,
-            first,
-            self.average,
-        )
+        known = prepared.identity, self.model, self.optimization.state, prepared.init
+        self.state = self._state(RunState(*known, prepared.stops, first, self.average))
         fresh = Going(settings.gradient_checkpointing, self.config.warmup(prepared.total_steps))
         self.progress, self.going = resumed_together(self.state, checkpoints, fresh, group)
         self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
         self.heldout = self._heldout()
+
+    def _state(self, whole: RunState) -> RunState:
+        """The state of the run, which processes write together where they divide parameters."""
+        weights = self.mesh.weights
+        if weights is None or not self.config.every_weight:
+            return whole
+        known = whole.identity, whole.model, whole.optimizer, whole.init, whole.stops
+        return DividedState(*known, ranks=weights, own=self.optimizer)
 
     def _warn_of_long_memory(self) -> None:
         decay, steps = self.config.ema_decay, self.prepared.total_steps
@@ -106,6 +109,16 @@ class RunSetup:
                 "be its beginning. A decay of %.3g remembers a fifth of them",
                 decay, round(1.0 / (1.0 - decay)), steps, max(0.5, 1.0 - 5.0 / steps),
             )  # fmt: skip
+
+    def _hold_pruned(self) -> None:
+        path = self.prepared.model_source.path
+        if self.mesh.weights is not None and self.config.every_weight and pruned_heads(path):
+            raise ConfigError(
+                f"{path} has pruned heads, whose columns stay zero while it is trained, and with "
+                "--shard weights --method full no process has a whole column. Leave out --shard "
+                "weights, or train an adapter."
+            )
+        hold_pruned(self.model, self.optimizer, path)
 
     def _heldout(self) -> Heldout:
         config, prepared = self.config, self.prepared

@@ -161,13 +161,15 @@ class _Run:
             all_or_none(group, partial(write, progress))
 
         def write(progress: Progress) -> None:
-            state = setup.state.collected()
+            state = setup.state.collected(progress.step)
             if not group.leads:
+                state.follow()
                 return
-            reports.sync()
-            facts = None if best is None else best.facts()
-            source, store = prepared.model_source, directory.checkpoints
-            path = setup.state.save(store, progress, setup.going, source, facts, state)
+            with state.led():
+                reports.sync()
+                facts = None if best is None else best.facts()
+                source, store = prepared.model_source, directory.checkpoints
+                path = setup.state.save(store, progress, setup.going, source, facts, state)
             directory.reached_checkpoint()
             reports.saved(progress.step, path)
 

@@ -99,6 +99,7 @@ PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"objective": "kto", "streaming": "on"}, Facts()),
     ({"objective": "dpo", "train_on": "### Answer:"}, Facts()),
 ]
+DIVIDED = {"shard": "weights", "gpus": 2, "method": "full"}
 SAMPLES = {"sample_every": 5, "sample_prompts": "prompts.jsonl"}
 DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({**IN_BACKWARD, "gpus": 2}, Facts()),
@@ -117,7 +118,9 @@ DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"expert_parallel": 2, "gpus": 2, "ema_decay": 0.9}, Facts()),
     ({"expert_parallel": 2, "gpus": 2, **SAMPLES}, Facts()),
     ({"shard": "weights"}, Facts(processes=1)),
-    ({"shard": "weights", "gpus": 2, "method": "full"}, Facts()),
+    (DIVIDED | {"optimizer": "muon"}, Facts()),
+    (DIVIDED | {"teacher": "t"}, Facts()),
+    (DIVIDED | {"ema_decay": 0.9}, Facts()),
     ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
     ({"shard": "weights", "gpus": 2, "modules_to_save": ("lm_head",)}, Facts()),
     ({"shard": "weights", "gpus": 2, **SAMPLES}, Facts()),
