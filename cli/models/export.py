@@ -24,7 +24,7 @@ def gguf(call: Call) -> None:
 
 
 def adapter(call: Call) -> None:
-    """Write an adapter so that PEFT, vLLM and llama.cpp compute the same: one rank, scale in B."""
+    """Write an adapter so that PEFT, vLLM and llama.cpp compute the same, or say who would not."""
     settings = call.read(ExportAdapterSettings)
     from engine.verbs.models.export import export_adapter
 

@@ -3,6 +3,8 @@
 vLLM reads one rank and one alpha and no patterns; llama.cpp's converter reads alpha alone and
 divides it by the rank of each pair. So every pair gets the largest rank, filled up with zeros, its
 real scale goes into B, and alpha is that rank: the factor is 1 wherever it is computed.
+
+An adapter that is written as it is comes with a report of who refuses or misreads it.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from pathlib import Path
 
 from engine.errors import ConfigError, listing
 from engine.model_sources.adapter.peft import Adapter, save_adapter, uniform
+from engine.model_sources.adapter.provenance import BASE_FILE
+from engine.model_sources.export import write_tokenizer
+from engine.model_sources.interface.stops import GENERATION_CONFIG
+from engine.model_sources.vocabulary.folder import TokenizerFolder
 from engine.storage import durable
+from engine.storage.safe_files import MIB, read_regular
 
 _VLLM_RANK = 16
 """The largest rank that vLLM takes unless it is told otherwise."""
@@ -33,7 +40,31 @@ def write_portable(adapter: Adapter, output: Path) -> list[str]:
     )  # fmt: skip
     with durable.publish_directory(output) as folder:
         save_adapter(folder, config, pairs)
+        _carry(adapter.path, folder)
     return _report(adapter, rank)
+
+
+def write_as_it_is(adapter: Adapter, output: Path) -> list[str]:
+    """Write `adapter` with its own ranks and scales to the new folder `output`, as PEFT has it.
+
+    Returns what consumers would refuse or compute otherwise, a line each. Raises `ConfigError` for
+    an occupied output.
+    """
+    with durable.publish_directory(output) as folder:
+        save_adapter(folder, adapter.config, adapter.pairs, adapter)
+        _carry(adapter.path, folder)
+    ranks = [int(a.shape[0]) for a, *_ in adapter.pairs.values()]
+    return _report(adapter, max(ranks, default=0), as_it_is=True)
+
+
+def _carry(source: Path, folder: Path) -> None:
+    """Copy what a run left beside its adapter: its base, the ends of answers, the tokenizer."""
+    if not source.is_dir():
+        return
+    write_tokenizer(TokenizerFolder(source), folder)
+    for name in (BASE_FILE, GENERATION_CONFIG):
+        if (source / name).is_file():
+            durable.write_bytes(folder / name, read_regular(source / name, MIB))
 
 
 def refuse_more_than_pairs(adapter: Adapter, why: str) -> None:
@@ -51,18 +82,38 @@ def refuse_more_than_pairs(adapter: Adapter, why: str) -> None:
     )
 
 
-def _report(adapter: Adapter, rank: int) -> list[str]:
+def _report(adapter: Adapter, rank: int, as_it_is: bool = False) -> list[str]:
     lines = ["PEFT and transformers: load it as it is."]
-    if rank > _VLLM_RANK:
+    faults = _faults(adapter) if as_it_is else {}
+    if "vLLM" in faults:
+        lines.append(f"vLLM: {faults['vLLM']}")
+    elif rank > _VLLM_RANK:
         lines.append(f"vLLM: start it with --max-lora-rank {_next_rank(rank)}.")
     else:
         lines.append("vLLM: loads it as it is.")
     experts = any(".experts." in module for module in adapter.pairs)
     if experts:
         lines.append("llama.cpp: refuses pairs for experts; merge, then engine export gguf.")
+    elif "llama.cpp" in faults:
+        lines.append(f"llama.cpp: {faults['llama.cpp']}")
     else:
         lines.append("llama.cpp: convert_lora_to_gguf.py, or engine export gguf --adapter.")
     return lines
+
+
+def _faults(adapter: Adapter) -> dict[str, str]:
+    """Program -> why it does not compute this adapter as PEFT does."""
+    config = adapter.config
+    if config.use_dora:
+        return dict.fromkeys(("vLLM", "llama.cpp"), "refuses DoRA; merge it with engine merge.")
+    if adapter.others:
+        what = listing(adapter.others.modules())
+        text = f"refuses what is more than pairs ({what}); merge it with engine merge."
+        return dict.fromkeys(("vLLM", "llama.cpp"), text)
+    if config.rank_pattern or config.alpha_pattern:
+        text = "reads no patterns, so its scale is wrong; write it with --portable."
+        return dict.fromkeys(("vLLM", "llama.cpp"), text)
+    return {}
 
 
 def _next_rank(rank: int) -> int:

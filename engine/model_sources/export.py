@@ -18,7 +18,7 @@ from engine.config.spelling import DTYPES as SPELLINGS
 from engine.errors import CheckpointError, ConfigError
 from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import INDEX, WEIGHTS
-from engine.model_sources.interface.model_source import ModelSource
+from engine.model_sources.interface.model_source import ModelSource, TokenizerSource
 from engine.model_sources.interface.row_parts import outside_layers, row_parts
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
 from engine.model_sources.quantised.write import Encoding
@@ -247,7 +247,7 @@ def _write_small_files(
     write_tokenizer(source, folder)
 
 
-def write_tokenizer(source: ModelSource, folder: Path) -> None:
+def write_tokenizer(source: TokenizerSource, folder: Path) -> None:
     """Write the files of a model's tokenizer and its chat templates, byte by byte."""
     for name, content in source.tokenizer_files().items():
         target = folder / name

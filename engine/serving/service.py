@@ -153,6 +153,8 @@ class Service:
         """The prompt of a chat, and the beginning of the answer that is part of it."""
         choice, tools = request.tool_choice, request.tools
         tools = None if choice.kind == "none" else tools
+        if tools and "tools" not in self._sources:
+            notes.ignored.append("tools")
         notes.ignored += [key for key in request.template_kwargs if key not in self._sources]
         try:
             begun = ""

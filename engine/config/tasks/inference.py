@@ -269,4 +269,10 @@ class ExportAdapterSettings(Publishing):
     """`engine export adapter`."""
 
     adapter: Path = setting(..., "Model", "adapter to write anew")
+    portable: bool = setting(
+        True,
+        "Output",
+        "one rank and the scale in B, so that every program computes the same; otherwise ranks and "
+        "scales as PEFT has them",
+    )
     output: Path = setting(..., "Output", "new directory for the adapter")

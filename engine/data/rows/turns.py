@@ -134,8 +134,7 @@ def _part_text(part: Any, where: str) -> str:
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
         raise RowFault(
-            f"{where} is of type {kind!r}; only parts of text ({listed(TEXT_PARTS)}) can be "
-            "trained here"
+            f"{where} is of type {kind!r}; only parts of text ({listed(TEXT_PARTS)}) are read here"
         )
     text = part.get("text")
     if not isinstance(text, str):

@@ -16,7 +16,7 @@ from engine.exporting.gguf_file import WrittenGGUF, write_gguf
 from engine.exporting.gguf_importance import measured_importance
 from engine.exporting.gguf_types import FLOATS
 from engine.exporting.modelfile import modelfile
-from engine.exporting.portable_adapter import write_portable
+from engine.exporting.portable_adapter import write_as_it_is, write_portable
 from engine.exporting.publish import destination, publish_folder, publish_gguf
 from engine.memory.random_model import open_base
 from engine.model_sources.adapter.peft import load_adapter
@@ -93,12 +93,14 @@ class PortableAdapter:
 def export_adapter(
     settings: ExportAdapterSettings | None = None, **options: Any
 ) -> PortableAdapter:
-    """Write an adapter in the one form that all programs compute alike.
+    """Write an adapter in the one form that all programs compute alike, or as it is.
 
-    Raises `ConfigError` for what some of them refuse (DoRA, biases, whole modules) or an occupied
-    output, `CheckpointError` for files that are damaged.
+    What its run left beside it (the tokenizer, the base, the ends of answers) goes along. Raises
+    `ConfigError` for what some programs refuse of the portable form (DoRA, biases, whole modules)
+    or an occupied output, `CheckpointError` for files that are damaged.
     """
     settings = given_settings(ExportAdapterSettings, settings, options)
     where = destination(settings)
-    notes = write_portable(load_adapter(adapter_path(settings.adapter)), settings.output)
+    write = write_portable if settings.portable else write_as_it_is
+    notes = write(load_adapter(adapter_path(settings.adapter)), settings.output)
     return PortableAdapter(notes, publish_folder(where, settings.output))

@@ -18,6 +18,7 @@ from engine.exporting.gguf_adapter import gguf_pairs
 from engine.exporting.gguf_layout import layout
 from engine.model_sources.adapter.config import AdapterConfig
 from engine.model_sources.adapter.peft import load_adapter, save_adapter
+from engine.model_sources.interface.stops import adapter_stops
 from engine.model_sources.open import open_model_source
 from engine.verbs.models.export import export_adapter, export_gguf
 from models.tensor_layout import Layout
@@ -72,6 +73,49 @@ def test_a_portable_adapter_computes_the_same_with_one_rank(tmp_path: Path) -> N
     assert {a.shape[0] for a, *_ in load_adapter(tmp_path / "b").pairs.values()} == {8}
     assert torch.allclose(logits(base, before), logits(base, tmp_path / "b"), atol=1e-4)
     assert any("vLLM: loads it" in note for note in notes)
+
+
+def test_an_adapter_can_be_written_as_it_is_with_what_others_would_make_of_it(
+    tmp_path: Path,
+) -> None:
+    base, before = GOLDEN / "llama", adapter(tmp_path / "a")
+    notes = export_adapter(adapter=before, output=tmp_path / "b", portable=False).notes
+    raw = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
+    assert (raw["r"], raw["rank_pattern"], raw["alpha_pattern"], raw["use_rslora"]) == (
+        4, {"q_proj": 8}, {"k_proj": 3}, True,
+    )  # fmt: skip
+    assert torch.equal(logits(base, before), logits(base, tmp_path / "b"))
+    assert [note for note in notes if "--portable" in note] == [
+        "vLLM: reads no patterns, so its scale is wrong; write it with --portable.",
+        "llama.cpp: reads no patterns, so its scale is wrong; write it with --portable.",
+    ]
+    config = AdapterConfig(2, 4.0, ["q_proj"], use_dora=True)
+    rows = open_model_source(str(base)).shape("model.layers.0.self_attn.q_proj.weight")
+    parts = (torch.randn(2, rows[1]), torch.randn(rows[0], 2), torch.ones(rows[0]))
+    pairs = {f"model.layers.{layer}.self_attn.q_proj": parts for layer in (0, 1)}
+    save_adapter(tmp_path / "dora", config, pairs)
+    notes = export_adapter(adapter=tmp_path / "dora", output=tmp_path / "c", portable=False).notes
+    assert sum("refuses DoRA" in note for note in notes) == 2
+    assert torch.equal(logits(base, tmp_path / "dora"), logits(base, tmp_path / "c"))
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_what_a_run_left_beside_its_adapter_goes_along(portable: bool, tmp_path: Path) -> None:
+    before = adapter(tmp_path / "a")
+    left = {
+        "base.json": '{"quantization": "nf4"}',
+        "generation_config.json": '{"eos_token_id": [7, 9]}',
+        "tokenizer_config.json": "{}",
+        "chat_template.jinja": "{{ messages }}",
+        "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+    }
+    for name, text in left.items():
+        (before / name).parent.mkdir(exist_ok=True)
+        (before / name).write_text(text)
+    export_adapter(adapter=before, output=tmp_path / "b", portable=portable)
+    for name, text in left.items():
+        assert (tmp_path / "b" / name).read_text() == text
+    assert adapter_stops(tmp_path / "b") == (7, 9)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen3_next", "qwen3_5_vl"])

@@ -145,6 +145,18 @@ def test_tools_stand_in_the_prompt_unless_they_may_not_be_used(scripted: Scripte
     assert "weather" in asked[1]
 
 
+def test_tools_that_the_template_passes_over_are_named(scripted: Scripted, tiny_api: Api) -> None:
+    def ignored(api: Api, **body: object) -> str | None:
+        answer = api.http.post(CHAT, json={"messages": MESSAGES, "max_tokens": 1, **body})
+        assert answer.status_code == 200, answer.text
+        header: str | None = answer.headers.get("x-engine-ignored")
+        return header
+
+    assert ignored(tiny_api, tools=[WEATHER]) == "tools"
+    assert ignored(tiny_api, tools=[WEATHER], tool_choice="none") is None
+    assert ignored(scripted("yes"), tools=[WEATHER]) is None  # Qwen's template knows them
+
+
 def test_a_call_can_be_required(scripted: Scripted) -> None:
     begun = '<tool_call>\n{"name": "weather", '
     api = scripted(lambda prompt: CALL.partition(begun)[2] if prompt.endswith(begun) else "no")
