@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from engine.errors import ConfigError, EngineError
 from engine.hub.names import HubName
 
 _LONGEST = 200
+_TRANSFER_STATUS = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+"""How hf_xet, which moves large files for huggingface_hub, says what it was answered."""
 
 
 @contextmanager
@@ -54,6 +57,9 @@ def refusal(error: Exception, name: HubName, may: str) -> str | None:
             f"read from here. Check the spelling; if it is private, {log_in}."
         )
     status = getattr(getattr(error, "response", None), "status_code", None)
+    told = _TRANSFER_STATUS.search(str(error))
+    if status is None and told is not None:  # the storage's client has no error for each status
+        status = int(told[1])
     if status in (401, 403):
         return (
             f"The hub refuses {name} ({status}): the token is missing, has expired, or may not "

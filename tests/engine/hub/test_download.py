@@ -12,6 +12,7 @@ import pytest
 
 from engine.errors import ConfigError
 from engine.hub.download import RemoteFiles, cached_snapshot, download
+from engine.hub.failures import refusal
 from engine.hub.names import HubName, hub_name
 from tests.support.hub_stub import COMMIT, HubStub, StubRepository
 
@@ -69,6 +70,22 @@ def test_a_refusal_of_the_hub_is_explained(stub: HubStub, fault: str, message: s
         download(HubName("org/x"), everything)
     assert "\n" not in str(caught.value) and stub.token not in str(caught.value)
     assert cached_snapshot(HubName("org/x")) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [("401 Unauthorized", "HF_TOKEN"), ("403 Forbidden", "HF_TOKEN"), ("503 Busy", "later")],
+)
+def test_what_the_storage_s_own_client_was_answered_is_no_silence(
+    status: str, message: str
+) -> None:
+    kind = "server" if status.startswith("5") else "client"
+    text = f"Network error: Request error: HTTP status {kind} error ({status}), domain: http://x/y"
+    explained = refusal(RuntimeError(text), HubName("org/name"), "write")
+    assert explained is not None
+    assert message in explained
+    assert status.split()[0] in explained
+    assert refusal(RuntimeError("connection refused"), HubName("org/name"), "write") is None
 
 
 def test_a_download_that_breaks_off_is_explained_and_goes_on(
