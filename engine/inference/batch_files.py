@@ -1,12 +1,14 @@
 """Answer a file of prompts in batches, row by row.
 
 Every row gets a line of JSON, in the order of the rows, and it is on the disk before the next
-begins. A job that was stopped goes on after the last whole line of its output.
+begins. A job that was stopped goes on after the last whole line of its output, where it is the same
+job: what decides its answers stands in a file beside them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,8 +25,15 @@ from engine.inference.request import RequestSettings
 from engine.storage import durable, safe_files, strict_json
 from engine.tokenization.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 ANSWER_KEYS = ("response", "responses", "finish_reason", "completion_tokens")
 """What a line has besides the keys of its row."""
+
+_OF_NO_ANSWER = {
+    "prompt", "data", "output", "slots", "cache_tokens", "keep_decoded", "device", "model",
+}  # fmt: skip
+"""Settings that decide no answer; the model is told by its digest."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +84,19 @@ def answer_file(
     generator: BatchedGenerator,
     tokenizer: Tokenizer,
     base: RequestSettings,
+    digest: str,
     on_row: Callable[[int, int], None] | None = None,
 ) -> int:
     """Answer the rows of `settings.data` into `settings.output`; returns how many were answered.
 
-    `on_row` takes the rows that are done and all there are. Raises `DataError` for a row that is no
-    prompt, `ConfigError` for an output that is of other rows.
+    `digest` tells the model from others. `on_row` takes the rows that are done and all there are.
+    Raises `DataError` for a row that is no prompt, `ConfigError` for an output that is of other
+    rows, or was begun with another model or other settings.
     """
     assert settings.data is not None and settings.output is not None
     rows, output, samples = read_rows(settings.data), settings.output, settings.num_samples
     done = resume_after(output, rows)
+    _note_settings(settings, digest, begun=done > 0)
 
     def jobs() -> Iterator[PromptJob]:
         for index in range(done, len(rows)):
@@ -103,6 +115,35 @@ def answer_file(
                 on_row(index + 1, len(rows))
     durable.fsync_dir(output.parent)
     return len(rows) - done
+
+
+def settings_file(output: Path) -> Path:
+    """The file beside `output` that says which job it is of."""
+    return output.with_name(output.name + ".settings.json")
+
+
+def _note_settings(settings: GenerateSettings, digest: str, begun: bool) -> None:
+    """Write down what decides the answers, or compare it with what was written down."""
+    assert settings.output is not None
+    path, own = settings_file(settings.output), {"model digest": digest}
+    own |= settings.model_dump(mode="json", exclude=_OF_NO_ANSWER)
+    if not begun:
+        durable.write_json(path, own)
+        return
+    if not path.exists():
+        log.warning(
+            "%s: no %s is beside it, so nobody can tell whether its answers are of these settings",
+            settings.output, path.name,
+        )  # fmt: skip
+        return
+    before = safe_files.read_json_object(path, ConfigError)
+    keys = [key for key in own if json.dumps(before.get(key)) != json.dumps(own[key])]
+    if keys:
+        told = ", ".join(f"{key} was {before.get(key)!r} and is {own[key]!r}" for key in keys)
+        raise ConfigError(
+            f"{settings.output} was begun with other settings: {told}. Give the earlier ones to go "
+            f"on with it, name another --output, or delete it and {path.name}."
+        )
 
 
 def sampled(base: RequestSettings, index: int) -> RequestSettings:

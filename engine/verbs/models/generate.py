@@ -71,6 +71,7 @@ class _Loaded:
     tokenizer: Tokenizer
     request: RequestSettings
     line: str | None
+    digest: str
 
     def generator(self, settings: GenerateSettings) -> BatchedGenerator:
         return BatchedGenerator(
@@ -89,7 +90,7 @@ def _load(settings: GenerateSettings) -> _Loaded:
     sampling, line = resolve_sampling(settings, source.generation_config, str(source.path))
     stops = stop_ids_of(source, tokenizer, *adapters)
     request = RequestSettings(settings.max_new_tokens, sampling, stops, settings.stop)
-    return _Loaded(load_decoder(source, settings), tokenizer, request, line)
+    return _Loaded(load_decoder(source, settings), tokenizer, request, line, source.digest())
 
 
 def answer(
@@ -147,7 +148,7 @@ def answer_rows(
     """Answer the rows of `settings.data` into `settings.output`; returns how many it answered.
 
     `on_row` takes the rows that are done and all there are. Raises as `answer`, `DataError` for a
-    row that is no prompt, `ConfigError` for an output of other rows.
+    row that is no prompt, `ConfigError` for an output of other rows, another model or settings.
     """
     if settings.data is None or settings.output is None or settings.prompt is not None:
         raise ConfigError("give --data with --output and without --prompt, or --prompt alone")
@@ -155,7 +156,8 @@ def answer_rows(
     with deterministic(device, settings.deterministic):
         loaded = _load(settings)
         generator = loaded.generator(settings)
-        return answer_file(settings, generator, loaded.tokenizer, loaded.request, on_row)
+        tokenizer, request = loaded.tokenizer, loaded.request
+        return answer_file(settings, generator, tokenizer, request, loaded.digest, on_row)
 
 
 def _prompt_ids(tokenizer: Tokenizer, settings: GenerateSettings, prompt: str) -> list[int]:

@@ -1,6 +1,7 @@
 """`engine generate --data`: an answer to every row, in order, and again after a stop."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import engine
 from cli import main as cli
 from engine.config.tasks.inference import GenerateSettings
 from engine.errors import ConfigError, DataError
+from engine.inference.batch_files import settings_file
 from engine.verbs.models.generate import answer_rows
 
 ROWS: list[Any] = [
@@ -77,6 +79,29 @@ def test_an_output_of_other_rows_is_refused(tiny_model: Path, tmp_path: Path) ->
         with pytest.raises(ConfigError, match=r"answers.jsonl:1 is not an answer to row 1"):
             answer_rows(settings)
         assert output.read_text() == text
+
+
+def test_a_job_with_other_settings_does_not_go_on(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, output = settings_of(tiny_model, tmp_path), tmp_path / "answers.jsonl"
+    answer_rows(settings)
+    whole = output.read_bytes()
+    for key, value in (("temperature", 0.25), ("seed", 8), ("system", "x"), ("num_samples", 2)):
+        with pytest.raises(ConfigError, match=f"other settings: {key} was .* and is {value!r}"):
+            answer_rows(settings.model_copy(update={key: value}))
+    # How the machine does it changes no answer.
+    assert answer_rows(settings.model_copy(update={"slots": 3, "cache_tokens": 512})) == 0
+    assert output.read_bytes() == whole
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    raw = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(raw | {"rope_theta": 20000.0}))
+    with pytest.raises(ConfigError, match="model digest was"):
+        answer_rows(settings.model_copy(update={"model": str(other)}))
+    settings_file(output).unlink()
+    assert answer_rows(settings) == 0
+    assert "nobody can tell" in caplog.text
 
 
 def test_rows_without_a_prompt_are_named(tiny_model: Path, tmp_path: Path) -> None:
