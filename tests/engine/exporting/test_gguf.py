@@ -24,6 +24,7 @@ from models.tensor_names import graph_tensors
 from tests.support.tokenizer_folder import write_byte_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
+TEMPLATES = Path(__file__).parents[2] / "fixtures" / "templates"
 FAMILIES = sorted(path.name for path in GOLDEN.iterdir())
 REFUSED = {
     "qwen2_moe": "Some layers of this mixture are dense",
@@ -110,6 +111,35 @@ def test_the_metadata_is_what_the_model_is(tmp_path: Path) -> None:
     text = modelfile(source, "m.gguf")
     assert text.startswith("FROM ./m.gguf\nTEMPLATE ")
     assert 'PARAMETER stop "<|im_end|>"' in text
+
+
+@pytest.mark.parametrize(
+    ("name", "system"),
+    [("chatml", "Be brief."), ("qwen3", None), ("llama3", None), ("mistral", None),
+     ("qwen2_5", "You help.")],
+)  # fmt: skip
+def test_a_modelfile_has_the_system_message_that_the_template_writes_by_itself(
+    name: str, system: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model(tmp_path / "model")
+    text = (TEMPLATES / f"{name}.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(text)
+    lines = modelfile(open_model_source(str(folder)), "m.gguf").splitlines()
+    assert [line for line in lines if line.startswith("SYSTEM")] == (
+        [] if system is None else [f'SYSTEM """{system}"""']
+    )
+    # With it, Ollama's template writes what the model's own does, but for what Llama adds to it.
+    assert ("own chat template writes" in caplog.text) == (name == "llama3")
+
+
+def test_what_ollama_would_write_otherwise_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = model(tmp_path / "model")
+    text = (TEMPLATES / "chatml.jinja").read_text()
+    (folder / "chat_template.jinja").write_text("Today is a day.\n" + text)
+    assert "Be brief." in modelfile(open_model_source(str(folder)), "m.gguf")
+    assert "own chat template writes 'Today is a day." in caplog.text
 
 
 def test_a_window_bounds_the_context_that_is_promised(tmp_path: Path) -> None:
