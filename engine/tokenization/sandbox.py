@@ -26,7 +26,9 @@ from engine.tokenization.messages import LimitError
 
 MAX_SOURCE_BYTES = 256 * 2**10
 _KERNEL_LIMITS_CPU = find_spec("resource") is not None
-_LIMIT_SIGNALS = (0, signal.SIGKILL, getattr(signal, "SIGXCPU", signal.SIGKILL))
+_LIMIT_SIGNALS = (
+    0, signal.SIGKILL, *(getattr(signal, n, signal.SIGKILL) for n in ("SIGXCPU", "SIGPROF"))
+)  # fmt: skip
 _CHARS_PER_SECOND = 50_000
 _BYTES_PER_CHAR = 64
 _OUTPUT_PER_CHAR = 16
@@ -40,7 +42,7 @@ class Limits:
     """What one request to the template process may use.
 
     Attributes:
-        cpu_seconds: processor time, enforced by the kernel to the next full second.
+        cpu_seconds: processor time, enforced by the kernel.
         wall_seconds: time until an answer, where the kernel has no such limit (Windows).
         memory_bytes: address space of the process.
         output_chars: length of one rendered text.

@@ -23,6 +23,7 @@ added as the content of one more assistant message. The reply is
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -176,9 +177,13 @@ def _limit_process(memory_bytes: int) -> None:
 
 
 def _allow_cpu(seconds: int) -> None:
-    """The kernel ends this process when it has used that much more processor time."""
+    """The kernel ends this process when it has used that much more processor time.
+
+    The limit counts in whole seconds, the timer to the millisecond.
+    """
     if resource is None:
         return
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     limit = int(used.ru_utime + used.ru_stime) + 1 + seconds
