@@ -24,7 +24,8 @@ from kernels.runtime.ranks import Ranks, Transfer
 from optim.clip import global_norm
 
 BUCKET_ELEMENTS = 1 << 22
-"""From so many elements on a bucket takes no further layer."""
+"""From so many elements on a bucket takes no further layer, unless there are many ranks: a bucket
+is as long as N times the largest part of any, so one with few tensors would be padding."""
 
 _ALIGNED = 64
 """Elements: every parameter starts where wide loads may."""
@@ -36,10 +37,11 @@ class GradientBucket:
     `owners` are the ranks that update them.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks, loads: list[int]) -> None:
+        """`loads` are the elements that ranks own in buckets before; those of this are added."""
         self.parameters = list(parameters)
         self._ranks = ranks
-        owners = _owners([p.numel() for p in parameters], ranks.size)
+        owners = _owners([p.numel() for p in parameters], loads)
         offsets, filled = [], [0] * ranks.size
         for p, owner in zip(parameters, owners, strict=True):
             offsets.append(filled[owner])
@@ -67,6 +69,16 @@ class GradientBucket:
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that a rank gives to be summed; of the values, as many."""
         return self._gradients.numel() * self._gradients.element_size()
+
+    @property
+    def values(self) -> Tensor:
+        """The parameters, flat."""
+        return self._values
+
+    @property
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """The gradients of this rank's passes, flat, and what of all ranks' sums is its part."""
+        return self._gradients, self._reduced
 
     def attach(self) -> None:
         """Let gradients start from zero in the bucket's memory."""
@@ -108,7 +120,12 @@ class DataParallel:
         spare: bool = False,
     ) -> None:
         self.ranks, self.data = ranks, ranks if data is None else data
-        self.buckets = [GradientBucket(members, ranks) for members in _bucketed(units, elements)]
+        self._loads = [0] * ranks.size
+        largest = max((p.numel() for unit in units for p in unit), default=0)
+        self.buckets = [
+            GradientBucket(members, ranks, self._loads)
+            for members in _bucketed(units, max(elements, ranks.size * largest))
+        ]
         self._bucket_of = {
             id(p): number for number, b in enumerate(self.buckets) for p in b.parameters
         }
@@ -136,6 +153,10 @@ class DataParallel:
             for p, owner in zip(bucket.parameters, bucket.owners, strict=True)
             if owner == rank
         }
+
+    def loads(self) -> list[int]:
+        """How many elements each rank updates."""
+        return list(self._loads)
 
     def bytes_per_step(self) -> dict[str, int]:
         """What a rank gives to each kind of collective in a step, of gradients and parameters."""
@@ -253,11 +274,17 @@ def _bucketed(units: Sequence[Sequence[Tensor]], elements: int) -> list[list[Ten
     return [*closed, *open_.values()]
 
 
-def _owners(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Which rank owns each parameter: the largest first, to the rank that has least."""
+def _owners(sizes: Sequence[int], totals: list[int]) -> list[int]:
+    """Which rank owns each parameter: the largest first, to the rank that has least.
+
+    Of several, to the one that has least of earlier buckets: `totals`, to which these are added.
+    """
+    ranks = len(totals)
     loads, owners = [0] * ranks, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        rank = min(range(ranks), key=lambda rank: (loads[rank], rank))
+        rank = min(range(ranks), key=lambda rank: (loads[rank], totals[rank], rank))
         owners[index] = rank
         loads[rank] += sizes[index]
+    for rank, load in enumerate(loads):
+        totals[rank] += load
     return owners

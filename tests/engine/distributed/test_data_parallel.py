@@ -241,3 +241,26 @@ def test_a_parameter_is_in_one_unit_and_every_rank_owns_some() -> None:
         run_ranks(1, lambda ranks: DataParallel(ranks, [[p], [p]]))
     with pytest.raises(ValueError, match="too few for 2 processes"):
         run_ranks(2, lambda ranks: DataParallel(ranks, [[torch.nn.Parameter(torch.zeros(3))]]))
+
+
+def test_ranks_own_about_as_much_over_all_buckets() -> None:
+    """Each bucket has four tensors for six ranks: those that got none before come first."""
+
+    def work(ranks: Ranks) -> tuple[list[int], int]:
+        units = [[torch.nn.Parameter(torch.zeros(64)) for _ in range(4)] for _ in range(3)]
+        parallel = DataParallel(ranks, units, elements=1)
+        return parallel.loads(), len(parallel.buckets)
+
+    for loads, buckets in run_ranks(6, work):
+        assert loads == [128] * 6 and buckets == 2
+
+
+def test_buckets_of_many_ranks_take_more_layers() -> None:
+    units = [[torch.nn.Parameter(torch.zeros(64)) for _ in range(4)] for _ in range(8)]
+
+    def sizes(ranks: Ranks) -> list[int]:
+        parallel = DataParallel(ranks, units, elements=64)
+        return [bucket.gradient_bytes // 4 for bucket in parallel.buckets]
+
+    assert run_ranks(1, sizes) == [[256] * 8]
+    assert run_ranks(8, sizes) == [[512] * 4] * 8
