@@ -20,10 +20,10 @@ from engine.errors import ConfigError
 from kernels.runtime.ranks import ONE_RANK, Ranks
 
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
+RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 _CONNECTING, _TRIES = 60, 3
 """Seconds of one try to connect processes that are all there, and how many tries there are."""
-
-RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,19 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
 def leads(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the first of its group, or alone, before the group is joined."""
     return not launched(environment) or _number(environment, RANK) == 0
+
+
+def processes_of(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes train together, started by a launcher or by `config.gpus`."""
+    size = _number(environment, WORLD_SIZE) if launched(environment) else 1
+    return max(size, config.gpus)
+
+
+def processes_here(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> int:
+    """How many of them are on this machine, and share its memory."""
+    if not launched(environment):
+        return config.gpus
+    return _number(environment, LOCAL_WORLD_SIZE, _number(environment, WORLD_SIZE))
 
 
 def restarted(environment: Mapping[str, str] = os.environ) -> bool:

@@ -17,6 +17,7 @@ import torch
 from engine.config.choices import POLICIES
 from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
+from engine.distributed.group import processes_here
 from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.process import PROCESS
@@ -101,8 +102,9 @@ def planned_policy(
     limit = config.memory_budget
     if limit is None:
         free = free_memory(device) if free is None else free
+        free //= processes_here(config) if device.type == "cpu" else 1
         limit = int(free * FREE_SHARE[device.type])
-    work = work or workload(config)
+    work = work or workload(config, model)
     gpu = device.type == "cuda"
     if 2 * _estimate(model, config, work, dtype, gpu) < limit - (0 if gpu else process):
         return "none", None

@@ -20,20 +20,20 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
-from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
+from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan, step_of
 from engine.memory.process import forget_peak, peak_resident, refusal
 from engine.memory.search import least_step, require_any
 from engine.memory.simulate.meter import MemoryMeter, gib
-from engine.memory.simulate.observer import observed, track_model
+from engine.memory.simulate.observer import observed, track_model, track_parallel
 from engine.memory.simulate.stored_model import stored_model
 from kernels.runtime.device import total_memory
 
 if TYPE_CHECKING:
     from engine.training.prepare import Prepared
+    from engine.training.processes.together import Optimization
     from models.config.model_config import ModelConfig
     from models.decoder import Decoder
     from models.layers.packed_batch import PackedBatch
-    from optim import StepOptimizer
 from models.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ class MemoryBudget:
     def watch(
         self,
         model: Decoder,
-        optimizer: StepOptimizer,
+        optimization: Optimization,
         average: WeightAverage | None,
         batches: Sequence[PackedBatch],
     ) -> Iterator[None]:
@@ -164,7 +164,8 @@ class MemoryBudget:
         track_model(meter, model)
         meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
-        meter.track("optimiser", optimizer.state_tensors().values())
+        meter.track("optimiser", optimization.optimizer.state_tensors().values())
+        track_parallel(meter, optimization.parallel)
         if average is not None:
             meter.track("moving average", average.state_tensors().values())
         with observed(meter), meter:
@@ -212,16 +213,4 @@ class MemoryBudget:
 
 def largest_step(prepared: Prepared) -> Workload:
     """The most tokens that a step of this run can have, from the lengths of its rows."""
-    return step_of(prepared.config, prepared.lengths)
-
-
-def step_of(config: TrainConfig, lengths: Sequence[int]) -> Workload:
-    """The most tokens that a step over rows of these lengths can have; longer rows are cut."""
-    most = config.max_length * config.sequences_per_example
-    lengths = sorted((min(most, length) for length in lengths), reverse=True)
-    count = min(config.accumulate, 2)
-    if config.packing:
-        return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)
-    size = config.batch_size
-    steps = [tuple(lengths[i * size : (i + 1) * size]) for i in range(count)]
-    return Workload(tuple(step for step in steps if step))
+    return step_of(prepared.config, prepared.lengths, prepared.model_source.config)

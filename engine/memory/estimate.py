@@ -10,16 +10,20 @@ allocator are added (`engine.memory.process`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from engine.config.train_config import TrainConfig
+from engine.distributed.group import processes_of
 from engine.memory.process import PROCESS
 from engine.memory.simulate.answers import planned_batch
 from engine.memory.simulate.depth import step_of_layers
 from engine.memory.simulate.meter import Peak
+from engine.memory.simulate.rank_memory import RankMemory, rank_memory
+from engine.memory.simulate.rank_rows import LargestPass, largest_pass
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from engine.training.adapters.starts import start_bytes
 from kernels.runtime.device import architecture as device_architecture
@@ -46,18 +50,39 @@ _HEAP, _HEAP_SHARE = 120 * 2**20, 5
 _SMALL_BLOCK, _SMALL_SEGMENT, _SEGMENT = 2**20, 2 * 2**20, 20 * 2**20
 """torch's CUDA allocator takes memory in segments, of another size for blocks over 1 MiB."""
 
+_OF_A_PASS = (
+    "gradient_checkpointing",
+    "batch_size",
+    "accumulate",
+    "max_length",
+    "keep_decoded",
+    "offload",
+    "mlp_tile_tokens",
+    "loss_chunk_tokens",
+    "low_memory_decode",
+)
+"""Settings that a rank's trained parameters do not depend on."""
+
 _PASSING = ("saved activations", "block working set", "loss", "gradients")
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The documents of the micro-batches of one step, by their lengths; all tokens are trained."""
+    """The documents of the micro-batches of one step, by their lengths; all tokens are trained.
+
+    The step has `passes` such micro-batches in all, by default as many as it accumulates.
+    """
 
     micro_batches: tuple[tuple[int, ...], ...]
+    passes: float | None = None
 
     @property
     def tokens(self) -> int:
         return sum(sum(lengths) for lengths in self.micro_batches)
+
+    def times(self, config: TrainConfig) -> float:
+        """How often the step has these micro-batches."""
+        return (self.passes or config.accumulate) / len(self.micro_batches)
 
 
 @dataclass(frozen=True)
@@ -112,13 +137,37 @@ def cublas_workspace(deterministic: bool = False, architecture: int | None = Non
     return _CUBLAS_HANDLES * (_CUBLAS_HOPPER if large else _CUBLAS_EARLIER)
 
 
-def workload(config: TrainConfig) -> Workload:
+def workload(config: TrainConfig, model: ModelConfig | None = None) -> Workload:
     """The largest step that the settings allow: every row as long as `max_length`.
 
-    More than two micro-batches need what two need.
+    More than two micro-batches need what two need. Of several ranks it is the step of the one that
+    has most, which depends on the `model`.
     """
+    if model is not None and processes_of(config) > 1:
+        return _of_a_rank(largest_pass(config, None, model))
     lengths = (config.max_length * config.sequences_per_example,) * config.batch_size
     return Workload((lengths,) * min(config.accumulate, 2))
+
+
+def step_of(config: TrainConfig, lengths: Sequence[int], model: ModelConfig) -> Workload:
+    """The most tokens that a step over rows of these lengths can have; longer rows are cut.
+
+    Of several ranks it is the step of the one that has most.
+    """
+    if processes_of(config) > 1:
+        return _of_a_rank(largest_pass(config, lengths, model))
+    most = config.max_length * config.sequences_per_example
+    lengths = sorted((min(most, length) for length in lengths), reverse=True)
+    count = min(config.accumulate, 2)
+    if config.packing:
+        return Workload(((min(config.max_length, sum(lengths)),) * config.batch_size,) * count)
+    size = config.batch_size
+    steps = [tuple(lengths[i * size : (i + 1) * size]) for i in range(count)]
+    return Workload(tuple(step for step in steps if step))
+
+
+def _of_a_rank(largest: LargestPass) -> Workload:
+    return Workload((largest.lengths,), largest.passes)
 
 
 def make_batch(lengths: Sequence[int], config: TrainConfig | None = None) -> PackedBatch:
@@ -141,6 +190,17 @@ class Simulations:
 
     whole: bool = False
     steps: dict[Hashable, SimulatedStep] = field(default_factory=dict)
+    ranks: dict[Hashable, RankMemory] = field(default_factory=dict)
+
+    def of_a_rank(
+        self, model: ModelConfig, config: TrainConfig, gpu: bool, dtype: torch.dtype
+    ) -> RankMemory:
+        """What a rank of a run holds of the trained parameters."""
+        alike = config.model_copy(update=dict.fromkeys(_OF_A_PASS, None))
+        key = (alike.model_dump_json(warnings=False), processes_of(config))
+        if key not in self.ranks:
+            self.ranks[key] = rank_memory(model, config, gpu=gpu, dtype=dtype)
+        return self.ranks[key]
 
 
 def plan(
@@ -162,7 +222,7 @@ def plan(
     model and machine, and gets those of this one. Raises `ValueError` where the checkpointing
     policies are not those of the layers.
     """
-    work = work or workload(config)
+    work = work or workload(config, model)
     if isinstance(work, Workload):
         batches = [make_batch(lengths, config) for lengths in work.micro_batches]
     else:
@@ -179,11 +239,17 @@ def plan(
         return known[key]
 
     result = step_of_layers(model, config, step, simulations.whole)
+    lasting = None
+    if processes_of(config) > 1:
+        lasting = simulations.of_a_rank(model, config, gpu, dtype)
+        result = result.with_lasting(lasting.owners)
     made = _plan_of(result, config, gpu, dtype, work, model.num_hidden_layers)
     if gpu:
-        made = _with_batches_ahead(made, batches)
+        made = _with_batches_ahead(made, batches, math.ceil(work.times(config)))
     else:
         made = replace(made, reserve={"process": process, **made.reserve})
+    if lasting is not None:
+        made = _with_state_of_all(made, lasting)
     made = _with_start(made, *start_bytes(config, model))
     return replace(made, tied=model.tie_word_embeddings)
 
@@ -202,12 +268,20 @@ def _with_start(made: MemoryPlan, pairs: int, dividing: int) -> MemoryPlan:
     )
 
 
-def _with_batches_ahead(made: MemoryPlan, batches: Sequence[PackedBatch]) -> MemoryPlan:
+def _with_state_of_all(made: MemoryPlan, lasting: RankMemory) -> MemoryPlan:
+    """The plan with the optimizer's state of all ranks, which a checkpoint brings to each host."""
+    if made.gpu:
+        weights = made.save.owners.get("trained weights", 0)
+        return replace(made, save_host=weights + lasting.whole_state)
+    return replace(made, reserve=made.reserve | {"optimiser of all ranks": lasting.whole_state})
+
+
+def _with_batches_ahead(made: MemoryPlan, batches: Sequence[PackedBatch], micro: int) -> MemoryPlan:
     """The plan with what `engine.training.batches_ahead` needs beside this step's `batches`.
 
-    The copies' stream has memory of its own, for two steps; what the step counts is a part of it.
+    A step has them `micro` times. The copies' stream has memory of its own, for two steps; what the
+    step counts is a part of it.
     """
-    micro = -(-made.config.accumulate // len(batches))
     sizes = [batch.joined_bytes() for batch in batches] * micro
     segment = _SMALL_SEGMENT if max(sizes) <= _SMALL_BLOCK else _SEGMENT
     taken = -(-2 * sum(sizes) // segment) * segment
@@ -244,7 +318,7 @@ def _plan_of(
         reserve = {}
         holes += min(_HEAP, step.bytes // _HEAP_SHARE)
     reserve["allocator's holes"] = holes
-    micro = config.accumulate / len(work.micro_batches)
+    micro = work.times(config)
     return MemoryPlan(
         config=config,
         gpu=gpu,

@@ -12,9 +12,8 @@ from engine.data.dataset import read_chosen
 from engine.data.sources.resolve import data_files
 from engine.device import resolve_device, resolve_dtype
 from engine.memory.auto_policy import free_memory, resolve_policy
-from engine.memory.budget import step_of
 from engine.memory.decoded import FREE_SHARE, resolve_decoded, spare_memory
-from engine.memory.estimate import MemoryPlan, Simulations
+from engine.memory.estimate import MemoryPlan, Simulations, step_of
 from engine.memory.estimate import plan as plan_memory
 from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step
@@ -124,7 +123,9 @@ class RunPlanner:
             gpu=self.gpu,
             dtype=compute_dtype(config, self.gpu),
             stored=self.stored,
-            work=None if self.rows.lengths is None else step_of(config, self.rows.lengths),
+            work=None
+            if self.rows.lengths is None
+            else step_of(config, self.rows.lengths, self.model),
             simulations=self._simulations,
         )
         if self.teacher is None:
@@ -148,7 +149,7 @@ class RunPlanner:
         if self.gpu and config.memory_budget is None and not torch.cuda.is_available():
             return "selective"
         device = torch.device("cuda" if self.gpu else "cpu")
-        work = None if self.rows.lengths is None else step_of(config, self.rows.lengths)
+        work = None if self.rows.lengths is None else step_of(config, self.rows.lengths, self.model)
         dtype = compute_dtype(config, self.gpu)
         return resolve_policy(self.model, config, device, dtype, work)
 

@@ -32,6 +32,7 @@ OWNERS = (
     "head",
     "norms and biases",
     "adapters",
+    "trained weights",
     "gradients",
     "optimiser",
     "moving average",

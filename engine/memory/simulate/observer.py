@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.distributed.data_parallel import DataParallel
 from engine.memory.simulate.meter import MemoryMeter
 from kernels.runtime.scratch import ScratchObserver, observe_scratch, pool, use_pool
 from models.decoder import Decoder
@@ -33,6 +34,13 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
         for weight in quantized_weights(module).values():
             meter.track("head" if name == "lm_head" else "NF4 base", tensors_of(weight))
     meter.track("decoded base", lasting_matrices(model))
+
+
+def track_parallel(meter: MemoryMeter, parallel: DataParallel | None) -> None:
+    """Count what of several ranks each has in buckets: trained weights and gradients."""
+    for bucket in () if parallel is None else parallel.buckets:
+        meter.track("trained weights", [bucket.values])
+        meter.track("gradients", bucket.gradients)
 
 
 def _owner_of(name: str) -> str:

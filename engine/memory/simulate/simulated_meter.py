@@ -39,7 +39,7 @@ class SimulatedMeter(MemoryMeter):
     Integers stay real wherever they are sent.
     """
 
-    aside = SCRATCH
+    aside: tuple[str, ...] = SCRATCH
     """Scratch grows in this step, and is all there in every later one: it is added at the end."""
 
     def __init__(self, gpu: SimulatedGPU | None = None) -> None:

@@ -30,10 +30,13 @@ import kernels.nf4.decode
 import kernels.nf4.encode
 import kernels.nf4.matmul
 from engine.config.train_config import TrainConfig
+from engine.distributed.data_parallel import DataParallel
+from engine.distributed.group import processes_of
 from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
-from engine.memory.simulate.observer import observed, track_model
+from engine.memory.simulate.observer import observed, track_model, track_parallel
+from engine.memory.simulate.ranks import busiest_rank, own_optimizer
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.memory.simulate.stored_model import EmptySource
 from engine.model_sources.interface.model_source import ModelSource
@@ -58,6 +61,10 @@ from models.layers.packed_batch import PackedBatch
 from models.memory.offload import quantized_weights
 from models.tensor_layout import Layout
 from optim import StepOptimizer
+
+OF_A_RANK = ("trained weights", "gradients", "optimiser")
+"""What a rank of several holds all the time. It does not grow evenly with the layers, so it is left
+out of a simulated step (`engine.memory.simulate.rank_memory` counts it)."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,16 @@ class SimulatedStep:
         resident = self.resident | {owner: self.resident[owner] + extra}
         return replace(self, segments=segments, resident=resident)
 
+    def with_lasting(self, lasting: dict[str, int]) -> SimulatedStep:
+        """The same step where these owners hold so many bytes from its start to its end."""
+
+        def changed(peak: Peak) -> Peak:
+            owners = peak.owners | lasting
+            return Peak(sum(owners.values()), owners)
+
+        segments = {name: changed(peak) for name, peak in self.segments.items()}
+        return replace(self, segments=segments, resident=self.resident | lasting)
+
 
 def simulate_step(
     model_config: ModelConfig,
@@ -109,10 +126,10 @@ def simulate_step(
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    meter = SimulatedMeter(_assumed_gpu(config) if gpu else None)
+    meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
-        _make_tables(device)
+        make_tables(device)
         with meter:
             meter.begin("load")
             source = cast(
@@ -129,11 +146,11 @@ def _resized(model: ModelConfig, config: TrainConfig) -> tuple[str, ...]:
     return () if config.add_tokens is None else (embedding, "lm_head.weight")
 
 
-def _assumed_gpu(config: TrainConfig) -> SimulatedGPU:
+def assumed_gpu(config: TrainConfig) -> SimulatedGPU:
     return replace(ASSUMED_GPU, repeats=config.deterministic, multiplies_groups=hopper_here())
 
 
-def _make_tables(device: torch.device) -> None:
+def make_tables(device: torch.device) -> None:
     """The small tables that are made once per process and device belong to no step."""
     for signed in (True, False):
         dynamic_map(signed, device)
@@ -155,18 +172,32 @@ def _trained(
     meter.hand_over(meter.owner, "norms and biases")
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
-    optimizer = make_optimizer(model, config)
-    average = make_average(model, config)
+    optimizer, parallel = _optimization(model, config)
     track_model(meter, model)
+    track_parallel(meter, parallel)
+    average = make_average(model, config)
     if average is not None:
         meter.track("moving average", average.state_tensors().values())
+    if parallel is not None:
+        meter.aside = (*SCRATCH, *OF_A_RANK)
     if meter.gpu is not None:
         _reserve_partial_sums(model, meter.gpu)
-    _step(meter, model, optimizer, batches, config)
+    step = TrainingStep(
+        model,
+        optimizer,
+        step_settings(config),
+        config.max_grad_norm,
+        objective=planned_objective(config, batches),
+        in_backward=make_in_backward(model, optimizer, config),
+        parallel=parallel,
+    )
+    _step(meter, step, batches)
     if average is not None:
         average.update()
     resident = dict(meter.live)
-    steady = _steady(meter.segments, resident)
+    if parallel is not None:
+        resident |= dict.fromkeys(OF_A_RANK, 0)
+    steady = _steady(meter.segments, resident, meter.aside)
     return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)
 
 
@@ -188,13 +219,16 @@ def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
     return kernels.nf4.matmul.most_partial_sums(gpu.architecture, gpu.multiprocessors, *shape)
 
 
-def _step(
-    meter: SimulatedMeter,
-    model: Decoder,
-    optimizer: StepOptimizer,
-    batches: Sequence[PackedBatch],
-    config: TrainConfig,
-) -> None:
+def _optimization(model: Decoder, config: TrainConfig) -> tuple[StepOptimizer, DataParallel | None]:
+    """The run's optimizer; of several ranks that of the one which updates most."""
+    size = processes_of(config)
+    if size == 1:
+        return make_optimizer(model, config), None
+    parallel = busiest_rank(model, size, config)
+    return own_optimizer(model, config, parallel), parallel
+
+
+def _step(meter: SimulatedMeter, step: TrainingStep, batches: Sequence[PackedBatch]) -> None:
     """One step, with the optimizer's state there from the start as in every later step."""
     tensors = [t for b in batches for t in b.tensors()]
     if meter.gpu is None:
@@ -204,23 +238,20 @@ def _step(
             joined = [b.joined() for b in batches]
         meter.track("batch", joined)
         meter.ignore(tensors)
-    optimizer.state_tensors()
+    step.optimizer.state_tensors()
     meter.segments.clear()
-    step = TrainingStep(
-        model,
-        optimizer,
-        step_settings(config),
-        config.max_grad_norm,
-        objective=planned_objective(config, batches),
-        in_backward=make_in_backward(model, optimizer, config),
-    )
     step(batches)
 
 
-def _steady(segments: dict[Segment, Peak], resident: dict[str, int]) -> dict[Segment, Peak]:
-    """The peaks of a later step: scratch that a step leaves is there from the next one's start."""
+def _steady(
+    segments: dict[Segment, Peak], resident: dict[str, int], lasting: Sequence[str]
+) -> dict[Segment, Peak]:
+    """The peaks of a later step: scratch that a step leaves is there from the next one's start.
+
+    So is all else that is `lasting`.
+    """
     steady = {}
     for name, peak in segments.items():
-        owners = peak.owners | {owner: resident[owner] for owner in SCRATCH}
+        owners = peak.owners | {owner: resident[owner] for owner in lasting}
         steady[name] = Peak(sum(owners.values()), owners)
     return steady

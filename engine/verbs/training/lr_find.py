@@ -139,7 +139,7 @@ def _train(
             if problem is not None:
                 raise MemoryPlanError(f"{problem} The range test ends without a suggestion.")
 
-        watch = partial(budget.watch, setup.model, setup.optimizer, setup.average)
+        watch = partial(budget.watch, setup.model, setup.optimization, setup.average)
         hooks = replace(hooks, watch=watch, overrun=overrun)
     own = setup.trainer_settings()
     known = {item.name: getattr(own, item.name) for item in fields(TrainerSettings)}

@@ -13,6 +13,7 @@ import torch
 from engine.config.choices import GPU_TFLOPS
 from engine.config.sources import build
 from engine.config.train_config import TrainConfig
+from engine.distributed.group import processes_here
 from engine.errors import ConfigError, MemoryPlanError
 from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
@@ -115,6 +116,8 @@ def fit(config: TrainConfig, target: Target) -> tuple[Choice, int]:
     """
     sizes = [size for size in (config.memory_budget, config.fit_memory) if isinstance(size, int)]
     limit = min(sizes) if sizes else usable_memory(target.gpu)
+    if limit is not None and not sizes and not target.gpu:
+        limit //= processes_here(config)
     if limit is None:
         raise ConfigError(
             "--fit-memory auto (as in --preset auto) plans for the GPU of this machine, and there "

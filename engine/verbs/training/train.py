@@ -184,7 +184,7 @@ class _Run:
             agree=partial(agreed, group),
         )
         if setup.budget is not None:
-            watch = partial(setup.budget.watch, setup.model, setup.optimizer, setup.average)
+            watch = partial(setup.budget.watch, setup.model, setup.optimization, setup.average)
             hooks = replace(hooks, watch=watch, overrun=setup.budget.overrun)
         signals = self.stack.enter_context(StopSignals())
         settings = setup.trainer_settings()

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.memory.budget import step_of
-from engine.memory.estimate import make_batch, workload
+from engine.memory.estimate import make_batch, step_of, workload
 from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model
@@ -87,5 +86,7 @@ def test_the_plan_of_a_step_over_answers_is_what_the_step_takes(name: str) -> No
 def test_a_pair_may_be_two_rows_long() -> None:
     config = settings(objective="dpo", max_length=64, batch_size=2)
     assert workload(config).micro_batches == ((128, 128),)
-    assert step_of(config, [300, 100, 90]).micro_batches == ((128, 100),)
+    assert step_of(config, [300, 100, 90], ModelConfig.from_dict(SMALL)).micro_batches == (
+        (128, 100),
+    )
     assert workload(settings(max_length=64, batch_size=2)).micro_batches == ((64, 64),)

@@ -86,4 +86,4 @@ def test_a_plan_counts_decoded_experts_where_a_gpu_of_the_machine_may_multiply_t
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
     monkeypatch.setattr(grouped_library, "architecture", lambda device: gpus[device.index])
     config = TrainConfig(model="m", data="d", output_dir="o")
-    assert step._assumed_gpu(config).multiplies_groups is counted
+    assert step.assumed_gpu(config).multiplies_groups is counted

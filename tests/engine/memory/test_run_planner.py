@@ -15,8 +15,9 @@ from engine.config.sources import load_config
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.batches.loader import collate
 from engine.errors import ConfigError, DataError
-from engine.memory.budget import largest_step, step_of
+from engine.memory.budget import largest_step
 from engine.memory.estimate import plan as plan_memory
+from engine.memory.estimate import step_of
 from engine.memory.options import NAMES, memory_options
 from engine.memory.run_planner import usable_memory
 from engine.memory.search import changed
@@ -64,10 +65,11 @@ def test_a_step_of_rows_is_the_batch_that_is_collated(
 ) -> None:
     prepared = prepare(small(tiny_model, write_rows(9), tmp_path / "run"))
     longest = sorted(prepared.examples, key=len, reverse=True)[:3]
-    made = step_of(prepared.config, [len(example) for example in prepared.examples])
+    lengths, model = [len(example) for example in prepared.examples], prepared.model_source.config
+    made = step_of(prepared.config, lengths, model)
     assert made.tokens == collate(longest).tokens
     cut = changed(prepared.config, max_length=8)
-    assert step_of(cut, [5, 9, 40, 3]).micro_batches == ((8, 8, 5),)
+    assert step_of(cut, [5, 9, 40, 3], model).micro_batches == ((8, 8, 5),)
 
 
 def test_the_rows_of_a_model_without_a_tokenizer_are_read(

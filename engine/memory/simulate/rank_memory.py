@@ -1,0 +1,71 @@
+"""What a rank of several holds throughout a step: buckets, gradients, states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.config.train_config import TrainConfig
+from engine.distributed.group import processes_of
+from engine.errors import MemoryPlanError
+from engine.memory.simulate.device import GPU, OnGPU, OnHost
+from engine.memory.simulate.observer import observed, track_parallel
+from engine.memory.simulate.ranks import fullest_rank, own_optimizer
+from engine.memory.simulate.simulated_meter import META, SimulatedMeter
+from engine.memory.simulate.step import OF_A_RANK, assumed_gpu, make_tables
+from engine.training.trainable import make_optimizer, make_trainable
+from kernels.runtime.simulation import simulate_with
+from models.config.model_config import ModelConfig
+from models.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes by owner of the rank that has most, and what a step of it gives to collectives.
+
+    `whole_state` is the optimizer's state of all ranks, which a checkpoint brings to each one's
+    host memory. `tensors` counts those that are trained.
+    """
+
+    owners: dict[str, int]
+    sent: dict[str, int]
+    whole_state: int
+    tensors: int
+
+
+def rank_memory(
+    model: ModelConfig, config: TrainConfig, *, gpu: bool, dtype: torch.dtype
+) -> RankMemory:
+    """What `processes_of(config)` ranks hold of the whole model's trained parameters.
+
+    Raises `MemoryPlanError` where there are more ranks than trained tensors in their buckets.
+    """
+    size = processes_of(config)
+    meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
+    device = GPU if gpu else META
+    with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
+        make_tables(device)
+        with meter, torch.device("meta"):
+            graph = Decoder(model).to(dtype)
+            make_trainable(graph, config, None)
+            parallel = fullest_rank(graph, size)
+            loads, sent = parallel.loads(), parallel.bytes_per_step()
+            track_parallel(meter, parallel)
+            own = own_optimizer(graph, config, parallel)
+            own.state_tensors()
+            owners = {owner: meter.live[owner] for owner in OF_A_RANK}
+            whole = make_optimizer(graph, config)
+            whole.state_tensors()
+            whole_state = meter.live["optimiser"] - owners["optimiser"]
+    if min(loads) == 0:
+        raise MemoryPlanError(_too_many(sum(load > 0 for load in loads), size))
+    count = sum(1 for p in graph.parameters() if p.requires_grad)
+    return RankMemory(owners, sent, whole_state, count)
+
+
+def _too_many(busy: int, size: int) -> str:
+    return (
+        f"Each of {size} processes updates whole tensors, and only {busy} of them would have any. "
+        f"Give at most --gpus {busy}, or adapt more projections (--target-modules)."
+    )
