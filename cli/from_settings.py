@@ -8,7 +8,7 @@ import json
 import shlex
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -38,6 +38,10 @@ class Call:
     def read(self, table: type[S]) -> S:
         """One of the verb's tables, filled in. Raises `ConfigError`."""
         return build(table, self.given)
+
+    def without(self, name: str) -> "Call":
+        """The same without a setting, which another of the verb's tables reads in its own way."""
+        return replace(self, given={k: v for k, v in self.given.items() if k != name})
 
     def print_json(self, value: Any) -> bool:
         """Print `value` if one JSON object was asked for; whether it was."""

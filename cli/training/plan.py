@@ -9,6 +9,7 @@ from typing import Any
 
 from cli.from_settings import Call, Verb, make_app
 from cli.say import say
+from engine.config.spelling import number_and_size
 from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.runs.startup import importing
@@ -20,11 +21,17 @@ def plan(call: Call) -> int:
     --model also takes a name such as llama-3.1-8b, whose shape is known. With --memory-budget the
     fastest settings that fit are chosen, and with --preset auto those for this machine's memory.
     With --data the rows are checked, and where MODEL has a tokenizer their lengths are planned for.
+    --gpus 8x80GiB --link nvlink4 compares how a run can use several GPUs: memory of each, bytes
+    that are sent, an estimate of the time. Its step is the same on any number of them.
     """
     options = call.read(PlanSettings)
     if options.sizes:
         return _show_sizes(call)
-    settings = call.read(TrainConfig)
+    count, size = number_and_size(options.gpus)
+    settings = call.without("gpus").read(TrainConfig)
+    if size is not None:
+        return _show_cluster(settings, options, call)
+    settings = settings.model_copy(update={"gpus": count})
     with importing():
         from engine.verbs.training.plan import find_target
         from engine.verbs.training.plan import plan as plan_run
@@ -49,6 +56,15 @@ def _progress() -> Iterator[Callable[[int], None]]:
         return
     with console.status("Planning") as status:
         yield lambda made: status.update(f"Planning: {made} combinations of settings tried")
+
+
+def _show_cluster(settings: TrainConfig, options: PlanSettings, call: Call) -> int:
+    with importing():
+        from engine.verbs.training.plan_cluster import plan_cluster
+    report = plan_cluster(settings, options)
+    if not call.print_json(report.as_dict()):
+        say(report.text())
+    return 0
 
 
 def _show_sizes(call: Call) -> int:

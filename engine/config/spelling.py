@@ -174,6 +174,12 @@ def number_of_bytes(value: Any) -> Any:
     return _bytes(value) if isinstance(value, str) else value
 
 
+def number_and_size(text: str) -> tuple[int, str | None]:
+    """The number of GPUs, and the memory of each as text where it is given: 8x80GiB, or 8."""
+    number, times, _ = text.lower().partition("x")
+    return int(number), text[len(number) + 1 :].strip() if times else None
+
+
 def auto_or_size(value: Any) -> Any:
     """`"auto"` as it is, none as None, and sizes as `size_in_bytes` reads them."""
     if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() == "auto"):

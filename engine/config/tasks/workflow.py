@@ -65,6 +65,21 @@ class PlanSettings(Settings):
         None, "Plan", f"for the time: {', '.join(GPU_TFLOPS)}, or its TFLOP/s as a number"
     )
     sizes: bool = setting(False, "Plan", "the models known by name, and their parameters")
+    gpus: Annotated[str, BeforeValidator(str)] = setting(
+        "1",
+        "Plan",
+        "GPUs of each machine, with their memory to compare how a run can use them: 8x80GiB; a "
+        "number alone plans for one of so many processes",
+        pattern=r"\s*[1-9]\d{0,3}\s*(?:[xX]\s*\d.*)?",
+        expected="a number of GPUs, or a number and a size such as 8x80GiB",
+    )
+    link: str = setting(
+        "pcie4", "Plan", "between the GPUs of a machine: pcie3 to pcie5, nvlink3 to nvlink5"
+    )
+    machines: int = setting(1, "Plan", "machines with such GPUs", ge=1, le=10_000)
+    network: str = setting(
+        "100Gbit", "Plan", "of each machine: its rate such as 100Gbit, or ethernet100, infiniband"
+    )
 
 
 class InitSettings(Settings):

@@ -86,7 +86,7 @@ def _alike(config: TrainConfig, lengths: Sequence[int], cost: RowCost, ranks: in
     else:
         dealt = deal_by_cost(step, lambda _: length, cost, ranks, PassLimits(size))
     rows = max(len(piece.rows) for pieces in dealt for piece in pieces)
-    return LargestPass((length,) * rows, count / min(ranks, count) / rows)
+    return LargestPass((length,) * rows, -(-count // ranks) / rows)
 
 
 def _by_cost(longest: Sequence[int], most: int, cost: RowCost, ranks: int) -> tuple[int, ...]:

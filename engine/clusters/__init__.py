@@ -1,0 +1,1 @@
+"""Runs on several GPUs and machines, planned: memory, bytes sent, time."""
