@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels.runtime.ranks import Ranks, Transfer
+from kernels.runtime.ranks import DONE, Ranks, Transfer
 from optim.clip import global_norm
 
 BUCKET_ELEMENTS = 1 << 22
@@ -187,8 +187,9 @@ class DataParallel:
     def finish(self) -> None:
         """Sum what is left, wait for all, and give owners their gradients."""
         self._start(len(self.buckets))
-        for transfer in self._started:
+        for number, transfer in enumerate(self._started):
             transfer.wait()
+            self._started[number] = DONE  # a back end's own memory goes with its transfer
         for bucket in self.buckets:
             bucket.detach()
 

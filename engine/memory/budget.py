@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.config.train_config import TrainConfig
+from engine.distributed.data_parallel import DataParallel
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan, step_of
 from engine.memory.process import forget_peak, peak_resident, refusal
@@ -165,7 +166,8 @@ class MemoryBudget:
         meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
         meter.track("optimiser", optimization.optimizer.state_tensors().values())
-        track_parallel(meter, optimization.parallel)
+        parallel = optimization.parallel
+        track_parallel(meter, parallel if isinstance(parallel, DataParallel) else None)
         if average is not None:
             meter.track("moving average", average.state_tensors().values())
         with observed(meter), meter:

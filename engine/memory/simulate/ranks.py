@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.config.train_config import TrainConfig
 from engine.distributed.data_parallel import DataParallel
+from engine.distributed.group import processes_of
 from engine.training.trainable import backward_units, optimizer_over
 from kernels.runtime.ranks import Transfer
 from models.decoder import Decoder
@@ -58,14 +59,20 @@ def fullest_rank(model: Decoder, size: int) -> DataParallel:
     return _as_rank(model, size, lambda owned: sum(p.numel() for p in owned))
 
 
-def busiest_rank(model: Decoder, size: int, config: TrainConfig) -> DataParallel:
-    """The buckets of the rank whose update needs most beside what it holds.
-
-    Of all weights that is the one with the largest tensor; adapters are small beside the rest.
-    """
-    if not config.every_weight:
-        return fullest_rank(model, size)
+def largest_rank(model: Decoder, size: int) -> DataParallel:
+    """The buckets of the rank of `size` that updates the model's largest parameter."""
     return _as_rank(model, size, lambda owned: max((p.numel() for p in owned), default=0))
+
+
+def candidates(config: TrainConfig) -> tuple[Callable[[Decoder, int], DataParallel], ...]:
+    """Which ranks may be the one whose step needs most.
+
+    Of all weights an update may need most where there are most of them, or where the largest is;
+    adapters are small beside the rest.
+    """
+    if config.every_weight and processes_of(config) > 1:
+        return fullest_rank, largest_rank
+    return (fullest_rank,)
 
 
 def _as_rank(model: Decoder, size: int, measure: Callable[[list[Tensor]], int]) -> DataParallel:

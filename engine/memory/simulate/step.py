@@ -18,7 +18,7 @@ tensors that say cuda want a build with CUDA for that, and take seven times as l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
@@ -36,7 +36,7 @@ from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model, track_parallel
-from engine.memory.simulate.ranks import busiest_rank, own_optimizer
+from engine.memory.simulate.ranks import candidates, own_optimizer
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.memory.simulate.stored_model import EmptySource
 from engine.model_sources.interface.model_source import ModelSource
@@ -120,12 +120,30 @@ def simulate_step(
 ) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 
-    `gpu` chooses the code for CUDA. Raises what the run itself would raise for these settings.
+    `gpu` chooses the code for CUDA. Of several processes it is the step of the one that needs most.
+    Raises what the run itself would raise for these settings.
     """
     kernels.attention.cpu.flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
+    made = [
+        _simulated(model_config, config, batches, gpu, (dtype, stored), rank)
+        for rank in candidates(config)
+    ]
+    return max(made, key=lambda step: step.step.bytes)
+
+
+def _simulated(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    batches: Sequence[PackedBatch],
+    gpu: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    rank: Callable[[Decoder, int], DataParallel],
+) -> SimulatedStep:
+    """The step of the process that `rank` chooses; `dtypes` are the computed and the stored one."""
+    dtype, stored = dtypes
     meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
@@ -137,7 +155,7 @@ def simulate_step(
                 EmptySource(model_config, stored, meter, _resized(model_config, config)),
             )
             model = build_for(config, source, device, dtype)
-            return _trained(meter, model, config, batches)
+            return _trained(meter, model, config, batches, rank)
 
 
 def _resized(model: ModelConfig, config: TrainConfig) -> tuple[str, ...]:
@@ -164,7 +182,11 @@ def make_tables(device: torch.device) -> None:
 
 
 def _trained(
-    meter: SimulatedMeter, model: Decoder, config: TrainConfig, batches: Sequence[PackedBatch]
+    meter: SimulatedMeter,
+    model: Decoder,
+    config: TrainConfig,
+    batches: Sequence[PackedBatch],
+    rank: Callable[[Decoder, int], DataParallel],
 ) -> SimulatedStep:
     """Adapt the model that is loaded, and train it for one step."""
     load = meter.peak
@@ -172,7 +194,7 @@ def _trained(
     meter.hand_over(meter.owner, "norms and biases")
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
-    optimizer, parallel = _optimization(model, config)
+    optimizer, parallel = _optimization(model, config, rank)
     track_model(meter, model)
     track_parallel(meter, parallel)
     average = make_average(model, config)
@@ -219,12 +241,14 @@ def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
     return kernels.nf4.matmul.most_partial_sums(gpu.architecture, gpu.multiprocessors, *shape)
 
 
-def _optimization(model: Decoder, config: TrainConfig) -> tuple[StepOptimizer, DataParallel | None]:
-    """The run's optimizer; of several ranks that of the one which updates most."""
+def _optimization(
+    model: Decoder, config: TrainConfig, rank: Callable[[Decoder, int], DataParallel]
+) -> tuple[StepOptimizer, DataParallel | None]:
+    """The run's optimizer; of several processes that of the one which `rank` chooses."""
     size = processes_of(config)
     if size == 1:
         return make_optimizer(model, config), None
-    parallel = busiest_rank(model, size, config)
+    parallel = rank(model, size)
     return own_optimizer(model, config, parallel), parallel
 
 
