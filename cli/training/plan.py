@@ -60,7 +60,7 @@ def _progress() -> Iterator[Callable[[int], None]]:
 
 def _show_cluster(settings: TrainConfig, options: PlanSettings, call: Call) -> int:
     with importing():
-        from engine.verbs.training.plan_cluster import plan_cluster
+        from engine.verbs.plan_cluster import plan_cluster
     report = plan_cluster(settings, options)
     if not call.print_json(report.as_dict()):
         say(report.text())

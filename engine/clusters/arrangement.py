@@ -1,4 +1,4 @@
-"""How a run is laid over GPUs: who has which rows, tokens, weights, experts."""
+"""How a run is laid over GPUs: rows, tokens, weights, experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model of a step's time on several GPUs: an estimate, never measured.
+"""Estimate of a step on several GPUs; nothing here is measured.
 
 A rank's time is that of its products, `flops / rate` (1 + the cost of its memory options), and of
 what it sends and cannot hide. With C a pass's computation, a third of it forward, L layers, and

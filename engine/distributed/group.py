@@ -22,8 +22,8 @@ from kernels.runtime.ranks import ONE_RANK, Ranks
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
-_CONNECTING, _TRIES = 60, 3
-"""Seconds of one try to connect processes that are all there, and how many tries there are."""
+_CONNECTING, _TRIES = 15, 5
+"""Seconds of one try to connect a few processes that are there, and how many tries."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _meet(backend: str, timeout: int) -> None:
     store, rank, size = next(iter(c10d.rendezvous("env://", timeout=timedelta(seconds=timeout))))
     for number in range(_TRIES):
         _wait_for_all(store, f"try-{number}", size, timeout)
-        short = timedelta(seconds=min(timeout, _CONNECTING))
+        short = timedelta(seconds=min(timeout, _CONNECTING + size / 8))
         try:
             dist.init_process_group(
                 backend,
