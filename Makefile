@@ -27,7 +27,7 @@ INSTALL_LOCKED := -m pip install --quiet --disable-pip-version-check --require-h
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast lint docs interop bench torture compile-report compile-report-lowest \
+.PHONY: help demo test test-fast lint docs interop bench torture fuzz compile-report compile-report-lowest \
     constraints lock locked release audit clean
 
 help:  ## Show this list
@@ -60,6 +60,9 @@ bench: $(VENV_INTEROP)/.interop  ## Time a training step beside transformers + P
 
 torture: $(VENV)/.test  ## Campaigns of kills, rot, full disks and hostile files: hours, resumable
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.torture
+
+fuzz: $(VENV)/.test  ## Fuzz the readers of strangers' files: nine minutes, finds are stored
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m bench.fuzz
 
 compile-report: $(VENV)/.test  ## Compile every Triton kernel ahead of time and count instructions
 	$(VENV)/bin/python -m bench.compile.report

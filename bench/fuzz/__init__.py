@@ -1,0 +1,1 @@
+"""Fuzzing that goes on: each reader of strangers' bytes, guided by coverage."""
