@@ -1,4 +1,4 @@
-"""`make fuzz`: fuzz every reader for some minutes, and store what should not have come out.
+"""`make fuzz`: fuzz every reader, and store what it finds.
 
 `python -m bench.fuzz [TARGET ...] --seconds 60`. With `pip install atheris` inputs are guided by
 coverage; without it they are changed at random, from the seeds and the corpus. An input that ends
