@@ -15,6 +15,7 @@ import torch
 
 from bench.torture.campaign import Campaign, Figures
 from bench.torture.crashes.campaigns import CRASHES
+from bench.torture.group_kills import GROUP_KILLS
 from bench.torture.hostile_files import HOSTILE_FILES
 from engine.errors import CheckpointError
 from engine.runs.checkpoints import CheckpointStore
@@ -108,4 +109,5 @@ CAMPAIGNS: dict[str, Campaign] = {
     "T23": Campaign("steps of the protocol taken away", 1, protocol_steps, lambda f: f["passed"]),
     **CRASHES,
     **HOSTILE_FILES,
+    "T25": GROUP_KILLS,
 }
