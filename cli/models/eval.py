@@ -57,7 +57,7 @@ def _prefer(call: Call, settings: EvalSettings) -> None:
 
     result = evaluate_preferences(settings)
     if not call.print_json({**result.figures, "rows": result.rows, "seconds": result.seconds}):
-        print(result.text())
+        say(result.text())
 
 
 def _judge(call: Call, settings: EvalSettings) -> int | None:

@@ -214,6 +214,7 @@ def _trained(
         parallel=parallel,
     )
     _step(meter, step, batches)
+    del step  # what it leaves until the next one, such as norms, is no lasting memory
     if average is not None:
         average.update()
     resident = dict(meter.live)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from engine.model_sources.export import export_hf_directory
 from engine.model_sources.gathered_source import GatheredSource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
+from engine.storage import durable
 from engine.training.loop import Progress
 from engine.training.processes.shard_files import ShardFiles, ShardTensors
 from engine.training.saving import RANKS, Collected, Going, RunState
@@ -152,8 +152,7 @@ class DividedState(RunState):
         target = directory / "model"
         whole = GatheredSource(source, self.model, self.stops)
         try:
-            if target.exists():  # of a run that had ended and was resumed
-                shutil.rmtree(target)
+            durable.remove_tree(target)  # of a run that had ended and was resumed
             export_hf_directory(whole, target)
         except (OSError, EngineError):
             whole.finish()

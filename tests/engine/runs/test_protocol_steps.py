@@ -166,7 +166,7 @@ STEPS: dict[str, Callable[[Patch], None]] = {
     "rename into place": lambda p: p.setattr(durable, "publish_directory", straight_to_the_target),
     "retire by rename": delete_under_its_name,
     "finite values only": lambda p: p.setattr(
-        engine.runs.checkpoints, "_refuse_nonfinite", lambda *_: None
+        engine.runs.checkpoints, "refuse_nonfinite", lambda *_: None
     ),
     "retire after the next is safe": lambda p: p.setattr(
         CheckpointStore, "_require_space", retire_all
