@@ -133,13 +133,15 @@ def _meet(backend: str, timeout: int) -> None:
 
     c10d: Any = dist.distributed_c10d  # these names are not exported
     store, rank, size = next(iter(c10d.rendezvous("env://", timeout=timedelta(seconds=timeout))))
+    # torchrun's store outlives a restart: what an earlier start left in it must not be read.
+    start = os.environ.get(RESTARTS, "0")
     for number in range(_TRIES):
-        _wait_for_all(store, f"try-{number}", size, timeout)
+        _wait_for_all(store, f"try-{start}-{number}", size, timeout)
         short = timedelta(seconds=min(timeout, _CONNECTING + size / 8))
         try:
             dist.init_process_group(
                 backend,
-                store=c10d.PrefixStore(f"group-{number}", store),
+                store=c10d.PrefixStore(f"group-{start}-{number}", store),
                 rank=rank,
                 world_size=size,
                 timeout=short,
