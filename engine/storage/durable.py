@@ -109,15 +109,16 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
 def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder; on a clean exit its files appear beside `target`.
 
-    `target` appears last, or the first by name of those that begin as it does: where it stands,
-    all stand. Without `overwrite` no file is replaced. Whoever calls refuses what is occupied
-    before any work is done. A failed write, also one inside, raises `CheckpointError`.
+    `target` appears last; where there is no such file, the first by name of those that begin as it
+    does: where it stands, all stand. Without `overwrite` no file is replaced. Whoever calls refuses
+    what is occupied before any work is done. A failed write, also one inside, raises
+    `CheckpointError`.
     """
     with _temporary_folder(target) as temporary, _writing(target):
         yield temporary
         fsync_tree(temporary)
         files = sorted(temporary.iterdir(), reverse=True)
-        files.sort(key=lambda file: file.name.startswith(target.stem))
+        files.sort(key=lambda f: (f.name == target.name, f.name.startswith(target.stem)))
         try:
             for file in files:
                 _name_also(file, target.with_name(file.name), overwrite)

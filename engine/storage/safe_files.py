@@ -64,12 +64,7 @@ def append_regular(path: Path, errors: str = "strict") -> TextIOWrapper:
 
     Raises `OSError` for a link, a pipe or a device.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (_READ_ONLY & ~os.O_RDONLY)
-    descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return os.fdopen(descriptor, "a", encoding="utf-8", errors=errors)
+    return os.fdopen(_made_regular(path, os.O_APPEND), "a", encoding="utf-8", errors=errors)
 
 
 def write_regular(path: Path) -> BinaryIO:
@@ -77,12 +72,16 @@ def write_regular(path: Path) -> BinaryIO:
 
     Raises `OSError` for a link, a pipe or a device.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | (_READ_ONLY & ~os.O_RDONLY)
+    return os.fdopen(_made_regular(path, os.O_TRUNC), "wb")
+
+
+def _made_regular(path: Path, how: int) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | how | (_READ_ONLY & ~os.O_RDONLY)
     descriptor = os.open(path, flags, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
-    return os.fdopen(descriptor, "wb")
+    return descriptor
 
 
 def read_regular(path: Path, limit: int) -> bytes:

@@ -306,6 +306,24 @@ def test_files_never_replace_another_unless_asked(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "new"
 
 
+@pytest.mark.parametrize(
+    ("target", "names", "last"),
+    [
+        ("out.jsonl", ["out.jsonl", "out-removed.jsonl", "manifest.json"], "out.jsonl"),
+        ("m.gguf", ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], "m-00001-of-00002.gguf"),
+    ],
+)
+def test_the_file_that_is_opened_gets_its_name_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, names: list[str], last: str
+) -> None:
+    named: list[str] = []
+    monkeypatch.setattr(durable, "_name_also", lambda file, target, _: named.append(target.name))
+    with durable.publish_files(tmp_path / target) as folder:
+        for name in names:
+            (folder / name).write_text("new")
+    assert sorted(named) == sorted(names) and named[-1] == last
+
+
 def test_a_folder_is_deleted_under_another_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
