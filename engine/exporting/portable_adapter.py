@@ -84,9 +84,9 @@ def refuse_more_than_pairs(adapter: Adapter, why: str) -> None:
 
 def _report(adapter: Adapter, rank: int, as_it_is: bool = False) -> list[str]:
     lines = ["PEFT and transformers: load it as it is."]
-    faults = _faults(adapter) if as_it_is else {}
-    if "vLLM" in faults:
-        lines.append(f"vLLM: {faults['vLLM']}")
+    fault = _fault(adapter) if as_it_is else ""
+    if fault:
+        lines.append(f"vLLM: {fault}")
     elif rank > _VLLM_RANK:
         lines.append(f"vLLM: start it with --max-lora-rank {_next_rank(rank)}.")
     else:
@@ -94,26 +94,24 @@ def _report(adapter: Adapter, rank: int, as_it_is: bool = False) -> list[str]:
     experts = any(".experts." in module for module in adapter.pairs)
     if experts:
         lines.append("llama.cpp: refuses pairs for experts; merge, then engine export gguf.")
-    elif "llama.cpp" in faults:
-        lines.append(f"llama.cpp: {faults['llama.cpp']}")
+    elif fault:
+        lines.append(f"llama.cpp: {fault}")
     else:
         lines.append("llama.cpp: convert_lora_to_gguf.py, or engine export gguf --adapter.")
     return lines
 
 
-def _faults(adapter: Adapter) -> dict[str, str]:
-    """Program -> why it does not compute this adapter as PEFT does."""
+def _fault(adapter: Adapter) -> str:
+    """Why vLLM and llama.cpp do not compute this adapter as PEFT does; empty where they do."""
     config = adapter.config
     if config.use_dora:
-        return dict.fromkeys(("vLLM", "llama.cpp"), "refuses DoRA; merge it with engine merge.")
+        return "refuses DoRA; merge it with engine merge."
     if adapter.others:
         what = listing(adapter.others.modules())
-        text = f"refuses what is more than pairs ({what}); merge it with engine merge."
-        return dict.fromkeys(("vLLM", "llama.cpp"), text)
+        return f"refuses what is more than pairs ({what}); merge it with engine merge."
     if config.rank_pattern or config.alpha_pattern:
-        text = "reads no patterns, so its scale is wrong; write it with --portable."
-        return dict.fromkeys(("vLLM", "llama.cpp"), text)
-    return {}
+        return "reads no patterns, so its scale is wrong; write it with --portable."
+    return ""
 
 
 def _next_rank(rank: int) -> int:

@@ -15,10 +15,10 @@ from engine.forging.task_score import TaskScore
 from engine.forging.verdict import perplexity_interval
 from engine.inference.generation import complete, prompt_ids, stop_ids_of
 from engine.inference.perplexity import evaluate_rows
-from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.open import open_model_source
-from engine.model_sources.pruning_record import read_pruning
+from engine.pruning.keep_pruned import pruned_heads
+from engine.pruning.structures.prune_structures import elements
 from engine.tokenization.tokenizer import load_tokenizer
 
 
@@ -69,8 +69,8 @@ class Judge:
             "tokens": result.tokens,
             "interval": list(perplexity_interval(rows)),
             "row_losses": [list(row) for row in rows],
-            "parameters": parameters(source),
-            "pruned_heads": pruned_heads(source),
+            "parameters": elements(source),
+            "pruned_heads": pruned_heads(source.path),
             "bytes": size_on_disk(Path(model)),
             "tokens_per_second": speeds[len(speeds) // 2] if speeds else None,
             "samples": [
@@ -78,17 +78,6 @@ class Judge:
                 for prompt, answer in zip(self.prompts, answers, strict=True)
             ],
         }
-
-
-def parameters(source: ModelSource) -> int:
-    """Elements of all tensors, zeros included."""
-    return sum(math.prod(source.shape(name)) for name in source.names())
-
-
-def pruned_heads(source: ModelSource) -> int:
-    """Pruned heads that are still in the weights."""
-    pruning = read_pruning(source.path)
-    return 0 if pruning is None else sum(len(heads) for heads in pruning.heads.values())
 
 
 def size_on_disk(model: Path) -> int | None:

@@ -84,10 +84,9 @@ def evaluate_examples(
             added.loss += own.loss
             added.tokens += own.tokens
     model.train(was_training)
-    perplexity = math.exp(whole.mean) if whole.mean < 700 else math.inf
     seconds = time.perf_counter() - started
     losses = {name: by_part[name].mean for name in sorted(by_part)}
-    return EvalResult(perplexity, whole.mean, whole.tokens, len(examples), seconds, losses)
+    return EvalResult(whole.perplexity, whole.mean, whole.tokens, len(examples), seconds, losses)
 
 
 @dataclass
@@ -100,6 +99,10 @@ class _Sum:
     @property
     def mean(self) -> float:
         return self.loss / max(self.tokens, 1)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean) if self.mean < 700 else math.inf
 
 
 def _grouped(
@@ -167,7 +170,6 @@ def evaluate_rows(
             loss = head.loss(states[part], batch.targets[part], 1.0)
             rows[number] = float(loss), tokens
             start = part.stop
-    perplexity = math.exp(whole.mean) if whole.mean < 700 else math.inf
     seconds = time.perf_counter() - started
-    result = EvalResult(perplexity, whole.mean, whole.tokens, len(examples), seconds)
+    result = EvalResult(whole.perplexity, whole.mean, whole.tokens, len(examples), seconds)
     return result, [rows[number] for number in range(len(examples))]

@@ -65,17 +65,14 @@ class Costs:
 
     def __init__(self, config: ModelConfig, parts_of: Callable[[ModelConfig], Parts]) -> None:
         self._config = config
-        self._parts = cache(parts_of)
+        self._parts = cache(lambda counts: parts_of(counts.left(config)))
 
     def of(self, counts: Counts) -> float:
         """The cost of the model that is left."""
-        mixers = self._parts(
-            Counts(heads=counts.heads, kv_heads=counts.kv_heads).left(self._config)
-        )
+        mixers = self._parts(Counts(heads=counts.heads, kv_heads=counts.kv_heads))
         below, above, share = self._widths(counts)
         low, high = (
-            self._parts(Counts(channels=width, experts=counts.experts).left(self._config))
-            for width in (below, above)
+            self._parts(Counts(channels=width, experts=counts.experts)) for width in (below, above)
         )
         total = mixers.rest
         for layer, mixer in enumerate(mixers.mixers):

@@ -41,7 +41,7 @@ from engine.pruning.reconstruction.from_settings import calibration_of, repair_o
 from engine.pruning.reconstruction.repair import RepairedSource
 from engine.pruning.reconstruction.sensitivity import first_tokens
 from engine.pruning.report import describe
-from engine.pruning.scores import prunable_heads
+from engine.pruning.scores import LayerScores, prunable_heads
 from engine.pruning.selection import Rules, select
 from engine.pruning.structures.prune_structures import elements, prune_structures
 from kernels.loss.linear_cross_entropy import Head
@@ -74,14 +74,14 @@ def prune_to_target(
     losses = {part: work.losses(part) for part in _ORDER if part in settings.parts}
     costs = Costs(source.config, parameters_of if kind == "params" else work.timer())
     whole = costs.of(Counts())
-    chosen, counts = _choice(work, losses, costs, float(share) * whole)
+    asked = float(share) * whole
+    chosen, counts = _choice(work, losses, costs, asked)
     left, stages = source, []
     for part, count in chosen.items():
         if count:
             left, record = work.without(left, part, count)
             stages.append(record)
     sizes = {"before": elements(source), "after": elements(left)}
-    asked = float(share) * whole
     told = {part: {str(n): loss for n, loss in one.items()} for part, one in losses.items()}
     return left, {
         "mode": "structural",
@@ -112,6 +112,7 @@ class _Work:
     ) -> None:
         self.source, self.settings, self._protected = source, settings, protected
         self.order: list[int] = []
+        self._scored: dict[Prunable, list[LayerScores]] = {}
         self._examples = calibration_examples(source, calibration_of(settings))
         self._batch = collate(first_tokens(self._examples))
         self._known, self._head = self._states(source)
@@ -139,8 +140,26 @@ class _Work:
             update={"what": part, "fraction": share, "target": None, "mode": "structural"}
         )
         if settings.prunes_heads:
-            return _without_heads(source, settings, lambda: self._examples)
-        return prune_structures(source, settings, self._protected)
+            return _without_heads(
+                source, settings, self._scores(source, part, settings), self._rows
+            )
+        return prune_structures(source, settings, self._protected, self._examples)
+
+    def _rows(self) -> list[Example]:
+        return self._examples
+
+    def _scores(
+        self, source: ModelSource, part: Prunable, settings: PruneSettings
+    ) -> list[LayerScores]:
+        """Scores of heads, which no count of them decides: those of the whole model stay."""
+        known = self._scored.get(part) if source is self.source else None
+        if known is not None:
+            return known
+        heads = prunable_heads(source, settings.heads)
+        scored = scores_of(source, heads, settings, self._rows)
+        if source is self.source:
+            self._scored[part] = scored
+        return scored
 
     def timer(self) -> Callable[[ModelConfig], Parts]:
         """Measures milliseconds on the device of the settings."""
@@ -163,10 +182,12 @@ class _Work:
 
 
 def _without_heads(
-    source: ModelSource, settings: PruneSettings, rows: Callable[[], list[Example]]
+    source: ModelSource,
+    settings: PruneSettings,
+    scored: list[LayerScores],
+    rows: Callable[[], list[Example]],
 ) -> tuple[ModelSource, Record]:
     """As many heads, or key/value heads with what reads them, out of every layer."""
-    scored = scores_of(source, prunable_heads(source, settings.heads), settings, rows)
     rules = Rules(fraction=settings.share, granularity=settings.grouping, uniform=True)
     choice = select(scored, rules)
     record = describe(scored, rules, choice, settings.importance, settings.form)
@@ -220,9 +241,9 @@ def _fits(
         return [{}]
     config = work.source.config
     options = options_of(config, "mlp")
+    parts = [counts_of(config, part, n, work.order) for part, n in taken.items()]
 
     def cost(channels: int) -> float:
-        parts = [counts_of(config, part, n, work.order) for part, n in taken.items()]
         return costs.of(joined([*parts, Counts(channels=channels)]))
 
     index = bisect_left(options, True, key=lambda channels: cost(channels) <= most)

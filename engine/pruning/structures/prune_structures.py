@@ -29,13 +29,17 @@ from engine.pruning.structures.views import NarrowSource, ShallowSource
 
 
 def prune_structures(
-    source: ModelSource, settings: PruneSettings, protected: frozenset[int]
+    source: ModelSource,
+    settings: PruneSettings,
+    protected: frozenset[int],
+    rows: list[Example] | None = None,
 ) -> tuple[ModelSource, dict[str, Any]]:
     """The model without what is least important, and what its record says.
 
-    Raises `ConfigError` for a fraction that cannot be met.
+    `rows` are those of calibration, where they were read already. Raises `ConfigError` for a
+    fraction that cannot be met.
     """
-    examples = calibration_examples(source, calibration_of(settings))
+    examples = calibration_examples(source, calibration_of(settings)) if rows is None else rows
     whole = settings.what == "layers" and settings.importance == "l2-reconstruction"
     say_memory(source, examples, settings, whole)
     if settings.what == "mlp":

@@ -17,6 +17,7 @@ from engine.inference.loading import check_adapter, load_decoder
 from engine.inference.request import RequestSettings
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.adapter_path import adapter_path
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.model_sources.vocabulary.of_adapter import words_of
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -71,7 +72,7 @@ class _Loaded:
     tokenizer: Tokenizer
     request: RequestSettings
     line: str | None
-    digest: str
+    source: ModelSource
 
     def generator(self, settings: GenerateSettings) -> BatchedGenerator:
         return BatchedGenerator(
@@ -90,7 +91,7 @@ def _load(settings: GenerateSettings) -> _Loaded:
     sampling, line = resolve_sampling(settings, source.generation_config, str(source.path))
     stops = stop_ids_of(source, tokenizer, *adapters)
     request = RequestSettings(settings.max_new_tokens, sampling, stops, settings.stop)
-    return _Loaded(load_decoder(source, settings), tokenizer, request, line, source.digest())
+    return _Loaded(load_decoder(source, settings), tokenizer, request, line, source)
 
 
 def answer(
@@ -157,7 +158,7 @@ def answer_rows(
         loaded = _load(settings)
         generator = loaded.generator(settings)
         tokenizer, request = loaded.tokenizer, loaded.request
-        return answer_file(settings, generator, tokenizer, request, loaded.digest, on_row)
+        return answer_file(settings, generator, tokenizer, request, loaded.source.digest(), on_row)
 
 
 def _prompt_ids(tokenizer: Tokenizer, settings: GenerateSettings, prompt: str) -> list[int]:
