@@ -9,7 +9,7 @@ computation wait, not the host. `engine.distributed` makes groups of torch's; on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -102,19 +102,20 @@ ONE_RANK = OneRank()
 
 def host_sums(ranks: Ranks, *numbers: float) -> list[float]:
     """The sums over all ranks of numbers that the host has."""
-    if ranks.size == 1:
-        return list(numbers)
-    sums = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    ranks.all_reduce(sums).wait()
-    result: list[float] = sums.tolist()
-    return result
+    return _of_all(ranks, numbers, ranks.all_reduce)
 
 
 def host_maxima(ranks: Ranks, *numbers: float) -> list[float]:
     """The largest of all ranks of numbers that the host has."""
+    return _of_all(ranks, numbers, ranks.maximum)
+
+
+def _of_all(
+    ranks: Ranks, numbers: Sequence[float], collective: Callable[[Tensor], Transfer]
+) -> list[float]:
     if ranks.size == 1:
         return list(numbers)
-    maxima = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-    ranks.maximum(maxima).wait()
-    result: list[float] = maxima.tolist()
+    values = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    collective(values).wait()
+    result: list[float] = values.tolist()
     return result

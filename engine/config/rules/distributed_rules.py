@@ -14,17 +14,24 @@ def _divides_trained(settings: RunSettings) -> bool:
     return settings.shard == "weights" and settings.every_weight
 
 
-_EXPERTS = (
-    Rule(
-        "expert_parallel",
-        lambda c, f: (
-            c.expert_parallel > 1
-            and (c.gpus > 1 or f.processes is not None)
-            and max(c.gpus, f.processes or 1) % c.expert_parallel != 0
-        ),
-        "expert_parallel {c.expert_parallel} does not divide the number of processes.",
+def _divides_processes(setting: str) -> Rule:
+    """The rule that a number of processes that share something divides that of all."""
+
+    def uneven(settings: RunSettings, facts: Facts) -> bool:
+        known = settings.gpus > 1 or facts.processes is not None
+        count: int = getattr(settings, setting)
+        return known and max(settings.gpus, facts.processes or 1) % count != 0
+
+    return Rule(
+        setting,
+        uneven,
+        f"{setting} {{c.{setting}}} does not divide the number of processes.",
         "Start a multiple of it with --gpus, or torchrun's --nproc-per-node",
-    ),
+    )
+
+
+_EXPERTS = (
+    _divides_processes("expert_parallel"),
     Rule(
         "expert_parallel",
         lambda c, f: c.expert_parallel > 1 and c.gpus == 1 and f.processes == 1,
@@ -111,16 +118,7 @@ DISTRIBUTED_RULES = (
         "max_restarts {c.max_restarts} starts processes again that --gpus started, and gpus is 1.",
         "Give --gpus N, or torchrun's own --max-restarts",
     ),
-    Rule(
-        "context_parallel",
-        lambda c, f: (
-            c.context_parallel > 1
-            and (c.gpus > 1 or f.processes is not None)
-            and max(c.gpus, f.processes or 1) % c.context_parallel != 0
-        ),
-        "context_parallel {c.context_parallel} does not divide the number of processes.",
-        "Start a multiple of it with --gpus, or torchrun's --nproc-per-node",
-    ),
+    _divides_processes("context_parallel"),
     Rule(
         "context_parallel",
         lambda c, f: c.context_parallel > 1 and c.gpus == 1 and f.processes == 1,
