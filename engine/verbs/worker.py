@@ -36,7 +36,7 @@ def main(job: dict[str, Any]) -> int:
         _tell(outcome, {"error": str(error), "kind": type(error).__name__})
         return 2
     facts = {"output": str(result.output_path), "metrics": result.metrics}
-    _tell(outcome, facts | {"next": list(result.next)})
+    _tell(outcome, facts | {"next": list(result.next), "pushed": result.pushed})
     return 0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -234,25 +234,14 @@ def train(
 
 def _in_processes(config: TrainConfig, console: bool, told: CallbackList) -> TrainResult:
     """Train in processes of this machine, and tell what they left."""
-    where = destination(config)
+    destination(config)  # refused here, before any process starts
     told.refuse("--gpus above 1, whose processes know nothing of this one's objects")
     config = dated(name_run(config))
     facts = train_in_processes(config, console)
     assert config.output_dir is not None
-    output = Path(facts["output"])
-    adapter = None if config.every_weight else output
-    history = read_metrics(config.output_dir / "metrics.jsonl")
-    sent = publish_folder(where, output, None if config.method == "scratch" else config.model)
-    return TrainResult(
-        config.output_dir,
-        adapter,
-        facts["metrics"],
-        "Success",
-        output,
-        tuple(facts["next"]),
-        sent,
-        history,
-    )
+    output, metrics = Path(facts["output"]), facts["metrics"]
+    left = _Left(output, metrics, facts["next"], told_before(metrics), facts["pushed"])
+    return _result(config, config.output_dir, left)
 
 
 def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList) -> TrainResult:
@@ -318,15 +307,29 @@ def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList)
             repeat_heldout=repeat_heldout(shown, output),
         )
         log.info("Saved: %s", output)
-    adapter = None if config.every_weight else output
-    base = None if config.method == "scratch" else config.model
-    sent = publish_folder(where, output, base)
-    history = [{"step": 0, **figures_before(before)}] if before else []
-    history += read_metrics(directory.metrics_path)
-    where_saved = directory.path, adapter, figures, "Success", output
-    result = TrainResult(*where_saved, tuple(commands), sent, history)
+    sent = publish_folder(where, output, None if config.method == "scratch" else config.model)
+    result = _result(config, directory.path, _Left(output, figures, commands, before, sent))
     told.on_end(result)
     return result
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What a run left: the output, its figures, those before the first step, where it was sent."""
+
+    output: Path
+    metrics: dict[str, Any]
+    commands: Sequence[str]
+    before: Mapping[str, float]
+    pushed: str | None
+
+
+def _result(config: TrainConfig, directory: Path, left: _Left) -> TrainResult:
+    history = [{"step": 0, **figures_before(left.before)}] if left.before else []
+    history += read_metrics(directory / "metrics.jsonl")
+    adapter = None if config.every_weight else left.output
+    told = left.metrics, "Success", left.output, tuple(left.commands), left.pushed
+    return TrainResult(directory, adapter, *told, history)
 
 
 def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConfig, RowSet | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,29 @@ def test_what_other_processes_cannot_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rows"):
         engine.train(data=rows, **settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_what_processes_left_is_told_as_one_process_tells_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The upload is that of the first process, and is not done again here."""
+    facts = {
+        "output": str(tmp_path / "run" / "adapter"),
+        "metrics": {"steps": 1, "heldout_loss_before": 3.0, "heldout_loss": 2.0},
+        "next": ["engine eval"],
+        "pushed": "https://hub/me/it",
+    }
+    line = {"step": 1, "loss": 2.5}
+
+    def started(config: TrainConfig, console: bool) -> dict[str, Any]:
+        assert config.output_dir is not None
+        config.output_dir.mkdir()
+        (config.output_dir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        return facts
+
+    monkeypatch.setattr("engine.verbs.training.train.train_in_processes", started)
+    monkeypatch.setattr("engine.verbs.training.train.publish_folder", pytest.fail)
+    result = engine.train(model="m", data="d", gpus=2, output_dir=tmp_path / "run")
+    assert (result.pushed, result.next) == ("https://hub/me/it", ("engine eval",))
+    assert result.adapter_path == result.output_path == tmp_path / "run" / "adapter"
+    assert result.history == [{"step": 0, "eval_loss": 3.0}, line]
