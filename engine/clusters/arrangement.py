@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from engine.config.train_config import TrainConfig
 from models.config.model_config import ModelConfig
-from models.parallel.head_exchange import copies_of
+from models.parallel.token_slices import TokenSlices
+from models.parallel.traffic import exchanged_heads
 
 _LONG = 32_768
 """Tokens of a row from which on its context may be split though there are rows enough."""
@@ -75,7 +76,7 @@ def _shared_heads(model: ModelConfig, ranks: int) -> bool:
     """Whether ranks can have equal shares of every layer's heads."""
     try:
         for layer in range(model.num_hidden_layers):
-            copies_of(model.heads(layer), model.kv_heads(layer), ranks)
+            exchanged_heads(model, layer, TokenSlices.of(ranks, 0, ranks))
     except ValueError:
         return False
     return True

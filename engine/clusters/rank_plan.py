@@ -169,7 +169,9 @@ class RankPlanner:
 
     def _exchange(self, tokens: int, ranks: int) -> int:
         """Bytes of both sides of the largest exchange of heads, there at once."""
-        given = exchanged_heads(self.model, 0, TokenSlices.of(tokens, 0, ranks), "none").forward
+        slices = TokenSlices.of(tokens, 0, ranks)
+        layers = range(self.model.num_hidden_layers)
+        given = max(exchanged_heads(self.model, i, slices, "none").forward for i in layers)
         return 2 * given * self.dtype.itemsize
 
     def _expert_share(self) -> float:
