@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.model_sources.interface.model_source import ModelSource
-from engine.model_sources.interface.row_parts import row_parts
+from engine.model_sources.interface.row_parts import row_parts, rows_of_part
 from engine.model_sources.interface.view import ModelSourceView
 from engine.model_sources.load_model import build_model
 from kernels.linear.int8 import Int8Weight
@@ -72,7 +72,16 @@ def embedded(source: ModelSource, embedding: str, ids: Tensor) -> Tensor:
 
 
 def _logits(source: ModelSource, head: str, states: Tensor) -> Tensor:
-    return torch.cat([states @ part.float().T for part in row_parts(source, head)], dim=1)
+    """In memory of one size: parts that come and go beside results leave holes in the heap."""
+    rows, width = source.shape(head)
+    logits = states.new_empty(rows, len(states))
+    wide, start = states.new_empty(rows_of_part((rows, width)), width), 0
+    for part in row_parts(source, head):
+        own = wide[: len(part)].copy_(part)
+        torch.mm(own, states.T, out=logits[start : start + len(part)])
+        start += len(part)
+        del part
+    return logits.T
 
 
 class OneLayer(ModelSourceView):

@@ -159,8 +159,10 @@ def _write_shard(
             if encoding is not None and encoding.encodes(name):
                 written += _write_codes(writer, _encoded(source, name, transform, encoding))
             elif name.startswith(others):
-                writer.write(name, source.tensor(name))
-                written += source.tensor(name).nbytes
+                carried = source.tensor(name)
+                writer.write(name, carried)
+                written += carried.nbytes
+                del carried
             else:
                 dtype, shape = parts[name]
                 writer.write_parts(name, _dense(source, name, transform, dtype))

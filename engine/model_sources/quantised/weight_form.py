@@ -51,14 +51,12 @@ class WeightForm:
         names = EXPERT_PROJECTIONS[:2] if both else (leaf,)
         result: dict[str, QuantizedExperts] = {}
         for name, part in zip(names, tensor.chunk(len(names), 1), strict=True):
-            on_device = part.to(self.device)
             if self.quantization == "int8":
-                own = share.of(on_device)
+                own = share.of(part).to(self.device)
                 result[name] = self.stored(tuple(quantize_int8(expert) for expert in own))
                 continue
             # All are quantised, for their scales have one offset in common.
-            packed = quantize(on_device, double_quant=self.double_quant)
-            del on_device
+            packed = quantize(part.to(self.device), double_quant=self.double_quant)
             result[name] = self.experts_in_order(packed, share)
         return result
 
