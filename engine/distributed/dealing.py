@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,10 +37,9 @@ class Dealer:
     @classmethod
     def of(cls, config: TrainConfig, model: ModelConfig, mesh: Mesh) -> Dealer:
         """The dealer of a run of this model."""
-        drops = max(config.lora_dropout, config.hidden_dropout, config.attention_dropout) > 0.0
         tokens = config.batch_size * config.max_length if config.packing else None
         limits = PassLimits(config.batch_size, tokens)
-        return cls(mesh.data, cost_of(model), limits, drops, mesh.lockstep)
+        return cls(mesh.data, cost_of(model), limits, dealt_in_order(config), mesh.lockstep)
 
     def share(
         self, step: Sequence[Sequence[int]], length: Callable[[int], int]
@@ -57,6 +57,11 @@ class Dealer:
         return own, max(map(len, dealt)) - len(own) if self.lockstep else 0
 
 
+def dealt_in_order(config: TrainConfig) -> bool:
+    """Whether random masks follow from where a token stands in its micro-batch."""
+    return max(config.lora_dropout, config.hidden_dropout, config.attention_dropout) > 0.0
+
+
 def cost_of(model: ModelConfig) -> RowCost:
     """The products of a forward pass: with every weight, and of queries with keys.
 
@@ -65,10 +70,7 @@ def cost_of(model: ModelConfig) -> RowCost:
     share = model.num_experts_per_tok / model.num_experts if model.num_experts else 1.0
     linear = 0.0
     for name, shape in expected_tensors(model).items():
-        size = 1
-        for extent in shape:
-            size *= extent
         if ".layers." in name and len(shape) > 1:
-            linear += size * (share if ".experts." in name else 1.0)
+            linear += math.prod(shape) * (share if ".experts." in name else 1.0)
     attention = [i for i, kind in enumerate(model.layer_types) if kind != "linear_attention"]
     return RowCost(linear, sum(float(model.heads(i) * model.head_dim) for i in attention))

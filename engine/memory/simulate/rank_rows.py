@@ -20,7 +20,7 @@ from itertools import accumulate
 
 from engine.config.train_config import TrainConfig
 from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
-from engine.distributed.dealing import cost_of
+from engine.distributed.dealing import cost_of, dealt_in_order
 from engine.distributed.group import processes_of
 from models.config.model_config import ModelConfig
 
@@ -49,7 +49,7 @@ def largest_pass(
         return _packed(config, cut, cost, ranks)
     if min(cut) == max(cut):
         return _alike(config, longest, cost, ranks)
-    if _in_order(config):
+    if dealt_in_order(config):
         share = sum(map(cost, longest)) / ranks + cost(longest[0])
         piece = _costing(longest[: config.batch_size], share, cost)
     else:
@@ -59,11 +59,6 @@ def largest_pass(
 
 def _rows(config: TrainConfig) -> int:
     return config.batch_size * config.accumulate
-
-
-def _in_order(config: TrainConfig) -> bool:
-    """Whether rows are dealt in their order, as `Dealer.of` decides."""
-    return max(config.lora_dropout, config.hidden_dropout, config.attention_dropout) > 0.0
 
 
 def _packed(config: TrainConfig, lengths: Sequence[int], cost: RowCost, ranks: int) -> LargestPass:
@@ -81,7 +76,7 @@ def _alike(config: TrainConfig, lengths: Sequence[int], cost: RowCost, ranks: in
     """The largest pass where every row has one length: the rows are dealt."""
     size, count, length = config.batch_size, len(lengths), lengths[0]
     step = [range(first, min(first + size, count)) for first in range(0, count, size)]
-    if _in_order(config):
+    if dealt_in_order(config):
         dealt = deal_in_order(step, lambda _: length, cost, ranks)
     else:
         dealt = deal_by_cost(step, lambda _: length, cost, ranks, PassLimits(size))
