@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan, step_of
 from engine.memory.process import forget_peak, peak_resident, refusal
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from models.config.model_config import ModelConfig
     from models.decoder import Decoder
     from models.layers.packed_batch import PackedBatch
-from models.weight_average import WeightAverage
+    from models.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +165,7 @@ class MemoryBudget:
         meter.track("batch", [t for b in batches for t in b.tensors()])
         # Made now if this is the first step, so that it holds what every later one does.
         meter.track("optimiser", optimization.optimizer.state_tensors().values())
-        parallel = optimization.parallel
-        track_parallel(meter, parallel if isinstance(parallel, DataParallel) else None)
+        track_parallel(meter, optimization.parallel)
         if average is not None:
             meter.track("moving average", average.state_tensors().values())
         with observed(meter), meter:

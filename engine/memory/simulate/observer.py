@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.distributed.data_parallel import DataParallel
+from engine.distributed.data_parallel import DataParallel, JoinedParallel
 from engine.memory.simulate.meter import MemoryMeter
+from engine.training.step import StepRanks
 from kernels.runtime.scratch import ScratchObserver, observe_scratch, pool, use_pool
 from models.decoder import Decoder
 from models.layers.linear import Embedding
@@ -36,11 +37,13 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
     meter.track("decoded base", lasting_matrices(model))
 
 
-def track_parallel(meter: MemoryMeter, parallel: DataParallel | None) -> None:
+def track_parallel(meter: MemoryMeter, parallel: StepRanks | None) -> None:
     """Count what of several ranks each has in buckets: trained weights and gradients."""
-    for bucket in () if parallel is None else parallel.buckets:
-        meter.track("trained weights", [bucket.values])
-        meter.track("gradients", bucket.gradients)
+    sets = parallel.sets if isinstance(parallel, JoinedParallel) else (parallel,)
+    for one in sets:
+        for bucket in one.buckets if isinstance(one, DataParallel) else ():
+            meter.track("trained weights", [bucket.values])
+            meter.track("gradients", bucket.gradients)
 
 
 def _owner_of(name: str) -> str:

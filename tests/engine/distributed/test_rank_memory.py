@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel
+from engine.distributed.data_parallel import DataParallel, JoinedParallel
 from engine.distributed.deal import PassLimits, deal_by_cost, deal_in_order
 from engine.distributed.dealing import cost_of
 from engine.errors import MemoryPlanError
@@ -24,14 +24,14 @@ from engine.memory.search import changed
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model, track_parallel
 from engine.model_sources.load_model import build_for
-from engine.training.step import TrainingStep
+from engine.training.step import StepRanks, TrainingStep
 from engine.training.trainable import (
     backward_units,
     make_trainable,
     optimizer_over,
     step_settings,
 )
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.config.model_config import ModelConfig
 from tests.support.tiny_model import RandomSource
 
@@ -120,6 +120,20 @@ def test_a_rank_holds_what_was_planned(size: int, tmp_path: Path) -> None:
         )
         alone = plan(model, settings(**changes), gpu=False, dtype=torch.float32, work=batches)
         assert alone.step.bytes != made.step.bytes, name
+
+
+def test_what_sums_gradients_over_several_sets_is_counted_whole() -> None:
+    """A run has its sets joined, also where there is one."""
+    tensors = [torch.nn.Parameter(torch.zeros(64)) for _ in range(3)]
+    sets = [DataParallel(ONE_RANK, [tensors[:2]]), DataParallel(ONE_RANK, [tensors[2:]])]
+
+    def counted(*given: StepRanks) -> int:
+        meter = MemoryMeter()
+        for one in given:
+            track_parallel(meter, one)
+        return sum(meter.live.values())
+
+    assert counted(JoinedParallel(*sets)) == counted(*sets) > 0
 
 
 @given(
