@@ -13,13 +13,13 @@ class FollowedDirectory(RunDirectory):
     """The folder of a run that another process of the group writes.
 
     `config` is that of the first process, with its directory and date. Nothing is locked, written
-    or read here; warnings go to the console, under the rank's number.
+    or read here; warnings go to the console.
     """
 
-    def __init__(self, config: TrainConfig, rank: int) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         quiet = config.model_copy(update={"log_level": "WARNING"})
         super().__init__(quiet)
-        self.config, self.rank = config, rank
+        self.config = config
         self._notes_refusal = False
 
     def open(self) -> None:

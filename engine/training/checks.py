@@ -16,6 +16,7 @@ from engine.config.rules import Facts, check
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.sources.resolve import data_files
 from engine.device import check_threads, resolve_device, resolve_dtype
+from engine.distributed.group import processes_of
 from engine.errors import CheckpointError, ConfigError
 from engine.inference.batch_files import read_rows
 from engine.model_sources.adapter.peft import Adapter
@@ -88,7 +89,11 @@ def check_run(
     config: TrainConfig, model: ModelConfig | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Raises `ConfigError` where the settings do not fit the model, if known, or the machine."""
-    facts = Facts(device=device.type, dtype=str(dtype).removeprefix("torch."))
+    facts = Facts(
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        processes=processes_of(config),
+    )
     if model is not None:
         facts = replace(
             facts,

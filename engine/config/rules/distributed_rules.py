@@ -18,9 +18,9 @@ def _divides_processes(setting: str) -> Rule:
     """The rule that a number of processes that share something divides that of all."""
 
     def uneven(settings: RunSettings, facts: Facts) -> bool:
-        known = settings.gpus > 1 or facts.processes is not None
         count: int = getattr(settings, setting)
-        return known and max(settings.gpus, facts.processes or 1) % count != 0
+        size = max(settings.gpus, facts.processes or 1)
+        return size > 1 and size % count != 0  # of one process another rule says more
 
     return Rule(
         setting,

@@ -27,7 +27,9 @@ def train_in_processes(config: TrainConfig, console: bool) -> dict[str, Any]:
 
     Raises what the first of them raised, by its name and text; `GroupError` where one died.
     """
-    job = {"settings": config.model_dump(mode="json"), "console": console}
+    # What was not given stays so: an earlier adapter, say, then decides it.
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    job = {"settings": settings, "console": console}
     processes = Processes(config.gpus, config.max_restarts, config.threads)
     outcome = run_group("engine.verbs.worker", job, processes)
     told = outcome.told

@@ -141,7 +141,7 @@ def resumed_together(
 ) -> tuple[Progress, Going]:
     """Where the run goes on, and how; the first process reads the checkpoint for all."""
     loaded: LoadedCheckpoint | None = None
-    if group.is_alone or group.leads:
+    if group.leads:
         progress = new_progress(state.model)
         if checkpoints is not None:
             progress, going, loaded = state.resume(checkpoints, going)

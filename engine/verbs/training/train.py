@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from engine.config.rules import Facts, check
 from engine.config.settings import given_settings
 from engine.config.tasks.commands import next_steps, repeat_heldout
 from engine.config.train_config import TrainConfig
@@ -252,7 +251,7 @@ def _train(config: TrainConfig, group: Group, console: bool, told: CallbackList)
     sizes = MeshSizes(config.context_parallel, config.expert_parallel, config.shard == "weights")
     mesh = lay_out(group, sizes)
     process = _process(config)
-    where = destination(config)
+    where = all_or_none(group, lambda: destination(config) if group.leads else None)
     with _directory(config, group, console) as directory, ExitStack() as stack:
         prepared = all_or_none(group, partial(_checked, directory.config, process, rows))
         if not group.is_alone:
@@ -339,7 +338,6 @@ def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConf
     """
     if not group.leads:
         return config, config, None
-    check(config, Facts(processes=group.ranks.size))
     if config.shard != "none":  # what is gathered is as it is stored
         config = config.model_copy(update={"keep_decoded": "none"})
     asked = with_cpu_dtype(with_init_adapter(after_restart(config)))
@@ -350,7 +348,7 @@ def _resolved(config: TrainConfig, group: Group) -> tuple[TrainConfig, TrainConf
 def _directory(config: TrainConfig, group: Group, console: bool) -> RunDirectory:
     if group.leads:
         return RunDirectory(config, console=console)
-    return FollowedDirectory(config, group.ranks.rank)
+    return FollowedDirectory(config)
 
 
 def _process(config: TrainConfig) -> int:

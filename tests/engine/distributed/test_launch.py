@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import engine
 from engine.config.train_config import TrainConfig
 from engine.distributed.group import after_restart, joined, launched, leads
+from engine.distributed.launch import GroupOutcome, Processes
 from engine.errors import ConfigError
+from engine.training.checks import check_run
 
 
 def test_a_process_without_torchruns_variables_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +105,30 @@ def test_what_processes_left_is_told_as_one_process_tells_it(
     assert (result.pushed, result.next) == ("https://hub/me/it", ("engine eval",))
     assert result.adapter_path == result.output_path == tmp_path / "run" / "adapter"
     assert result.history == [{"step": 0, "eval_loss": 3.0}, line]
+
+
+def test_settings_that_were_not_given_are_not_given_to_the_processes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else an adapter to start from could not decide them (`with_init_adapter`)."""
+    jobs: list[dict[str, Any]] = []
+
+    def ended(module: str, job: dict[str, Any], processes: Processes) -> GroupOutcome:
+        jobs.append(job)
+        return GroupOutcome({"error": "enough", "kind": "ConfigError"})
+
+    monkeypatch.setattr("engine.training.processes.started.run_group", ended)
+    with pytest.raises(ConfigError, match="enough"):
+        engine.train(model="m", data="d", gpus=2, init_adapter="a", output_dir=tmp_path)
+    given = TrainConfig(**jobs[0]["settings"])
+    assert {"model", "gpus", "init_adapter", "output_dir", "run_id"} <= given.model_fields_set
+    assert not {"lora_rank", "lora_alpha", "target_modules"} & given.model_fields_set
+
+
+@pytest.mark.parametrize(
+    "asked", [{"shard": "weights"}, {"context_parallel": 2}, {"expert_parallel": 2}]
+)
+def test_one_process_shares_nothing_whatever_is_asked_of_it(asked: dict[str, Any]) -> None:
+    config = TrainConfig(model="m", data="d", **asked)
+    with pytest.raises(ConfigError, match="and there is one"):
+        check_run(config, None, torch.device("cpu"), torch.float32)
