@@ -14,10 +14,11 @@ from engine.errors import CheckpointError
 from engine.model_sources.interface.checks import read_config
 from engine.model_sources.interface.model_source import TokenizerSource
 from engine.model_sources.scratch.initial_weights import initial_tensor, initializer_range
+from engine.model_sources.vocabulary.folder import OtherWords
 from models.tensor_names import Shapes, expected_tensors
 
 
-class FreshModel:
+class FreshModel(OtherWords):
     """A model of random weights, and the tokenizer `words` that it will know.
 
     `raw_config` is what its config.json will say. Tensors are fp32 and follow from `seed` and their
@@ -68,18 +69,3 @@ class FreshModel:
         """It tells this model, with these first weights, from another."""
         text = json.dumps([self.raw_config, self.seed], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
-
-    def tokenizer_json(self) -> str | None:
-        return self.words.tokenizer_json()
-
-    def tokenizer_model(self) -> Path | None:
-        return self.words.tokenizer_model()
-
-    def tokenizer_config(self) -> dict[str, Any]:
-        return self.words.tokenizer_config()
-
-    def chat_template(self, name: str = "default") -> str | None:
-        return self.words.chat_template(name)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return self.words.tokenizer_files()

@@ -82,16 +82,7 @@ class Optimization:
         if config.optimizer in ("adamw8bit", "lion8bit"):
             _check_blocks(trained, sizes)
         optimizer = optimizer_over(own.items(), config, sizes)
-        # The names decide the groups, and so the order of the whole state.
-        stands_for: dict[int, nn.Parameter] = {}
-        stand_ins: dict[str, nn.Parameter] = {}
-        for name, p in trained.items():
-            first, *others = p.shape
-            shape = (share * first, *others) if id(p) in experts else p.shape
-            stand_in = nn.Parameter(torch.empty(shape, dtype=p.dtype, device="cpu"))
-            stand_ins[name], stands_for[id(stand_in)] = stand_in, p
-        whole = optimizer_over(stand_ins.items(), config)
-        real = {id(stands_for[id(p)]): index for index, p in enumerate(whole.ordered_params())}
+        whole, real = _whole_optimizer(trained, dict.fromkeys(experts, share), config)
         numbers = {real[id(p)]: number for number, p in enumerate(optimizer.ordered_params())}
         states = [
             [OwnedState(index, *each[p]) for p, index in real.items() if p in each]
@@ -99,6 +90,25 @@ class Optimization:
         ]
         state = OptimizerOfRanks(mesh.every, optimizer, whole, states, numbers)
         return cls(optimizer, state, parallel)
+
+
+def _whole_optimizer(
+    trained: Mapping[str, nn.Parameter], shares: Mapping[int, int], config: TrainConfig
+) -> tuple[StepOptimizer, dict[int, int]]:
+    """An optimizer as one process has it, over stand-ins in host memory, and their numbers.
+
+    `shares` says how many processes divide a parameter; the numbers are by the parameters' `id`.
+    """
+    stands_for: dict[int, nn.Parameter] = {}
+    stand_ins: dict[str, nn.Parameter] = {}
+    for name, p in trained.items():
+        first, *others = p.shape
+        shape = (shares.get(id(p), 1) * first, *others)
+        stand_in = nn.Parameter(torch.empty(shape, dtype=p.dtype, device="cpu"))
+        stand_ins[name], stands_for[id(stand_in)] = stand_in, p
+    # The names decide the groups, and so the order of the whole state.
+    whole = optimizer_over(stand_ins.items(), config)
+    return whole, {id(stands_for[id(p)]): i for i, p in enumerate(whole.ordered_params())}
 
 
 def _parallel(units: list[list[Tensor]], experts: set[int], mesh: Mesh) -> JoinedParallel:
