@@ -90,7 +90,7 @@ def report(rows: list[dict[str, Any]]) -> str:
         "|" + "---|" * 7,
     ]
     newest = {row["campaign"]: row for row in rows}
-    for name in sorted(newest, key=lambda name: int(name[1:])):
+    for name in sorted(newest, key=lambda name: (int(name[1:].partition("-")[0]), name)):
         row = newest[name]
         figures = ", ".join(f"{key} {value}" for key, value in row["figures"].items())
         verdict = "yes" if row["passed"] else "**no**"

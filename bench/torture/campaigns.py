@@ -109,5 +109,5 @@ CAMPAIGNS: dict[str, Campaign] = {
     "T23": Campaign("steps of the protocol taken away", 1, protocol_steps, lambda f: f["passed"]),
     **CRASHES,
     **HOSTILE_FILES,
-    "T25": GROUP_KILLS,
+    **GROUP_KILLS,
 }
