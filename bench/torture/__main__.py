@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bench.torture.campaign import PART, Campaign, Figures, merged
+from bench.torture.campaign import PART, Campaign, Figures, merged, scratch_folders
 from bench.torture.campaigns import CAMPAIGNS
 from engine.provenance import git_commit
 from engine.storage.durable import write_json
@@ -69,7 +69,8 @@ def in_parts(
         if start < first:
             continue
         began = time.time()
-        figures = merged(figures, campaign.run(size, rows * PART + start))
+        with scratch_folders(campaign.disk):
+            figures = merged(figures, campaign.run(size, rows * PART + start))
         seconds += time.time() - began
         told = same | {"figures": figures, "next": start + size, "seconds": seconds}
         write_json(partial, told)

@@ -50,6 +50,9 @@ MAX_HEADER = 16 * MIB
 MAX_TENSORS = 65_536
 MAX_DIMENSIONS = 8
 MAX_DIMENSION = 2**31
+_MOST_MARKS = {b"{": 2, b"[": 3, b",": 16}
+"""At most so many of each for a tensor that fits, counted before parsing makes objects of them."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,512}")
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -82,6 +85,12 @@ def read_header(
     raw = handle.read(length)
     if not raw.lstrip(b" \t\r\n").startswith(b"{"):
         raise CheckpointError(f"{source}: its safetensors header does not start with '{{'.")
+    for mark, most in _MOST_MARKS.items():
+        if (count := raw.count(mark)) > most * MAX_TENSORS:
+            raise CheckpointError(
+                f"{source}: its safetensors header holds {count} of {mark.decode()!r}, more than "
+                f"the {MAX_TENSORS} tensors that fit in one file can need."
+            )
     header = parse_object(raw, f"{source} (its safetensors header)")
     metadata = _metadata(header.pop("__metadata__", None), source)
     if len(header) > MAX_TENSORS:
