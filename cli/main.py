@@ -72,8 +72,8 @@ _OTHER_NAMES = {
     "version": "--version",
 }
 
-# These are faults of the program; what else the system refuses, the user can put right.
-_OWN_ERRNOS = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, None})
+# What a fault of the program may be behind, so that a traceback helps to find it.
+_UNCLEAR = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, None})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -231,15 +231,28 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, EngineError):
         _complain(str(error))
         return 2
-    if isinstance(error, OSError) and error.errno not in _OWN_ERRNOS:
-        where = f" {error.filename}" if error.filename else ""
-        name = errno.errorcode.get(error.errno or 0, str(error.errno))
-        _complain(f"The system refused to open, read or write{where}: {error.strerror} ({name}).")
+    if isinstance(error, OSError):
+        _complain(_refused(error))
         return 2
     notes = " ".join(getattr(error, "__notes__", ())) or _keep_traceback(error)
     text = " ".join(str(error).split())
     _complain(f"The program failed with {type(error).__name__}: {text[:500]}. {notes}")
     return 1
+
+
+def _refused(error: OSError) -> str:
+    """What the system refused, where, what is safe, and what to do."""
+    from engine.storage.durable import describe
+
+    where = f" {error.filename}" if error.filename else ""
+    notes = ""
+    if error.errno in _UNCLEAR:
+        notes = " " + (" ".join(getattr(error, "__notes__", ())) or _keep_traceback(error))
+    return (
+        f"The system refused to open, read or write{where}: {describe(error)}. Outputs get their "
+        "names when they are whole, so what stood before stands as it was. Look at that file and "
+        f"its disk, and run the command again.{notes}"
+    )
 
 
 def _keep_traceback(error: BaseException) -> str:

@@ -68,3 +68,11 @@ def listing(items: Iterable[str]) -> str:
     names = list(items)
     rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + rest
+
+
+def gib(size: float) -> str:
+    """Bytes as people read them."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= factor:
+            return f"{size / factor:.2f} {unit}"
+    return f"{size:.0f} B"

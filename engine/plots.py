@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from engine.errors import CheckpointError
 from engine.storage import durable
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,14 @@ def new_figure(title: str, width: float, height: float) -> Any | None:
 
 
 def save_figure(figure: Any, target: Path, dots_per_inch: int = 120) -> None:
-    """Write the figure as a PNG file, whatever the name's ending."""
+    """Write the figure as a PNG file, whatever the name's ending. Raises `CheckpointError`."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=dots_per_inch, format="png")
+    try:
+        figure.savefig(picture, dpi=dots_per_inch, format="png")
+    except (OSError, RuntimeError) as error:  # a font or a setting that cannot be read
+        told = durable.describe(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"Cannot draw {durable.final_name(target)}: matplotlib failed with {told}. Reinstall "
+            "it, or leave it out: without it there are no pictures, and everything else works."
+        ) from error
     durable.write_bytes(target, picture.getvalue())

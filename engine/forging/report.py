@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.memory.simulate.meter import gib
+from engine.errors import gib
 from engine.plots import new_figure, save_figure
 
 PLOT = "forge.png"

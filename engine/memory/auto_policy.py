@@ -18,11 +18,11 @@ from engine.config.choices import POLICIES
 from engine.config.spelling import given_chunk
 from engine.config.train_config import TrainConfig
 from engine.distributed.group import processes_here
+from engine.errors import gib
 from engine.memory.decoded import FREE_SHARE
 from engine.memory.estimate import MemoryPlan, Workload, plan, workload
 from engine.memory.process import PROCESS
 from engine.memory.search import changed
-from engine.memory.simulate.meter import gib
 from kernels.loss.linear_cross_entropy import chunk_tokens
 from kernels.runtime.device import free_memory as device_free_memory
 from models.config.model_config import ModelConfig

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError
+from engine.errors import MemoryPlanError, gib
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan, step_of
 from engine.memory.process import forget_peak, peak_resident, refusal
 from engine.memory.search import least_step, require_any
-from engine.memory.simulate.meter import MemoryMeter, gib
+from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model, track_parallel
 from engine.memory.simulate.stored_model import stored_model
 from kernels.runtime.device import total_memory

@@ -11,12 +11,11 @@ import psutil
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError
+from engine.errors import MemoryPlanError, gib
 from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
 from engine.memory.options import flag
 from engine.memory.search import choose
-from engine.memory.simulate.meter import gib
 from kernels.runtime.device import free_memory, total_memory
 from models.config.model_config import ModelConfig
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from engine.memory.simulate.meter import gib
+from engine.errors import gib
 
 PROCESS = 520 * 2**20
 """Bytes of a process on a CPU besides a run's tensors: 316 MiB once all is imported, 470 MiB once

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from engine.config.choices import POLICIES
 from engine.config.rules import allows
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError
+from engine.errors import MemoryPlanError, gib
 from engine.memory.decoded import resolve_decoded
 from engine.memory.estimate import MemoryPlan
 from engine.memory.options import (
@@ -28,7 +28,6 @@ from engine.memory.options import (
     combinations,
     memory_options,
 )
-from engine.memory.simulate.meter import gib
 
 CONTEXT_BUDGETS_GB = (6, 8, 12, 16, 24, 40, 48, 80, 141)
 SHORTEST = 64

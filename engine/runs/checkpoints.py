@@ -112,7 +112,10 @@ class CheckpointStore:
             )
         refuse_nonfinite(step, tensors)
         self._require_space(tensors)
-        self._publish(step, tensors, state, extra, {"best": dict(best)} if best else {})
+        try:
+            self._publish(step, tensors, state, extra, {"best": dict(best)} if best else {})
+        except CheckpointError as error:
+            raise type(error)(f"{error}{self._safe()}") from error.__cause__
         read_manifest(target, step)
         self._saved.add(step)
         log.info("Checkpoint of step %d saved: %s", step, target)
@@ -231,8 +234,24 @@ class CheckpointStore:
                 if not broken or attempt == _ATTEMPTS:
                     raise
                 log.error("Attempt %d to save step %d failed: %s", attempt, step, error)
+                if isinstance(error, durable.UnconfirmedError):
+                    self._take_back(target)
             except OSError as error:
                 raise durable.write_error(target, error) from error
+
+    def _take_back(self, target: Path) -> None:
+        """Delete a checkpoint whose name the disk did not confirm, to write it anew."""
+        try:
+            self._delete(target)
+        except OSError as error:
+            raise durable.write_error(target, error) from error
+
+    def _safe(self) -> str:
+        """What a run that cannot save can go on from, as a sentence."""
+        steps = ", ".join(map(str, self.steps()))
+        if not steps:
+            return " The run has no checkpoint yet."
+        return f" Checkpoints of these steps are safe: {steps}. `engine resume` goes on from there."
 
     def _require_space(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         size = sum(

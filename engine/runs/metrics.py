@@ -193,8 +193,18 @@ def peak_memory_bytes(device: "torch.device | None" = None) -> int:
 def plot_loss(run_directory: Path, heldout_before: float | None = None) -> Path | None:
     """Draw `loss.png` from the run's metrics; None, with a line in the log, if it cannot be.
 
+    A run whose weights are saved does not fail for want of a picture.
+
     `heldout_before` is the held-out loss before the first step.
     """
+    try:
+        return _plot_loss(run_directory, heldout_before)
+    except CheckpointError as error:
+        log.warning("No loss curve; everything else is saved. %s", error)
+        return None
+
+
+def _plot_loss(run_directory: Path, heldout_before: float | None) -> Path | None:
     lines = read_metrics(run_directory / "metrics.jsonl")
     points = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.benchmark.cases.shapes import configuration
 from engine.config.train_config import TrainConfig
+from engine.errors import gib
 from engine.memory.estimate import Workload, plan
-from engine.memory.simulate.meter import gib
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.selfcheck.accuracy import references

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from engine.errors import CheckpointError
 from engine.storage import durable
 from engine.storage.safe_files import append_regular
 
@@ -33,7 +34,11 @@ class AppendedLines:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise durable.write_error(self.path, error) from error
+            raise CheckpointError(
+                f"The disk did not confirm the lines of {self.path}: {durable.describe(error)}. "
+                "The checkpoint that was to follow was not written; those before it are safe. "
+                "Check that disk, and go on with `engine resume`."
+            ) from error
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

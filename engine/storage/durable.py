@@ -13,8 +13,9 @@ a writer that was killed leaves under such names goes when the same output is wr
 get the mode that the umask allows, not 0600 as `tempfile` would give them: a model
 is written to be read by others.
 
-Every `OSError` of a write becomes a `CheckpointError` that names the path, the system's own words
-and, where the disk is full, what is left on it.
+Every `OSError` of a write becomes a `CheckpointError` that names the path, the system's own words,
+what is safe and, where the disk is full, what is left on it and what was needed. A flush of the
+folder that fails after the rename is an `UnconfirmedError`: the output is whole.
 """
 
 from __future__ import annotations
@@ -32,18 +33,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, gib
 
 TEMPORARY_PREFIX = ".tmp-"
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = re.compile(rf"^{re.escape(TEMPORARY_PREFIX)}(.+)-\d+-[0-9a-f]{{8}}$")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+
+
+class UnconfirmedError(CheckpointError):
+    """An output is whole under its name, and the disk did not confirm the name."""
 
 
 def write_bytes(path: Path | str, data: bytes | bytearray | memoryview) -> None:
     """Replace the content of `path` by `data`, durably. Raises `CheckpointError`."""
-    with replacing(path) as handle:
+    with replacing(path, memoryview(data).nbytes) as handle:
         handle.write(data)
 
 
@@ -70,7 +76,7 @@ def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
     temporary = temporary_beside(path)
     published = False
     try:
-        with _writing(path):
+        with _writing(path, size):
             sweep_leftovers(path)
             with os.fdopen(os.open(temporary, _EXCLUSIVE, 0o666), "wb") as handle:
                 if size:
@@ -80,7 +86,7 @@ def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
                 os.fsync(handle.fileno())
             temporary.replace(path)
             published = True
-            fsync_dir(path.parent)
+        _confirm(path)
     finally:
         if not published:
             # The failure that led here is the one to report; what is left carries its prefix.
@@ -102,7 +108,7 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
         with _writing(target):
             fsync_tree(temporary)
             temporary.replace(target)
-            fsync_dir(target.parent)
+        _confirm(target)
 
 
 @contextlib.contextmanager
@@ -114,18 +120,19 @@ def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
     what is occupied before any work is done. A failed write, also one inside, raises
     `CheckpointError`.
     """
-    with _temporary_folder(target) as temporary, _writing(target):
-        yield temporary
-        fsync_tree(temporary)
-        files = sorted(temporary.iterdir(), reverse=True)
-        files.sort(key=lambda f: (f.name == target.name, f.name.startswith(target.stem)))
-        try:
-            for file in files:
-                _name_also(file, target.with_name(file.name), overwrite)
-        except OSError:
-            _withdraw(temporary)
-            raise
-        fsync_dir(target.parent)
+    with _temporary_folder(target) as temporary:
+        with _writing(target):
+            yield temporary
+            fsync_tree(temporary)
+            files = sorted(temporary.iterdir(), reverse=True)
+            files.sort(key=lambda f: (f.name == target.name, f.name.startswith(target.stem)))
+            try:
+                for file in files:
+                    _name_also(file, target.with_name(file.name), overwrite)
+            except OSError:
+                _withdraw(temporary)
+                raise
+        _confirm(target)
 
 
 def _name_also(file: Path, target: Path, overwrite: bool) -> None:
@@ -241,11 +248,24 @@ def refuse_occupied(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, size: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(path, error, size) from error
+
+
+def _confirm(path: Path) -> None:
+    """Flush the name of `path`, which stands already, to the disk."""
+    try:
+        fsync_dir(path.parent)
+    except OSError as error:
+        raise UnconfirmedError(
+            f"{final_name(path)} is written whole and can be used, but the disk did not confirm "
+            f"its name: flushing the folder {final_name(path.parent)} failed with "
+            f"{describe(error)}. After a loss of power it may be missing. Check that disk; to "
+            "be sure, write it anew on another one."
+        ) from error
 
 
 def require_space(target: Path, size: int) -> None:
@@ -253,9 +273,14 @@ def require_space(target: Path, size: int) -> None:
     free = _free_bytes(target)
     if free is not None and free < size:
         raise CheckpointError(
-            f"Writing {target} takes {size / 2**20:.0f} MiB, and {free / 2**20:.0f} MiB are free "
-            "there. Make room or name an output on another disk."
+            f"Writing {target} takes {gib(size)}, and {gib(free)} are free there. Nothing was "
+            "written. Make room or name an output on another disk."
         )
+
+
+def final_name(path: Path) -> Path:
+    """`path` as it is called once it is whole: parts of it may have temporary names."""
+    return Path(*(_TEMPORARY.sub(r"\1", part) for part in path.parts))
 
 
 def temporary_beside(path: Path) -> Path:
@@ -301,22 +326,25 @@ def describe(error: OSError) -> str:
     `No space left on device (ENOSPC)`."""
     code = error.errno
     if code is None:
-        return str(error)
+        return str(error).rstrip(".") or type(error).__name__
     return f"{os.strerror(code)} ({errno.errorcode.get(code, code)})"
 
 
-def write_error(path: Path, error: OSError) -> CheckpointError:
-    """The `CheckpointError` to raise when writing `path` failed with `error`."""
-    message = f"Cannot write {path}: {describe(error)}."
+def write_error(path: Path, error: OSError, size: int | None = None) -> CheckpointError:
+    """The `CheckpointError` to raise when writing `size` bytes to `path` failed with `error`."""
+    message = f"Cannot write {final_name(path)}: {describe(error)}."
     if error.errno in _FULL:
-        free = _free_bytes(path)
-        left = "" if free is None else f" {free / 2**20:.0f} MiB are free there."
-        return CheckpointError(f"{message}{left} Make room or name an output on another disk.")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CheckpointError(f"{message} Name an output folder that you may write to.")
-    if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return CheckpointError(f"{message} Its folder {path.parent} has to exist.")
-    return CheckpointError(f"{message} The output was not written.")
+        free, need = _free_bytes(path), "" if size is None else f"It takes {gib(size)}, and "
+        if free is not None:
+            message += f" {need}{gib(free)} are free there."
+        hint = "Make room or name an output on another disk."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        hint = "Name an output folder that you may write to."
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+        hint = f"Its folder {final_name(path.parent)} has to exist."
+    else:
+        hint = "Check that disk, or name an output on another one."
+    return CheckpointError(f"{message} It was not written, and what stood there stays. {hint}")
 
 
 def _free_bytes(path: Path) -> int | None:

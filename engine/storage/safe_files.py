@@ -53,10 +53,28 @@ def open_regular(path: Path) -> int:
         descriptor = os.open(target, _READ_ONLY)
     except OSError as error:
         raise CheckpointError(f"Cannot open {path}: {describe(error)}.") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        with reading(path):
+            regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+        if not regular:
+            raise CheckpointError(
+                f"{path} is not a regular file; a model holds regular files only."
+            )
+    except CheckpointError:
         os.close(descriptor)
-        raise CheckpointError(f"{path} is not a regular file; a model holds regular files only.")
+        raise
     return descriptor
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around what reads `path`: an `OSError` becomes a `CheckpointError` that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot read {path}: {describe(error)}. Check that disk, or copy the file again."
+        ) from error
 
 
 def append_regular(path: Path, errors: str = "strict") -> TextIOWrapper:
@@ -87,11 +105,8 @@ def _made_regular(path: Path, how: int) -> int:
 def read_regular(path: Path, limit: int) -> bytes:
     """The whole content of `path`, at most `limit` bytes. Raises `CheckpointError`."""
     descriptor = open_regular(path)
-    with os.fdopen(descriptor, "rb") as handle:
-        try:
-            data = handle.read(limit + 1)
-        except OSError as error:
-            raise CheckpointError(f"Cannot read {path}: {describe(error)}.") from error
+    with reading(path), os.fdopen(descriptor, "rb") as handle:
+        data = handle.read(limit + 1)
     if len(data) > limit:
         raise CheckpointError(
             f"{path} holds more than {limit / MIB:.0f} MiB, more than any file of its kind."
@@ -143,7 +158,8 @@ def is_pickle(path: Path) -> bool:
 
 def read_head(path: Path, size: int) -> bytes:
     """The first `size` bytes of `path`, or fewer. Raises `CheckpointError`."""
-    with os.fdopen(open_regular(path), "rb") as handle:
+    descriptor = open_regular(path)
+    with reading(path), os.fdopen(descriptor, "rb") as handle:
         return handle.read(size)
 
 

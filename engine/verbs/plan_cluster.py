@@ -10,9 +10,8 @@ from engine.clusters.ranking import Ranked, rank_arrangements
 from engine.config.spelling import number_and_size, size_in_bytes
 from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, gib
 from engine.memory.run_planner import compute_dtype
-from engine.memory.simulate.meter import gib
 from engine.verbs.training.plan import find_target, rate_of
 
 _ESTIMATE = (

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.errors import MemoryPlanError
+from engine.errors import MemoryPlanError, gib
 
 OWNERS = (
     "NF4 base",
@@ -197,11 +197,3 @@ class MemoryMeter(TorchDispatchMode):
         if counted > self._segment.bytes:
             self._segment.bytes = counted
             self._segment.owners = dict(self.live)
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(size) >= factor:
-            return f"{size / factor:.2f} {unit}"
-    return f"{size:.0f} B"

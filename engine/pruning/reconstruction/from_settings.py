@@ -11,8 +11,8 @@ from engine.config.choices import METRICS_WITH_DATA
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.device import resolve_device, resolve_dtype
+from engine.errors import gib
 from engine.memory.auto_policy import free_memory
-from engine.memory.simulate.meter import gib
 from engine.model_sources.export import parse_dtype
 from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource

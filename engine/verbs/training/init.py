@@ -18,10 +18,9 @@ from engine.data.dataset import RowChoice, read_chosen
 from engine.data.examples import ExampleSettings, build_examples
 from engine.data.preferences import pair_examples
 from engine.data.rows import Row
-from engine.errors import DataError, EngineError
+from engine.errors import DataError, EngineError, gib
 from engine.memory.run_planner import USABLE, usable_memory
 from engine.memory.search import changed, choose
-from engine.memory.simulate.meter import gib
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.verbs.training.plan import PlanReport, find_target

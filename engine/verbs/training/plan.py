@@ -14,7 +14,7 @@ from engine.config.choices import GPU_TFLOPS
 from engine.config.sources import build
 from engine.config.train_config import TrainConfig
 from engine.distributed.group import processes_here
-from engine.errors import ConfigError, MemoryPlanError
+from engine.errors import ConfigError, MemoryPlanError, gib
 from engine.memory.auto_policy import chunk_of
 from engine.memory.estimate import MemoryPlan
 from engine.memory.find_model import find_model, noted_quantisation, quantised_files, stored_in_nf4
@@ -30,7 +30,7 @@ from engine.memory.run_planner import (
     with_new_rows,
 )
 from engine.memory.search import Choice, Planner, changed, choose
-from engine.memory.simulate.meter import OWNERS, gib
+from engine.memory.simulate.meter import OWNERS
 from engine.memory.simulate.stored_model import stored_model
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import describe_model

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError
+from engine.errors import MemoryPlanError, gib
 from engine.memory.estimate import Workload, cublas_workspace, plan
 from engine.memory.model_shapes import preset_config
 from engine.memory.out_of_memory import DeviceUse, explain, explained
-from engine.memory.simulate.meter import gib
 from models.config.model_config import ModelConfig
 
 GIB, MIB = 2**30, 2**20

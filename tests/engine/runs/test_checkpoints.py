@@ -18,6 +18,7 @@ import torch
 
 from engine.errors import CheckpointError, ConfigError
 from engine.runs.checkpoints import CheckpointStore
+from engine.storage import durable
 from engine.storage.manifest import MANIFEST_NAME, read_manifest
 
 Tensors = dict[str, dict[str, torch.Tensor]]
@@ -305,9 +306,32 @@ def test_an_input_output_error_is_answered_by_writing_anew(
         save(store, 2)
         store.load(store.path_of(2))
     else:
-        with pytest.raises(CheckpointError, match="EIO"):
+        with pytest.raises(CheckpointError, match=r"EIO.* steps are safe: 1\."):
             save(store, 2)
         assert names(store.root) == {"checkpoint-1"}
+
+
+@pytest.mark.parametrize(("failures", "saved"), [(1, True), (9, False)])
+def test_a_checkpoint_whose_name_is_not_confirmed_is_written_anew(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, failures: int, saved: bool
+) -> None:
+    save(store, 1)
+    real, left = durable.fsync_dir, [failures]
+
+    def failing(folder: Path | str) -> None:
+        if Path(folder) == store.root and store.path_of(2).exists() and left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(folder)
+
+    monkeypatch.setattr(durable, "fsync_dir", failing)
+    if saved:
+        save(store, 2)
+    else:
+        with pytest.raises(CheckpointError, match=r"written whole .* steps are safe: 1, 2"):
+            save(store, 2)
+    assert names(store.root) == {"checkpoint-1", "checkpoint-2"}
+    store.load(store.path_of(2))
 
 
 def test_a_whole_checkpoint_reads_back_by_its_manifest_alone(store: CheckpointStore) -> None:

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,7 @@ def test_file_and_folder_are_synced_around_the_rename(
 @pytest.mark.parametrize(
     ("code", "hint"),
     [
-        (errno.ENOSPC, "MiB are free there. Make room"),
+        (errno.ENOSPC, "are free there. It was not written, and what stood there stays. Make room"),
         (errno.EDQUOT, "Make room"),
         (errno.EROFS, "that you may write to"),
         (errno.EACCES, "that you may write to"),
@@ -117,6 +118,47 @@ def test_a_refusing_disk_is_named_with_the_systems_words(
     assert hint in message
     assert path.read_text() == "old"
     assert left_over(tmp_path) == []
+
+
+def _write_file(target: Path) -> None:
+    durable.write_text(target, "new")
+
+
+def _write_folder(target: Path) -> None:
+    with durable.publish_directory(target) as folder:
+        (folder / "one").write_text("new")
+
+
+def _write_files(target: Path) -> None:
+    with durable.publish_files(target) as folder:
+        (folder / target.name).write_text("new")
+
+
+@pytest.mark.parametrize("write", [_write_file, _write_folder, _write_files])
+def test_an_output_is_said_to_be_whole_where_only_its_name_is_not_confirmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
+) -> None:
+    real = durable.fsync_dir
+
+    def refuse(folder: Path | str) -> None:
+        if Path(folder) == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(folder)
+
+    monkeypatch.setattr(durable, "fsync_dir", refuse)
+    with pytest.raises(durable.UnconfirmedError) as caught:
+        write(tmp_path / "a")
+    assert f"{tmp_path / 'a'} is written whole and can be used" in str(caught.value)
+    assert f"flushing the folder {tmp_path} failed" in str(caught.value)
+    assert (tmp_path / "a").exists() and left_over(tmp_path) == []
+
+
+def test_a_full_disk_says_what_is_needed_and_the_final_name(tmp_path: Path) -> None:
+    folder = durable.temporary_beside(tmp_path / "out")
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    told = str(durable.write_error(durable.temporary_beside(folder / "a.json"), error, 3000))
+    assert f"Cannot write {tmp_path / 'out' / 'a.json'}: No space left" in told
+    assert "It takes 2.93 KiB, and" in told and "are free there" in told
 
 
 def test_a_file_size_limit_stops_a_write_cleanly(tmp_path: Path) -> None:
