@@ -11,14 +11,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.inference import GenerateSettings
 from engine.data.sources.streams.json_lines import read_json
 from engine.data.sources.streams.located import BadLine
-from engine.errors import ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import GenerateResult, conversation_ids
 from engine.inference.request import RequestSettings
@@ -105,7 +107,7 @@ def answer_file(
                 yield PromptJob(ids, sampled(base, index * samples + sample))
 
     answers = answer_in_order(generator, jobs(), 2 * generator.slots)
-    with safe_files.append_regular(output) as handle:
+    with _appending(output) as handle:
         for index in range(done, len(rows)):
             own = [next(answers) for _ in range(samples)]
             handle.write(json.dumps(_line(rows[index], own), ensure_ascii=False) + "\n")
@@ -113,8 +115,21 @@ def answer_file(
             os.fsync(handle.fileno())
             if on_row is not None:
                 on_row(index + 1, len(rows))
-    durable.fsync_dir(output.parent)
     return len(rows) - done
+
+
+@contextmanager
+def _appending(output: Path) -> Iterator[TextIOWrapper]:
+    """The output, open for further lines. Raises `CheckpointError` where the disk refuses."""
+    try:
+        with safe_files.append_regular(output) as handle:
+            yield handle
+        durable.fsync_dir(output.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot append to {output}: {durable.describe(error)}. The answers in it are safe. "
+            "Check that disk or make room on it; the same command goes on behind them."
+        ) from error
 
 
 def settings_file(output: Path) -> Path:

@@ -28,7 +28,11 @@ def run_stage(
     durable.write_text(file, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     command = [sys.executable, "-m", "engine", *verb.split(), "--config", str(file)]
     errors = folder / "stderr.log"
-    with write_regular(errors) as log, write_regular(folder / "stdout.log") as output:
+    with (
+        durable.writing(errors),
+        write_regular(errors) as log,
+        write_regular(folder / "stdout.log") as output,
+    ):
         with subprocess.Popen(
             command, stdout=output if quiet else None, stderr=subprocess.PIPE
         ) as process:

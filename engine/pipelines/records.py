@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from engine.storage import durable
 from engine.storage.safe_files import read_json_object
 
 _BEGUN = "begun.json"
+_MOVING, _REPLACED = "moving", "replaced"
 _RESUMED = ("train",)
 """Verbs that go on with what they began; what others began is made anew."""
 
@@ -46,14 +48,23 @@ class StageRecord:
         return self._facts().get("status") == "Success"
 
     def _set_aside(self, paths: list[Path]) -> None:
-        replaced = self.folder / "replaced"
-        if paths:
-            durable.remove_tree(replaced)
-        for number, path in enumerate(paths):
-            target = replaced / str(number) / path.name
-            target.parent.mkdir(parents=True)
-            shutil.move(path, target)
+        """Move these outputs of a finished run to `replaced/`, by way of `moving/`.
+
+        Wherever a kill falls, each stands in one of the three, and the next start goes on here.
+        """
+        moving = self.folder / _MOVING
+        for number, path in enumerate(self.stage.outputs()):
+            if path in paths:
+                _move(path, moving / str(number) / path.name)
         self.summary.unlink(missing_ok=True)
+        if moving.is_dir():
+            durable.remove_tree(self.folder / _REPLACED)
+            moving.rename(self.folder / _REPLACED)
+            durable.fsync_dir(self.folder)
+
+    def settle(self) -> None:
+        """Delete what was set aside: the stage has ended well, and its outputs stand."""
+        durable.remove_tree(self.folder / _REPLACED)
 
     def begin(self) -> dict[str, Any]:
         """Make ready for the stage's run; the settings that it is to have.
@@ -66,8 +77,9 @@ class StageRecord:
         settings = dict(self.stage.settings)
         own = self._own_outputs()
         standing = [path for path in own if path.exists()]
-        if self._ended_well():
-            self._set_aside(standing)
+        if self._ended_well() or (self.folder / _MOVING).is_dir():
+            with durable.writing(self.folder):
+                self._set_aside(standing)
         elif self.stage.verb in _RESUMED:
             if standing:
                 settings.setdefault("resume", "auto")
@@ -100,8 +112,27 @@ class StageRecord:
         }
         durable.write_json(self.summary, facts)
         if status == 0:
-            durable.remove_tree(self.folder / "replaced")
+            self.settle()
         return facts
+
+
+def _move(path: Path, target: Path) -> None:
+    """Move a file or folder so that one of the two is whole at any moment."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        try:
+            path.rename(target)
+            return
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        if path.is_dir():
+            with durable.publish_directory(target) as folder:
+                shutil.copytree(path, folder, symlinks=True, dirs_exist_ok=True)
+        else:
+            with path.open("rb") as source, durable.replacing(target) as handle:
+                shutil.copyfileobj(source, handle)
+    _remove(path)
 
 
 def _remove(path: Path) -> None:

@@ -64,7 +64,7 @@ def _finite(value: Any) -> Any:
 class MetricsWriter(AppendedLines):
     """Appends lines to `metrics.jsonl`, after cutting the file back to `resume_step`.
 
-    `resume_step` 0 starts the file anew. Raises `OSError` if the file cannot be written.
+    `resume_step` 0 starts the file anew. Raises `CheckpointError` if it cannot be written.
     """
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:

@@ -76,7 +76,7 @@ def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
     temporary = temporary_beside(path)
     published = False
     try:
-        with _writing(path, size):
+        with writing(path, size):
             sweep_leftovers(path)
             with os.fdopen(os.open(temporary, _EXCLUSIVE, 0o666), "wb") as handle:
                 if size:
@@ -105,7 +105,7 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
     refuse_occupied(target)
     with _temporary_folder(target) as temporary:
         yield temporary
-        with _writing(target):
+        with writing(target):
             fsync_tree(temporary)
             temporary.replace(target)
         _confirm(target)
@@ -121,7 +121,7 @@ def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
     `CheckpointError`.
     """
     with _temporary_folder(target) as temporary:
-        with _writing(target):
+        with writing(target):
             yield temporary
             fsync_tree(temporary)
             files = sorted(temporary.iterdir(), reverse=True)
@@ -170,7 +170,7 @@ def _is_same(file: Path, other: Path) -> bool:
 def _temporary_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, removed in the end with what was not moved out of it."""
     temporary = temporary_beside(target)
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(target)
         temporary.mkdir()
@@ -208,7 +208,7 @@ def remove_tree(target: Path) -> None:
 
     Raises `CheckpointError` where it cannot be moved out of the way.
     """
-    with _writing(target):
+    with writing(target):
         sweep_leftovers(target)
         if not target.is_dir():
             return
@@ -236,7 +236,7 @@ def refuse_occupied(target: Path) -> None:
 
     What a writer that was killed left of this output is cleared away first.
     """
-    with _writing(target):
+    with writing(target):
         sweep_leftovers(target)
         occupied = target.is_symlink() or (target.exists() and not target.is_dir())
         occupied = occupied or (target.is_dir() and any(target.iterdir()))
@@ -248,7 +248,8 @@ def refuse_occupied(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path, size: int | None = None) -> Iterator[None]:
+def writing(path: Path, size: int | None = None) -> Iterator[None]:
+    """Around what writes `size` bytes to `path`: an `OSError` becomes a `CheckpointError`."""
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from engine.errors import ConfigError
-from engine.storage.durable import process_lives
+from engine.storage.durable import describe, process_lives
 from engine.storage.safe_files import json_object_or_empty
 
 try:
@@ -41,7 +41,7 @@ class DirectoryLock:
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _CAUTION, 0o666)
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
-                raise OSError(errno.EINVAL, f"its {LOCK_NAME} is no regular file")
+                raise OSError(f"its {LOCK_NAME} is no regular file")
             if fcntl is not None and not self._take():
                 holder = read_holder(directory)
                 who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
@@ -54,7 +54,7 @@ class DirectoryLock:
         except OSError as error:
             self.release()
             raise ConfigError(
-                f"The directory {directory} cannot be written to or locked: {error.strerror}. "
+                f"The directory {directory} cannot be written to or locked: {describe(error)}. "
                 "Choose another with --output-dir."
             ) from None
         except ConfigError:

@@ -21,8 +21,8 @@ import torch
 
 from engine.errors import CheckpointError
 from engine.model_sources.safetensors.header import TensorEntry, lay_out, read_header
-from engine.storage.durable import replacing
-from engine.storage.safe_files import open_regular
+from engine.storage.durable import describe, replacing
+from engine.storage.safe_files import open_regular, reading
 
 
 class SafetensorsFile:
@@ -35,7 +35,7 @@ class SafetensorsFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         descriptor = open_regular(self.path)
-        with os.fdopen(descriptor, "rb") as handle:
+        with reading(self.path), os.fdopen(descriptor, "rb") as handle:
             self.size = os.fstat(handle.fileno()).st_size
             self._entries, self.metadata = read_header(handle, self.size, str(self.path))
             self._map = _map_private(handle.fileno(), str(self.path))
@@ -239,4 +239,5 @@ def _map_private(descriptor: int, source: str) -> mmap.mmap:
             )
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"Cannot map {source} into memory: {error}.") from error
+        told = describe(error) if isinstance(error, OSError) else str(error)
+        raise CheckpointError(f"Cannot map {source} into memory: {told}.") from error

@@ -99,7 +99,7 @@ class SampleWriter(AppendedLines):
 
     `more_stops` are ids that end an answer beside those of the prompts' request. Answers share keys
     and values of at most `step_tokens` tokens, those of a training step, so that they need no more
-    memory than it; one answer alone may need more. Raises `OSError` if the file cannot be written.
+    memory than it; one answer alone may need more. Raises `CheckpointError` if the disk refuses.
     """
 
     def __init__(

@@ -48,6 +48,7 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
         for index, stage in enumerate(recipe.stages):
             record = StageRecord(recipe.output_dir, stage)
             if index < again and record.is_done():
+                record.settle()
                 result.skipped.append(stage.name)
                 tell(_event("stage_skipped", stage=stage.name))
                 continue

@@ -70,6 +70,7 @@ def _run(recipe: Sweep, trial: Trial, tell: OnTrial) -> int:
     """Run one trial, unless it is done; its exit status."""
     record = StageRecord(recipe.output_dir, Stage(trial.name, "train", dict(trial.settings)))
     if record.is_done():
+        record.settle()
         tell(trial, "done before")
         return 0
     tell(trial, "begins")

@@ -1,5 +1,6 @@
 """Stages of a pipeline run in order, each once, and say how they ended."""
 
+import errno
 import json
 import os
 import signal
@@ -101,6 +102,71 @@ def test_a_failed_stage_says_why_and_keeps_what_stood_before_it(
     assert "absent.jsonl" in json.loads((folder / "summary.json").read_text())["error_message"]
     assert len((folder / "replaced" / "0" / "rows.jsonl").read_text().splitlines()) == 2
     capsys.readouterr()
+
+
+class Killed(BaseException):
+    """Ends a start where a kill would."""
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_nothing_that_is_set_aside_is_lost_wherever_a_kill_falls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, across: bool
+) -> None:
+    def begin(folder: Path, kill_at: int) -> bool:
+        """Begin a finished stage anew, killed before one of its renames; whether it was."""
+        outputs = {"output": folder / "rows.jsonl", "report": folder / "report.json"}
+        record = StageRecord(
+            folder, Stage("s", "data split", {k: str(p) for k, p in outputs.items()})
+        )
+        if not record.folder.exists():
+            record.begin()
+            for path in outputs.values():
+                path.write_text(path.name)
+            record.end(0, 1.0, None)
+        real, seen = Path.rename, [0]
+
+        def rename(path: Path, target: Path) -> Path:
+            seen[0] += 1
+            if seen[0] == kill_at:
+                raise Killed
+            if across and path.parent == folder:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return real(path, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        try:
+            record.begin()
+        except Killed:
+            return True
+        finally:
+            monkeypatch.setattr(Path, "rename", real)
+        return False
+
+    kills = 0
+    for at in range(1, 20):
+        folder = tmp_path / str(at)
+        folder.mkdir()
+        killed = begin(folder, at)
+        kills += killed
+        for name in ("rows.jsonl", "report.json"):
+            assert name in {path.read_text() for path in folder.rglob(name)}
+        assert not begin(folder, 0)
+        replaced = folder / "stages" / "s" / "replaced"
+        left = sorted(str(p.relative_to(replaced)) for p in replaced.rglob("*.json*"))
+        assert left == ["0/rows.jsonl", "1/report.json"] and not list(folder.glob("*.json*"))
+        assert not (replaced.parent / "moving").exists()
+    assert kills >= 3
+
+
+def test_what_was_set_aside_goes_where_a_kill_kept_it_past_the_stages_end(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    file = recipe_file(tmp_path, convert(write_rows(2)))
+    assert cli.main(["pipeline", str(file)]) == 0
+    replaced = tmp_path / "out" / "stages" / "rows" / "replaced"
+    replaced.mkdir()
+    assert cli.main(["pipeline", str(file)]) == 0
+    assert not replaced.exists()
 
 
 def test_what_an_unfinished_stage_left_is_removed_and_what_was_there_before_is_not(

@@ -39,6 +39,7 @@ ALLOWED = {
     "engine/gates/generated_code.py run_program": OWN_FOLDER,
     "engine/memory/process.py forget_peak": SWITCH,
     "engine/pipelines/records.py StageRecord._set_aside": "moves what is to be replaced, whole",
+    "engine/pipelines/records.py _move": "moves what is to be replaced, whole",
     "engine/pipelines/records.py _remove": RECORD,
     "engine/plots.py save_figure": TO_A_HANDLE,
     "engine/runs/checkpoints.py CheckpointStore.clear": BY_RENAME,
