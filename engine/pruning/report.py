@@ -14,6 +14,11 @@ LOADS_IN = (
     "other program reads"
 )
 
+MASKED_IN = (
+    "this engine alone: the mask lies beside the weights, and other programs run the heads that it "
+    "takes out"
+)
+
 
 def describe(
     layers: list[LayerScores], rules: Rules, choice: Selection, metric: Metric, mode: str

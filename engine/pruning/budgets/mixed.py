@@ -37,7 +37,12 @@ from engine.pruning.budgets.options import (
 )
 from engine.pruning.calibration import calibration_examples
 from engine.pruning.cut import cut_source
-from engine.pruning.reconstruction.from_settings import calibration_of, repair_of, scores_of
+from engine.pruning.reconstruction.from_settings import (
+    calibration_of,
+    repair_of,
+    say_memory,
+    scores_of,
+)
 from engine.pruning.reconstruction.repair import RepairedSource
 from engine.pruning.reconstruction.sensitivity import first_tokens
 from engine.pruning.report import describe
@@ -114,6 +119,7 @@ class _Work:
         self.order: list[int] = []
         self._scored: dict[Prunable, list[LayerScores]] = {}
         self._examples = calibration_examples(source, calibration_of(settings))
+        say_memory(source, self._examples, settings)
         self._batch = collate(first_tokens(self._examples))
         self._known, self._head = self._states(source)
 

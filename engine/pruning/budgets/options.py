@@ -42,11 +42,18 @@ def options_of(config: ModelConfig, part: Prunable) -> list[int]:
     else:
         options = [n for n in range(units) if _loads(config, counts_of(config, part, n))]
     if len(options) == 1:
-        raise ConfigError(
-            f"--what {part}: every layer of this model has to keep all of its own. Leave {part} "
-            "out of --what."
-        )
+        why = _why_none(config, part)
+        raise ConfigError(f"--what {part}: {why}. Leave {part} out of --what.")
     return options
+
+
+def _why_none(config: ModelConfig, part: Prunable) -> str:
+    """Why a part has nothing to give up."""
+    if part == "experts" and not any(config.sparse_layers):
+        return "this model has no mixture of experts"
+    if part == "mlp" and any(config.sparse_layers):
+        return "the feed-forward parts of this model are mixtures of experts"
+    return "every layer of this model has to keep all of its own"
 
 
 def counts_of(config: ModelConfig, part: Prunable, count: int, order: Sequence[int] = ()) -> Counts:

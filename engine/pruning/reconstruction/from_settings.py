@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -18,16 +19,27 @@ from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.pruning_record import HeadMap
-from engine.pruning.calibration import Calibration, calibration_examples, measured_scores
+from engine.model_sources.quantised.stored_codes import used_weights
+from engine.pruning.calibration import (
+    TOKENS_PER_BATCH,
+    Calibration,
+    calibration_examples,
+    measured_scores,
+)
 from engine.pruning.reconstruction.importance import reconstruction_scores
 from engine.pruning.reconstruction.layer_stream import LayerStream
-from engine.pruning.reconstruction.memory import calibration_peak
+from engine.pruning.reconstruction.memory import (
+    calibration_peak,
+    scoring_peak,
+    weight_bytes,
+)
 from engine.pruning.reconstruction.repair import Change, HeadRepair
 from engine.pruning.reconstruction.sensitivity import PrefixDivergence
 from engine.pruning.scores import LayerScores, weight_scores
 from models.head_slices import HeadSlices
 
 log = logging.getLogger(__name__)
+_FP32 = 4
 
 
 def calibration_of(settings: PruneSettings) -> Calibration:
@@ -59,7 +71,6 @@ def scores_of(
     metric, how = settings.importance, calibration_of(settings)
     if metric == "l2-reconstruction":
         examples = rows()
-        say_memory(source, examples, settings, settings.measures_layers)
         stream = LayerStream(source, examples, how)
         blank = weight_scores(source, layers, "random")
         measured = whole_model(source, examples, how) if settings.measures_layers else None
@@ -71,19 +82,9 @@ def scores_of(
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)
 
 
-def say_memory(
-    source: ModelSource, examples: Sequence[Example], settings: PruneSettings, whole: bool
-) -> None:
-    """Say what a pass over the rows will take, and warn where the host has less."""
-    device = resolve_device(settings.device)
-    peak = calibration_peak(
-        source.config,
-        sum(map(len, examples)),
-        compute=resolve_dtype(settings.compute_dtype, device).itemsize,
-        stored=2 if settings.dtype in ("bfloat16", "float16") else 4,
-        channels=settings.what == "mlp",
-        whole=whole,
-    )
+def say_memory(source: ModelSource, examples: Sequence[Example], settings: PruneSettings) -> None:
+    """Say what work on the rows will take, and warn where there is less."""
+    peak, device = memory_of(source, examples, settings), resolve_device(settings.device)
     log.info("Calibration on %d rows takes about %s", len(examples), gib(peak))
     available = free_memory(device)
     if available < peak:
@@ -92,6 +93,33 @@ def say_memory(
             "(which does not need the whole model), or another machine.",
             gib(available),
         )
+
+
+def memory_of(source: ModelSource, examples: Sequence[Example], settings: PruneSettings) -> int:
+    """The most bytes that scoring and repairing on these rows take."""
+    config, metric, parts = source.config, settings.importance, settings.parts
+    tokens = sum(map(len, examples))
+    compute = resolve_dtype(settings.compute_dtype, resolve_device(settings.device)).itemsize
+    written = parse_dtype(settings.dtype or type_to_write(source))
+    whole = weight_bytes(config, compute, used_weights(source, settings.quantize)[0])
+    gaps = settings.target is None and settings.what == "layers"
+    streamed = calibration_peak(
+        config,
+        tokens,
+        compute=compute,
+        stored=_FP32 if written is None else written.itemsize,
+        channels="mlp" in parts or "layers" in parts,
+        gaps=math.ceil(settings.share * config.num_hidden_layers) if gaps else None,
+    )
+    if settings.prunes_heads and metric in ("l2-output", "gradient"):
+        gradient, longest = metric == "gradient", max(map(len, examples), default=0)
+        batch = longest if gradient else max(longest, min(tokens, TOKENS_PER_BATCH))
+        scored = scoring_peak(config, batch, compute=compute, gradient=gradient)
+        return max(whole + scored, streamed if settings.repairs else 0)
+    beside = settings.target is not None or (
+        metric == "l2-reconstruction" and (settings.measures_layers or settings.what == "layers")
+    )
+    return streamed + whole * beside
 
 
 def whole_model(

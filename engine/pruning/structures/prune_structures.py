@@ -40,8 +40,8 @@ def prune_structures(
     fraction that cannot be met.
     """
     examples = calibration_examples(source, calibration_of(settings)) if rows is None else rows
-    whole = settings.what == "layers" and settings.importance == "l2-reconstruction"
-    say_memory(source, examples, settings, whole)
+    if rows is None:
+        say_memory(source, examples, settings)
     if settings.what == "mlp":
         left, record = _without_channels(source, settings, examples, protected)
     elif settings.what == "experts":

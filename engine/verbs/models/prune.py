@@ -39,10 +39,11 @@ from engine.pruning.heat_map import HEAT_MAP, draw
 from engine.pruning.reconstruction.from_settings import (
     repair_of,
     rows_when_asked,
+    say_memory,
     scores_of,
 )
 from engine.pruning.reconstruction.repair import Change, RepairedSource
-from engine.pruning.report import LOADS_IN, all_pruned, describe
+from engine.pruning.report import LOADS_IN, MASKED_IN, all_pruned, describe
 from engine.pruning.scores import (
     WEIGHTS_WARNING,
     LayerScores,
@@ -100,6 +101,8 @@ def prune(
     if settings.importance in ("l2-weights", "l2-weights-largest", "ov"):
         log.warning(WEIGHTS_WARNING, settings.importance)
     rows = rows_when_asked(source, settings)
+    if settings.importance in METRICS_WITH_DATA or (settings.repairs and output is not None):
+        say_memory(source, rows(), settings)
     if scored is None:
         scored = scores_of(source, layers, settings, rows)
     choice = select(scored, rules)
@@ -117,6 +120,8 @@ def prune(
     uniform = rules.uniform and settings.heads == "attention"
     if settings.per_layer or (cut_before and not uniform):
         record["loads_in"] = LOADS_IN
+    elif settings.form == "mask":
+        record["loads_in"] = MASKED_IN
     if _uses_rows(settings):
         record["calibration_rows"] = settings.calibration_rows
         record["data"] = list(settings.data)

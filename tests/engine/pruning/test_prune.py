@@ -73,6 +73,7 @@ def test_zero_mask_and_structural_give_the_same_logits(
         record = run(model, tmp_path / mode, mode=mode, scope=scope, granularity=granularity)
         assert record["heads"]["removed"] == 2 * len(record["layers"])
         assert record["heads"]["before"] == 4 * len(record["layers"])
+        assert ("other programs" in record.get("loads_in", "")) == (mode == "mask")
         chosen[mode] = record["chosen"]
     if granularity == "kv-group":
         assert chosen["structural"] == chosen["zero"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from engine.config.choices import Granularity, PruneMode
+from engine.config.choices import Granularity, HeadKind, PruneMode
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
@@ -142,6 +142,33 @@ def test_repaired_outputs_are_least_squares_fits_to_transformers_own_activations
         o_proj.weight[:, stay] = torch.from_numpy(expected).float()
         out = [n for n in range(o_proj.weight.shape[1]) if n not in stay]
         o_proj.weight[:, out] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["zero", "structural"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, "attention") for family in FAMILIES]
+    + [(family, "delta") for family in FAMILIES if "qwen3_5" in family or "next" in family],
+)
+def test_repaired_models_of_every_family_load_with_equal_logits(
+    family: str, kind: HeadKind, mode: PruneMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "engine.pruning.reconstruction.from_settings.calibration_examples",
+        lambda *_: rows_of((70, 53, 61)),
+    )
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    # A third of the heads of three to a group, else a half.
+    fraction = 1 / 3 if (family, kind) == ("qwen3_next", "delta") else 0.5
+    settings = PruneSettings(
+        fraction=fraction, mode=mode, heads=kind, scope="layer", data=[tmp_path / "rows.jsonl"],
+        dtype="float32", device="cpu",
+    )  # fmt: skip
+    record = prune(GOLDEN / family, tmp_path / "out", settings).record
+    assert record["repair"]["method"] == "least-squares"
+    ours, theirs = load_model(tmp_path / "out")(IDS), peer(tmp_path / "out")(IDS).logits
+    assert float((ours - theirs).abs().max()) <= 5e-5
 
 
 @torch.no_grad()

@@ -129,8 +129,10 @@ def test_each_kind_of_layer_is_timed_once(golden: Golden, monkeypatch: pytest.Mo
 def test_what_cannot_be_asked_is_told(golden: Golden, to_target: Prune) -> None:
     with pytest.raises(ConfigError, match="of the whole is left at the least"):
         to_target(golden("llama"), "params=0.05", "mlp")
-    with pytest.raises(ConfigError, match="keep all of its own"):
+    with pytest.raises(ConfigError, match="experts: this model has no mixture of experts"):
         to_target(golden("llama"), "params=0.9", "experts,mlp")
+    with pytest.raises(ConfigError, match="feed-forward parts of this model are mixtures"):
+        to_target(golden("qwen3_moe"), "params=0.9", "mlp")
     for wrong, told in (
         ({"target": "params=0.5", "fraction": 0.5}, "one of them"),
         ({}, "one of them"),

@@ -3,20 +3,18 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.config.tasks.pruning import PruneSettings
 from engine.memory.simulate.meter import MemoryMeter
 from engine.model_sources.open import open_model_source
-from engine.pruning.calibration import Calibration
-from engine.pruning.reconstruction.importance import reconstruction_scores
-from engine.pruning.reconstruction.layer_stream import LayerStream
-from engine.pruning.reconstruction.memory import calibration_peak
-from engine.pruning.reconstruction.repair import HeadRepair
-from engine.pruning.scores import prunable_heads, weight_scores
-from engine.pruning.structures.channels import ChannelPruning
+from engine.pruning.reconstruction.from_settings import memory_of
+from engine.pruning.reconstruction.memory import calibration_peak, weight_bytes
+from engine.verbs.models.prune import prune
 from models.config.model_config import ModelConfig
 from models.tensor_names import expected_tensors
 from tests.support.small_runs import random_examples
@@ -40,20 +38,20 @@ JOINED = 2 * 14_336 * 4096
 
 def test_heads_of_an_8b_model() -> None:
     config = ModelConfig.from_dict(LLAMA_8B)
-    planned = calibration_peak(config, 32_768, compute=4, stored=2, channels=False, whole=False)
+    planned = calibration_peak(config, 32_768, compute=4, stored=2, channels=False)
     states, layer = (4 + 1) * 32_768 * 4096 * 4, 4 * (LAYER + JOINED)
     matrices, weights = 5 * 4096**2 * 8, 3 * 4096**2 * 8
     assert planned == states + layer + matrices + weights + 32 * 4096**2 * 2
     assert planned < 8e9
-    whole = calibration_peak(config, 32_768, compute=4, stored=2, channels=False, whole=True)
-    assert whole - planned == 4 * 8_030_261_248
+    assert weight_bytes(config, 4, None) == 4 * 8_030_261_248
+    # Of these are 7.0 billion in the projections; embedding, head and norms are not quantised.
+    assert 4 * 1_051_000_000 + 0.5 * 6.979e9 < weight_bytes(config, 4, "nf4") < 8e9
 
 
 def test_channels_have_wider_sums() -> None:
     config = ModelConfig.from_dict(LLAMA_8B)
     heads, channels = (
-        calibration_peak(config, 4096, compute=4, stored=2, channels=wide, whole=False)
-        for wide in (False, True)
+        calibration_peak(config, 4096, compute=4, stored=2, channels=wide) for wide in (False, True)
     )
     more = (14_336**2 - 4096**2) * 5 * 8 + (14_336 - 4096) * 4096 * (3 * 8 + 32 * 2)
     assert channels - heads == more
@@ -64,44 +62,60 @@ def test_depth_counts_only_what_was_repaired(tokens: int) -> None:
     config = ModelConfig.from_dict(LLAMA_8B)
     deep = config.with_layers(64)
     shallow, twice = (
-        calibration_peak(c, tokens, compute=4, stored=2, channels=False, whole=False)
-        for c in (config, deep)
+        calibration_peak(c, tokens, compute=4, stored=2, channels=False) for c in (config, deep)
     )
     assert twice - shallow == 32 * 4096**2 * 2
 
 
 def test_delta_heads_are_known(golden: Callable[[str], Path]) -> None:
     config = open_model_source(golden("qwen3_5")).config
-    assert calibration_peak(config, 10, compute=4, stored=2, channels=False, whole=False) > 0
+    assert calibration_peak(config, 10, compute=4, stored=2, channels=False) > 0
 
 
-@pytest.mark.parametrize("what", ["repair", "scores", "channels"])
 @pytest.mark.parametrize(
-    ("width", "inner", "rows"), [(256, 512, 30), (256, 512, 4), (128, 640, 20)]
+    "settings",
+    [
+        {"metric": "random"},
+        {"metric": "l2-output", "repair": "none"},
+        {"metric": "gradient"},
+        {"scope": "global"},
+        {"scope": "sensitivity"},
+        {"what": "mlp"},
+        {"what": "layers"},
+        {"what": "layers", "metric": "cosine"},
+        {"target": "params=0.8", "what": "heads,mlp,layers"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
 )
-def test_what_a_pass_really_holds_is_inside_its_plan(
-    golden: Callable[[str], Path], tmp_path: Path, what: str, width: int, inner: int, rows: int
+@pytest.mark.parametrize(("width", "inner", "rows"), [(256, 512, 4), (128, 640, 20)])
+def test_what_pruning_really_holds_is_inside_its_plan(
+    golden: Callable[[str], Path],
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, Any],
+    width: int,
+    inner: int,
+    rows: int,
 ) -> None:
+    given: dict[str, Any] = {"data": (str(write_rows(2)),), "device": "cpu", "fraction": 0.25}
+    given |= {"dtype": "float32", "compute_dtype": "float32"}
+    if "target" in settings:
+        del given["fraction"]
+    asked, examples = PruneSettings(**given | settings), random_examples(5, (60,) * rows)
+    for module in ("reconstruction.from_settings", "structures.prune_structures", "budgets.mixed"):
+        monkeypatch.setattr(f"engine.pruning.{module}.calibration_examples", lambda *_: examples)
     config = json.loads((golden("llama") / "config.json").read_text()) | {
         "hidden_size": width, "intermediate_size": inner, "head_dim": width // 4,
+        "num_hidden_layers": 4,
     }  # fmt: skip
     shapes = expected_tensors(ModelConfig.from_dict(config))
     tensors = {name: torch.randn(shape) * 0.05 for name, shape in shapes.items()}
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    source, examples = open_model_source(tmp_path), random_examples(5, (60,) * rows)
-    blank = weight_scores(source, prunable_heads(source, "attention"), "random")
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    (model / "config.json").write_text(json.dumps(config))
+    planned = memory_of(open_model_source(model), examples, asked)
     with MemoryMeter() as meter:
-        stream = LayerStream(source, examples, Calibration((), device="cpu", dtype="float32"))
-        if what == "repair":
-            repair = HeadRepair(stream, 1e-3, None)
-            repair.run(blank, {scores.heads.layer: (1,) for scores in blank})
-        elif what == "scores":
-            reconstruction_scores(blank, stream, "head", 1e-3)
-        else:
-            channels = ChannelPruning(stream, "l2-reconstruction", 1e-3, None)
-            channels.run(inner // 4)
-    planned = calibration_peak(
-        source.config, 60 * rows, compute=4, stored=4, channels=what == "channels", whole=False
-    )
+        prune(model, tmp_path / "out", asked)
     assert meter.peak.bytes <= planned <= 2.2 * meter.peak.bytes

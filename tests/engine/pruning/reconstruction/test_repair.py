@@ -1,5 +1,6 @@
 """Repaired models: numpy's least squares, equal in every mode, nothing else changed."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from engine.verbs.models.prune import prune
 from engine.verbs.models.quantize import quantize
 from kernels.attention import attention_forward
 from models.decoder import Decoder
+from models.head_slices import HeadSlices
 from models.layers.observer import LayerObserver, observe_layers
 from tests.support.quantised_gguf import write_q8_gguf
 from tests.support.small_runs import random_examples
@@ -31,6 +33,9 @@ from tests.support.small_runs import random_examples
 Golden = Callable[[str], Path]
 Logits = Callable[..., torch.Tensor]
 RIDGE = 1e-3
+FAMILIES = sorted(path.name for path in (Path(__file__).parents[3] / "fixtures/golden").iterdir())
+HYBRIDS = ("qwen3_5", "qwen3_5_moe_vl", "qwen3_5_vl", "qwen3_next")
+KINDS = [(family, "attention") for family in FAMILIES] + [(family, "delta") for family in HYBRIDS]
 
 
 def examples() -> list[Example]:
@@ -49,11 +54,7 @@ class _Inputs(LayerObserver):
             self.z = heads_output(self.mixer, saved).flatten(1).clone()
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [("llama", "attention"), ("qwen3_5", "attention"), ("qwen3_5", "delta"),
-     ("qwen3_next", "delta"), ("qwen3_moe", "attention")],
-)  # fmt: skip
+@pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_each_layer_is_numpys_fit_to_what_the_repaired_layers_before_it_give(
     golden: Golden, family: str, kind: Any
 ) -> None:
@@ -77,10 +78,17 @@ def test_each_layer_is_numpys_fit_to_what_the_repaired_layers_before_it_give(
             model.hidden_states(collate(examples()))
         z = observer.z.numpy()
         weight = source.tensor(name_in_file(repair, name)).double().numpy()
+        means = z.mean(0)
+        if linear.bias is not None:  # which takes what the means add
+            z = z - means
         ridge = np.sqrt(RIDGE * (z**2).mean() * len(z)) * np.eye(z.shape[1])
         wide = np.concatenate([z, ridge])
         expected = np.linalg.lstsq(wide[:, stay], wide @ weight.T, rcond=None)[0].T
         assert np.abs(ours[:, stay].numpy() - expected).max() < 1e-8
+        if isinstance(linear.bias, torch.Tensor):
+            bias = source.tensor(name_in_file(repair, f"{heads.module(heads.output)}.bias"))
+            wanted = bias.double().numpy() + weight @ means - expected @ means[stay]
+            assert np.abs(linear.bias.detach().numpy() - wanted).max() < 1e-8
 
 
 def test_a_repaired_layer_mixes_tokens_once(
@@ -117,12 +125,27 @@ def pruned(
     return prune(model, output, PruneSettings(data=(str(rows),), **given)).record
 
 
+def widened(model: Path, folder: Path, layers: list[HeadSlices], records: dict[str, Any]) -> Path:
+    """The model with zeros for the heads that `structural` lost, and its repaired columns."""
+    cut = load_file(folder / "structural" / "model.safetensors")
+    tensors = load_file(model / "model.safetensors")
+    for heads, told in zip(layers, records["structural"]["layers"], strict=True):
+        path = heads.module(heads.output).partition(".")[2]
+        for name in [one for one in tensors if f"{path}." in one]:
+            if name.endswith(".bias"):
+                tensors[name] = cut[name]
+                continue
+            stay = heads.output_columns(set(range(heads.heads)) - set(told["pruned"]))
+            tensors[name] = torch.zeros_like(tensors[name]).index_copy(1, stay, cut[name])
+    target = folder / "wide"
+    target.mkdir()
+    shutil.copy(model / "config.json", target)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
 @pytest.mark.parametrize("granularity", ["head", "kv-group"])
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [("llama", "attention"), ("qwen2", "attention"), ("qwen3_5_vl", "attention"),
-     ("qwen3_5", "delta")],
-)  # fmt: skip
+@pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_zero_mask_and_structural_are_the_same_function_and_only_the_output_changes(
     golden: Golden,
     tmp_path: Path,
@@ -134,25 +157,26 @@ def test_zero_mask_and_structural_are_the_same_function_and_only_the_output_chan
     granularity: Any,
 ) -> None:
     model, rows = golden(family), write_rows(2)
-    records = {}
+    records, fraction = {}, 1 / 3 if (family, kind) == ("qwen3_next", "delta") else 0.5
+    fraction = 0.5 if granularity == "kv-group" else fraction
     for mode in ("mask", "zero", "structural"):
         records[mode] = pruned(
             model, tmp_path / mode, rows, monkeypatch,
-            mode=mode, granularity=granularity, heads=kind,
+            mode=mode, granularity=granularity, heads=kind, fraction=fraction,
         )  # fmt: skip
         assert records[mode]["metric"] == "l2-reconstruction"
     assert records["zero"]["chosen"] == records["mask"]["chosen"]
     assert records["zero"]["repair"] == records["mask"]["repair"]
     zero, mask = logits(tmp_path / "zero"), logits(tmp_path / "mask")
     assert torch.allclose(zero, mask, rtol=0, atol=1e-12)
-    if records["structural"]["chosen"] == records["zero"]["chosen"]:
-        assert torch.allclose(logits(tmp_path / "structural"), zero, rtol=0, atol=1e-9)
+    wide = widened(model, tmp_path, prunable_heads(open_model_source(model), kind), records)
+    assert torch.allclose(logits(tmp_path / "structural"), logits(wide), rtol=0, atol=1e-9)
     for layer in records["zero"]["repair"]["layers"]:
         assert 0 <= layer["error_repaired"] < layer["error_removed"]
     before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "mask"))
     leaf = "out_proj" if kind == "delta" else "o_proj"
     for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) != name.endswith(f"{leaf}.weight"), name
+        assert torch.equal(tensor, before[name]) != (f".{leaf}." in name), name
 
 
 def test_heads_of_a_uniform_cut_are_scored_in_turns_of_all_key_value_heads(
