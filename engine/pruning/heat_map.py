@@ -1,17 +1,22 @@
 """A heat map of head importance.
 
-A row is a layer, a column a head; pruned heads are crossed out.
+A row is a layer, a column a head; pruned heads are crossed out. Where a few heads matter far more
+than most, colours are those of orders of magnitude: else all but these few would look the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.plots import new_figure, save_figure
 from engine.pruning.scores import LayerScores
 
 HEAT_MAP = "head_importance.png"
+_WIDE, _SPAN = 10, 1e4
+"""How far the most is above the median where colours are of magnitudes; how far down they go."""
 
 
 def draw(
@@ -33,7 +38,12 @@ def draw(
         for s in layers
     ]
     axes = figure.subplots()
-    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest")
+    known = sorted(value for row in rows for value in row if not math.isnan(value))
+    scale: dict[str, Any] = {}
+    if known and 0 < _WIDE * known[len(known) // 2] < known[-1]:
+        scale = {"norm": "log", "vmin": known[-1] / _SPAN, "vmax": known[-1]}
+        rows = [[max(value, scale["vmin"]) for value in row] for row in rows]
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", interpolation="nearest", **scale)
     crosses = [(h, row) for row, s in enumerate(layers) for h in pruned.get(s.heads.layer, ())]
     if crosses:
         axes.plot(*zip(*crosses, strict=True), "x", color="red", markersize=6, markeredgewidth=1.5)

@@ -38,6 +38,17 @@ def test_a_picture_leaves_out_what_was_gone(tmp_path: Path) -> None:
     assert (tmp_path / "whole").read_bytes() != (tmp_path / "gone").read_bytes()
 
 
+def test_one_head_that_matters_most_does_not_hide_the_others(tmp_path: Path) -> None:
+    """Two heads of a hundredth and a thousandth differ in colour beside one of 1."""
+    for name, value in (("same", 1e-3), ("tenfold", 1e-2)):
+        layers = scores(3)
+        for layer in layers:
+            layer.values[:] = 1e-3
+        layers[0].values[0], layers[1].values[5] = 1.0, value
+        draw(layers, {}, "l2", tmp_path / name)
+    assert (tmp_path / "same").read_bytes() != (tmp_path / "tenfold").read_bytes()
+
+
 def test_no_picture_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert not draw(scores(2), {}, "l2", tmp_path / "none")
