@@ -115,6 +115,12 @@ def _budget(record: dict[str, Any]) -> str:
         told = ", ".join(f"{loss:.4f} without {count}" for count, loss in losses.items())
         lines.append(f"{part}: {told} (nats a token); {record['counts'][part]} go")
     lines.append(f"{after} {unit} are left of {before}, at most {asked} were asked for.")
+    if "timed" in budget:
+        took, takes = budget["timed"]["before"], budget["timed"]["after"]
+        lines.append(
+            f"The whole model took {took:.3f} ms for that pass and takes {takes:.3f} ms, "
+            f"{100 * takes / took:.1f} %."
+        )
     lines.append(f"{sizes['after']:,} of {sizes['before']:,} parameters are left.")
     return "\n".join(lines)
 

@@ -146,6 +146,18 @@ def milliseconds_on(device: torch.device, dtype: torch.dtype) -> Callable[[Model
     return parts_of
 
 
+@torch.no_grad()
+def milliseconds_of(model: Decoder) -> float:
+    """This machine's time for a pass of `TOKENS` tokens through a whole model."""
+    batch = PackedBatch.of(torch.zeros(1, TOKENS, dtype=torch.long))
+    given = batch.to(model.device, model.ids_device)
+
+    def run() -> Tensor:
+        return model.logits(model.hidden_states(given))
+
+    return 1000.0 * measure(run, model.device, budget=_SECONDS).median
+
+
 def _random(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """A graph with random dense weights."""
     model = skeleton(config)

@@ -26,7 +26,14 @@ from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_model
 from engine.model_sources.pruning_record import read_pruning
-from engine.pruning.budgets.costs import Costs, Counts, Parts, milliseconds_on, parameters_of
+from engine.pruning.budgets.costs import (
+    Costs,
+    Counts,
+    Parts,
+    milliseconds_of,
+    milliseconds_on,
+    parameters_of,
+)
 from engine.pruning.budgets.options import (
     counts_of,
     interpolated,
@@ -52,7 +59,7 @@ from engine.pruning.structures.prune_structures import elements, prune_structure
 from kernels.loss.linear_cross_entropy import Head
 from kernels.loss.linear_distillation import linear_distillation
 from models.config.model_config import ModelConfig
-from models.decoder import DISTILLATION_TOKENS
+from models.decoder import DISTILLATION_TOKENS, Decoder
 
 Record = dict[str, Any]
 _ORDER: tuple[Prunable, ...] = ("layers", "experts", "mlp", "kv-groups", "heads")
@@ -87,13 +94,16 @@ def prune_to_target(
             left, record = work.without(left, part, count)
             stages.append(record)
     sizes = {"before": elements(source), "after": elements(left)}
+    budget = {"kind": kind, "before": whole, "asked": asked, "after": costs.of(counts)}
+    if kind == "latency":
+        budget["timed"] = {"before": work.milliseconds(source), "after": work.milliseconds(left)}
     told = {part: {str(n): loss for n, loss in one.items()} for part, one in losses.items()}
     return left, {
         "mode": "structural",
         "what": settings.what,
         "metric": settings.importance,
         "target": settings.target,
-        "budget": {"kind": kind, "before": whole, "asked": asked, "after": costs.of(counts)},
+        "budget": budget,
         "counts": chosen,
         "losses": told,
         "stages": stages,
@@ -172,16 +182,23 @@ class _Work:
         device = resolve_device(self.settings.device)
         return milliseconds_on(device, resolve_dtype(self.settings.compute_dtype, device))
 
-    @torch.no_grad()
-    def _states(self, source: ModelSource) -> tuple[Tensor, Head]:
-        """What the head reads at the trained tokens (n, H), and the head."""
+    def milliseconds(self, source: ModelSource) -> float:
+        """The time of a pass through a whole model."""
+        return milliseconds_of(self._built(source))
+
+    def _built(self, source: ModelSource) -> Decoder:
         device = resolve_device(self.settings.device)
-        model = build_model(
+        return build_model(
             source,
             quantization=self.settings.quantize,
             device=device,
             dtype=resolve_dtype(self.settings.compute_dtype, device),
         )
+
+    @torch.no_grad()
+    def _states(self, source: ModelSource) -> tuple[Tensor, Head]:
+        """What the head reads at the trained tokens (n, H), and the head."""
+        model = self._built(source)
         batch = self._batch.to(model.device, model.ids_device)
         states = model.hidden_states(batch).index_select(0, batch.trained)
         return model.model.norm(states), model.head_weight()

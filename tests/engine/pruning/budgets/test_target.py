@@ -106,6 +106,10 @@ def test_milliseconds_are_measured_and_fit(
     assert budget["kind"] == "latency"
     assert 0 < budget["after"] <= budget["asked"] == 0.95 * budget["before"]
     assert "ms are left" in table(record)
+    timed = budget["timed"]
+    assert min(timed.values()) > 0
+    share = 100 * timed["after"] / timed["before"]
+    assert f"and takes {timed['after']:.3f} ms, {share:.1f} %" in table(record)
 
 
 def test_each_kind_of_layer_is_timed_once(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
