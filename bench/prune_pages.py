@@ -2,7 +2,7 @@
 
 They are made of the lines of bench/results/prune_smollm2.jsonl alone, between two comments of each
 page, and so is prune_smollm2.md; seeds of `random` become one row. README.md has the rows that are
-measured at every fraction, docs/pruning.md all of them.
+measured at every fraction, docs/pruning.md all of them, and those of the second model.
 
 Run as ``python -m bench.prune_pages [--check]``.
 """
@@ -12,13 +12,14 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.prune_smollm2 import FRACTIONS, RESULTS, WHOLE, Line, Lines, between, markdown
 from engine.storage import durable
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- pruned: begin -->\n", "<!-- pruned: end -->\n"
+SECOND = "scratch"
 RANDOM = "random"
 
 
@@ -38,13 +39,15 @@ def rows_of(lines: Lines) -> dict[str, list[str]]:
     return rows
 
 
-def table(rows: dict[str, list[str]], whole: str) -> str:
+def table(lines: Lines, rows: dict[str, list[str]]) -> str:
     """The rows as Markdown."""
-    heads = (27, 54, 81)
+    whole = lines.cell(WHOLE, 0.0)
+    before = "?" if whole is None else f"{whole['perplexity']:.2f}"
+    heads = {one["fraction"]: str(one["heads"]) for one in lines.lines if "heads" in one}
     text = [
-        f"| perplexity, {whole} before | {' | '.join(f'{100 * f:.0f} %' for f in FRACTIONS)} |",
+        f"| perplexity, {before} before | {' | '.join(f'{100 * f:.0f} %' for f in FRACTIONS)} |",
         "|---|" + "---|" * len(FRACTIONS),
-        f"| heads pruned of 270 | {' | '.join(map(str, heads))} |",
+        f"| heads pruned | {' | '.join(heads.get(fraction, '') for fraction in FRACTIONS)} |",
     ]
     text += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join(text) + "\n"
@@ -83,34 +86,64 @@ def _spread(cells: list[Line | None]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.1f} - {max(values):.1f})"
 
 
-def pages(lines: Lines) -> dict[Path, str]:
-    """What stands between the comments of each page."""
-    whole = lines.cell(WHOLE, 0.0)
-    told = "?" if whole is None else f"{whole['perplexity']:.2f}"
-    rows = rows_of(lines)
+@dataclass(frozen=True)
+class Block:
+    """What stands between two comments of a page."""
+
+    page: Path
+    name: str
+    inside: str
+
+    @property
+    def text(self) -> str:
+        """The comments and what stands between."""
+        return f"{self._begin}{self.inside}{self._end}"
+
+    @property
+    def _begin(self) -> str:
+        return f"<!-- {self.name}: begin -->\n"
+
+    @property
+    def _end(self) -> str:
+        return f"<!-- {self.name}: end -->\n"
+
+    def write(self) -> None:
+        """Put it into the page."""
+        before, _, rest = self.page.read_text(encoding="utf-8").partition(self._begin)
+        after = rest.partition(self._end)[2]
+        durable.write_text(self.page, before + self.text + after)
+
+
+def blocks(lines: Lines, second: Lines) -> list[Block]:
+    """Every table of every page, of the lines of SmolLM2 and of the second model."""
+    rows, guide = rows_of(lines), ROOT / "docs" / "pruning.md"
     full = {name: cells for name, cells in rows.items() if all(cells)}
-    return {
-        ROOT / "README.md": table(full, told),
-        ROOT / "docs" / "pruning.md": table(rows, told) + structures(lines),
-    }
+    return [
+        Block(ROOT / "README.md", "pruned", table(lines, full)),
+        Block(guide, "pruned", table(lines, rows) + structures(lines)),
+        Block(guide, "pruned second", table(second, rows_of(second))),
+    ]
+
+
+def measured_blocks() -> list[Block]:
+    """Those of the lines that are committed."""
+    lines, second = (Lines(RESULTS / f"prune_{name}.jsonl") for name in ("smollm2", SECOND))
+    return blocks(lines, second)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prune_pages")
     parser.add_argument("--check", action="store_true", help="end with 1 where a page is old")
     check = parser.parse_args().check
-    old, lines = [], Lines(RESULTS / "prune_smollm2.jsonl")
+    old = []
     if not check:
+        lines = Lines(RESULTS / "prune_smollm2.jsonl")
         durable.write_text(RESULTS / "prune_smollm2.md", markdown(lines))
-    for page, inside in pages(lines).items():
-        text = page.read_text(encoding="utf-8")
-        before, _, rest = text.partition(BEGIN)
-        _, _, after = rest.partition(END)
-        wanted = before + BEGIN + inside + END + after
-        if wanted != text:
-            old.append(page.name)
+    for block in measured_blocks():
+        if block.text not in block.page.read_text(encoding="utf-8"):
+            old.append(block.page.name)
             if not check:
-                durable.write_text(page, wanted)
+                block.write()
     if check and old:
         print(
             f"{', '.join(old)}: other figures than bench/results has: python -m bench.prune_pages"

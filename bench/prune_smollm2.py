@@ -11,6 +11,10 @@ Every cell of the table is a line of bench/results/prune_smollm2.jsonl, written 
 a second start measures what is missing. prune_smollm2.md is made of these lines alone. All of it
 takes hours on 2 cores; `--only l2-output random` measures some rows of the table.
 
+With ``--model FOLDER --name NAME`` another model is measured by the same rows, into
+bench/results/prune_NAME.jsonl: whether what is true of SmolLM2 is true of it too. It is not
+fine-tuned, and norms of weights are also ranked layer by layer, as their largest are.
+
 Run as ``python -m bench.prune_smollm2 [--output-dir runs/prune-smollm2] [--only ROW ...]``.
 """
 
@@ -86,6 +90,8 @@ ROWS = (
     *(Row(metric) for metric in METRICS_OF["heads"] if metric != "random"),
     *(Row("random", seed=seed) for seed in SEEDS),
 )
+OTHER_ROWS = (*ROWS, Row("l2-weights", scope="layer"))
+"""Of another model."""
 
 
 class Lines:
@@ -141,14 +147,19 @@ def forge_settings(root: Path, fraction: float) -> ForgeSettings:
 
 
 def pruned_figures(
-    root: Path, row: Row, fraction: float, judge: Judge, known: dict[str, list[LayerScores]]
+    model: Path,
+    root: Path,
+    row: Row,
+    fraction: float,
+    judge: Judge,
+    known: dict[str, list[LayerScores]],
 ) -> Line:
     """Prune, read back, evaluate; the model is deleted again. `known` are scores, by the metric."""
     target = root / f"{row.name}-{fraction:g}"
     shutil.rmtree(target, ignore_errors=True)
     settings = row.settings(fraction, root / "data" / "train.jsonl")
     key = f"{row.metric}-{row.scope}-{row.seed}"
-    done = prune(str(gguf_path()), target, settings, scored=known.get(key))
+    done = prune(model, target, settings, scored=known.get(key))
     if done.scored is not None:
         known[key] = done.scored
     record = done.record
@@ -174,22 +185,22 @@ def prepared(root: Path) -> Judge:
     return Judge(heldout, (), MAX_LENGTH, "cpu", "auto")
 
 
-def measure(lines: Lines, root: Path, only: list[str]) -> None:
-    """Every cell that is asked for and missing."""
-    judge = prepared(root)
+def measure(lines: Lines, root: Path, only: list[str], other: Path | None = None) -> None:
+    """Every cell that is asked for and missing, of SmolLM2 or another model."""
+    judge, model = prepared(root), other or gguf_path()
     known: dict[str, list[LayerScores]] = {}
-    lines.measure(WHOLE, 0.0, lambda: figures(judge.assess(str(gguf_path()))))
-    for row in ROWS:
+    lines.measure(WHOLE, 0.0, lambda: figures(judge.assess(model)))
+    for row in ROWS if other is None else OTHER_ROWS:
         for fraction in FRACTIONS:
             if not only or row.name in only or row.metric in only:
                 lines.measure(
                     row.name,
                     fraction,
                     lambda row=row, fraction=fraction: pruned_figures(  # type: ignore[misc]
-                        root, row, fraction, judge, known
+                        model, root, row, fraction, judge, known
                     ),
                 )
-    for fraction in FRACTIONS:
+    for fraction in FRACTIONS if other is None else ():
         if not only or "recovered" in only:
             recover(lines, root, fraction)
 
@@ -249,9 +260,13 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/prune-smollm2"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", nargs="*", default=[], help="rows of the table, or recovered")
+    parser.add_argument("--model", type=Path, help="another model than SmolLM2")
+    parser.add_argument("--name", default="smollm2", help="of the model, for prune_NAME.jsonl")
     given = parser.parse_args()
-    lines = Lines(given.results / "prune_smollm2.jsonl")
-    measure(lines, given.output_dir, given.only)
+    lines = Lines(given.results / f"prune_{given.name}.jsonl")
+    measure(lines, given.output_dir, given.only, given.model)
+    if given.model is not None:
+        return
     table = markdown(lines)
     durable.write_text(given.results / "prune_smollm2.md", table)
     print(table)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.prune_pages import BEGIN, END, pages
-from bench.prune_smollm2 import Lines
+from bench.prune_pages import measured_blocks
 from cli.main import VERBS
 from tests.support.source_tree import product_sources
 
@@ -34,10 +33,8 @@ def test_the_readme_is_of_one_screen() -> None:
 
 def test_tables_of_pruning_are_those_of_the_measured_lines() -> None:
     """Otherwise: python -m bench.prune_pages."""
-    lines = Lines(ROOT / "bench" / "results" / "prune_smollm2.jsonl")
-    assert lines.lines
-    for page, inside in pages(lines).items():
-        assert BEGIN + inside + END in page.read_text(), page
+    for block in measured_blocks():
+        assert block.text in block.page.read_text(), (block.page, block.name)
 
 
 def test_the_readme_reads_in_its_order() -> None:
