@@ -10,6 +10,8 @@ from engine.errors import gib
 from engine.plots import new_figure, save_figure
 
 PLOT = "forge.png"
+_DECADE = 10
+"""How far perplexities are apart where the axis is logarithmic, so that it has whole decades."""
 
 
 def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -86,7 +88,10 @@ def draw(results: dict[str, Any], target: Path) -> bool:
         values = [results["baseline"]["perplexity"], *baseline]
         axes.plot(cycles, values, "s--", label="trained without pruning")
     axes.set_xticks(range(len(points)), [name.replace(", ", "\n") for name, _ in points])
-    axes.set(ylabel="held-out perplexity", yscale="log")
+    known = [value for _, value in points if value is not None]
+    wide = bool(known) and max(known) > _DECADE * min(known)
+    axes.set(ylabel="held-out perplexity", yscale="log" if wide else "linear")
+    axes.yaxis.set_major_formatter("{x:,g}")
     axes.margins(x=0.12, y=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
