@@ -14,7 +14,7 @@ down_proj is the best it can do in their place, with the ridge towards the weigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -34,15 +34,25 @@ from models.tensor_layout import path_in_file
 _TRIED_AGAIN = 5
 
 
+def may_go(layer: int, left: Collection[int], needed: frozenset[int]) -> bool:
+    """Whether a layer may go of those that are left: of the `needed` one has to stay."""
+    return layer not in needed or len(needed.intersection(left)) > 1
+
+
 def layers_by_divergence(
-    divergence: PrefixDivergence, layers: int, count: int, protected: frozenset[int]
+    divergence: PrefixDivergence,
+    layers: int,
+    count: int,
+    protected: frozenset[int],
+    needed: frozenset[int] = frozenset(),
 ) -> list[tuple[int, float]]:
     """`count` layers in the order in which they go, with nats a token that they bring it to."""
     left, order = list(range(layers)), list[tuple[int, float]]()
     known: dict[int, float] = {}
     tried = [layer for layer in left if layer not in protected]
     while len(order) < count:
-        costs = dict(_costs(divergence, left, set(tried)))
+        free = {layer for layer in tried if may_go(layer, left, needed)}
+        costs = dict(_costs(divergence, left, free))
         known |= costs
         best = min(costs, key=lambda layer: (costs[layer], layer))
         order.append((best, costs[best]))

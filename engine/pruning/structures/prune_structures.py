@@ -19,7 +19,12 @@ from engine.pruning.reconstruction.from_settings import calibration_of, say_memo
 from engine.pruning.reconstruction.layer_stream import LayerStream
 from engine.pruning.reconstruction.repair import RepairedSource
 from engine.pruning.structures.channels import ChannelPruning, channels_to_go
-from engine.pruning.structures.depth import GapRepair, layers_by_cosine, layers_by_divergence
+from engine.pruning.structures.depth import (
+    GapRepair,
+    layers_by_cosine,
+    layers_by_divergence,
+    may_go,
+)
 from engine.pruning.structures.experts import (
     FewerExpertsSource,
     experts_to_go,
@@ -121,15 +126,18 @@ def _without_layers(
     layers = source.config.num_hidden_layers
     count = math.floor(settings.share * layers + 0.5)
     free = [layer for layer in range(layers) if layer not in protected]
-    if not 0 < count <= min(len(free), layers - 1):
+    needed = _needed(source)
+    most = min(len(free) - bool(needed and needed <= set(free)), layers - 1)
+    if not 0 < count <= most:
+        attention = ", with attention where the model has both kinds" if needed else ""
         raise ConfigError(
             f"--fraction {settings.share:g} of {layers} layers is {count}, and {len(free)} are "
-            "not protected. Ask for at least one, and leave at least one."
+            f"not protected. Ask for at least one, and leave at least one{attention}."
         )
     how = calibration_of(settings)
     if settings.importance == "l2-reconstruction":
         divergence = whole_model(source, examples, how)
-        order = layers_by_divergence(divergence, layers, count, protected)
+        order = layers_by_divergence(divergence, layers, count, protected, needed)
         del divergence
     else:
         if settings.importance == "cosine":
@@ -137,7 +145,11 @@ def _without_layers(
         else:
             generator = torch.Generator().manual_seed(settings.seed)
             costs = torch.rand(layers, generator=generator, dtype=torch.float64).tolist()
-        order = [(layer, costs[layer]) for layer in sorted(free, key=costs.__getitem__)[:count]]
+        left, order = set(range(layers)), []
+        for layer in sorted(free, key=costs.__getitem__):
+            if len(order) < count and may_go(layer, left, needed):
+                left.remove(layer)
+                order.append((layer, costs[layer]))
     pruned = sorted(layer for layer, _ in order)
     staying = [layer for layer in range(layers) if layer not in pruned]
     ShallowSource(source, staying)  # refuses what no configuration says, before the repair
@@ -146,9 +158,9 @@ def _without_layers(
     )
     if settings.repairs:
         repair.run(layers, pruned)
-    left = ShallowSource(RepairedSource(source, repair.changes), staying)
+    shallow = ShallowSource(RepairedSource(source, repair.changes), staying)
     earlier = _earlier(source)
-    return left, {
+    return shallow, {
         "units": {"before": layers, "asked": count, "removed": count},
         "order": [{"layer": layer, "score": score} for layer, score in order],
         "pruned_layers": pruned,
@@ -157,6 +169,13 @@ def _without_layers(
             {new: earlier[old] for new, old in enumerate(staying) if old in earlier}
         ),
     }
+
+
+def _needed(source: ModelSource) -> frozenset[int]:
+    """Layers of which one stays: transformers runs no model of linear attention alone."""
+    kinds = source.config.layer_types
+    attention = {layer for layer, kind in enumerate(kinds) if kind != "linear_attention"}
+    return frozenset(attention) if len(attention) < len(kinds) else frozenset()
 
 
 def _refuse_protection(protected: frozenset[int], why: str) -> None:

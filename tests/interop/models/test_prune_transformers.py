@@ -12,7 +12,6 @@ from engine.config.choices import Granularity, HeadKind, PruneMode
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.model_sources.load_model import load_model
-from engine.model_sources.open import open_model_source
 from engine.pruning.calibration import activations, gradients
 from engine.verbs.models.prune import prune
 
@@ -186,13 +185,8 @@ def test_models_without_channels_layers_or_experts_load_with_equal_logits(
         lambda *_: rows_of((70, 53, 61)),
     )
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
-    # transformers runs no model of linear attention alone.
-    kinds = open_model_source(GOLDEN / family).config.layer_types
-    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
-    protect = full if what == "layers" and "linear_attention" in kinds else []
     settings = PruneSettings(
         fraction=0.5, what=what, data=[tmp_path / "rows.jsonl"], dtype="float32", device="cpu",
-        protect=protect,
     )  # fmt: skip
     record = prune(GOLDEN / family, tmp_path / "out", settings).record
     other = peer(tmp_path / "out")

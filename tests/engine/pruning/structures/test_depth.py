@@ -144,6 +144,22 @@ def test_what_is_left_keeps_its_kinds_of_layers(
     assert not torch.allclose(logits(tmp_path / "out"), logits(golden(family)), atol=1e-3)
 
 
+@pytest.mark.parametrize("metric", [None, "cosine", "random"])
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe_vl", "qwen3_next"])
+def test_a_layer_of_attention_stays_in_a_hybrid(
+    golden: Golden, tmp_path: Path, cut: Callable[..., dict[str, Any]], family: str, metric: Any
+) -> None:
+    """transformers runs no model of linear attention alone. Seeds 0 and 3 would take either."""
+    for seed in (0, 3) if metric == "random" else (0,):
+        name = f"out-{seed}"
+        cut(golden(family), name, fraction=0.5, metric=metric, seed=seed, repair="none")
+        assert open_model_source(tmp_path / name).config.layer_types == ("full_attention",)
+    kinds = open_model_source(golden(family)).config.layer_types
+    linear = tuple(n for n, kind in enumerate(kinds) if kind == "linear_attention")
+    with pytest.raises(ConfigError, match="with attention where the model has both kinds"):
+        cut(golden(family), "none", fraction=0.5, metric=metric, protect=linear)
+
+
 def test_a_fraction_of_no_layer_or_of_all_is_refused(
     golden: Golden, tmp_path: Path, cut: Callable[..., dict[str, Any]]
 ) -> None:
