@@ -6,13 +6,14 @@ import ast
 import re
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.gates import GateSettings
 from engine.errors import ConfigError
+from engine.patterns import Pattern, PatternError, may_backtrack
 from engine.storage import strict_json
 from engine.storage.safe_files import read_json_object
 
@@ -107,7 +108,8 @@ def _schema_checker(settings: GateSettings) -> Checker:
         raise ConfigError(
             f"{settings.schema_file}: it is no valid JSON schema: {error.message}."
         ) from None
-    validator = kind(schema)
+    _refuse_slow_keys(schema, settings.schema_file)
+    validator = jsonschema.validators.extend(kind, {"pattern": _schema_pattern})(schema)
 
     def check(answer: str) -> str | None:
         fault, value = _json_value(answer)
@@ -117,6 +119,37 @@ def _schema_checker(settings: GateSettings) -> Checker:
         return None if error is None else f"{error.json_path}: {error.message}"
 
     return check
+
+
+def _schema_pattern(
+    validator: Any, text: str, instance: Any, schema: Mapping[str, Any]
+) -> Iterator[Exception]:
+    """The keyword `pattern`, matched in bounded time."""
+    import jsonschema
+
+    if not validator.is_type(instance, "string"):
+        return
+    try:
+        matches = Pattern(text, each=True).search(instance) is not None
+    except PatternError as error:
+        raise ConfigError(f"The JSON schema's pattern {text[:80]!r} is none: {error}.") from None
+    if not matches:
+        yield jsonschema.ValidationError(f"{instance[:200]!r} does not match {text[:80]!r}")
+
+
+def _refuse_slow_keys(schema: Any, path: Path) -> None:
+    """Raise `ConfigError` for patterns of keys that may take for ever; they are matched as is."""
+    inner = schema.values() if isinstance(schema, dict) else schema
+    if isinstance(schema, dict) and isinstance(schema.get("patternProperties"), dict):
+        slow = [key for key in schema["patternProperties"] if may_backtrack(key)]
+        if slow:
+            raise ConfigError(
+                f"{path}: the pattern of keys {slow[0][:80]!r} has repetitions inside repetitions, "
+                "or many of them, which can take for ever; write it without."
+            )
+    if isinstance(schema, dict | list):
+        for value in inner:
+            _refuse_slow_keys(value, path)
 
 
 def _read_schema(path: Path) -> dict[str, Any]:
@@ -133,12 +166,16 @@ def _pattern_checker(settings: GateSettings) -> Checker:
             "answer; add it to the gates file."
         )
     try:
-        pattern = re.compile(settings.pattern, re.DOTALL)
-    except re.error as error:
+        pattern = Pattern(settings.pattern, re.DOTALL, each=True)
+    except PatternError as error:
         raise ConfigError(
             f"`pattern` = {settings.pattern!r} is no regular expression: {error}."
         ) from None
-    return lambda answer: None if pattern.search(answer) else f"nothing matches {pattern.pattern!r}"
+
+    def check(answer: str) -> str | None:
+        return f"nothing matches {pattern.text!r}" if pattern.search(answer) is None else None
+
+    return check
 
 
 def _command_checker(settings: GateSettings) -> Checker:

@@ -57,8 +57,8 @@ def _fault(question: Question, answer: str, run: RunProgram) -> str | None:
     absent = [text for text in question.contains if text not in answer]
     if absent:
         return f"does not contain {absent[0]!r}"
-    if question.pattern is not None and not question.pattern.search(answer):
-        return f"nothing matches {question.pattern.pattern!r}"
+    if question.pattern is not None and question.pattern.search(answer) is None:
+        return f"nothing matches {question.pattern.text!r}"
     return run(program_of(question, answer)) if question.tests else None
 
 

@@ -14,6 +14,7 @@ from engine.data.sources.file_kinds import DATA_SUFFIXES, plain_suffix
 from engine.data.sources.resolve import RowFile, data_files
 from engine.data.sources.streams.located import BadLine
 from engine.errors import DataError
+from engine.patterns import Pattern, PatternError
 
 _REFERENCES = (*RESPONSE_KEYS, *CHAT_KEYS, "solution")
 _TESTS = ("tests", "test", "test_list")
@@ -42,7 +43,7 @@ class Question:
     prefix: str = ""
     expected: tuple[str, ...] = ()
     contains: tuple[str, ...] = ()
-    pattern: re.Pattern[str] | None = None
+    pattern: Pattern | None = None
 
     @property
     def is_checked(self) -> bool:
@@ -138,9 +139,9 @@ def _texts(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(str(item) for item in listed)
 
 
-def _pattern(raw: Mapping[str, Any]) -> re.Pattern[str] | None:
+def _pattern(raw: Mapping[str, Any]) -> Pattern | None:
     text = _text(raw, "pattern")
     try:
-        return None if text is None else re.compile(text, re.DOTALL)
-    except re.error as error:
+        return None if text is None else Pattern(text, re.DOTALL, each=True)
+    except PatternError as error:
         raise RowFault(f"'pattern' is {text!r}, which is no regular expression: {error}") from None

@@ -36,6 +36,7 @@ from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
 from engine.storage.strict_json import parse_object
+from engine.tokenization.vocabularies.limits import refuse_long
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ def add_declared(backend: Backend, declared: DeclaredTokens, where: str) -> None
         ordered += further.values()
     for token in ordered:
         token.special = token.special or token.content in names
+    refuse_long((token.content for token in ordered), where)
     backend.add_tokens([token for token in ordered if token.content])
     backend.encode_special_tokens = declared.splits_special
     _check_ids(backend, declared, vocabulary, where)

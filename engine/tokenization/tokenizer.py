@@ -8,8 +8,9 @@ separate from the encoding itself, so that a rendered chat, which brings its own
 gets a second one.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
@@ -23,6 +24,7 @@ from engine.tokenization.special_tokens import (
     read_declared,
 )
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
+from engine.tokenization.vocabularies.limits import in_time, may_take_long, refuse_long
 from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 # Vocabularies of mistral-common and tiktoken.
 _UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
 Offsets = list[tuple[int, int]]
+_MOST_AROUND = 1000
 
 
 class Tokenizer:
@@ -70,6 +73,8 @@ class Tokenizer:
         """
         self.special_tokens = dict(special_tokens)
         self._backend, self._name = backend, name
+        refuse_long(self.special_tokens.values(), name)
+        self._slow = may_take_long(backend, name)
         self._add_missing()
         backend.no_truncation()
         backend.no_padding()
@@ -93,41 +98,48 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; with the tokens that the model expects around it unless told otherwise."""
-        with library_faults(self._name):
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._encoding(text, False).ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
         """Ids and the characters [start, end) that each came from; nothing is added."""
-        with library_faults(self._name):
-            encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text, False)
         return encoding.ids, encoding.offsets
 
     def encode_batch_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], Offsets]]:
         """`encode_with_offsets` of many texts, on all cores."""
-        with library_faults(self._name):
-            encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [(encoding.ids, encoding.offsets) for encoding in self.encodings(texts)]
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """What `tokenizers` knows of many texts: ids, and the characters behind each."""
-        with library_faults(self._name):
-            encoded: list[Encoding] = self._backend.encode_batch(
-                list(texts), add_special_tokens=False
-            )
-        return encoded
+        encode = partial(self._backend.encode_batch, list(texts), add_special_tokens=False)
+        return cast(list[Encoding], self._in_time(encode, sum(map(len, texts))))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores; nothing is added."""
-        with library_faults(self._name):
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        encode = partial(self._backend.encode_batch_fast, list(texts), add_special_tokens=False)
+        encodings = self._in_time(encode, sum(map(len, texts)))
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         plain = [int(index) for index in ids]
+        decode = partial(self._backend.decode, plain, skip_special_tokens=skip_special_tokens)
+        return str(self._in_time(decode, len(plain)))
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+        if self._slow:  # a batch, since one text alone is encoded with Python's lock held
+            encode = partial(
+                self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
+            )
+            return cast(Encoding, self._in_time(encode, len(text))[0])
         with library_faults(self._name):
-            return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+
+    def _in_time(self, call: Callable[[], Any], size: int) -> Any:
+        """What a call of the library gives for `size` characters or ids."""
+        with library_faults(self._name):
+            return in_time(call, size, self._name) if self._slow else call()
 
     def serialised(self) -> str:
         """The tokenizer as `tokenizers` saves it, without what is put around a text."""
@@ -213,7 +225,12 @@ class Tokenizer:
                 [bos] if add_bos and bos is not None else [],
                 [eos] if add_eos and eos is not None else [],
             )
-        encoding = self._backend.encode("a", add_special_tokens=True)
+        encoding = self._encoding("a", True)
+        if len(encoding.ids) > _MOST_AROUND:
+            raise CheckpointError(
+                f"{self._name}: its tokenizer puts {len(encoding.ids) - 1} tokens around a text; "
+                "no model has such a tokenizer. Take another one."
+            )
         text = [index for index, added in enumerate(encoding.special_tokens_mask) if not added]
         if not text:
             return list(encoding.ids), []

@@ -6,12 +6,12 @@ from typing import Any
 
 from engine.config.choices import TARGET_PRESETS
 from engine.config.spelling import comma_list
+from engine.patterns import PatternError, pattern_of
 from engine.storage import strict_json
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _PATTERN = re.compile(r"[*+?()\[\]{}|^$\\]")
 """What tells a pattern from names that are misspelt."""
-_LONGEST = 1000
 
 
 def target_names(value: Any) -> Any:
@@ -53,12 +53,10 @@ def _names_or_pattern(value: Any, expected: str) -> Any:
 
 def checked_pattern(pattern: str) -> str:
     """A regular expression. Raises `ValueError` where it is none."""
-    if len(pattern) > _LONGEST:
-        raise ValueError(f"a pattern has at most {_LONGEST} characters")
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is neither names nor a pattern: {error}") from error
+        pattern_of(pattern)
+    except PatternError as error:
+        raise ValueError(f"{pattern[:80]!r} is neither names nor a pattern: {error}") from error
     return pattern
 
 

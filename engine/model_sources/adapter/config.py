@@ -13,6 +13,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.model_sources.adapter.experts import PARAMETERS
 from engine.model_sources.adapter.keys import initialisation, judge_adapter_keys
+from engine.patterns import Pattern, PatternError, pattern_of
 
 # Written as they are, next to the keys of `AdapterConfig`.
 _CONSTANT: dict[str, Any] = {
@@ -34,7 +35,7 @@ _CONSTANT: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 _MOST = 65_536
-_LONGEST_PATTERN = 1000
+_OF_ENDINGS = ("rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,14 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name or an ending of it."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_of(_of_an_ending(pattern)).match(module) is not None:
             return value
     return default
+
+
+def _of_an_ending(pattern: str) -> str:
+    """The pattern of a whole name, of which `pattern` matches all or an ending."""
+    return rf"(.*\.)?({pattern})$"
 
 
 def to_json(config: AdapterConfig, carried: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,13 +187,11 @@ def _patterns(raw: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
     return value
 
 
-def compile_pattern(pattern: str, key: str, source: str) -> re.Pattern[str]:
+def compile_pattern(pattern: str, key: str, source: str) -> Pattern:
     """A regular expression over module names. Raises `CheckpointError` for what is none."""
     try:
-        if len(pattern) > _LONGEST_PATTERN:
-            raise re.error(f"it has {len(pattern)} characters, at most {_LONGEST_PATTERN} are read")
-        return re.compile(rf"(.*\.)?({pattern})$" if key.endswith("_pattern") else pattern)
-    except re.error as error:
+        return pattern_of(_of_an_ending(pattern) if key in _OF_ENDINGS else pattern)
+    except PatternError as error:
         raise CheckpointError(
             f"{source}: {key} holds {pattern[:80]!r}, which is no pattern of module names: {error}."
         ) from error

@@ -66,7 +66,7 @@ def is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
     """Whether `raw` asks for a pair on the module `name`."""
     excluded, targets = raw.get("exclude_modules"), raw.get("target_modules") or []
     if isinstance(excluded, str):
-        if compile_pattern(excluded, "exclude_modules", where).fullmatch(name):
+        if compile_pattern(excluded, "exclude_modules", where).fullmatch(name) is not None:
             return False
     elif excluded and _is_named(name, excluded):
         return False
@@ -78,24 +78,25 @@ def is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
     if isinstance(targets, str):
         return compile_pattern(targets, "target_modules", where).fullmatch(name) is not None
     if name in targets:
-        return _in_layers(raw, name)
-    return _is_named(name, targets) and _in_layers(raw, name)
+        return _in_layers(raw, name, where)
+    return _is_named(name, targets) and _in_layers(raw, name, where)
 
 
 def _is_named(name: str, endings: Iterable[str]) -> bool:
     return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
-def _in_layers(raw: Mapping[str, Any], name: str) -> bool:
+def _in_layers(raw: Mapping[str, Any], name: str, where: str) -> bool:
     """Whether the module lies in a layer of `layers_to_transform`, if that is given."""
     layers, patterns = raw.get("layers_to_transform"), raw.get("layers_pattern")
     if layers is None or layers == [] or name in (raw.get("target_modules") or []):
         return True
     listed = [patterns] if isinstance(patterns, str) else patterns or []
     regexes = [rf"(?:^|.*?\.){p}\.(?P<index>\d+)\." for p in listed] or [_FIRST_INDEX]
-    match = next((m for m in (re.match(regex, name) for regex in regexes) if m), None)
+    compiled = (compile_pattern(regex, "layers_pattern", where) for regex in regexes)
+    match = next((m for m in (one.match(name) for one in compiled) if m is not None), None)
     wanted = layers if isinstance(layers, list) else [layers]
-    return match is not None and int(match["index"]) in wanted
+    return match is not None and int(match["index"] or -1) in wanted
 
 
 def _tied(raw: Mapping[str, Any], meant: set[str]) -> set[str]:

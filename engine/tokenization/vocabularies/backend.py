@@ -9,13 +9,9 @@ from contextlib import contextmanager
 from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
+from engine.tokenization.vocabularies.limits import refuse_long_tokens
 
 log = logging.getLogger(__name__)
-
-_LONGEST_TOKEN = 10_000
-_PROBE = "a b\n"
-_MOST_GROWTH = 1_000
-"""Characters that a normalizer may make of `_PROBE`; real ones add one or two."""
 
 
 @contextmanager
@@ -40,9 +36,9 @@ def open_backend(serialised: str, where: str) -> Backend:
 
     Raises `CheckpointError` for one that is damaged, or built to take hours.
     """
+    refuse_long_tokens(serialised, where)
     with library_faults(where, "tokenizer.json"):
         backend = Backend.from_str(serialised)
-        _refuse_growth(backend, where)
     model = backend.model
     if getattr(model, "dropout", None):
         log.warning(
@@ -52,19 +48,3 @@ def open_backend(serialised: str, where: str) -> Backend:
         model.dropout = None
         backend.model = model
     return backend
-
-
-def _refuse_growth(backend: Backend, where: str) -> None:
-    longest = max((len(t.content) for t in backend.get_added_tokens_decoder().values()), default=0)
-    if longest > _LONGEST_TOKEN:
-        raise CheckpointError(
-            f"{where}: its tokenizer has an added token of {longest} characters; the longest that "
-            f"is read has {_LONGEST_TOKEN}. No model has such a token; take another tokenizer."
-        )
-    normalizer = backend.normalizer
-    grown = len(normalizer.normalize_str(_PROBE)) if normalizer is not None else 0
-    if grown > _MOST_GROWTH:
-        raise CheckpointError(
-            f"{where}: the normalizer of its tokenizer makes {grown} characters of "
-            f"{len(_PROBE)}. No model has such a tokenizer; take another one."
-        )

@@ -27,6 +27,7 @@ from tokenizers.models import BPE, Unigram
 
 from engine.errors import CheckpointError
 from engine.tokenization.vocabularies.backend import library_faults
+from engine.tokenization.vocabularies.limits import MOST_GROWTH, longest_rule
 
 SPACE = "▁"
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -153,6 +154,8 @@ def _read(processor: Any, data: bytes) -> ModelFile:
         elif number == 3:
             normalizer = dict(_fields(value))
             model.charsmap = bytes(normalizer.get(2, b""))
+            if (made := longest_rule(model.charsmap)) > MOST_GROWTH:
+                raise ValueError(f"a rule of its normalizer makes {made:.0f} characters of one")
             model.adds_prefix_space = bool(normalizer.get(3, True))
             model.merges_spaces = bool(normalizer.get(4, True))
     if len(model.types) != count:

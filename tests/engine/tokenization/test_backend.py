@@ -9,8 +9,10 @@ from tokenizers import Tokenizer as Backend
 
 from engine.errors import CheckpointError
 from engine.model_sources.vocabulary.folder import TokenizerFolder
-from engine.tokenization.tokenizer import load_tokenizer
+from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
+from engine.tokenization.vocabularies import limits
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
+from engine.tokenization.vocabularies.limits import longest_rule
 from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece
 from tests.support.tiny_model import write_tokenizer
 
@@ -35,28 +37,63 @@ def test_merges_are_never_left_out_at_random(
     assert "dropout 0.5" in caplog.text
 
 
+def added(*texts: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"added_tokens": [{"id": 200 + n, "content": t} | flags for n, t in enumerate(texts)]}
+
+
+def replace(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"normalizer": {"type": "Sequence", "normalizers": list(steps)}}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"normalizer": {"type": "Prepend", "prepend": "x" * 9000}}, "makes 9004 characters"),
-        (
-            {"normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}},
-            "characters of 4",
-        ),
-        (
-            {"added_tokens": [{"id": 200, "content": "x" * 10**6, "single_word": False}
-             | dict.fromkeys(("lstrip", "rstrip", "normalized", "special"), False)]},
-            "added token of 1000000",
-        ),
+        ({"normalizer": {"type": "Prepend", "prepend": "x" * 9000}}, "of one"),
+        ({"normalizer": replace("b" * 10**6, String="a")}, "of one"),
+        ({"decoder": replace("b" * 10**6, Regex="q")}, "of one"),
+        (sequence(*[replace("qq", String="q")] * 40), "of one"),
+        (sequence(*[replace("q", Regex="x*")] * 40), "of one"),
+        (added("x" * 10**6), "added token of 1000000"),
+        (added(*(str(n) + "x" * 9000 for n in range(200))), "have 1800490 characters together"),
         ({"model": {"type": "Nope"}}, "its tokenizer.json cannot be used"),
     ],
-    ids=["prepend", "replace", "added token", "unknown"],
-)  # fmt: skip
+)
 def test_a_tokenizer_built_to_take_hours_is_refused(
     changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
-        open_backend(tokenizer_json(tmp_path, **changes), "m")
+        Tokenizer(open_backend(tokenizer_json(tmp_path, **changes), "m"), {})
+
+
+def test_normalizers_of_models_are_read(tmp_path: Path) -> None:
+    steps = [replace("'", Regex="[\u2018\u2019]"), replace('"', String="\u0060\u0060")] * 12
+    steps += [{"type": "Prepend", "prepend": "\u2581"}, replace("\u2581", String=" ")]
+    steps += [replace(" ", Regex=" {2,}"), {"type": "NFKD"}, {"type": "Lowercase"}]
+    Tokenizer(open_backend(tokenizer_json(tmp_path, **sequence(*steps)), "m"), {}).encode("a b")
+
+
+def test_the_longest_rule_of_a_table_bounds_what_it_makes() -> None:
+    table = (8).to_bytes(4, "little") + b"\0" * 8 + b"ab\0" + b"x" * 2000 + b"\0"
+    assert longest_rule(table) == 2000
+    assert longest_rule(b"") == 1
+
+
+def test_an_expression_without_end_is_a_named_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+a+)+!"}, "behavior": "Isolated"}
+    text = tokenizer_json(tmp_path, pre_tokenizer=split | {"invert": False})
+    tokenizer = Tokenizer(open_backend(text, "m"), {})
+    assert tokenizer.encode("a")
+    monkeypatch.setattr(limits, "_SECONDS", 0.0)
+    monkeypatch.setattr(limits, "_RATE", 100_000)
+    with pytest.raises(CheckpointError, match="its tokenizer needs more"):
+        tokenizer.encode(("a" * 18 + " ") * 100)
 
 
 def test_a_panic_of_the_library_is_a_named_error_and_our_own_faults_are_not() -> None:

@@ -1,0 +1,183 @@
+"""Refuse tokenizers that are built to take hours, or all memory.
+
+`tokenizers` does what a file asks for: normalizers that make millions of characters of one, tokens
+of megabytes, regular expressions that take for ever. No model has any of these. What can be read
+off the file is refused before the library sees it; expressions that may take long are let run, and
+ended by `in_time`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from engine.errors import CheckpointError
+from engine.patterns import may_backtrack
+
+LONGEST_TOKEN = 10_000
+_ALL_TOKENS = 1 << 20
+MOST_GROWTH = 1_000
+"""Characters that may come of one; real normalizers make up to 18, and most one or two."""
+
+_LONGEST_PATTERN = 50_000
+_SECONDS, _RATE = 3.0, 20_000
+"""What encoding may take at least, and the characters a second that a slow machine does."""
+
+
+def refuse_long_tokens(serialised: str, where: str) -> None:
+    """Raise `CheckpointError` for a tokenizer.json with added tokens as no model has.
+
+    What is no JSON is left to the library, which says so.
+    """
+    try:
+        content = json.loads(serialised)
+    except (ValueError, RecursionError):
+        return
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    entries = added if isinstance(added, list) else []
+    refuse_long((e.get("content") for e in entries if isinstance(e, dict)), where)
+
+
+def may_take_long(backend: Tokenizer, where: str) -> bool:
+    """Whether a tokenizer holds an expression that may take long.
+
+    Raises `CheckpointError` for one that makes very much of little.
+    """
+    slow = False
+    for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
+        growth = 1.0
+        for step in _steps(part):
+            growth *= _growth(step)
+            if growth > MOST_GROWTH:
+                raise CheckpointError(
+                    f"{where}: the normalizer of its tokenizer makes over {MOST_GROWTH} "
+                    "characters of one. No model has such a tokenizer; take another one."
+                )
+            slow |= any(_is_slow(pattern, where) for pattern in _patterns(step))
+    return slow
+
+
+def refuse_long(texts: Iterable[Any], where: str) -> None:
+    """Raise `CheckpointError` for tokens that are as long as no model's are."""
+    total = 0
+    for text in texts:
+        size = len(text) if isinstance(text, str) else 0
+        total += size
+        if size > LONGEST_TOKEN:
+            raise CheckpointError(
+                f"{where}: its tokenizer has an added token of {size} characters; the longest that "
+                f"is read has {LONGEST_TOKEN}. No model has such a token; take another tokenizer."
+            )
+    if total > _ALL_TOKENS:
+        raise CheckpointError(
+            f"{where}: the added tokens of its tokenizer have {total} characters together, where "
+            f"at most {_ALL_TOKENS} are read. No model has as many; take another tokenizer."
+        )
+
+
+def in_time(call: Callable[[], Any], size: int, where: str) -> Any:
+    """What `call` returns, for a text of `size` characters.
+
+    Raises `CheckpointError` where it does not return in time; its thread is then left behind, for
+    nothing can end it but the end of the process.
+    """
+    results: list[Any] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(_SECONDS + size / _RATE)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise CheckpointError(
+            f"{where}: its tokenizer needs more than {_SECONDS + size / _RATE:.0f} s for a text of "
+            f"{size} characters: a regular expression in it takes for ever. Take another tokenizer."
+        )
+    return results[0]
+
+
+def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
+    """The steps of a normalizer, pre-tokenizer or decoder, those of sequences one by one."""
+    waiting = [] if part is None else [json.loads(part.__getstate__())]
+    while waiting:
+        step = waiting.pop()
+        if not isinstance(step, dict):
+            continue
+        inner = [v for k, v in step.items() if isinstance(v, list) and k.endswith(_LISTS)]
+        if inner:
+            waiting += [one for steps in inner for one in steps]
+        else:
+            yield step
+
+
+_LISTS = ("normalizers", "pretokenizers", "decoders")
+_NOTHING = re.compile(r"[*?^$|]|\{0|\{,|\\[AzZbBG]|\(\?")
+"""What stands in expressions that can match nothing, on the safe side."""
+
+
+def _growth(step: Mapping[str, Any]) -> float:
+    """How many characters a step may make of one."""
+    kind = step.get("type")
+    if kind == "Replace":
+        content = len(str(step.get("content") or ""))
+        pattern = step.get("pattern")
+        matched = pattern.get("String") if isinstance(pattern, dict) else None
+        if isinstance(matched, str) and matched:
+            return max(1.0, content / len(matched))
+        # An expression that can match nothing does so beside every character.
+        expression = next(_patterns(step), "^")
+        return max(1.0, content + (_NOTHING.search(expression) is not None))
+    if kind == "Prepend":
+        return 1.0 + len(str(step.get("prepend") or ""))
+    if kind == "Precompiled":
+        return _longest_rule(str(step.get("precompiled_charsmap") or ""))
+    return 1.0
+
+
+def _longest_rule(encoded: str) -> float:
+    """The longest text of a compiled table of rules.
+
+    The table is the size of a trie, the trie, and texts that end with a zero byte:
+    https://github.com/google/sentencepiece/blob/master/src/normalizer.cc
+    """
+    try:
+        table = base64.b64decode(encoded)
+    except (binascii.Error, ValueError):
+        return 1.0
+    return longest_rule(table)
+
+
+def longest_rule(table: bytes) -> float:
+    """The most characters that a compiled table of rules makes of one."""
+    start = 4 + int.from_bytes(table[:4], "little")
+    return max(1.0, *map(len, table[start:].split(b"\0")))
+
+
+def _patterns(step: Mapping[str, Any]) -> Iterator[str]:
+    pattern = step.get("pattern")
+    own = pattern.get("Regex") if isinstance(pattern, dict) else None
+    if isinstance(own, str):
+        yield own
+
+
+def _is_slow(pattern: str, where: str) -> bool:
+    if len(pattern) > _LONGEST_PATTERN:
+        raise CheckpointError(
+            f"{where}: its tokenizer has a regular expression of {len(pattern)} characters, where "
+            f"at most {_LONGEST_PATTERN} are read. No model has such a tokenizer; take another one."
+        )
+    return may_backtrack(pattern)
