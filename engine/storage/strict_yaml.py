@@ -16,6 +16,8 @@ import yaml
 MAX_DEPTH = 64
 """Mappings and lists nested deeper than this are refused (the loader itself is recursive)."""
 
+_TOO_DEEP = f"values nested more than {MAX_DEPTH} deep"
+
 MAX_SHARED = 50_000
 """How many values the aliases of a text may stand for, all together."""
 
@@ -40,16 +42,18 @@ class GuardedLoader(yaml.SafeLoader):
             node = super().compose_node(parent, index)
             size = self._sizes.get(id(node))
             if size is None:
-                raise self._refused("an alias inside the very value that it stands for", event)
+                told = "an alias inside the very value that it stands for"
+                raise self._refused(told, event.start_mark)
             self._shared += size
             self._values += size
             if self._shared > MAX_SHARED:
-                raise self._refused(f"aliases that stand for over {MAX_SHARED} values", event)
+                told = f"aliases that stand for over {MAX_SHARED} values"
+                raise self._refused(told, event.start_mark)
             return node
         before = self._values
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise self._refused(f"values nested more than {MAX_DEPTH} deep", event)
+            raise self._refused(_TOO_DEEP, event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         self._values += 1
@@ -65,9 +69,15 @@ class GuardedLoader(yaml.SafeLoader):
             told = f"a value that cannot be read as {kind} ({type(error).__name__})"
             raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from None
 
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        """Scan a bracket; the scanner looks a thousand characters ahead, slowly where all are."""
+        if self.flow_level >= MAX_DEPTH:
+            raise self._refused(_TOO_DEEP, self.get_mark())
+        super().fetch_flow_collection_start(token)
+
     @staticmethod
-    def _refused(what: str, event: Any) -> yaml.YAMLError:
-        return yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+    def _refused(what: str, mark: Any) -> yaml.YAMLError:
+        return yaml.MarkedYAMLError(problem=what, problem_mark=mark)
 
 
 class StrictLoader(GuardedLoader):

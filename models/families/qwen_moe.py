@@ -25,6 +25,8 @@ ROUTER_KEYS = frozenset(
     }
 )
 SPARSE_KEYS = ROUTER_KEYS | {"decoder_sparse_step", "mlp_only_layers"}
+_MOST_EXPERTS = 65_536
+"""In all layers: every one has a name of its own in most files, which are listed before reading."""
 SHARED_KEYS = frozenset({"shared_expert_intermediate_size"})
 
 
@@ -36,6 +38,12 @@ def router_fields(
     if len(both) > 1 and both[0] != both[1]:
         raise ValueError(f"num_experts is {both[0]!r}, but num_local_experts is {both[1]!r}")
     count = integer({"num_experts": both[0] if both else experts}, "num_experts")
+    layers = integer(raw, "num_hidden_layers")
+    if layers * count > _MOST_EXPERTS:
+        raise ValueError(
+            f"num_hidden_layers is {layers} and num_experts {count}; at most {_MOST_EXPERTS} "
+            "experts in all layers are read, twice as many as any published model has"
+        )
     per_token = integer(raw, "num_experts_per_tok", default=chosen)
     if per_token > count:
         raise ValueError(

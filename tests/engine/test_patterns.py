@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,14 +79,20 @@ def test_a_pattern_without_end_is_ended_and_the_next_one_goes_on(half_a_second: 
 
 
 def of_an_adapter(key: str) -> Callable[[Path], object]:
-    raw = {"target_modules": ["q_proj"], key: SLOW}
+    raw: dict[str, Any] = {"target_modules": ["q_proj"], key: SLOW}
     if key == "layers_pattern":
         raw |= {"layers_to_transform": [1], key: rf"{SLOW}\w*"}
     return lambda folder: is_meant(raw, f"{LONG}.10.q_proj", "adapter")
 
 
+def checked(settings: GateSettings, answer: str) -> object:
+    checker = make_checker(settings)
+    assert checker is not None
+    return checker(answer)
+
+
 def of_a_gate(folder: Path) -> object:
-    return make_checker(GateSettings(checker="regex", pattern=SLOW))(LONG)
+    return checked(GateSettings(checker="regex", pattern=SLOW), LONG)
 
 
 def of_a_row(folder: Path) -> object:
@@ -100,7 +107,7 @@ def of_a_schema(folder: Path) -> object:
     pytest.importorskip("jsonschema")
     (folder / "s.json").write_text('{"type": "string", "pattern": "(?:\\\\w+\\\\w+)+!"}')
     settings = GateSettings(checker="json-schema", schema_file=folder / "s.json")
-    return make_checker(settings)(f'"{LONG}"')
+    return checked(settings, f'"{LONG}"')
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from engine.data.streaming.converted import as_lines
 from engine.data.streaming.line_index import LineIndex, index_lines
 from engine.errors import DataError
 
-_AROUND = 64
-"""Bytes of a line besides its row: what ends it, and what a file of lines says of the row."""
+_AROUND = 8
+"""Bytes of a line besides its row: what ends it, and the mark that a file may begin with."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class IndexedFile:
     def value(self, number: int) -> Located | BadLine | None:
         """The value on one line, counted from 0; None for a blank line."""
         position, limit = Position(self.file.name, number + 1), self.file.limit
-        if self.lines.size(number) > limit.most_bytes + _AROUND:
+        # Rows that were written from another source were measured there, as they are spelt there.
+        if not self.spooled and self.lines.size(number) > limit.most_bytes + _AROUND:
             return BadLine(position, limit.too_long, limit.advice)
         data = self.lines.line(number).rstrip(b"\r\n")
         if number == 0:

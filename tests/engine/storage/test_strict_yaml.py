@@ -46,6 +46,14 @@ def test_a_hostile_text_is_one_kind_of_error(text: str, words: str) -> None:
         strict_yaml.load(text)
 
 
+@pytest.mark.parametrize("piece", ["[", "{", "[x, ", "{a: "])
+def test_what_is_nested_too_deep_is_refused_without_reading_on(piece: str) -> None:
+    loader = strict_yaml.StrictLoader(piece * 20_000)
+    with pytest.raises(yaml.YAMLError, match="nested more than 64 deep"):
+        loader.get_single_data()
+    assert loader.index <= 65 * len(piece)
+
+
 def test_aliases_of_a_reasonable_size_are_read() -> None:
     value = strict_yaml.load(bomb(3))
     assert value["a2"][8][8] == ["x"] * 9

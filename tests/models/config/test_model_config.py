@@ -167,6 +167,11 @@ def golden(family: str) -> dict[str, Any]:
     [
         ("smollm3", {"no_rope_layers": [1]}, ["no_rope_layers", "2"]),
         ("smollm3", {"no_rope_layers": [1, 3]}, ["no_rope_layers", "0 or 1"]),
+        (
+            "qwen3_moe",
+            {"num_hidden_layers": 1024, "num_local_experts": 4096, "num_experts": 4096},
+            ["num_hidden_layers is 1024", "num_experts 4096"],
+        ),
         ("qwen3_moe", {"num_experts_per_tok": 7}, ["num_experts_per_tok", "7", "6"]),
         ("qwen3_moe", {"num_experts": 5}, ["num_experts", "num_local_experts", "5"]),
         ("qwen3_moe", {"num_local_experts": [6]}, ["num_experts", "[6]"]),

@@ -14,6 +14,7 @@ from engine.data.dataset import RowChoice
 from engine.data.examples import Example, ExampleBuilder, ExampleSettings, build_examples
 from engine.data.rows import Row
 from engine.data.sources.resolve import data_files
+from engine.data.sources.streams.located import RowLimit
 from engine.data.streaming.ahead import Ahead
 from engine.data.streaming.batch_stream import BatchSettings, BatchStream
 from engine.data.streaming.example_stream import ExampleStream, StreamSettings
@@ -161,6 +162,16 @@ def test_bad_rows_filters_and_blank_lines_are_left_out_and_counted(
         sources(streams.examples(path))
     with pytest.raises(DataError, match="more than the"):
         sources(streams.examples(path, bad_lines="skip:0.1%"))
+
+
+def test_a_row_is_measured_as_its_source_spells_it(streams: Streams, tmp_path: Path) -> None:
+    row = {"prompt": "a", "response": "b" * 300, "more": [1e9] * 200}
+    text = json.dumps(row, separators=(",", ":")).replace("1000000000.0", "1e9")
+    (tmp_path / "rows.json").write_text(f"[{text}]")
+    data = str(tmp_path / "rows.json")
+    assert len(sources(streams.examples(data, limit=RowLimit(len(text))))) == 1
+    with pytest.raises(DataError, match="longer than"):
+        sources(streams.examples(data, limit=RowLimit(len(text) - 1)))
 
 
 def test_an_error_in_a_row_reaches_the_step_that_needs_it(streams: Streams, tmp_path: Path) -> None:
