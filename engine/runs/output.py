@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from engine.config.train_config import TrainConfig
-from engine.errors import CheckpointError, ConfigError
+from engine.errors import CheckpointError, ConfigError, gib
 from engine.storage import durable
 
 RECORDS = (
@@ -111,8 +111,8 @@ def require_space(folder: Path, checkpoint: int) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if free < need:
         raise CheckpointError(
-            f"The disk of {folder} has {free >> 20} MiB free and a checkpoint needs "
-            f"{need >> 20} MiB. Free some space, or name an --output-dir on another disk."
+            f"The disk of {folder} has {gib(free)} free and a checkpoint needs "
+            f"{gib(need)}. Free some space, or name an --output-dir on another disk."
         )
 
 

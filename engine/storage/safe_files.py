@@ -35,6 +35,8 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive, which is what torch.save writes, or a bare pickle of protocol 2 to 5.
 _PICKLE_HEADS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MIB = 2**20
+_BYTES_PER_VALUE = 16
+"""A file of JSON may have one value for so many of the bytes that it may have."""
 
 
 def open_regular(path: Path) -> int:
@@ -129,15 +131,28 @@ def read_json_object(
 ) -> dict[str, Any]:
     """Parse the JSON object in `path`; whatever is wrong with the file raises `error`.
 
-    `limit` is in bytes: a configuration has some thousands, and reading takes the more memory the
-    smaller the values are.
+    `limit` is in bytes: a configuration has some thousands. Reading takes the more memory the
+    smaller the values are, so their number is limited too.
     """
     try:
         data = read_regular(path, limit)
+        refuse_many(data, limit // _BYTES_PER_VALUE, str(path))
     except CheckpointError as problem:
         raise error(str(problem)) from problem
     with not_shown(path):
         return parse_object(data, str(path), error)
+
+
+def refuse_many(data: bytes, most: int, source: str) -> None:
+    """Raise `CheckpointError` for a JSON text of more than `most` values, which is then not read.
+
+    What stands around values is counted, also in texts.
+    """
+    if len(data) > most and sum(data.count(mark) for mark in (b"[", b"{", b":", b",")) > most:
+        raise CheckpointError(
+            f"{source} holds more than {most:,} values, more than any file of its kind. It is "
+            "damaged, or made to fill the memory; fetch it again."
+        )
 
 
 def json_object_or_empty(path: Path) -> dict[str, Any]:

@@ -20,11 +20,15 @@ from tokenizers import Tokenizer
 
 from engine.errors import CheckpointError
 from engine.patterns import may_backtrack
+from engine.storage.safe_files import refuse_many
 
 LONGEST_TOKEN = 10_000
 _ALL_TOKENS = 1 << 20
 MOST_GROWTH = 1_000
 """Characters that may come of one; real normalizers make up to 18, and most one or two."""
+
+_MOST_VALUES = 8_000_000
+"""Values of a tokenizer.json; half a million tokens with as many merges are 2.5 million."""
 
 _LONGEST_PATTERN = 50_000
 _SECONDS, _RATE = 3.0, 20_000
@@ -36,6 +40,7 @@ def refuse_long_tokens(serialised: str, where: str) -> None:
 
     What is no JSON is left to the library, which says so.
     """
+    refuse_many(serialised.encode("utf-8", "surrogatepass"), _MOST_VALUES, where)
     try:
         content = json.loads(serialised)
     except (ValueError, RecursionError):

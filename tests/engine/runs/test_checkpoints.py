@@ -283,7 +283,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 3 << 20))
-    with pytest.raises(CheckpointError, match=r"has 3 MiB free and a checkpoint needs 64 MiB"):
+    with pytest.raises(CheckpointError, match=r"has 3\.00 MiB free and a checkpoint needs 64\.0"):
         save(store, 1)
     assert names(store.root) == set()
 

@@ -178,3 +178,13 @@ def test_an_object_far_larger_than_any_of_its_kind_is_refused_before_it_is_read(
     path.write_bytes(b" " * (5 << 20))
     with pytest.raises(CheckpointError, match="more than 4 MiB"):
         read_json_object(path)
+
+
+@pytest.mark.parametrize("text", ["[0" + ",0" * 300_000, '{"a":[' + "[]," * 200_000, "{" * 300_000])
+def test_very_many_values_are_refused_before_any_is_made(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config.json holds more than 262,144 values"):
+        read_json_object(path)
+    path.write_text('{"template": "' + ": [" * 80_000 + '"}')
+    assert len(read_json_object(path)["template"]) == 240_000

@@ -70,6 +70,11 @@ def test_a_tokenizer_built_to_take_hours_is_refused(
         Tokenizer(open_backend(tokenizer_json(tmp_path, **changes), "m"), {})
 
 
+def test_a_tokenizer_of_very_many_values_is_refused_before_any_is_made() -> None:
+    with pytest.raises(CheckpointError, match=r"m holds more than 8,000,000 values"):
+        open_backend('{"model": [' + "[]," * 4_100_000, "m")
+
+
 def test_normalizers_of_models_are_read(tmp_path: Path) -> None:
     steps = [replace("'", Regex="[\u2018\u2019]"), replace('"', String="\u0060\u0060")] * 12
     steps += [{"type": "Prepend", "prepend": "\u2581"}, replace("\u2581", String=" ")]

@@ -229,7 +229,7 @@ def test_a_full_disk_is_noticed_before_the_weights(
     monkeypatch.setattr("engine.runs.output.shutil.disk_usage", lambda _: Usage)
     said = answers(settings(folder, {}))
     assert len(set(said.values())) == 1
-    assert "has 8 MiB free and a checkpoint needs" in said["train"]
+    assert "has 8.00 MiB free and a checkpoint needs" in said["train"]
 
 
 @pytest.mark.parametrize(("file", "shared"), [("rows.jsonl", 4), ("other.jsonl", 0)])
