@@ -41,7 +41,7 @@ from engine.storage.safe_files import MIB, read_json_object
 log = logging.getLogger(__name__)
 
 STATE_NAME = "state.json"
-_LEFTOVER = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}|\.del-.+-[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"\.tmp-.+-\d+-[0-9a-f]{8}(?:\.files)?|\.del-.+-[0-9a-f]{8}")
 _STEM = re.compile(r"[\w-]+(?:/[\w-]+)*")
 _ATTEMPTS = 3
 

@@ -39,7 +39,10 @@ TEMPORARY_PREFIX = ".tmp-"
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_TEMPORARY = re.compile(rf"^{re.escape(TEMPORARY_PREFIX)}(.+)-\d+-[0-9a-f]{{8}}$")
+_OF_FILES = ".files"
+"""Ends the temporary name of a folder whose files go beside it."""
+
+_TEMPORARY = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(.+)-(\d+)-[0-9a-f]{{8}}({_OF_FILES})?")
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -120,7 +123,7 @@ def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
     what is occupied before any work is done. A failed write, also one inside, raises
     `CheckpointError`.
     """
-    with _temporary_folder(target) as temporary:
+    with _temporary_folder(target, _OF_FILES) as temporary:
         with writing(target):
             yield temporary
             fsync_tree(temporary)
@@ -167,9 +170,9 @@ def _is_same(file: Path, other: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
+def _temporary_folder(target: Path, ending: str = "") -> Iterator[Path]:
     """A new folder beside `target`, removed in the end with what was not moved out of it."""
-    temporary = temporary_beside(target)
+    temporary = target.with_name(temporary_beside(target).name + ending)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep_leftovers(target)
@@ -188,10 +191,9 @@ def sweep_leftovers(target: Path) -> None:
     """
     if not target.parent.is_dir():
         return
-    pattern = re.compile(rf"{re.escape(TEMPORARY_PREFIX + target.name[:80])}-(\d+)-[0-9a-f]{{8}}")
     for name in os.listdir(target.parent):  # noqa: PTH208 - names alone; there may be many
-        match = pattern.fullmatch(name)
-        if not match or process_lives(int(match[1])):
+        match = _TEMPORARY.fullmatch(name)
+        if not match or match[1] != target.name[:80] or process_lives(int(match[2])):
             continue
         # Another start may sweep at the same time.
         with contextlib.suppress(OSError):
@@ -281,7 +283,8 @@ def require_space(target: Path, size: int) -> None:
 
 def final_name(path: Path) -> Path:
     """`path` as it is called once it is whole: parts of it may have temporary names."""
-    return Path(*(_TEMPORARY.sub(r"\1", part) for part in path.parts))
+    matches = ((part, _TEMPORARY.fullmatch(part)) for part in path.parts)
+    return Path(*(m[1] if m else part for part, m in matches if m is None or not m[3]))
 
 
 def temporary_beside(path: Path) -> Path:

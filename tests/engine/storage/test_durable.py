@@ -159,6 +159,13 @@ def test_a_full_disk_says_what_is_needed_and_the_final_name(tmp_path: Path) -> N
     told = str(durable.write_error(durable.temporary_beside(folder / "a.json"), error, 3000))
     assert f"Cannot write {tmp_path / 'out' / 'a.json'}: No space left" in told
     assert "It takes 2.93 KiB, and" in told and "are free there" in told
+    with (
+        pytest.raises(
+            CheckpointError, match=f"Cannot write {tmp_path / 'b.json'}: Not a directory"
+        ),
+        durable.publish_files(tmp_path / "a.json") as files,
+    ):
+        raise durable.write_error(files / "b.json", NotADirectoryError(20, "Not a directory"))
 
 
 def test_a_file_size_limit_stops_a_write_cleanly(tmp_path: Path) -> None:
