@@ -120,7 +120,7 @@ class Pattern:
         return cast(Groups | None, groups)
 
 
-class _Worker:
+class _MatchingProcess:
     """The process that matches what may take long; started when it is needed."""
 
     def __init__(self) -> None:
@@ -168,7 +168,7 @@ class _Worker:
             self._process = None
 
 
-_WORKER = _Worker()
+_WORKER = _MatchingProcess()
 atexit.register(_WORKER.end)
 
 
