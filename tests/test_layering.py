@@ -155,6 +155,7 @@ GROUND = {
         "device",
         "provenance",
         "plots",
+        "patterns",
         # What every table of settings is made of, so that tables may lie in rooms.
         "config.aliases",
         "config.choices",
