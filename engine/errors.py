@@ -61,13 +61,22 @@ class MemoryPlanError(EngineError):
 
 
 _LISTED = 16
+_LISTED_LENGTH = 500
 
 
 def listing(items: Iterable[str]) -> str:
-    """`items` in one line for a message, cut after 16 with the number of those left out."""
-    names = list(items)
-    rest = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
+    """`items` in one line for a message, with the number of those left out.
+
+    Of many, or long ones, the first sixteen are in it, or as many as 500 characters hold.
+    """
+    names, shown, length = [printable(item, _LISTED_LENGTH // 2) for item in items], 0, 0
+    for name in names[:_LISTED]:
+        length += len(name) + 2
+        if shown and length > _LISTED_LENGTH:
+            break
+        shown += 1
+    rest = f", and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
 
 
 def gib(size: float) -> str:

@@ -1,6 +1,6 @@
 import random
 
-from engine.errors import ConfigError, printable
+from engine.errors import ConfigError, listing, printable
 
 
 def test_a_message_shows_control_characters_and_half_surrogates_as_escapes() -> None:
@@ -23,3 +23,14 @@ def test_a_long_message_keeps_its_beginning_and_its_end() -> None:
     assert message.startswith("found xxx")
     assert message.endswith("xxx, do this.")
     assert len(message) < 4100
+
+
+def test_a_list_in_a_message_is_short_whatever_its_items_are() -> None:
+    assert listing([]) == ""
+    assert listing(["a", "b"]) == "a, b"
+    assert listing(map(str, range(40))).endswith("15, and 24 more")
+    names = [f"model.layers.{n}.mlp.experts.0.gate_proj.weight [1408, 32]" for n in range(30)]
+    assert 400 < len(listing(names)) < 540
+    assert listing(names).endswith(f"and {30 - listing(names).count('gate_proj')} more")
+    assert len(listing(["x" * 5000] * 3)) < 600
+    assert listing(["\x1b[2J"]).isprintable()
