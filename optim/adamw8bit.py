@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from kernels.adamw8bit import ROW, Update, adamw_slab_, all_finite
+from kernels.adamw8bit import ROW, Update, adamw_slab_, may_step
 from kernels.adamw8bit.dynamic_map import Rounding
 from kernels.adamw8bit.launch import SegmentTable, adamw_flat_
 from kernels.adamw8bit.step_compiled import adamw_rows_
@@ -151,7 +151,8 @@ class AdamW8bit(StepOptimizer):
         max_norm: float = math.inf,
         only: tuple[int, ...] | None = None,
     ) -> float | None:
-        """Update every parameter that has a gradient; or none, if one or a moment is not finite.
+        """Update every parameter that has a gradient; or none, if one or a moment is not finite,
+        or the scaled gradients are longer than `kernels.adamw8bit.LARGEST_NORM`.
 
         The gradients themselves stay as they are: `grad_scale`, a number or a tensor () on the
         parameters' device, multiplies them as they are read, and then they are clipped to the
@@ -185,7 +186,7 @@ class AdamW8bit(StepOptimizer):
             self.grad_norm = global_norm(list(grads.values())) * size
             grad_scale = grad_scale * clip_coefficient(self.grad_norm, max_norm)
         scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
-        if not all_finite([*grads.values(), *scale, *flat.scales(only)]):
+        if not may_step(list(grads.values()), grad_scale, [*scale, *flat.scales(only)]):
             flat.skipped += 1
             return
         active = list(grads)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.adamw8bit import LARGEST_NORM
 from kernels.runtime.ranks import Ranks
 
 
@@ -48,6 +49,12 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """min(1, max_norm / norm), fp32 (), and 1 where `norm` is not finite."""
     scale = (max_norm / norm).clamp(max=1.0)
     return torch.where(torch.isfinite(norm), scale, torch.ones_like(scale))
+
+
+def usable_norm(norm: Tensor, max_norm: float) -> Tensor:
+    """`norm`, and infinity where gradients, clipped to `max_norm`, are longer than a step takes."""
+    clipped = norm.clamp(max=max_norm)
+    return torch.where(clipped < LARGEST_NORM, norm, torch.full_like(norm, math.inf))
 
 
 def norm_over_ranks(divided: Sequence[Tensor], whole: Sequence[Tensor], ranks: Ranks) -> Tensor:

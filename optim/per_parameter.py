@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from kernels.adamw8bit import all_finite
+from kernels.adamw8bit import may_step
 from optim.flat_state import check_loadable, refuse_unusable
 from optim.interface import StepOptimizer, optimizer_observer
 
@@ -64,18 +64,22 @@ class PerParameter(StepOptimizer):
         grad_scale: float | Tensor = 1.0,
         only: tuple[int, ...] | None = None,
     ) -> None:
-        """Update every parameter that has a gradient; or none, if one or the scale is not finite.
+        """Update every parameter that has a gradient; or none, if one or its state is not finite.
 
-        `grad_scale` multiplies the gradients as they are read. With `only`, numbers of parameters
-        in the order of the groups, the others are neither looked at nor moved.
+        Nor is one updated by scaled gradients longer than `kernels.adamw8bit.LARGEST_NORM`, or with
+        a scale that is not finite. `grad_scale` multiplies the gradients as they are read. With
+        `only`, numbers of parameters in the order of the groups, the others are neither looked at
+        nor moved.
         """
         states, params, whole = self._built(), self.ordered_params(), only is None
         numbers = range(len(params)) if only is None else only
         grads = {i: grad for i in numbers if (grad := params[i].grad) is not None}
         observer = optimizer_observer()
         observer.step_begins(list(grads.values()), whole)
-        scale = [grad_scale] if isinstance(grad_scale, Tensor) else []
-        if all_finite([*grads.values(), *scale]):
+        others = [state for i in grads for state in states[i].values() if state.is_floating_point()]
+        if isinstance(grad_scale, Tensor):
+            others.append(grad_scale)
+        if may_step(list(grads.values()), grad_scale, others):
             groups = [group for group in self.param_groups for _ in group["params"]]
             for index, grad in grads.items():
                 self._steps[index] += 1

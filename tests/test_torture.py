@@ -2,15 +2,21 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.torture.__main__ import in_parts
+from bench.torture.arithmetic import ARITHMETIC
 from bench.torture.campaign import PART, Campaign, Figures, merged
+from bench.torture.crashes import resume_algebra
+from bench.torture.crashes.resume_algebra import resumes
+from engine.training import step
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,6 +77,29 @@ def test_no_loss_of_power_loses_a_step_unless_a_flush_is_missing(
     lost = seen["lost"] + seen["unloadable"] + seen["wrong"]
     assert lost + seen["good"] == 150
     assert (lost == 0) == (fault == "none")
+
+
+def test_runs_that_stop_and_go_on_end_as_others_do() -> None:
+    seen = resumes(1, 3)
+    assert seen["wrong"] == []
+    assert seen["equal"] == 1
+    assert seen["stops"] >= 1
+
+
+def test_dropout_that_depends_on_the_process_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = iter(range(1000))
+    monkeypatch.setattr(step, "dropout_seed", lambda seed, number, micro: next(made))
+    drawn = partial(resume_algebra.drawn, random.Random(0), Path())
+    dropout = {"lora_dropout": 0.1, "streaming": "off", "max_steps": 3, "method": "lora"}
+    monkeypatch.setattr(resume_algebra, "drawn", lambda *_: drawn() | dropout)
+    seen = resumes(1, 3)
+    assert seen["equal"] == 0 and len(seen["wrong"]) == 1
+
+
+def test_cut_steps_and_values_that_are_not_finite_change_nothing() -> None:
+    cut, stopped = ARITHMETIC["T18"], ARITHMETIC["T19"]
+    assert cut.passed(cut.run(2, 0))
+    assert stopped.passed(stopped.run(3, 0))
 
 
 def test_signals_end_a_run_with_its_checkpoint(tmp_path: Path) -> None:

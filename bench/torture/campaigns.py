@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from bench.torture.arithmetic import ARITHMETIC
 from bench.torture.campaign import Campaign, Figures
 from bench.torture.crashes.campaigns import CRASHES
 from bench.torture.group_kills import GROUP_KILLS
@@ -109,5 +110,6 @@ CAMPAIGNS: dict[str, Campaign] = {
     "T23": Campaign("steps of the protocol taken away", 1, protocol_steps, lambda f: f["passed"]),
     **CRASHES,
     **HOSTILE_FILES,
+    **ARITHMETIC,
     **GROUP_KILLS,
 }

@@ -56,7 +56,10 @@ class LoadedCheckpoint:
     files: tuple[str, ...]
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors saved under `stem`, as copies on the CPU. Raises `CheckpointError`."""
+        """The tensors saved under `stem`, as copies on the CPU.
+
+        Raises `CheckpointError` where it holds no such file, or values that are not finite.
+        """
         name = f"{stem}.safetensors"
         if name not in self.files:
             raise CheckpointError(
@@ -64,7 +67,13 @@ class LoadedCheckpoint:
                 "Go on with the version and the --method that wrote it."
             )
         source = SafetensorsFile(self.path / name)
-        return {key: source.tensor(key).clone() for key in source.keys()}  # noqa: SIM118
+        tensors = {key: source.tensor(key).clone() for key in source.keys()}  # noqa: SIM118
+        if bad := [*_nonfinite(tensors)]:
+            raise CheckpointError(
+                f"{self.path / name} holds values that are not finite in {', '.join(bad[:3])}. "
+                "This program never saves such values; go on from an earlier checkpoint."
+            )
+        return tensors
 
 
 class CheckpointStore:

@@ -26,7 +26,7 @@ from models.layers.context import DEFAULT_SETTINGS, StepSettings
 from models.layers.packed_batch import PackedBatch
 from models.weight_average import WeightAverage
 from optim import StepInBackward, StepOptimizer
-from optim.clip import clip_coefficient, global_norm
+from optim.clip import clip_coefficient, global_norm, usable_norm
 
 
 @dataclass(frozen=True)
@@ -110,10 +110,10 @@ class TrainingStep:
 
         `number` is the step's, from 0: dropout follows from it. Clipping is a factor that the
         optimizer applies as it reads the gradients; the host waits for the device once, after the
-        update, to learn the loss. A loss or gradient norm that is not finite leaves weights and
-        optimizer state as they were. `loss_scale` multiplies the loss before the backward pass and
-        is divided out again, for gradients that float16 could not hold otherwise. `meanwhile` is
-        called when all work is queued, before that wait.
+        update, to learn the loss. A loss or gradient norm that is not finite, or too large for fp32
+        moments, leaves weights and optimizer state as they were. `loss_scale` multiplies the loss
+        before the backward pass and is divided out again, for gradients that float16 could not hold
+        otherwise. `meanwhile` is called when all work is queued, before that wait.
 
         With `in_backward` a loss that is not finite still changes nothing, for it is known before;
         a gradient that is not finite leaves its own unit as it was, but units before it have moved.
@@ -132,7 +132,7 @@ class TrainingStep:
         ranks = ONE_RANK if self.parallel is None else self.parallel.data
         totals = self.objective.totals(self.model, batches, self.settings, ranks)
         sums = self._passes(batches, number, totals, loss_scale)
-        norm = self._norm(sums, loss_scale)
+        norm = usable_norm(self._norm(sums, loss_scale), self.max_grad_norm or math.inf)
         self._update(sums[0], norm, loss_scale)
         counts = (sum(b.tokens for b in batches), sum(b.trained_tokens for b in batches))
         tokens, trained = map(int, host_sums(ranks, *counts))

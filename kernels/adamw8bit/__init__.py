@@ -38,6 +38,10 @@ ZERO_CODE = 127
 """The code of 0 in the signed map. The padding of a parameter's last row always holds it."""
 
 
+LARGEST_NORM = 2.0**63
+"""Longer scaled gradients change nothing: their squares overflow fp32 moments, or soon would."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """Elements `begin:end` of parameter `index`; `begin` is a multiple of `ROW`."""
@@ -87,15 +91,23 @@ class Update:
         return math.sqrt(1.0 - self.beta2**self.step)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element is NaN or infinite. Waits for the device."""
+def may_step(grads: Sequence[Tensor], grad_scale: float | Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether the scaled gradients have squares in fp32, and `others` no NaN or infinity.
+
+    Waits for the device.
+    """
+    tensors, count = [*grads, *others], len(grads)
     if not tensors:
         return True
-    norms = torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32))
-    if bool(torch.isfinite(norms).all()):
-        return True
-    # The norm of large finite values may overflow, so the elements have the last word.
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    for dtype in (torch.float32, torch.float64):
+        norms = torch.stack(torch._foreach_norm(tensors, 2, dtype))
+        norms[:count] *= grad_scale
+        # NaN is not less.
+        if bool((norms.abs() < LARGEST_NORM).all()):
+            return True
+    # In float64 no norm of finite fp32 values overflows; moments may be as large as they come.
+    small = (norms[:count].abs() < LARGEST_NORM).all()
+    return bool(small & torch.isfinite(norms[count:]).all())
 
 
 def adamw_slab_(

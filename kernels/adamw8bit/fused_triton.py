@@ -20,6 +20,7 @@ binary search.
 
 from __future__ import annotations
 
+from kernels.adamw8bit import LARGEST_NORM
 from kernels.adamw8bit.dynamic_map import FIRST_CELL
 from kernels.runtime.triton_support import jit, tl
 
@@ -38,6 +39,7 @@ PREPARE_BLOCK = 256
 _TINY = tl.constexpr(2.0**-126)
 _FIRST_CELL = tl.constexpr(FIRST_CELL)
 _STEP_BITS = tl.constexpr(31)
+_LARGEST_NORM = tl.constexpr(LARGEST_NORM)
 
 
 @jit
@@ -111,8 +113,9 @@ def prepare_kernel(
         squares += tl.load(partials + at, mask=at < partial_count, other=0.0)
     scale = tl.load(grad_scale)
     norm = tl.sqrt(tl.sum(squares, axis=0)) * tl.abs(scale)
-    # NaN fails both comparisons.
-    made = tl.where((norm >= 0.0) & (norm < float("inf")), 1, 0)
+    # NaN fails all comparisons. Moments in fp32 do not hold the square of a longer gradient.
+    finite = (norm >= 0.0) & (norm < float("inf"))
+    made = tl.where(finite & (tl.minimum(norm, max_norm) < _LARGEST_NORM), 1, 0)
     # 1 where the norm is small enough, and never a division by zero.
     clip = max_norm / tl.maximum(norm, max_norm)
     tl.store(outcome, norm.to(tl.float32))

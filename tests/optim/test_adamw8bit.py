@@ -195,7 +195,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing() -> None:
         optimizer.load_state_tensors(poisoned)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("where", [0, 2, 7])
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float, where: int) -> None:
     params = make_params(SHAPES)

@@ -65,17 +65,20 @@ def test_a_stopped_optimizer_goes_on_to_the_same_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("bad", ["gradient", "scale"])
+@pytest.mark.parametrize("bad", ["gradient", "scale", "huge gradient", "state"])
 def test_a_step_that_is_not_finite_changes_nothing(name: str, bad: str) -> None:
     params = parameters()
     optimizer = MAKERS[name](params)
     advance(optimizer, params, 0, 1)
     before = [p.detach().clone() for p in params]
+    if bad == "state":
+        floats = [t for t in optimizer.state_tensors().values() if t.is_floating_point()]
+        floats[-1].view(-1)[-1] = math.inf
     state = {key: tensor.clone() for key, tensor in optimizer.state_tensors().items()}
     grad = params[1].grad
     assert grad is not None
-    if bad == "gradient":
-        grad[3, 4] = math.inf
+    if "gradient" in bad:
+        grad[3, 4] = 1e30 if "huge" in bad else math.inf  # a square that fp32 does not hold
     optimizer.step(grad_scale=torch.tensor(math.nan if bad == "scale" else 1.0))
     assert all(torch.equal(one, other) for one, other in zip(params, before, strict=True))
     for key, tensor in optimizer.state_tensors().items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.torture.campaign import PART, Campaign, Figures
 from bench.torture.crashes.every_verb import LINES
 from bench.torture.crashes.refused import COMMANDS
+from bench.torture.crashes.resume_algebra import RESUMES
 from tests.support.tiny_model import write_tiny_model
 
 ROOT = Path(__file__).parents[3]
@@ -131,6 +132,7 @@ CRASHES: dict[str, Campaign] = {
         lambda f: f["good"] == f["trials"] and f["runs_ended"] == f["same_bytes"],
         part=20,
     ),
+    **RESUMES,
     "T21": Campaign(
         "every command with every refusal",
         6 * len(COMMANDS),

@@ -216,6 +216,17 @@ def test_a_value_that_is_not_finite_is_never_saved(store: CheckpointStore, value
     assert names(store.root) == {"checkpoint-1"}
 
 
+def test_a_value_that_is_not_finite_is_never_loaded(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.runs.checkpoints.refuse_nonfinite", lambda *_: None)
+    store.save(1, {"weights": {"a": torch.ones(2), "b": torch.tensor([1.0, -torch.inf])}}, {})
+    checkpoint = store.latest()
+    assert checkpoint is not None
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors .*not finite in b\."):
+        checkpoint.tensors("weights")
+
+
 def test_a_missing_group_of_tensors_is_named(store: CheckpointStore) -> None:
     save(store, 1)
     checkpoint = store.latest()

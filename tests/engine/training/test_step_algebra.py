@@ -164,3 +164,15 @@ def test_a_value_that_is_not_finite_moves_no_weight(where: str, value: float) ->
     assert after.keys() == state.keys() and len(state) > 2
     moved = [name for name, tensor in state.items() if not torch.equal(after[name], tensor)]
     assert moved == ["skipped_steps"]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_whose_square_is_infinite_is_clipped_or_skipped(max_grad_norm: float) -> None:
+    model = build(torch.float32)
+    optimizer = AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    step = TrainingStep(model, optimizer, max_grad_norm=max_grad_norm)
+    poison(model, "gradient", 1e30)
+    result = step([collate(ragged(0)[:4])])
+    assert result.skipped == (max_grad_norm == 0.0) == bool(optimizer.skipped_steps)
+    state = optimizer.state_tensors().values()
+    assert all(bool(t.isfinite().all()) for t in state if t.is_floating_point())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import adamw8bit
-from kernels.adamw8bit import ROW, Moments, Piece, Update, adamw_slab_, all_finite
+from kernels.adamw8bit import ROW, Moments, Piece, Update, adamw_slab_, may_step
 from kernels.adamw8bit.dynamic_map import Rounding, dequantize_blocks, quantize_blocks
 from kernels.runtime.random import philox_bits, round_stochastically
 
@@ -139,14 +139,20 @@ def test_philox_gives_the_published_words() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_one_bad_element_anywhere_is_seen(bad: float) -> None:
     tensors = [torch.randn(100), torch.zeros(0), torch.randn(7, 9).bfloat16()]
-    assert all_finite(tensors)
-    assert all_finite([])
+    assert may_step(tensors, 1.0, tensors)
+    assert may_step([], 1.0, [])
+    assert not may_step(tensors, torch.tensor(bad), [])
     tensors[2][3, 3] = bad
-    assert not all_finite(tensors)
+    assert not may_step(tensors, 1.0, [])
+    assert not may_step([], 1.0, tensors)
 
 
-def test_large_finite_elements_are_finite() -> None:
-    assert all_finite([torch.full((10,), 3e38)])
+def test_gradients_may_be_as_large_as_their_squares_and_moments_as_any() -> None:
+    large = [torch.full((10,), 3e38)]
+    assert may_step([], 1.0, large)
+    assert not may_step(large, 1.0, large)
+    assert may_step(large, 1e-30, large)
+    assert not may_step([torch.ones(2)], torch.tensor(1e30), [])
 
 
 def test_the_formula_check_notices_coupled_weight_decay(monkeypatch: pytest.MonkeyPatch) -> None:
