@@ -14,6 +14,7 @@ import pytest
 from bench.torture.__main__ import in_parts
 from bench.torture.arithmetic import ARITHMETIC
 from bench.torture.campaign import PART, Campaign, Figures, merged
+from bench.torture.campaigns import CAMPAIGNS
 from bench.torture.crashes import resume_algebra
 from bench.torture.crashes.resume_algebra import resumes
 from engine.training import step
@@ -94,6 +95,11 @@ def test_dropout_that_depends_on_the_process_is_noticed(monkeypatch: pytest.Monk
     monkeypatch.setattr(resume_algebra, "drawn", lambda *_: drawn() | dropout)
     seen = resumes(1, 3)
     assert seen["equal"] == 0 and len(seen["wrong"]) == 1
+
+
+def test_plans_and_budgets_are_met() -> None:
+    walls = CAMPAIGNS["T20"]
+    assert walls.passed(walls.run(1, 0))
 
 
 def test_cut_steps_and_values_that_are_not_finite_change_nothing() -> None:

@@ -18,6 +18,7 @@ from bench.torture.campaign import Campaign, Figures
 from bench.torture.crashes.campaigns import CRASHES
 from bench.torture.group_kills import GROUP_KILLS
 from bench.torture.hostile_files import HOSTILE_FILES
+from bench.torture.memory_walls import MEMORY
 from engine.errors import CheckpointError
 from engine.runs.checkpoints import CheckpointStore
 
@@ -111,5 +112,6 @@ CAMPAIGNS: dict[str, Campaign] = {
     **CRASHES,
     **HOSTILE_FILES,
     **ARITHMETIC,
+    **MEMORY,
     **GROUP_KILLS,
 }

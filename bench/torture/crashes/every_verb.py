@@ -98,7 +98,7 @@ LINES: dict[str, Words] = {
         "--reference-cache", folder / "reference"],
     "train, drawn": lambda inputs, folder: [
         *(word for word in _train("--max-steps", 1)(inputs, folder) if word != "--no-plot"),
-        "--heldout", 0.3, "--eval-every", 1, "--save-best", "heldout_loss"],
+        "--heldout", 0.3, "--eval-every", 1, "--save-best", "eval_loss"],
     "merge": _with(("--adapter", "run/adapter"))(_model("merge")),
     "quantize": _model("quantize", "--bits", 4),
     "prune": _model("prune", "--fraction", 0.25),
@@ -173,7 +173,9 @@ def write_inputs(folder: Path) -> Path:
     write_pairs(folder / "pairs.jsonl")
     (folder / "others.jsonl").write_text(json.dumps({"prompt": "a b c", "response": "d e f"}))
     (folder / "docs").mkdir()
-    (folder / "docs" / "page.md").write_text("---\ntitle: A page\n---\n\n# A page\n\nSome words.\n")
+    (folder / "docs" / "page.md").write_text(
+        "---\ntitle: A page\n---\n\n# A page\n\n" + "Some words. " * 40
+    )
     (folder / "code").mkdir()
     (folder / "code" / "one.py").write_text(
         'def double(number: int) -> int:\n    """Give back twice the number."""\n'

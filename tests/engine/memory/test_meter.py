@@ -19,7 +19,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
 from engine.memory.estimate import MemoryPlan, Simulations, make_batch, plan
 from engine.memory.model_shapes import preset_config
-from engine.memory.simulate.meter import MemoryMeter
+from engine.memory.simulate.meter import MemoryMeter, Peak
 from engine.memory.simulate.observer import observed, track_model
 from engine.memory.simulate.step import simulate_step
 from engine.model_sources.load_model import build_for
@@ -171,18 +171,23 @@ def tables_made() -> None:
     measured(ModelConfig.from_dict(SMALL), config, [make_batch([9])], torch.float32)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("family", MODELS)
-def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> None:
+def planned_and_measured(family: str, name: str, lengths: list[int]) -> tuple[Peak, Peak]:
+    """The peaks of a step of packed documents: of its plan, and of the step itself."""
     config = settings(**SETTINGS[name])
     model = ModelConfig.from_dict(MODELS[family])
     if config.embedding_on == "host" and model.tie_word_embeddings:
         model = dataclasses.replace(model, tie_word_embeddings=False)
-    lengths = [24, 9] if name == "short rows" else [100, 37, 163]
     batches = [make_batch(lengths)] * config.accumulate
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     real = measured(model, config, batches, dtype).peak
-    simulated = simulate_step(model, config, batches, gpu=False, dtype=dtype).step
+    return simulate_step(model, config, batches, gpu=False, dtype=dtype).step, real
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("family", MODELS)
+def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> None:
+    lengths = [24, 9] if name == "short rows" else [100, 37, 163]
+    simulated, real = planned_and_measured(family, name, lengths)
     assert simulated.bytes == pytest.approx(real.bytes, rel=0.001)
     for owner, size in real.owners.items():
         assert abs(simulated.owners[owner] - size) <= 0.01 * real.bytes, owner

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.torture.crashes.every_verb import LINES
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -13,12 +15,18 @@ def faults(folder: Path, every: int, *names: str) -> dict[str, dict[str, int | l
     program = [sys.executable, "-m", "bench.torture.crashes.file_faults"]
     done = subprocess.run(
         [*program, str(folder), str(every), "all", *names],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seen: dict[str, dict[str, int | list[str]]] = json.loads(done.stdout)
     return seen
+
+
+def test_every_command_of_the_campaigns_still_runs(tmp_path: Path) -> None:
+    seen = faults(tmp_path, 1_000_000, *LINES)  # no operation is the millionth
+    assert seen.keys() == set(LINES)
+    assert all(figures["operations"] and figures["wrong"] == [] for figures in seen.values())
 
 
 def test_a_second_start_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ import json
 import random
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,13 +159,13 @@ def test_what_the_library_reads_is_read(tmp_path: Path, header: bytes) -> None:
 
 
 EMPTY = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-BOMBS = {
-    "empty tensors": b"{" + b",".join(EMPTY % number for number in range(200_000)) + b"}",
-    "empty tensors beyond the limit of bytes": b"{%s}" % b",".join([EMPTY % 1] * 1_000_000),
-    "empty lists": b'{"a":[' + b"[]," * 5_000_000 + b"[]]}",
-    "empty objects": b'{"a":[' + b"{}," * 5_000_000 + b"{}]}",
-    "empty texts": b'{"a":[' + b'"",' * 5_000_000 + b'""]}',
-    "short keys": b"{" + b",".join(b'"%d":1' % number for number in range(1_400_000)) + b"}",
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "empty tensors": lambda: b"{%s}" % b",".join(EMPTY % n for n in range(200_000)),
+    "empty tensors beyond the limit of bytes": lambda: b"{%s}" % (EMPTY % 1 + b",") * 1_000_000,
+    "empty lists": lambda: b'{"a":[' + b"[]," * 5_000_000 + b"[]]}",
+    "empty objects": lambda: b'{"a":[' + b"{}," * 5_000_000 + b"{}]}",
+    "empty texts": lambda: b'{"a":[' + b'"",' * 5_000_000 + b'""]}',
+    "short keys": lambda: b"{%s}" % b",".join(b'"%d":1' % n for n in range(1_400_000)),
 }
 
 
@@ -173,7 +174,7 @@ def test_a_header_that_would_make_very_many_objects_is_refused_at_once(
     tmp_path: Path, kind: str
 ) -> None:
     path = tmp_path / "a"
-    path.write_bytes(pack(BOMBS[kind], b""))
+    path.write_bytes(pack(BOMBS[kind](), b""))
     peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     with pytest.raises(CheckpointError, match=r"65536 tensors|header claims"):
         SafetensorsFile(path)
