@@ -23,9 +23,7 @@ def requests(trials: int, seed: int) -> Figures:
     slow, leaving = min(1000, max(10, trials // 100)), min(200, max(4, trials // 500))
     with tempfile.TemporaryDirectory() as name:
         model = write_tiny_model(Path(name) / "model")
-        config = json.loads((model / "config.json").read_text())
-        config["max_position_embeddings"] = 8192  # so that an answer can take its time
-        (model / "config.json").write_text(json.dumps(config))
+        figures = _left_streams(Path(name) / "long", leaving)
         with ServedModel(model, "--name", "tiny") as server:
             process = psutil.Process(server.process.pid)
             for _ in range(20):
@@ -36,25 +34,37 @@ def requests(trials: int, seed: int) -> Figures:
                 n for told, n in outcomes.items() if not told.isdigit() and told != "closed"
             )
             answered = _beside_slow_sockets(server, slow)
-            for _ in range(leaving):
-                server.open_stream("abc", 3000).close()
-            ends = time.monotonic() + 10
-            while server.health()["running"] and time.monotonic() < ends:
-                time.sleep(0.05)
-            health = server.health()
             return {
                 "requests": trials,
                 "wrong_answers": wrong,
-                "tracebacks": server.output.count("Traceback"),
+                "tracebacks": figures.pop("tracebacks") + server.output.count("Traceback"),
                 "alive": int(server.process.poll() is None),
                 "slow_sockets": slow,
                 "answered_beside_them_seconds": round(answered, 2),
-                "readers_that_left": leaving,
-                "generations_left_over": health["running"] + health["waiting"],
+                **figures,
                 "more_threads": process.num_threads() - threads,
                 "more_resident_mib": round((process.memory_info().rss - resident) / 2**20, 1),
                 **{f"status_{told}": n for told, n in sorted(outcomes.items()) if told.isdigit()},
             }
+
+
+def _left_streams(folder: Path, leaving: int) -> Figures:
+    """Long answers whose readers leave at once: what is generated afterwards all the same."""
+    config = write_tiny_model(folder) / "config.json"
+    whole = json.loads(config.read_text()) | {"max_position_embeddings": 8192}
+    config.write_text(json.dumps(whole))
+    with ServedModel(folder, "--name", "tiny") as server:
+        for _ in range(leaving):
+            server.open_stream("abc", 3000).close()
+        ends = time.monotonic() + 10
+        while server.health()["running"] and time.monotonic() < ends:
+            time.sleep(0.05)
+        health = server.health()
+        return {
+            "readers_that_left": leaving,
+            "generations_left_over": health["running"] + health["waiting"],
+            "tracebacks": server.output.count("Traceback"),
+        }
 
 
 def _beside_slow_sockets(server: ServedModel, count: int) -> float:

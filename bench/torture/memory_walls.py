@@ -1,4 +1,4 @@
-"""Plans of memory beside what steps take, and budgets a little too small or large."""
+"""Plans of memory beside measured steps, and budgets that are walls."""
 
 from __future__ import annotations
 

@@ -195,21 +195,9 @@ def test_the_plan_of_a_step_is_what_the_step_takes(family: str, name: str) -> No
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "default",
-        "lora",
-        "full recompute",
-        "no recompute",
-        "dropout",
-        "two targets",
-        "small chunks",
-        "high rank",
-        "8-bit head",
-        "tiles",
-        "single weights",
-        "everything",
-    ],
-)
+    ["default", "lora", "full recompute", "no recompute", "dropout", "two targets", "small chunks",
+     "high rank", "8-bit head", "tiles", "single weights", "everything"],
+)  # fmt: skip
 def test_the_plan_of_smollm2s_shape_is_what_its_step_takes(name: str) -> None:
     whole = preset_config("smollm2-135m")
     assert whole is not None
