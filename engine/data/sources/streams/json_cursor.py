@@ -171,7 +171,8 @@ class JsonCursor:
             text = error.object[: error.start].decode("utf-8")
             self._odd_byte, self._ended = error.object[error.start], True
         self._text, self._offset = self._text[self._offset :] + text, 0
-        return bool(data)
+        # Half a character at the end is found when nothing follows: the next call says so.
+        return bool(data) or self._odd_byte is not None
 
 
 def _end_of_value(text: str, depth: int, in_string: bool) -> tuple[int, int, bool]:

@@ -84,8 +84,8 @@ def _first_values(
     """Values printed over several lines, or rows inside one object; None if the first is broken."""
     with open_plain(path) as stream:
         cursor = JsonCursor(stream, name, limit, _LINE_ADVICE)
-        cursor.peek()
         try:
+            cursor.peek()
             first = cursor.value()
             following = cursor.peek()
         except Broken:
@@ -128,7 +128,7 @@ def _list_of_rows(value: Mapping[str, Any]) -> str | None:
 
 def _sequence(path: Path, name: str, limit: RowLimit) -> Iterator[Located | BadLine]:
     """JSON values one after the other, with any white space between them."""
-    with open_plain(path) as stream:
+    with open_plain(path) as stream, _broken_ends():
         cursor = JsonCursor(stream, name, limit, _LINE_ADVICE)
         while cursor.peek():
             try:

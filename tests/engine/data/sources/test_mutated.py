@@ -2,11 +2,13 @@
 
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from engine.data.dataset import read_rows
+from engine.errors import DataError
 
 PAIR = json.dumps({"prompt": "What is 1 + 1?", "response": "It is 2, or so they say."}).encode()
 CALL = {"function": {"name": "f", "arguments": {"a": 1}}}
@@ -54,3 +56,24 @@ def test_every_bad_row_is_named_and_nothing_crashes(
     for told in report.skipped:
         line = int(told.removeprefix(f"{path}:").split(":")[0])
         assert 2 <= line <= 5002
+
+
+FORMS = (
+    b'[{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]',
+    b'{"prompt": "a",\n"response": "b"}\n{"prompt": "c",\n"response": "d"}\n',
+    b'{"rows": [{"prompt": "a", "response": "b"}]}',
+    b'{"prompt": ["a", "b"], "response": ["c", "d"]}',
+)
+
+
+@pytest.mark.parametrize("form", range(len(FORMS)))
+@pytest.mark.parametrize("odd", [b"\xd6", b"\xff", b"\xf0\x9f\x98"])
+def test_a_byte_that_is_no_text_is_named_wherever_it_stands(
+    form: int, odd: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.json"
+    for at in range(len(FORMS[form]) + 1):
+        for rest in (b"", FORMS[form][at:]):
+            path.write_bytes(FORMS[form][:at] + odd + rest)
+            with suppress(DataError):
+                read_rows(path, bad_lines="skip")
