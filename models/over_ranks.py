@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
-from kernels.runtime.ranks import ONE_RANK, Ranks
+from kernels.runtime.ranks import ONE_RANK, Ranks, gathered
 from models.adapters import adapter_tensors
 from models.decoder import Decoder
 from models.layers.experts import Experts
@@ -78,7 +77,8 @@ def gathered_adapter(model: Decoder) -> dict[str, tuple[Tensor, ...]]:
             if adapter.lora_A is None or adapter.lora_B is None:
                 continue
             ranks = experts.share.ranks
-            a, b = (gathered(part.data, ranks) for part in (adapter.lora_A, adapter.lora_B))
+            both = adapter.lora_A, adapter.lora_B
+            a, b = (gathered(ranks, part).flatten(0, 1) for part in both)
             for expert, pair in enumerate(zip(a, b, strict=True)):
                 tensors[f"{layout.path(path)}.{expert}.{name}"] = pair
     return tensors
@@ -102,13 +102,6 @@ def trained_elements(model: Decoder) -> int:
     divided, ranks = {id(p) for p in expert_parameters(model)}, expert_ranks(model)
     trained = (p for p in model.parameters() if p.requires_grad)
     return sum(p.numel() * (ranks.size if id(p) in divided else 1) for p in trained)
-
-
-def gathered(part: Tensor, ranks: Ranks) -> Tensor:
-    """The parts (E / R, ...) of all ranks as one tensor (E, ...)."""
-    whole = torch.empty(ranks.size * part.numel(), dtype=part.dtype, device=part.device)
-    ranks.all_gather(whole, part.reshape(-1)).wait()
-    return whole.view(-1, *part.shape[1:])
 
 
 def _mixtures(model: Decoder) -> list[Experts]:

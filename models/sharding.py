@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 from kernels.vocabulary.shard import own_rows, rows_per_rank
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
@@ -178,6 +178,4 @@ class WholeParameters:
         ranks = self._layers.ranks
         own = rows.new_zeros(rows_per_rank(vocab_size, width, ranks.size), width)
         own[: rows.shape[0]] = rows
-        every = own.new_empty(ranks.size * own.numel())
-        ranks.all_gather(every, own.view(-1)).wait()
-        return every.view(-1, width)[:vocab_size]
+        return gathered(ranks, own).view(-1, width)[:vocab_size]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit import LARGEST_NORM
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 
 
 def clip_grad_norm(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
@@ -67,9 +67,7 @@ def norm_over_ranks(divided: Sequence[Tensor], whole: Sequence[Tensor], ranks: R
     own = torch.zeros(1, dtype=torch.float64, device=device)
     if divided:
         own += torch.stack(torch._foreach_norm(list(divided), 2, torch.float64)).square().sum()
-    every = own.new_empty(ranks.size)
-    ranks.all_gather(every, own).wait()
-    total = every.sum()
+    total = gathered(ranks, own).sum()
     if whole:
         total = (
             total + torch.stack(torch._foreach_norm(list(whole), 2, torch.float64)).square().sum()

@@ -17,7 +17,7 @@ import torch
 from engine.distributed.group import Group
 from engine.distributed.messages import gather_texts
 from engine.provenance import git_commit, version
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 
 _SIZES = (1 << 20, 1 << 25)
 _ROUNDS = 5
@@ -138,8 +138,7 @@ def _skew(ranks: Ranks) -> float:
     best = float("inf")
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        times = torch.zeros(ranks.size, dtype=torch.float64)
-        ranks.all_gather(times, torch.tensor([time.time()], dtype=torch.float64)).wait()
+        times = gathered(ranks, torch.tensor(time.time(), dtype=torch.float64))
         spread = float(times.max() - times.min())
         best = min(best, max(0.0, spread - (time.perf_counter() - began)))
     return best

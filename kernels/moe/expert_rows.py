@@ -21,7 +21,7 @@ from kernels.elementwise.dropout import Seed
 from kernels.moe.gathered import Gathered
 from kernels.moe.grouped_matmul import Groups
 from kernels.moe.router import Routing
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +86,7 @@ class SentRows:
             )
         own = experts // ranks.size
         counts = routing.groups.offsets.diff().long()
-        every = counts.new_empty(ranks.size * experts)
-        ranks.all_gather(every, counts).wait()
-        table = every.view(ranks.size, ranks.size, own).cpu()  # from, to, expert
+        table = gathered(ranks, counts.view(ranks.size, own)).cpu()  # from, to, expert
         here = table[:, ranks.rank]
         numbers = torch.arange(own).repeat(ranks.size)
         ordered, order = numbers.repeat_interleave(here.flatten()).sort(stable=True)

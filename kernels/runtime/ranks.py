@@ -100,6 +100,14 @@ ONE_RANK = OneRank()
 """The group of a process that is alone."""
 
 
+def gathered(ranks: Ranks, x: Tensor) -> Tensor:
+    """The tensors x (...) of all ranks, which have one shape: (R, ...), without gradients."""
+    flat = x.detach().reshape(-1)
+    every = flat.new_empty(ranks.size * flat.numel())
+    ranks.all_gather(every, flat).wait()
+    return every.view(ranks.size, *x.shape)
+
+
 def host_sums(ranks: Ranks, *numbers: float) -> list[float]:
     """The sums over all ranks of numbers that the host has."""
     return _of_all(ranks, numbers, ranks.all_reduce)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.linear.int8 import rows_int8
 from kernels.loss.linear_cross_entropy import Head
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 from kernels.vocabulary.shard import VocabularyShard
 
 
@@ -30,9 +30,7 @@ class _Routes:
         owners = torch.div(ids, shard.per_rank, rounding_mode="floor")
         self.order = torch.argsort(owners, stable=True)
         counts = torch.bincount(owners, minlength=ranks.size)
-        every = counts.new_empty(ranks.size * ranks.size)
-        ranks.all_gather(every, counts).wait()
-        table = every.view(ranks.size, ranks.size)
+        table = gathered(ranks, counts)
         self.asked: Sequence[int] = table[ranks.rank].tolist()
         self.answered: Sequence[int] = table[:, ranks.rank].tolist()
 

@@ -35,7 +35,7 @@ from kernels.loss.linear_cross_entropy import (
     logits_buffer,
     multiplies_into_fp32,
 )
-from kernels.runtime.ranks import Ranks
+from kernels.runtime.ranks import Ranks, gathered
 from kernels.vocabulary.shard import VocabularyShard
 
 _CPU_SLAB_BYTES = 1 << 20
@@ -72,11 +72,8 @@ class _Tokens:
         )
         both[0][:own] = targets
         both[1][:own] = 1.0 if weights is None else weights
-        every = [x.new_empty(ranks.size * x.numel()) for x in both]
-        for out, x in zip(every, both, strict=True):
-            ranks.all_gather(out, x).wait()
-        shape = (ranks.size, chunks, rows)
-        return cls(ranks, rows, every[0].view(shape), every[1].view(shape), chunks)
+        every, weighed = (gathered(ranks, x.view(chunks, rows)) for x in both)
+        return cls(ranks, rows, every, weighed, chunks)
 
     def gathered(self, hidden: Tensor, chunk: int) -> Tensor:
         """The hidden states (N rows, H) of a chunk of every rank; padding is 0."""
@@ -85,9 +82,7 @@ class _Tokens:
             padded = hidden.new_zeros(self.rows, hidden.shape[1])
             padded[: part.shape[0]] = part
             part = padded
-        out = hidden.new_empty(self.ranks.size * self.rows, hidden.shape[1])
-        self.ranks.all_gather(out, part.contiguous()).wait()
-        return out
+        return gathered(self.ranks, part).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -132,9 +127,7 @@ def _joined(shard: VocabularyShard, logits: Tensor, targets: Tensor, weights: Te
         index = local[rows].clamp(0, z.shape[1] - 1).unsqueeze(1)
         own[2, rows] = torch.where(here[rows], z.gather(1, index).squeeze(1), 0.0)
         own[1, rows] = (z - own[0, rows].unsqueeze(1)).exp_().sum(1)
-    every = own.new_empty(shard.ranks.size * own.numel())
-    shard.ranks.all_gather(every, own.view(-1)).wait()
-    peaks, totals, picked, sums = every.view(-1, 4, count).unbind(1)
+    peaks, totals, picked, sums = gathered(shard.ranks, own).unbind(1)
     peak = peaks.amax(0)
     total = (totals * (peaks - peak).exp()).sum(0)
     outside = (targets < 0) | (targets >= shard.vocab_size)
@@ -275,7 +268,5 @@ def sharded_logits(hidden: Tensor, shard: VocabularyShard) -> Tensor:
         own = hidden.new_zeros(hidden.shape[0], per_rank)
         if weight.shape[0]:
             own[:, : weight.shape[0]] = head_logits(hidden, dense_head(weight, hidden))
-        every = hidden.new_empty(shard.ranks.size * own.numel())
-        shard.ranks.all_gather(every, own.view(-1)).wait()
-        joined = every.view(shard.ranks.size, *own.shape).transpose(0, 1)
+        joined = gathered(shard.ranks, own).transpose(0, 1)
         return joined.reshape(hidden.shape[0], -1)[:, : shard.vocab_size]
