@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ def decays(name: str, parameter: Tensor) -> bool:
     return matrix and leaf != "bias" and "norm" not in owner.lower()
 
 
-def plus_ratio(name: str, parameter: nn.Parameter, ratio: float) -> float:
+def plus_ratio(name: str, parameter: Tensor, ratio: float) -> float:
     """LoRA+: how many times faster a parameter of an adapter learns than its matrices A.
 
     `ratio` for the matrices B and for vectors, such as DoRA's magnitudes; 1 for all others.
@@ -33,7 +33,7 @@ def plus_ratio(name: str, parameter: nn.Parameter, ratio: float) -> float:
 def param_groups(
     parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
     weight_decay: float = 0.01,
-    lr_ratio: Callable[[str, nn.Parameter], float] | None = None,
+    lr_ratio: Callable[[str, Tensor], float] | None = None,
 ) -> list[dict[str, Any]]:
     """Optimiser groups of the trainable parameters: those that decay, then those that do not.
 
@@ -61,23 +61,6 @@ def param_groups(
     ]
 
 
-def by_whole_size(
-    groups: Iterable[Mapping[str, Any]], sizes: Mapping[int, int], min_8bit_size: int = 4096
-) -> list[dict[str, Any]]:
-    """The groups, divided by whether the whole parameter's states take 8 bits.
-
-    `sizes` has by their `id` the elements of parameters of which only a part is in the groups.
-    """
-    divided = []
-    for group in groups:
-        wide = [p for p in group["params"] if sizes.get(id(p), p.numel()) < min_8bit_size]
-        exact = {id(p) for p in wide}
-        narrow = [p for p in group["params"] if id(p) not in exact]
-        kinds = ((narrow, 0), (wide, 1 << 62))
-        divided += [{**group, "params": p, "min_8bit_size": least} for p, least in kinds if p]
-    return divided
-
-
 class DividedParameter(Protocol):
     """A rank's part of a parameter of this name and whole shape: whole blocks of 256 elements.
 
@@ -98,7 +81,10 @@ class DividedParameter(Protocol):
 
 
 def piece_groups(
-    pieces: Iterable[DividedParameter], weight_decay: float = 0.01, min_8bit_size: int = 4096
+    pieces: Iterable[DividedParameter],
+    weight_decay: float = 0.01,
+    min_8bit_size: int = 4096,
+    lr_ratio: Callable[[str, Tensor], float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups as `param_groups` makes them, by what each piece is a part of.
 
@@ -106,18 +92,20 @@ def piece_groups(
     that a step moves every element as an optimizer of whole parameters does. Raises ValueError if
     nothing trains.
     """
-    members: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for piece in pieces:
         whole = torch.empty(piece.shape, device="meta")
-        kind = decays(piece.name, whole), whole.numel() >= min_8bit_size
+        ratio = 1.0 if lr_ratio is None else lr_ratio(piece.name, whole)
+        kind = ratio, not decays(piece.name, whole), whole.numel() < min_8bit_size
         members.setdefault(kind, []).append(piece.parameter)
     if not members:
         raise ValueError("this rank has no part of any parameter, so there is nothing to optimise")
     return [
         {
             "params": parameters,
-            "weight_decay": weight_decay if decayed else 0.0,
-            "min_8bit_size": 0 if eight_bit else 1 << 62,
+            "weight_decay": 0.0 if unchanged else weight_decay,
+            "min_8bit_size": 1 << 62 if exact else 0,
+            **({} if ratio == 1.0 else {"lr_ratio": ratio}),
         }
-        for (decayed, eight_bit), parameters in sorted(members.items(), reverse=True)
+        for (ratio, unchanged, exact), parameters in sorted(members.items())
     ]

@@ -1,69 +1,106 @@
 """Data parallelism: gradients summed over ranks, updates divided among them.
 
 Each rank computes some rows of a step, and every gradient is the sum over the ranks. Parameters are
-owned, each by one rank, which alone has its optimizer state and moves it; then all ranks receive it
-(ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910.02054). An owner has whole parameters, so every
-optimizer computes what it would on one rank, those that work on whole matrices too.
+divided into pieces, each of which one rank owns: it alone has the piece's optimizer state and moves
+it; then all ranks receive it (ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910.02054).
 
 Parameters lie in buckets of consecutive layers, gradients likewise: in a bucket first the part of
-rank 0, then that of rank 1, all of one length. So a bucket takes one reduce_scatter, which starts
-when backward has passed its layers and runs beside those that follow, and one all_gather after the
-update. Buckets start in one order on all ranks, also on one that has no row.
+rank 0, then that of rank 1, all of one length. A parameter begins at a multiple of 256 elements,
+and so does every part, so pieces are whole blocks of 8-bit optimizer states, and results are those
+of whole parameters. For optimizers that work on matrices (`whole`) no parameter is cut: each lies
+in the part of one rank. A bucket takes one reduce_scatter, which starts when backward has passed
+its layers and runs beside those that follow, and one all_gather after the update. Buckets start in
+one order on all ranks, also on one that has no row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.runtime.ranks import DONE, Ranks, Transfer
+from kernels.vocabulary.shard import BLOCK
+from models.memory.sharded_parameters import ParameterPiece
 from optim.clip import global_norm
 
 BUCKET_ELEMENTS = 1 << 22
-"""From so many elements on a bucket takes no further layer, unless there are many ranks: a bucket
-is as long as N times the largest part of any, so one with few tensors would be padding."""
+"""From so many elements on a bucket takes no further layer. Where no parameter is cut there may be
+more: a bucket is as long as N times the largest part of any rank, and with few it were padding."""
 
-_ALIGNED = 64
-"""Elements: every parameter starts where wide loads may."""
+
+@dataclass(frozen=True, eq=False)
+class OwnedPiece:
+    """Elements of a parameter that one rank updates: `count` from `begin` on."""
+
+    parameter: Tensor
+    begin: int
+    count: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return self.parameter.numel()
 
 
 class GradientBucket:
-    """Parameters of one dtype that are reduced together, and their memory.
+    """Parameters of one dtype that are reduced together, and their memory."""
 
-    `owners` are the ranks that update them.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor], ranks: Ranks, loads: list[int]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], ranks: Ranks, loads: list[int], whole: bool = False
+    ) -> None:
         """`loads` are the elements that ranks own in buckets before; those of this are added."""
         self.parameters = list(parameters)
         self._ranks = ranks
-        owners = _owners([p.numel() for p in parameters], loads)
-        offsets, filled = [], [0] * ranks.size
-        for p, owner in zip(parameters, owners, strict=True):
-            offsets.append(filled[owner])
-            filled[owner] += -(-p.numel() // _ALIGNED) * _ALIGNED
-        self._part = max(filled)
+        sizes = [p.numel() for p in parameters]
+        starts, self._part = (
+            _laid_whole(sizes, loads) if whole else _laid_in_order(sizes, ranks.size)
+        )
+        self._starts = {id(p): start for p, start in zip(parameters, starts, strict=True)}
         first = parameters[0]
         size = self._part * ranks.size
         self._values, self._gradients = (
             torch.zeros(size, dtype=first.dtype, device=first.device) for _ in range(2)
         )
         self._reduced = torch.zeros_like(self._gradients[: self._part])
-        self._views: list[tuple[Tensor, Tensor | None]] = []
+        self._views: list[Tensor] = []
         with torch.no_grad():
-            for p, owner, offset in zip(parameters, owners, offsets, strict=True):
-                begin, end = offset, offset + p.numel()
-                whole = slice(owner * self._part + begin, owner * self._part + end)
-                self._values[whole].copy_(p.detach().reshape(-1))
-                p.data = self._values[whole].view_as(p)
-                mine = owner == ranks.rank
-                summed = self._reduced[begin:end].view_as(p) if mine else None
-                self._views.append((self._gradients[whole].view_as(p), summed))
-        self.owners = owners
+            for p, start in zip(parameters, starts, strict=True):
+                own = slice(start, start + p.numel())
+                self._values[own].copy_(p.detach().reshape(-1))
+                p.data = self._values[own].view_as(p)
+                self._views.append(self._gradients[own].view_as(p))
+        self.own = [(piece, *self._owned(piece)) for piece in self.pieces_of(ranks.rank)]
+        for rank in range(ranks.size):
+            loads[rank] += sum(piece.count for piece in self.pieces_of(rank))
+
+    def pieces_of(self, rank: int) -> list[OwnedPiece]:
+        """What a rank updates."""
+        first, last = rank * self._part, (rank + 1) * self._part
+        pieces = []
+        for p in self.parameters:
+            start = self._starts[id(p)]
+            begin, end = max(start, first), min(start + p.numel(), last)
+            if begin < end:
+                pieces.append(OwnedPiece(p, begin - start, end - begin))
+        return pieces
+
+    def _owned(self, piece: OwnedPiece) -> tuple[nn.Parameter, Tensor]:
+        """What the optimizer moves for a piece of this rank, and its summed gradient.
+
+        They have the form of the parameter where that is whole, and are flat else.
+        """
+        begin = self._starts[id(piece.parameter)] + piece.begin
+        first = self._ranks.rank * self._part
+        values = self._values[begin : begin + piece.count]
+        summed = self._reduced[begin - first : begin - first + piece.count]
+        if piece.count == piece.numel:
+            values, summed = values.view_as(piece.parameter), summed.view_as(piece.parameter)
+        return nn.Parameter(values), summed
 
     @property
     def gradient_bytes(self) -> int:
@@ -83,7 +120,7 @@ class GradientBucket:
     def attach(self) -> None:
         """Let gradients start from zero in the bucket's memory."""
         self._gradients.zero_()
-        for p, (gradient, _) in zip(self.parameters, self._views, strict=True):
+        for p, gradient in zip(self.parameters, self._views, strict=True):
             p.grad = gradient
 
     def reduce(self) -> Transfer:
@@ -91,12 +128,14 @@ class GradientBucket:
         return self._ranks.reduce_scatter(self._reduced, self._gradients)
 
     def detach(self) -> None:
-        """Give the parameters of this rank the sums as gradients, and the others none."""
-        for p, (_, summed) in zip(self.parameters, self._views, strict=True):
-            p.grad = summed
+        """Give this rank's pieces the sums as gradients, and the parameters none."""
+        for p in self.parameters:
+            p.grad = None
+        for _, owned, summed in self.own:
+            owned.grad = summed
 
     def gather(self) -> Transfer:
-        """Start to bring every parameter from its owner."""
+        """Start to bring every piece from its owner."""
         begin = self._ranks.rank * self._part
         # The part is copied: not every back end reads and writes the same memory.
         return self._ranks.all_gather(self._values, self._values[begin:][: self._part].clone())
@@ -107,8 +146,8 @@ class DataParallel:
 
     `units` are lists of parameters in the order in which backward reaches them. `data` are the
     ranks that the rows of a step are dealt to, by default the same; others share their batches.
-    Raises `ValueError` where a parameter is in two of them, and where a rank would own none, unless
-    it may be without (`spare`).
+    With `whole` no parameter is cut. Raises `ValueError` where a parameter is in two units, and
+    where a rank would own nothing, unless it may be without (`spare`).
     """
 
     def __init__(
@@ -118,13 +157,16 @@ class DataParallel:
         elements: int = BUCKET_ELEMENTS,
         data: Ranks | None = None,
         spare: bool = False,
+        whole: bool = False,
     ) -> None:
         self.ranks, self.data = ranks, ranks if data is None else data
         self._loads = [0] * ranks.size
-        largest = max((p.numel() for unit in units for p in unit), default=0)
+        if whole:
+            largest = max((p.numel() for unit in units for p in unit), default=0)
+            elements = max(elements, ranks.size * largest)
         self.buckets = [
-            GradientBucket(members, ranks, self._loads)
-            for members in _bucketed(units, max(elements, ranks.size * largest))
+            GradientBucket(members, ranks, self._loads, whole)
+            for members in _bucketed(units, elements)
         ]
         self._bucket_of = {
             id(p): number for number, b in enumerate(self.buckets) for p in b.parameters
@@ -132,7 +174,7 @@ class DataParallel:
         count = sum(len(unit) for unit in units)
         if len(self._bucket_of) != count:
             raise ValueError("a parameter is in two units")
-        if not (self.owned or spare):
+        if not (self.own or spare):
             raise ValueError(
                 f"{count} trained tensors are too few for {ranks.size} processes: rank "
                 f"{ranks.rank} would have none to update"
@@ -141,18 +183,13 @@ class DataParallel:
         self._started: list[Transfer] = []
 
     @property
-    def owned(self) -> set[int]:
-        """The `id` of every parameter that this rank updates."""
-        return self.owned_by(self.ranks.rank)
+    def own(self) -> list[tuple[OwnedPiece, nn.Parameter]]:
+        """What this rank updates, and what of it its optimizer moves."""
+        return [(piece, owned) for bucket in self.buckets for piece, owned, _ in bucket.own]
 
-    def owned_by(self, rank: int) -> set[int]:
-        """The `id` of every parameter that a rank updates."""
-        return {
-            id(p)
-            for bucket in self.buckets
-            for p, owner in zip(bucket.parameters, bucket.owners, strict=True)
-            if owner == rank
-        }
+    def pieces_of(self, rank: int) -> list[OwnedPiece]:
+        """What a rank updates."""
+        return [piece for bucket in self.buckets for piece in bucket.pieces_of(rank)]
 
     def loads(self) -> list[int]:
         """How many elements each rank updates."""
@@ -254,6 +291,22 @@ class JoinedParallel:
             parallel.gather()
 
 
+def named_pieces(
+    parallel: DataParallel, names: Mapping[int, str], part: int = 0, parts: int = 1
+) -> list[ParameterPiece]:
+    """What this rank's optimizer moves; `names` are by the parameters' `id`.
+
+    The parameters are number `part` of `parts` along their first dimension, as divided experts are.
+    """
+    pieces = []
+    for piece, owned in parallel.own:
+        first, *others = piece.parameter.shape
+        whole = torch.Size((parts * first, *others))
+        begin = part * piece.numel + piece.begin
+        pieces.append(ParameterPiece(names[id(piece.parameter)], whole, begin, owned))
+    return pieces
+
+
 def norm_of_ranks(ranks: Ranks, gradients: Sequence[Tensor], sums: Tensor) -> Tensor:
     """The norm () of gradients of which one rank each has one; `sums` become those of all ranks."""
     norm = global_norm(list(gradients)) if gradients else sums.new_zeros(())
@@ -275,17 +328,27 @@ def _bucketed(units: Sequence[Sequence[Tensor]], elements: int) -> list[list[Ten
     return [*closed, *open_.values()]
 
 
-def _owners(sizes: Sequence[int], totals: list[int]) -> list[int]:
-    """Which rank owns each parameter: the largest first, to the rank that has least.
+def _laid_in_order(sizes: Sequence[int], ranks: int) -> tuple[list[int], int]:
+    """Where parameters begin that follow each other, and the length of a rank's part."""
+    starts, filled = [], 0
+    for size in sizes:
+        starts.append(filled)
+        filled += -(-size // BLOCK) * BLOCK
+    return starts, -(-filled // (ranks * BLOCK)) * BLOCK
 
-    Of several, to the one that has least of earlier buckets: `totals`, to which these are added.
+
+def _laid_whole(sizes: Sequence[int], totals: list[int]) -> tuple[list[int], int]:
+    """Where parameters begin that each lie in the part of one rank, and a part's length.
+
+    The largest goes first, to the rank that has least; of several, to the one that has least of
+    earlier buckets (`totals`).
     """
     ranks = len(totals)
-    loads, owners = [0] * ranks, [0] * len(sizes)
+    loads, filled, at = [0] * ranks, [0] * ranks, [(0, 0)] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
         rank = min(range(ranks), key=lambda rank: (loads[rank], totals[rank], rank))
-        owners[index] = rank
+        at[index] = rank, filled[rank]
         loads[rank] += sizes[index]
-    for rank, load in enumerate(loads):
-        totals[rank] += load
-    return owners
+        filled[rank] += -(-sizes[index] // BLOCK) * BLOCK
+    part = max(filled)
+    return [rank * part + offset for rank, offset in at], part

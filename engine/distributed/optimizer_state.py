@@ -14,26 +14,35 @@ import torch
 from torch import Tensor
 
 from engine.distributed.messages import as_bytes, from_bytes
+from kernels.adamw8bit import ROW
 from kernels.runtime.ranks import Ranks
 from optim import StepOptimizer
 
 
 @dataclass(frozen=True)
 class OwnedState:
-    """The state of parameter `index` that a rank has: one of equal parts, or the whole.
+    """The state that a rank has of parameter `index`: of `count` elements from `begin` on.
 
-    A part is one of consecutive elements, whole blocks of 256 where states have 8 bits.
+    The parameter has `numel`. What is not all of it is whole blocks of 8-bit states.
     """
 
     index: int
-    part: int = 0
-    parts: int = 1
+    begin: int
+    count: int
+    numel: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.count == self.numel
 
     def of(self, whole: Tensor) -> Tensor:
         """What of a tensor of the whole state is this one's, flat and in the same memory."""
-        if self.parts == 1 or whole.dim() == 0:
+        if self.is_whole or whole.dim() == 0:
             return whole
-        return whole.view(self.parts, -1)[self.part]
+        flat = whole.view(-1)
+        if flat.numel() == self.numel:
+            return flat[self.begin : self.begin + self.count]
+        return flat[self.begin // ROW : -(-(self.begin + self.count) // ROW)]
 
 
 class OptimizerOfRanks:
@@ -71,13 +80,12 @@ class OptimizerOfRanks:
 
     def _take(self, state: OwnedState, received: Mapping[str, Tensor]) -> None:
         """Lay what its owner sent into the whole state."""
-        whole = self._whole.parameter_state(state.index)
-        if state.parts > 1:
-            whole = {name: tensor.clone() for name, tensor in whole.items()}
-            for name, tensor in received.items():
-                state.of(whole[name]).copy_(tensor)
-            received = whole
-        self._whole.load_parameter_state(state.index, received)
+        if state.is_whole:
+            self._whole.load_parameter_state(state.index, received)
+            return
+        # Optimizers that take pieces have all states as views of their own memory.
+        for name, tensor in self._whole.parameter_state(state.index).items():
+            state.of(tensor).copy_(received[name])
 
     def _take_own(self) -> None:
         for state in self._owned[self._ranks.rank]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -24,6 +25,7 @@ from engine.memory.simulate.depth import step_of_layers
 from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.rank_memory import RankMemory, rank_memory
 from engine.memory.simulate.rank_rows import LargestPass, largest_pass
+from engine.memory.simulate.ranks import Measure, candidates
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from engine.training.adapters.starts import start_bytes
 from kernels.runtime.device import architecture as device_architecture
@@ -193,13 +195,19 @@ class Simulations:
     ranks: dict[Hashable, RankMemory] = field(default_factory=dict)
 
     def of_a_rank(
-        self, model: ModelConfig, config: TrainConfig, gpu: bool, dtype: torch.dtype
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        measure: Measure,
+        *,
+        gpu: bool,
+        dtype: torch.dtype,
     ) -> RankMemory:
-        """What a rank of a run holds of the trained parameters."""
+        """What the rank of a run that has most by `measure` holds of the trained parameters."""
         alike = config.model_copy(update=dict.fromkeys(_OF_A_PASS, None))
-        key = (alike.model_dump_json(warnings=False), processes_of(config))
+        key = (alike.model_dump_json(warnings=False), processes_of(config), measure)
         if key not in self.ranks:
-            self.ranks[key] = rank_memory(model, config, gpu=gpu, dtype=dtype)
+            self.ranks[key] = rank_memory(model, config, measure, gpu=gpu, dtype=dtype)
         return self.ranks[key]
 
 
@@ -232,17 +240,24 @@ def plan(
     simulations = simulations or Simulations()
     lengths, known = work.micro_batches, simulations.steps
 
-    def step(shallow: ModelConfig, own: TrainConfig) -> SimulatedStep:
-        key = (shallow.num_hidden_layers, own.model_dump_json(), lengths)
+    def step(measure: Measure, shallow: ModelConfig, own: TrainConfig) -> SimulatedStep:
+        key = (shallow.num_hidden_layers, own.model_dump_json(), lengths, measure)
         if key not in known:
-            known[key] = simulate_step(shallow, own, batches, gpu=gpu, dtype=dtype, stored=stored)
+            known[key] = simulate_step(
+                shallow, own, batches, measure, gpu=gpu, dtype=dtype, stored=stored
+            )
         return known[key]
 
-    result = step_of_layers(model, config, step, simulations.whole)
-    lasting = None
-    if processes_of(config) > 1:
-        lasting = simulations.of_a_rank(model, config, gpu, dtype)
-        result = result.with_lasting(lasting.owners)
+    def of_rank(measure: Measure) -> tuple[SimulatedStep, RankMemory | None]:
+        result = step_of_layers(model, config, partial(step, measure), simulations.whole)
+        if processes_of(config) == 1:
+            return result, None
+        lasting = simulations.of_a_rank(model, config, measure, gpu=gpu, dtype=dtype)
+        return result.with_lasting(lasting.owners), lasting
+
+    result, lasting = max(
+        map(of_rank, candidates(config, gpu=gpu)), key=lambda rank: rank[0].step.bytes
+    )
     made = _plan_of(result, config, gpu, dtype, work, model.num_hidden_layers)
     if gpu:
         made = _with_batches_ahead(made, batches, math.ceil(work.times(config)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from optim import (
     param_groups,
 )
 from optim.muon import is_hidden_matrix
-from optim.param_groups import by_whole_size, plus_ratio
+from optim.param_groups import DividedParameter, piece_groups, plus_ratio
 
 log = logging.getLogger(__name__)
 
@@ -125,15 +125,8 @@ def make_optimizer(model: Decoder, config: TrainConfig) -> StepOptimizer:
     return optimizer_over(model.named_parameters(), config)
 
 
-def optimizer_over(
-    named: Iterable[tuple[str, nn.Parameter]],
-    config: TrainConfig,
-    sizes: Mapping[int, int] | None = None,
-) -> StepOptimizer:
-    """The optimizer of `config` over those of these parameters that are trainable.
-
-    `sizes` has by their `id` the elements of those of which only a part is given.
-    """
+def optimizer_over(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> StepOptimizer:
+    """The optimizer of `config` over those of these parameters that are trainable."""
     trained = [(name, p) for name, p in named if p.requires_grad]
     decay, lr = config.weight_decay, config.learning_rate
     if config.optimizer == "muon":
@@ -145,11 +138,25 @@ def optimizer_over(
         ]
         return Muon(groups, lr, decay, betas=config.betas, eps=config.eps)
     groups = param_groups(trained, decay, lr_ratio(config))
-    if sizes and config.optimizer in ("adamw8bit", "lion8bit"):
-        groups = by_whole_size(groups, sizes)
     if config.optimizer == "adafactor":
         return Adafactor(groups, lr, decay)
     return optimizer_of(groups, config)
+
+
+def piece_optimizer(pieces: Sequence[DividedParameter], config: TrainConfig) -> StepOptimizer:
+    """The optimizer of `config` over a process's pieces of the trained parameters.
+
+    Where it works on matrices the pieces are whole ones. Raises `ValueError` without any.
+    """
+    if works_on_matrices(config):
+        return optimizer_over([(piece.name, piece.parameter) for piece in pieces], config)
+    decay, least = config.weight_decay, least_8bit(config)
+    return optimizer_of(piece_groups(pieces, decay, least, lr_ratio(config)), config)
+
+
+def works_on_matrices(config: TrainConfig) -> bool:
+    """Whether an update of an element follows from others of its matrix."""
+    return config.optimizer in ("muon", "adafactor")
 
 
 def optimizer_of(groups: list[dict[str, Any]], config: TrainConfig) -> StepOptimizer:
@@ -172,7 +179,7 @@ def make_average(model: Decoder, config: TrainConfig) -> WeightAverage | None:
     return WeightAverage(model.named_parameters(), config.ema_decay)
 
 
-def lr_ratio(config: TrainConfig) -> Callable[[str, nn.Parameter], float] | None:
+def lr_ratio(config: TrainConfig) -> Callable[[str, torch.Tensor], float] | None:
     """How much faster than the others a parameter learns; None where all learn alike."""
     ratio = config.loraplus_lr_ratio
     if ratio is None:

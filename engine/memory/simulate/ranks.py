@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from torch import Tensor
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel
+from engine.distributed.data_parallel import DataParallel, OwnedPiece, named_pieces
 from engine.distributed.group import processes_of
-from engine.training.trainable import backward_units, optimizer_over
+from engine.training.trainable import (
+    LEAST_8BIT,
+    backward_units,
+    piece_optimizer,
+    works_on_matrices,
+)
 from kernels.runtime.ranks import Transfer
 from models.decoder import Decoder
 from optim import StepOptimizer
@@ -54,40 +61,42 @@ class SimulatedRanks:
         return _Sending(x)
 
 
-def fullest_rank(model: Decoder, size: int) -> DataParallel:
-    """The buckets of the rank of `size` that updates most of the model's parameters."""
-    return _as_rank(model, size, lambda owned: sum(p.numel() for p in owned))
+Measure = Literal["state", "update"]
+"""By what a rank has most: elements that it updates, or memory that updating them takes."""
 
 
-def largest_rank(model: Decoder, size: int) -> DataParallel:
-    """The buckets of the rank of `size` that updates the model's largest parameter."""
-    return _as_rank(model, size, lambda owned: max((p.numel() for p in owned), default=0))
+def candidates(config: TrainConfig, *, gpu: bool) -> tuple[Measure, ...]:
+    """By what the rank may have most whose step needs most.
 
-
-def candidates(config: TrainConfig) -> tuple[Callable[[Decoder, int], DataParallel], ...]:
-    """Which ranks may be the one whose step needs most.
-
-    Of all weights an update may need most where there are most of them, or where the largest is;
-    adapters are small beside the rest.
+    On a GPU adapters are small beside the rest, and so is what their update takes.
     """
-    if config.every_weight and processes_of(config) > 1:
-        return fullest_rank, largest_rank
-    return (fullest_rank,)
+    if processes_of(config) > 1 and (config.every_weight or not gpu):
+        return "state", "update"
+    return ("state",)
 
 
-def _as_rank(model: Decoder, size: int, measure: Callable[[list[Tensor]], int]) -> DataParallel:
-    """The buckets of the first rank of those for whose parameters `measure` is largest."""
-    units = backward_units(model)
-    first = DataParallel(SimulatedRanks(0, size), units)
-    owned: list[list[Tensor]] = [[] for _ in range(size)]
-    for bucket in first.buckets:
-        for p, owner in zip(bucket.parameters, bucket.owners, strict=True):
-            owned[owner].append(p)
-    rank = max(range(size), key=lambda rank: (measure(owned[rank]), -rank))
-    return first if rank == 0 else DataParallel(SimulatedRanks(rank, size), units)
+def fullest_rank(model: Decoder, config: TrainConfig, measure: Measure) -> DataParallel:
+    """The buckets of the first rank of those that have most.
+
+    An update takes most where the largest matrix is, or most elements have states in 8 bits.
+    """
+    units, size = backward_units(model), processes_of(config)
+    matrices = works_on_matrices(config)
+    made = partial(DataParallel, units=units, spare=True, whole=matrices)
+
+    def amount(pieces: Sequence[OwnedPiece]) -> int:
+        if measure == "update" and matrices:
+            return max((piece.count for piece in pieces), default=0)
+        least = LEAST_8BIT if measure == "update" else 0
+        return sum(piece.count for piece in pieces if piece.numel >= least)
+
+    first = made(SimulatedRanks(0, size))
+    amounts = [amount(first.pieces_of(rank)) for rank in range(size)]
+    rank = amounts.index(max(amounts))
+    return first if rank == 0 else made(SimulatedRanks(rank, size))
 
 
 def own_optimizer(model: Decoder, config: TrainConfig, parallel: DataParallel) -> StepOptimizer:
     """The optimizer of what a rank updates."""
-    named = model.named_parameters()
-    return optimizer_over([(name, p) for name, p in named if id(p) in parallel.owned], config)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return piece_optimizer(named_pieces(parallel, names), config)

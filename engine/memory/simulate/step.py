@@ -18,7 +18,7 @@ tensors that say cuda want a build with CUDA for that, and take seven times as l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import cast
@@ -36,7 +36,7 @@ from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model, track_parallel
-from engine.memory.simulate.ranks import candidates, own_optimizer
+from engine.memory.simulate.ranks import Measure, fullest_rank, own_optimizer
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.memory.simulate.stored_model import EmptySource
 from engine.model_sources.interface.model_source import ModelSource
@@ -113,6 +113,7 @@ def simulate_step(
     model_config: ModelConfig,
     config: TrainConfig,
     batches: Sequence[PackedBatch],
+    measure: Measure = "state",
     *,
     gpu: bool,
     dtype: torch.dtype,
@@ -120,30 +121,14 @@ def simulate_step(
 ) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 
-    `gpu` chooses the code for CUDA. Of several processes it is the step of the one that needs most.
+    `gpu` chooses the code for CUDA. Of several processes it is the step of the one that has most by
+    `measure`.
     Raises what the run itself would raise for these settings.
     """
     kernels.attention.cpu.flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
-    made = [
-        _simulated(model_config, config, batches, gpu, (dtype, stored), rank)
-        for rank in candidates(config)
-    ]
-    return max(made, key=lambda step: step.step.bytes)
-
-
-def _simulated(
-    model_config: ModelConfig,
-    config: TrainConfig,
-    batches: Sequence[PackedBatch],
-    gpu: bool,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    rank: Callable[[Decoder, int], DataParallel],
-) -> SimulatedStep:
-    """The step of the process that `rank` chooses; `dtypes` are the computed and the stored one."""
-    dtype, stored = dtypes
     meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
@@ -155,7 +140,7 @@ def _simulated(
                 EmptySource(model_config, stored, meter, _resized(model_config, config)),
             )
             model = build_for(config, source, device, dtype)
-            return _trained(meter, model, config, batches, rank)
+            return _trained(meter, model, config, batches, measure)
 
 
 def _resized(model: ModelConfig, config: TrainConfig) -> tuple[str, ...]:
@@ -186,7 +171,7 @@ def _trained(
     model: Decoder,
     config: TrainConfig,
     batches: Sequence[PackedBatch],
-    rank: Callable[[Decoder, int], DataParallel],
+    measure: Measure,
 ) -> SimulatedStep:
     """Adapt the model that is loaded, and train it for one step."""
     load = meter.peak
@@ -194,7 +179,7 @@ def _trained(
     meter.hand_over(meter.owner, "norms and biases")
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
-    optimizer, parallel = _optimization(model, config, rank)
+    optimizer, parallel = _optimization(model, config, measure)
     track_model(meter, model)
     track_parallel(meter, parallel)
     average = make_average(model, config)
@@ -243,13 +228,13 @@ def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
 
 
 def _optimization(
-    model: Decoder, config: TrainConfig, rank: Callable[[Decoder, int], DataParallel]
+    model: Decoder, config: TrainConfig, measure: Measure
 ) -> tuple[StepOptimizer, DataParallel | None]:
-    """The run's optimizer; of several processes that of the one which `rank` chooses."""
+    """The run's optimizer; of several processes that of the one with most by `measure`."""
     size = processes_of(config)
     if size == 1:
         return make_optimizer(model, config), None
-    parallel = rank(model, size)
+    parallel = fullest_rank(model, config, measure)
     return own_optimizer(model, config, parallel), parallel
 
 

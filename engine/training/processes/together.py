@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel, JoinedParallel
 from engine.distributed.group import Group
 from engine.distributed.mesh import Mesh
 from engine.distributed.messages import broadcast_text
@@ -20,14 +19,14 @@ from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.metrics import StepMetrics
 from engine.training.loop import Progress, StopReasons, new_progress
 from engine.training.processes.divided_state import DividedStep
+from engine.training.processes.ownership import own_pieces, owned_by_all, sums_over
 from engine.training.saving import Going, RunState, StoredState
 from engine.training.step import StepRanks
 from engine.training.trainable import (
     LEAST_8BIT,
-    backward_units,
-    least_8bit,
-    optimizer_of,
     optimizer_over,
+    piece_optimizer,
+    works_on_matrices,
 )
 from kernels.adamw8bit import ROW
 from kernels.runtime.ranks import host_maxima
@@ -35,7 +34,6 @@ from models.decoder import Decoder
 from models.over_ranks import expert_parameters
 from models.sharding import trained_pieces
 from optim import StepOptimizer
-from optim.param_groups import piece_groups
 
 
 @dataclass(frozen=True)
@@ -61,83 +59,64 @@ class Optimization:
             optimizer = optimizer_over(trained.items(), config)
             return cls(optimizer, optimizer)
         if mesh.weights is not None and config.every_weight:
-            groups = piece_groups(trained_pieces(model), config.weight_decay, least_8bit(config))
-            optimizer = optimizer_of(groups, config)
+            optimizer = piece_optimizer(trained_pieces(model), config)
             return cls(optimizer, optimizer, DividedStep(model, mesh.data))
         experts = {id(p) for p in expert_parameters(model)}
-        try:
-            parallel = _parallel(backward_units(model), experts, mesh)
-        except ValueError as error:
-            raise ConfigError(f"{error}. Start fewer processes.") from error
-        owned = _owners(parallel, mesh)
-        mine = owned[mesh.every.rank]
-        own = {n: p for n, p in trained.items() if id(p) in mine}
-        if not own:
-            raise ConfigError(
-                f"{len(trained)} trained tensors are too few for {mesh.every.size} processes: rank "
-                f"{mesh.every.rank} would have none to update. Start fewer processes."
-            )
+        parallel = sums_over(model, config, mesh)
         share = 1 if mesh.experts is None else mesh.experts.size
-        sizes = {id(p): share * p.numel() for p in trained.values() if id(p) in experts}
+        shares = dict.fromkeys(experts, share)
         if config.optimizer in ("adamw8bit", "lion8bit"):
-            _check_blocks(trained, sizes)
-        optimizer = optimizer_over(own.items(), config, sizes)
-        whole, real = _whole_optimizer(trained, dict.fromkeys(experts, share), config)
-        numbers = {real[id(p)]: number for number, p in enumerate(optimizer.ordered_params())}
+            _check_blocks(trained, shares)
+        pieces = own_pieces(model, parallel, mesh)
+        if not pieces:
+            raise ConfigError(_nothing_to_update(trained, config, mesh))
+        optimizer = piece_optimizer(pieces, config)
+        whole, numbers = _whole_optimizer(trained, shares, config)
+        index = {id(p): numbers[name] for name, p in trained.items()}
         states = [
-            [OwnedState(index, *each[p]) for p, index in real.items() if p in each]
-            for each in owned
+            [
+                OwnedState(index[id(own.piece.parameter)], own.begin, own.piece.count, own.numel)
+                for own in owned
+            ]
+            for owned in owned_by_all(parallel, mesh)
         ]
-        state = OptimizerOfRanks(mesh.every, optimizer, whole, states, numbers)
+        order = {id(p): number for number, p in enumerate(optimizer.ordered_params())}
+        mine = {numbers[one.name]: order[id(one.parameter)] for one in pieces}
+        state = OptimizerOfRanks(mesh.every, optimizer, whole, states, mine)
         return cls(optimizer, state, parallel)
+
+
+def _nothing_to_update(trained: Mapping[str, nn.Parameter], config: TrainConfig, mesh: Mesh) -> str:
+    fix = ", or give --optimizer adamw8bit" if works_on_matrices(config) else ""
+    return (
+        f"{len(trained)} trained tensors are too few for {mesh.every.size} processes with "
+        f"optimizer {config.optimizer}: rank {mesh.every.rank} would have nothing to update. Start "
+        f"fewer processes{fix}."
+    )
 
 
 def _whole_optimizer(
     trained: Mapping[str, nn.Parameter], shares: Mapping[int, int], config: TrainConfig
-) -> tuple[StepOptimizer, dict[int, int]]:
+) -> tuple[StepOptimizer, dict[str, int]]:
     """An optimizer as one process has it, over stand-ins in host memory, and their numbers.
 
-    `shares` says how many processes divide a parameter; the numbers are by the parameters' `id`.
+    `shares` says how many processes divide a parameter; the numbers are by the parameters' names.
     """
-    stands_for: dict[int, nn.Parameter] = {}
     stand_ins: dict[str, nn.Parameter] = {}
     for name, p in trained.items():
         first, *others = p.shape
         shape = (shares.get(id(p), 1) * first, *others)
-        stand_in = nn.Parameter(torch.empty(shape, dtype=p.dtype, device="cpu"))
-        stand_ins[name], stands_for[id(stand_in)] = stand_in, p
+        stand_ins[name] = nn.Parameter(torch.empty(shape, dtype=p.dtype, device="cpu"))
     # The names decide the groups, and so the order of the whole state.
     whole = optimizer_over(stand_ins.items(), config)
-    return whole, {id(stands_for[id(p)]): i for i, p in enumerate(whole.ordered_params())}
+    order = {id(p): number for number, p in enumerate(whole.ordered_params())}
+    return whole, {name: order[id(p)] for name, p in stand_ins.items()}
 
 
-def _parallel(units: list[list[Tensor]], experts: set[int], mesh: Mesh) -> JoinedParallel:
-    """What adds gradients up: over all processes, of experts over those that have the same ones."""
-    others = [[p for p in unit if id(p) not in experts] for unit in units]
-    sets = [DataParallel(mesh.every, others, data=mesh.data, spare=bool(experts))]
-    if experts:
-        own = [[p for p in unit if id(p) in experts] for unit in units]
-        sets.append(DataParallel(mesh.replicas, own, spare=True))
-    return JoinedParallel(*sets)
-
-
-def _owners(parallel: JoinedParallel, mesh: Mesh) -> list[dict[int, tuple[int, int]]]:
-    """What each process updates: a parameter's `id` -> which part it has, of how many."""
-    every, *experts = parallel.sets
-    share = 1 if mesh.experts is None else mesh.experts.size
-    owned: list[dict[int, tuple[int, int]]] = []
-    for rank in range(mesh.every.size):
-        replica, part = divmod(rank, share)
-        owned.append(dict.fromkeys(every.owned_by(rank), (0, 1)))
-        for divided in experts:
-            owned[-1] |= dict.fromkeys(divided.owned_by(replica), (part, share))
-    return owned
-
-
-def _check_blocks(trained: Mapping[str, nn.Parameter], sizes: Mapping[int, int]) -> None:
+def _check_blocks(trained: Mapping[str, nn.Parameter], shares: Mapping[int, int]) -> None:
     """Raises `ConfigError` where blocks of 8-bit states hold experts of two processes."""
     for name, p in trained.items():
-        if sizes.get(id(p), 0) >= LEAST_8BIT and p.numel() % ROW:
+        if shares.get(id(p), 0) * p.numel() >= LEAST_8BIT and p.numel() % ROW:
             raise ConfigError(
                 f"A process has {p.shape[0]} experts of {name}, {p.numel()} elements, and 8-bit "
                 f"states of the optimizer are of {ROW} each: some would be of two processes. Give "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.distributed.data_parallel import DataParallel
+from engine.distributed.data_parallel import DataParallel, named_pieces
 from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
 from engine.training.step import StepResult, TrainingStep
 from engine.training.trainable import backward_units
@@ -21,6 +22,7 @@ from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
 from optim import Adafactor, AdamW8bit, Lion8bit, Muon, StepOptimizer
+from optim.param_groups import piece_groups
 from tests.support.processes.rank_threads import ThreadRanks, run_ranks
 
 LENGTHS = (5, 17, 9, 30, 12, 3, 21, 8)
@@ -49,9 +51,9 @@ class WideAdamW(StepOptimizer):
         self._inner.step()
 
 
-OPTIMIZERS: dict[str, Callable[[list[Tensor]], StepOptimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[Any]], StepOptimizer]] = {
     "wide": lambda own: WideAdamW(own, 1e-2),
-    "adamw8bit": lambda own: AdamW8bit(own, lr=1e-2, min_8bit_size=256),
+    "adamw8bit": lambda own: AdamW8bit(own, lr=1e-2),
     "lion8bit": lambda own: Lion8bit(own, 1e-3),
     "adafactor": lambda own: Adafactor(own, 1e-2),
     "muon": lambda own: Muon(
@@ -132,8 +134,12 @@ def train(
     """Some steps of a fresh model; the results and all trained weights."""
     model = build(dtype, dropout, full)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parallel = DataParallel(ranks, backward_units(model), elements=3000)
-    own: list[Tensor] = [p for p in named.values() if id(p) in parallel.owned]
+    whole = kind in ("adafactor", "muon")
+    parallel = DataParallel(ranks, backward_units(model), elements=3000, whole=whole)
+    pieces = named_pieces(parallel, {id(p): name for name, p in named.items()})
+    own: list[Any] = [piece.parameter for piece in pieces]
+    if kind in ("adamw8bit", "lion8bit"):
+        own = piece_groups(pieces, min_8bit_size=256)
     optimizer = OPTIMIZERS[kind](own)
     settings = StepSettings(hidden_dropout=dropout, attention_dropout=dropout)
     step = TrainingStep(model, optimizer, settings, clip, seed=3, parallel=parallel)
@@ -203,7 +209,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
         before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         parallel = DataParallel(ranks, backward_units(model), elements=3000)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = AdamW8bit([p for p in trained if id(p) in parallel.owned], lr=1e-2)
+        optimizer = AdamW8bit([owned for _, owned in parallel.own], lr=1e-2)
         step = TrainingStep(model, optimizer, max_grad_norm=1.0, parallel=parallel)
         batches = shares(((0, 1, 2, 3),), ranks, in_order=False, most=4)
         with torch.no_grad():
@@ -212,7 +218,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all() -> None:
         result = step(batches, 0)
         return (
             [result.skipped, result.torn],
-            parallel.owned != set(),
+            parallel.own != [],
             [p.detach() - b for p, b in zip(trained, before, strict=True)],
         )
 
@@ -225,7 +231,7 @@ def test_what_a_step_sends_is_what_was_said() -> None:
     def work(ranks: ThreadRanks) -> tuple[dict[str, int], dict[str, int]]:
         model = build(torch.float32, 0.0, full=False)
         parallel = DataParallel(ranks, backward_units(model))
-        trained = [p for p in model.parameters() if id(p) in parallel.owned]
+        trained = [owned for _, owned in parallel.own]
         step = TrainingStep(model, AdamW8bit(trained, lr=1e-2), parallel=parallel)
         step(shares(((0, 1, 2, 3),), ranks, in_order=False, most=4))
         return dict(ranks.sent), parallel.bytes_per_step()
@@ -243,24 +249,46 @@ def test_a_parameter_is_in_one_unit_and_every_rank_owns_some() -> None:
         run_ranks(2, lambda ranks: DataParallel(ranks, [[torch.nn.Parameter(torch.zeros(3))]]))
 
 
-def test_ranks_own_about_as_much_over_all_buckets() -> None:
+def test_ranks_own_as_much_of_every_bucket_but_for_a_block() -> None:
+    """Also where one tensor is larger than all others, and where there are more ranks than any."""
+
+    def work(ranks: Ranks) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
+        sizes = ((7000, 60), (256, 300, 5), (3,))
+        units = [[torch.nn.Parameter(torch.zeros(n)) for n in unit] for unit in sizes]
+        parallel = DataParallel(ranks, units, elements=512)
+        order = {id(p): n for n, p in enumerate(p for unit in units for p in unit)}
+        pieces = [p for rank in range(ranks.size) for p in parallel.pieces_of(rank)]
+        told = [(order[id(p.parameter)], p.begin, p.count) for p in pieces]
+        return parallel.loads(), [b.gradient_bytes // 4 for b in parallel.buckets], told
+
+    for loads, buckets, pieces in run_ranks(3, work):
+        assert sum(loads) == 7624 and max(loads) == 2560 + 512 + 3
+        assert buckets == [7680, 1536, 768]  # in blocks of 256, as many for each rank
+        for number, size in enumerate((7000, 60, 256, 300, 5, 3)):
+            own = [(begin, count) for index, begin, count in pieces if index == number]
+            assert all(begin % 256 == 0 for begin, _ in own)
+            assert sorted(own)[0][0] == 0 and sum(count for _, count in own) == size
+
+
+def test_whole_tensors_are_owned_evenly_over_all_buckets() -> None:
     """Each bucket has four tensors for six ranks: those that got none before come first."""
 
     def work(ranks: Ranks) -> tuple[list[int], int]:
-        units = [[torch.nn.Parameter(torch.zeros(64)) for _ in range(4)] for _ in range(3)]
-        parallel = DataParallel(ranks, units, elements=1)
+        units = [[torch.nn.Parameter(torch.zeros(256)) for _ in range(4)] for _ in range(3)]
+        parallel = DataParallel(ranks, units, elements=1, whole=True)
+        assert all(piece.count == piece.numel == 256 for piece, _ in parallel.own)
         return parallel.loads(), len(parallel.buckets)
 
     for loads, buckets in run_ranks(6, work):
-        assert loads == [128] * 6 and buckets == 2
+        assert loads == [512] * 6 and buckets == 2
 
 
-def test_buckets_of_many_ranks_take_more_layers() -> None:
-    units = [[torch.nn.Parameter(torch.zeros(64)) for _ in range(4)] for _ in range(8)]
+def test_buckets_of_whole_tensors_take_more_layers_for_many_ranks() -> None:
+    units = [[torch.nn.Parameter(torch.zeros(256)) for _ in range(4)] for _ in range(8)]
 
     def sizes(ranks: Ranks) -> list[int]:
-        parallel = DataParallel(ranks, units, elements=64)
+        parallel = DataParallel(ranks, units, elements=64, whole=True)
         return [bucket.gradient_bytes // 4 for bucket in parallel.buckets]
 
-    assert run_ranks(1, sizes) == [[256] * 8]
-    assert run_ranks(8, sizes) == [[512] * 4] * 8
+    assert run_ranks(1, sizes) == [[1024] * 8]
+    assert run_ranks(8, sizes) == [[2048] * 4] * 8

@@ -26,6 +26,7 @@ from engine.training.saving import RunState
 from engine.training.step import StepResult, TrainingStep
 from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.layers.packed_batch import PackedBatch
+from models.memory.sharded_parameters import ParameterPiece
 from models.over_ranks import trained_elements
 from tests.engine.distributed.test_data_parallel import COST, LENGTHS, WideAdamW
 from tests.engine.distributed.test_processes import adapter, finished, lines, words
@@ -123,10 +124,12 @@ def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor], eps: float)
         torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=eps, msg=name)
 
 
-def wide(
-    named: Iterable[tuple[str, Tensor]], config: TrainConfig, sizes: object = None
-) -> WideAdamW:
+def wide(named: Iterable[tuple[str, Tensor]], config: TrainConfig) -> WideAdamW:
     return WideAdamW([p for _, p in named if p.requires_grad], 1e-2)
+
+
+def wide_pieces(pieces: Iterable[ParameterPiece], config: TrainConfig) -> WideAdamW:
+    return WideAdamW([piece.parameter for piece in pieces], 1e-2)
 
 
 @pytest.mark.parametrize(("size", "experts"), [(2, 2), (4, 2), (3, 3)])
@@ -137,6 +140,7 @@ def test_divided_experts_are_trained_as_whole_ones(
     config, eps = settings("adamw"), 1e-6 if dtype == torch.float32 else 1e-12
     if dtype == torch.float64:
         monkeypatch.setattr("engine.training.processes.together.optimizer_over", wide)
+        monkeypatch.setattr("engine.training.processes.together.piece_optimizer", wide_pieces)
 
     def trained(mesh: Mesh) -> tuple[list[StepResult], dict[str, Tensor], int]:
         one = Trained(mesh, config, dtype)

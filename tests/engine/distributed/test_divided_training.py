@@ -104,11 +104,8 @@ class Trained:
 
 
 def wide(given: Iterable[Any], config: TrainConfig, *_: object) -> WideAdamW:
-    """An optimizer in the parameters' own type, of names and parameters or of groups."""
-    params: list[Tensor] = []
-    for one in given:
-        params += one["params"] if isinstance(one, dict) else [one[1]]
-    return WideAdamW(params, 1e-2)
+    """An optimizer in the parameters' own type, of names and parameters or of pieces."""
+    return WideAdamW([one[1] if isinstance(one, tuple) else one.parameter for one in given], 1e-2)
 
 
 def assert_alike(ours: Told, theirs: Told, eps: float) -> None:
@@ -127,7 +124,7 @@ def assert_alike(ours: Told, theirs: Told, eps: float) -> None:
 def test_parts_are_trained_as_the_whole(
     family: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("optimizer_over", "optimizer_of"):
+    for name in ("optimizer_over", "piece_optimizer"):
         monkeypatch.setattr(f"engine.training.processes.together.{name}", wide)
 
     def work(ranks: Ranks) -> Told:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel, JoinedParallel
+from engine.distributed.data_parallel import DataParallel, JoinedParallel, named_pieces
 from engine.distributed.deal import PassLimits, deal_by_cost, deal_in_order
 from engine.distributed.dealing import cost_of
 from engine.errors import MemoryPlanError
@@ -28,8 +28,9 @@ from engine.training.step import StepRanks, TrainingStep
 from engine.training.trainable import (
     backward_units,
     make_trainable,
-    optimizer_over,
+    piece_optimizer,
     step_settings,
+    works_on_matrices,
 )
 from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.config.model_config import ModelConfig
@@ -53,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "two passes": {"accumulate": 2, "lora_rank": 64, "optimizer": "adamw"},
     "all weights": {"method": "full"},
+    "whole matrices": {"optimizer": "adafactor", "lora_rank": 64},
 }
 PROGRAM = """
 import sys, torch.distributed as dist
@@ -75,9 +77,10 @@ def peak_of(ranks: Ranks, config: TrainConfig) -> int:
     source: Any = RandomSource(ModelConfig.from_dict(SMALL))
     model = build_for(config, source, torch.device("cpu"), torch.float32)
     make_trainable(model, config, None)
-    parallel = DataParallel(ranks, backward_units(model))
-    named = [(n, p) for n, p in model.named_parameters() if id(p) in parallel.owned]
-    optimizer = optimizer_over(named, config)
+    whole = works_on_matrices(config)
+    parallel = DataParallel(ranks, backward_units(model), whole=whole)
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = piece_optimizer(named_pieces(parallel, names), config)
     batches = [make_batch([100, 37, 163])] * config.accumulate
     meter = MemoryMeter()
     track_model(meter, model)
@@ -195,11 +198,16 @@ def test_a_deep_model_is_planned_from_shallow_ones_for_ranks_too() -> None:
         assert few.save.owners["optimiser"] == whole.save.owners["optimiser"] > 0
 
 
-def test_more_processes_than_tensors_are_refused() -> None:
+def test_processes_that_would_update_nothing_are_refused() -> None:
     model = ModelConfig.from_dict(SMALL)
-    config = changed(settings(target_modules="qv"), gpus=13)
-    with pytest.raises(MemoryPlanError, match="only 12 of them would have any"):
+    config = changed(settings(target_modules="qv", optimizer="adafactor"), gpus=13)
+    with pytest.raises(MemoryPlanError, match=r"only 12 of them would have any.*adamw8bit"):
         plan(model, config, gpu=False, dtype=torch.float32)
+    # Elements can be divided further, down to blocks of 256.
+    plan(model, changed(config, optimizer="adamw8bit"), gpu=False, dtype=torch.float32)
+    few = changed(config, optimizer="adamw", lora_rank=1, gpus=64)
+    with pytest.raises(MemoryPlanError, match="of 64 processes would have anything to update"):
+        plan(model, few, gpu=False, dtype=torch.float32)
 
 
 def test_processes_on_one_cpu_share_its_free_memory() -> None:
