@@ -19,6 +19,7 @@ from engine.config.train_config import TrainConfig
 from engine.memory.estimate import MemoryPlan, Simulations, Workload, plan, workload
 from engine.memory.options import apply_options, memory_options
 from engine.memory.search import changed
+from engine.model_sources.load_model import divides_vocabulary
 from models.config.model_config import ModelConfig
 from models.memory.layer_gather import resident_bytes, share_bytes
 from models.parallel.token_slices import TokenSlices
@@ -26,6 +27,7 @@ from models.parallel.traffic import exchanged_heads
 from models.tensor_names import expected_tensors
 
 _LAYERS = ("NF4 base", "dense base")
+_OUTER = ("embeddings", "head")
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,10 @@ def thrifts(config: TrainConfig, gpu: bool, tied: bool) -> Iterator[Thrift]:
         full = changed(full, batch_size=1, accumulate=config.batch_size * config.accumulate)
         yield Thrift(full, 0.0)
     options = [o for o in memory_options(full, gpu, tied) if o.setting != "optimizer_in_backward"]
-    others = [option for option in options if option.value != "weights"]
-    cost = sum(option.cost for option in others)
-    yield Thrift(apply_options(full, others), cost)
-    if len(others) < len(options):
-        yield Thrift(apply_options(full, options), cost)
+    for count in range(1, len(options) + 1):
+        taken = options[:count]
+        cost = sum(option.cost for option in taken if option.value != "weights")
+        yield Thrift(apply_options(full, taken), cost)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class RankPlan:
     @property
     def policy(self) -> str:
         return self.config.gradient_checkpointing
+
+    @property
+    def divides_trained(self) -> bool:
+        """Whether ranks divide the parameters that they train."""
+        return self.arrangement.weights and self.config.every_weight
 
     @property
     def streams(self) -> bool:
@@ -111,6 +117,9 @@ class RankPlanner:
         tokens = sum(work.micro_batches[0])
         if arrangement.context > 1:
             owners["exchanged heads"] = self._exchange(tokens, arrangement.context)
+            # cos and sin of all tokens are on every rank, in fp32 or wider.
+            wide = self.model.rotary_dim * max(4, self.dtype.itemsize)
+            owners["positions"] = wide * (tokens - tokens // arrangement.context)
         simulated = len(work.micro_batches)
         return RankPlan(
             config=thrift.config,
@@ -141,7 +150,14 @@ class RankPlanner:
         """Bytes by owner at the peak of a step, with what is divided."""
         size, owners = arrangement.size, dict(own.step.owners)
         layers, layer = self.model.num_hidden_layers, self._layer_bytes(own.config)
-        if arrangement.weights:
+        if arrangement.weights and own.config.every_weight:
+            values = owners.get("trained weights", 0)
+            owners["trained weights"] = values // size
+            # Those of one layer, in fp32 or wider, are summed while the next one's are made.
+            wide = 2 * layer * max(4, self.dtype.itemsize) // self.dtype.itemsize
+            owners["gradients"] = values // size + wide
+            owners["gathered layers"] = 2 * layer
+        elif arrangement.weights:
             share = share_bytes(layer, size)
             on_device = resident_bytes([share] * layers, size)
             if "weights" in own.config.offload:
@@ -149,6 +165,8 @@ class RankPlanner:
             for name in _LAYERS:
                 owners.pop(name, None)
             owners["divided layers"] = on_device
+            if divides_vocabulary(own.config):
+                owners |= {name: owners.get(name, 0) // size for name in _OUTER}
         if arrangement.experts > 1:
             for name in _LAYERS:
                 moved = owners.get(name, 0) * self._expert_share()

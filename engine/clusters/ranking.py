@@ -110,21 +110,26 @@ def _ranked(
     cluster: Cluster,
     config: TrainConfig,
 ) -> Ranked:
-    """The fastest settings of an arrangement that fit a GPU."""
-    limit, least = int(USABLE * cluster.memory), None
-    for step in steps:
-        try:
-            made = planner(step, arrangement)
-        except MemoryPlanError as error:
-            return Ranked(arrangement, why_not=str(error))
-        least = made.memory
+    """The fastest settings of an arrangement that fit a GPU.
+
+    The most frugal ones are planned first: if they do not fit, none do.
+    """
+    limit, model = int(USABLE * cluster.memory), planner.model
+    possible = [step for step in steps if arrangement.refused(model, step.config) is None]
+    try:
+        least = planner(possible[-1], arrangement).memory
+    except MemoryPlanError as error:
+        return Ranked(arrangement, why_not=str(error))
+    if least > limit:
+        short = (least - limit) / 2**30
+        return Ranked(arrangement, why_not=f"{least / 2**30:.1f} GiB needed, {short:.1f} too much")
+    for step in possible:
+        made = planner(step, arrangement)
         if made.memory <= limit:
-            time = step_time(made, planner.model, cluster, planner.dtype.itemsize)
+            time = step_time(made, model, cluster, planner.dtype.itemsize)
             rows = config.batch_size * config.accumulate * config.sequences_per_example
             tokens = rows * config.max_length
             ideal = made.flops * tokens / (made.tokens * made.passes * arrangement.context)
             busy = cluster.flops * cluster.size * time.seconds / arrangement.context
             return Ranked(arrangement, made, time, tokens, ideal / busy)
-    assert least is not None
-    short = (least - limit) / 2**30
-    return Ranked(arrangement, why_not=f"{least / 2**30:.1f} GiB needed, {short:.1f} too much")
+    raise AssertionError("the most frugal settings fit")

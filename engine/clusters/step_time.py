@@ -8,6 +8,7 @@ ring(V) the time in which all ranks get V bytes of which each has a part (`Clust
                      last bucket's; parameters after the update: ring(P b), nothing hides it
     divided layers   a layer's gather hides behind the layer before it: L - 2 times
                      max(0, ring(layer) - C / 3 L) forward, max(0, ring(layer) - 2 C / 3 L) backward
+    trained ones     as above, and in every pass's backward the sum of its gradients in fp32 too
     context          the exchanges of heads of every layer (`models.parallel.traffic`)
     experts          the exchanges of rows of every layer
     streamed weights a layer's bytes from the host, hidden as a gather is
@@ -53,7 +54,7 @@ def step_time(plan: RankPlan, model: ModelConfig, cluster: Cluster, itemsize: in
     exposed: dict[str, float] = {}
     sent: dict[str, int] = {}
     _gradients(plan, cluster, compute, exposed, sent)
-    _layers(plan, model, cluster, compute, exposed, sent)
+    _layers(plan, model, cluster, compute, exposed, sent, itemsize)
     _tokens(plan, model, cluster, exposed, sent, itemsize)
     if plan.arrangement.size > 1:
         exposed["numbers"] = 6 * cluster.ring(64)
@@ -70,7 +71,7 @@ def _gradients(
 ) -> None:
     """Gradients of data parallelism and the parameters that owners moved."""
     size = plan.arrangement.size
-    if size == 1:
+    if size == 1 or plan.divides_trained:
         return
     behind = (1 - _FORWARD) * compute / max(1.0, plan.passes)
     last = cluster.ring(min(plan.sums, 4 * BUCKET_ELEMENTS))
@@ -87,6 +88,7 @@ def _layers(
     compute: float,
     exposed: dict[str, float],
     sent: dict[str, int],
+    itemsize: int,
 ) -> None:
     """Layers that are gathered from all ranks, or come from the host."""
     size, layers, passes = plan.arrangement.size, model.num_hidden_layers, plan.passes
@@ -98,10 +100,14 @@ def _layers(
     forward = _FORWARD * compute / passes / layers
     backward = (1 - _FORWARD) * compute / passes / layers
     again = max(0, layers - 2)
-    hidden = again * (max(0.0, one - forward) + max(0.0, one - backward))
-    exposed["layers"] = passes * hidden + one
+    sums = plan.layer * max(4, itemsize) // itemsize if plan.divides_trained else 0
+    back = one + (cluster.ring(sums) if sums else 0.0)
+    hidden = again * (max(0.0, one - forward) + max(0.0, back - backward))
+    exposed["layers"] = passes * hidden + back
     if divided:
         sent["all_gather"] = sent.get("all_gather", 0) + int(passes * 2 * again * share)
+    if sums:
+        sent["reduce_scatter"] = int(passes * layers * sums)
 
 
 def _tokens(

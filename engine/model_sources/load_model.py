@@ -194,13 +194,10 @@ def build_for(
 ) -> Decoder:
     """The model that a run of `config` trains on, every parameter frozen. Raises as above.
 
-    With `ranks` the layers' weights are divided among them, trained or not; so are the rows of
-    embedding and head, where the objective is one of next tokens alone and reads none of them on
-    the host.
-    Experts are divided among `experts`.
+    With `ranks` the layers' weights are divided among them, trained or not, and perhaps the rows of
+    embedding and head (`divides_vocabulary`). Experts are divided among `experts`.
     """
-    whole = config.learns_answers or config.teacher is not None or config.embedding_on == "host"
-    vocabulary = None if whole else ranks
+    vocabulary = ranks if divides_vocabulary(config) else None
     four_bit = config.method == "qlora"
     return build_model(
         source if four_bit else decoded(source),
@@ -213,6 +210,16 @@ def build_for(
         layers=LayerPlacement(
             "weights" in config.offload, ranks, vocabulary, config.every_weight, experts
         ),
+    )
+
+
+def divides_vocabulary(config: TrainConfig) -> bool:
+    """Whether ranks that divide layers divide the rows of embedding and head too.
+
+    They do where the objective is one of next tokens alone and reads none of them on the host.
+    """
+    return not (
+        config.learns_answers or config.teacher is not None or config.embedding_on == "host"
     )
 
 

@@ -6,14 +6,17 @@ import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from engine.clusters.arrangement import Arrangement, arrangements
 from engine.clusters.hardware import Cluster, link_of, network_of
 from engine.clusters.rank_plan import RankPlan
+from engine.clusters.ranking import rank_arrangements
 from engine.clusters.step_time import step_time
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.memory.model_shapes import preset_config
+from models.config.model_config import ModelConfig
 
 GIB = 2**30
 
@@ -73,6 +76,76 @@ def test_context_is_split_for_long_rows_or_few() -> None:
     assert contexts(batch_size=8) == {1}
     assert contexts(batch_size=2) == {1, 4, 8}
     assert contexts(batch_size=8, max_length=65536) == {1, 2, 4, 8}
+
+
+def test_what_excludes_nothing_is_combined_and_what_does_is_left_out() -> None:
+    model = preset_config("qwen3-30b-a3b")
+    assert model is not None
+
+    def options(**changes: Any) -> set[str]:
+        config = TrainConfig(model="m", data="d", batch_size=8, **changes)
+        return {a.options for a in arrangements(model, config, 8, 8)}
+
+    assert {
+        "data parallel alone",
+        "--shard weights",
+        "--expert-parallel 8",
+        "--shard weights --context-parallel 4 --expert-parallel 8",
+    } <= options(max_length=65536)
+    whole = options(optimizer="adafactor")
+    assert whole == {"data parallel alone", "--shard weights"}  # experts have an update together
+    assert options(method="full") == {"data parallel alone", "--shard weights"}
+    assert options(method="full", optimizer="muon") == {"data parallel alone"}
+
+
+def test_context_leaves_a_machine_where_rows_are_fewer_than_machines() -> None:
+    model = preset_config("llama-3.1-8b")
+    assert model is not None
+    config = TrainConfig(model="m", data="d", batch_size=1, accumulate=2, max_length=10**6)
+    assert {a.context for a in arrangements(model, config, 64, 8)} == {1, 32}
+    rows = TrainConfig(model="m", data="d", batch_size=8, max_length=10**6)
+    assert {a.context for a in arrangements(model, rows, 64, 8)} == {1, 8}
+
+
+def test_trained_layers_are_gathered_and_their_gradients_summed_in_every_pass() -> None:
+    model, divided = preset_config("llama-3.1-8b"), Arrangement(8, weights=True)
+    assert model is not None
+    config = TrainConfig(model="m", data="d", method="full", gradient_checkpointing="full")
+    sent = step_time(rank(divided, config=config), model, cluster(), 2).sent
+    layers = model.num_hidden_layers
+    assert sent == {
+        "all_gather": 4 * 2 * (layers - 2) * 10**8 // 8,
+        "reduce_scatter": 4 * layers * 2 * 10**8,  # in fp32, of bf16 weights
+        "all_reduce": 72,
+    }
+
+
+def test_rows_too_long_for_a_gpu_are_split_and_the_most_frugal_settings_come_last() -> None:
+    raw = {
+        "model_type": "qwen3",
+        "vocab_size": 4096,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+    }
+    model = ModelConfig.from_dict(raw)
+    config = TrainConfig(
+        model="m", data="d", batch_size=1, accumulate=1, max_length=262_144, lora_dropout=0.0
+    )
+    small = dataclasses.replace(cluster(), memory=2 * GIB)
+    ranked = rank_arrangements(model, config, small, torch.bfloat16, torch.bfloat16)
+    assert ranked[0].arrangement.context == 8 and ranked[0].plan is not None
+    alone = next(one for one in ranked if one.arrangement == Arrangement(8))
+    assert "needed" in alone.why_not and alone.plan is None
+    assert ranked[0].plan.owners["positions"] == 64 * 4 * 262_144 * 7 // 8
+    large = rank_arrangements(model, config, cluster(), torch.bfloat16, torch.bfloat16)
+    fits = next(one for one in large if one.arrangement == Arrangement(8))
+    assert fits.plan is not None and fits.plan.cost == 0.0
 
 
 @pytest.mark.parametrize("name", ["fast", "0Gbit", "Gbit"])
