@@ -22,6 +22,12 @@ from kernels.runtime.ranks import ONE_RANK, Ranks
 RANK, WORLD_SIZE, LOCAL_RANK = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 LOCAL_WORLD_SIZE = "LOCAL_WORLD_SIZE"
 RESTARTS, MAX_RESTARTS = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+_TASKS = {
+    "SLURM_STEP_NUM_TASKS": ("srun", "--ntasks-per-node 1"),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "--map-by ppr:1:node"),
+    "PMI_SIZE": ("mpiexec", "-ppn 1"),
+}
+"""What launchers other than torchrun tell their tasks of their number."""
 _CONNECTING, _TRIES = 15, 5
 """Seconds of one try to connect a few processes that are there, and how many tries."""
 
@@ -57,6 +63,25 @@ def leads(environment: Mapping[str, str] = os.environ) -> bool:
     return not launched(environment) or _number(environment, RANK) == 0
 
 
+def refuse_tasks_alone(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise `ConfigError` where another launcher started this command several times, not torchrun.
+
+    Each process would take itself for the only one, and all would write to one directory.
+    """
+    if launched(environment):
+        return
+    for variable, (launcher, option) in _TASKS.items():
+        count = environment.get(variable, "")
+        if count.isdecimal() and int(count) > 1:
+            raise ConfigError(
+                f"{launcher} started this command {count} times ({variable}), and each would train "
+                f"by itself. Start one task on each machine ({option}) with `--gpus N` on one "
+                "machine, or `torchrun --nnodes M --nproc-per-node N --rdzv-backend c10d "
+                "--rdzv-endpoint FIRST_HOST:29500 -m cli.main train ...` on several; "
+                "docs/distributed.md has the lines."
+            )
+
+
 def processes_of(config: TrainConfig, environment: Mapping[str, str] = os.environ) -> int:
     """How many processes train together, started by a launcher or by `config.gpus`."""
     size = _number(environment, WORLD_SIZE) if launched(environment) else 1
@@ -86,8 +111,9 @@ def joined(device: str, timeout: int) -> Iterator[Group]:
 
     `device` is that of the settings; each process of a machine takes the GPU of its local number.
     `timeout` is how many seconds a collective waits for the others. Raises `ConfigError` where the
-    group cannot be joined, or a machine has fewer GPUs than processes.
+    group cannot be joined, a machine has fewer GPUs than processes, or `refuse_tasks_alone` does.
     """
+    refuse_tasks_alone()
     size = _number(os.environ, WORLD_SIZE) if launched() else 1
     if size == 1:
         yield ALONE

@@ -15,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.distributed.group import refuse_tasks_alone
 from engine.errors import GroupError
 
 log = logging.getLogger(__name__)
+
+_GRACE, _GRACE_SECONDS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300"
+"""How long torchrun's agent waits for processes that were asked to stop, before it kills them. Its
+own 30 seconds may be over before a long step and its checkpoint are."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,10 @@ def run_group(module: str, job: dict[str, Any], processes: Processes) -> GroupOu
 
     The first process writes to the path `outcome` what it has to tell, as JSON. The agent is
     torchrun's: a process that dies ends the others, and all start again as often as they may.
-    Raises `GroupError` where a process ended without having told why.
+    Raises `GroupError` where a process ended without having told why, and `ConfigError` where
+    another launcher started several agents.
     """
+    refuse_tasks_alone()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -65,7 +72,7 @@ def run_group(module: str, job: dict[str, Any], processes: Processes) -> GroupOu
         )
         stopped: int | None = None
         failure: Any = None
-        with _threads(processes):
+        with _threads(processes), _default(_GRACE, _GRACE_SECONDS):
             try:
                 elastic_launch(config, sys.executable)("-m", module, str(path))
             except SignalException as error:
@@ -108,13 +115,20 @@ def _signal_name(number: int) -> str:
 @contextmanager
 def _threads(processes: Processes) -> Iterator[None]:
     """Divide the cores among the processes, where nobody has."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     each = processes.threads or max(1, (cores or 1) // processes.count)
-    os.environ["OMP_NUM_THREADS"] = str(each)
+    with _default("OMP_NUM_THREADS", str(each)):
+        yield
+
+
+@contextmanager
+def _default(name: str, value: str) -> Iterator[None]:
+    """An environment variable inside the block, where nobody has set it."""
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = value
     try:
         yield
     finally:
-        os.environ.pop("OMP_NUM_THREADS", None)
+        os.environ.pop(name, None)

@@ -10,10 +10,14 @@ import logging
 import os
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any, Self
 
 log = logging.getLogger(__name__)
+
+PASSED_ON = 5.0
+"""Seconds in which a launcher has passed on a signal that its processes may have had already."""
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -70,10 +74,13 @@ def _raise(number: int, frame: FrameType | None) -> None:
 class StopSignals:
     """A context in which signals ask for a stop instead of ending the process.
 
+    Signals within `together` seconds of the first count as it: a scheduler that signals every
+    process of a job, and a launcher that passes its own on, send one process the same twice.
     Outside the main thread Python allows no handlers; there the context only offers `request`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, together: float = 0.0) -> None:
+        self._together, self._first = together, 0.0
         self._number: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -87,10 +94,12 @@ class StopSignals:
         self._number = number
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._number is not None and time.monotonic() - self._first < self._together:
+            return
         if self._number is not None:
             # Nothing that could wait (a lock, a full pipe) may stand between here and the end.
             os._exit(128 + number)
-        self._number = number
+        self._number, self._first = number, time.monotonic()
         # Not through logging: its locks may be held by the very code that this interrupts.
         text = (
             f"\n{signal.Signals(number).name}: writing a checkpoint after this step; "

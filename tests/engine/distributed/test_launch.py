@@ -11,7 +11,13 @@ import torch
 
 import engine
 from engine.config.train_config import TrainConfig
-from engine.distributed.group import after_restart, joined, launched, leads
+from engine.distributed.group import (
+    after_restart,
+    joined,
+    launched,
+    leads,
+    refuse_tasks_alone,
+)
 from engine.distributed.launch import GroupOutcome, Processes
 from engine.errors import ConfigError
 from engine.training.checks import check_run
@@ -30,6 +36,24 @@ def test_a_group_of_one_needs_no_meeting(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined("cpu", 10) as group:
         assert group.is_alone and launched()
+
+
+@pytest.mark.parametrize(
+    ("variable", "launcher"),
+    [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpiexec")],
+)
+def test_tasks_of_another_launcher_do_not_each_train_alone(
+    monkeypatch: pytest.MonkeyPatch, variable: str, launcher: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    refuse_tasks_alone()
+    monkeypatch.setenv(variable, "8")
+    for gpus in (1, 8):
+        with pytest.raises(ConfigError, match=f"{launcher} started this command 8 times"):
+            engine.train(model="m", data="d", gpus=gpus)
+    monkeypatch.setenv("RANK", "0")  # torchrun in a task knows better
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_tasks_alone()
 
 
 @pytest.mark.parametrize(

@@ -134,8 +134,11 @@ def test_divided_weights_and_rows_leave_what_one_process_does(alone: Path) -> No
 
 
 def test_a_group_that_is_stopped_goes_on_with_any_number(together: Path) -> None:
+    """Every process is signalled, as SLURM does, and torchrun's agent passes its signal on too."""
     process = start("cli.main", *words(together, "stopped", "--gpus", "2"))
     wait_for(together / "stopped" / "checkpoint-3", process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, output

@@ -68,6 +68,15 @@ def test_the_second_signal_ends_the_process_at_once() -> None:
     assert out == ""
 
 
+def test_signals_that_come_together_are_one(capfd: pytest.CaptureFixture[str]) -> None:
+    """A scheduler that signals all processes, and the launcher that passes its own on."""
+    with StopSignals(together=60.0) as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.requested == signal.SIGTERM
+    assert capfd.readouterr().err.count("writing a checkpoint") == 1
+
+
 def test_a_run_under_nohup_ignores_the_hang_up() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
