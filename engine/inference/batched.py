@@ -27,6 +27,7 @@ from engine.inference.request import (
 )
 from engine.model_sources.interface.model_source import ModelSource
 from engine.tokenization.tokenizer import Tokenizer
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.cache.many_sequences import BatchCache, BatchPass, CachedSequence, row_capacity
 from models.cache.one_sequence import KVCache
 from models.config.model_config import ModelConfig
@@ -74,6 +75,7 @@ class BatchedGenerator:
         slots: int = 8,
         cache_tokens: int | None = None,
         prompt_tokens: int = PROMPT_TOKENS,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
         """Prepare for at most `slots` requests at a time; the others wait for their turn.
 
@@ -84,11 +86,14 @@ class BatchedGenerator:
             cache_tokens: tokens of keys and values that running requests may reserve together, each
                 the next power of two above its prompt and longest answer; None sets no limit.
             prompt_tokens: tokens of prompts that one step reads.
+            ranks: who has parts of the model and is given the same requests; all draw from the
+                logits of the first, so that they run the same passes.
         """
         if slots < 1 or prompt_tokens < 1:
             raise ConfigError(f"{slots} slots, {prompt_tokens} prompt tokens: at least 1 of each")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.slots, self.cache_tokens, self.prompt_tokens = slots, cache_tokens, prompt_tokens
+        self._ranks = ranks
         self._cache = BatchCache(model.config, model.dtype, model.device)
         self._waiting: deque[_Request] = deque()
         self._reading: list[_Request] = []
@@ -229,6 +234,9 @@ class BatchedGenerator:
         tokens = torch.tensor(ids, device=self.model.ids_device)
         groups = _row_groups(owners, self.model.device)
         logits = self.model.decode_batch(tokens, run, rows, groups)
+        if self._ranks.size > 1:
+            logits = logits.contiguous()
+            self._ranks.broadcast(logits, 0).wait()
         return self._events(running, [(request, tokens) for request, _, tokens in parts], logits)
 
     def run(self) -> dict[int, list[TokenEvent]]:

@@ -79,13 +79,6 @@ _EXPERTS = (
         "all processes have.",
         "Leave one of them out",
     ),
-    Rule(
-        "expert_parallel",
-        lambda c, _: c.expert_parallel > 1 and c.sample_every > 0,
-        "expert_parallel needs all processes for every pass, and sample_every {c.sample_every} "
-        "generates in one of them.",
-        "Leave out --sample-every, and generate from the adapter afterwards",
-    ),
 )
 
 DISTRIBUTED_RULES = (
@@ -167,12 +160,5 @@ DISTRIBUTED_RULES = (
         "shard {c.shard} divides frozen weights, embedding and head among them, and "
         "modules_to_save or add_tokens train these.",
         "Leave out one or the other",
-    ),
-    Rule(
-        "shard",
-        lambda c, _: c.shard != "none" and c.sample_every > 0,
-        "shard {c.shard} needs all processes for every pass, and sample_every {c.sample_every} "
-        "generates in one of them.",
-        "Leave out --sample-every, and generate from the adapter afterwards",
     ),
 )

@@ -26,7 +26,7 @@ from engine.inference.batch_files import (
     sampled,
 )
 from engine.inference.batched import BatchedGenerator, check_prompt
-from engine.inference.generation import stop_ids_of
+from engine.inference.generation import GenerateResult, stop_ids_of
 from engine.inference.request import RequestSettings
 from engine.inference.sampling import resolve_sampling
 from engine.model_sources.interface.model_source import ModelDescription
@@ -34,6 +34,7 @@ from engine.storage.appended import AppendedLines
 from engine.storage.safe_files import read_regular
 from engine.storage.strict_json import loads
 from engine.tokenization.tokenizer import Tokenizer
+from kernels.runtime.ranks import ONE_RANK, Ranks
 from models.cache.many_sequences import row_capacity
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -94,50 +95,77 @@ def sample_prompts(
     return SamplePrompts(rows, ids, RequestSettings(config.sample_max_new_tokens, sampling, stops))
 
 
-class SampleWriter(AppendedLines):
-    """Writes the answers of a run's model to `samples.jsonl`, cut back to `resume_step` first.
+class PromptAnswers:
+    """Answers the prompts of a run with its model as it is.
 
     `more_stops` are ids that end an answer beside those of the prompts' request. Answers share keys
     and values of at most `step_tokens` tokens, those of a training step, so that they need no more
-    memory than it; one answer alone may need more. Raises `CheckpointError` if the disk refuses.
+    memory than it; one answer alone may need more. `ranks` have parts of the model: all of them ask
+    at the same time.
     """
 
     def __init__(
         self,
-        path: Path,
         prompts: SamplePrompts,
         model: Decoder,
         tokenizer: Tokenizer,
         more_stops: Sequence[int] = (),
-        resume_step: int = 0,
         step_tokens: int = 1 << 62,
+        ranks: Ranks = ONE_RANK,
     ) -> None:
-        earlier = _lines_until(path, resume_step) if resume_step > 0 else []
-        super().__init__(path, b"".join(line + b"\n" for line in earlier))
         self.prompts, self.model, self.tokenizer = prompts, model, tokenizer
         self._more_stops = frozenset(more_stops)
         self._cache_tokens = max(step_tokens, row_capacity(prompts.longest))
+        self._ranks = ranks
 
-    def write(self, step: int) -> list[dict[str, Any]]:
-        """Answer every prompt with the weights after `step`; the lines that were written.
+    @property
+    def together(self) -> bool:
+        """Whether all processes must ask, for none has the whole model."""
+        return self._ranks.size > 1
 
-        Weights that give no numbers are told in the log and leave no lines.
+    def __call__(self, step: int) -> list[GenerateResult]:
+        """The answers after `step`.
+
+        Weights that give no numbers are told in the log and leave none.
         """
-        rows, ids, request = self.prompts.rows, self.prompts.ids, self.prompts.request
+        request = self.prompts.request
         stops = request.stop_ids | self._more_stops
         base = RequestSettings(request.max_new_tokens, request.sampling, stops)
         training = self.model.training
         generator = BatchedGenerator(
-            self.model, self.tokenizer, slots=SLOTS, cache_tokens=self._cache_tokens
+            self.model,
+            self.tokenizer,
+            slots=SLOTS,
+            cache_tokens=self._cache_tokens,
+            ranks=self._ranks,
         )
-        jobs = (PromptJob(prompt, sampled(base, index)) for index, prompt in enumerate(ids))
+        ids = enumerate(self.prompts.ids)
+        jobs = (PromptJob(prompt, sampled(base, index)) for index, prompt in ids)
         try:
-            answers = list(answer_in_order(generator, jobs, SLOTS))
+            return list(answer_in_order(generator, jobs, SLOTS))
         except DataError as error:
             log.warning("No samples after step %d: %s", step, error)
             return []
         finally:
             self.model.train(training)
+
+
+class SampleWriter(AppendedLines):
+    """Writes the answers of a run's model to `samples.jsonl`, cut back to `resume_step` first.
+
+    Raises `CheckpointError` if the disk refuses.
+    """
+
+    def __init__(self, path: Path, answers: PromptAnswers, resume_step: int = 0) -> None:
+        earlier = _lines_until(path, resume_step) if resume_step > 0 else []
+        super().__init__(path, b"".join(line + b"\n" for line in earlier))
+        self.answers = answers
+
+    def write(self, step: int) -> list[dict[str, Any]]:
+        """Answer every prompt with the weights after `step`; the lines that were written."""
+        answers = self.answers(step)
+        if not answers:
+            return []
         lines = [
             {
                 "step": step,
@@ -146,7 +174,7 @@ class SampleWriter(AppendedLines):
                 "finish_reason": answer.finish_reason,
                 "completion_tokens": answer.completion_tokens,
             }
-            for row, answer in zip(rows, answers, strict=True)
+            for row, answer in zip(self.answers.prompts.rows, answers, strict=True)
         ]
         self.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
         log.info("%d samples after step %d: %s", len(lines), step, self.path)

@@ -11,9 +11,8 @@ from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.progress import ProgressReporter
 from engine.runs.trackers import Trackers
 from engine.training.evaluation.callbacks import CallbackList
-from engine.training.evaluation.samples import SAMPLES, SampleWriter, as_texts
+from engine.training.evaluation.samples import SAMPLES, PromptAnswers, SampleWriter, as_texts
 from engine.training.prepare import Prepared
-from models.decoder import Decoder
 
 
 class RunReports:
@@ -27,7 +26,7 @@ class RunReports:
         self,
         directory: RunDirectory,
         prepared: Prepared,
-        model: Decoder,
+        answers: PromptAnswers | None,
         start: int,
         callbacks: CallbackList,
         stack: ExitStack,
@@ -47,16 +46,8 @@ class RunReports:
             )
         )
         self._samples: SampleWriter | None = None
-        if prepared.samples is not None:
-            self._samples = SampleWriter(
-                directory.path / SAMPLES,
-                prepared.samples,
-                model,
-                prepared.tokenizer,
-                prepared.stops,
-                start,
-                config.batch_size * config.max_length,
-            )
+        if answers is not None:
+            self._samples = SampleWriter(directory.path / SAMPLES, answers, start)
             stack.callback(self._samples.close)
             if start == 0:
                 self.sample(0)
@@ -94,13 +85,23 @@ class RunReports:
 
 
 class NoReports:
-    """The reports of a process whose run another one tells of."""
+    """The reports of a process whose run another one tells of.
+
+    It answers prompts with the others where none of them has the whole model.
+    """
+
+    def __init__(self, answers: PromptAnswers | None = None, start: int = 0) -> None:
+        self._answers = answers if answers is not None and answers.together else None
+        if start == 0:
+            self.sample(0)
 
     def step(self, line: StepMetrics) -> None:
         """Nobody is told."""
 
     def sample(self, step: int) -> None:
-        """Nothing is answered."""
+        """Answer the prompts for the process that writes them."""
+        if self._answers is not None:
+            self._answers(step)
 
     def sync(self) -> None:
         """Nothing was written."""

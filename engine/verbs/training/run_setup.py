@@ -17,6 +17,7 @@ from engine.pruning.keep_pruned import hold_pruned, pruned_heads
 from engine.runs.checkpoints import CheckpointStore
 from engine.training.adapters.starts import start_pairs, with_start
 from engine.training.evaluation.heldout import Heldout, HeldoutAnswers, HeldoutRows
+from engine.training.evaluation.samples import PromptAnswers
 from engine.training.loop import TrainerSettings
 from engine.training.objectives.choose import make_objective
 from engine.training.objectives.objective import Objective
@@ -36,6 +37,7 @@ from engine.training.trainable import (
     step_settings,
 )
 from engine.verbs.training.run_memory import budget_of, with_policy
+from kernels.runtime.ranks import ONE_RANK
 from models.over_ranks import split_context, trained_elements
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class RunSetup:
         self.progress, self.going = resumed_together(self.state, checkpoints, fresh, group)
         self.settings = replace(step_settings(settings), checkpointing=self.going.policy)
         self.heldout = self._heldout()
+        self.answers = self._answers()
 
     def _state(self, whole: RunState) -> RunState:
         """The state of the run, which processes write together where they divide parameters."""
@@ -129,6 +132,15 @@ class RunSetup:
         objective = make_objective(config, answers, reference) if answers.examples else TOKENS
         what = self.model, answers, objective, self.settings, self.mesh.data
         return HeldoutAnswers(*what, prepared.parts)
+
+    def _answers(self) -> PromptAnswers | None:
+        """What answers the prompts, together with processes that have parts of the model."""
+        config, prepared = self.config, self.prepared
+        if prepared.samples is None:
+            return None
+        ranks = self.mesh.every if self.mesh.lockstep else ONE_RANK
+        what = prepared.samples, self.model, prepared.tokenizer, prepared.stops
+        return PromptAnswers(*what, config.batch_size * config.max_length, ranks)
 
     def step(self) -> TrainingStep:
         """The step of the run; a teacher is read here."""

@@ -200,8 +200,8 @@ class _Run:
 
     def _reports(self, start: int) -> RunReports | NoReports:
         if not self.group.leads:
-            return NoReports()
-        told = self.prepared, self.setup.model, start, self.callbacks, self.stack
+            return NoReports(self.setup.answers, start)
+        told = self.prepared, self.setup.answers, start, self.callbacks, self.stack
         return RunReports(self.directory, *told)
 
 

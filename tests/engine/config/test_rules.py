@@ -100,7 +100,6 @@ PREFERENCE_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"objective": "dpo", "train_on": "### Answer:"}, Facts()),
 ]
 DIVIDED = {"shard": "weights", "gpus": 2, "method": "full"}
-SAMPLES = {"sample_every": 5, "sample_prompts": "prompts.jsonl"}
 DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({**IN_BACKWARD, "gpus": 2}, Facts()),
     ({"cuda_graphs": True}, Facts(processes=2)),
@@ -116,14 +115,12 @@ DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"expert_parallel": 2, "gpus": 2, "mlp_tile_tokens": 64}, Facts()),
     ({"expert_parallel": 2, "gpus": 2, "optimizer": "adafactor"}, Facts()),
     ({"expert_parallel": 2, "gpus": 2, "ema_decay": 0.9}, Facts()),
-    ({"expert_parallel": 2, "gpus": 2, **SAMPLES}, Facts()),
     ({"shard": "weights"}, Facts(processes=1)),
     (DIVIDED | {"optimizer": "muon"}, Facts()),
     (DIVIDED | {"teacher": "t"}, Facts()),
     (DIVIDED | {"ema_decay": 0.9}, Facts()),
     ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
     ({"shard": "weights", "gpus": 2, "modules_to_save": ("lm_head",)}, Facts()),
-    ({"shard": "weights", "gpus": 2, **SAMPLES}, Facts()),
 ]
 BREAKS = [
     *RUN_BREAKS,
