@@ -7,10 +7,11 @@ it; then all ranks receive it (ZeRO stage 1, Rajbhandari et al. 2020, arXiv 1910
 Parameters lie in buckets of consecutive layers, gradients likewise: in a bucket first the part of
 rank 0, then that of rank 1, all of one length. A parameter begins at a multiple of 256 elements,
 and so does every part, so pieces are whole blocks of 8-bit optimizer states, and results are those
-of whole parameters. For optimizers that work on matrices (`whole`) no parameter is cut: each lies
-in the part of one rank. A bucket takes one reduce_scatter, which starts when backward has passed
-its layers and runs beside those that follow, and one all_gather after the update. Buckets start in
-one order on all ranks, also on one that has no row.
+of whole parameters. The last ranks may own nothing but zeros, which stay zero. For optimizers that
+work on matrices (`whole`) no parameter is cut: each lies in the part of one rank. A bucket takes
+one reduce_scatter, which starts when backward has passed its layers and runs beside those that
+follow, and one all_gather after the update. Buckets start in one order on all ranks, also on one
+that has no row.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class OwnedPiece:
 
 
 class GradientBucket:
-    """Parameters of one dtype that are reduced together, and their memory."""
+    """Parameters of one dtype that are reduced together, and their memory.
+
+    `padding` are zeros of a rank whose part holds nothing else, and their gradients are too.
+    """
 
     def __init__(
         self, parameters: Sequence[Tensor], ranks: Ranks, loads: list[int], whole: bool = False
@@ -75,6 +79,8 @@ class GradientBucket:
                 p.data = self._values[own].view_as(p)
                 self._views.append(self._gradients[own].view_as(p))
         self.own = [(piece, *self._owned(piece)) for piece in self.pieces_of(ranks.rank)]
+        own = slice(ranks.rank * self._part, ranks.rank * self._part + min(self._part, BLOCK))
+        self.padding = nn.Parameter(self._values[own])
         for rank in range(ranks.size):
             loads[rank] += sum(piece.count for piece in self.pieces_of(rank))
 
@@ -133,6 +139,8 @@ class GradientBucket:
             p.grad = None
         for _, owned, summed in self.own:
             owned.grad = summed
+        if not self.own:
+            self.padding.grad = self._reduced[: self.padding.numel()]
 
     def gather(self) -> Transfer:
         """Start to bring every piece from its owner."""
@@ -146,8 +154,8 @@ class DataParallel:
 
     `units` are lists of parameters in the order in which backward reaches them. `data` are the
     ranks that the rows of a step are dealt to, by default the same; others share their batches.
-    With `whole` no parameter is cut. Raises `ValueError` where a parameter is in two units, and
-    where a rank would own nothing, unless it may be without (`spare`).
+    With `whole` no parameter is cut. A rank may own nothing. Raises `ValueError` where a parameter
+    is in two units.
     """
 
     def __init__(
@@ -156,29 +164,21 @@ class DataParallel:
         units: Sequence[Sequence[Tensor]],
         elements: int = BUCKET_ELEMENTS,
         data: Ranks | None = None,
-        spare: bool = False,
         whole: bool = False,
     ) -> None:
         self.ranks, self.data = ranks, ranks if data is None else data
-        self._loads = [0] * ranks.size
+        loads = [0] * ranks.size
         if whole:
             largest = max((p.numel() for unit in units for p in unit), default=0)
             elements = max(elements, ranks.size * largest)
         self.buckets = [
-            GradientBucket(members, ranks, self._loads, whole)
-            for members in _bucketed(units, elements)
+            GradientBucket(members, ranks, loads, whole) for members in _bucketed(units, elements)
         ]
         self._bucket_of = {
             id(p): number for number, b in enumerate(self.buckets) for p in b.parameters
         }
-        count = sum(len(unit) for unit in units)
-        if len(self._bucket_of) != count:
+        if len(self._bucket_of) != sum(len(unit) for unit in units):
             raise ValueError("a parameter is in two units")
-        if not (self.own or spare):
-            raise ValueError(
-                f"{count} trained tensors are too few for {ranks.size} processes: rank "
-                f"{ranks.rank} would have none to update"
-            )
         self._missing = [len(b.parameters) for b in self.buckets]
         self._started: list[Transfer] = []
 
@@ -190,10 +190,6 @@ class DataParallel:
     def pieces_of(self, rank: int) -> list[OwnedPiece]:
         """What a rank updates."""
         return [piece for bucket in self.buckets for piece in bucket.pieces_of(rank)]
-
-    def loads(self) -> list[int]:
-        """How many elements each rank updates."""
-        return list(self._loads)
 
     def bytes_per_step(self) -> dict[str, int]:
         """What a rank gives to each kind of collective in a step, of gradients and parameters."""

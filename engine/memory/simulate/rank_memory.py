@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.group import processes_of
-from engine.errors import MemoryPlanError
 from engine.memory.simulate.device import GPU, OnGPU, OnHost
 from engine.memory.simulate.observer import observed, track_parallel
 from engine.memory.simulate.ranks import Measure, fullest_rank, own_optimizer
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.memory.simulate.step import OF_A_RANK, assumed_gpu, make_tables
-from engine.training.trainable import make_optimizer, make_trainable, works_on_matrices
+from engine.training.trainable import make_optimizer, make_trainable
 from kernels.runtime.simulation import simulate_with
 from models.config.model_config import ModelConfig
 from models.decoder import Decoder
@@ -39,10 +37,8 @@ def rank_memory(
 ) -> RankMemory:
     """What `processes_of(config)` ranks hold of the whole model's trained parameters.
 
-    They are those of the rank that has most by `measure`. Raises `MemoryPlanError` where a rank
-    would update nothing.
+    They are those of the rank that has most by `measure`.
     """
-    size = processes_of(config)
     meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
@@ -51,7 +47,7 @@ def rank_memory(
             graph = Decoder(model).to(dtype)
             make_trainable(graph, config, None)
             parallel = fullest_rank(graph, config, measure)
-            loads, sent = parallel.loads(), parallel.bytes_per_step()
+            sent = parallel.bytes_per_step()
             track_parallel(meter, parallel)
             own = own_optimizer(graph, config, parallel)
             own.state_tensors()
@@ -59,19 +55,5 @@ def rank_memory(
             whole = make_optimizer(graph, config)
             whole.state_tensors()
             whole_state = meter.live["optimiser"] - owners["optimiser"]
-    if min(loads) == 0:
-        raise MemoryPlanError(_too_many(sum(load > 0 for load in loads), size, config))
     count = sum(1 for p in graph.parameters() if p.requires_grad)
     return RankMemory(owners, sent, whole_state, count)
-
-
-def _too_many(busy: int, size: int, config: TrainConfig) -> str:
-    if not works_on_matrices(config):
-        return (
-            f"Of what is trained only {busy} of {size} processes would have anything to update. "
-            f"Give at most --gpus {busy}, or adapt more projections (--target-modules)."
-        )
-    return (
-        f"With optimizer {config.optimizer} each of {size} processes updates whole tensors, and "
-        f"only {busy} of them would have any. Give at most --gpus {busy}, or --optimizer adamw8bit."
-    )

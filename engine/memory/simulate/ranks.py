@@ -82,7 +82,7 @@ def fullest_rank(model: Decoder, config: TrainConfig, measure: Measure) -> DataP
     """
     units, size = backward_units(model), processes_of(config)
     matrices = works_on_matrices(config)
-    made = partial(DataParallel, units=units, spare=True, whole=matrices)
+    made = partial(DataParallel, units=units, whole=matrices)
 
     def amount(pieces: Sequence[OwnedPiece]) -> int:
         if measure == "update" and matrices:

@@ -17,6 +17,9 @@ from models.decoder import Decoder
 from models.memory.sharded_parameters import ParameterPiece
 from models.over_ranks import expert_parameters
 
+PADDING = "padding"
+"""The name of what a process updates that has no piece of any parameter."""
+
 
 @dataclass(frozen=True, eq=False)
 class OwnedShare:
@@ -42,10 +45,10 @@ def sums_over(model: Decoder, config: TrainConfig, mesh: Mesh) -> JoinedParallel
     units, experts = backward_units(model), {id(p) for p in expert_parameters(model)}
     whole = works_on_matrices(config)
     others = [[p for p in unit if id(p) not in experts] for unit in units]
-    sets = [DataParallel(mesh.every, others, data=mesh.data, spare=True, whole=whole)]
+    sets = [DataParallel(mesh.every, others, data=mesh.data, whole=whole)]
     if experts:
         own = [[p for p in unit if id(p) in experts] for unit in units]
-        sets.append(DataParallel(mesh.replicas, own, spare=True, whole=whole))
+        sets.append(DataParallel(mesh.replicas, own, whole=whole))
     return JoinedParallel(*sets)
 
 
@@ -63,11 +66,14 @@ def owned_by_all(parallel: JoinedParallel, mesh: Mesh) -> list[list[OwnedShare]]
 
 
 def own_pieces(model: Decoder, parallel: JoinedParallel, mesh: Mesh) -> list[ParameterPiece]:
-    """What the optimizer of this process moves."""
+    """What the optimizer of this process moves; zeros where it updates nothing."""
     names = {id(p): name for name, p in model.named_parameters()}
     every, *experts = parallel.sets
     part, share = (0, 1) if mesh.experts is None else (mesh.experts.rank, mesh.experts.size)
     pieces = named_pieces(every, names)
     for divided in experts:
         pieces += named_pieces(divided, names, part, share)
-    return pieces
+    if pieces:
+        return pieces
+    zeros = next(bucket.padding for one in parallel.sets for bucket in one.buckets)
+    return [ParameterPiece(PADDING, zeros.shape, 0, zeros)]

@@ -19,14 +19,13 @@ from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.metrics import StepMetrics
 from engine.training.loop import Progress, StopReasons, new_progress
 from engine.training.processes.divided_state import DividedStep
-from engine.training.processes.ownership import own_pieces, owned_by_all, sums_over
+from engine.training.processes.ownership import PADDING, own_pieces, owned_by_all, sums_over
 from engine.training.saving import Going, RunState, StoredState
 from engine.training.step import StepRanks
 from engine.training.trainable import (
     LEAST_8BIT,
     optimizer_over,
     piece_optimizer,
-    works_on_matrices,
 )
 from kernels.adamw8bit import ROW
 from kernels.runtime.ranks import host_maxima
@@ -51,8 +50,7 @@ class Optimization:
     def of(cls, model: Decoder, config: TrainConfig, mesh: Mesh) -> Optimization:
         """The optimizer of `config` over what this process updates of the model.
 
-        Raises `ConfigError` where a process would have nothing to update, or where experts cannot
-        be divided so with this optimizer.
+        Raises `ConfigError` where experts cannot be divided so with this optimizer.
         """
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if mesh.every.size == 1:
@@ -68,8 +66,6 @@ class Optimization:
         if config.optimizer in ("adamw8bit", "lion8bit"):
             _check_blocks(trained, shares)
         pieces = own_pieces(model, parallel, mesh)
-        if not pieces:
-            raise ConfigError(_nothing_to_update(trained, config, mesh))
         optimizer = piece_optimizer(pieces, config)
         whole, numbers = _whole_optimizer(trained, shares, config)
         index = {id(p): numbers[name] for name, p in trained.items()}
@@ -81,18 +77,11 @@ class Optimization:
             for owned in owned_by_all(parallel, mesh)
         ]
         order = {id(p): number for number, p in enumerate(optimizer.ordered_params())}
-        mine = {numbers[one.name]: order[id(one.parameter)] for one in pieces}
+        mine = {
+            numbers[one.name]: order[id(one.parameter)] for one in pieces if one.name != PADDING
+        }
         state = OptimizerOfRanks(mesh.every, optimizer, whole, states, mine)
         return cls(optimizer, state, parallel)
-
-
-def _nothing_to_update(trained: Mapping[str, nn.Parameter], config: TrainConfig, mesh: Mesh) -> str:
-    fix = ", or give --optimizer adamw8bit" if works_on_matrices(config) else ""
-    return (
-        f"{len(trained)} trained tensors are too few for {mesh.every.size} processes with "
-        f"optimizer {config.optimizer}: rank {mesh.every.rank} would have nothing to update. Start "
-        f"fewer processes{fix}."
-    )
 
 
 def _whole_optimizer(

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
-from engine.distributed.data_parallel import DataParallel, named_pieces
+from engine.distributed.data_parallel import DataParallel, JoinedParallel
 from engine.distributed.deal import PassLimits, RowCost, deal_by_cost, deal_in_order
+from engine.distributed.mesh import Mesh
+from engine.training.processes.ownership import own_pieces
 from engine.training.step import StepResult, TrainingStep
 from engine.training.trainable import backward_units
 from kernels.runtime.ranks import Ranks
@@ -136,7 +138,7 @@ def train(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     whole = kind in ("adafactor", "muon")
     parallel = DataParallel(ranks, backward_units(model), elements=3000, whole=whole)
-    pieces = named_pieces(parallel, {id(p): name for name, p in named.items()})
+    pieces = own_pieces(model, JoinedParallel(parallel), Mesh(ranks))
     own: list[Any] = [piece.parameter for piece in pieces]
     if kind in ("adamw8bit", "lion8bit"):
         own = piece_groups(pieces, min_8bit_size=256)
@@ -171,16 +173,20 @@ def test_ranks_train_as_one_does(size: int, dropout: float) -> None:
         assert_alike(one, alone, 1e-12)
 
 
+@pytest.mark.parametrize("size", [3, 50])
 @pytest.mark.parametrize("kind", ["adamw8bit", "lion8bit", "adafactor", "muon"])
-def test_owners_update_to_the_bits_of_one_rank(kind: str) -> None:
-    """A step of one row has the same sums everywhere, so nothing is left that could differ."""
+def test_owners_update_to_the_bits_of_one_rank(kind: str, size: int) -> None:
+    """A step of one row has the same sums everywhere, so nothing is left that could differ.
+
+    Of 50 ranks some own nothing, of 42 tensors or of a bucket's blocks.
+    """
     steps = (((3,),), ((1,),), ((4,),))
 
     def work(ranks: Ranks) -> tuple[list[StepResult], Weights]:
         return train(ranks, torch.float32, kind=kind, clip=0.0, steps=steps)
 
     (alone,) = run_ranks(1, work)
-    for one in run_ranks(3, work):
+    for one in run_ranks(size, work):
         assert_alike(one, alone, 0.0)
 
 
@@ -241,12 +247,15 @@ def test_what_a_step_sends_is_what_was_said() -> None:
         assert sent["all_reduce"] < 200  # losses, norms and counts
 
 
-def test_a_parameter_is_in_one_unit_and_every_rank_owns_some() -> None:
+def test_a_parameter_is_in_one_unit() -> None:
     p = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="two units"):
         run_ranks(1, lambda ranks: DataParallel(ranks, [[p], [p]]))
-    with pytest.raises(ValueError, match="too few for 2 processes"):
-        run_ranks(2, lambda ranks: DataParallel(ranks, [[torch.nn.Parameter(torch.zeros(3))]]))
+
+
+def loads(parallel: DataParallel, ranks: Ranks) -> list[int]:
+    """How many elements each rank updates."""
+    return [sum(p.count for p in parallel.pieces_of(rank)) for rank in range(ranks.size)]
 
 
 def test_ranks_own_as_much_of_every_bucket_but_for_a_block() -> None:
@@ -259,10 +268,10 @@ def test_ranks_own_as_much_of_every_bucket_but_for_a_block() -> None:
         order = {id(p): n for n, p in enumerate(p for unit in units for p in unit)}
         pieces = [p for rank in range(ranks.size) for p in parallel.pieces_of(rank)]
         told = [(order[id(p.parameter)], p.begin, p.count) for p in pieces]
-        return parallel.loads(), [b.gradient_bytes // 4 for b in parallel.buckets], told
+        return loads(parallel, ranks), [b.gradient_bytes // 4 for b in parallel.buckets], told
 
-    for loads, buckets, pieces in run_ranks(3, work):
-        assert sum(loads) == 7624 and max(loads) == 2560 + 512 + 3
+    for amounts, buckets, pieces in run_ranks(3, work):
+        assert sum(amounts) == 7624 and max(amounts) == 2560 + 512 + 3
         assert buckets == [7680, 1536, 768]  # in blocks of 256, as many for each rank
         for number, size in enumerate((7000, 60, 256, 300, 5, 3)):
             own = [(begin, count) for index, begin, count in pieces if index == number]
@@ -277,10 +286,10 @@ def test_whole_tensors_are_owned_evenly_over_all_buckets() -> None:
         units = [[torch.nn.Parameter(torch.zeros(256)) for _ in range(4)] for _ in range(3)]
         parallel = DataParallel(ranks, units, elements=1, whole=True)
         assert all(piece.count == piece.numel == 256 for piece, _ in parallel.own)
-        return parallel.loads(), len(parallel.buckets)
+        return loads(parallel, ranks), len(parallel.buckets)
 
-    for loads, buckets in run_ranks(6, work):
-        assert loads == [512] * 6 and buckets == 2
+    for amounts, buckets in run_ranks(6, work):
+        assert amounts == [512] * 6 and buckets == 2
 
 
 def test_buckets_of_whole_tensors_take_more_layers_for_many_ranks() -> None:

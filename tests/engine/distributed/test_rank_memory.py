@@ -17,7 +17,6 @@ from engine.config.train_config import TrainConfig
 from engine.distributed.data_parallel import DataParallel, JoinedParallel, named_pieces
 from engine.distributed.deal import PassLimits, deal_by_cost, deal_in_order
 from engine.distributed.dealing import cost_of
-from engine.errors import MemoryPlanError
 from engine.memory.auto_policy import planned_policy
 from engine.memory.estimate import MemoryPlan, Simulations, make_batch, plan, step_of, workload
 from engine.memory.search import changed
@@ -198,16 +197,11 @@ def test_a_deep_model_is_planned_from_shallow_ones_for_ranks_too() -> None:
         assert few.save.owners["optimiser"] == whole.save.owners["optimiser"] > 0
 
 
-def test_processes_that_would_update_nothing_are_refused() -> None:
+def test_more_processes_than_tensors_or_blocks_are_planned() -> None:
     model = ModelConfig.from_dict(SMALL)
-    config = changed(settings(target_modules="qv", optimizer="adafactor"), gpus=13)
-    with pytest.raises(MemoryPlanError, match=r"only 12 of them would have any.*adamw8bit"):
-        plan(model, config, gpu=False, dtype=torch.float32)
-    # Elements can be divided further, down to blocks of 256.
-    plan(model, changed(config, optimizer="adamw8bit"), gpu=False, dtype=torch.float32)
-    few = changed(config, optimizer="adamw", lora_rank=1, gpus=64)
-    with pytest.raises(MemoryPlanError, match="of 64 processes would have anything to update"):
-        plan(model, few, gpu=False, dtype=torch.float32)
+    config = changed(settings(target_modules="qv", lora_rank=1), gpus=64)
+    for optimizer in ("adamw8bit", "adafactor"):
+        plan(model, changed(config, optimizer=optimizer), gpu=False, dtype=torch.float32)
 
 
 def test_processes_on_one_cpu_share_its_free_memory() -> None:
