@@ -76,7 +76,15 @@ def scores_of(
         measured = whole_model(source, examples, how) if settings.measures_layers else None
         ridge = settings.repair_ridge
         level = settings.form == "structural" and not settings.per_layer
-        return reconstruction_scores(blank, stream, settings.grouping, ridge, measured, level=level)
+        return reconstruction_scores(
+            blank,
+            stream,
+            settings.grouping,
+            ridge,
+            measured,
+            level=level,
+            repairs=settings.repairs,
+        )
     if metric in METRICS_WITH_DATA:
         return measured_scores(source, layers, metric, rows(), how)
     return weight_scores(source, layers, metric, seed=settings.seed, through=settings.quantize)

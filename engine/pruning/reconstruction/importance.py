@@ -42,10 +42,12 @@ def reconstruction_scores(
     divergence: PrefixDivergence | None = None,
     *,
     level: bool = False,
+    repairs: bool = True,
 ) -> list[LayerScores]:
     """Scores of every head of the layers in `blank`, whose values are not read.
 
-    With `divergence` they are how far the model strays, in nats a token.
+    With `divergence` they are how far the model strays, in nats a token: with what is left updated
+    as it will be, or as it is where nothing `repairs`.
     """
     wanted = {scores.heads.layer: scores for scores in blank}
     result = []
@@ -59,7 +61,7 @@ def reconstruction_scores(
             given = Regression(weight, observer.moments, ridge, linear.bias is not None)
             units = _units(wanted[index], granularity)
             groups = _groups(wanted[index], units) if level and granularity == "head" else None
-            result.append(_scored(wanted[index], given, units, groups, divergence))
+            result.append(_scored(wanted[index], given, units, groups, divergence, repairs))
         del model, observer
         stream.go_on(states)
         if divergence is not None:
@@ -73,6 +75,7 @@ def _scored(
     units: list[tuple[int, ...]],
     groups: list[int] | None,
     divergence: PrefixDivergence | None,
+    repairs: bool,
 ) -> LayerScores:
     heads = scores.heads
     values = torch.zeros(heads.heads, dtype=torch.float64)
@@ -82,7 +85,8 @@ def _scored(
     order, errors = removal_order(given, columns, groups)
     grown = errors
     if divergence is not None:
-        measured = _measured(scores, given, [columns[number] for number in order], divergence)
+        going = [columns[number] for number in order]
+        measured = _measured(scores, given, going, divergence, repairs)
         grown = growth_of_units(errors, measured)
     for number, value in zip(order, _rising(grown), strict=True):
         for head in units[number]:
@@ -113,16 +117,23 @@ def _groups(scores: LayerScores, units: list[tuple[int, ...]]) -> list[int]:
 
 
 def _measured(
-    scores: LayerScores, given: Regression, order: list[Tensor], divergence: PrefixDivergence
+    scores: LayerScores,
+    given: Regression,
+    order: list[Tensor],
+    divergence: PrefixDivergence,
+    repairs: bool,
 ) -> dict[int, float]:
-    """Units removed -> how far the model strays, the rest of the layer repaired."""
+    """Units removed -> how far the model strays, the rest of the layer as it will be."""
     linear = output_of(divergence.model, scores.heads)
     result = {}
     for count in measured_counts(len(order)):
-        if count == len(order):  # a layer of one unit: nothing is left to repair
+        if count == len(order):  # a layer of one unit: nothing would be left
             continue
         going, staying = torch.cat(order[:count]), torch.cat(order[count:])
-        values, shift = repaired(given, staying, going)
+        values = given.weight[:, staying].double()
+        shift = values.new_zeros(len(values))
+        if repairs:
+            values, shift = repaired(given, staying, going)
         weight = torch.zeros_like(given.weight, dtype=torch.float64)
         weight[:, staying] = values
         result[count] = divergence.without(linear, weight, shift)

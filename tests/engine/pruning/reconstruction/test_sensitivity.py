@@ -1,6 +1,6 @@
 """How far a model strays, against whole runs and torch's softmax; curves and their hulls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config.choices import RepairMethod
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.examples import Example
 from engine.errors import ConfigError
@@ -126,6 +127,39 @@ def test_a_layer_that_the_model_hardly_hears_gives_up_most(
     guarded = record(protect_first=1, protect_last=1, allow_shortfall=True)
     assert [layer["left"] for layer in guarded["layers"]] == [6, 1, 6]
     assert guarded["protected"] == [0, 2]
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_layers_are_measured_as_they_will_be_written(
+    write_model: Callable[..., Path],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    repair: RepairMethod,
+) -> None:
+    """Without its first head a layer strays as far as the model that is written."""
+    monkeypatch.setattr(
+        "engine.pruning.reconstruction.from_settings.calibration_examples",
+        lambda *_: examples() * 4,
+    )
+    curve: dict[int, float] = {}
+
+    def growth(errors: Sequence[float], measured: Mapping[int, float]) -> list[float]:
+        curve.update(measured)
+        return growth_of_units(errors, measured)
+
+    monkeypatch.setattr("engine.pruning.reconstruction.importance.growth_of_units", growth)
+    model = write_model(layers=1)
+    settings = PruneSettings(
+        fraction=1 / 6, repair=repair, data=(str(write_rows(2)),), device="cpu", mode="zero"
+    )
+    prune(model, tmp_path / "pruned", settings)
+    whole, left = load_model(model), load_model(tmp_path / "pruned")
+    divergence = PrefixDivergence(whole, examples() * 4)
+    linear, written = (output_of(one, layer_heads(one.config, 0)) for one in (whole, left))
+    assert isinstance(written.weight, torch.Tensor)
+    strayed = divergence.without(linear, written.weight, torch.zeros(len(written.weight)))
+    assert curve[1] == pytest.approx(strayed, rel=1e-3)
 
 
 def test_a_layer_is_measured_for_reconstruction_alone(tiny_model: Path) -> None:
