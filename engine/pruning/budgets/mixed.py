@@ -1,10 +1,11 @@
 """Prune several parts of a model under one budget.
 
 Each part (layers, experts, channels, heads) is pruned alone by a few of the counts that its shape
-allows, repaired, and measured: how far the model strays from the whole one, in nats a token.
-Between these counts the loss follows a line. Of all combinations that fit the budget the one is
-taken whose losses add up to the least; of equal ones the largest model. Then the parts are pruned
-one after the other, layers first, heads last, each chosen and repaired on what is there by then.
+allows, repaired, and measured: how far the model strays from the whole one, in nats a token of
+rows that nothing was fitted to. Between these counts the loss follows a line. Of all combinations
+that fit the budget the one is taken whose losses add up to the least; of equal ones the largest
+model. Then the parts are pruned one after the other, layers first, heads last, each chosen and
+repaired on what is there by then.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from engine.pruning.reconstruction.from_settings import (
     scores_of,
 )
 from engine.pruning.reconstruction.repair import RepairedSource
-from engine.pruning.reconstruction.sensitivity import first_tokens
+from engine.pruning.reconstruction.sensitivity import set_aside
 from engine.pruning.report import describe
 from engine.pruning.scores import LayerScores, prunable_heads
 from engine.pruning.selection import Rules, select
@@ -128,9 +129,10 @@ class _Work:
         self.source, self.settings, self._protected = source, settings, protected
         self.order: list[int] = []
         self._scored: dict[Prunable, list[LayerScores]] = {}
-        self._examples = calibration_examples(source, calibration_of(settings))
-        say_memory(source, self._examples, settings)
-        self._batch = collate(first_tokens(self._examples))
+        examples = calibration_examples(source, calibration_of(settings))
+        say_memory(source, examples, settings)
+        measured, self._examples = set_aside(examples)
+        self._batch = collate(measured)
         self._known, self._head = self._states(source)
 
     def losses(self, part: Prunable) -> dict[int, float]:

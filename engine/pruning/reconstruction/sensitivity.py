@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.data.batches.loader import collate
 from engine.data.examples import Example
+from kernels.loss.linear_cross_entropy import linear_cross_entropy
 from kernels.loss.linear_distillation import linear_distillation
 from models.decoder import DISTILLATION_TOKENS, Decoder
 from models.layers.linear import Linear
@@ -26,16 +27,26 @@ from models.layers.linear import Linear
 SENSITIVITY_TOKENS = 1024
 
 
-def first_tokens(examples: Sequence[Example]) -> list[Example]:
-    """The first examples, up to `SENSITIVITY_TOKENS`; at least one."""
+def first_tokens(examples: Sequence[Example], most: int | None = None) -> list[Example]:
+    """The first examples, up to `most` tokens (`SENSITIVITY_TOKENS`); at least one."""
     chosen: list[Example] = []
-    tokens = 0
+    tokens, most = 0, SENSITIVITY_TOKENS if most is None else most
     for example in examples:
-        if chosen and tokens + len(example) > SENSITIVITY_TOKENS:
+        if chosen and tokens + len(example) > most:
             break
         chosen.append(example)
         tokens += len(example)
     return chosen
+
+
+def set_aside(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """Examples to measure a repair on, at most a quarter of all tokens, and those to fit it to.
+
+    On its own rows a fit of many columns looks as if nothing were lost. A lone example is both.
+    """
+    most = min(SENSITIVITY_TOKENS, sum(map(len, examples)) // 4)
+    measured = first_tokens(examples, most)
+    return measured, list(examples[len(measured) :]) or measured
 
 
 class PrefixDivergence:
@@ -49,6 +60,7 @@ class PrefixDivergence:
         self._x: Tensor = model.model.embed_tokens(self._batch.input_ids)
         self._first, self._layer, self._count = self._x, 0, count
         self._known = self._last_states(range(count))
+        self._whole_loss = self._loss(self._known)
 
     def _last_states(self, layers: Iterable[int]) -> Tensor:
         """What the head reads at the trained tokens (n, H), these layers run from here."""
@@ -62,6 +74,19 @@ class PrefixDivergence:
         states, head = self._last_states(layers), self.model.head_weight()
         total = linear_distillation(states, head, self._known, head, 1.0, DISTILLATION_TOKENS)
         return float(total.double()) / max(len(states), 1)
+
+    @torch.no_grad()
+    def cost(self, layers: Iterable[int]) -> tuple[float, float]:
+        """What the loss grows by, in nats a token and at least 0, and how far the model strays."""
+        states, head = self._last_states(layers), self.model.head_weight()
+        count = max(len(states), 1)
+        total = linear_distillation(states, head, self._known, head, 1.0, DISTILLATION_TOKENS)
+        grown = self._loss(states) - self._whole_loss
+        return max(float(grown.double()) / count, 0.0), float(total.double()) / count
+
+    def _loss(self, states: Tensor) -> Tensor:
+        """The sum over the trained tokens."""
+        return linear_cross_entropy(states, self.model.head_weight(), self._batch.targets, 1.0)
 
     @torch.no_grad()
     def without(self, linear: Linear, weight: Tensor, shift: Tensor) -> float:

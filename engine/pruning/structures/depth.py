@@ -1,7 +1,9 @@
 """Whole layers: which go, and the repair of the layers before them.
 
-    l2-reconstruction   how far the model strays without the layer, by running what is left: all
-                        layers are tried, the best goes, and the next best few are tried again
+    l2-reconstruction   what the loss on the trained tokens grows by without the layer, by running
+                        what is left (as Shortened LLaMA, Kim et al. 2024, arXiv 2402.02834, ranks
+                        blocks); among layers without which it does not grow, how far the model
+                        strays. All are tried, the best goes, and the next best few are tried again
                         without it, until enough are out
     cosine              1 - cos(x, y) of the layer's input and output, mean over tokens (ShortGPT,
                         Men et al. 2024, arXiv 2403.03853); one layer in memory at a time
@@ -39,7 +41,7 @@ def may_go(layer: int, left: Collection[int], needed: frozenset[int]) -> bool:
     return layer not in needed or len(needed.intersection(left)) > 1
 
 
-def layers_by_divergence(
+def layers_by_loss(
     divergence: PrefixDivergence,
     layers: int,
     count: int,
@@ -48,14 +50,14 @@ def layers_by_divergence(
 ) -> list[tuple[int, float]]:
     """`count` layers in the order in which they go, with nats a token that they bring it to."""
     left, order = list(range(layers)), list[tuple[int, float]]()
-    known: dict[int, float] = {}
+    known: dict[int, tuple[float, float]] = {}
     tried = [layer for layer in left if layer not in protected]
     while len(order) < count:
         free = {layer for layer in tried if may_go(layer, left, needed)}
         costs = dict(_costs(divergence, left, free))
         known |= costs
         best = min(costs, key=lambda layer: (costs[layer], layer))
-        order.append((best, costs[best]))
+        order.append((best, costs[best][0]))
         left.remove(best)
         del known[best]
         tried = sorted(known, key=lambda layer: (known[layer], layer))[:_TRIED_AGAIN]
@@ -64,12 +66,12 @@ def layers_by_divergence(
 
 def _costs(
     divergence: PrefixDivergence, left: Sequence[int], tried: set[int]
-) -> Iterator[tuple[int, float]]:
-    """How far the model of the layers `left` strays without each of those tried."""
+) -> Iterator[tuple[int, tuple[float, float]]]:
+    """What the model of the layers `left` costs without each of those tried."""
     divergence.restart()
     for position, layer in enumerate(left):
         if layer in tried:
-            yield layer, divergence.straying(left[position + 1 :])
+            yield layer, divergence.cost(left[position + 1 :])
         divergence.run([layer])
 
 

@@ -22,7 +22,7 @@ from engine.pruning.structures.channels import ChannelPruning, channels_to_go
 from engine.pruning.structures.depth import (
     GapRepair,
     layers_by_cosine,
-    layers_by_divergence,
+    layers_by_loss,
     may_go,
 )
 from engine.pruning.structures.experts import (
@@ -137,7 +137,7 @@ def _without_layers(
     how = calibration_of(settings)
     if settings.importance == "l2-reconstruction":
         divergence = whole_model(source, examples, how)
-        order = layers_by_divergence(divergence, layers, count, protected, needed)
+        order = layers_by_loss(divergence, layers, count, protected, needed)
         del divergence
     else:
         if settings.importance == "cosine":

@@ -19,6 +19,7 @@ from engine.pruning.reconstruction.sensitivity import (
     PrefixDivergence,
     growth_of_units,
     measured_counts,
+    set_aside,
 )
 from engine.verbs.models.prune import prune
 from models.head_slices import layer_heads
@@ -66,6 +67,14 @@ def test_few_tokens_are_enough(golden: Golden, monkeypatch: pytest.MonkeyPatch) 
     assert PrefixDivergence(model, examples())._batch.tokens == 22
     monkeypatch.setattr(sensitivity, "SENSITIVITY_TOKENS", 1)
     assert PrefixDivergence(model, examples())._batch.tokens == 17
+
+
+def test_rows_that_measure_a_repair_are_not_those_it_is_fitted_to() -> None:
+    rows = examples() * 4
+    measured, fitted = set_aside(rows)
+    assert measured + fitted == rows
+    assert 0 < sum(map(len, measured)) <= sum(map(len, rows)) // 4
+    assert set_aside(rows[:1]) == (rows[:1], rows[:1])
 
 
 def test_measured_counts_are_powers_of_two_and_all_but_one() -> None:
