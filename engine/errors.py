@@ -69,7 +69,9 @@ def listing(items: Iterable[str]) -> str:
 
     Of many, or long ones, the first sixteen are in it, or as many as 500 characters hold.
     """
-    names, shown, length = [printable(item, _LISTED_LENGTH // 2) for item in items], 0, 0
+    names = [printable(item, _LISTED_LENGTH // 2) for item in items]
+    names = [name if name.isprintable() else ascii(name)[1:-1] for name in names]
+    shown, length = 0, 0
     for name in names[:_LISTED]:
         length += len(name) + 2
         if shown and length > _LISTED_LENGTH:

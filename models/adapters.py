@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kernels.linear.decode import decode_weight
 from kernels.linear.dora import adapted_row_norms
 from models.decoder import Decoder
+from models.families.json_values import listed
 from models.layers.experts import ExpertAdapter, Experts
 from models.layers.linear import Linear
 from models.tensor_layout import Layout, path_in_file
@@ -47,7 +48,7 @@ def target_modules(targets: str | Sequence[str]) -> tuple[str, ...]:
     unknown = [name for name in named if name not in PROJECTIONS]
     if unknown or not named:
         raise ValueError(
-            f"target modules {', '.join(unknown) or '(none)'} are unknown; expected one of the "
+            f"target modules {listed(unknown) or '(none)'} are unknown; expected one of the "
             f"presets {', '.join(TARGETS)} or names out of {', '.join(PROJECTIONS)}"
         )
     return tuple(name for name in PROJECTIONS if name in named)
@@ -111,7 +112,7 @@ def add_lora(
     names = target_modules(targets)
     paths = [*linears(model, names), *expert_adapters(model, names)]
     if not paths:
-        raise ValueError(f"the model has none of the target modules {', '.join(names)}")
+        raise ValueError(f"the model has none of the target modules {listed(names)}")
     sizes = dict.fromkeys(paths, PairSize(rank, alpha))
     return add_pairs(model, sizes, dropout, use_rslora, seed, use_dora)
 
@@ -137,7 +138,7 @@ def add_pairs(
     experts = {p: m for p, m in expert_adapters(model, PROJECTIONS).items() if p in sizes}
     if not sizes or len(projections) + len(experts) < len(sizes):
         strays = sizes.keys() - projections.keys() - experts.keys()
-        raise ValueError(f"the model has no projections {', '.join(sorted(strays)) or '(none)'}")
+        raise ValueError(f"the model has no projections {listed(sorted(strays)) or '(none)'}")
     if use_dora and experts:
         raise ValueError(
             "DoRA is not defined for experts, whose adapters PEFT keeps as parameters without a "

@@ -17,7 +17,7 @@ from models.config.rope import read_rope_parameters
 from models.config.unknown_keys import judge_unknown_keys
 from models.families import FAMILIES
 from models.families.family import Family
-from models.families.json_values import boolean, fraction, integer, token_ids
+from models.families.json_values import boolean, fraction, integer, listed, token_ids
 
 # Keys of `PretrainedConfig` and of hub repositories that do not change logits or the loss.
 _IGNORED = (
@@ -283,7 +283,7 @@ def _layer_types(
     unknown = sorted({str(kind) for kind in named} - set(supported))
     if unknown:
         raise ValueError(
-            f"layer_types names {', '.join(unknown)}; supported are {', '.join(supported)}"
+            f"layer_types names {listed(unknown)}; supported are {', '.join(supported)}"
         )
     kinds = tuple(LAYER_TYPES[kind] for kind in named)
     if "sliding_attention" in kinds and window is None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from models.families.family import Family
-from models.families.json_values import boolean, positive
+from models.families.json_values import boolean, listed, positive
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 # Rows of a picture's positions: for text they are equal, and the rotation the plain one. The
@@ -83,7 +83,7 @@ def _nested(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         unknown = sorted(str(part) for part in value if part not in _KNOWN)
         if unknown and _kind(value) in ROPE_TYPES:
             raise ValueError(
-                f"{key} has the unknown keys {', '.join(unknown)}; known are "
+                f"{key} has the unknown keys {listed(unknown)}; known are "
                 f"{', '.join(sorted(_KNOWN))}"
             )
         if value:

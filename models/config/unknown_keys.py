@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
+from models.families.json_values import listed
+
 log = logging.getLogger(__name__)
 
 _OFF = (None, False, 0, "none", "")
@@ -120,7 +122,7 @@ def judge_unknown_keys(raw: Mapping[str, Any], unknown: Iterable[str], fields: A
         if neutral is None:
             ignored += [] if key in FEATURES else [key]
         elif value if isinstance(value, list | dict) else value not in neutral:
-            refused.append(f"{key} = {value!r}")
+            refused.append(f"{listed([key])} = {value!r}")
     if refused:
         raise ValueError(
             f"{', '.join(refused)}: this asks for arithmetic that a {fields.model_type} model does "
@@ -136,5 +138,5 @@ def _warn_once(model_type: str, keys: tuple[str, ...]) -> None:
     log.warning(
         "Keys of config.json that a %s model does not read are ignored: %s",
         model_type,
-        ", ".join(keys),
+        listed(keys),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 BOUNDS: dict[str, tuple[int, int]] = {
@@ -89,3 +89,8 @@ def layer_indices(raw: Mapping[str, Any], key: str, layers: int) -> frozenset[in
     if not good:
         raise ValueError(f"{key} is {value!r}; expected a list of layers from 0 to {layers - 1}")
     return frozenset(value)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names out of a file in one line: those with characters that do not print are quoted."""
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names)

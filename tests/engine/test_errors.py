@@ -34,3 +34,4 @@ def test_a_list_in_a_message_is_short_whatever_its_items_are() -> None:
     assert listing(names).endswith(f"and {30 - listing(names).count('gate_proj')} more")
     assert len(listing(["x" * 5000] * 3)) < 600
     assert listing(["\x1b[2J"]).isprintable()
+    assert listing(["a\nb", "c"]) == "a\\nb, c"

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, listing
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def judge_adapter_keys(raw: Mapping[str, Any], source: str) -> None:
         )
     unknown = sorted(key for key in raw if key not in _KNOWN and raw[key] not in (None, False))
     if unknown:
-        log.warning("%s: unknown keys are ignored: %s", source, ", ".join(unknown))
+        log.warning("%s: unknown keys are ignored: %s", source, listing(unknown))
 
 
 def initialisation(raw: Mapping[str, Any]) -> str:

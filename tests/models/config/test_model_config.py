@@ -242,3 +242,19 @@ def test_experts_may_be_spelled_either_way() -> None:
     assert ModelConfig.from_dict(raw | {"num_experts": count}) == ModelConfig.from_dict(
         raw | {"num_local_experts": count}
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": YARN | {"a\nb": 1}},
+        {"layer_types": ["a\nb\x1b[2J"] * BASE["num_hidden_layers"]},
+        {"model_type": "a\nb"},
+        {"hidden_act": "a\nb"},
+        {"alibi_a\nb": {"on": True}, "rope_parameters": {"rope_type": "a\nb"}},
+    ],
+)
+def test_a_name_with_a_line_break_does_not_part_the_sentence(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"supported|known|expected") as error:
+        ModelConfig.from_dict(BASE | change)
+    assert str(error.value).isprintable()
