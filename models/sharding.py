@@ -94,6 +94,7 @@ def shard_parameters(model: Decoder, ranks: Ranks) -> ShardedParameters:
     sharded = ShardedParameters(ranks, model.device)
     for layer in model.layers:
         sharded.take(layer)
+    sharded.reserve()
     model.weight_stream = sharded
     if model.vocabulary is None:
         shard_vocabulary(model, ranks)

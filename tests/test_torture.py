@@ -17,6 +17,7 @@ from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.campaigns import CAMPAIGNS
 from bench.torture.crashes import resume_algebra
 from bench.torture.crashes.resume_algebra import resumes
+from bench.torture.group_kills import GROUP_KILLS
 from engine.training import step
 
 ROOT = Path(__file__).parent.parent
@@ -106,6 +107,13 @@ def test_cut_steps_and_values_that_are_not_finite_change_nothing() -> None:
     cut, stopped = ARITHMETIC["T18"], ARITHMETIC["T19"]
     assert cut.passed(cut.run(2, 0))
     assert stopped.passed(stopped.run(3, 0))
+
+
+@pytest.mark.parametrize("name", GROUP_KILLS)
+def test_a_process_that_is_killed_changes_nothing_whatever_they_divide(name: str) -> None:
+    campaign = GROUP_KILLS[name]
+    figures = campaign.run(1, 3)
+    assert campaign.passed(figures), figures
 
 
 def test_signals_end_a_run_with_its_checkpoint(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from engine.clusters.hardware import LINKS, Cluster
 from engine.clusters.rank_plan import RankPlan
 from engine.distributed.data_parallel import BUCKET_ELEMENTS
 from models.config.model_config import ModelConfig
+from models.memory.layer_gather import bytes_sent, share_bytes
 from models.parallel.token_slices import TokenSlices
 from models.parallel.traffic import exchanged_heads, exchanged_rows
 
@@ -99,13 +100,15 @@ def _layers(
     one = max(cluster.ring(plan.layer) if divided else 0.0, share / _HOST if plan.streams else 0.0)
     forward = _FORWARD * compute / passes / layers
     backward = (1 - _FORWARD) * compute / passes / layers
-    again = max(0, layers - 2)
+    again = max(0, layers - 2)  # `gathered_layers` says why two stay
     sums = plan.layer * max(4, itemsize) // itemsize if plan.divides_trained else 0
     back = one + (cluster.ring(sums) if sums else 0.0)
     hidden = again * (max(0.0, one - forward) + max(0.0, back - backward))
     exposed["layers"] = passes * hidden + back
     if divided:
-        sent["all_gather"] = sent.get("all_gather", 0) + int(passes * 2 * again * share)
+        shares = [share_bytes(plan.layer, size)] * layers
+        given = bytes_sent(shares, 0, first=plan.divides_trained)  # what is trained changes
+        sent["all_gather"] = sent.get("all_gather", 0) + round(passes * given)
     if sums:
         sent["reduce_scatter"] = int(passes * layers * sums)
 

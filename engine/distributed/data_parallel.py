@@ -16,6 +16,7 @@ that has no row.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -193,6 +194,8 @@ class DataParallel:
 
     def bytes_per_step(self) -> dict[str, int]:
         """What a rank gives to each kind of collective in a step, of gradients and parameters."""
+        if self.ranks.size == 1:
+            return {}
         whole = sum(bucket.gradient_bytes for bucket in self.buckets)
         return {"reduce_scatter": whole, "all_gather": whole // self.ranks.size}
 
@@ -258,6 +261,13 @@ class JoinedParallel:
     def __init__(self, *sets: DataParallel) -> None:
         self.sets = sets
         self.ranks, self.data = sets[0].ranks, sets[0].data
+
+    def bytes_per_step(self) -> dict[str, int]:
+        """What a rank gives to each kind of collective in a step, of gradients and parameters."""
+        total = Counter[str]()
+        for parallel in self.sets:
+            total.update(parallel.bytes_per_step())
+        return dict(total)
 
     def begin(self) -> None:
         """Before a step's first pass: gradients are zero."""

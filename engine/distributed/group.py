@@ -34,10 +34,14 @@ _CONNECTING, _TRIES = 15, 5
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together. `local_rank` counts those of this machine."""
+    """The processes that train together. `local_rank` counts those of this machine.
+
+    A collective waits `timeout` seconds for the others.
+    """
 
     ranks: Ranks = ONE_RANK
     local_rank: int = 0
+    timeout: int = 1800
 
     @property
     def leads(self) -> bool:
@@ -139,7 +143,7 @@ def joined(device: str, timeout: int) -> Iterator[Group]:
             "address that all can reach, and that no firewall is between them."
         ) from error
     try:
-        yield Group(TorchRanks(), local)
+        yield Group(TorchRanks(), local, timeout)
     except BaseException:
         # NCCL would wait here for collectives that the others never join; gloo does not.
         if not on_gpu:

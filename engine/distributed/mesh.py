@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from engine.distributed.group import Group
 from engine.errors import ConfigError
 from kernels.runtime.ranks import ONE_RANK, Ranks
+
+GroupOf = Callable[[Sequence[int]], Ranks]
+"""Makes the group of these processes; for others it is nothing to use."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class MeshSizes:
                 )
 
 
-def lay_out(group: Group, sizes: MeshSizes) -> Mesh:
+def lay_out(group: Group, sizes: MeshSizes, group_of: GroupOf | None = None) -> Mesh:
     """The groups of this process; all must call this together, with the same arguments.
 
-    Processes that follow each other share a batch's tokens, or the experts. Raises `ConfigError`
-    where they cannot be divided so.
+    Processes that follow each other share a batch's tokens, or the experts. `group_of` makes the
+    group of some processes, by default one of torch's. Raises `ConfigError` where they cannot be
+    divided so.
     """
     every = group.ranks
     sizes.check(every.size)
-    context, data = _runs(every, sizes.context)
-    experts, replicas = _runs(every, sizes.experts)
+    make = group_of or partial(_torch_group, timeout=group.timeout)
+    context, data = _runs(every, sizes.context, make)
+    experts, replicas = _runs(every, sizes.experts, make)
     return Mesh(
         every,
         data,
@@ -74,15 +81,19 @@ def lay_out(group: Group, sizes: MeshSizes) -> Mesh:
     )
 
 
-def _runs(every: Ranks, length: int) -> tuple[Ranks, Ranks]:
+def _torch_group(members: Sequence[int], timeout: int) -> Ranks:
+    from engine.distributed.torch_ranks import group_of
+
+    return group_of(members, timeout)
+
+
+def _runs(every: Ranks, length: int, group_of: GroupOf) -> tuple[Ranks, Ranks]:
     """The run of so many consecutive processes that this one is in, and those of its place in it.
 
     Every process makes every group, as torch asks for, and keeps its own.
     """
     if length == 1:
         return ONE_RANK, every
-    from engine.distributed.torch_ranks import group_of
-
     runs = [list(range(first, first + length)) for first in range(0, every.size, length)]
     strides = [list(range(first, every.size, length)) for first in range(length)]
     own_run, own_stride = (

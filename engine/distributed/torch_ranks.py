@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -47,6 +48,11 @@ class TorchRanks:
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Transfer:
         self._count("reduce_scatter", x)
+        if x.device.type == "cpu":  # where gloo sums up all of a copy
+            whole = _started(
+                lambda: dist.all_reduce(x, group=self._group, async_op=True), "reduce_scatter"
+            )
+            return _Part(whole, out, x.view(self.size, -1)[self.rank])
         return _started(
             lambda: _reduce_scatter(out, x, group=self._group, async_op=True), "reduce_scatter"
         )
@@ -73,9 +79,12 @@ class TorchRanks:
         self.sent[kind] += x.numel() * x.element_size()
 
 
-def group_of(members: Sequence[int]) -> Ranks:
-    """A group of these processes, which all processes make; for others it is nothing to use."""
-    made = dist.new_group(list(members))
+def group_of(members: Sequence[int], timeout: int) -> Ranks:
+    """A group of these processes, which all processes make; for others it is nothing to use.
+
+    Its collectives wait `timeout` seconds, whatever those of other groups do.
+    """
+    made = dist.new_group(list(members), timeout=timedelta(seconds=timeout))
     if len(members) == 1 or dist.get_rank() not in members:
         return ONE_RANK
     return TorchRanks(made)
@@ -104,6 +113,17 @@ def _started(start: Callable[[], Any], kind: str) -> Transfer:
         return _Started(start(), kind)
     except RuntimeError as error:
         return _Started(_Failed(error), kind)
+
+
+class _Part:
+    """A sum over all ranks, of which `part` goes to `out`."""
+
+    def __init__(self, whole: Transfer, out: Tensor, part: Tensor) -> None:
+        self._whole, self._out, self._part = whole, out, part
+
+    def wait(self) -> None:
+        self._whole.wait()
+        self._out.view(-1).copy_(self._part)
 
 
 class _Failed:

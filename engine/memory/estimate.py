@@ -11,7 +11,8 @@ allocator are added (`engine.memory.process`).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -25,7 +26,7 @@ from engine.memory.simulate.depth import step_of_layers
 from engine.memory.simulate.meter import Peak
 from engine.memory.simulate.rank_memory import RankMemory, rank_memory
 from engine.memory.simulate.rank_rows import LargestPass, largest_pass
-from engine.memory.simulate.ranks import Measure, candidates
+from engine.memory.simulate.ranks import Measure, candidates, divides_trained
 from engine.memory.simulate.step import SimulatedStep, simulate_step
 from engine.training.adapters.starts import start_bytes
 from kernels.runtime.device import architecture as device_architecture
@@ -93,7 +94,8 @@ class MemoryPlan:
 
     `reserve` names what is added to the tensors' bytes. `host` is what a GPU offloads to the host's
     memory, `batch_host` what the batches of this step and the next take there beside a GPU, and
-    `tied` says that the head is the embedding.
+    `tied` says that the head is the embedding. Of several processes one gives `sent` bytes to each
+    kind of collective in a step.
     """
 
     config: TrainConfig
@@ -111,6 +113,7 @@ class MemoryPlan:
     batch_host: int = 0
     layers: int = 0
     tied: bool = False
+    sent: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def allocated(self) -> int:
@@ -172,14 +175,18 @@ def _of_a_rank(largest: LargestPass) -> Workload:
     return Workload((largest.lengths,), largest.passes)
 
 
-def make_batch(lengths: Sequence[int], config: TrainConfig | None = None) -> PackedBatch:
+def make_batch(
+    lengths: Sequence[int], config: TrainConfig | None = None, vocab_size: int = 1
+) -> PackedBatch:
     """A batch of documents of these lengths, every token of which is trained.
 
-    Where the objective of `config` is about answers, the lengths are those of its examples.
+    Where the objective of `config` is about answers, the lengths are those of its examples. The
+    tokens are spread over the vocabulary, whose rows ranks may divide.
     """
     if config is not None and config.learns_answers:
         return planned_batch(lengths, config)
-    ids = torch.zeros(sum(lengths), dtype=torch.int64)
+    count = sum(lengths)
+    ids = torch.arange(count) * vocab_size // max(1, count)
     return PackedBatch.of(ids, ids, torch.tensor([0, *lengths]).cumsum(0))
 
 
@@ -232,7 +239,7 @@ def plan(
     """
     work = work or workload(config, model)
     if isinstance(work, Workload):
-        batches = [make_batch(lengths, config) for lengths in work.micro_batches]
+        batches = [make_batch(lengths, config, model.vocab_size) for lengths in work.micro_batches]
     else:
         batches = list(work)
         work = Workload(tuple((int(batch.input_ids.numel()),) for batch in batches))
@@ -250,14 +257,13 @@ def plan(
 
     def of_rank(measure: Measure) -> tuple[SimulatedStep, RankMemory | None]:
         result = step_of_layers(model, config, partial(step, measure), simulations.whole)
-        if processes_of(config) == 1:
+        if processes_of(config) == 1 or divides_trained(config):
             return result, None
         lasting = simulations.of_a_rank(model, config, measure, gpu=gpu, dtype=dtype)
         return result.with_lasting(lasting.owners), lasting
 
-    result, lasting = max(
-        map(of_rank, candidates(config, gpu=gpu)), key=lambda rank: rank[0].step.bytes
-    )
+    ranks = map(of_rank, candidates(config, gpu=gpu))
+    result, lasting = max(ranks, key=lambda rank: rank[0].step.bytes)
     made = _plan_of(result, config, gpu, dtype, work, model.num_hidden_layers)
     if gpu:
         made = _with_batches_ahead(made, batches, math.ceil(work.times(config)))
@@ -265,6 +271,7 @@ def plan(
         made = replace(made, reserve={"process": process, **made.reserve})
     if lasting is not None:
         made = _with_state_of_all(made, lasting)
+        made = replace(made, sent=dict(Counter(made.sent) + Counter(lasting.sent)))
     made = _with_start(made, *start_bytes(config, model))
     return replace(made, tied=model.tie_word_embeddings)
 
@@ -348,4 +355,9 @@ def _plan_of(
         reserve=reserve,
         host=result.host,
         layers=layers,
+        sent=dict(Counter(result.steps) + Counter(_times(result.passes, micro))),
     )
+
+
+def _times(given: Mapping[str, int], passes: float) -> dict[str, int]:
+    return {kind: round(passes * size) for kind, size in given.items()}

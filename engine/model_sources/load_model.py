@@ -178,6 +178,7 @@ class _LayerEnds:
     def all_are_set(self) -> None:
         """The model brings its layers' weights from where they are."""
         if self._sharded is not None:
+            self._sharded.reserve()
             self._model.weight_stream = self._sharded
             self._model.requires_grad_(self._placement.trained)
         elif self._placement.on_host:

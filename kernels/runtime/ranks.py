@@ -42,7 +42,10 @@ class Ranks(Protocol):
         """Write x (n,) of every rank, in their order, to out (size * n,)."""
 
     def reduce_scatter(self, out: Tensor, x: Tensor) -> Transfer:
-        """Write the sum over all ranks of this rank's part of x (size * n,) to out (n,)."""
+        """Write the sum over all ranks of this rank's part of x (size * n,) to out (n,).
+
+        What x is afterwards is not said: it may be the place where sums are made.
+        """
 
     def all_to_all(
         self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]

@@ -65,6 +65,18 @@ class LayerGather:
         self.shares.append(share if self._copies is None else host_copy(share))
         return self.shares[-1]
 
+    def reserve(self) -> None:
+        """Take the buffers' memory now, when all layers are added, and not in the first pass."""
+        for slot in range(min(2, len(self.shares))):
+            self._buffer_of(self._buffers, slot, self.ranks.size)
+            if self._copies is not None:
+                self._buffer_of(self._uploaded, slot, 1)
+
+    def tensors(self) -> list[Tensor]:
+        """Shares and buffers."""
+        every = (*self.shares, *self._buffers, *self._uploaded)
+        return [tensor for tensor in every if tensor is not None]
+
     def arrive(self, index: int, ahead: int) -> Tensor:
         """The bytes of layer `index`; those of `index + ahead` are under way from now on.
 

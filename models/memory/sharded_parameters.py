@@ -118,6 +118,14 @@ class ShardedParameters:
         self._slots.append(slots)
         self._dtypes.append(dtype)
 
+    def reserve(self) -> None:
+        """Take the gather buffers' memory, when all layers are taken."""
+        self._gather.reserve()
+
+    def tensors(self) -> list[Tensor]:
+        """This rank's shares of all layers and its gather buffers."""
+        return self._gather.tensors()
+
     @contextmanager
     def weights_of(self, index: int, ahead: int) -> Iterator[None]:
         """Inside the block layer `index` is whole; `index + ahead` is gathered meanwhile."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.runtime.ranks import Ranks
+from kernels.runtime.simulation import shapes_only
 from models.layers.block import DecoderLayer
 from models.layers.experts import Experts
 from models.layers.linear import Linear
@@ -96,6 +97,14 @@ class ShardedWeights:
         self._gather.add(flat)
         self._layers.append(layer)
         self._divided.append(divided)
+
+    def reserve(self) -> None:
+        """Take the gather buffers' memory, when all layers are taken."""
+        self._gather.reserve()
+
+    def tensors(self) -> list[Tensor]:
+        """This rank's shares of all layers and its gather buffers."""
+        return self._gather.tensors()
 
     @contextmanager
     def weights_of(self, index: int, ahead: int) -> Iterator[None]:
@@ -225,7 +234,8 @@ def _divide(layer: DecoderLayer, *, copied: bool = True) -> tuple[_Divided, Tens
 
 def _form(x: Tensor) -> Tensor:
     """A tensor without memory of the shape, strides and dtype of x."""
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
+    with shapes_only():
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
 
 
 def _memory(x: Tensor) -> int:

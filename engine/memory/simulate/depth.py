@@ -117,6 +117,11 @@ def _extrapolated(
         trainable=round(further(first.trainable, [other.trainable for other in rest])),
         flops=further(first.flops, [other.flops for other in rest]),
         host=round(further(first.host, [other.host for other in rest])),
+        passes={
+            kind: round(further(given, [other.passes.get(kind, 0) for other in rest]))
+            for kind, given in first.passes.items()
+        },
+        steps=first.steps,
     )
 
 

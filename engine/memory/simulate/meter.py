@@ -23,11 +23,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.errors import MemoryPlanError, gib
+from models.memory.absent import Absent
 
 OWNERS = (
     "NF4 base",
     "decoded base",
     "dense base",
+    "divided layers",
     "embeddings",
     "head",
     "norms and biases",
@@ -117,6 +119,8 @@ class MemoryMeter(TorchDispatchMode):
     def track(self, owner: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that exist already, or change the owner of those that are counted."""
         for tensor in tensors:
+            if isinstance(tensor, Absent):
+                continue
             storage = tensor.untyped_storage()
             known = self._storages.get(storage._cdata)
             if known is None:
@@ -161,6 +165,8 @@ class MemoryMeter(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:
+        if isinstance(tensor, Absent):  # which says that it has a storage
+            return
         storage = tensor.untyped_storage()
         if storage._cdata not in self._storages:
             self._add(storage, self.owner)

@@ -17,6 +17,8 @@ from models.layers.linear import Embedding
 from models.layers.observer import LayerObserver, observe_layers
 from models.memory.lasting import lasting_matrices
 from models.memory.offload import quantized_weights, tensors_of
+from models.memory.sharded_parameters import ShardedParameters
+from models.memory.sharded_weights import ShardedWeights
 from optim.interface import OptimizerObserver, observe_optimizer
 
 
@@ -35,6 +37,8 @@ def track_model(meter: MemoryMeter, model: Decoder) -> None:
         for weight in quantized_weights(module).values():
             meter.track("head" if name == "lm_head" else "NF4 base", tensors_of(weight))
     meter.track("decoded base", lasting_matrices(model))
+    if isinstance(model.weight_stream, ShardedWeights | ShardedParameters):
+        meter.track("divided layers", model.weight_stream.tensors())
 
 
 def track_parallel(meter: MemoryMeter, parallel: StepRanks | None) -> None:

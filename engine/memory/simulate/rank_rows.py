@@ -39,10 +39,10 @@ def largest_pass(
     """The largest pass of any rank in a run over rows of these lengths.
 
     Where `lengths` is None every row is as long as the settings allow. The run has
-    `processes_of(config)` ranks, two or more.
+    `processes_of(config)` ranks, two or more; those that share a batch's tokens have the same rows.
     """
     most, rows = config.max_length * config.sequences_per_example, _rows(config)
-    ranks, cost = processes_of(config), cost_of(model)
+    ranks, cost = processes_of(config) // config.context_parallel, cost_of(model)
     cut = [most] * rows if lengths is None else [min(most, length) for length in lengths]
     longest = sorted(cut, reverse=True)[:rows]
     if config.packing:

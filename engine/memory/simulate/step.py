@@ -18,8 +18,8 @@ tensors that say cuda want a build with CUDA for that, and take seven times as l
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import cast
 
@@ -30,24 +30,31 @@ import kernels.nf4.decode
 import kernels.nf4.encode
 import kernels.nf4.matmul
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel
-from engine.distributed.group import processes_of
+from engine.distributed.data_parallel import JoinedParallel
 from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU, OnHost
 from engine.memory.simulate.meter import SCRATCH, Peak, Segment
 from engine.memory.simulate.observer import observed, track_model, track_parallel
-from engine.memory.simulate.ranks import Measure, fullest_rank, own_optimizer
+from engine.memory.simulate.ranks import (
+    Measure,
+    SimulatedDivision,
+    SimulatedMesh,
+    SimulatedRanks,
+    fullest_rank,
+    own_optimizer,
+)
 from engine.memory.simulate.simulated_meter import META, SimulatedMeter
 from engine.memory.simulate.stored_model import EmptySource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.load_model import build_for
 from engine.runs.startup import importing
-from engine.training.step import TrainingStep
+from engine.training.step import StepRanks, TrainingStep
 from engine.training.trainable import (
     make_average,
     make_in_backward,
     make_optimizer,
     make_trainable,
+    piece_optimizer,
     step_settings,
 )
 from kernels.adamw8bit.dynamic_map import dynamic_map, grid_table, magnitude_tables, midpoints
@@ -59,6 +66,9 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.packed_batch import PackedBatch
 from models.memory.offload import quantized_weights
+from models.memory.sharded_weights import ShardedWeights
+from models.over_ranks import split_context
+from models.sharding import trained_pieces
 from models.tensor_layout import Layout
 from optim import StepOptimizer
 
@@ -71,7 +81,9 @@ out of a simulated step (`engine.memory.simulate.rank_memory` counts it)."""
 class SimulatedStep:
     """Peaks of one simulated step. `resident` is what stays between steps, by owner.
 
-    `host` is the most bytes that were put into the host's memory to spare a GPU's.
+    `host` is the most bytes that were put into the host's memory to spare a GPU's. Of several
+    processes this one gives `passes` bytes to each kind of collective in these passes, and `steps`
+    once a step, without what data parallelism exchanges of gradients and parameters.
     """
 
     load: Peak
@@ -80,6 +92,8 @@ class SimulatedStep:
     trainable: int
     flops: float
     host: int = 0
+    passes: Mapping[str, int] = field(default_factory=dict)
+    steps: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def step(self) -> Peak:
@@ -118,17 +132,18 @@ def simulate_step(
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
+    measure: Measure = "state",
 ) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 
-    `gpu` chooses the code for CUDA. Of several processes it is the step of the one that has most by
-    `measure`.
-    Raises what the run itself would raise for these settings.
+    `gpu` chooses the code for CUDA. Of several processes it is the step of the one that has most,
+    by `measure`. Raises what the run itself would raise for these settings.
     """
     kernels.attention.cpu.flash_reads_groups()
     # torch imports its compiler at the first meta op, whose frames would keep tensors alive.
     with importing():
         importlib.import_module("torch._dynamo")
+    groups = SimulatedMesh.of(config)
     meter = SimulatedMeter(assumed_gpu(config) if gpu else None)
     device = GPU if gpu else META
     with simulate_with(meter), observed(meter, fresh_scratch=True), OnGPU() if gpu else OnHost():
@@ -139,8 +154,9 @@ def simulate_step(
                 ModelSource,
                 EmptySource(model_config, stored, meter, _resized(model_config, config)),
             )
-            model = build_for(config, source, device, dtype)
-            return _trained(meter, model, config, batches, measure)
+            mesh = groups.mesh
+            model = build_for(config, source, device, dtype, mesh.weights, mesh.experts)
+            return _trained(meter, model, config, batches, (groups, measure))
 
 
 def _resized(model: ModelConfig, config: TrainConfig) -> tuple[str, ...]:
@@ -171,7 +187,7 @@ def _trained(
     model: Decoder,
     config: TrainConfig,
     batches: Sequence[PackedBatch],
-    measure: Measure,
+    rank: tuple[SimulatedMesh, Measure],
 ) -> SimulatedStep:
     """Adapt the model that is loaded, and train it for one step."""
     load = meter.peak
@@ -179,13 +195,17 @@ def _trained(
     meter.hand_over(meter.owner, "norms and biases")
     with torch.device("meta"):
         trainable = make_trainable(model, config, None)
-    optimizer, parallel = _optimization(model, config, measure)
+    groups, measure = rank
+    if groups.mesh.context.size > 1:
+        split_context(model, groups.mesh.context)
+    optimizer, parallel = _optimization(model, config, groups, measure)
     track_model(meter, model)
     track_parallel(meter, parallel)
     average = make_average(model, config)
     if average is not None:
         meter.track("moving average", average.state_tensors().values())
-    if parallel is not None:
+    owns = isinstance(parallel, JoinedParallel)
+    if owns:
         meter.aside = (*SCRATCH, *OF_A_RANK)
     if meter.gpu is not None:
         _reserve_partial_sums(model, meter.gpu)
@@ -198,15 +218,18 @@ def _trained(
         in_backward=make_in_backward(model, optimizer, config),
         parallel=parallel,
     )
-    _step(meter, step, batches)
+    _step(meter, step, batches, groups)
     del step  # what it leaves until the next one, such as norms, is no lasting memory
     if average is not None:
         average.update()
     resident = dict(meter.live)
-    if parallel is not None:
+    if owns:
         resident |= dict.fromkeys(OF_A_RANK, 0)
     steady = _steady(meter.segments, resident, meter.aside)
-    return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high)
+    if isinstance(parallel, JoinedParallel) and isinstance(parallel.ranks, SimulatedRanks):
+        groups.steps["all_reduce"] += parallel.ranks.sent["all_reduce"]
+    sent = dict(groups.passes), dict(groups.steps)
+    return SimulatedStep(load, steady, resident, trainable, meter.flops, meter.host_high, *sent)
 
 
 def _reserve_partial_sums(model: Decoder, gpu: SimulatedGPU) -> None:
@@ -228,17 +251,23 @@ def _partial_sums(gpu: SimulatedGPU, shape: tuple[int, int]) -> int:
 
 
 def _optimization(
-    model: Decoder, config: TrainConfig, measure: Measure
-) -> tuple[StepOptimizer, DataParallel | None]:
+    model: Decoder, config: TrainConfig, groups: SimulatedMesh, measure: Measure
+) -> tuple[StepOptimizer, StepRanks | None]:
     """The run's optimizer; of several processes that of the one with most by `measure`."""
-    size = processes_of(config)
-    if size == 1:
+    if groups.mesh.every.size == 1:
         return make_optimizer(model, config), None
-    parallel = fullest_rank(model, config, measure)
-    return own_optimizer(model, config, parallel), parallel
+    if groups.mesh.weights is not None and config.every_weight:
+        return piece_optimizer(trained_pieces(model), config), SimulatedDivision(model, groups)
+    mesh, parallel = fullest_rank(model, config, groups, measure)
+    return own_optimizer(model, config, mesh, parallel), parallel
 
 
-def _step(meter: SimulatedMeter, step: TrainingStep, batches: Sequence[PackedBatch]) -> None:
+def _step(
+    meter: SimulatedMeter,
+    step: TrainingStep,
+    batches: Sequence[PackedBatch],
+    groups: SimulatedMesh,
+) -> None:
     """One step, with the optimizer's state there from the start as in every later step."""
     tensors = [t for b in batches for t in b.tensors()]
     if meter.gpu is None:
@@ -249,6 +278,11 @@ def _step(meter: SimulatedMeter, step: TrainingStep, batches: Sequence[PackedBat
         meter.track("batch", joined)
         meter.ignore(tensors)
     step.optimizer.state_tensors()
+    stream = step.model.weight_stream
+    if isinstance(stream, ShardedWeights):  # a step before has left two layers in the buffers
+        stream.idle_forward()
+        stream.idle_backward()
+    groups.passes.clear()
     meter.segments.clear()
     step(batches)
 

@@ -2,68 +2,82 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from engine.config.train_config import TrainConfig
-from engine.distributed.data_parallel import DataParallel, JoinedParallel, named_pieces
+from engine.distributed.data_parallel import DataParallel, JoinedParallel
 from engine.distributed.deal import PassLimits, deal_by_cost, deal_in_order
 from engine.distributed.dealing import cost_of
+from engine.distributed.mesh import Mesh, MeshSizes
 from engine.memory.auto_policy import planned_policy
 from engine.memory.estimate import MemoryPlan, Simulations, make_batch, plan, step_of, workload
 from engine.memory.search import changed
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model, track_parallel
 from engine.model_sources.load_model import build_for
+from engine.training.processes.together import Optimization
 from engine.training.step import StepRanks, TrainingStep
-from engine.training.trainable import (
-    backward_units,
-    make_trainable,
-    piece_optimizer,
-    step_settings,
-    works_on_matrices,
-)
-from kernels.runtime.ranks import ONE_RANK, Ranks
+from engine.training.trainable import make_trainable, step_settings
+from kernels.runtime.ranks import ONE_RANK, Transfer
 from models.config.model_config import ModelConfig
+from models.over_ranks import split_context
+from tests.support.processes.rank_threads import ThreadRanks, run_on_mesh
 from tests.support.tiny_model import RandomSource
 
-ROOT = Path(__file__).parents[3]
 SMALL: dict[str, Any] = {
     "model_type": "qwen3",
     "vocab_size": 1000,
     "hidden_size": 192,
     "intermediate_size": 512,
     "num_hidden_layers": 3,
-    "num_attention_heads": 6,
+    "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "head_dim": 64,
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
 }
-SETTINGS: dict[str, dict[str, Any]] = {
+MIXTURE = SMALL | {
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 4,  # every expert is sent as many rows, whatever the router says
+    "moe_intermediate_size": 128,
+    "tie_word_embeddings": False,
+}
+DIVIDED = {"shard": "weights"}
+MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "two passes": {"accumulate": 2, "lora_rank": 64, "optimizer": "adamw"},
     "all weights": {"method": "full"},
     "whole matrices": {"optimizer": "adafactor", "lora_rank": 64},
+    "muon": {"method": "full", "optimizer": "muon"},
+    "divided base": DIVIDED,
+    "divided dense base": DIVIDED | {"method": "lora"},
+    "divided training": DIVIDED | {"method": "full"},
+    "divided training, two passes": DIVIDED | {"method": "full", "accumulate": 2},
+    "context": {"context_parallel": 2, "gradient_checkpointing": "none"},
+    "context of a divided base": DIVIDED | {"context_parallel": 2, "accumulate": 2},
+    "context of divided training": DIVIDED | {"context_parallel": 2, "method": "full"},
 }
-PROGRAM = """
-import sys, torch.distributed as dist
-from engine.distributed.torch_ranks import TorchRanks
-from tests.engine.distributed.test_rank_memory import tell
-meeting, rank, size = "file://" + sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
-tell(TorchRanks())
-dist.destroy_process_group()
-"""
+"""Ways to train together, of a dense model."""
+MIXED: dict[str, dict[str, Any]] = {
+    "experts": {"expert_parallel": 2},
+    "experts in two passes": {"expert_parallel": 2, "accumulate": 2, "method": "lora"},
+    "experts and a divided base": DIVIDED | {"expert_parallel": 2},
+    "experts and context": {"expert_parallel": 2, "context_parallel": 2},
+    "everything": DIVIDED | {"expert_parallel": 2, "context_parallel": 2},
+    "divided training of experts": DIVIDED | {"method": "full"},
+}
+"""Ways to train a mixture together."""
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -71,57 +85,71 @@ def settings(**changes: Any) -> TrainConfig:
     return TrainConfig(model="m", data="d", device="cpu", **common | changes)
 
 
-def peak_of(ranks: Ranks, config: TrainConfig) -> int:
-    """The bytes of the second real step of one rank."""
-    source: Any = RandomSource(ModelConfig.from_dict(SMALL))
-    model = build_for(config, source, torch.device("cpu"), torch.float32)
+class UnseenRanks(ThreadRanks):
+    """A thread's collectives, whose copies are no memory of the rank's."""
+
+    def _all(self, kind: str, x: Tensor) -> list[Tensor]:
+        with _disable_current_modes():
+            return super()._all(kind, x)
+
+    def reduce_scatter(self, out: Tensor, x: Tensor) -> Transfer:
+        with _disable_current_modes():
+            return super().reduce_scatter(out, x)
+
+    def all_gather(self, out: Tensor, x: Tensor) -> Transfer:
+        with _disable_current_modes():
+            return super().all_gather(out, x)
+
+    def all_to_all(
+        self, out: Tensor, x: Tensor, received: Sequence[int], sent: Sequence[int]
+    ) -> Transfer:
+        with _disable_current_modes():
+            return super().all_to_all(out, x, received, sent)
+
+
+def second_step(mesh: Mesh, raw: dict[str, Any], config: TrainConfig) -> tuple[int, dict[str, int]]:
+    """The most bytes of a rank's second real step, and what it gave to each kind of collective."""
+    source: Any = RandomSource(ModelConfig.from_dict(raw))
+    divided = mesh.weights, mesh.experts
+    model = build_for(config, source, torch.device("cpu"), torch.float32, *divided)
     make_trainable(model, config, None)
-    whole = works_on_matrices(config)
-    parallel = DataParallel(ranks, backward_units(model), whole=whole)
-    names = {id(p): name for name, p in model.named_parameters()}
-    optimizer = piece_optimizer(named_pieces(parallel, names), config)
+    if mesh.context.size > 1:
+        split_context(model, mesh.context)
+    optimization = Optimization.of(model, config, mesh)
     batches = [make_batch([100, 37, 163])] * config.accumulate
     meter = MemoryMeter()
     track_model(meter, model)
-    track_parallel(meter, parallel)
+    track_parallel(meter, optimization.parallel)
     meter.track("batch", [t for b in batches for t in b.tensors()])
-    meter.track("optimiser", optimizer.state_tensors().values())
-    how = step_settings(config)
-    step = TrainingStep(model, optimizer, how, config.max_grad_norm, seed=1, parallel=parallel)
+    meter.track("optimiser", optimization.optimizer.state_tensors().values())
+    how, parallel = step_settings(config), optimization.parallel
+    step = TrainingStep(model, optimization.optimizer, how, config.max_grad_norm, parallel=parallel)
+    groups = {id(g): g for g in (mesh.every, mesh.data, mesh.context, mesh.experts, mesh.replicas)}
+    sent = [g.sent for g in groups.values() if isinstance(g, ThreadRanks)]
     with observed(meter, fresh_scratch=True), meter:
         step(batches)
         meter.segments.clear()
+        for counter in sent:
+            counter.clear()
         meter.begin("start")
         step(batches, 1)
-    return meter.peak.bytes
-
-
-def tell(ranks: Ranks) -> None:
-    """Print the peaks of every setting, as one of several processes."""
-    torch.set_num_threads(1)
-    peak_of(ranks, settings())  # which makes the small tables of the process
-    print(json.dumps({name: peak_of(ranks, settings(**SETTINGS[name])) for name in SETTINGS}))
+    return meter.peak.bytes, dict(sum(sent, Counter()))
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_holds_what_was_planned(size: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "meeting")]
-    started = [
-        subprocess.Popen([*command, str(r), str(size)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for r in range(size)
-    ]
-    told = [json.loads(process.communicate(timeout=300)[0]) for process in started]
-    model = ModelConfig.from_dict(SMALL)
-    for name, changes in SETTINGS.items():
-        config = changed(settings(**changes), gpus=size)
-        batches = [make_batch([100, 37, 163])] * config.accumulate
-        made = plan(model, config, gpu=False, dtype=torch.float32, work=batches)
-        most = max(peaks[name] for peaks in told)
-        assert made.step.bytes == pytest.approx(most, rel=0.01 if config.every_weight else 0.001), (
-            name
-        )
-        alone = plan(model, settings(**changes), gpu=False, dtype=torch.float32, work=batches)
-        assert alone.step.bytes != made.step.bytes, name
+@pytest.mark.parametrize("name", [*MODES, *MIXED])
+def test_a_rank_takes_and_sends_what_was_planned(name: str, size: int) -> None:
+    raw, changes = (SMALL, MODES[name]) if name in MODES else (MIXTURE, MIXED[name])
+    config = settings(**changes)
+    sizes = MeshSizes(config.context_parallel, config.expert_parallel, config.shard == "weights")
+    told = run_on_mesh(size, sizes, lambda mesh: second_step(mesh, raw, config), UnseenRanks)
+    model, batches = ModelConfig.from_dict(raw), [make_batch([100, 37, 163])] * config.accumulate
+    together = changed(config, gpus=size)
+    made = plan(model, together, gpu=False, dtype=torch.float32, work=batches)
+    assert made.step.bytes == pytest.approx(max(peak for peak, _ in told), rel=0.01)
+    assert made.sent == told[0][1]
+    alone = plan(model, settings(**changes), gpu=False, dtype=torch.float32, work=batches)
+    assert alone.step.bytes != made.step.bytes and not alone.sent
 
 
 def test_what_sums_gradients_over_several_sets_is_counted_whole() -> None:

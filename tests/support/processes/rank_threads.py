@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from kernels.runtime.ranks import Done, Transfer
+from engine.distributed.group import Group
+from engine.distributed.mesh import Mesh, MeshSizes, lay_out
+from kernels.runtime.ranks import ONE_RANK, Done, Ranks, Transfer
 from kernels.runtime.scratch import use_pool
 
 T = TypeVar("T")
@@ -47,7 +49,7 @@ class ThreadRanks:
         self.sent: Counter[str] = Counter()
 
     def _all(self, kind: str, x: Tensor) -> list[Tensor]:
-        self.sent[kind] += x.numel() * x.element_size()
+        self.sent["all_reduce" if kind == "maximum" else kind] += x.numel() * x.element_size()
         what = f"{kind} of {tuple(x.shape) if kind != 'all_to_all' else ''} {x.dtype}"
         shown: list[Tensor] = self._meeting.exchange(self.rank, what, x.detach().clone())
         return shown
@@ -89,7 +91,34 @@ class ThreadRanks:
         return Done()
 
 
-def run_ranks(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
+def run_on_mesh(
+    size: int, sizes: MeshSizes, work: Callable[[Mesh], T], kind: type[ThreadRanks] = ThreadRanks
+) -> list[T]:
+    """What `work` returns on each of `size` ranks that are laid out as a run's processes are."""
+    meetings: dict[tuple[int, ...], Meeting] = {}
+    lock = threading.Lock()
+
+    def inside(every: ThreadRanks) -> T:
+        def group(members: Sequence[int]) -> Ranks:
+            if len(members) == 1 or every.rank not in members:
+                return ONE_RANK
+            with lock:
+                meeting = meetings.setdefault(tuple(members), Meeting(len(members)))
+            return kind(meeting, members.index(every.rank))
+
+        try:
+            return work(lay_out(Group(every), sizes, group))
+        except BaseException:
+            for meeting in list(meetings.values()):
+                meeting.abort()
+            raise
+
+    return run_ranks(size, inside, kind)
+
+
+def run_ranks(
+    size: int, work: Callable[[ThreadRanks], T], kind: type[ThreadRanks] = ThreadRanks
+) -> list[T]:
     """What `work` returns on each of `size` ranks; the first error of any is raised."""
     meeting = Meeting(size)
     results: list[Any] = [None] * size
@@ -98,7 +127,7 @@ def run_ranks(size: int, work: Callable[[ThreadRanks], T]) -> list[T]:
     def run(rank: int) -> None:
         try:
             with use_pool({}):
-                results[rank] = work(ThreadRanks(meeting, rank))
+                results[rank] = work(kind(meeting, rank))
         except BaseException as error:
             if not isinstance(error, threading.BrokenBarrierError):
                 errors.append(error)
