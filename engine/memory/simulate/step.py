@@ -132,7 +132,6 @@ def simulate_step(
     gpu: bool,
     dtype: torch.dtype,
     stored: torch.dtype = torch.bfloat16,
-    measure: Measure = "state",
 ) -> SimulatedStep:
     """Load, adapt and train one step of `batches` without memory.
 

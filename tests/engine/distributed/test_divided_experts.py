@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,33 +24,18 @@ from engine.runs.identity import RunIdentity
 from engine.training.processes.together import Optimization
 from engine.training.saving import RunState
 from engine.training.step import StepResult, TrainingStep
-from kernels.runtime.ranks import ONE_RANK, Ranks
+from kernels.runtime.ranks import Ranks
 from models.layers.packed_batch import PackedBatch
 from models.memory.sharded_parameters import ParameterPiece
-from models.over_ranks import trained_elements
+from models.over_ranks import split_context, trained_elements
 from tests.engine.distributed.test_data_parallel import COST, LENGTHS, WideAdamW
 from tests.engine.distributed.test_processes import adapter, finished, lines, words
 from tests.models.test_sharding import built
-from tests.support.processes.rank_threads import Meeting, ThreadRanks, run_ranks
+from tests.support.processes.rank_threads import run_on_mesh
 from tests.support.small_runs import random_examples
 from tests.support.tiny_model import write_tiny_model, write_tokenizer
 
 STEPS = (((0, 1, 2), (3, 4, 5)), ((6, 7, 0), (2,)), ((3,),))
-Work = Callable[[Mesh], Any]
-
-
-def on_mesh(size: int, experts: int, work: Work) -> list[Any]:
-    """What `work` returns on every rank, of which runs of `experts` divide the experts."""
-    runs = [Meeting(experts) for _ in range(size // experts)]
-    strides = [Meeting(size // experts) for _ in range(experts)]
-
-    def inside(every: ThreadRanks) -> Any:
-        run, offset = divmod(every.rank, experts)
-        replicas: Ranks = ThreadRanks(strides[offset], run) if size > experts else ONE_RANK
-        divided = ThreadRanks(runs[run], offset)
-        return work(Mesh(every, every, experts=divided, replicas=replicas))
-
-    return run_ranks(size, inside)
 
 
 def settings(optimizer: str, **more: Any) -> TrainConfig:
@@ -82,7 +67,11 @@ class Trained:
 
     def __init__(self, mesh: Mesh, config: TrainConfig, dtype: torch.dtype) -> None:
         self.mesh = mesh
-        self.model = built("qwen3_moe", LayerPlacement(experts=mesh.experts), dtype=dtype)
+        weights = mesh.weights
+        layers = LayerPlacement(ranks=weights, vocabulary=weights, experts=mesh.experts)
+        self.model = built("qwen3_moe", layers, dtype=dtype)
+        if mesh.context.size > 1:
+            split_context(self.model, mesh.context)
         self.optimization = Optimization.of(self.model, config, mesh)
         identity = RunIdentity(config, {}, 1)
         self.state = RunState(identity, self.model, self.optimization.state)
@@ -132,10 +121,25 @@ def wide_pieces(pieces: Iterable[ParameterPiece], config: TrainConfig) -> WideAd
     return WideAdamW([piece.parameter for piece in pieces], 1e-2)
 
 
-@pytest.mark.parametrize(("size", "experts"), [(2, 2), (4, 2), (3, 3)])
+DIVISIONS = [
+    (2, MeshSizes(experts=2)),
+    (4, MeshSizes(experts=2)),
+    (3, MeshSizes(experts=3)),
+    (2, MeshSizes(weights=True)),
+    (2, MeshSizes(context=2)),
+    (4, MeshSizes(context=2, weights=True)),
+    (2, MeshSizes(experts=2, weights=True)),
+    (2, MeshSizes(context=2, experts=2)),
+    (4, MeshSizes(context=2, experts=2, weights=True)),
+    (4, MeshSizes(context=4, experts=2, weights=True)),
+]
+"""What processes divide, several things at once too; the vocabulary with the weights."""
+
+
+@pytest.mark.parametrize(("size", "sizes"), DIVISIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_divided_experts_are_trained_as_whole_ones(
-    size: int, experts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_what_is_divided_is_trained_as_the_whole(
+    size: int, sizes: MeshSizes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, eps = settings("adamw"), 1e-6 if dtype == torch.float32 else 1e-12
     if dtype == torch.float64:
@@ -149,7 +153,7 @@ def test_divided_experts_are_trained_as_whole_ones(
         return results, weights, trained_elements(one.model)
 
     results, weights, elements = trained(Mesh())
-    for told, ours, count in on_mesh(size, experts, trained):
+    for told, ours, count in run_on_mesh(size, sizes, trained):
         for mine, theirs in zip(told, results, strict=True):
             assert mine.loss == pytest.approx(theirs.loss, rel=eps)
             # The norm is fp32, and its squares are added in another order.
@@ -175,7 +179,7 @@ def test_any_number_of_ranks_goes_on_from_what_others_saved(optimizer: str) -> N
         return before, one.saved()
 
     for size, experts in ((2, 2), (3, 3), (4, 2)):
-        for before, after in on_mesh(size, experts, work):
+        for before, after in run_on_mesh(size, MeshSizes(experts=experts), work):
             for kind in ("weights", "optimizer"):
                 assert_alike(before[kind], first[kind], 0.0)
             assert_alike(after["weights"], begun.saved()["weights"], 2e-6)
@@ -192,7 +196,7 @@ def test_blocks_of_states_that_hold_experts_of_two_processes_are_refused(
             Trained(mesh, settings("adamw8bit"), torch.float32)
         Trained(mesh, settings("adamw"), torch.float32)
 
-    on_mesh(2, 2, work)
+    run_on_mesh(2, MeshSizes(experts=2), work)
 
 
 def test_a_number_that_does_not_divide_the_processes_is_refused() -> None:
