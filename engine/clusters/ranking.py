@@ -13,6 +13,7 @@ from engine.clusters.rank_plan import RankPlan, RankPlanner, Thrift, thrifts
 from engine.clusters.step_time import StepTime, step_time
 from engine.config.train_config import TrainConfig
 from engine.errors import MemoryPlanError
+from engine.memory.search import changed
 from models.config.model_config import ModelConfig
 
 USABLE = 0.95
@@ -94,6 +95,8 @@ def rank_arrangements(
 
     Those that do not fit come last, with what their most frugal settings need.
     """
+    # Arrangements say what is divided, whatever the settings ask for.
+    config = changed(config, shard="none", context_parallel=1, expert_parallel=1)
     planner = RankPlanner(model, dtype, stored)
     steps = list(thrifts(config, True, model.tie_word_embeddings))
     ranked = [
