@@ -64,7 +64,7 @@ class Routing:
         """Sum of the k rows (M, H) of every token, (N, H); no atomic addition."""
         back = torch.empty_like(self.order)
         back[self.order] = torch.arange(back.shape[0], device=back.device)
-        return rows.index_select(0, back).view(*self.experts.shape, -1).sum(1)
+        return rows.index_select(0, back).view(*self.experts.shape, rows.shape[1]).sum(1)
 
 
 def _by_expert(
