@@ -136,8 +136,14 @@ DIVISIONS = [
 """What processes divide, several things at once too; the vocabulary with the weights."""
 
 
-@pytest.mark.parametrize(("size", "sizes"), DIVISIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+CASES = [
+    *((*division, torch.float64) for division in DIVISIONS),
+    # Of a split context fp32 sums of other lengths are rounded otherwise, and AdamW adds to that.
+    *((*division, torch.float32) for division in DIVISIONS if division[1].context == 1),
+]
+
+
+@pytest.mark.parametrize(("size", "sizes", "dtype"), CASES)
 def test_what_is_divided_is_trained_as_the_whole(
     size: int, sizes: MeshSizes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
