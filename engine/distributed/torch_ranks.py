@@ -52,7 +52,7 @@ class TorchRanks:
             whole = _started(
                 lambda: dist.all_reduce(x, group=self._group, async_op=True), "reduce_scatter"
             )
-            return _Part(whole, out, x.view(self.size, -1)[self.rank])
+            return _PartOfSum(whole, out, x.view(self.size, -1)[self.rank])
         return _started(
             lambda: _reduce_scatter(out, x, group=self._group, async_op=True), "reduce_scatter"
         )
@@ -115,7 +115,7 @@ def _started(start: Callable[[], Any], kind: str) -> Transfer:
         return _Started(_Failed(error), kind)
 
 
-class _Part:
+class _PartOfSum:
     """A sum over all ranks, of which `part` goes to `out`."""
 
     def __init__(self, whole: Transfer, out: Tensor, part: Tensor) -> None:
