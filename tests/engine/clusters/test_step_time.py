@@ -17,6 +17,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from engine.memory.model_shapes import preset_config
 from models.config.model_config import ModelConfig
+from models.memory.layer_gather import share_bytes
 
 GIB = 2**30
 
@@ -60,7 +61,7 @@ def test_bytes_sent_are_those_of_the_parts() -> None:
     assert plain == {"reduce_scatter": 10**8, "all_gather": 10**8 // 8, "all_reduce": 72}
     divided = step_time(rank(Arrangement(8, weights=True)), model, cluster(), 2).sent
     again = 4 * 2 * (model.num_hidden_layers - 2)
-    assert divided["all_gather"] == plain["all_gather"] + again * 10**8 // 8
+    assert divided["all_gather"] == plain["all_gather"] + again * share_bytes(10**8, 8)
     assert step_time(rank(Arrangement(1)), model, cluster(1), 2).sent == {}
     assert "all_to_all" in step_time(rank(Arrangement(4, context=2)), model, cluster(), 2).sent
 
