@@ -1,4 +1,4 @@
-"""One of several ranks in a simulated step: its groups, its buckets, its optimizer."""
+"""One of several ranks in a simulated step: groups, buckets, optimizer."""
 
 from __future__ import annotations
 
