@@ -115,7 +115,7 @@ def test_trained_layers_are_gathered_and_their_gradients_summed_in_every_pass() 
     sent = step_time(rank(divided, config=config), model, cluster(), 2).sent
     layers = model.num_hidden_layers
     assert sent == {
-        "all_gather": 4 * 2 * (layers - 2) * 10**8 // 8,
+        "all_gather": 4 * (layers + layers - 2) * share_bytes(10**8, 8),
         "reduce_scatter": 4 * layers * 2 * 10**8,  # in fp32, of bf16 weights
         "all_reduce": 72,
     }
