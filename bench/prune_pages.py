@@ -1,8 +1,8 @@
 """Write the tables of pruning in README.md and docs/pruning.md.
 
 They are made of the lines of bench/results/prune_smollm2.jsonl alone, between two comments of each
-page, and so is prune_smollm2.md; seeds of `random` become one row. README.md has the rows that are
-measured at every fraction, docs/pruning.md all of them, and those of the second model.
+page, and so is prune_smollm2.md; seeds of `random` become one row. README.md has the rows of
+`FRONT`, docs/pruning.md all of them, and those of the second model.
 
 Run as ``python -m bench.prune_pages [--check]``.
 """
@@ -20,12 +20,18 @@ from engine.storage import durable
 
 ROOT = Path(__file__).parent.parent
 SECOND = "scratch"
-RANDOM = "random"
+RANDOM, TRAINED = "random", ", then"
+FRONT = ("l2-reconstruction-repaired", "l2-output", f"{RANDOM}:")
+"""Rows of the front page: the default, the best without a repair, and chance."""
 
 
 def rows_of(lines: Lines) -> dict[str, list[str]]:
-    """The cells of every row by its name, a fraction each; seeds of chance are one row."""
-    names = dict.fromkeys(one["row"] for one in lines.lines if one["fraction"] in FRACTIONS)
+    """The cells of every row by its name, the best first; seeds of chance are one row."""
+    last = {one["row"]: one for one in lines.lines if one["fraction"] == FRACTIONS[-1]}
+    names = sorted(
+        {one["row"] for one in lines.lines if one["fraction"] in FRACTIONS},
+        key=lambda name: (TRAINED in name, last.get(name, {}).get("perplexity", 0.0)),
+    )
     chance = [name for name in names if name.startswith(f"{RANDOM}-")]
     rows = {
         name: [_cell(lines.cell(name, fraction)) for fraction in FRACTIONS]
@@ -54,8 +60,12 @@ def table(lines: Lines, rows: dict[str, list[str]]) -> str:
 
 
 def structures(lines: Lines) -> str:
-    """What was measured of channels and layers, in sentences; nothing where it was not."""
+    """What was measured beside the table, in sentences; nothing where it was not."""
     said = []
+    for line in lines.lines:
+        if line["row"].startswith(f"{WHOLE}{TRAINED}"):
+            trained = line["row"].partition(f"{TRAINED} ")[2]
+            said.append(f"Not pruned, {trained} give {line['perplexity']:.2f}.")
     plain, repaired = lines.cell("mlp", 0.2), lines.cell("mlp-repaired", 0.2)
     if plain is not None and repaired is not None:
         said.append(
@@ -117,9 +127,9 @@ class Block:
 def blocks(lines: Lines, second: Lines) -> list[Block]:
     """Every table of every page, of the lines of SmolLM2 and of the second model."""
     rows, guide = rows_of(lines), ROOT / "docs" / "pruning.md"
-    full = {name: cells for name, cells in rows.items() if all(cells)}
+    front = {name: cells for name, cells in rows.items() if name.split(" ")[0] in FRONT}
     return [
-        Block(ROOT / "README.md", "pruned", table(lines, full)),
+        Block(ROOT / "README.md", "pruned", table(lines, front)),
         Block(guide, "pruned", table(lines, rows) + structures(lines)),
         Block(guide, "pruned second", table(second, rows_of(second))),
     ]
