@@ -99,8 +99,19 @@ def test_dropout_that_depends_on_the_process_is_noticed(monkeypatch: pytest.Monk
 
 
 def test_plans_and_budgets_are_met() -> None:
-    walls = CAMPAIGNS["T20"]
-    assert walls.passed(walls.run(1, 0))
+    # In a process of its own: budgets count what a process has, and one of the tests has grown;
+    # with one thread, because it forks.
+    program = "import json; from bench.torture.campaigns import CAMPAIGNS as c; " + (
+        "print(json.dumps(c['T20'].run(1, 0)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert CAMPAIGNS["T20"].passed(figures), figures
 
 
 def test_cut_steps_and_values_that_are_not_finite_change_nothing() -> None:

@@ -32,8 +32,8 @@ class StopsAfter(StopSignals):
 
     steps = 0
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, repeats: float = 0.0) -> None:
+        super().__init__(repeats)
         self._read = 0
 
     @property
