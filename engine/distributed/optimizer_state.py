@@ -39,10 +39,13 @@ class OwnedState:
         """What of a tensor of the whole state is this one's, flat and in the same memory."""
         if self.is_whole or whole.dim() == 0:
             return whole
-        flat = whole.view(-1)
+        flat, end = whole.view(-1), self.begin + self.count
         if flat.numel() == self.numel:
-            return flat[self.begin : self.begin + self.count]
-        return flat[self.begin // ROW : -(-(self.begin + self.count) // ROW)]
+            return flat[self.begin : end]
+        first, last = self.begin // ROW, -(-end // ROW)
+        if flat.numel() == -(-self.numel // ROW) * ROW:  # codes in rows, the last one padded
+            return flat[first * ROW : last * ROW]
+        return flat[first:last]
 
 
 class OptimizerOfRanks:
@@ -83,9 +86,10 @@ class OptimizerOfRanks:
         if state.is_whole:
             self._whole.load_parameter_state(state.index, received)
             return
-        # Optimizers that take pieces have all states as views of their own memory.
-        for name, tensor in self._whole.parameter_state(state.index).items():
+        whole = self._whole.parameter_state(state.index)
+        for name, tensor in whole.items():
             state.of(tensor).copy_(received[name])
+        self._whole.load_parameter_state(state.index, whole)  # a number of steps is a copy
 
     def _take_own(self) -> None:
         for state in self._owned[self._ranks.rank]:
