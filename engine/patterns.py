@@ -9,6 +9,7 @@ tells them apart by what stands in the pattern, on the safe side.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -145,14 +146,18 @@ class _MatchingProcess:
 
     def _running(self) -> subprocess.Popen[str]:
         # A process that was forked has no share in the worker of the one that it comes from.
-        if self._process is None or self._owner != os.getpid():
-            self._owner = os.getpid()
+        if self._owner != os.getpid():
+            self._process, self._owner = None, os.getpid()
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _PROGRAM],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 encoding="utf-8",
+                start_new_session=True,  # an interrupt from the keyboard is not for it
             )
         return self._process
 
@@ -162,10 +167,12 @@ class _MatchingProcess:
             self._end()
 
     def _end(self) -> None:
-        if self._process is not None:
-            with self._process as process:  # closes both pipes, and waits
-                process.kill()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            # Leaving the block closes both pipes and waits; what it never read is of no use.
+            with contextlib.suppress(BrokenPipeError), process:
+                pass
 
 
 _WORKER = _MatchingProcess()

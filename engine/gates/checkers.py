@@ -7,6 +7,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _schema_checker(settings: GateSettings) -> Checker:
             f"{settings.schema_file}: it is no valid JSON schema: {error.message}."
         ) from None
     _refuse_slow_keys(schema, settings.schema_file)
-    validator = jsonschema.validators.extend(kind, {"pattern": _schema_pattern})(schema)
+    validator = _bounded(kind)(schema)
 
     def check(answer: str) -> str | None:
         fault, value = _json_value(answer)
@@ -119,6 +120,28 @@ def _schema_checker(settings: GateSettings) -> Checker:
         return None if error is None else f"{error.json_path}: {error.message}"
 
     return check
+
+
+@cache
+def _bounded(kind: Any) -> Any:
+    """A validator's class with `pattern` matched in bounded time, also in its subschemas.
+
+    A subschema that names a `$schema` of its own is checked by the bounded class of that one.
+    """
+    import attrs
+    import jsonschema
+
+    bounded = jsonschema.validators.extend(kind, {"pattern": _schema_pattern})
+
+    def evolve(own: Any, **changes: Any) -> Any:
+        schema = changes.get("schema", own.schema)
+        other = jsonschema.validators.validator_for(schema, default=kind)
+        fields = [field for field in attrs.fields(type(own)) if field.init]
+        values = {field.alias: getattr(own, field.name) for field in fields}
+        return _bounded(other)(**values | changes)
+
+    bounded.evolve = evolve
+    return bounded
 
 
 def _schema_pattern(

@@ -1,6 +1,9 @@
 """Regular expressions of settings, adapters, gates and rows end in time."""
 
+import json
+import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +81,17 @@ def test_a_pattern_without_end_is_ended_and_the_next_one_goes_on(half_a_second: 
     assert Pattern(SLOW).fullmatch("aa!") == {}
 
 
+def test_a_matching_process_that_was_ended_is_started_anew() -> None:
+    """As by the system, for want of memory; and a child that was forked has one of its own."""
+    pattern = Pattern(SLOW)
+    assert pattern.fullmatch("aa!") == {}
+    ended = patterns._WORKER._process
+    assert ended is not None and os.getpgid(ended.pid) != os.getpgid(0)
+    os.kill(ended.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    assert pattern.fullmatch("aa!") == {} and pattern.fullmatch("aa") is None
+
+
 def of_an_adapter(key: str) -> Callable[[Path], object]:
     raw: dict[str, Any] = {"target_modules": ["q_proj"], key: SLOW}
     if key == "layers_pattern":
@@ -104,18 +118,36 @@ def of_a_row(folder: Path) -> object:
 
 
 def of_a_schema(folder: Path) -> object:
+    return by_schema(folder, {"type": "string", "pattern": SLOW}, LONG)
+
+
+def of_a_schema_in_itself(folder: Path) -> object:
+    """The pattern is that of a schema with a `$schema`, which a reference leads to."""
+    kind = "https://json-schema.org/draft/2020-12/schema"
+    schema = {"$schema": kind, "pattern": SLOW, "properties": {"x": {"$ref": "#"}}}
+    return by_schema(folder, schema, {"x": LONG})
+
+
+def of_a_schema_of_another_draft(folder: Path) -> object:
+    inner = {"$schema": "http://json-schema.org/draft-07/schema#", "pattern": SLOW}
+    return by_schema(folder, {"items": {"allOf": [inner]}}, [LONG])
+
+
+def by_schema(folder: Path, schema: Any, answer: Any) -> object:
     pytest.importorskip("jsonschema")
-    (folder / "s.json").write_text('{"type": "string", "pattern": "(?:\\\\w+\\\\w+)+!"}')
+    (folder / "s.json").write_text(json.dumps(schema))
     settings = GateSettings(checker="json-schema", schema_file=folder / "s.json")
-    return checked(settings, f'"{LONG}"')
+    return checked(settings, json.dumps(answer))
 
 
 @pytest.mark.parametrize(
     "ask",
     [of_an_adapter("target_modules"), of_an_adapter("exclude_modules"),
      of_an_adapter("layers_pattern"), of_a_gate, of_a_row, of_a_schema,
+     of_a_schema_in_itself, of_a_schema_of_another_draft,
      lambda _: by_pattern({SLOW: 8}, LONG, 4)],
-    ids=["targets", "excluded", "layers", "gate", "row", "schema", "ranks"],
+    ids=["targets", "excluded", "layers", "gate", "row", "schema", "itself", "draft",
+         "ranks"],
 )  # fmt: skip
 def test_a_slow_pattern_is_a_named_error_wherever_it_stands(
     tmp_path: Path, half_a_second: None, ask: Callable[[Path], object]
