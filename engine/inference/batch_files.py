@@ -11,9 +11,8 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -107,24 +106,29 @@ def answer_file(
                 yield PromptJob(ids, sampled(base, index * samples + sample))
 
     answers = answer_in_order(generator, jobs(), 2 * generator.slots)
-    with _appending(output) as handle:
+    with _appending(output):
+        handle = safe_files.append_regular(output)
+        durable.fsync_dir(output.parent)
+    try:
         for index in range(done, len(rows)):
             own = [next(answers) for _ in range(samples)]
-            handle.write(json.dumps(_line(rows[index], own), ensure_ascii=False) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+            with _appending(output):
+                handle.write(json.dumps(_line(rows[index], own), ensure_ascii=False) + "\n")
+                handle.flush()
+                os.fsync(handle.fileno())
             if on_row is not None:
                 on_row(index + 1, len(rows))
+    finally:
+        with suppress(OSError):  # what could not be written was reported, and is tried again here
+            handle.close()
     return len(rows) - done
 
 
 @contextmanager
-def _appending(output: Path) -> Iterator[TextIOWrapper]:
-    """The output, open for further lines. Raises `CheckpointError` where the disk refuses."""
+def _appending(output: Path) -> Iterator[None]:
+    """Around what writes to the output. Raises `CheckpointError` where the disk refuses."""
     try:
-        with safe_files.append_regular(output) as handle:
-            yield handle
-        durable.fsync_dir(output.parent)
+        yield
     except OSError as error:
         raise CheckpointError(
             f"Cannot append to {output}: {durable.describe(error)}. The answers in it are safe. "

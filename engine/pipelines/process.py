@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from engine.storage import durable
 from engine.storage.safe_files import write_regular
 
 _MOST_MESSAGE = 4000
+
+
+def _opened(path: Path) -> FileIO:
+    with durable.writing(path):
+        return write_regular(path)
 
 
 def run_stage(
@@ -27,12 +33,8 @@ def run_stage(
     file = folder / "settings.yaml"
     durable.write_text(file, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
     command = [sys.executable, "-m", "engine", *verb.split(), "--config", str(file)]
-    errors = folder / "stderr.log"
-    with (
-        durable.writing(errors),
-        write_regular(errors) as log,
-        write_regular(folder / "stdout.log") as output,
-    ):
+    errors, printed = folder / "stderr.log", folder / "stdout.log"
+    with _opened(errors) as log, _opened(printed) as output:
         with subprocess.Popen(
             command, stdout=output if quiet else None, stderr=subprocess.PIPE
         ) as process:
@@ -40,7 +42,8 @@ def run_stage(
             # An interrupt reaches the process as well, which puts itself in order: leaving the
             # block waits for that.
             for line in process.stderr:
-                log.write(line)
+                with durable.writing(errors):
+                    log.write(line)
                 sys.stderr.write(line.decode("utf-8", "replace"))
                 sys.stderr.flush()
         status = process.returncode

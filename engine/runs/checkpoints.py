@@ -124,7 +124,7 @@ class CheckpointStore:
         try:
             self._publish(step, tensors, state, extra, {"best": dict(best)} if best else {})
         except CheckpointError as error:
-            raise type(error)(f"{error}{self._safe()}") from error.__cause__
+            raise type(error)(f"{error}{self._safe(step)}") from error.__cause__
         read_manifest(target, step)
         self._saved.add(step)
         log.info("Checkpoint of step %d saved: %s", step, target)
@@ -244,20 +244,17 @@ class CheckpointStore:
                     raise
                 log.error("Attempt %d to save step %d failed: %s", attempt, step, error)
                 if isinstance(error, durable.UnconfirmedError):
-                    self._take_back(target)
+                    with durable.writing(target):
+                        self._delete(target)
             except OSError as error:
                 raise durable.write_error(target, error) from error
 
-    def _take_back(self, target: Path) -> None:
-        """Delete a checkpoint whose name the disk did not confirm, to write it anew."""
+    def _safe(self, failed: int) -> str:
+        """What a run that could not save step `failed` can go on from, as a sentence."""
         try:
-            self._delete(target)
-        except OSError as error:
-            raise durable.write_error(target, error) from error
-
-    def _safe(self) -> str:
-        """What a run that cannot save can go on from, as a sentence."""
-        steps = ", ".join(map(str, self.steps()))
+            steps = ", ".join(str(step) for step in self.steps() if step != failed)
+        except OSError:
+            return ""  # the folder cannot be read; what failed before is the one to report
         if not steps:
             return " The run has no checkpoint yet."
         return f" Checkpoints of these steps are safe: {steps}. `engine resume` goes on from there."

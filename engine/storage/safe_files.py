@@ -15,9 +15,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from io import FileIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from engine.errors import CheckpointError, EngineError
 from engine.storage.durable import describe
@@ -87,12 +87,13 @@ def append_regular(path: Path, errors: str = "strict") -> TextIOWrapper:
     return os.fdopen(_made_regular(path, os.O_APPEND), "a", encoding="utf-8", errors=errors)
 
 
-def write_regular(path: Path) -> BinaryIO:
+def write_regular(path: Path) -> FileIO:
     """Open `path`, emptied, for a log that grows; never followed if a link.
 
-    Raises `OSError` for a link, a pipe or a device.
+    It has no buffer, so that a full disk is met by the write that it refuses. Raises `OSError` for
+    a link, a pipe or a device.
     """
-    return os.fdopen(_made_regular(path, os.O_TRUNC), "wb")
+    return FileIO(_made_regular(path, os.O_TRUNC), "wb")
 
 
 def _made_regular(path: Path, how: int) -> int:

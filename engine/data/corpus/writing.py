@@ -56,10 +56,8 @@ def write_records(output: Path, rows: Iterable[Record]) -> int:
         CheckpointError: the file cannot be written.
         DataError: Parquet without pyarrow.
     """
-    try:
+    with durable.writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise durable.write_error(output, error) from error
     count = 0
     with durable.replacing(output) as handle:
         if output.name.lower().endswith(".parquet"):

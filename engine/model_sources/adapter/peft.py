@@ -103,10 +103,8 @@ def save_adapter(
             flat[name] = tensor.detach().float().contiguous()
     if not flat:
         raise CheckpointError(f"There is no adapter tensor to save to {directory}.")
-    try:
+    with durable.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise durable.write_error(directory, error) from error
     keys = _of_experts(config, tensors) | ({} if carried is None else _carried_keys(carried))
     if whole:
         saved = {module.rpartition(".")[2] for module in modules}

@@ -1,6 +1,8 @@
 """`engine generate --data`: an answer to every row, in order, and again after a stop."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import engine
 from cli import main as cli
 from engine.config.tasks.inference import GenerateSettings
-from engine.errors import ConfigError, DataError
+from engine.errors import CheckpointError, ConfigError, DataError
 from engine.inference.batch_files import settings_file
 from engine.verbs.models.generate import answer_rows
 
@@ -138,3 +140,33 @@ def test_the_command_line_says_what_it_did(
     assert capsys.readouterr().out.count("\n[2] ") == 1
     for wrong in (["--data", str(data)], ["--output", str(output)], []):
         assert cli.main([*words, *wrong]) == 2
+
+
+def test_a_disk_without_room_is_named_and_other_faults_are_their_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails beside the writing, such as a closed pipe of the progress, is no disk's fault."""
+    settings, output = settings_of(tiny_model, tmp_path), tmp_path / "answers.jsonl"
+
+    def closed(done: int, rows: int) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    with pytest.raises(BrokenPipeError):
+        answer_rows(settings, closed)
+    assert len(lines_of(output)) == 1
+    real, left = os.fsync, [3]
+
+    def full(descriptor: int) -> None:
+        left[0] -= os.fstat(descriptor).st_ino == output.stat().st_ino
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"ENOSPC.*are safe"):
+            answer_rows(settings)
+    answered = len(lines_of(output))
+    assert answered == 1 + 3 + 1  # of the last the disk did not say that it has it
+    assert answer_rows(settings) == len(ROWS) - answered
+    assert len(lines_of(output)) == len(ROWS)

@@ -10,8 +10,9 @@ import random
 import resource
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -299,20 +300,25 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
     assert names(store.root) == set()
 
 
+def failing(real: Callable[[Any], Any], failures: int, here: Callable[[Any], bool]) -> Any:
+    """A call of the system that fails with EIO at first, where `here` says so of its argument."""
+    left = [failures]
+
+    def call(given: Any) -> Any:
+        if left[0] > 0 and here(given):
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(given)
+
+    return call
+
+
 @pytest.mark.parametrize(("failures", "saved"), [(1, True), (2, True), (10**6, False)])
 def test_an_input_output_error_is_answered_by_writing_anew(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, failures: int, saved: bool
 ) -> None:
     save(store, 1)
-    real, left = os.fsync, [failures]
-
-    def failing(descriptor: int) -> None:
-        if left[0] > 0:
-            left[0] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, failures, lambda _: True))
     if saved:
         save(store, 2)
         store.load(store.path_of(2))
@@ -326,23 +332,30 @@ def test_an_input_output_error_is_answered_by_writing_anew(
 def test_a_checkpoint_whose_name_is_not_confirmed_is_written_anew(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, failures: int, saved: bool
 ) -> None:
+    def named(folder: Path) -> bool:
+        return folder == store.root and store.path_of(2).exists()
+
     save(store, 1)
-    real, left = durable.fsync_dir, [failures]
-
-    def failing(folder: Path | str) -> None:
-        if Path(folder) == store.root and store.path_of(2).exists() and left[0] > 0:
-            left[0] -= 1
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        real(folder)
-
-    monkeypatch.setattr(durable, "fsync_dir", failing)
+    monkeypatch.setattr(durable, "fsync_dir", failing(durable.fsync_dir, failures, named))
     if saved:
         save(store, 2)
     else:
-        with pytest.raises(CheckpointError, match=r"written whole .* steps are safe: 1, 2"):
+        # The name that the disk did not confirm is not among those that are safe.
+        with pytest.raises(CheckpointError, match=r"written whole .* steps are safe: 1\."):
             save(store, 2)
     assert names(store.root) == {"checkpoint-1", "checkpoint-2"}
     store.load(store.path_of(2))
+
+
+def test_a_folder_that_cannot_be_listed_does_not_hide_what_failed(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1)
+    monkeypatch.setattr(os, "fsync", failing(os.fsync, 10**6, lambda _: True))
+    refused = failing(Path.iterdir, 10**6, lambda folder: folder == store.root)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: refused(folder))
+    with pytest.raises(CheckpointError, match=r"^Cannot write .*checkpoint-2.*EIO"):
+        save(store, 2)
 
 
 def test_a_whole_checkpoint_reads_back_by_its_manifest_alone(store: CheckpointStore) -> None:
