@@ -50,7 +50,7 @@ def cut_steps(trials: int, seed: int) -> Figures:
         dtype = (torch.float64, torch.float32)[number % 2]
         rows = ragged(chance.randrange(1 << 30))
         loss, gradient = measured([collate(rows)], dtype)
-        parts = 1 + number % MOST_MICRO_BATCHES
+        parts = 1 + number // 2 % MOST_MICRO_BATCHES  # each number with both types
         apart = [collate(part) for part in cuts(rows, parts, chance)]
         other, cut = measured(apart, dtype)
         off = max(abs(other - loss) / abs(loss), float((cut - gradient).norm() / gradient.norm()))
@@ -85,9 +85,9 @@ def not_finite(trials: int, seed: int) -> Figures:
     they were, bit by bit.
     """
     chance, counts = random.Random(seed), Counter[str]()
-    sites = [(site, value) for site in (*SITES, "checkpoint") for value in VALUES]
-    sites += [(f"moment of {name}", value) for name in OPTIMIZERS for value in VALUES]
-    sites += [("gradient", HUGE)] * len(OPTIMIZERS)
+    sites = [("gradient", HUGE)]
+    everywhere = ("checkpoint", *(f"moment of {name}" for name in OPTIMIZERS), *SITES)
+    sites += [(site, value) for value in VALUES for site in everywhere]
     with silent():
         for number in range(trials):
             site, value = sites[number % len(sites)]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import resource
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
+from engine.memory.process import forget_peak, peak_resident
 
 Figures = dict[str, Any]
 PART = 1_000_000
@@ -29,7 +28,6 @@ MOST_MS = 50.0
 
 MOST_MIB = 64.0
 _WARM = 100
-_IS_MAC = sys.platform == "darwin"
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,6 @@ def silent() -> Iterator[None]:
         logging.disable(before)
 
 
-def peak_mib() -> float:
-    """The most memory that this process had resident so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if _IS_MAC else 1024)
-
-
 def merged(one: Figures, other: Figures) -> Figures:
     """The figures of two parts together: sums, the largest of what is a worst, lists in a row."""
     result = dict(one)
@@ -114,7 +107,8 @@ def fuzz(
     with silent():
         for _ in range(min(trials, _WARM)):
             outcome(read, make(chance))
-        before = peak_mib()
+        forget_peak()
+        before = peak_resident()
         for _ in range(trials):
             data = make(chance)
             kind, seconds = outcome(read, data)
@@ -122,7 +116,7 @@ def fuzz(
                 seconds = min(seconds, outcome(read, data)[1])
             counts[kind] += 1
             worst = max(worst, seconds)
-    worst_ms, mib = round(1000 * worst, 1), round(peak_mib() - before, 1)
+    worst_ms, mib = round(1000 * worst, 1), round((peak_resident() - before) / 2**20, 1)
     return {"trials": trials, "worst_ms": worst_ms, "most_mib_more": mib, **counts}
 
 

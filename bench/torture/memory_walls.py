@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import tempfile
 from collections import Counter
@@ -15,6 +14,7 @@ from bench.torture.campaign import Campaign, Figures, silent
 from engine.errors import MemoryPlanError
 from engine.verbs.training.train import train
 from tests.engine.memory.test_meter import MODELS, SETTINGS, planned_and_measured
+from tests.support.processes.forked import forked, status_of
 from tests.support.small_runs import small_run
 from tests.support.tiny_model import write_tiny_model
 
@@ -72,17 +72,15 @@ def _ended(
 ) -> str:
     """How a run ended, in a child: each begins with the memory that this process has now."""
     config = small_run(model, rows, output, memory_budget=budget, **changes)
-    child = os.fork()
-    if child == 0:
-        status = 70
+
+    def work() -> int:
         try:
             train(config, console=False)
-            status = 0
         except MemoryPlanError:
-            status = 2
-        finally:
-            os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            return 2
+        return 0
+
+    status = status_of(forked(work))
     return {0: "trained", 2: "refused"}.get(status, f"status {status}")
 
 

@@ -29,6 +29,7 @@ import torch
 from bench.torture.crashes.every_verb import Command, commands, write_inputs
 from cli.main import VERBS
 from cli.main import main as engine_command
+from tests.support.processes.forked import forked, status_of
 
 TEMPORARY = re.compile(r"^\.(tmp|del|bad|replaced)-")
 """Names that say themselves that nobody is to take what they hold for whole."""
@@ -102,9 +103,8 @@ def run(command: Command, folder: Path, at: int = 0, error: int | None = None) -
     """Run a command in a child, its output below `folder`, with a fault at operation `at`."""
     operations = Operations(str(folder), at, error)
     log, listed = folder.with_name("said"), folder.with_name("operations")
-    child = os.fork()
-    if child == 0:
-        status = 70
+
+    def work() -> int:
         try:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             for stream in (1, 2):
@@ -115,13 +115,11 @@ def run(command: Command, folder: Path, at: int = 0, error: int | None = None) -
             status = engine_command(command.words(folder))
             sys.stdout.flush()
             sys.stderr.flush()
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
+            return status
         finally:
             listed.write_text("\n".join(operations.names))
-            os._exit(status)
-    _, ended = os.waitpid(child, 0)
-    status = os.waitstatus_to_exitcode(ended)
+
+    status = status_of(forked(work))
     names = listed.read_text().splitlines() if status != -signal.SIGKILL else []
     return Ending(status, names, log.read_text(errors="replace"))
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from engine.verbs.training.train import train
+from tests.support.processes.forked import forked
 from tests.support.processes.train_kill_server import settings
 from tests.support.tiny_model import write_tiny_model
 
@@ -50,14 +51,7 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
         "max_steps": steps, "checkpoint_every": max(1, steps // 20), "accumulate": 1,
     }  # fmt: skip
     config = settings(str(model), str(rows), folder / "run", changes)
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            train(config, console=False)
-            status = 0
-        finally:
-            os._exit(status)
+    child = forked(lambda: train(config, console=False))
     file, samples = folder / "run" / "metrics.jsonl", []
     done, ended = 0, (0, 0)
     while ended == (0, 0):

@@ -29,6 +29,7 @@ from bench.torture.crashes.every_verb import Command, commands, write_inputs
 from bench.torture.crashes.file_faults import LIBRARIES
 from cli.main import VERBS
 from cli.main import main as engine_command
+from tests.support.processes.forked import forked, status_of
 
 COMMANDS = ("train", "eval --gates", "generate --output", "merge", "quantize", "prune", "plan",
             "export gguf", "init", "data convert", "data split", "compare --plot")  # fmt: skip
@@ -130,28 +131,25 @@ def trial(
 
 def run(words: Words, folder: Path, said: Path, refusal: Refusal, after: float | None) -> int:
     """The exit status of a command in a child, with Ctrl-C some seconds after its start."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-            for stream in (1, 2):
-                os.dup2(out, stream)
-            os.environ["ENGINE_CACHE"] = str(folder / "cache")
-            os.chdir(folder)
-            refusal.inside(folder)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            sys.argv = ["engine", *words]
-            status = engine_command()
-            sys.stderr.flush()
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            os._exit(status)
+
+    def work() -> int:
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        for stream in (1, 2):
+            os.dup2(out, stream)
+        os.environ["ENGINE_CACHE"] = str(folder / "cache")
+        os.chdir(folder)
+        refusal.inside(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["engine", *words]
+        status = engine_command()
+        sys.stderr.flush()
+        return status
+
+    child = forked(work)
     if after is not None:
         time.sleep(after)
         os.kill(child, signal.SIGINT)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status_of(child)
 
 
 def main(folder: Path, names: tuple[str, ...]) -> None:

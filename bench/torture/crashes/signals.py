@@ -24,6 +24,7 @@ import torch
 from engine.config.train_config import TrainConfig
 from engine.runs.checkpoints import CheckpointStore
 from engine.verbs.training.train import train
+from tests.support.processes.forked import forked, status_of
 from tests.support.processes.train_kill_server import settings
 from tests.support.small_runs import adapter_bytes
 from tests.support.tiny_model import write_tiny_model
@@ -46,19 +47,14 @@ def life(config: TrainConfig, number: signal.Signals | None, wait: float) -> tup
     """
     assert config.output_dir is not None
     before = lines(config.output_dir)
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            for one in SIGNALS:
-                signal.signal(one, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            train(config, console=False)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else 1
-        finally:
-            os._exit(status)
+
+    def work() -> None:
+        for one in SIGNALS:
+            signal.signal(one, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train(config, console=False)
+
+    child = forked(work)
     sent = time.monotonic()
     if number is not None:
         while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -68,8 +64,7 @@ def life(config: TrainConfig, number: signal.Signals | None, wait: float) -> tup
                 os.kill(child, number)
                 break
             time.sleep(0.002)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), time.monotonic() - sent
+    return status_of(child), time.monotonic() - sent
 
 
 def saved(output: Path) -> int:

@@ -27,6 +27,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.runs.checkpoints import CheckpointStore
+from tests.support.processes.forked import forked, status_of
 from tests.support.processes.resume_crash_server import check, tensors_at
 
 CHANGING = ("mkdir", "mkdirat", "openat", "write", "pwrite64", "writev", "fsync", "fdatasync",
@@ -52,28 +53,26 @@ def save_one(folder: Path, pipe: int) -> int:
 def traced(folder: Path, *options: str) -> tuple[int, bytes]:
     """Save in a child that strace holds; its exit status, and what it told."""
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            os.close(reader)
-            deadline = time.monotonic() + 60
-            while "TracerPid:\t0" in Path("/proc/self/status").read_text():
-                if time.monotonic() > deadline:
-                    raise TimeoutError("strace does not take hold")
-                time.sleep(0.001)
-            status = save_one(folder, writer)
-        finally:
-            os._exit(status)
+
+    def work() -> int:
+        os.close(reader)
+        deadline = time.monotonic() + 60
+        while "TracerPid:\t0" in Path("/proc/self/status").read_text():
+            if time.monotonic() > deadline:
+                raise TimeoutError("strace does not take hold")
+            time.sleep(0.001)
+        return save_one(folder, writer)
+
+    child = forked(work)
     os.close(writer)
     tracer = subprocess.Popen(
         ["strace", "-qq", "-p", str(child), *options], stderr=subprocess.DEVNULL
     )
-    _, ended = os.waitpid(child, 0)
+    status = status_of(child)
     tracer.wait()
     told = os.read(reader, 10)
     os.close(reader)
-    return os.waitstatus_to_exitcode(ended), told
+    return status, told
 
 
 def prepare(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import string
 import time
@@ -39,10 +40,17 @@ def test_a_process_that_hangs_ends_the_others(division: str, tmp_path: Path) -> 
         for child in psutil.Process(process.pid).children(recursive=True)
         if child.environ().get("LOCAL_RANK") == "1"
     ]
-    hung = time.monotonic()
-    workers[0].send_signal(signal.SIGSTOP)
-    output, _ = process.communicate(timeout=BOUND)
-    assert process.returncode != 0 and time.monotonic() - hung < BOUND
+    began = time.monotonic()
+    hung = workers[0]
+    hung.send_signal(signal.SIGSTOP)
+    try:
+        output, _ = process.communicate(timeout=BOUND)
+        stays = hung.is_running()
+    finally:
+        for one in (*workers, psutil.Process(process.pid)) if process.poll() is None else workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    assert process.returncode != 0 and time.monotonic() - began < BOUND
     assert "did not answer within --ddp-timeout" in output, output
     assert "--resume auto" in output
-    assert not workers[0].is_running()
+    assert not stays

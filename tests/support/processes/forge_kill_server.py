@@ -24,6 +24,7 @@ from engine.config.tasks.pruning import ForgeSettings, PruneSettings
 from engine.config.train_config import TrainConfig
 from engine.plots import new_figure
 from engine.verbs.models.forge import forge
+from tests.support.processes.forked import forked, status_of
 
 _CHANGES = (
     "os.rename",
@@ -96,16 +97,12 @@ class Operations:
 
 def life(work: Callable[[], object], folder: Path, last: int | None, told: int) -> int:
     """Do the job in a child, killed before an operation; its exit status, -9 if killed."""
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            Operations(folder, last, told)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def counted() -> None:
+        Operations(folder, last, told)
+        work()
+
+    return status_of(forked(counted))
 
 
 def lasting(value: Any) -> Any:

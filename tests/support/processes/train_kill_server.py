@@ -20,6 +20,7 @@ import torch
 
 from engine.config.train_config import TrainConfig
 from engine.verbs.training.train import train
+from tests.support.processes.forked import forked, status_of
 
 
 def settings(model: str, data: str, output: Path, changes: dict[str, Any]) -> TrainConfig:
@@ -48,14 +49,7 @@ def life(config: TrainConfig, steps: int | None, jitter: float = 0.0) -> int:
     """
     assert config.output_dir is not None
     target = None if steps is None else newest(config.output_dir) + steps
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            train(config, console=False)
-            status = 0
-        finally:
-            os._exit(status)
+    child = forked(lambda: train(config, console=False))
     while target is not None:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
@@ -65,7 +59,7 @@ def life(config: TrainConfig, steps: int | None, jitter: float = 0.0) -> int:
             os.kill(child, signal.SIGKILL)
             break
         time.sleep(0.002)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status_of(child)
 
 
 def newest(output: Path) -> int:

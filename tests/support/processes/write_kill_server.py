@@ -20,6 +20,7 @@ import torch
 
 from engine.verbs.models.merge import merge
 from engine.verbs.models.quantize import quantize
+from tests.support.processes.forked import forked, status_of
 
 Write = Callable[[Path], object]
 
@@ -36,21 +37,14 @@ def life(write: Write, output: Path, seconds: float | None, writing: bool = Fals
 
     With `writing` the seconds count from its first temporary file.
     """
-    child = os.fork()
-    if child == 0:
-        status = 70
-        try:
-            write(output)
-            status = 0
-        finally:
-            os._exit(status)
+    child = forked(lambda: write(output))
     if seconds is not None:
         if writing:
             while os.waitid(os.P_PID, child, _ENDED) is None and not _begun(output):
                 time.sleep(0.0005)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status_of(child)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
