@@ -289,7 +289,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_listed(model_copy: Copy) 
 def test_a_long_list_of_missing_tensors_is_cut_and_counted(model_copy: Copy) -> None:
     folder = model_copy("llama")
     edit_json(folder / "config.json", num_hidden_layers=20)
-    with pytest.raises(CheckpointError, match=r"162 missing: .*, and 1[45]\d more"):
+    with pytest.raises(CheckpointError, match=r"162 missing: .*, and 152 more"):
         HFDirectory(folder)
 
 
