@@ -12,6 +12,7 @@ import socket
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def fuzzed(generator: random.Random) -> bytes:
             _spoil(generator, value)
         elif kind == "key":
             name = generator.choice([*value, "extra"])
-            value[_shaken(generator, name)] = value.pop(name, generator.choice(_VALUES))
+            value[_shaken(generator, name)] = value.pop(name, deepcopy(generator.choice(_VALUES)))
         elif kind == "bytes":
             data = _shaken_bytes(generator, json.dumps(value).encode())
         elif kind == "path":
@@ -116,7 +117,7 @@ def _spoil(generator: random.Random, value: Any) -> None:
         if generator.random() < 0.2:
             del value[key]
         else:
-            value[key] = generator.choice(_VALUES)
+            value[key] = deepcopy(generator.choice(_VALUES))
         return
 
 

@@ -152,7 +152,7 @@ class BatchStream:
             for micro in make(cursor):
                 number += 1
                 yield micro
-            if not number and cursor.position == 0:
+            if not number and cursor == Cursor(cursor.epoch):
                 raise DataError("A whole epoch has no row that can be trained on.")
             cursor = Cursor(cursor.epoch + 1)
 

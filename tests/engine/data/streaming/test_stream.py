@@ -97,10 +97,12 @@ def test_an_epoch_has_the_examples_of_memory_in_another_order(
 
 
 @pytest.mark.parametrize(("packing", "accumulate"), [(False, 1), (False, 3), (True, 1), (True, 2)])
+@pytest.mark.parametrize("rows", [150, 12])
 def test_a_stream_goes_on_from_any_step_with_the_same_batches(
-    packing: bool, accumulate: int, streams: Streams, tmp_path: Path
+    rows: int, packing: bool, accumulate: int, streams: Streams, tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "d.jsonl", [*ROWS])
+    """Also from the end of an epoch whose rows fill its batches: twelve are four bins packed."""
+    path = write(tmp_path / "d.jsonl", ROWS[:rows])
     whole = streams.batches(path, packing, accumulate)
     steps = 2 * whole.steps_per_epoch + 3
     batches, cursors = [], []
@@ -111,7 +113,7 @@ def test_a_stream_goes_on_from_any_step_with_the_same_batches(
     whole.close()
     assert batches[-1][1] > 1.5
     again = streams.batches(path, packing, accumulate)
-    for start in (1, steps // 3, steps - 2):
+    for start in (1, steps // 3, steps - 2) if rows > 12 else range(1, steps):
         again.go_on(start, json.loads(json.dumps(cursors[start])))
         for number in range(start, steps):
             micros, epoch = again.step(number)
