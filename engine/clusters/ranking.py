@@ -12,7 +12,6 @@ from engine.clusters.hardware import Cluster
 from engine.clusters.rank_plan import RankPlan, RankPlanner, Thrift, thrifts
 from engine.clusters.step_time import StepTime, step_time
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError
 from engine.memory.search import changed
 from models.config.model_config import ModelConfig
 
@@ -53,7 +52,7 @@ class Ranked:
             "memory_bytes": self.plan.memory,
             "owners": self.plan.owners,
             "host_bytes": self.plan.host,
-            "bytes_sent": self.time.sent,
+            "bytes_sent": dict(self.plan.sent),
             "compute_seconds": self.time.compute,
             "exposed_seconds": self.time.exposed,
             "seconds_per_step": self.time.seconds,
@@ -119,10 +118,7 @@ def _ranked(
     """
     limit, model = int(USABLE * cluster.memory), planner.model
     possible = [step for step in steps if arrangement.refused(model, step.config) is None]
-    try:
-        least = planner(possible[-1], arrangement).memory
-    except MemoryPlanError as error:
-        return Ranked(arrangement, why_not=str(error))
+    least = planner(possible[-1], arrangement).memory
     if least > limit:
         short = (least - limit) / 2**30
         return Ranked(arrangement, why_not=f"{least / 2**30:.1f} GiB needed, {short:.1f} too much")

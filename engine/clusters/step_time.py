@@ -27,7 +27,6 @@ from engine.clusters.hardware import LINKS, Cluster
 from engine.clusters.rank_plan import RankPlan
 from engine.distributed.data_parallel import BUCKET_ELEMENTS
 from models.config.model_config import ModelConfig
-from models.memory.layer_gather import bytes_sent, share_bytes
 from models.parallel.token_slices import TokenSlices
 from models.parallel.traffic import exchanged_heads, exchanged_rows
 
@@ -38,11 +37,10 @@ _HOST = LINKS["pcie4"].rate
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step by what takes them, and bytes that a rank gives to each collective."""
+    """Seconds of a step by what takes them."""
 
     compute: float
     exposed: dict[str, float]
-    sent: dict[str, int]
 
     @property
     def seconds(self) -> float:
@@ -53,14 +51,12 @@ def step_time(plan: RankPlan, model: ModelConfig, cluster: Cluster, itemsize: in
     """The time of a step of this rank, which has most to do."""
     compute = plan.flops / cluster.flops * (1.0 + plan.cost)
     exposed: dict[str, float] = {}
-    sent: dict[str, int] = {}
-    _gradients(plan, cluster, compute, exposed, sent)
-    _layers(plan, model, cluster, compute, exposed, sent, itemsize)
-    _tokens(plan, model, cluster, exposed, sent, itemsize)
+    _gradients(plan, cluster, compute, exposed)
+    _layers(plan, model, cluster, compute, exposed, itemsize)
+    _tokens(plan, model, cluster, exposed, itemsize)
     if plan.arrangement.size > 1:
         exposed["numbers"] = 6 * cluster.ring(64)
-        sent["all_reduce"] = 3 * 24
-    return StepTime(compute, {name: s for name, s in exposed.items() if s > 0.0}, sent)
+    return StepTime(compute, {name: s for name, s in exposed.items() if s > 0.0})
 
 
 def _gradients(
@@ -68,7 +64,6 @@ def _gradients(
     cluster: Cluster,
     compute: float,
     exposed: dict[str, float],
-    sent: dict[str, int],
 ) -> None:
     """Gradients of data parallelism and the parameters that owners moved."""
     size = plan.arrangement.size
@@ -78,8 +73,6 @@ def _gradients(
     last = cluster.ring(min(plan.sums, 4 * BUCKET_ELEMENTS))
     exposed["gradients"] = max(last, cluster.ring(plan.sums) - behind)
     exposed["parameters"] = cluster.ring(plan.sums)
-    sent["reduce_scatter"] = plan.sums
-    sent["all_gather"] = plan.sums // size
 
 
 def _layers(
@@ -88,7 +81,6 @@ def _layers(
     cluster: Cluster,
     compute: float,
     exposed: dict[str, float],
-    sent: dict[str, int],
     itemsize: int,
 ) -> None:
     """Layers that are gathered from all ranks, or come from the host."""
@@ -105,12 +97,6 @@ def _layers(
     back = one + (cluster.ring(sums) if sums else 0.0)
     hidden = again * (max(0.0, one - forward) + max(0.0, back - backward))
     exposed["layers"] = passes * hidden + back
-    if divided:
-        shares = [share_bytes(plan.layer, size)] * layers
-        given = bytes_sent(shares, 0, first=plan.divides_trained)  # what is trained changes
-        sent["all_gather"] = sent.get("all_gather", 0) + round(passes * given)
-    if sums:
-        sent["reduce_scatter"] = int(passes * layers * sums)
 
 
 def _tokens(
@@ -118,12 +104,10 @@ def _tokens(
     model: ModelConfig,
     cluster: Cluster,
     exposed: dict[str, float],
-    sent: dict[str, int],
     itemsize: int,
 ) -> None:
     """What ranks give each other of their tokens' hidden states, heads and rows of experts."""
     how, passes, tokens = plan.arrangement, plan.passes, plan.tokens
-    given = 0
     if how.context > 1:
         slices = TokenSlices.of(tokens * how.context, 0, how.context)
         given = sum(
@@ -133,7 +117,4 @@ def _tokens(
         exposed["context"] = passes * cluster.exchange(given, how.context)
     if how.experts > 1:
         rows = exchanged_rows(model, tokens, tokens * model.num_experts_per_tok).bytes(itemsize)
-        given = rows * model.num_hidden_layers
-        exposed["experts"] = passes * cluster.exchange(given, how.experts)
-    if given:
-        sent["all_to_all"] = int(passes * given)
+        exposed["experts"] = passes * cluster.exchange(rows * model.num_hidden_layers, how.experts)

@@ -15,8 +15,8 @@ from engine.memory.run_planner import compute_dtype
 from engine.verbs.training.plan import find_target, rate_of
 
 _ESTIMATE = (
-    "Memory is that of a simulated step, with formulas for what is divided; bytes follow from the "
-    "code; seconds are an estimate from nominal rates and were never measured."
+    "Memory and bytes are those of a simulated rank, as a run counts them; seconds are an estimate "
+    "from nominal rates and were never measured."
 )
 
 
@@ -62,7 +62,7 @@ def _described(one: Ranked) -> list[str]:
         return [f"  does not fit: {one.why_not}"]
     settings = ", ".join(f"{name} {value}" for name, value in one.as_dict()["settings"].items())
     waits = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in one.time.exposed.items())
-    sent = ", ".join(f"{kind} {gib(size)}" for kind, size in one.time.sent.items())
+    sent = ", ".join(f"{kind} {gib(size)}" for kind, size in one.plan.sent.items())
     host = f", and {gib(one.plan.host)} of host memory" if one.plan.host else ""
     return [
         f"  {settings}",
