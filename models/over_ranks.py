@@ -13,6 +13,7 @@ of passes, for each pass exchanges tokens; one that has no row computes `PackedB
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -84,6 +85,27 @@ def gathered_adapter(model: Decoder) -> dict[str, tuple[Tensor, ...]]:
     return tensors
 
 
+def gathered_experts(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by parameters' names, with what all ranks have of divided experts.
+
+    All ranks call it together. Those of experts are copies.
+    """
+    divided, ranks = _names_of_experts(model), expert_ranks(model)
+    return {
+        name: gathered(ranks, tensor).flatten(0, 1) if name in divided else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def own_experts(model: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of `gathered_experts` is this rank's, in the same memory."""
+    divided, ranks = _names_of_experts(model), expert_ranks(model)
+    return {
+        name: tensor.chunk(ranks.size)[ranks.rank] if name in divided else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def adapter_paths(model: Decoder) -> list[str]:
     """The paths of `gathered_adapter`, without asking anyone."""
     paths, layout = dict.fromkeys(adapter_tensors(model)), Layout(nested=model.config.nested)
@@ -102,6 +124,11 @@ def trained_elements(model: Decoder) -> int:
     divided, ranks = {id(p) for p in expert_parameters(model)}, expert_ranks(model)
     trained = (p for p in model.parameters() if p.requires_grad)
     return sum(p.numel() * (ranks.size if id(p) in divided else 1) for p in trained)
+
+
+def _names_of_experts(model: Decoder) -> set[str]:
+    divided = {id(p) for p in expert_parameters(model)}
+    return {name for name, p in model.named_parameters() if id(p) in divided}
 
 
 def _mixtures(model: Decoder) -> list[Experts]:

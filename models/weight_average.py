@@ -4,7 +4,7 @@ After the first update the average is the weights; after each further one
 
     average = decay * average + (1 - decay) * weights
 
-in fp32, whatever type the weights have. These are the averages of torch's `AveragedModel` with
+in fp32, or wider where the weights are. These are the averages of torch's `AveragedModel` with
 `get_ema_multi_avg_fn(decay)`. Source: Polyak & Juditsky 1992; Tarvainen & Valpola 2017
 (arXiv 1703.01780) for the exponential form.
 """
@@ -35,7 +35,7 @@ class WeightAverage:
             raise ValueError("no parameter requires a gradient, so there is nothing to average")
         self.decay, self.updates = decay, 0
         self._averages = {
-            name: torch.empty_like(p, dtype=torch.float32, requires_grad=False).copy_(p.detach())
+            name: torch.empty_like(p, dtype=_wide(p), requires_grad=False).copy_(p.detach())
             for name, p in self._weights.items()
         }
 
@@ -86,3 +86,7 @@ class WeightAverage:
         for name, average in self._averages.items():
             average.copy_(tensors[name])
         self.updates = updates
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)

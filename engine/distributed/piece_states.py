@@ -40,16 +40,36 @@ def restore_pieces(
     another size.
     """
     optimizer.state_tensors()
-    copies: list[tuple[Tensor, Tensor]] = []
+    values = {piece.name: piece.parameter.data for piece in pieces}
+    parts = own_parts(pieces, values, parameters)
+    copies = [(value, parts[name]) for name, value in values.items()]
     for piece in pieces:
-        ranks = 1 if piece is pieces[-1] else len(parameters)
+        ranks = 1 if piece is pieces[-1] else len(states)
         parameter = piece.parameter
-        whole = _joined(piece.name, parameters[:ranks])
-        copies.append((parameter.data, _part(piece, parameter, whole)))
         for key, own in optimizer.state[parameter].items():
             copies.append((own, _part(piece, own, _joined(f"{piece.name}.{key}", states[:ranks]))))
     for own, part in copies:
         own.copy_(part)
+
+
+def own_parts(
+    pieces: Sequence[DividedParameter],
+    like: Mapping[str, Tensor],
+    saved: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """This rank's parts, in the form of `like`, of what all ranks of a run saved of parameters.
+
+    All by the parameters' names; the last of `pieces` is whole on every rank. Raises ValueError
+    where something is missing or of another size.
+    """
+    return {
+        piece.name: _part(
+            piece,
+            like[piece.name],
+            _joined(piece.name, saved[:1] if piece is pieces[-1] else saved),
+        )
+        for piece in pieces
+    }
 
 
 def _joined(name: str, saved: Sequence[Mapping[str, Tensor]]) -> Tensor:

@@ -25,6 +25,8 @@ WAITING, MOVING = ".waiting-run", ".moving-run"
 _SET_ASIDE = re.compile(r"\.(bad|old)-checkpoint-.*")
 WITHOUT_EMA = "-without-ema"
 """Ending of the folder of a run's last weights, where its result is their moving average."""
+TWO_RESULTS = "%s has the averaged weights, %s those of the last step"
+"""What is told where a run leaves both."""
 _BESIDE = tuple(f"{name}{WITHOUT_EMA}" for name in RESULTS)
 _DRAWN = ("loss.png", "tensorboard", "wandb")
 _MARGIN = 64 << 20

@@ -28,7 +28,7 @@ from engine.model_sources.quantised.stored_codes import used_weights
 from engine.provenance import version
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
 from engine.runs.identity import RunIdentity, require_same_run, warmup_of
-from engine.runs.output import WITHOUT_EMA
+from engine.runs.output import TWO_RESULTS, WITHOUT_EMA
 from engine.storage import durable
 from engine.training.adapters.starts import as_plain
 from engine.training.adapters.written import adapter_config
@@ -37,7 +37,13 @@ from engine.training.trainable import whole_parameters
 from kernels.elementwise.dropout import GENERATOR
 from models.adapters import PARTS, adapter_tensors
 from models.decoder import Decoder
-from models.over_ranks import adapter_paths, expert_ranks, gathered_adapter
+from models.over_ranks import (
+    adapter_paths,
+    expert_ranks,
+    gathered_adapter,
+    gathered_experts,
+    own_experts,
+)
 from models.tensor_layout import path_in_file
 from models.weight_average import WeightAverage
 
@@ -73,11 +79,14 @@ class StoredState(Protocol):
 class Collected:
     """What a checkpoint needs that several processes have between them.
 
-    It is the optimizer's state, and all experts' pairs where they divide the experts.
+    It is the optimizer's state, the average of the weights, and all experts' pairs where they
+    divide the experts: as they are trained, and as evaluations are of them.
     """
 
     optimizer: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
     pairs: Pairs | None = None
+    evaluated: Pairs | None = None
 
     def led(self) -> AbstractContextManager[None]:
         """Around what the first process does to write it, while the others `follow`."""
@@ -173,13 +182,13 @@ class RunState:
         state = self.collected(progress.step) if collected is None else collected
         extra: Callable[[Path], None] | None = None
         if best and best["step"] == progress.step and source and not self.config.every_weight:
-            extra = partial(self._add_adapter, source, state.pairs)
+            extra = partial(self._add_adapter, source, state.evaluated)
         return checkpoints.save(
             progress.step,
             {
                 "weights": {k: v.detach().cpu() for k, v in self.weights(state.pairs).items()},
-                "optimizer": {k: v.cpu() for k, v in state.optimizer.items()},
-                **self._average_tensors(),
+                "optimizer": _on_host(state.optimizer),
+                **({"ema": _on_host(state.average)} if state.average else {}),
             },
             self.facts(progress, going),
             extra,
@@ -201,7 +210,18 @@ class RunState:
 
     def collected(self, step: int) -> Collected:
         """What processes have between them; all must ask for it."""
-        return Collected(self.optimizer.state_tensors(), self.gathered())
+        pairs, average = self.gathered(), self._averages()
+        evaluated = pairs
+        if average and self.config.eval_ema:
+            with self.output_weights():
+                evaluated = self.gathered()
+        return Collected(self.optimizer.state_tensors(), average, pairs, evaluated)
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The average of all processes' weights, where there is one; all must ask for it."""
+        if self.average is None:
+            return {}
+        return gathered_experts(self.model, self.average.state_tensors())
 
     def resume(self, checkpoints: CheckpointStore, going: Going) -> Resumed:
         """Where the run goes on, its weights and optimizer restored, as `--resume` asks for.
@@ -227,11 +247,6 @@ class RunState:
         going = Going(policy, warmup_of(state, self.identity))
         return Progress(**state["progress"]), going, loaded
 
-    def _average_tensors(self) -> dict[str, dict[str, Tensor]]:
-        if self.average is None:
-            return {}
-        return {"ema": {k: v.cpu() for k, v in self.average.state_tensors().items()}}
-
     def take(self, loaded: LoadedCheckpoint) -> None:
         """Take the weights and the optimizer's state of a checkpoint. Raises `CheckpointError`."""
         self._restore(loaded)
@@ -242,18 +257,24 @@ class RunState:
 
         The first has them of a checkpoint, from which it gives others the experts that they have.
         """
-        averages = {} if self.average is None else self.average.state_tensors()
-        own, pairs = self.weights(), self.gathered()
+        averages, own, pairs = self._averages(), self.weights(), self.gathered()
         whole = own if pairs is None else self.weights(pairs)
         names = sorted(whole)
         with torch.no_grad():
             if pairs is not None and loaded is not None:
                 for name, tensor in loaded.tensors("weights").items():
                     whole[name].copy_(tensor)
+                for name, tensor in loaded.tensors("ema").items() if averages else ():
+                    averages[name].copy_(tensor)
             given = [*(whole[name] for name in names), *averages.values()]
             broadcast_tensors(group.ranks, given)
-            for name, tensor in own.items() if pairs is not None else ():
+            if pairs is None:
+                return
+            for name, tensor in own.items():
                 tensor.copy_(whole[name])
+            if self.average is not None:
+                parts = own_experts(self.model, averages)
+                self.average.load_state_tensors(parts, self.average.updates)
 
     def take_best(self, group: Group, checkpoints: CheckpointStore, step: int) -> None:
         """All processes take the weights of the checkpoint of `step`. Raises `CheckpointError`."""
@@ -277,7 +298,8 @@ class RunState:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         if self.average is not None:
-            self.average.load_state_tensors(loaded.tensors("ema"), loaded.state["ema_updates"])
+            averages = own_experts(self.model, loaded.tensors("ema"))
+            self.average.load_state_tensors(averages, loaded.state["ema_updates"])
 
     def _names_of_experts(self) -> set[str]:
         """The names of all experts' tensors, where processes divide them."""
@@ -289,20 +311,28 @@ class RunState:
 
     def follow_output(self, source: ModelSource) -> None:
         """What other processes do while the first one is in `write_output`."""
-        self.gathered()
+        self._gathered_output()
+
+    def _gathered_output(self) -> tuple[Pairs | None, Pairs | None]:
+        """The pairs of all processes, those of the last step and those of the result."""
+        last = self.gathered()
+        if self.average is None:
+            return last, last
+        with self.output_weights():
+            return last, self.gathered()
 
     def write_output(self, source: ModelSource, directory: Path) -> Path:
         """The adapter with PEFT's names, or after full fine-tuning the whole model.
 
         Of averaged weights, and those of the last step beside it under `WITHOUT_EMA`.
         """
-        pairs = self.gathered()
+        pairs, averaged = self._gathered_output()
         if self.average is None:
             return self._write_result(source, directory, pairs=pairs)
-        last = self._write_result(source, directory, WITHOUT_EMA)
+        last = self._write_result(source, directory, WITHOUT_EMA, pairs)
         with self.output_weights():
-            output = self._write_result(source, directory)
-        log.info("%s has the averaged weights, %s those of the last step", output, last)
+            output = self._write_result(source, directory, pairs=averaged)
+        log.info(TWO_RESULTS, output, last)
         return output
 
     def _write_result(
@@ -365,3 +395,7 @@ class RunState:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "engine_version": version(),
         }
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}

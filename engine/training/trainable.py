@@ -23,6 +23,8 @@ from models.config.model_config import ModelConfig
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.memory.lasting import keep_decoded
+from models.memory.sharded_parameters import ShardedParameters
+from models.sharding import trained_pieces
 from models.weight_average import WeightAverage
 from optim import (
     Adafactor,
@@ -173,9 +175,12 @@ def least_8bit(config: TrainConfig) -> int:
 
 
 def make_average(model: Decoder, config: TrainConfig) -> WeightAverage | None:
-    """The moving average of the trained weights, where `config` asks for one."""
+    """The moving average of what this process trains, where `config` asks for one."""
     if config.ema_decay is None:
         return None
+    if isinstance(model.weight_stream, ShardedParameters):
+        pieces = [(piece.name, piece.parameter) for piece in trained_pieces(model)]
+        return WeightAverage(pieces, config.ema_decay)
     return WeightAverage(model.named_parameters(), config.ema_decay)
 
 

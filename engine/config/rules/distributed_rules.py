@@ -72,13 +72,6 @@ _EXPERTS = (
         "expert_parallel divides them among processes.",
         "Give optimizer adamw8bit, adamw or lion8bit",
     ),
-    Rule(
-        "expert_parallel",
-        lambda c, _: c.expert_parallel > 1 and c.ema_decay is not None,
-        "expert_parallel has each process train experts of its own, and ema_decay averages what "
-        "all processes have.",
-        "Leave one of them out",
-    ),
 )
 
 DISTRIBUTED_RULES = (
@@ -139,13 +132,6 @@ DISTRIBUTED_RULES = (
         "shard weights with method {c.method} divides the head by vocabulary, and only the loss of "
         "next tokens is computed from parts of it.",
         "Leave out --shard weights, or train an adapter",
-    ),
-    Rule(
-        "shard",
-        lambda c, _: _divides_trained(c) and c.ema_decay is not None,
-        "shard weights with method {c.method} divides the parameters that are trained, and "
-        "ema_decay averages whole ones.",
-        "Leave one of them out",
     ),
     Rule(
         "shard",

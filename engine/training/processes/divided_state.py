@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from engine.distributed.group import Group
 from engine.distributed.messages import broadcast_text
-from engine.distributed.piece_states import piece_states, restore_pieces
+from engine.distributed.piece_states import own_parts, piece_states, restore_pieces
 from engine.errors import CheckpointError, EngineError
 from engine.model_sources.export import export_hf_directory
 from engine.model_sources.gathered_source import GatheredSource
 from engine.model_sources.interface.model_source import ModelSource
 from engine.runs.checkpoints import CheckpointStore, LoadedCheckpoint
+from engine.runs.output import TWO_RESULTS, WITHOUT_EMA
 from engine.storage import durable
 from engine.training.loop import Progress
 from engine.training.processes.shard_files import ShardFiles, ShardTensors
@@ -29,6 +31,8 @@ from models.memory.sharded_parameters import ParameterPiece
 from models.sharding import finish_gradients, sharded_parameters, trained_pieces
 from optim import StepOptimizer
 from optim.clip import norm_over_ranks
+
+log = logging.getLogger(__name__)
 
 
 class DividedStep:
@@ -97,7 +101,9 @@ class DividedState(RunState):
             "weights": {piece.name: piece.parameter.detach() for piece in pieces},
             "optimizer": piece_states(self.own, pieces),
         }
-        return CollectedShards({}, shards=ShardFiles(self.ranks, step, files))
+        if self.average is not None:
+            files["ema"] = self.average.state_tensors()
+        return CollectedShards({}, {}, shards=ShardFiles(self.ranks, step, files))
 
     def save(
         self,
@@ -121,6 +127,9 @@ class DividedState(RunState):
                 "from it without --shard weights."
             )
 
+        if self.average is not None:
+            self.average.updates = loaded.state["ema_updates"]
+
     def take(self, loaded: LoadedCheckpoint) -> None:
         """Nothing yet: `share` lets every process read its part."""
         self._restore(loaded)
@@ -132,29 +141,76 @@ class DividedState(RunState):
         count, skipped = map(int, broadcast_text(group.ranks, told).split())
         every = partial(self._saved_by_all, Path(path), count)
         try:
+            averages = self._averages_of(every)
             restore_pieces(self.own, self.pieces, every("weights"), every("optimizer"))
         except ValueError as error:
             raise CheckpointError(
                 f"{path} holds other weights than this run trains: {error}."
             ) from error
         self.own.set_skipped(skipped)
+        if self.average is not None:
+            self.average.load_state_tensors(averages, self.average.updates)
         sharded_parameters(self.model).forget()
+
+    def _averages_of(
+        self, every: Callable[[str], Sequence[Mapping[str, Tensor]]]
+    ) -> dict[str, Tensor]:
+        """This process's part of the average in a checkpoint."""
+        if self.average is None:
+            return {}
+        return own_parts(self.pieces, self.average.state_tensors(), every("ema"))
+
+    @contextmanager
+    def output_weights(self) -> Iterator[None]:
+        """Inside, the model has the weights of the result: their average, where there is one."""
+        if self.average is None:
+            yield
+            return
+        # What was gathered is of the weights before, at either end.
+        try:
+            with self.average.applied():
+                sharded_parameters(self.model).forget()
+                yield
+        finally:
+            sharded_parameters(self.model).forget()
 
     def _saved_by_all(self, path: Path, count: int, kind: str) -> list[ShardTensors]:
         return [ShardTensors(path, kind, rank) for rank in range(count)]
 
     def follow_output(self, source: ModelSource) -> None:
         """Give the first process the parts of this one, while it writes the model."""
-        GatheredSource(source, self.model, self.stops).follow()
+        if self.average is not None:
+            self._gathered_source(source).follow()
+        with self.output_weights():
+            self._gathered_source(source).follow()
 
     def write_output(self, source: ModelSource, directory: Path) -> Path:
-        """The whole model, of which one layer at a time is in memory."""
-        target = directory / "model"
-        whole = GatheredSource(source, self.model, self.stops)
+        """The whole model, of which one layer at a time is in memory.
+
+        Of averaged weights, and those of the last step beside it under `WITHOUT_EMA`.
+        """
+        output, last = directory / "model", directory / f"model{WITHOUT_EMA}"
+        try:
+            if self.average is not None:
+                self._write_model(source, last)
+        except (OSError, EngineError):
+            with self.output_weights():
+                self._gathered_source(source).follow()
+            raise
+        with self.output_weights():
+            self._write_model(source, output)
+        if self.average is not None:
+            log.info(TWO_RESULTS, output, last)
+        return output
+
+    def _write_model(self, source: ModelSource, target: Path) -> None:
+        whole = self._gathered_source(source)
         try:
             durable.remove_tree(target)  # of a run that had ended and was resumed
             export_hf_directory(whole, target)
         except (OSError, EngineError):
             whole.finish()
             raise
-        return target
+
+    def _gathered_source(self, source: ModelSource) -> GatheredSource:
+        return GatheredSource(source, self.model, self.stops)

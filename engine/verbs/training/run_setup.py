@@ -102,7 +102,8 @@ class RunSetup:
         if weights is None or not self.config.every_weight:
             return whole
         known = whole.identity, whole.model, whole.optimizer, whole.init, whole.stops
-        return DividedState(*known, ranks=weights, own=self.optimizer)
+        average = whole.average
+        return DividedState(*known, average=average, ranks=weights, own=self.optimizer)
 
     def _warn_of_long_memory(self) -> None:
         decay, steps = self.config.ema_decay, self.prepared.total_steps

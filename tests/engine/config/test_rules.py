@@ -114,11 +114,9 @@ DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"expert_parallel": 2, "gpus": 2, "method": "full"}, Facts()),
     ({"expert_parallel": 2, "gpus": 2, "mlp_tile_tokens": 64}, Facts()),
     ({"expert_parallel": 2, "gpus": 2, "optimizer": "adafactor"}, Facts()),
-    ({"expert_parallel": 2, "gpus": 2, "ema_decay": 0.9}, Facts()),
     ({"shard": "weights"}, Facts(processes=1)),
     (DIVIDED | {"optimizer": "muon"}, Facts()),
     (DIVIDED | {"teacher": "t"}, Facts()),
-    (DIVIDED | {"ema_decay": 0.9}, Facts()),
     ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
     ({"shard": "weights", "gpus": 2, "modules_to_save": ("lm_head",)}, Facts()),
 ]

@@ -21,13 +21,15 @@ from engine.distributed.mesh import Mesh, MeshSizes
 from engine.errors import ConfigError
 from engine.model_sources.load_model import LayerPlacement
 from engine.runs.identity import RunIdentity
-from engine.training.processes.together import Optimization
-from engine.training.saving import RunState
+from engine.training.loop import Progress
+from engine.training.processes.together import Optimization, resumed_together
+from engine.training.saving import Going, RunState
 from engine.training.step import StepResult, TrainingStep
+from engine.training.trainable import make_average
 from kernels.runtime.ranks import Ranks
 from models.layers.packed_batch import PackedBatch
 from models.memory.sharded_parameters import ParameterPiece
-from models.over_ranks import split_context, trained_elements
+from models.over_ranks import gathered_experts, split_context, trained_elements
 from tests.engine.distributed.test_data_parallel import COST, LENGTHS, WideAdamW
 from tests.engine.distributed.test_processes import adapter, finished, lines, words
 from tests.models.test_sharding import built
@@ -53,13 +55,18 @@ def shares(step: tuple[tuple[int, ...], ...], ranks: Ranks) -> list[PackedBatch]
 
 
 class Loaded:
-    """A checkpoint in memory."""
+    """A checkpoint in memory, and what has no other."""
 
-    def __init__(self, saved: dict[str, dict[str, Tensor]]) -> None:
-        self._saved = saved
+    path = Path("checkpoint-2")
+
+    def __init__(self, saved: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        self._saved, self.state = saved, state
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         return self._saved[stem]
+
+    def resume(self, _: str | None) -> Loaded:
+        return self
 
 
 class Trained:
@@ -73,11 +80,12 @@ class Trained:
         if mesh.context.size > 1:
             split_context(self.model, mesh.context)
         self.optimization = Optimization.of(self.model, config, mesh)
-        identity = RunIdentity(config, {}, 1)
-        self.state = RunState(identity, self.model, self.optimization.state)
-        parallel = self.optimization.parallel
+        average = make_average(self.model, config)
+        known = RunIdentity(config, {"base": "b"}, 1), self.model, self.optimization.state
+        self.state = RunState(*known, average=average)
+        optimizer, parallel = self.optimization.optimizer, self.optimization.parallel
         self.step = TrainingStep(
-            self.model, self.optimization.optimizer, max_grad_norm=0.05, parallel=parallel
+            self.model, optimizer, max_grad_norm=0.05, parallel=parallel, average=average
         )
 
     def steps(self, begin: int = 0, end: int = len(STEPS)) -> list[StepResult]:
@@ -86,20 +94,22 @@ class Trained:
     def saved(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds, by file."""
         collected = self.state.collected(0)
-        weights = self.state.weights(collected.pairs)
+        tensors = {
+            "weights": self.state.weights(collected.pairs),
+            "optimizer": collected.optimizer,
+            "ema": collected.average,
+        }
         return {
-            "weights": {name: value.detach().clone() for name, value in weights.items()},
-            "optimizer": {name: value.clone() for name, value in collected.optimizer.items()},
+            kind: {name: value.detach().clone() for name, value in named.items()}
+            for kind, named in tensors.items()
         }
 
-    def restored(self, saved: dict[str, dict[str, Tensor]]) -> Trained:
+    def restored(self, saved: dict[str, dict[str, Tensor]], updates: int) -> Trained:
         """This rank, going on from what others saved; only the first has read it."""
-        state = cast(Any, self.optimization.state)
-        if self.mesh.every.rank == 0:
-            state.load_state_tensors(saved["optimizer"])
-        loaded = cast(Any, Loaded(saved)) if self.mesh.every.rank == 0 else None
-        self.state.share(Group(self.mesh.every), loaded)
-        state.spread()
+        group, how = Group(self.mesh.every), Going("none", 0)
+        state = self.state.facts(Progress(step=2), how) | {"ema_updates": updates}
+        loaded = cast(Any, Loaded(saved, state)) if group.leads else None
+        resumed_together(self.state, loaded, how, group)
         return self
 
 
@@ -147,7 +157,7 @@ CASES = [
 def test_what_is_divided_is_trained_as_the_whole(
     size: int, sizes: MeshSizes, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, eps = settings("adamw"), 1e-6 if dtype == torch.float32 else 1e-12
+    config, eps = settings("adamw", ema_decay=0.5), 1e-6 if dtype == torch.float32 else 1e-12
     if dtype == torch.float64:
         monkeypatch.setattr("engine.training.processes.together.optimizer_over", wide)
         monkeypatch.setattr("engine.training.processes.together.piece_optimizer", wide_pieces)
@@ -156,7 +166,9 @@ def test_what_is_divided_is_trained_as_the_whole(
         one = Trained(mesh, config, dtype)
         results, pairs = one.steps(), one.state.gathered()
         weights = {name: value.clone() for name, value in one.state.weights(pairs).items()}
-        return results, weights, trained_elements(one.model)
+        assert one.state.average is not None
+        averages = gathered_experts(one.model, one.state.average.state_tensors())
+        return results, weights | averages, trained_elements(one.model)
 
     results, weights, elements = trained(Mesh())
     for told, ours, count in run_on_mesh(size, sizes, trained):
@@ -172,23 +184,24 @@ def test_what_is_divided_is_trained_as_the_whole(
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion8bit", "adamw"])
 def test_any_number_of_ranks_goes_on_from_what_others_saved(optimizer: str) -> None:
     """What one saved is taken, and saved again, to the bits, whatever divides it."""
-    config = settings(optimizer, learning_rate=1e-3)
+    config = settings(optimizer, learning_rate=1e-3, ema_decay=0.5)
     begun = whole(config)
     begun.steps(0, 2)
     first = begun.saved()
     begun.steps(2)
 
     def work(mesh: Mesh) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-        one = Trained(mesh, config, torch.float32).restored(first)
+        one = Trained(mesh, config, torch.float32).restored(first, 2)
         before = one.saved()
         one.steps(2)
         return before, one.saved()
 
     for size, experts in ((2, 2), (3, 3), (4, 2)):
         for before, after in run_on_mesh(size, MeshSizes(experts=experts), work):
-            for kind in ("weights", "optimizer"):
+            for kind in ("weights", "optimizer", "ema"):
                 assert_alike(before[kind], first[kind], 0.0)
-            assert_alike(after["weights"], begun.saved()["weights"], 2e-6)
+            for kind in ("weights", "ema"):
+                assert_alike(after[kind], begun.saved()[kind], 2e-6)
 
 
 def test_blocks_of_states_that_hold_experts_of_two_processes_are_refused(
@@ -227,7 +240,10 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PLAIN = ("--lora-dropout", "0", "--eps", "1e-4", "--method", "qlora")
+PLAIN = (
+    *("--lora-dropout", "0", "--eps", "1e-4", "--method", "qlora"),
+    *("--ema-decay", "0.7", "--eval-ema", "--eval-every", "4", "--load-best-at-end"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +283,8 @@ def test_any_number_of_processes_goes_on(divided: Path, first: str, more: tuple[
 def assert_same_run(folder: Path, name: str) -> None:
     for mine, other in zip(lines(folder, name), lines(folder, "alone"), strict=True):
         assert mine["trained_tokens"] == other["trained_tokens"]
+        assert mine.get("eval_loss", 0) == pytest.approx(other.get("eval_loss", 0), rel=1e-5)
         assert mine["loss"] == pytest.approx(other["loss"], rel=2e-6)
-    ours, theirs = adapter(folder, name), adapter(folder, "alone")
-    assert_alike(ours, theirs, 5e-6)
+    best = json.loads((folder / name / "summary.json").read_text())["metrics"]["best_step"]
+    for result in ("adapter", "adapter-without-ema", f"checkpoint-{best}/adapter"):
+        assert_alike(adapter(folder, name, result), adapter(folder, "alone", result), 5e-6)

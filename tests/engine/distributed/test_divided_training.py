@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from engine.runs.identity import RunIdentity
 from engine.training.loop import Progress
 from engine.training.processes import shard_files
 from engine.training.processes.divided_state import DividedState
-from engine.training.processes.together import Optimization
+from engine.training.processes.together import Optimization, resumed_together
 from engine.training.saving import Going
 from engine.training.step import StepResult, TrainingStep
+from engine.training.trainable import make_average
 from kernels.runtime.ranks import Ranks
 from models.layers.packed_batch import PackedBatch
 from models.sharding import WholeParameters, shard_parameters
@@ -42,10 +45,10 @@ STEPS = (((0, 1, 2), (3, 4, 5)), ((6, 7, 0), (2,)), ((3,),), ((1, 2), (7,)))
 Told = tuple[list[StepResult], dict[str, Tensor]]
 
 
-def settings(optimizer: str) -> TrainConfig:
+def settings(optimizer: str, **more: Any) -> TrainConfig:
     # A larger eps: gradients that are all rounding must not move a weight by the rate.
     rates: dict[str, Any] = {"learning_rate": 1e-2, "eps": 1e-3, "weight_decay": 0.01}
-    return TrainConfig(model="m", data="d", method="full", optimizer=optimizer, **rates)
+    return TrainConfig(model="m", data="d", method="full", optimizer=optimizer, **rates | more)
 
 
 class Trained:
@@ -61,11 +64,13 @@ class Trained:
         mesh = Mesh(ranks, ranks, weights=weights)
         self.optimization = Optimization.of(self.model, config, mesh)
         optimizer, parallel = self.optimization.optimizer, self.optimization.parallel
-        self.step = TrainingStep(self.model, optimizer, max_grad_norm=0.05, parallel=parallel)
-        identity = RunIdentity(config, {"base": "b"}, 1)
-        self.state = DividedState(
-            identity, self.model, self.optimization.state, ranks=ranks, own=optimizer
+        average = make_average(self.model, config)
+        self.step = TrainingStep(
+            self.model, optimizer, max_grad_norm=0.05, parallel=parallel, average=average
         )
+        identity = RunIdentity(config, {"base": "b"}, 1)
+        known = identity, self.model, self.optimization.state
+        self.state = DividedState(*known, average=average, ranks=ranks, own=optimizer)
 
     def steps(self, begin: int = 0, end: int = len(STEPS)) -> list[StepResult]:
         return [self.step(self._shares(n), n) for n in range(begin, end)]
@@ -77,7 +82,19 @@ class Trained:
         return own + [PackedBatch.idle()] * (max(map(len, dealt)) - len(own))
 
     def weights(self) -> dict[str, Tensor]:
-        """Whole parameters."""
+        """Whole parameters, and behind them their averages where there are some."""
+        averaged = {f"{name} on average": tensor for name, tensor in self._averages().items()}
+        return self._whole() | averaged
+
+    def _averages(self) -> dict[str, Tensor]:
+        if self.state.average is None:
+            return {}
+        if self.ranks.size == 1:
+            return {name: x.clone() for name, x in self.state.average.state_tensors().items()}
+        with self.state.output_weights():
+            return self._whole()
+
+    def _whole(self) -> dict[str, Tensor]:
         if self.ranks.size == 1:
             return {name: p.detach().clone() for name, p in self.model.named_parameters()}
         whole = WholeParameters(self.model)
@@ -95,11 +112,12 @@ class Trained:
 
     def restored(self, root: Path, step: int) -> Trained:
         """This rank, going on from a checkpoint; the first alone verifies it."""
-        loaded = None
-        if self.ranks.rank == 0:
-            with CheckpointStore(root) as store:
-                loaded = store.load(store.path_of(step))
-        self.state.share(Group(self.ranks), loaded)
+        group, fresh = Group(self.ranks), Going("none", 0)
+        config = self.state.config.model_copy(update={"resume": str(root / f"checkpoint-{step}")})
+        state = replace(self.state, identity=replace(self.state.identity, config=config))
+        with CheckpointStore(root) if group.leads else nullcontext() as store:
+            progress, _ = resumed_together(state, store, fresh, group)
+        assert progress.step == step
         return self
 
 
@@ -128,7 +146,7 @@ def test_parts_are_trained_as_the_whole(
         monkeypatch.setattr(f"engine.training.processes.together.{name}", wide)
 
     def work(ranks: Ranks) -> Told:
-        one = Trained(ranks, settings("adamw"), torch.float64, family)
+        one = Trained(ranks, settings("adamw", ema_decay=0.5), torch.float64, family)
         return one.steps(), one.weights()
 
     (alone,) = run_ranks(1, work)
@@ -146,10 +164,12 @@ def test_in_single_precision() -> None:
         assert_alike(one, alone, 2e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion8bit"])
-def test_a_divided_checkpoint_is_taken_by_any_number(optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "decay"), [("adamw8bit", None), ("lion8bit", 0.5)])
+def test_a_divided_checkpoint_is_taken_by_any_number(
+    optimizer: str, decay: float | None, tmp_path: Path
+) -> None:
     """The same number goes on to the same bits; others take the same weights and states."""
-    config = settings(optimizer)
+    config = settings(optimizer, ema_decay=decay)
 
     def begin(ranks: ThreadRanks) -> tuple[dict[str, Tensor], Told]:
         one = Trained(ranks, config, torch.float32)
@@ -160,9 +180,8 @@ def test_a_divided_checkpoint_is_taken_by_any_number(optimizer: str, tmp_path: P
     (saved, undisturbed), *_ = run_ranks(2, begin)
     folder = tmp_path / "checkpoint-2"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors")}
-    assert names == {
-        f"{kind}/rank-{rank}.safetensors" for kind in ("weights", "optimizer") for rank in range(2)
-    }
+    kinds = ("weights", "optimizer") if decay is None else ("weights", "optimizer", "ema")
+    assert names == {f"{kind}/rank-{rank}.safetensors" for kind in kinds for rank in range(2)}
 
     def go_on(ranks: ThreadRanks) -> tuple[dict[str, Tensor], Told]:
         one = Trained(ranks, config, torch.float32).restored(tmp_path, 2)
@@ -227,6 +246,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 PLAIN = (
     *("--lora-dropout", "0", "--method", "full", "--optimizer", "adamw"),
     *("--eps", "1e-3", "--learning-rate", "1e-3"),
+    *("--ema-decay", "0.7", "--eval-ema", "--eval-every", "4", "--load-best-at-end"),
 )
 
 
@@ -251,6 +271,7 @@ def test_processes_write_parts_and_one_model(alone: Path) -> None:
 def assert_same_run(folder: Path, name: str) -> None:
     for mine, other in zip(lines(folder, name), lines(folder, "alone"), strict=True):
         assert mine["trained_tokens"] == other["trained_tokens"]
+        assert mine.get("eval_loss", 0) == pytest.approx(other.get("eval_loss", 0), rel=1e-5)
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     figures = [
@@ -259,9 +280,10 @@ def assert_same_run(folder: Path, name: str) -> None:
     ]
     assert figures[0]["trainable_parameters"] == figures[1]["trainable_parameters"]
     assert figures[0]["heldout_loss"] == pytest.approx(figures[1]["heldout_loss"], rel=1e-5)
-    ours, theirs = (
-        load_file(folder / run / "model" / "model.safetensors") for run in (name, "alone")
-    )
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-5, msg=key)
+    for result in ("model", "model-without-ema"):
+        ours, theirs = (
+            load_file(folder / run / result / "model.safetensors") for run in (name, "alone")
+        )
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=0, atol=1e-5, msg=key)

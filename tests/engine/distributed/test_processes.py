@@ -64,9 +64,9 @@ def finished(*command: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-def adapter(folder: Path, name: str) -> dict[str, torch.Tensor]:
+def adapter(folder: Path, name: str, result: str = "adapter") -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = load_file(
-        folder / name / "adapter/adapter_model.safetensors"
+        folder / name / result / "adapter_model.safetensors"
     )
     return tensors
 

@@ -26,7 +26,7 @@ from engine.memory.simulate.observer import observed, track_model, track_paralle
 from engine.model_sources.load_model import build_for
 from engine.training.processes.together import Optimization
 from engine.training.step import StepRanks, TrainingStep
-from engine.training.trainable import make_trainable, step_settings
+from engine.training.trainable import make_average, make_trainable, step_settings
 from kernels.runtime.ranks import ONE_RANK, Transfer
 from models.config.model_config import ModelConfig
 from models.over_ranks import split_context
@@ -64,6 +64,7 @@ MODES: dict[str, dict[str, Any]] = {
     "divided dense base": DIVIDED | {"method": "lora"},
     "divided training": DIVIDED | {"method": "full"},
     "divided training, two passes": DIVIDED | {"method": "full", "accumulate": 2},
+    "averaged divided training": DIVIDED | {"method": "full", "ema_decay": 0.9},
     "context": {"context_parallel": 2, "gradient_checkpointing": "none"},
     "context of a divided base": DIVIDED | {"context_parallel": 2, "accumulate": 2},
     "context of divided training": DIVIDED | {"context_parallel": 2, "method": "full"},
@@ -71,7 +72,12 @@ MODES: dict[str, dict[str, Any]] = {
 """Ways to train together, of a dense model."""
 MIXED: dict[str, dict[str, Any]] = {
     "experts": {"expert_parallel": 2},
-    "experts in two passes": {"expert_parallel": 2, "accumulate": 2, "method": "lora"},
+    "averaged experts in two passes": {
+        "expert_parallel": 2,
+        "accumulate": 2,
+        "method": "lora",
+        "ema_decay": 0.9,
+    },
     "experts and a divided base": DIVIDED | {"expert_parallel": 2},
     "experts and context": {"expert_parallel": 2, "context_parallel": 2},
     "everything": DIVIDED | {"expert_parallel": 2, "context_parallel": 2},
@@ -122,8 +128,13 @@ def second_step(mesh: Mesh, raw: dict[str, Any], config: TrainConfig) -> tuple[i
     track_parallel(meter, optimization.parallel)
     meter.track("batch", [t for b in batches for t in b.tensors()])
     meter.track("optimiser", optimization.optimizer.state_tensors().values())
+    average = make_average(model, config)
+    if average is not None:
+        meter.track("moving average", average.state_tensors().values())
     how, parallel = step_settings(config), optimization.parallel
-    step = TrainingStep(model, optimization.optimizer, how, config.max_grad_norm, parallel=parallel)
+    step = TrainingStep(
+        model, optimization.optimizer, how, config.max_grad_norm, parallel=parallel, average=average
+    )
     groups = {id(g): g for g in (mesh.every, mesh.data, mesh.context, mesh.experts, mesh.replicas)}
     sent = [g.sent for g in groups.values() if isinstance(g, ThreadRanks)]
     with observed(meter, fresh_scratch=True), meter:
