@@ -11,8 +11,10 @@ from kernels.few_rows.project import multiply_head
 from kernels.linear.dense import dense_product
 from kernels.loss.cross_entropy import PLAIN, LossTerms
 from kernels.loss.linear_cross_entropy import Head, head_logits, linear_cross_entropy
+from kernels.loss.linear_preference import sequence_log_probs
 from kernels.vocabulary.shard import VocabularyShard
 from kernels.vocabulary.sharded_cross_entropy import sharded_cross_entropy, sharded_logits
+from kernels.vocabulary.sharded_log_probs import sharded_log_probs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +30,8 @@ class OutputHead:
         if self.shard is not None:
             raise ValueError(
                 "the output head is divided among ranks, and what is asked for needs all of its "
-                "rows: only the loss of next tokens and generation do without; divide the layers' "
-                "weights alone"
+                "rows: losses of next tokens and of answers, and generation, do without; divide "
+                "the layers' weights alone"
             )
         return self.weight
 
@@ -48,6 +50,22 @@ class OutputHead:
                 trained, self.weight, targets, num_items, chunk, weights, terms
             )
         return sharded_cross_entropy(trained, self.shard, targets, num_items, chunk, weights, terms)
+
+    def log_probs(
+        self,
+        trained: Tensor,
+        targets: Tensor,
+        slots: Tensor,
+        shape: tuple[int, int],
+        chunk: int | None = None,
+    ) -> Tensor:
+        """log p (S,) of sequences of trained tokens (n, H) after the final norm.
+
+        `slots` and `shape` are those of `kernels.loss.linear_preference`.
+        """
+        if self.shard is None:
+            return sequence_log_probs(trained, self.weight, targets, slots, shape, chunk)
+        return sharded_log_probs(trained, self.shard, targets, slots, shape, chunk)
 
     def logits(self, x: Tensor) -> Tensor:
         """x (N, H) after the final norm -> (N, V), with gradients where the head is dense."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.loss.linear_preference import sequence_log_probs
 from kernels.runtime.ranks import Ranks
 from models.decoder import Decoder
 from models.layers.context import DEFAULT_SETTINGS, StepSettings
@@ -44,14 +43,8 @@ def batch_log_probs(
     x = model.hidden_states(batch, settings, routed)
     trained = model.model.norm(x.index_select(0, batch.trained))
     sequences = sequences_of(batch)
-    sums = sequence_log_probs(
-        trained,
-        model.head_weight(),
-        batch.targets,
-        sequences.slots,
-        sequences.shape,
-        settings.loss_chunk_tokens,
-    )
+    where = sequences.slots, sequences.shape
+    sums = model.head.log_probs(trained, batch.targets, *where, settings.loss_chunk_tokens)
     ranks = model.context_ranks
     if ranks.size > 1:
         sums = summed(sums, ranks)

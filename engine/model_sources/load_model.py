@@ -217,9 +217,10 @@ def build_for(
 def divides_vocabulary(config: TrainConfig) -> bool:
     """Whether ranks that divide layers divide the rows of embedding and head too.
 
-    They do where the objective is one of next tokens alone and reads none of them on the host.
+    They do where they are trained, and else where the objective is one of next tokens alone and
+    reads none of them on the host.
     """
-    return not (
+    return config.every_weight or not (
         config.learns_answers or config.teacher is not None or config.embedding_on == "host"
     )
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.config.train_config import TrainConfig
 from engine.data.batches.sequences import AnswerSet
+from engine.distributed.mesh import ALONE_MESH, Mesh
 from engine.model_sources.adapter.starting_point import InitAdapter
-from engine.model_sources.load_model import build_for
+from engine.model_sources.load_model import build_for, divides_vocabulary
 from engine.model_sources.open import open_model_source
 from engine.model_sources.quantised.fates import run_fate, say
 from engine.provenance import version
@@ -50,6 +51,7 @@ class RunReference:
     settings: StepSettings
     device: torch.device
     dtype: torch.dtype
+    mesh: Mesh = ALONE_MESH
     trained: Tensor | None = None
     heldout: Tensor | None = None
 
@@ -65,7 +67,8 @@ class RunReference:
 
         def loaded() -> Decoder:
             nonlocal model
-            model = model or build_for(config, source, self.device, self.dtype)
+            placed = self.device, self.dtype, self.mesh.weights
+            model = model or build_for(config, source, *placed)
             return model
 
         self._measure(loaded)
@@ -87,17 +90,20 @@ class RunReference:
 
         def made() -> Tensor:
             log.info("the reference reads %d rows once", len(rows))
-            return reference_log_probs(model(), answers, rows, self.settings, judged)
+            what = model(), answers, rows, self.settings, judged
+            return reference_log_probs(*what, self.mesh.every)
 
         facts = self._facts() | {"rows": answers.digest(rows), "judged": judged}
         folder = cache_of(self.prepared.config.reference_cache)
-        return stored_or_made(folder, facts, (len(answers.examples), 2), made)
+        return stored_or_made(folder, facts, (len(answers.examples), 2), made, self.mesh.every)
 
     def _facts(self) -> dict[str, object]:
         """What decides the values beside the rows."""
         prepared, config = self.prepared, self.prepared.config
         stage = stage_of(config)
         adapter = prepared.init if stage == "start" else None
+        weights = self.mesh.weights
+        heads = weights.size if weights is not None and divides_vocabulary(config) else 1
         return {
             "stage": stage,
             "model": prepared.digests["reference" if stage == "another model" else "base"],
@@ -110,6 +116,8 @@ class RunReference:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "version": version(),
+            # Sums over a divided vocabulary are rounded otherwise.
+            **({} if heads == 1 else {"ranks": heads}),
         }
 
 

@@ -47,10 +47,10 @@ def sequence_log_probs_reference(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = (hidden @ weight.to(hidden.dtype).T).to(wide)
     of_tokens = logits.log_softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
-    return _sums(of_tokens, slots, shape)
+    return sequence_sums(of_tokens, slots, shape)
 
 
-def _sums(of_tokens: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
+def sequence_sums(of_tokens: Tensor, slots: Tensor, shape: tuple[int, int]) -> Tensor:
     """of_tokens (n,) summed by sequence: (S,)."""
     padded = of_tokens.new_zeros(shape[0] * shape[1])
     return padded.index_copy(0, slots, of_tokens).view(shape).sum(1)
@@ -116,7 +116,7 @@ class _SequenceLogProbs(torch.autograd.Function):
             ctx.save_for_backward(slots, hidden, weight, targets)
         else:
             ctx.save_for_backward(slots, directions)
-        return _sums(of_tokens, slots, shape)
+        return sequence_sums(of_tokens, slots, shape)
 
     @staticmethod
     @once_differentiable
@@ -134,6 +134,21 @@ class _SequenceLogProbs(torch.autograd.Function):
         need_dhidden: bool = ctx.needs_input_grad[0]
         both = _backward_both(hidden, weight, targets, factors, ctx.rows, need_dhidden)
         return *both, *(None,) * 4
+
+
+def check_sequences(hidden: Tensor, weight: Head, targets: Tensor, slots: Tensor) -> None:
+    """Raises `ValueError` where these do not fit together (`sequence_log_probs`)."""
+    if (
+        hidden.dim() != 2
+        or targets.shape != hidden.shape[:1]
+        or slots.shape != targets.shape
+        or weight.shape[1] != hidden.shape[1]
+    ):
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)}, slots {tuple(slots.shape)} do not fit; expected (n, H), "
+            "(V, H), (n,), (n,)"
+        )
 
 
 def sequence_log_probs(
@@ -154,17 +169,7 @@ def sequence_log_probs(
     Raises `ValueError` for mismatching shapes and, in the reference on a CPU, for a target outside
     the vocabulary; on a GPU such a target makes its sequence's value NaN.
     """
-    if (
-        hidden.dim() != 2
-        or targets.shape != hidden.shape[:1]
-        or slots.shape != targets.shape
-        or weight.shape[1] != hidden.shape[1]
-    ):
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets "
-            f"{tuple(targets.shape)}, slots {tuple(slots.shape)} do not fit; expected (n, H), "
-            "(V, H), (n,), (n,)"
-        )
+    check_sequences(hidden, weight, targets, slots)
     rows = tokens_per_chunk or chunk_tokens(weight.shape[0], hidden.itemsize, gpu=hidden.is_cuda)
     result: Tensor = _SequenceLogProbs.apply(hidden, weight, targets, slots, shape, rows)
     return result

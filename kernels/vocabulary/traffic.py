@@ -21,3 +21,15 @@ def loss_bytes(
     tokens = -(-longest // size) * size
     given = 8 + tokens * (8 + 4) + tokens * width * itemsize + 4 * ranks * tokens * wide
     return given + (ranks * tokens * width * wide if gradient else 0)
+
+
+def log_prob_bytes(
+    longest: int, rows: int, width: int, itemsize: int, ranks: int, *, gradient: bool = True
+) -> int:
+    """Of log-probabilities of sequences, as above; with `gradient` of their backward pass too."""
+    wide = max(4, itemsize)
+    size = max(1, min(rows, longest))
+    tokens = -(-longest // size) * size
+    given = loss_bytes(longest, rows, width, itemsize, ranks, gradient=False)
+    again = tokens * wide + tokens * width * itemsize + ranks * tokens * width * wide
+    return given + (again if gradient else 0)

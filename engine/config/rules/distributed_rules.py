@@ -128,13 +128,6 @@ DISTRIBUTED_RULES = (
     ),
     Rule(
         "shard",
-        lambda c, _: _divides_trained(c) and (c.objective != "sft" or c.teacher is not None),
-        "shard weights with method {c.method} divides the head by vocabulary, and only the loss of "
-        "next tokens is computed from parts of it.",
-        "Leave out --shard weights, or train an adapter",
-    ),
-    Rule(
-        "shard",
         lambda c, _: c.shard != "none" and c.keep_decoded.isdecimal() and int(c.keep_decoded) > 0,
         "shard {c.shard} gathers the stored weights of each layer, and keep_decoded "
         "{c.keep_decoded} would keep decoded ones.",

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from engine.data.batches.sequences import AnswerSet
 from engine.errors import CheckpointError
+from engine.inference.perplexity import TOKENS_PER_BATCH
 from engine.storage import durable
 from engine.storage.cache_folder import cache_folder
 from engine.training.objectives.evaluation import indices_by_tokens
+from kernels.runtime.ranks import ONE_RANK, Ranks, host_maxima
 from models.decoder import Decoder
 from models.layers.context import StepSettings
 from models.layers.packed_batch import PackedBatch
@@ -37,14 +39,20 @@ _DIGEST = 32
 
 @torch.no_grad()
 def reference_log_probs(
-    model: Decoder, answers: AnswerSet, indices: Sequence[int], settings: StepSettings, judged: bool
+    model: Decoder,
+    answers: AnswerSet,
+    indices: Sequence[int],
+    settings: StepSettings,
+    judged: bool,
+    ranks: Ranks = ONE_RANK,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Tensor:
     """(examples, 2) in fp64 and host memory: log p of chosen and rejected answer by `model`.
 
     Of judged answers it is that of the answer, and of its prompt with another one's answer. Rows
-    other than `indices` are NaN.
+    other than `indices` are NaN. The batches are dealt to `ranks`, which all have the result.
     """
-    table = torch.full((len(answers.examples), 2), torch.nan, dtype=torch.float64)
+    table = torch.zeros(len(answers.examples), 2, dtype=torch.float64)
     quiet = replace(settings, router_loss=0.0, dropout_seed=None)
     was_training = model.training
     model.eval()
@@ -52,14 +60,21 @@ def reference_log_probs(
     def measured(batch: PackedBatch) -> Tensor:
         return batch_log_probs(model, batch, quiet)[0].double().cpu()
 
-    for group in indices_by_tokens(answers, indices):
-        rows = torch.tensor(group)
+    groups = list(indices_by_tokens(answers, indices, tokens_per_batch))
+    for first in range(0, len(groups), ranks.size):  # all run as many passes
+        group = groups[first + ranks.rank] if first + ranks.rank < len(groups) else []
+        rows = torch.tensor(group, dtype=torch.int64)
+        given = answers.batch(group) if group else PackedBatch.idle()
         if judged:
-            table[rows, 0] = measured(answers.batch(group))
-            table[rows, 1] = measured(answers.mismatched(group))
+            table[rows, 0] = measured(given)
+            table[rows, 1] = measured(answers.mismatched(group) if group else given)
         else:
-            table[rows] = measured(answers.batch(group)).view(-1, 2)
+            table[rows] = measured(given).view(-1, 2)
     model.train(was_training)
+    ranks.all_reduce(table).wait()
+    unread = torch.ones(len(table), dtype=torch.bool)
+    unread[torch.tensor(indices, dtype=torch.int64)] = False
+    table[unread] = torch.nan
     return table
 
 
@@ -75,15 +90,22 @@ def stored_or_made(
     facts: Mapping[str, object],
     shape: tuple[int, int],
     make: Callable[[], Tensor],
+    ranks: Ranks = ONE_RANK,
 ) -> Tensor:
-    """What is stored under `facts`, which decide all values; else what `make` gives, stored."""
+    """What is stored under `facts`, which decide all values; else what `make` gives, stored.
+
+    All of `ranks` make it together where any of them has it not.
+    """
     if folder is None:
         return make()
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     path = folder / f"{key}.reference"
-    table = _read(path, shape)
-    if table is None:
-        table = make()
+    stored = _read(path, shape)
+    (missing,) = host_maxima(ranks, float(stored is None))
+    if stored is not None and not missing:
+        return stored
+    table = make()
+    if stored is None:
         _write(path, table)
     return table
 

@@ -66,7 +66,8 @@ class RunSetup:
         self.budget = budget_of(prepared, settings, self.device, dtype, process, planned)
         plan = planned if self.budget is None else self.budget.planned
         self.planned_bytes = None if plan is None else plan.total
-        self.reference = RunReference(prepared, step_settings(settings), self.device, dtype)
+        how = step_settings(settings), self.device, dtype, mesh
+        self.reference = RunReference(prepared, *how)
         self.reference.measure_another()
         base = prepared.model_source if prepared.init is None else prepared.init.source
         say(base, run_fate(self.config, base))

@@ -43,7 +43,5 @@ def test_what_is_refused_is_what_is_listed(mode: str, method: str) -> None:
         assert got == set()
     elif mode in ("experts", "all"):
         assert got == set(OBJECTIVES)
-    elif mode == "shard":
-        assert got == set(OBJECTIVES) - {"sft"}
     else:
         assert got == {"distill"}  # which one process refuses too

@@ -116,7 +116,6 @@ DISTRIBUTED_BREAKS: list[tuple[dict[str, Any], Facts]] = [
     ({"expert_parallel": 2, "gpus": 2, "optimizer": "adafactor"}, Facts()),
     ({"shard": "weights"}, Facts(processes=1)),
     (DIVIDED | {"optimizer": "muon"}, Facts()),
-    (DIVIDED | {"teacher": "t"}, Facts()),
     ({"shard": "weights", "gpus": 2, "keep_decoded": "4"}, Facts()),
     ({"shard": "weights", "gpus": 2, "modules_to_save": ("lm_head",)}, Facts()),
 ]

@@ -21,6 +21,7 @@ from engine.distributed.deal import PassLimits, deal_by_cost
 from engine.distributed.group import Group
 from engine.distributed.mesh import Mesh
 from engine.errors import CheckpointError
+from engine.inference.perplexity import evaluate_examples
 from engine.model_sources.safetensors.file import save_file
 from engine.runs.checkpoints import CheckpointStore
 from engine.runs.identity import RunIdentity
@@ -100,6 +101,15 @@ class Trained:
         whole = WholeParameters(self.model)
         return {name: whole.parameter(name).clone() for name in whole.shapes}
 
+    def evaluated(self) -> list[float]:
+        """The loss with the averaged weights, and with those of the last step again."""
+        rows = random_examples(1, LENGTHS)
+        average, divided = self.state.average, self.ranks.size > 1
+        assert average is not None
+        with self.state.output_weights() if divided else average.applied():
+            inside = evaluate_examples(self.model, rows, ranks=self.ranks).loss
+        return [inside, evaluate_examples(self.model, rows, ranks=self.ranks).loss]
+
     def save(self, root: Path, step: int) -> None:
         """A checkpoint, as a run writes it."""
         collected = self.state.collected(step)
@@ -145,13 +155,15 @@ def test_parts_are_trained_as_the_whole(
     for name in ("optimizer_over", "piece_optimizer"):
         monkeypatch.setattr(f"engine.training.processes.together.{name}", wide)
 
-    def work(ranks: Ranks) -> Told:
+    def work(ranks: Ranks) -> tuple[Told, list[float]]:
         one = Trained(ranks, settings("adamw", ema_decay=0.5), torch.float64, family)
-        return one.steps(), one.weights()
+        return (one.steps(), one.weights()), one.evaluated()
 
-    (alone,) = run_ranks(1, work)
-    for one in run_ranks(size, work):
+    ((alone, losses),) = run_ranks(1, work)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+    for one, evaluated in run_ranks(size, work):
         assert_alike(one, alone, 1e-12)
+        assert evaluated == pytest.approx(losses, rel=1e-12)
 
 
 def test_in_single_precision() -> None:
@@ -234,7 +246,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("divided")
     write_tiny_model(folder / "model")
     rows = [
-        {"prompt": f"What is {n}? " * (1 + n % 3), "response": f"It is {n}. " * (1 + n % 5)}
+        {
+            "prompt": f"What is {n}? " * (1 + n % 3),
+            "chosen": f"It is {n}. " * (1 + n % 5),
+            "rejected": f"No {n}. " * (1 + n % 4),
+        }
         for n in range(24)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -244,6 +260,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PLAIN = (
+    *("--objective", "dpo", "--beta", "0.02", "--reference-cache", "none"),
     *("--lora-dropout", "0", "--method", "full", "--optimizer", "adamw"),
     *("--eps", "1e-3", "--learning-rate", "1e-3"),
     *("--ema-decay", "0.7", "--eval-ema", "--eval-every", "4", "--load-best-at-end"),

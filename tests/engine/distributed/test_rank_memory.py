@@ -21,6 +21,7 @@ from engine.distributed.mesh import Mesh, MeshSizes
 from engine.memory.auto_policy import planned_policy
 from engine.memory.estimate import MemoryPlan, Simulations, make_batch, plan, step_of, workload
 from engine.memory.search import changed
+from engine.memory.simulate.answers import planned_objective
 from engine.memory.simulate.meter import MemoryMeter
 from engine.memory.simulate.observer import observed, track_model, track_parallel
 from engine.model_sources.load_model import build_for
@@ -65,6 +66,7 @@ MODES: dict[str, dict[str, Any]] = {
     "divided training": DIVIDED | {"method": "full"},
     "divided training, two passes": DIVIDED | {"method": "full", "accumulate": 2},
     "averaged divided training": DIVIDED | {"method": "full", "ema_decay": 0.9},
+    "divided preferences": DIVIDED | {"method": "full", "objective": "orpo"},
     "context": {"context_parallel": 2, "gradient_checkpointing": "none"},
     "context of a divided base": DIVIDED | {"context_parallel": 2, "accumulate": 2},
     "context of divided training": DIVIDED | {"context_parallel": 2, "method": "full"},
@@ -122,7 +124,7 @@ def second_step(mesh: Mesh, raw: dict[str, Any], config: TrainConfig) -> tuple[i
     if mesh.context.size > 1:
         split_context(model, mesh.context)
     optimization = Optimization.of(model, config, mesh)
-    batches = [make_batch([100, 37, 163])] * config.accumulate
+    batches = [make_batch([100, 37, 163], config)] * config.accumulate
     meter = MemoryMeter()
     track_model(meter, model)
     track_parallel(meter, optimization.parallel)
@@ -131,9 +133,14 @@ def second_step(mesh: Mesh, raw: dict[str, Any], config: TrainConfig) -> tuple[i
     average = make_average(model, config)
     if average is not None:
         meter.track("moving average", average.state_tensors().values())
-    how, parallel = step_settings(config), optimization.parallel
     step = TrainingStep(
-        model, optimization.optimizer, how, config.max_grad_norm, parallel=parallel, average=average
+        model,
+        optimization.optimizer,
+        step_settings(config),
+        config.max_grad_norm,
+        objective=planned_objective(config, batches),
+        parallel=optimization.parallel,
+        average=average,
     )
     groups = {id(g): g for g in (mesh.every, mesh.data, mesh.context, mesh.experts, mesh.replicas)}
     sent = [g.sent for g in groups.values() if isinstance(g, ThreadRanks)]
@@ -154,7 +161,8 @@ def test_a_rank_takes_and_sends_what_was_planned(name: str, size: int) -> None:
     config = settings(**changes)
     sizes = MeshSizes(config.context_parallel, config.expert_parallel, config.shard == "weights")
     told = run_on_mesh(size, sizes, lambda mesh: second_step(mesh, raw, config), UnseenRanks)
-    model, batches = ModelConfig.from_dict(raw), [make_batch([100, 37, 163])] * config.accumulate
+    model = ModelConfig.from_dict(raw)
+    batches = [make_batch([100, 37, 163], config)] * config.accumulate
     together = changed(config, gpus=size)
     made = plan(model, together, gpu=False, dtype=torch.float32, work=batches)
     assert made.step.bytes == pytest.approx(max(peak for peak, _ in told), rel=0.01)
