@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -159,20 +159,6 @@ class DividedState(RunState):
         if self.average is None:
             return {}
         return own_parts(self.pieces, self.average.state_tensors(), every("ema"))
-
-    @contextmanager
-    def output_weights(self) -> Iterator[None]:
-        """Inside, the model has the weights of the result: their average, where there is one."""
-        if self.average is None:
-            yield
-            return
-        # What was gathered is of the weights before, at either end.
-        try:
-            with self.average.applied():
-                sharded_parameters(self.model).forget()
-                yield
-        finally:
-            sharded_parameters(self.model).forget()
 
     def _saved_by_all(self, path: Path, count: int, kind: str) -> list[ShardTensors]:
         return [ShardTensors(path, kind, rank) for rank in range(count)]

@@ -104,9 +104,7 @@ class Trained:
     def evaluated(self) -> list[float]:
         """The loss with the averaged weights, and with those of the last step again."""
         rows = random_examples(1, LENGTHS)
-        average, divided = self.state.average, self.ranks.size > 1
-        assert average is not None
-        with self.state.output_weights() if divided else average.applied():
+        with self.state.output_weights():
             inside = evaluate_examples(self.model, rows, ranks=self.ranks).loss
         return [inside, evaluate_examples(self.model, rows, ranks=self.ranks).loss]
 
