@@ -4,6 +4,7 @@ Other packages' chatter below WARNING reaches neither. A console that has gone a
 closed terminal) is given up quietly: it must not end a training run.
 """
 
+import contextlib
 import logging
 import sys
 from io import TextIOWrapper
@@ -54,6 +55,11 @@ class _FileHandler(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """A full disk is found, and reported, by what the run has to write, not by its log."""
+
+    def close(self) -> None:
+        """Close the file; lines that a full disk refused are tried once more, and given up."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 class _ScrubbedFormatter(logging.Formatter):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from engine.device import resolve_device, resolve_dtype
 from engine.errors import ConfigError, DataError
 from engine.provenance import git_commit, version
 from engine.runs.directory import RunDirectory
+from engine.runs.logs import RunLog
 from engine.runs.metrics import MetricsWriter, StepMetrics
 from engine.runs.output import name_run
 from engine.runs.signals import Interrupted
@@ -195,6 +197,19 @@ def test_the_console_shows_messages_but_no_traceback(
         except ValueError:
             log.warning("odd", exc_info=True)
     assert capsys.readouterr().err == "news\nwarning: odd\n"
+
+
+def test_a_log_that_a_full_disk_refuses_ends_nothing(tmp_path: Path) -> None:
+    """Not when it is written, nor when it is closed with the lines that it could not write."""
+    lines, (soft, hard) = RunLog(None), resource.getrlimit(resource.RLIMIT_FSIZE)
+    lines.open_file(tmp_path / "log")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        logging.getLogger("engine").info("%s", "x" * 300)
+        lines.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "log").stat().st_size == 100
 
 
 def test_the_commit_is_that_of_the_checkout_or_unknown() -> None:
