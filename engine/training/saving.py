@@ -79,8 +79,7 @@ class StoredState(Protocol):
 class Collected:
     """What a checkpoint needs that several processes have between them.
 
-    It is the optimizer's state, the average of the weights, and all experts' pairs where they
-    divide the experts: as they are trained, and as evaluations are of them.
+    `pairs` are those of divided experts as they are trained, `evaluated` as evaluations see them.
     """
 
     optimizer: Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""Logits of which each rank has its part of the vocabulary, and what all know of them.
+"""Logits of which each rank has its part of the vocabulary.
 
 The tokens of all ranks are gathered a chunk at a time. Of the logits of its rows a rank makes for
 every token the maximum m_r, s_r = sum_j exp(z_j - m_r), the target's logit where it has that, and
