@@ -39,7 +39,8 @@ def largest_pass(
     """The largest pass of any rank in a run over rows of these lengths.
 
     Where `lengths` is None every row is as long as the settings allow. The run has
-    `processes_of(config)` ranks, two or more; those that share a batch's tokens have the same rows.
+    `processes_of(config)` ranks, two or more; those that share a batch's tokens have the same rows,
+    and may be all of them.
     """
     most, rows = config.max_length * config.sequences_per_example, _rows(config)
     ranks, cost = processes_of(config) // config.context_parallel, cost_of(model)
@@ -86,6 +87,9 @@ def _alike(config: TrainConfig, lengths: Sequence[int], cost: RowCost, ranks: in
 
 def _by_cost(longest: Sequence[int], most: int, cost: RowCost, ranks: int) -> tuple[int, ...]:
     """The most tokens of a pass, over the numbers of rows that a rank may get."""
+    if ranks == 1:  # it gets all rows
+        count = len(longest)
+        return tuple(longest[: math.ceil(count / math.ceil(count / most))])
     sums = list(accumulate(map(cost, longest), initial=0.0))
     best: tuple[int, ...] = (longest[0],)
     for count in range(2, len(longest) + 1):
