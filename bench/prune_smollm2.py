@@ -166,7 +166,7 @@ def pruned_figures(
     result = judge.assess(target)
     shutil.rmtree(target)
     told: Line = {"heads": record["heads"]["removed"], "scope": record["scope"]}
-    return figures(result) | told | {"calibration_rows": settings.first_rows}
+    return figures(result) | told | {"calibration_rows": settings.calibration_rows}
 
 
 def figures(judged: Line) -> Line:

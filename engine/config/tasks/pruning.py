@@ -93,11 +93,11 @@ class HeadChoice(Settings):
         "with structural: another number from each layer. Only this engine loads it.",
     )
     allow_shortfall: bool = setting(False, "Heads", "prune fewer where the rules allow no more")
-    calibration_rows: int | None = setting(
-        None,
+    calibration_rows: int = setting(
+        256,
         "Heads",
-        "rows of --data that are measured and repaired on; by default 64, and 256 where mlp is "
-        "among --what: its channels are many, and few rows do not tell them apart",
+        "the first rows of --data, which are measured and repaired on; fewer take less time, and "
+        "repairs fit them too well",
         ge=1,
     )
     repair: RepairMethod | None = setting(
@@ -166,11 +166,6 @@ class PruneSettings(HeadChoice, Machine):
         if self.metric is None and self.what == "experts":
             return "routed-mass"
         return self.metric or ("l2-reconstruction" if self.data else "l2-weights")
-
-    @property
-    def first_rows(self) -> int:
-        """How many rows of the data are read."""
-        return self.calibration_rows or (256 if "mlp" in self.parts else 64)
 
     @property
     def form(self) -> PruneMode:

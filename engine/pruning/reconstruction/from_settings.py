@@ -47,7 +47,7 @@ def calibration_of(settings: PruneSettings) -> Calibration:
     return Calibration(
         settings.data,
         settings.query,
-        rows=settings.first_rows,
+        rows=settings.calibration_rows,
         max_length=settings.max_length,
         quantize=settings.quantize,
         device=settings.device,

@@ -214,7 +214,7 @@ class _Forge:
         return {
             "training": self._file(given["train"], given["rows"]),
             "judging": self._file(given["heldout"], given["heldout_rows"]),
-            "calibration": {"files": calibration, "first_rows": pruning.first_rows},
+            "calibration": {"files": calibration, "first_rows": pruning.calibration_rows},
             "rows_in_training_and_judging": len(train & heldout),
         }
 

@@ -123,7 +123,7 @@ def prune(
     elif settings.form == "mask":
         record["loads_in"] = MASKED_IN
     if _uses_rows(settings):
-        record["calibration_rows"] = settings.first_rows
+        record["calibration_rows"] = settings.calibration_rows
         record["data"] = list(settings.data)
     if output is None:
         return PruneResult(record, None, scored)
@@ -166,7 +166,7 @@ def _prune_structures(
         "engine_version": version(),
         "model": str(source.path),
         "base_digest": source.digest(),
-        "calibration_rows": settings.first_rows,
+        "calibration_rows": settings.calibration_rows,
         "data": list(settings.data),
         "repair": {"method": "least-squares", "ridge": settings.repair_ridge}
         if settings.repairs and settings.what != "experts"

@@ -101,7 +101,7 @@ def test_a_job_prunes_trains_and_judges_the_saved_model(make: Make) -> None:
     assert data["rows_in_training_and_judging"] == 0
     assert data["training"]["file"] == "data/train.jsonl"
     assert (data["training"]["rows"], data["judging"]["rows"]) == (22, 2)
-    assert data["calibration"] == {"files": [data["training"]["file"]], "first_rows": 64}
+    assert data["calibration"] == {"files": [data["training"]["file"]], "first_rows": 256}
     for judged in (results["baseline"], last):
         losses, tokens = zip(*judged["row_losses"], strict=True)
         assert sum(tokens) == judged["tokens"]

@@ -300,7 +300,7 @@ def test_rows_bring_the_repair_and_none_turns_it_off(
     for name, metric in (("a", None), ("b", "l2-weights"), ("c", "gradient")):
         record = prune(tiny_model, tmp_path / name, PruneSettings(metric=metric, **given)).record
         assert record["repair"]["method"] == "least-squares"
-        assert record["calibration_rows"] == 64
+        assert record["calibration_rows"] == 256
     again = prune(tiny_model, tmp_path / "again", PruneSettings(**given)).record
     first = (tmp_path / "a" / "model.safetensors").read_bytes()
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == first
