@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from kernels.runtime.simulation import equal_parts_by
 from models.config.model_config import ModelConfig
 from models.families import FAMILIES
 
@@ -71,15 +73,16 @@ class Layout:
         # One expert's matrix is divided too: its file has two dimensions.
         if shape in parts.values():
             return read(next(iter(parts)))
-        whole, start = torch.empty(0), 0
-        for part in parts:
+        whole = torch.empty(0)
+        ends = accumulate(part[0] for part in parts.values())
+        placed = zip(parts.items(), ends, strict=True)
+        for (part, form), end in equal_parts_by(lambda one: one[0][1], placed):
             rows = read(part)
-            if start == 0:
+            if end == form[0]:
                 whole = rows.new_empty(math.prod(shape[:-1]), shape[-1])
             if rows.dtype != whole.dtype:
                 whole = whole.to(torch.promote_types(whole.dtype, rows.dtype))
-            whole[start : start + len(rows)] = rows
-            start += len(rows)
+            whole[end - form[0] : end] = rows
             del rows  # Decoded ones would all be in memory beside the whole.
         return whole.view(shape)
 

@@ -16,7 +16,7 @@ Triton product decodes it between memory and tensor core, if it is in the planar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -39,7 +39,7 @@ from kernels.nf4.planar import PlanarNF4Weight, to_planar
 from kernels.runtime.device import architecture
 from kernels.runtime.dispatch import use_triton
 from kernels.runtime.scratch import scratch
-from kernels.runtime.simulation import simulation
+from kernels.runtime.simulation import equal_parts_by, simulation
 
 ExpertWeights = Tensor | NF4Weight | PlanarNF4Weight | tuple[Weight, ...]
 """(E, out, in) dense or NF4, or one (out, in) dense or quantised weight per expert."""
@@ -79,10 +79,15 @@ class Groups:
             return tuple(self.rows * edge // self.count for edge in range(self.count + 1))
         return tuple(int(offset) for offset in self.offsets.tolist())
 
+    @cached_property
     def filled(self) -> list[tuple[int, slice]]:
         """(expert, its rows) of every expert that has rows."""
         parts = enumerate(pairwise(self.bounds))
         return [(expert, slice(first, last)) for expert, (first, last) in parts if first < last]
+
+    def alike(self) -> Iterable[tuple[int, slice]]:
+        """`filled`, for work on one expert after the other that leaves no memory."""
+        return equal_parts_by(lambda one: one[1].stop - one[1].start, self.filled)
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +228,7 @@ def grouped_matmul(
             product = ExpertProduct(x, weight, groups.offsets, out, transpose, accumulate, scale)
             multiply_nf4(product, fused)
         return out
-    for expert, part in groups.filled():
+    for expert, part in groups.alike():
         dense = expert_weight(weight, expert, x.matrix.dtype)
         right, target = dense if transpose else dense.T, out[part]
         target.addmm_(x.part(part), right, beta=float(accumulate), alpha=scale)
@@ -241,7 +246,7 @@ def grouped_outer(
     if _in_one_launch(a.matrix, a.matrix):
         return grouped_matmul_triton.outer(a, b, groups.offsets, scale)
     out = a.matrix.new_zeros(groups.count, a.matrix.shape[1], b.matrix.shape[1])
-    for expert, part in groups.filled():
+    for expert, part in groups.alike():
         torch.mm(a.part(part).T, b.part(part), out=out[expert])
     return out if scale == 1.0 else out.mul_(scale)
 
@@ -267,7 +272,7 @@ def grouped_project(
     """
     x, widths = Gathered.of(x), [projection.out_features for projection in projections]
     if is_observed():
-        for expert, rows in groups.filled():
+        for expert, rows in groups.filled:
             for projection in projections:
                 input_observer().expert(x.part(rows), expert, projection.weight)
     y = x.matrix.new_empty(groups.rows, sum(widths))
@@ -354,7 +359,7 @@ def _weight_gradient(
         if weight.requires_grad:
             grads[id(weight)] = grouped_outer(dy, x, groups).to(weight.dtype).contiguous()
     elif isinstance(weight, tuple):
-        for expert, part in groups.filled():
+        for expert, part in groups.filled:
             one = weight[expert]
             if isinstance(one, Tensor) and one.requires_grad:
                 grads[id(one)] = (dy.part(part).T @ x.part(part)).to(one.dtype)

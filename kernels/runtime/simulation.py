@@ -9,6 +9,7 @@ included, and nowhere else.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -135,6 +136,20 @@ def equal_parts(parts: Iterable[T]) -> Iterable[T]:
     """
     active = simulation()
     return parts if active is None else active.some(list(parts))
+
+
+def equal_parts_by(size: Callable[[T], Hashable], parts: Iterable[T]) -> Iterable[T]:
+    """The parts of an op that leave no memory and take as much as others of their size.
+
+    A simulation goes through a few of each size.
+    """
+    active = simulation()
+    if active is None:
+        return parts
+    alike: dict[Hashable, list[T]] = {}
+    for part in parts:
+        alike.setdefault(size(part), []).append(part)
+    return itertools.chain.from_iterable(map(active.some, alike.values()))
 
 
 def stays_on_host(tensor: Tensor) -> None:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -248,7 +249,7 @@ class PlanReport:
                 for name, peak in self._peaks()
             },
             "save_host_bytes": planned.save_host,
-            "merge_host_bytes": self._merging(),
+            "merge_host_bytes": self._merging,
             "reserve": planned.reserve,
             "host_bytes": planned.host,
             "batch_host_bytes": planned.batch_host,
@@ -278,6 +279,7 @@ class PlanReport:
         chosen = f" ({self._chunk()})" if (name, value) == ("loss_chunk_tokens", "auto") else ""
         return f"{_text(value)}{chosen}"
 
+    @cached_property
     def _merging(self) -> int | None:
         """Host memory for merging what the run trains; None after full fine-tuning."""
         config = self.plan.config
@@ -328,7 +330,7 @@ class PlanReport:
         lines.append(f"peak of a step   {gib(planned.step.bytes)}")
         host = f", and {gib(planned.save_host)} of host memory" if planned.save_host else ""
         lines.append(f"peak of saving   {gib(planned.save.bytes)}{host}")
-        merging = self._merging()
+        merging = self._merging
         if merging is not None:
             lines.append(f"peak of merging  {gib(merging)} of host memory")
         lines.append(f"needed           {gib(planned.total)}")

@@ -1,15 +1,19 @@
-"""Products of NF4 experts in a simulated step: launches, operations, decoded weights."""
+"""Products of experts in a simulated step: launches, operations, decoded weights, time."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from engine.config.train_config import TrainConfig
+from engine.memory.estimate import Simulations, make_batch, plan
 from engine.memory.simulate import step
 from engine.memory.simulate.device import ASSUMED_GPU, GPU, OnGPU
 from engine.memory.simulate.observer import observed
@@ -20,6 +24,7 @@ from kernels.moe.grouped_matmul import Groups, grouped_matmul, planar_experts
 from kernels.nf4 import quantize
 from kernels.runtime.scratch import buffers
 from kernels.runtime.simulation import simulate_with
+from models.config.model_config import ModelConfig
 
 needs_grouped_mm = pytest.mark.skipif(
     not hasattr(torch, "_grouped_mm"), reason="this torch has no _grouped_mm"
@@ -87,3 +92,55 @@ def test_a_plan_counts_decoded_experts_where_a_gpu_of_the_machine_may_multiply_t
     monkeypatch.setattr(grouped_library, "architecture", lambda device: gpus[device.index])
     config = TrainConfig(model="m", data="d", output_dir="o")
     assert step.assumed_gpu(config).multiplies_groups is counted
+
+
+def mixture(golden: Callable[[str], Path], counts: dict[str, int]) -> ModelConfig:
+    """A small mixture of experts with these counts."""
+    values = json.loads((golden("qwen3_moe") / "config.json").read_text())
+    del values["num_local_experts"]
+    return ModelConfig.from_dict(values | counts)
+
+
+def on_a_cpu(**changes: Any) -> TrainConfig:
+    return TrainConfig(
+        model="m", data="d", device="cpu", **{"gradient_checkpointing": "selective"} | changes
+    )
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_of_equal_experts_some_stand_for_all(
+    method: Any, golden: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = mixture(golden, {"num_experts": 37}), [make_batch([100, 37, 163])]
+    config = on_a_cpu(method=method)
+
+    def simulated_step() -> step.SimulatedStep:
+        return step.simulate_step(model, config, batches, gpu=False, dtype=torch.float32)
+
+    some = simulated_step()
+    for user in ("kernels.moe.grouped_matmul", "models.tensor_layout"):
+        monkeypatch.setattr(f"{user}.equal_parts_by", lambda size, parts: parts)
+    assert some == simulated_step()
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"num_experts": 4096},
+        {"num_experts": 4096, "num_experts_per_tok": 4096},
+        {"num_hidden_layers": 1024, "num_experts": 64},
+        {"num_attention_heads": 1024, "num_key_value_heads": 1024},
+        {"vocab_size": 1 << 22},
+        {"hidden_size": 1 << 16},
+        {"moe_intermediate_size": 1 << 20},
+        {"max_position_embeddings": 1 << 24},
+    ],
+    ids=lambda counts: "-".join(counts),
+)
+def test_the_largest_counts_are_planned_in_seconds(
+    counts: dict[str, int], golden: Callable[[str], Path]
+) -> None:
+    model = mixture(golden, counts)
+    begun = time.process_time()
+    plan(model, on_a_cpu(), gpu=False, dtype=torch.float32, simulations=Simulations())
+    assert time.process_time() - begun < 3.0

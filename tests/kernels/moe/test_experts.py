@@ -253,7 +253,7 @@ def test_router_gradient_equals_autograd(renormalise: bool) -> None:
 def test_sorted_rows_cover_every_chosen_pair_once() -> None:
     routing = route(torch.randn(50, COUNT), TOP, True)
     assert sorted(routing.order.tolist()) == list(range(50 * TOP))
-    for expert, part in routing.groups.filled():
+    for expert, part in routing.groups.filled:
         tokens = routing.tokens[part]
         assert (routing.experts[tokens] == expert).any(1).all()
     rows = torch.randn(50 * TOP, 3)

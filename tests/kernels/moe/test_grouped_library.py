@@ -42,7 +42,7 @@ def weights(double_quant: bool = True) -> PlanarNF4Weight:
 def one_by_one(x: Tensor, weight: PlanarNF4Weight, transpose: bool, dtype: torch.dtype) -> Tensor:
     """The product of every expert, from its decoded weight in bf16, computed in `dtype`."""
     parts = []
-    for expert, part in groups().filled():
+    for expert, part in groups().filled:
         dense = expert_weight(weight, expert, torch.bfloat16).to(dtype)
         parts.append(x[part].to(dtype) @ (dense if transpose else dense.T))
     return torch.cat(parts)

@@ -41,7 +41,7 @@ def test_groups_know_their_rows() -> None:
     made = groups()
     assert made.bounds == (0, 3, 3, 5, 11, 11)
     assert made.count == COUNT
-    assert made.filled() == [(0, slice(0, 3)), (2, slice(3, 5)), (3, slice(5, 11))]
+    assert made.filled == [(0, slice(0, 3)), (2, slice(3, 5)), (3, slice(5, 11))]
 
 
 def naive(x: Tensor, dense: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 def truth(x: Tensor, weight: ExpertWeights, groups: Groups, transpose: bool) -> Tensor:
     out = []
-    for expert, part in groups.filled():
+    for expert, part in groups.filled:
         dense = expert_weight(weight, expert, torch.float32).double()
         out.append(x[part].double() @ (dense if transpose else dense.T))
     return torch.cat(out)
@@ -49,7 +49,7 @@ def truth(x: Tensor, weight: ExpertWeights, groups: Groups, transpose: bool) -> 
 def plain(x: Tensor, weight: ExpertWeights, groups: Groups, transpose: bool) -> Tensor:
     """What plain torch makes of it in the dtype of x."""
     out = []
-    for expert, part in groups.filled():
+    for expert, part in groups.filled:
         dense = expert_weight(weight, expert, x.dtype)
         out.append(x[part] @ (dense if transpose else dense.T))
     return torch.cat(out)
