@@ -11,7 +11,7 @@ from typing import Any
 from engine.benchmark.roofline import Roofline
 from engine.benchmark.runner import Measurement
 from engine.errors import ConfigError
-from engine.storage import durable
+from engine.storage import durable, names
 
 HEADINGS = ("op", "shape", "time", "spread", "rate", "of limit", "memory")
 
@@ -124,7 +124,7 @@ def write(
     Raises `ConfigError` where there are results already.
     """
     require_new(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    names.mkdir(directory, parents=True, exist_ok=True)
     written = [directory / "ops.json", directory / "ops.csv"]
     content = {
         "machine": dict(machine),

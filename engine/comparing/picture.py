@@ -10,6 +10,7 @@ from engine.comparing.runs import Comparison, Curve
 from engine.errors import ConfigError
 from engine.plots import new_figure, save_figure
 from engine.runs.metrics import smoothed
+from engine.storage import names
 
 _TITLES = {
     "loss": "loss (nats per trained token), smoothed",
@@ -26,7 +27,7 @@ def draw_comparison(comparison: Comparison, target: Path) -> None:
     for axes, name in zip(panels(figure, len(drawn)), drawn, strict=True):
         curves = [(run.name, run.curves[name]) for run in comparison.runs if name in run.curves]
         draw_curves(axes, curves, _TITLES[name], smooth=name == "loss")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    names.mkdir(target.parent, parents=True, exist_ok=True)
     save_figure(figure, target)
 
 

@@ -25,6 +25,7 @@ from engine.config.train_config import TrainConfig
 from engine.config.training.presets import OTHER_NAMES, PRESETS
 from engine.errors import ConfigError
 from engine.storage import strict_yaml
+from engine.storage.safe_files import read_given
 from engine.storage.strict_yaml import StrictLoader
 
 _LONGEST_FILE = 1 << 20
@@ -188,8 +189,7 @@ def _read(
 ) -> dict[str, V]:
     """What `use` makes of the mapping in a YAML file. Raises `ConfigError`."""
     try:
-        with path.open("rb") as file:
-            data = file.read(_LONGEST_FILE + 1)
+        data = read_given(path, _LONGEST_FILE)
         text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)

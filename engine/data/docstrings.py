@@ -25,7 +25,7 @@ from typing import Any
 from engine.data.origins import manifest_path
 from engine.data.rows import Row
 from engine.errors import DataError
-from engine.storage import durable
+from engine.storage import durable, names
 
 SHORTEST, LONGEST = 60, 1200
 """Characters of a docstring that becomes a row."""
@@ -129,7 +129,7 @@ def write_docstrings(
     train, heldout = split_by_module(docstring_pairs(limit), fraction)
     files = output_dir / "train.jsonl", output_dir / "heldout.jsonl"
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        names.mkdir(output_dir, parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"{output_dir}: the folder cannot be made ({error.strerror or error}). Choose one on "

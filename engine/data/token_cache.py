@@ -23,7 +23,7 @@ from engine.data.example_report import ExampleReport
 from engine.data.examples import Example, ExampleSettings
 from engine.data.rows import Row
 from engine.errors import CheckpointError
-from engine.storage import durable, strict_json
+from engine.storage import durable, names, strict_json
 from engine.storage.cache_folder import cache_folder
 from engine.storage.safe_files import open_regular
 from engine.tokenization.tokenizer import Tokenizer
@@ -138,7 +138,7 @@ def write_tokens(folder: Path, key: str, tokenised: Tokenised) -> None:
     weights = np.concatenate([e.weights for e in examples if e.weights is not None] or none)
     digest = hashlib.sha256()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        names.mkdir(folder, parents=True, exist_ok=True)
         with durable.replacing(folder / f"{key}.tokens") as out:
             for part in (
                 _json(header) + b"\n",
@@ -160,7 +160,7 @@ def _prune(folder: Path) -> None:
     """Remove all files but the newest."""
     files = sorted(folder.glob("*.tokens"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in files[_MOST_FILES:]:
-        path.unlink(missing_ok=True)
+        names.unlink(path, missing_ok=True)
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.config.settings import with_present_names
 from engine.errors import CheckpointError, ConfigError
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Stages:
 def make_directory(directory: Path) -> None:
     """Make a folder and those above it. Raises `ConfigError`."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        names.mkdir(directory, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f"The directory {directory} cannot be made ({error.strerror}). Choose another with "

@@ -23,7 +23,7 @@ from engine.model_sources.interface.row_parts import outside_layers, row_parts
 from engine.model_sources.pruning_record import PRUNING, carried, read_pruning
 from engine.model_sources.quantised.write import Encoding
 from engine.model_sources.safetensors.file import SafetensorsWriter
-from engine.storage import durable
+from engine.storage import durable, names
 from models.tensor_layout import carried_prefixes
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -253,5 +253,5 @@ def write_tokenizer(source: TokenizerSource, folder: Path) -> None:
     """Write the files of a model's tokenizer and its chat templates, byte by byte."""
     for name, content in source.tokenizer_files().items():
         target = folder / name
-        target.parent.mkdir(exist_ok=True)
+        names.mkdir(target.parent, exist_ok=True)
         durable.write_bytes(target, content)

@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import CheckpointError
 from engine.pipelines.recipe import Stage
 from engine.runs.summary import SUMMARY
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.safe_files import read_json_object
 
 _BEGUN = "begun.json"
@@ -56,10 +56,10 @@ class StageRecord:
         for number, path in enumerate(self.stage.outputs()):
             if path in paths:
                 _move(path, moving / str(number) / path.name)
-        self.summary.unlink(missing_ok=True)
+        names.unlink(self.summary, missing_ok=True)
         if moving.is_dir():
             durable.remove_tree(self.folder / _REPLACED)
-            moving.rename(self.folder / _REPLACED)
+            names.rename(moving, self.folder / _REPLACED)
             durable.fsync_dir(self.folder)
 
     def settle(self) -> None:
@@ -73,7 +73,7 @@ class StageRecord:
         training run goes on instead. What a finished one wrote is set aside in `replaced/` until
         the new stands. Raises `CheckpointError`.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        names.mkdir(self.folder, parents=True, exist_ok=True)
         settings = dict(self.stage.settings)
         own = self._own_outputs()
         standing = [path for path in own if path.exists()]
@@ -118,10 +118,10 @@ class StageRecord:
 
 def _move(path: Path, target: Path) -> None:
     """Move a file or folder so that one of the two is whole at any moment."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    names.mkdir(target.parent, parents=True, exist_ok=True)
     if not target.exists():
         try:
-            path.rename(target)
+            names.rename(path, target)
             return
         except OSError as error:
             if error.errno != errno.EXDEV:
@@ -139,4 +139,4 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         durable.remove_tree(path)
     else:
-        path.unlink(missing_ok=True)
+        names.unlink(path, missing_ok=True)

@@ -21,7 +21,6 @@ import errno
 import logging
 import re
 import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.runs.output import CHECKPOINT, require_space
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.lock import DirectoryLock
 from engine.storage.manifest import read_manifest, verify_files, write_manifest
 from engine.storage.safe_files import MIB, read_json_object
@@ -206,7 +205,7 @@ class CheckpointStore:
             self._delete(self.path_of(step))
         for kind in ("bad", "old"):
             for entry in self.root.glob(f".{kind}-checkpoint-*"):
-                shutil.rmtree(entry)
+                names.rmtree(entry)
 
     def close(self) -> None:
         """Release the store's own lock."""
@@ -279,11 +278,11 @@ class CheckpointStore:
 
     def _delete(self, path: Path) -> None:
         """Delete by way of a name that the next start sweeps, so that no half of it looks whole."""
-        shutil.rmtree(self._rename(path, "del"))
+        names.rmtree(self._rename(path, "del"))
 
     def _rename(self, path: Path, kind: str) -> Path:
         aside = path.with_name(f".{kind}-{path.name}-{secrets.token_hex(4)}")
-        path.rename(aside)
+        names.rename(path, aside)
         durable.fsync_dir(self.root)
         return aside
 
@@ -294,9 +293,9 @@ def sweep(folder: Path) -> None:
         if _LEFTOVER.fullmatch(entry.name):
             log.info("Removing %s, left by an interrupted run", entry)
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                names.rmtree(entry)
             else:
-                entry.unlink()
+                names.unlink(entry)
 
 
 def _write_files(
@@ -306,7 +305,7 @@ def _write_files(
         if not _STEM.fullmatch(stem):
             raise ValueError(f"{stem!r} is no file stem of letters, digits, - and _ between /")
         path = folder / f"{stem}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        names.mkdir(path.parent, parents=True, exist_ok=True)
         save_file(group, path)
     durable.write_json(folder / STATE_NAME, dict(state))
 

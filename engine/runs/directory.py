@@ -38,7 +38,7 @@ from engine.runs.output import (
     unwritable,
 )
 from engine.runs.signals import Interrupted, RaiseOnTerminate
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import json_object_or_empty
 
@@ -77,7 +77,7 @@ class RunDirectory:
         """
         check_earlier(self.config)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            names.mkdir(self.path, parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from None
         earlier = is_run_begun(self.path)
@@ -106,7 +106,7 @@ class RunDirectory:
             sweep(self.adapter_path)
             self.begun = True
             self._log.open_file(self.log_path)
-            self.summary_path.unlink(missing_ok=True)
+            names.unlink(self.summary_path, missing_ok=True)
         except OSError as error:
             raise unwritable(self.path, error) from None
         durable.write_text(self.path / "config.yaml", dump_yaml(self.config))

@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import logging
 import secrets
-import shutil
 from pathlib import Path
 
 from engine.runs.output import CHECKPOINT, MOVING, RESULTS, WAITING, run_files
-from engine.storage import durable
+from engine.storage import durable, names
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +38,10 @@ class EarlierRun:
     def set_aside(self) -> None:
         """Move every file of the run into the waiting folder."""
         moving = self.root / MOVING
-        moving.mkdir()
+        names.mkdir(moving)
         for path in run_files(self.root):
-            path.rename(moving / path.name)
-        moving.rename(self.root / WAITING)
+            names.rename(path, moving / path.name)
+        names.rename(moving, self.root / WAITING)
         durable.fsync_dir(self.root)
 
     def restore(self) -> None:
@@ -51,7 +50,7 @@ class EarlierRun:
             return
         for path in run_files(self.root):
             _delete(path)
-        (self.root / WAITING).rename(self.root / MOVING)
+        names.rename(self.root / WAITING, self.root / MOVING)
         self._move_back()
 
     def settle(self) -> None:
@@ -61,7 +60,7 @@ class EarlierRun:
         target = self.root / REPLACED
         if target.exists():
             _delete(target)
-        (self.root / WAITING).rename(target)
+        names.rename(self.root / WAITING, target)
         durable.fsync_dir(self.root)
         log.info("The run that stood here is in %s; the next --overwrite deletes it", target)
 
@@ -82,16 +81,16 @@ class EarlierRun:
             target = self.root / path.name
             if target.exists():
                 _delete(target)
-            path.rename(target)
-        moving.rmdir()
+            names.rename(path, target)
+        names.rmdir(moving)
         durable.fsync_dir(self.root)
 
 
 def _delete(path: Path) -> None:
     """Delete by way of a name that the next start sweeps, so that no half of it looks whole."""
     doomed = path.with_name(f".del-{path.name}-{secrets.token_hex(4)}")
-    path.rename(doomed)
+    names.rename(path, doomed)
     if doomed.is_dir() and not doomed.is_symlink():
-        shutil.rmtree(doomed)
+        names.rmtree(doomed)
     else:
-        doomed.unlink()
+        names.unlink(doomed)

@@ -22,7 +22,7 @@ from engine.data.sources.resolve import RowFile
 from engine.errors import CheckpointError, ConfigError
 from engine.runs.output import CHECKPOINT
 from engine.storage import durable
-from engine.storage.safe_files import json_object_or_empty
+from engine.storage.safe_files import json_object_or_empty, read_json_object
 from engine.storage.strict_json import parse_object
 
 log = logging.getLogger(__name__)
@@ -75,12 +75,11 @@ def check_identity(identity: RunIdentity) -> None:
     state = _newest_state(root, config.resume)
     if state is None:
         return  # nothing to go on from: the run starts over
-    recorded = json_object_or_empty(root / "manifest.json").get("digests")
-    if not isinstance(recorded, dict):
-        recorded = {}
+    recorded, lacking = _recorded_digests(root / "manifest.json")
+    if lacking is not None:
         log.warning(
-            "%s was begun by an earlier version, which noted no digests: whether its data, chat "
-            "template and tokenizer are as they were is not checked.", root,
+            "%s: whether data, chat template and tokenizer of the run in %s are as they were is "
+            "not checked.", lacking, root,
         )  # fmt: skip
     now = identity.digests
     other = [name for name in _TELLING if name in recorded and recorded[name] != now.get(name)]
@@ -93,6 +92,19 @@ def check_identity(identity: RunIdentity) -> None:
         )
     require_same_run(state, identity, root, names="data" not in recorded)
     _note_threads(root)
+
+
+def _recorded_digests(manifest: Path) -> tuple[Mapping[str, Any], str | None]:
+    """The digests that a run noted as it began, or why there are none."""
+    try:
+        recorded = read_json_object(manifest).get("digests")
+    except CheckpointError as error:
+        return {}, f"The digests that the run noted are lost ({str(error).rstrip('.')})"
+    if recorded is None:
+        return {}, f"An earlier version noted no digests in {manifest}"
+    if not isinstance(recorded, dict):
+        return {}, f"The digests in {manifest} are no object of names and digests"
+    return recorded, None
 
 
 def require_same_run(

@@ -7,6 +7,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from engine.storage import names
+
 
 def cache_folder(name: str) -> Path:
     """`$ENGINE_CACHE/<name>`, else `$XDG_CACHE_HOME/engine/<name>`, else below `~/.cache`.
@@ -18,7 +20,7 @@ def cache_folder(name: str) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "engine"
     folder = Path(os.environ.get("ENGINE_CACHE") or base).expanduser() / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        names.mkdir(folder, parents=True, exist_ok=True)
     except OSError:
         return Path(_own_folder().name)
     return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)

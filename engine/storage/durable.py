@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import CheckpointError, ConfigError, gib
+from engine.storage import names
 
 TEMPORARY_PREFIX = ".tmp-"
 _EXCLUSIVE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
@@ -87,14 +88,14 @@ def replacing(path: Path | str, size: int | None = None) -> Iterator[BinaryIO]:
                 yield handle
                 handle.flush()
                 os.fsync(handle.fileno())
-            temporary.replace(path)
+            names.rename(temporary, path)
             published = True
         _confirm(path)
     finally:
         if not published:
             # The failure that led here is the one to report; what is left carries its prefix.
             with contextlib.suppress(OSError):
-                temporary.unlink()
+                names.unlink(temporary)
 
 
 @contextlib.contextmanager
@@ -110,7 +111,7 @@ def publish_directory(target: Path | str) -> Iterator[Path]:
         yield temporary
         with writing(target):
             fsync_tree(temporary)
-            temporary.replace(target)
+            names.rename(temporary, target)
         _confirm(target)
 
 
@@ -141,14 +142,14 @@ def publish_files(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def _name_also(file: Path, target: Path, overwrite: bool) -> None:
     """Give a file a second name, so that a second start knows by the first whose it is."""
     if overwrite:
-        file.replace(target)
+        names.rename(file, target)
         return
     try:
-        target.hardlink_to(file)
+        names.hardlink(target, file)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        file.rename(target)  # a file system without second names
+        names.rename(file, target)  # a file system without second names
 
 
 def _withdraw(temporary: Path) -> None:
@@ -157,7 +158,7 @@ def _withdraw(temporary: Path) -> None:
     named = [file for file in files if _is_same(file, temporary.with_name(file.name))]
     if len(named) < len(files):
         for file in named:
-            temporary.with_name(file.name).unlink()
+            names.unlink(temporary.with_name(file.name))
 
 
 def _is_same(file: Path, other: Path) -> bool:
@@ -174,14 +175,15 @@ def _temporary_folder(target: Path, ending: str = "") -> Iterator[Path]:
     """A new folder beside `target`, removed in the end with what was not moved out of it."""
     temporary = target.with_name(temporary_beside(target).name + ending)
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        names.mkdir(target.parent, parents=True, exist_ok=True)
         sweep_leftovers(target)
-        temporary.mkdir()
+        names.mkdir(temporary)
     try:
         yield temporary
     finally:
         # A failure that led here is the one to report, not what else it leaves undeletable.
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            names.rmtree(temporary)
 
 
 def sweep_leftovers(target: Path) -> None:
@@ -200,9 +202,9 @@ def sweep_leftovers(target: Path) -> None:
             entry = target.with_name(name)
             if entry.is_dir() and not entry.is_symlink():
                 _withdraw(entry)
-                shutil.rmtree(entry, ignore_errors=True)
+                names.rmtree(entry)
             else:
-                entry.unlink()
+                names.unlink(entry)
 
 
 def remove_tree(target: Path) -> None:
@@ -215,9 +217,10 @@ def remove_tree(target: Path) -> None:
         if not target.is_dir():
             return
         doomed = temporary_beside(target)
-        target.rename(doomed)
+        names.rename(target, doomed)
         fsync_dir(target.parent)
-    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        names.rmtree(doomed)
 
 
 def process_lives(pid: int) -> bool:
@@ -344,8 +347,8 @@ def write_error(path: Path, error: OSError, size: int | None = None) -> Checkpoi
         hint = "Make room or name an output on another disk."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "Name an output folder that you may write to."
-    elif error.errno in (errno.ENOENT, errno.ENOTDIR):
-        hint = f"Its folder {final_name(path.parent)} has to exist."
+    elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        hint = f"Its folder {final_name(path.parent)} has to exist, and to be one."
     else:
         hint = "Check that disk, or name an output on another one."
     return CheckpointError(f"{message} It was not written, and what stood there stays. {hint}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO, TextIOWrapper
@@ -35,6 +36,10 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive, which is what torch.save writes, or a bare pickle of protocol 2 to 5.
 _PICKLE_HEADS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MIB = 2**20
+_NOT_REGULAR = "{} is not a regular file: pipes, devices and folders are not read in its place."
+_PATIENCE = 3.0
+"""Seconds that a pipe which the user names may take to get a writer."""
+
 _BYTES_PER_VALUE = 16
 """A file of JSON may have one value for so many of the bytes that it may have."""
 
@@ -49,9 +54,7 @@ def open_regular(path: Path) -> int:
         target = os.path.realpath(path, strict=True) if path.is_symlink() else path
         # A device may do something when it is opened; what changes in between, fstat sees.
         if not stat.S_ISREG(os.lstat(target).st_mode):
-            raise CheckpointError(
-                f"{path} is not a regular file; a model holds regular files only."
-            )
+            raise CheckpointError(_NOT_REGULAR.format(path))
         descriptor = os.open(target, _READ_ONLY)
     except OSError as error:
         raise CheckpointError(f"Cannot open {path}: {describe(error)}.") from error
@@ -59,9 +62,7 @@ def open_regular(path: Path) -> int:
         with reading(path):
             regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
         if not regular:
-            raise CheckpointError(
-                f"{path} is not a regular file; a model holds regular files only."
-            )
+            raise CheckpointError(_NOT_REGULAR.format(path))
     except CheckpointError:
         os.close(descriptor)
         raise
@@ -162,6 +163,29 @@ def json_object_or_empty(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except CheckpointError:
         return {}
+
+
+def read_given(path: Path, limit: int) -> bytes:
+    """The first `limit` bytes and one more of a file that the user names, which may be a pipe.
+
+    Raises `OSError`, also for a pipe that nobody writes to.
+    """
+    if not stat.S_ISFIFO(path.stat().st_mode):
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb", buffering=0) as pipe:
+        ends = time.monotonic() + _PATIENCE
+        # Without a writer there is nothing to read, and with a silent one `None`.
+        while (begun := pipe.read(1)) == b"":
+            if time.monotonic() > ends:
+                raise OSError(errno.EPIPE, "it is a pipe that nobody writes to")
+            time.sleep(0.02)
+        os.set_blocking(descriptor, True)
+        data = begun or b""
+        while len(data) <= limit and (more := pipe.read(limit + 1 - len(data))):
+            data += more
+        return data
 
 
 def is_pickle(path: Path) -> bool:

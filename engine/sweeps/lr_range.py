@@ -19,7 +19,7 @@ import numpy as np
 
 from engine.plots import new_figure, save_figure
 from engine.runs.metrics import smoothed
-from engine.storage import durable
+from engine.storage import durable, names
 
 DIVERGED = 4.0
 DECAY = 0.9
@@ -140,7 +140,7 @@ def write_curve(curve: LrCurve, folder: Path, facts: Mapping[str, Any]) -> LrCur
 
     Without matplotlib there is no picture, and the log says so.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    names.mkdir(folder, parents=True, exist_ok=True)
     durable.write_json(folder / JSON_NAME, {**curve.as_dict(), **facts})
     figure = new_figure("picture of the learning rates", 8, 4.5)
     if figure is not None:

@@ -372,8 +372,7 @@ class RunState:
         A tied matrix stands there twice, for PEFT makes two copies of what is tied.
         """
         whole = whole_parameters(self.model, self.config)
-        tied = self.model.lm_head is None
-        if tied and whole:
+        if whole and self.model.lm_head is None:
             whole = whole | {"lm_head.weight": whole["model.embed_tokens.weight"]}
         return {path_in_file(source.config, name): value.data for name, value in whole.items()}
 

@@ -13,7 +13,7 @@ from engine.config.train_config import TrainConfig
 from engine.distributed.group import leads
 from engine.errors import EngineError
 from engine.runs.signals import Interrupted
-from engine.storage import durable
+from engine.storage import durable, names
 
 
 def main(job: dict[str, Any]) -> int:
@@ -22,7 +22,7 @@ def main(job: dict[str, Any]) -> int:
 
     outcome = Path(job["outcome"])
     if leads():
-        outcome.unlink(missing_ok=True)  # of a start before this one
+        names.unlink(outcome, missing_ok=True)  # of a start before this one
     if "check" in job:
         return _check(outcome, DoctorSettings(**job["check"]))
     try:

@@ -15,7 +15,8 @@ from engine.config.programs.translation import (
     heldout,
     preferences,
 )
-from engine.storage import strict_json
+from engine.errors import CheckpointError
+from engine.storage.safe_files import read_json_object
 
 _SAME = {
     "model_name_or_path": "model",
@@ -128,10 +129,9 @@ def _data(source: GivenKeys, folder: Path) -> None:
 def _known_files(where: Path) -> dict[str, Any]:
     """dataset_info.json; of one that cannot be read, every data set is reported as missing."""
     try:
-        table = strict_json.loads((where / "dataset_info.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(where / "dataset_info.json")
+    except CheckpointError:
         return {}
-    return table if isinstance(table, dict) else {}
 
 
 def _file_of(source: GivenKeys, key: str, name: str, where: Path, known: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, cast
 from engine.data.corpus.records import Record
 from engine.data.origins import manifest_path
 from engine.errors import ConfigError, DataError
-from engine.storage import durable
+from engine.storage import durable, names
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
 _GROUP = 10_000
@@ -57,7 +57,7 @@ def write_records(output: Path, rows: Iterable[Record]) -> int:
         DataError: Parquet without pyarrow.
     """
     with durable.writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+        names.mkdir(output.parent, parents=True, exist_ok=True)
     count = 0
     with durable.replacing(output) as handle:
         if output.name.lower().endswith(".parquet"):
@@ -71,7 +71,7 @@ def write_records(output: Path, rows: Iterable[Record]) -> int:
                 count += 1
             if zipped:
                 stream.close()
-    manifest_path(output).unlink(missing_ok=True)
+    names.unlink(manifest_path(output), missing_ok=True)
     return count
 
 

@@ -64,6 +64,8 @@ def spooled_query(url: str, query: str) -> Path:
 
 def _is_sqlite(path: Path) -> bool:
     try:
+        if not path.is_file():  # a pipe that nobody writes to would keep who opens it waiting
+            return False
         with path.open("rb") as stream:
             return stream.read(len(_SQLITE)) == _SQLITE
     except OSError:

@@ -159,11 +159,23 @@ def _files(text: str, query: str | None) -> list[tuple[Path, str]]:
     hub = HubData.parse(text)
     if hub is not None:
         return [(file, f"{hub.repository}/{file.name}") for file in hub.files()]
+    if _exists(path):
+        raise DataError(
+            f"{path} is a pipe, a socket or a device, and rows are read several times. Write them "
+            "to a file, or give them on standard input: --data -."
+        )
     raise DataError(
         f"{path}: there is no such data file; expected JSON, CSV, TSV, Parquet, Arrow or text, "
         "plain or compressed, a folder or a pattern of them, the URL of a database, or the id of "
         f"a data set of the hub. {_what_it_may_be(text)}"
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        return False
 
 
 def _what_it_may_be(name: str) -> str:

@@ -23,7 +23,7 @@ from engine.data.sources.resolve import RowFile
 from engine.data.sources.spool import is_spooled, new_file
 from engine.data.sources.streams.located import Located
 from engine.errors import DataError
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.safe_files import json_object_or_empty
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def as_lines(file: RowFile, folder: Path) -> Path:
     if target.is_file() and known == facts | {"written": target.stat().st_size}:
         return target
     log.info("%s is written to a file of lines first, to be read in any order", file.name)
-    folder.mkdir(parents=True, exist_ok=True)
+    names.mkdir(folder, parents=True, exist_ok=True)
     with durable.replacing(target) as out:
         os.fchmod(out.fileno(), 0o600)
         for line in _lines(file):

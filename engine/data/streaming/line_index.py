@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from engine.errors import CheckpointError, DataError
-from engine.storage import durable, strict_json
+from engine.storage import durable, names, strict_json
 from engine.storage.safe_files import open_regular
 
 _HEADER = 4096
@@ -92,7 +92,7 @@ def index_lines(path: Path, folder: Path) -> LineIndex:
         target = folder / f"{hashlib.sha256(facts['path'].encode()).hexdigest()[:24]}.lines"
         known = _stored(target, facts)
         if known is None:
-            folder.mkdir(parents=True, exist_ok=True)
+            names.mkdir(folder, parents=True, exist_ok=True)
             known = _scan(path, target, facts)
     except OSError as error:
         raise DataError(f"{path}: the file cannot be read ({error}).") from error

@@ -34,7 +34,7 @@ from engine.model_sources.adapter.config import AdapterConfig, from_json, model_
 from engine.model_sources.adapter.contents import PREFIX, OtherTensors, Pairs, read_contents
 from engine.model_sources.adapter.experts import EXPERTS, divide, fuse, fused_keys
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.safe_files import not_shown, read_json_object
 
 CONFIG = "adapter_config.json"
@@ -104,7 +104,7 @@ def save_adapter(
     if not flat:
         raise CheckpointError(f"There is no adapter tensor to save to {directory}.")
     with durable.writing(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+        names.mkdir(directory, parents=True, exist_ok=True)
     keys = _of_experts(config, tensors) | ({} if carried is None else _carried_keys(carried))
     if whole:
         saved = {module.rpartition(".")[2] for module in modules}

@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.data.batches.sequences import AnswerSet
 from engine.errors import CheckpointError
 from engine.inference.perplexity import TOKENS_PER_BATCH
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.cache_folder import cache_folder
 from engine.training.objectives.evaluation import indices_by_tokens
 from kernels.runtime.ranks import ONE_RANK, Ranks, host_maxima
@@ -128,12 +128,12 @@ def _write(path: Path, table: Tensor) -> None:
     """Store values. A disk that refuses is a warning: they are measured again then."""
     body = table.numpy().astype("<f8").tobytes()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        names.mkdir(path.parent, parents=True, exist_ok=True)
         with durable.replacing(path) as out:
             out.write(body)
             out.write(hashlib.sha256(body).digest())
         files = path.parent.glob("*.reference")
         for old in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)[_MOST_FILES:]:
-            old.unlink(missing_ok=True)
+            names.unlink(old, missing_ok=True)
     except (OSError, CheckpointError) as error:
         log.warning("The reference's log-probabilities were not stored in %s: %s", path, error)

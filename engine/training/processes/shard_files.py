@@ -20,7 +20,7 @@ from engine.distributed.messages import broadcast_text, gather_texts
 from engine.errors import CheckpointError
 from engine.model_sources.safetensors.file import SafetensorsFile, save_file
 from engine.runs.checkpoints import refuse_nonfinite
-from engine.storage import durable
+from engine.storage import durable, names
 from kernels.runtime.ranks import Ranks
 
 Files = Mapping[str, Mapping[str, Tensor]]
@@ -67,7 +67,7 @@ class ShardFiles:
             refuse_nonfinite(self._step, self._files)
             for kind, tensors in self._files.items():
                 path = folder / shard_name(kind, self._ranks.rank)
-                path.parent.mkdir(exist_ok=True)
+                names.mkdir(path.parent, exist_ok=True)
                 save_file(tensors, path)
             durable.fsync_dir(folder)
         except (OSError, CheckpointError) as error:

@@ -42,7 +42,7 @@ from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
 from engine.runs.checkpoints import sweep
 from engine.runs.summary import summed_up_on_failure, write_summary
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
 from engine.training.checks import check_model, check_request
@@ -228,7 +228,7 @@ class _Forge:
     def _data(self) -> dict[str, Any]:
         """Write the rows to train on and those held out, once for every cycle."""
         config, folder = self.settings.training, self.root / "data"
-        folder.mkdir(exist_ok=True)
+        names.mkdir(folder, exist_ok=True)
         files = _domain(self.settings.domain, folder)
         if len(files) == 2:
             rows, heldout = load_rows(files[0]), load_rows(files[1])
@@ -266,7 +266,7 @@ class _Forge:
         return {"prune": done, "pruned": after, **trained}
 
     def _prune(self, source: str, target: Path) -> dict[str, Any]:
-        target.parent.mkdir(exist_ok=True)
+        names.mkdir(target.parent, exist_ok=True)
         settings = self.settings.pruning
         if not settings.data:
             settings = settings.model_copy(update={"data": (str(self.train_file),)})
@@ -284,7 +284,7 @@ class _Forge:
     ) -> dict[str, Any]:
         """Fine-tune the model in `source`, merge, and judge what was saved; `seed` is added."""
         run, merged = folder / "run", folder / "model"
-        folder.mkdir(exist_ok=True)
+        names.mkdir(folder, exist_ok=True)
         config = self.settings.training.model_copy(
             update={
                 "model": source,

@@ -23,7 +23,7 @@ from engine.gates.verdict import Gate, decide, read_earlier
 from engine.inference.generation import stop_ids_of
 from engine.model_sources.adapter_path import adapter_path
 from engine.provenance import git_commit, versions
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.verbs.models.evaluate import LoadedModel, loaded
 
 RESULTS = "eval_results.json"
@@ -145,7 +145,7 @@ def _base(settings: EvalSettings, gates: GateSettings) -> EvalSettings | None:
 def _output_dir(settings: EvalSettings) -> Path:
     """Where results go: as asked, else the run that the adapter is of, else here."""
     if settings.output_dir is not None:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        names.mkdir(settings.output_dir, parents=True, exist_ok=True)
         return settings.output_dir
     if settings.adapter:
         run = adapter_path(settings.adapter[0][0]).parent
@@ -220,7 +220,7 @@ def _write(
         durable.write_json(folder / FAILED, {"failed": failed, "results": RESULTS})
     durable.write_json(folder / RESULTS, facts)
     if not failed:
-        (folder / FAILED).unlink(missing_ok=True)
+        names.unlink(folder / FAILED, missing_ok=True)
 
 
 def _named(adapters: tuple[WeightedPath, ...]) -> str | None:

@@ -15,6 +15,7 @@ from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Recipe, read_recipe
 from engine.pipelines.records import StageRecord
 from engine.runs.summary import write_summary
+from engine.storage import names
 from engine.storage.lock import DirectoryLock
 
 OnEvent = Callable[[Mapping[str, Any]], None]
@@ -41,7 +42,7 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
     again = _again(recipe, settings.again)
     tell = on_event or (lambda _: None)
     started = time.time()
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    names.mkdir(recipe.output_dir, parents=True, exist_ok=True)
     result = PipelineResult(recipe.output_dir)
     with DirectoryLock(recipe.output_dir):
         tell(_event("pipeline_begins", stages=[stage.name for stage in recipe.stages]))

@@ -14,7 +14,7 @@ from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Stage
 from engine.pipelines.records import StageRecord
 from engine.runs.summary import write_summary
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import json_object_or_empty
 from engine.sweeps.recipe import Sweep, read_sweep
@@ -49,7 +49,7 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
     if settings.dry_run:
         return SweepResult(recipe, [TrialResult(trial, "planned", None, {}) for trial in trials])
     started, status = time.time(), 0
-    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    names.mkdir(recipe.output_dir, parents=True, exist_ok=True)
     with DirectoryLock(recipe.output_dir):
         _require_same(recipe, trials)
         for trial in trials:

@@ -133,13 +133,13 @@ def test_nothing_that_is_set_aside_is_lost_wherever_a_kill_falls(
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
             return real(path, target)
 
-        monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr(Path, "replace", rename)
         try:
             record.begin()
         except Killed:
             return True
         finally:
-            monkeypatch.setattr(Path, "rename", real)
+            monkeypatch.setattr(Path, "replace", real)
         return False
 
     kills = 0

@@ -139,6 +139,16 @@ def test_a_run_of_an_earlier_version_goes_on_with_one_warning(
     assert "digests" in json.loads((stopped / "manifest.json").read_text())
 
 
+def test_a_run_whose_manifest_is_damaged_goes_on_with_a_warning_that_says_so(
+    stopped: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (stopped / "manifest.json").write_text("{")
+    assert resume(stopped, console=False).metrics["steps"] == 6
+    told = " ".join(record.getMessage() for record in caplog.records)
+    assert "manifest.json" in told
+    assert "earlier version" not in told
+
+
 def test_a_resumed_run_takes_everything_from_its_directory(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, stopped: Path
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.support.source_tree import product_sources
 
 METHODS = {"write_text", "write_bytes", "unlink", "rmdir", "touch", "rename", "hardlink_to",
-           "symlink_to", "savefig", "tofile"}  # fmt: skip
+           "symlink_to", "savefig", "tofile", "rmtree"}  # fmt: skip
 OF_OS = {"replace", "rename", "renames", "remove", "unlink", "rmdir", "removedirs", "link",
          "symlink", "truncate", "ftruncate"}  # fmt: skip
 OF_SHUTIL = {"rmtree", "move", "copy", "copy2", "copyfile", "copytree"}

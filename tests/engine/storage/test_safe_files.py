@@ -1,13 +1,16 @@
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from cli.main import main
 from engine.errors import CheckpointError, ConfigError
 from engine.storage.safe_files import (
     is_pickle,
     leads_outside,
     open_regular,
+    read_given,
     read_json_object,
     read_regular,
     read_text,
@@ -188,3 +191,36 @@ def test_very_many_values_are_refused_before_any_is_made(tmp_path: Path, text: s
         read_json_object(path)
     path.write_text('{"template": "' + ": [" * 80_000 + '"}')
     assert len(read_json_object(path)["template"]) == 240_000
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_pipe_that_the_user_names_is_read_to_its_end(tmp_path: Path, slow: bool) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = "sleep 0.3; printf a; sleep 0.2; printf bc" if slow else "printf abc"
+    with subprocess.Popen(["sh", "-c", f"({writer}) > {tmp_path / 'pipe'}"]):
+        assert read_given(tmp_path / "pipe", 10) == b"abc"
+
+
+def test_a_pipe_without_a_writer_and_an_endless_file_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.storage.safe_files._PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="nobody writes to"):
+        read_given(tmp_path / "pipe", 10)
+    assert read_given(Path("/dev/zero"), 10) == bytes(11)
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "--config"], ["data", "stats", "--data"], ["import-config"]]
+)
+def test_no_command_waits_for_a_pipe_that_it_is_given(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("engine.storage.safe_files._PATIENCE", 0.1)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert main([*words, str(tmp_path / "pipe.yaml")]) == 2
+    assert "is a pipe" in capsys.readouterr().err
