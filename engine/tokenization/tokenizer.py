@@ -8,14 +8,15 @@ separate from the encoding itself, so that a rendered chat, which brings its own
 gets a second one.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, DataError
 from engine.storage.safe_files import not_shown
 from engine.tokenization.chat_template import DEFAULT, TOOL_USE, ChatTemplate, default_template
 from engine.tokenization.special_tokens import (
@@ -24,8 +25,9 @@ from engine.tokenization.special_tokens import (
     read_declared,
 )
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
-from engine.tokenization.vocabularies.limits import in_time, may_take_long, refuse_long
+from engine.tokenization.vocabularies.limits import may_take_long, refuse_long
 from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
+from engine.tokenization.vocabularies.tokenizer_process import TokenizerProcess
 
 if TYPE_CHECKING:
     from engine.model_sources.interface.model_source import TokenizerSource
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 _UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
 Offsets = list[tuple[int, int]]
 _MOST_AROUND = 1000
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Tokenizer:
@@ -74,13 +77,15 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self._backend, self._name = backend, name
         refuse_long(self.special_tokens.values(), name)
-        self._slow = may_take_long(backend, name)
+        slow = may_take_long(backend, name)
         self._add_missing()
         backend.no_truncation()
         backend.no_padding()
+        self._process = TokenizerProcess(backend.to_str(), name) if slow else None
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         self.prefix_ids, self.suffix_ids = self._surroundings(add_bos, add_eos)
         backend.post_processor = None
+        self._process = TokenizerProcess(backend.to_str(), name) if slow else None
         named = {DEFAULT: template} if isinstance(template, str) else dict(template or {})
         self.has_own_template = DEFAULT in named
         bos = self.bos_token_id
@@ -112,34 +117,34 @@ class Tokenizer:
 
     def encodings(self, texts: Sequence[str]) -> list[Encoding]:
         """What `tokenizers` knows of many texts: ids, and the characters behind each."""
-        encode = partial(self._backend.encode_batch, list(texts), add_special_tokens=False)
-        return cast(list[Encoding], self._in_time(encode, sum(map(len, texts))))
+        return self._encoded(texts)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores; nothing is added."""
-        encode = partial(self._backend.encode_batch_fast, list(texts), add_special_tokens=False)
-        encodings = self._in_time(encode, sum(map(len, texts)))
-        return [encoding.ids for encoding in encodings]
+        return [encoding.ids for encoding in self._encoded(texts, offsets=False)]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids."""
         plain = [int(index) for index in ids]
-        decode = partial(self._backend.decode, plain, skip_special_tokens=skip_special_tokens)
-        return str(self._in_time(decode, len(plain)))
+        with library_faults(self._name):
+            if self._process is not None:
+                return self._process.decode(plain, skip_special_tokens)
+            return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
-        if self._slow:  # a batch, since one text alone is encoded with Python's lock held
-            encode = partial(
-                self._backend.encode_batch, [text], add_special_tokens=add_special_tokens
-            )
-            return cast(Encoding, self._in_time(encode, len(text))[0])
-        with library_faults(self._name):
+        if self._process is not None:
+            with library_faults(self._name), _whole_characters([text]):
+                return self._process.encode([text], add_special_tokens)[0]
+        with library_faults(self._name), _whole_characters([text]):
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
-    def _in_time(self, call: Callable[[], Any], size: int) -> Any:
-        """What a call of the library gives for `size` characters or ids."""
-        with library_faults(self._name):
-            return in_time(call, size, self._name) if self._slow else call()
+    def _encoded(self, texts: Sequence[str], offsets: bool = True) -> list[Encoding]:
+        """Texts without what stands around them."""
+        with library_faults(self._name), _whole_characters(texts):
+            if self._process is not None:
+                return self._process.encode(texts, False)
+            batch = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+            return batch(list(texts), add_special_tokens=False)
 
     def serialised(self) -> str:
         """The tokenizer as `tokenizers` saves it, without what is put around a text."""
@@ -243,6 +248,21 @@ class Tokenizer:
         if self.bos_token is not None and self.bos_token != self.eos_token:
             texts.discard(self.bos_token)
         return sorted(texts)
+
+
+@contextmanager
+def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
+    """Around encoding: half a character raises `DataError`, where the library says TypeError."""
+    try:
+        yield
+    except TypeError as error:
+        half = next((found for text in texts if (found := _HALF.search(text))), None)
+        if half is None:
+            raise
+        raise DataError(
+            f"A text holds half a character, {half[0]!a} at {half.start()}: a byte that is no "
+            "UTF-8, or one of a pair of surrogates alone. Write the text in UTF-8."
+        ) from error
 
 
 def load_tokenizer(source: "TokenizerSource", now: str | None = None) -> Tokenizer:

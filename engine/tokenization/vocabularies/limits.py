@@ -2,8 +2,8 @@
 
 `tokenizers` does what a file asks for: normalizers that make millions of characters of one, tokens
 of megabytes, regular expressions that take for ever. No model has any of these. What can be read
-off the file is refused before the library sees it; expressions that may take long are let run, and
-ended by `in_time`.
+off the file is refused before the library sees it; a tokenizer with expressions that may take long
+works in a process that is ended (`tokenizer_process`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import base64
 import binascii
 import json
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -31,8 +30,6 @@ _MOST_VALUES = 8_000_000
 """Values of a tokenizer.json; half a million tokens with as many merges are 2.5 million."""
 
 _LONGEST_PATTERN = 50_000
-_SECONDS, _RATE = 3.0, 20_000
-"""What encoding may take at least, and the characters a second that a slow machine does."""
 
 
 def refuse_long_tokens(serialised: str, where: str) -> None:
@@ -85,34 +82,6 @@ def refuse_long(texts: Iterable[Any], where: str) -> None:
             f"{where}: the added tokens of its tokenizer have {total} characters together, where "
             f"at most {_ALL_TOKENS} are read. No model has as many; take another tokenizer."
         )
-
-
-def in_time(call: Callable[[], Any], size: int, where: str) -> Any:
-    """What `call` returns, for a text of `size` characters.
-
-    Raises `CheckpointError` where it does not return in time; its thread is then left behind, for
-    nothing can end it but the end of the process.
-    """
-    results: list[Any] = []
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(_SECONDS + size / _RATE)
-    if failures:
-        raise failures[0]
-    if not results:
-        raise CheckpointError(
-            f"{where}: its tokenizer needs more than {_SECONDS + size / _RATE:.0f} s for a text of "
-            f"{size} characters: a regular expression in it takes for ever. Take another tokenizer."
-        )
-    return results[0]
 
 
 def _steps(part: Any) -> Iterator[Mapping[str, Any]]:

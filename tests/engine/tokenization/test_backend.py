@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Backend
 from engine.errors import CheckpointError
 from engine.model_sources.vocabulary.folder import TokenizerFolder
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
-from engine.tokenization.vocabularies import limits
+from engine.tokenization.vocabularies import tokenizer_process
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
 from engine.tokenization.vocabularies.limits import longest_rule
 from engine.tokenization.vocabularies.sentencepiece import load_sentencepiece
@@ -95,8 +95,8 @@ def test_an_expression_without_end_is_a_named_error(
     text = tokenizer_json(tmp_path, pre_tokenizer=split | {"invert": False})
     tokenizer = Tokenizer(open_backend(text, "m"), {})
     assert tokenizer.encode("a")
-    monkeypatch.setattr(limits, "_SECONDS", 0.0)
-    monkeypatch.setattr(limits, "_RATE", 100_000)
+    monkeypatch.setattr(tokenizer_process, "_SECONDS", 0.0)
+    monkeypatch.setattr(tokenizer_process, "_RATE", 100_000)
     with pytest.raises(CheckpointError, match="its tokenizer needs more"):
         tokenizer.encode(("a" * 18 + " ") * 100)
 
