@@ -19,6 +19,7 @@ import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -75,6 +76,8 @@ _OTHER_NAMES = {
 # What a fault of the program may be behind, so that a traceback helps to find it.
 _UNCLEAR = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, None})
 
+_PRINTING = frozenset({"typer", "click", "rich"})
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
@@ -92,11 +95,18 @@ def _main(words: list[str]) -> int:
         status = _dispatch(words)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has gone, as `head` does: nothing is left to tell. The null device
-        # takes what Python still flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        # Whoever read the output has gone, as `head` does: nothing is left to tell.
+        _print_nowhere()
         return 0
+    except OSError as error:
+        _complain(_refused(error))
+        return 2
     return status
+
+
+def _print_nowhere() -> None:
+    """Let the null device take what is printed from now on, and what Python flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _dispatch(words: list[str]) -> int:
@@ -128,6 +138,14 @@ def _meant(word: str) -> str:
 
 def _run(verb: str, arguments: list[str]) -> int:
     leave_quickly()
+    try:
+        os.getcwd()  # noqa: PTH109 - of a folder that is gone, torch's libraries end the process
+    except OSError as error:
+        _complain(
+            f"The folder that this command was started in cannot be used ({error.strerror}): it "
+            "was deleted, or may not be entered. Go to another one (cd) and run it there."
+        )
+        return 2
     try:
         with importing():
             module = importlib.import_module(VERBS[verb][0])
@@ -245,6 +263,9 @@ def _refused(error: OSError) -> str:
     from engine.storage.durable import describe
 
     where = f" {error.filename}" if error.filename else ""
+    if not where and _is_of_printing(error):
+        where = " standard output"
+        _print_nowhere()
     notes = ""
     if error.errno in _UNCLEAR:
         notes = " " + (" ".join(getattr(error, "__notes__", ())) or _keep_traceback(error))
@@ -253,6 +274,13 @@ def _refused(error: OSError) -> str:
         "names when they are whole, so what stood before stands as it was. Look at that file and "
         f"its disk, and run the command again.{notes}"
     )
+
+
+def _is_of_printing(error: OSError) -> bool:
+    """Whether what prints raised this: the command line, or what shows its help."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = Path(frames[-1].filename) if frames else Path()
+    return last.is_relative_to(Path(__file__).parent) or not _PRINTING.isdisjoint(last.parts)
 
 
 def _keep_traceback(error: BaseException) -> str:

@@ -30,6 +30,7 @@ def resolve_device(name: str) -> "torch.device":
     """
     import torch
 
+    _check_kernel_variables()
     source = "--device"
     if name == "auto" and os.environ.get(DEVICE_VARIABLE):
         name, source = os.environ[DEVICE_VARIABLE], DEVICE_VARIABLE
@@ -54,6 +55,20 @@ def resolve_device(name: str) -> "torch.device":
     if number and int(number) >= count:
         raise ConfigError(f"{source} asks for {name}, but there are {count} GPUs, counted from 0.")
     return torch.device(name)
+
+
+def _check_kernel_variables() -> None:
+    """Refuse names in the environment that choose no kernel, before any work is done."""
+    from kernels.attention.choice import forced_backend
+    from kernels.runtime.dispatch import check_reference
+
+    try:
+        check_reference()
+        forced_backend()
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}. Correct this variable of the environment, or unset it."
+        ) from error
 
 
 def resolve_dtype(name: str, device: "torch.device") -> "torch.dtype":

@@ -6,6 +6,20 @@ import sys
 from cli.from_settings import Call, Verb, make_app
 from cli.say import say, say_answer
 from engine.config.tasks.inference import GenerateSettings
+from engine.errors import ConfigError
+
+_LONGEST_PROMPT = 1 << 26
+
+
+def _standard_input() -> str:
+    """The prompt that is given on standard input. Raises `ConfigError` for one without end."""
+    text = sys.stdin.read(_LONGEST_PROMPT + 1)
+    if len(text) > _LONGEST_PROMPT:
+        raise ConfigError(
+            f"Standard input holds more than {_LONGEST_PROMPT >> 20} million characters, where a "
+            "prompt was expected. Look at what is given to the command."
+        )
+    return text
 
 
 def generate(call: Call) -> int:
@@ -14,7 +28,7 @@ def generate(call: Call) -> int:
     if settings.data is not None or settings.output is not None:
         return _rows(call, settings)
     if settings.prompt == "-":
-        settings = settings.model_copy(update={"prompt": sys.stdin.read()})
+        settings = settings.model_copy(update={"prompt": _standard_input()})
     if settings.num_samples > 1 and settings.prompt is not None:
         return _samples(call, settings, settings.prompt)
     from engine.verbs.models.generate import answer

@@ -107,8 +107,9 @@ def explain(
     if config.memory_budget is not None:
         budget = min(budget, config.memory_budget)
     said = " ".join(text.split()).split(". GPU ")[0].removeprefix("CUDA out of memory. ")
+    said = f" ({said[:200].rstrip('.')})" if said else ""
     return MemoryPlanError(
-        f"The device {device} ran out of memory ({said[:200].rstrip('.')}). Planned were "
+        f"The device {device} ran out of memory{said}. Planned were "
         f"{gib(planned.total)} for the largest step, {planned.tokens} tokens with "
         f"--gradient-checkpointing {policy}. Of {gib(use.total)} this run's tensors took up to "
         f"{gib(use.allocated)}, its allocator holds {gib(use.reserved)} and other programs "

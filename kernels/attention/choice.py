@@ -174,15 +174,21 @@ def _announce(name: str, kind: TrialKind) -> None:
     _log.info("attention runs as %s for %s", name, kind)
 
 
+def forced_backend() -> str | None:
+    """What ENGINE_ATTENTION names. Raises `ValueError` for what is no back end."""
+    forced = os.environ.get("ENGINE_ATTENTION")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"ENGINE_ATTENTION is {forced!r}; expected one of {list(BACKENDS)}")
+    return forced
+
+
 def select(q: Tensor, k: Tensor, settings: AttentionSettings) -> Backend:
     """The first back end that suits this problem and has proved that it solves its kind.
 
     Meta tensors, on which nothing can be tried, get flash where it suits, else documents.
     """
-    forced = os.environ.get("ENGINE_ATTENTION")
+    forced = forced_backend()
     if forced:
-        if forced not in BACKENDS:
-            raise ValueError(f"ENGINE_ATTENTION is {forced!r}; expected one of {list(BACKENDS)}")
         if torch.are_deterministic_algorithms_enabled() and not BACKENDS[forced].repeats:
             raise ValueError(
                 f"ENGINE_ATTENTION is {forced!r}, whose backward pass does not repeat its bits; "

@@ -38,6 +38,13 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or os.environ.get("ENGINE_INTERPRET") == "1"
 
 
+def check_reference() -> None:
+    """Raise `ValueError` where ENGINE_REFERENCE names what `kernels` has not."""
+    text = os.environ.get("ENGINE_REFERENCE")
+    if text not in (None, "", "0", "1"):
+        _reference_names(text)
+
+
 @cache
 def _reference_names(text: str) -> frozenset[str]:
     """The names in ENGINE_REFERENCE."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cli.main import main
+from engine.device import resolve_device
+from engine.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SHOW = (
@@ -75,3 +77,71 @@ def test_every_verb_speaks_through_say() -> None:
     ours = [p for p in (ROOT / "cli").rglob("*.py") if p.name not in ("say.py", "main.py")]
     raw = {path.name for path in ours if spoken.search(path.read_text())}
     assert raw <= {"from_settings.py", "generate.py"}  # JSON, and an end of line
+
+
+def command(line: str, words: list[str], **changes: str) -> "subprocess.CompletedProcess[str]":
+    """The command line itself, behind a shell's redirections."""
+    return subprocess.run(
+        ["/bin/sh", "-c", f'{line} "$@"', "sh", sys.executable, "-m", "cli.main", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | changes,
+        check=False,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["status", "--help"]])
+def test_a_full_disk_behind_standard_output_is_named(words: list[str]) -> None:
+    done = command(f"cd {ROOT} && exec >/dev/full;", words)
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(
+        r"engine: The system refused .* standard output: No space left on device .*\n", done.stderr
+    )
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    done = command(f"cd {gone} && rmdir {gone} &&", ["plan", "--model", "llama-3.1-8b"])
+    assert done.returncode == 2
+    assert re.fullmatch(r"engine: The folder that this command was started in .*\n", done.stderr)
+
+
+@pytest.mark.parametrize("line", ["<&-", "printf 'caf\\351' |"])
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "en_US.UTF-8"])
+def test_standard_input_can_always_be_read(line: str, locale: str) -> None:
+    program = (
+        "import sys; from cli.streams import open_streams\n"
+        "with open_streams(): print(ascii(sys.stdin.read()), sys.stdin.isatty())"
+    )
+    behind = line == "<&-"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'{"" if behind else line} "$@" {line if behind else ""}', "sh",
+         sys.executable, "-c", program],
+        capture_output=True, text=True, check=False, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LC_ALL": locale},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == ("'' False\n" if behind else "'caf\\udce9' False\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ENGINE_REFERENCE", "maybe"), ("ENGINE_REFERENCE", "nf4,"), ("ENGINE_ATTENTION", "no"),
+     ("ENGINE_DEVICE", "tpu"), ("ENGINE_DEVICE", "cuda:-1")],
+)  # fmt: skip
+def test_a_variable_that_names_nothing_is_refused(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=name):
+        resolve_device("auto")
+
+
+@pytest.mark.parametrize("value", ["", "0", "1", "nf4, rms_norm"])
+def test_a_variable_that_names_kernels_is_taken(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_REFERENCE", value)
+    assert resolve_device("cpu").type == "cpu"

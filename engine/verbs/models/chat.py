@@ -14,6 +14,7 @@ from engine.conversation.chat_input import ReadLine
 from engine.conversation.chat_loop import Chat, Terminal
 from engine.conversation.speaker import ModelSpeaker
 from engine.device import resolve_device
+from engine.errors import ConfigError
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import stop_ids_of
 from engine.inference.loading import load_decoder, require_same_words, say_bases
@@ -25,6 +26,7 @@ from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
 
 _ADAPTER = "adapter"
+_LONGEST_LINE = 1 << 24
 
 
 def chat(settings: ChatSettings, terminal: Terminal | None = None) -> Chat:
@@ -93,9 +95,14 @@ def own_terminal() -> Terminal:
 
 
 def _read_line(prompt: str) -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.readline(_LONGEST_LINE + 1)
     if not line:
         raise EOFError
+    if len(line) > _LONGEST_LINE:
+        raise ConfigError(
+            f"A line of standard input has more than {_LONGEST_LINE >> 20} million characters, "
+            "where a message was expected. Look at what is given to the chat."
+        )
     return line.removesuffix("\n")
 
 
