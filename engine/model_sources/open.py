@@ -12,7 +12,13 @@ from engine.model_sources.hub import resolve
 from engine.model_sources.interface.model_source import ModelDescription, ModelSource
 from engine.model_sources.model_files import ModelFiles
 from engine.model_sources.pruning_record import masked
-from engine.storage.safe_files import is_pickle, read_head, refuse_pickle
+from engine.storage.safe_files import (
+    STAND_IN_BYTES,
+    is_pickle,
+    read_head,
+    refuse_pickle,
+    refuse_stand_in,
+)
 
 
 def open_model_source(model: str | Path, revision: str | None = None) -> ModelSource:
@@ -49,6 +55,7 @@ def _refuse_other_files(path: Path) -> None:
         return
     if is_pickle(path):
         refuse_pickle(path)
+    refuse_stand_in(read_head(path, STAND_IN_BYTES), str(path))
     if path.suffix == ".gguf":
         raise CheckpointError(f"{path} does not start with the letters GGUF; download it again.")
     raise ConfigError(

@@ -36,6 +36,9 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # A zip archive, which is what torch.save writes, or a bare pickle of protocol 2 to 5.
 _PICKLE_HEADS = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MIB = 2**20
+STAND_IN_BYTES = 64
+"""How much of a file's beginning tells what stands in its stead."""
+
 _NOT_REGULAR = "{} is not a regular file: pipes, devices and folders are not read in its place."
 _PATIENCE = 3.0
 """Seconds that a pipe which the user names may take to get a writer."""
@@ -118,6 +121,23 @@ def read_regular(path: Path, limit: int) -> bytes:
     return data
 
 
+def refuse_stand_in(head: bytes, source: str) -> None:
+    """Raise `CheckpointError` for what downloads leave in the stead of a file, by its first bytes.
+
+    A clone without Git LFS leaves pointers, and a download that is refused a page that says so.
+    """
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{source} is a pointer of Git LFS: the file itself was not downloaded. Run `git lfs "
+            "pull` in that folder, or download the file."
+        )
+    if head.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(
+            f"{source} is a web page that was saved in the file's stead. Open it to read why, and "
+            "download the file itself."
+        )
+
+
 def read_text(path: Path, limit: int = 4 * MIB) -> str:
     """The content of `path`, which must be UTF-8. Raises `CheckpointError`."""
     try:
@@ -138,6 +158,7 @@ def read_json_object(
     """
     try:
         data = read_regular(path, limit)
+        refuse_stand_in(data, str(path))
         refuse_many(data, limit // _BYTES_PER_VALUE, str(path))
     except CheckpointError as problem:
         raise error(str(problem)) from problem

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
 Offsets = list[tuple[int, int]]
 _MOST_AROUND = 1000
+_MOST_IDS = 2**31 - 1
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -83,6 +84,11 @@ class Tokenizer:
         backend.no_padding()
         self._process = TokenizerProcess(backend.to_str(), name) if slow else None
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        if self.vocab_size > _MOST_IDS:
+            raise CheckpointError(
+                f"{name}: its tokenizer has the id {self.vocab_size - 1}; a model has at most "
+                f"{_MOST_IDS} rows. Fetch the tokenizer's files again."
+            )
         self.prefix_ids, self.suffix_ids = self._surroundings(add_bos, add_eos)
         backend.post_processor = None
         self._process = TokenizerProcess(backend.to_str(), name) if slow else None

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from engine.errors import CheckpointError
-from engine.storage.safe_files import MIB
+from engine.storage.safe_files import MIB, STAND_IN_BYTES, refuse_stand_in
 from engine.storage.strict_json import parse_object
 
 DTYPES: dict[str, torch.dtype] = {
@@ -77,6 +77,8 @@ def read_header(
     """
     length = int.from_bytes(handle.read(8), "little")
     if size < 10 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        handle.seek(0)
+        refuse_stand_in(handle.read(STAND_IN_BYTES), source)
         raise CheckpointError(
             f"{source} is not a safetensors file, or is cut short: it holds {size} bytes and its "
             f"header claims {length}; expected at most {min(MAX_HEADER, max(size - 8, 0))}. "

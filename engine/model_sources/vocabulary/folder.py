@@ -11,7 +11,13 @@ from typing import Any
 
 from engine.errors import ConfigError
 from engine.model_sources.interface.model_source import TokenizerSource
-from engine.storage.safe_files import MIB, read_json_object, read_regular, read_text
+from engine.storage.safe_files import (
+    MIB,
+    read_json_object,
+    read_regular,
+    read_text,
+    refuse_stand_in,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +70,10 @@ class TokenizerFolder:
         extra = sorted(self.path.glob("additional_chat_templates/*.jinja"))
         names = [name for name in TOKENIZER_FILES if (self.path / name).exists()]
         names += [str(path.relative_to(self.path)) for path in extra]
-        return {name: read_regular(self.path / name, 256 * MIB) for name in names}
+        files = {name: read_regular(self.path / name, 256 * MIB) for name in names}
+        for name, data in files.items():
+            refuse_stand_in(data, str(self.path / name))
+        return files
 
     def _optional_json(self, name: str, limit: int = 4 * MIB) -> dict[str, Any]:
         path = self.path / name

@@ -1,11 +1,13 @@
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from cli.main import main
-from engine.errors import CheckpointError, ConfigError
+from engine.config.tasks.inference import GenerateSettings
+from engine.errors import CheckpointError, ConfigError, EngineError
 from engine.storage.safe_files import (
     is_pickle,
     leads_outside,
@@ -16,6 +18,8 @@ from engine.storage.safe_files import (
     read_text,
 )
 from engine.storage.strict_json import parse_object
+from engine.verbs.models.generate import answer
+from tests.support.tiny_model import write_tiny_model
 
 
 def hub_snapshot(root: Path) -> tuple[Path, Path]:
@@ -224,3 +228,27 @@ def test_no_command_waits_for_a_pipe_that_it_is_given(
     os.mkfifo(tmp_path / "pipe.yaml")
     assert main([*words, str(tmp_path / "pipe.yaml")]) == 2
     assert "is a pipe" in capsys.readouterr().err
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(POINTER, "a pointer of Git LFS.*git lfs pull"),
+     (b"\n<!DOCTYPE html><html>Too many requests</html>" * 40, "a web page"),
+     (b"<HTML lang=en>", "a web page")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+     "special_tokens_map.json", "generation_config.json", "model.gguf"],
+)  # fmt: skip
+def test_what_stands_in_a_files_stead_is_named(
+    name: str, content: bytes, told: str, tmp_path: Path
+) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    (model / name).write_bytes(content)
+    words = str(model / name) if name == "model.gguf" else str(model)
+    with pytest.raises(EngineError, match=f"{re.escape(name)} is {told}"):
+        answer(GenerateSettings(model=words, prompt="a", max_new_tokens=1), lambda piece: None)

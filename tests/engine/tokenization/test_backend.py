@@ -147,3 +147,9 @@ def test_damage_to_the_files_of_a_tokenizer_is_a_named_error(tmp_path: Path) -> 
         except CheckpointError:
             refused += 1
     assert refused > 200
+
+
+def test_an_id_that_no_model_has_a_row_for_is_named(tmp_path: Path) -> None:
+    text = tokenizer_json(tmp_path, model={"vocab": {"a": 2**32 - 1}})
+    with pytest.raises(CheckpointError, match="the id 4294967295; a model has at most"):
+        Tokenizer(open_backend(text, "m"), {})
