@@ -1,9 +1,10 @@
 """The base class of all tables of settings."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
@@ -59,6 +60,20 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switch_is_a_number(cls, values: Any) -> Any:
+        """Let `true` be refused for a number, where pydantic would read it as 1."""
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields
+        return {
+            key: str(value).lower()
+            if isinstance(value, bool) and key in fields and _takes_numbers(fields[key].annotation)
+            else value
+            for key, value in values.items()
+        }
+
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """`values` under their fields' present names; those within a value are not keys of ours."""
         for earlier, present in self.renamed.items():
@@ -71,6 +86,17 @@ class Settings(BaseModel):
     def __hash__(self) -> int:
         """Of the values as JSON: a mapping among them has no hash of its own."""
         return hash(self.model_dump_json())
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a field is a number, or none, or one of some words; and neither switch nor text."""
+    kinds, waiting = set[Any](), [annotation]
+    while waiting:
+        kind = waiting.pop()
+        union = get_origin(kind) in (Union, UnionType)
+        waiting += get_args(kind) if union else ()
+        kinds |= set() if union else {kind}
+    return not kinds.isdisjoint({int, float}) and kinds.isdisjoint({bool, str, Any})
 
 
 S = TypeVar("S", bound=Settings)

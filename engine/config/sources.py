@@ -221,6 +221,9 @@ def _walk(
     """Dotted key, value and line of every leaf under `node`."""
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            kind = "list" if isinstance(key_node, yaml.SequenceNode) else "mapping"
+            raise ValueError(f"a {kind} stands for the name of a setting in line {line}")
         path = (*above, str(key_node.value))
         group = isinstance(value_node, yaml.MappingNode) and value_node.tag == _PLAIN_MAPPING
         if group and not known.is_mapping(path[-1]):

@@ -135,7 +135,7 @@ def _index(value: Any, where: str) -> int:
     if isinstance(value, bool) or not (digits.isascii() and digits.isdecimal()):
         raise CheckpointError(
             f"the tokenizer's files give {digits[:80]!r} as the id of {where[:120]}; expected a "
-            "whole number"
+            "whole number. Fetch the tokenizer's files again."
         )
     return int(digits)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -251,3 +252,28 @@ def test_another_chunk_of_the_loss_is_refused_in_one_sentence(given: object) -> 
     words = told(TrainConfig, **NEEDED, loss_chunk_tokens=given)
     assert words.count("loss_chunk_tokens") == 1
     assert "expected auto or a whole number from 1 to 1048576" in words
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_no_switch_stands_for_a_number(table: type[Settings]) -> None:
+    """Of every setting that takes a number and no switch `true` is refused, as its name says."""
+    numbers = [
+        name
+        for name, field in table.model_fields.items()
+        if {"int", "float"} & set(re.findall(r"\w+", str(field.annotation)))
+        and not {"bool", "str", "Any"} & set(re.findall(r"\w+", str(field.annotation)))
+    ]
+    for name in numbers:
+        for value in (True, False):
+            with pytest.raises(ConfigError, match=f"`{name}` = "):
+                table(**{name: value})
+
+
+@pytest.mark.parametrize("key", ["? [a]\n: 1", "? {a: b}\n: 1", "[1, 2]: 3"])
+def test_a_key_that_is_no_name_is_told_in_words(key: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(f"max_steps: 2\n{key}\n")
+    with pytest.raises(
+        ConfigError, match=r"a\.yaml.* a (list|mapping) stands for the name"
+    ) as told:
+        build(TrainConfig, gather(Vocabulary.of("train", TrainConfig), tmp_path / "a.yaml"))
+    assert "Node" not in str(caught.value)
