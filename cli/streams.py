@@ -26,14 +26,20 @@ def open_streams() -> Iterator[None]:
         if sys.stderr is None:
             stack.enter_context(redirect_stderr(stack.enter_context(_nowhere())))
         if sys.stdin is None:
-            sys.stdin = stack.enter_context(Path(os.devnull).open(encoding="utf-8"))
-            stack.callback(setattr, sys, "stdin", None)
+            nothing = stack.enter_context(Path(os.devnull).open(encoding="utf-8"))
+            stack.enter_context(_StandardInput(nothing))
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         if isinstance(sys.stdin, TextIOWrapper):  # who reads a text tells which byte is none
             sys.stdin.reconfigure(errors="surrogateescape")
         yield
+
+
+class _StandardInput(redirect_stdout[TextIOWrapper]):
+    """Inside the block another file is standard input."""
+
+    _stream = "stdin"
 
 
 def _nowhere() -> TextIOWrapper:

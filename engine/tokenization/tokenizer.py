@@ -262,7 +262,7 @@ def _whole_characters(texts: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except TypeError as error:
-        half = next((found for text in texts if (found := _HALF.search(text))), None)
+        half = next((match for text in texts if (match := _HALF.search(text))), None)
         if half is None:
             raise
         raise DataError(

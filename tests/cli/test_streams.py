@@ -101,9 +101,9 @@ def test_a_full_disk_behind_standard_output_is_named(words: list[str]) -> None:
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    done = command(f"cd {gone} && rmdir {gone} &&", ["plan", "--model", "llama-3.1-8b"])
+    deleted = tmp_path / "deleted"
+    deleted.mkdir()
+    done = command(f"cd {deleted} && rmdir {deleted} &&", ["plan", "--model", "llama-3.1-8b"])
     assert done.returncode == 2
     assert re.fullmatch(r"engine: The folder that this command was started in .*\n", done.stderr)
 

@@ -1,4 +1,4 @@
-"""A tokenizer in a process of its own, which ends where it takes too long.
+"""Run a tokenizer in a process that ends in time.
 
 Nothing can stop a call of `tokenizers` that an expression keeps busy but the end of its process. So
 a tokenizer that holds such an expression works in one: `faulthandler` ends it in time, whatever
@@ -131,8 +131,8 @@ class TokenizerProcess:
 def _environment() -> dict[str, str]:
     """What the process gets of this one's environment: where the library is, and its threads."""
     folder = str(Path(tokenizers.__file__).parent.parent)
-    kept = ("SYSTEMROOT", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "LD_LIBRARY_PATH")
-    own = {name: os.environ[name] for name in kept if name in os.environ}
+    passed = ("SYSTEMROOT", "RAYON_NUM_THREADS", "TOKENIZERS_PARALLELISM", "LD_LIBRARY_PATH")
+    own = {name: os.environ[name] for name in passed if name in os.environ}
     return own | {"PYTHONPATH": folder, "PYTHONIOENCODING": "utf-8"}
 
 

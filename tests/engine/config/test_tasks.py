@@ -272,8 +272,6 @@ def test_no_switch_stands_for_a_number(table: type[Settings]) -> None:
 @pytest.mark.parametrize("key", ["? [a]\n: 1", "? {a: b}\n: 1", "[1, 2]: 3"])
 def test_a_key_that_is_no_name_is_told_in_words(key: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(f"max_steps: 2\n{key}\n")
-    with pytest.raises(
-        ConfigError, match=r"a\.yaml.* a (list|mapping) stands for the name"
-    ) as told:
+    with pytest.raises(ConfigError, match=r"a (list|mapping) stands for the name") as caught:
         build(TrainConfig, gather(Vocabulary.of("train", TrainConfig), tmp_path / "a.yaml"))
     assert "Node" not in str(caught.value)

@@ -36,6 +36,7 @@ OWN_OUTPUT = {
     "engine/storage/strict_json.py",
     "engine/tokenization/sandbox.py",
     "engine/tokenization/sandbox_worker.py",
+    "engine/tokenization/vocabularies/tokenizer_process.py",  # and of its own process
     "engine/patterns.py",  # what it says to the process that matches, and hears from it
     "engine/tokenization/vocabularies/limits.py",  # guarded, and what `tokenizers` says of itself
     "engine/gates/code_worker.py",  # reads its parent; the child's answer is guarded

@@ -43,8 +43,8 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
 
 
 def children() -> list[psutil.Process]:
-    found = psutil.Process().children()
-    return [p for p in found if "backend = Tokenizer" in " ".join(p.cmdline())]
+    running = psutil.Process().children()
+    return [p for p in running if "backend = Tokenizer" in " ".join(p.cmdline())]
 
 
 def test_what_the_process_makes_is_what_the_library_makes(slow: Tokenizer) -> None:
