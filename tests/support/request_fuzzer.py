@@ -171,7 +171,7 @@ def outcome(port: int, request: bytes) -> str:
 def campaign(server: ServedModel, count: int, seed: int) -> Counter[str]:
     """How often each outcome came of `count` requests."""
     requests = [fuzzed(random.Random(f"{seed}/{number}")) for number in range(count)]
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(64) as pool:  # some wait for the server's patience to end
         return Counter(pool.map(lambda request: outcome(server.port, request), requests))
 
 
