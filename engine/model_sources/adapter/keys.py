@@ -9,7 +9,7 @@ with the keys of a later version.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine.errors import CheckpointError, listing
@@ -39,7 +39,8 @@ _WITHOUT_EFFECT = (
     "auto_mapping corda_config eva_config fan_in_fan_out inference_mode lora_ga_config "
     "megatron_core peft_version qalora_group_size revision runtime_config task_type velora_config"
 )
-_KNOWN = frozenset((_READ + " " + _WITHOUT_EFFECT).split()) | REFUSED.keys()
+KNOWN = frozenset((_READ + " " + _WITHOUT_EFFECT).split()) | REFUSED.keys()
+"""Keys that PEFT writes."""
 
 OTHER_TYPES: dict[str, str] = {
     "ADALORA": "AdaLoRA has singular values and masks between its factors",
@@ -61,6 +62,59 @@ OTHER_TYPES: dict[str, str] = {
 _REPEATABLE = ("pissa", "olora", "loftq")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it lists texts or numbers, of which PEFT makes texts."""
+    return isinstance(value, list) and all(isinstance(v, str) or _is_number(v) for v in value)
+
+
+def _is_text_or_list(value: Any) -> bool:
+    return isinstance(value, str) or _is_list(value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+_Form = tuple[Callable[[Any], bool], str]
+_NAMES: _Form = (_is_list, "a list of names")
+_PATTERN: _Form = (_is_text_or_list, "a text, or a list of texts")
+_OBJECT: _Form = (_is_object, "an object")
+_FORMS: dict[str, _Form] = {
+    "target_modules": _PATTERN,
+    "exclude_modules": _PATTERN,
+    "layers_pattern": _PATTERN,
+    "layers_to_transform": (
+        lambda value: _is_number(value) or (_is_list(value) and all(map(_is_number, value))),
+        "a layer's number, or a list of them",
+    ),
+    "modules_to_save": _NAMES,
+    "target_parameters": _NAMES,
+    "trainable_token_indices": (
+        lambda value: _is_object(value) or _is_list(value), "a list of ids, or an object of them",
+    ),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "rank_pattern": _OBJECT,
+    "alpha_pattern": _OBJECT,
+    "loftq_config": _OBJECT,
+    "kasa_config": _OBJECT,
+    "use_bdlora": _OBJECT,
+}  # fmt: skip
+"""Keys that are read, and what their values have to be where they are not empty."""
+
+
+def _refuse_odd_values(raw: Mapping[str, Any], source: str) -> None:
+    for key, (fits, words) in _FORMS.items():
+        if raw.get(key) and not fits(raw[key]):
+            raise CheckpointError(
+                f"{source}: {key} is {raw[key]!r:.80}; expected {words}. Take the file as it "
+                "was saved, or save the adapter anew with PEFT."
+            )
+
+
 def judge_adapter_keys(raw: Mapping[str, Any], source: str) -> None:
     """Refuse what cannot be computed, and warn of keys that are not known.
 
@@ -73,6 +127,7 @@ def judge_adapter_keys(raw: Mapping[str, Any], source: str) -> None:
             f"{source}: peft_type is {kind!r}; only 'LORA' adapters are supported"
             f"{f': {reason}' if reason else ''}."
         )
+    _refuse_odd_values(raw, source)
     reasons = [f"{key}: {why}" for key, why in REFUSED.items() if raw.get(key)]
     initial = str(raw.get("init_lora_weights", True)).lower()
     if initial.startswith("pissa_niter"):
@@ -91,7 +146,7 @@ def judge_adapter_keys(raw: Mapping[str, Any], source: str) -> None:
             "it, or save it as a plain LoRA (in PEFT: "
             "save_pretrained(path_initial_model_for_weight_conversion=...))."
         )
-    unknown = sorted(key for key in raw if key not in _KNOWN and raw[key] not in (None, False))
+    unknown = sorted(key for key in raw if key not in KNOWN and raw[key] not in (None, False))
     if unknown:
         log.warning("%s: unknown keys are ignored: %s", source, listing(unknown))
 

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, EngineError
+from engine.model_sources.adapter.adapted_source import AdaptedSource
 from engine.model_sources.adapter.config import AdapterConfig
+from engine.model_sources.adapter.keys import KNOWN
 from engine.model_sources.adapter.peft import (
     CONFIG,
     WEIGHTS,
     load_adapter,
     save_adapter,
 )
+from engine.model_sources.open import open_model_source
 from engine.model_sources.safetensors.file import SafetensorsFile
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -283,6 +288,29 @@ def test_what_is_not_supported_is_refused_by_its_name(
         load_adapter(saved)
     assert words in str(caught.value)
     assert str(saved) in str(caught.value)
+
+
+ODD_VALUES: tuple[Any, ...] = (
+    3, -1, 2.5, True, "x", "(", [3], [None], [[1]], ["x", {}], {"x": []}, {"x": {"y": 1}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", sorted(KNOWN - {"peft_type"}))
+def test_an_odd_value_of_any_key_is_read_or_named(
+    key: str, golden: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As a program writes it that is not PEFT; also where the tensors are compared with it."""
+    base, folder = open_model_source(golden("llama")), tmp_path / "adapter"
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(2)]
+    fitting = {name: (torch.randn(4, 64), torch.randn(64, 4)) for name in names}
+    save_adapter(folder, config(target_modules=["q_proj"]), fitting)
+    assert AdaptedSource(base, load_adapter(folder)).tensor(f"{names[0]}.weight").shape == (64, 64)
+    whole = (folder / CONFIG).read_text()
+    for value in ODD_VALUES:
+        (folder / CONFIG).write_text(whole)
+        edit_config(folder, **{key: value})
+        with contextlib.suppress(EngineError):
+            AdaptedSource(base, load_adapter(folder)).tensor(f"{names[0]}.weight")
 
 
 @pytest.mark.parametrize(
