@@ -34,7 +34,7 @@ from kernels.linear.int8 import quantize_int8
 from kernels.nf4 import NF4Weight
 from kernels.runtime.host_memory import host_copy
 from kernels.runtime.ranks import Ranks
-from kernels.runtime.simulation import equal_parts
+from kernels.runtime.simulation import equal_parts, shapes_only
 from kernels.vocabulary.shard import own_rows
 from models.adapters import attach_lora
 from models.decoder import Decoder
@@ -118,10 +118,11 @@ def build_model(
     codes = StoredCodes(source, layout, quantization)
     finish = _LayerEnds(model, layers, device)
     parameters = [(n, tuple(p.shape)) for n, p in model.named_parameters()]
-    if layers.row_ranks is not None:
-        shard_vocabulary(model, layers.row_ranks)
-    if layers.experts is not None:
-        _divide_experts(model, layers, layers.experts)
+    with shapes_only():  # nothing is loaded yet
+        if layers.row_ranks is not None:
+            shard_vocabulary(model, layers.row_ranks)
+        if layers.experts is not None:
+            _divide_experts(model, layers, layers.experts)
     for name, shape in parameters:
         if not _set_codes(model, name, shape, codes, form):
             tensor = layout.assemble(name, shape, source.tensor)

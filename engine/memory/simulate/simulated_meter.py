@@ -152,12 +152,30 @@ def _attention(q: Tensor, tokens: int, products: float, bounds: Tensor | None = 
     return products * pairs * heads_dim
 
 
+_FACTORS = {
+    "mm": 0,
+    "bmm": 0,
+    "addmm": 1,
+    "addmm_": 1,
+    "baddbmm": 1,
+    "baddbmm_": 1,
+    "_grouped_mm": 0,
+}
+"""Ops by name, and which argument is the first factor. A row meets one matrix of a group."""
+
+
+def _products_of(name: str, first: int) -> dict[Any, Callable[[Any], float]]:
+    """The overloads of an op, which torch has more of with every version."""
+    packet = getattr(_ATEN, name, None)  # torch has _grouped_mm since 2.8
+    overloads = packet.overloads() if packet is not None else ()
+    return {
+        getattr(packet, overload): lambda a: _matmul(a[first], a[first + 1])
+        for overload in overloads
+    }
+
+
 _PRODUCTS: dict[Any, Callable[[Any], float]] = {
-    _ATEN.mm.default: lambda a: _matmul(a[0], a[1]),
-    _ATEN.mm.out: lambda a: _matmul(a[0], a[1]),
-    _ATEN.addmm.default: lambda a: _matmul(a[1], a[2]),
-    _ATEN.addmm_.default: lambda a: _matmul(a[1], a[2]),
-    _ATEN.addmm.out: lambda a: _matmul(a[1], a[2]),
+    **{op: count for name, at in _FACTORS.items() for op, count in _products_of(name, at).items()},
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: lambda a: _attention(
         a[0], a[0].shape[2], 2.0
     ),
@@ -168,8 +186,6 @@ _PRODUCTS: dict[Any, Callable[[Any], float]] = {
     _ATEN._flash_attention_backward.default: lambda a: _attention(a[1], 0, 5.0, a[6]),
 }
 """Floating-point operations of the ops that do nearly all of them, from their arguments."""
-if hasattr(_ATEN, "_grouped_mm"):  # not before torch 2.8; every row meets one matrix of (E, K, N)
-    _PRODUCTS[_ATEN._grouped_mm.default] = lambda a: _matmul(a[0], a[1])
 
 
 def _tensors_of(args: Any, kwargs: dict[str, Any]) -> list[Tensor]:

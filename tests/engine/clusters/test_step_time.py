@@ -95,7 +95,9 @@ def test_a_rank_is_planned_as_the_run_itself_is() -> None:
         model="m", data="d", batch_size=1, accumulate=4, max_length=65536, lora_dropout=0.0,
         gradient_checkpointing="full",
     )  # fmt: skip
-    planner, kinds = RankPlanner(model, torch.bfloat16, torch.bfloat16), set()
+    planner, kinds = RankPlanner(model, torch.bfloat16, torch.bfloat16), set[str]()
+    loads: dict[Arrangement, int] = {}
+    operations: dict[Arrangement, float] = {}
     for arrangement in arrangements(model, config, 2, 2):
         made = planner(Thrift(config, 0.0), arrangement)
         asked = TrainConfig(
@@ -105,7 +107,15 @@ def test_a_rank_is_planned_as_the_run_itself_is() -> None:
         own = plan(model, asked, gpu=True, dtype=torch.bfloat16, stored=torch.bfloat16)
         assert (made.memory, made.flops, made.sent) == (own.total, own.flops, own.sent)
         kinds |= set(made.sent)
+        loads[arrangement], operations[arrangement] = own.load.bytes, own.flops
     assert kinds == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all"}
+    # What each has of the experts it alone holds, while it reads them.
+    divided = [one for one in loads if one.experts == 2]
+    assert all(loads[one] < loads[dataclasses.replace(one, experts=1)] for one in divided)
+    assert len(divided) == len(loads) / 2
+    for one, count in operations.items():  # the head's are counted wherever its rows are
+        whole = operations[dataclasses.replace(one, weights=False)]
+        assert count == pytest.approx(whole, rel=1e-3), one
 
 
 def test_context_is_split_for_long_rows_or_few() -> None:
