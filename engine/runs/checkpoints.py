@@ -172,7 +172,10 @@ class CheckpointStore:
         if choice is None:
             return None
         if choice == "auto":
-            return self.latest()
+            newest = self.latest()
+            if newest is not None:
+                self._retire()  # what a process that was killed was about to
+            return newest
         chosen = self.load(Path(choice))
         for step in self.steps():
             path = self.path_of(step)

@@ -112,6 +112,20 @@ def test_the_newest_by_step_stay_and_are_ordered_by_step(store: CheckpointStore)
     assert checkpoint.step == 100
 
 
+def test_what_a_killed_process_was_about_to_retire_goes_as_its_run_goes_on(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that run had made its last step and saves no other."""
+    save(store, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_retire", lambda: None)
+        save(store, 3)
+    assert names(store.root) == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    loaded = reopened(store).resume("auto")
+    assert loaded is not None and loaded.step == 3
+    assert names(store.root) == {"checkpoint-2", "checkpoint-3"}
+
+
 def test_the_callers_files_are_part_of_the_checkpoint(store: CheckpointStore) -> None:
     name = "adapter/adapter_config.json"
     path = store.save(1, tensors_at(1), {}, lambda folder: touch(folder / name))
