@@ -260,7 +260,7 @@ def nf4_matmul(
     split = plan.split_k > 1
     partial, counters = _split_buffers(tile, tiles, plan.split_k, x.device) if split else (x, x)
     with on_device(x):
-        launch(nf4_matmul_kernel, (tiles, plan.split_k))(
+        launch(nf4_matmul_kernel, (tiles, plan.split_k), 2.0 * m * rows * columns)(
             x, weight.codes, weight.absmax, *nested_arguments(weight), x if bias is None else bias,
             out, partial, counters, m, rows, columns, x.stride(0), out.stride(0), plan.split_k,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, NESTED_SHIFT=nested_shift(weight),

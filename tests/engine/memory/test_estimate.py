@@ -118,6 +118,15 @@ def test_eight_billion_parameters_are_planned_as_their_layout_says() -> None:
     assert 6 * linear < made.flops / made.tokens < 7 * (linear + 128_256 * 4096)
 
 
+def test_operations_of_a_token_do_not_depend_on_how_few_there_are() -> None:
+    """Other kernels multiply few rows; attention's part is small beside the weights'."""
+    make = planner("llama-3.1-8b")
+    few, many = (
+        make(settings(batch_size=1, max_length=n, gradient_checkpointing="none")) for n in (64, 512)
+    )
+    assert few.flops / few.tokens == pytest.approx(many.flops / many.tokens, rel=0.03)
+
+
 def test_the_search_takes_the_fastest_settings_that_fit() -> None:
     make = planner("smollm2-360m")
     asked = settings(batch_size=4, max_length=512)
