@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,7 +171,8 @@ def fresh(folder: Path) -> Iterator[Path]:
 def undisturbed(command: Command, folder: Path) -> Expected:
     """Run the command twice: what both leave is what is expected."""
     seen = []
-    for _ in range(2):
+    for number in range(2):
+        time.sleep(1.1 * number)  # names and dates of another second are not expected
         with fresh(folder) as trial:
             command.prepare(trial)
             ending = run(command, trial)
