@@ -171,8 +171,8 @@ def fresh(folder: Path) -> Iterator[Path]:
 def undisturbed(command: Command, folder: Path) -> Expected:
     """Run the command twice: what both leave is what is expected."""
     seen = []
-    for number in range(2):
-        time.sleep(1.1 * number)  # names and dates of another second are not expected
+    for _ in range(2):
+        time.sleep(1.0 - time.time() % 1.0)  # names and dates of this second are not expected
         with fresh(folder) as trial:
             command.prepare(trial)
             ending = run(command, trial)
