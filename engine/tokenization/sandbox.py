@@ -23,6 +23,7 @@ import markupsafe
 
 from engine.errors import DataError, printable
 from engine.tokenization.messages import LimitError
+from engine.tokenization.vocabularies import answering_process
 
 MAX_SOURCE_BYTES = 256 * 2**10
 _KERNEL_LIMITS_CPU = find_spec("resource") is not None
@@ -144,7 +145,7 @@ class TemplateProcess:
             limits = self._limits.for_request(len(request))
             answers = self._exchange(self._process, request, limits)
             if answers is None:
-                _end(self._process)
+                answering_process.end(self._process)
                 raise self._stopped(limits)
         return [self._check(answer) for answer in answers]
 
@@ -183,7 +184,7 @@ class TemplateProcess:
             assert self._process is not None
             answers = self._exchange(self._process, request, self._limits.for_request(len(request)))
             if answers is None:
-                _end(self._process)
+                answering_process.end(self._process)
                 return [None] * len(conversations)
         return [None if "error" in a else self._check(a) for (a,) in answers]
 
@@ -191,7 +192,7 @@ class TemplateProcess:
         """End the process; a later `render` starts a new one."""
         with self._lock:
             if self._process is not None:
-                _end(self._process)
+                answering_process.end(self._process)
                 self._process = None
 
     def _launch(self) -> subprocess.Popen[str]:
@@ -215,21 +216,14 @@ class TemplateProcess:
             # Ctrl-C in the terminal is for the parent, which may want to finish its step.
             start_new_session=True,
         )
-        weakref.finalize(self, _end, process)
+        weakref.finalize(self, answering_process.end, process)
         return process
 
     def _exchange(self, process: subprocess.Popen[str], line: str, limits: Limits) -> Any:
         """Send limits and one line, and wait for one; None from a process that died or overran."""
-        assert process.stdin is not None
-        assert process.stdout is not None
         with _clock(process, limits.wall_seconds):
-            try:
-                process.stdin.write(f"{json.dumps(vars(limits))}\n{line}\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except BrokenPipeError:
-                answer = ""
-        return json.loads(answer) if answer.endswith("\n") else None
+            answer = answering_process.ask(process, f"{json.dumps(vars(limits))}\n{line}")
+        return None if answer is None else json.loads(answer)
 
     def _unusable(self, process: subprocess.Popen[str]) -> DataError:
         """Why a process that was just started says nothing."""
@@ -237,7 +231,7 @@ class TemplateProcess:
             status = process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             status = 0
-        _end(process)
+        answering_process.end(process)
         if status <= 0 and -status in _LIMIT_SIGNALS:
             return self._stopped(self._limits)
         if status < 0:
@@ -300,16 +294,3 @@ def _clock(process: subprocess.Popen[str], seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Kill a process that holds nothing worth saving, and collect it."""
-    if process.poll() is None:
-        process.kill()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            try:
-                stream.close()
-            except BrokenPipeError:
-                continue  # Unsent bytes to a process that has ended are of no use.
-    process.wait()

@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import Encoding
 
 from engine.errors import CheckpointError
+from engine.tokenization.vocabularies import answering_process
 
 _SECONDS, _RATE = 3.0, 20_000
 """What a text may take at least, and the characters a second that a slow machine does."""
@@ -138,26 +139,11 @@ def _environment() -> dict[str, str]:
 
 def _asked(process: subprocess.Popen[str], line: str) -> dict[str, Any] | None:
     """What the process answers to a line; None where it ended."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(f"{line}\n")
-        process.stdin.flush()
-        said = process.stdout.readline()
-    except BrokenPipeError:
-        return None
-    return dict(json.loads(said)) if said.endswith("\n") else None
+    said = answering_process.ask(process, line)
+    return None if said is None else dict(json.loads(said))
 
 
 def _ended(process: subprocess.Popen[str], owner: int) -> None:
-    """Kill the process, which holds nothing worth saving, and collect it."""
-    if owner != os.getpid():
-        return
-    process.kill()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            try:
-                stream.close()
-            except BrokenPipeError:
-                continue  # what it never read is of no use
-    process.wait()
+    """End the process, where it is a child of this one."""
+    if owner == os.getpid():
+        answering_process.end(process)
