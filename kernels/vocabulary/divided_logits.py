@@ -173,3 +173,10 @@ def hidden_gradient(dlogits: Tensor, head: Head, scale: float, wide: torch.dtype
         head_gradient(dlogits, head, scale, narrow)
         out.copy_(narrow)
     return out
+
+
+def own_share(shard: VocabularyShard, partial: Tensor) -> Tensor:
+    """This rank's rows (rows, H) of partial sums (N rows, H), added up over all ranks."""
+    share = partial.new_empty(partial.shape[0] // shard.ranks.size, partial.shape[1])
+    shard.ranks.reduce_scatter(share.view(-1), partial.view(-1)).wait()
+    return share

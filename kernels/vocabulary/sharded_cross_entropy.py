@@ -37,6 +37,7 @@ from kernels.vocabulary.divided_logits import (
     become_gradient_,
     hidden_gradient,
     joined_logits,
+    own_share,
 )
 from kernels.vocabulary.shard import VocabularyShard
 
@@ -74,9 +75,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
             if need_dhidden or need_dweight:
                 become_gradient_(shard, logits, targets, known.level, known.weights, terms)
             if dhidden is not None:
-                share = torch.empty(size, hidden.shape[1], dtype=wide, device=hidden.device)
-                partial = hidden_gradient(logits, head, scale, wide)
-                shard.ranks.reduce_scatter(share.view(-1), partial.view(-1)).wait()
+                share = own_share(shard, hidden_gradient(logits, head, scale, wide))
                 if count:
                     dhidden[part] = share[:count]
             if dweight is not None and len(dweight):

@@ -36,6 +36,7 @@ from kernels.vocabulary.divided_logits import (
     become_gradient_,
     hidden_gradient,
     joined_logits,
+    own_share,
 )
 from kernels.vocabulary.shard import VocabularyShard
 
@@ -100,8 +101,7 @@ class _ShardedLogProbs(torch.autograd.Function):
             become_gradient_(shard, logits, targets, level, counted, PLAIN)
             if dhidden is not None:
                 partial = hidden_gradient(logits, head, -1.0, wide).mul_(factor)
-                share = torch.empty(size, hidden.shape[1], dtype=wide, device=hidden.device)
-                shard.ranks.reduce_scatter(share.view(-1), partial.view(-1)).wait()
+                share = own_share(shard, partial)
                 part = slice(min(own, chunk * size), min(own, (chunk + 1) * size))
                 dhidden[part] = share[: part.stop - part.start]
             if dweight is not None and len(dweight):
