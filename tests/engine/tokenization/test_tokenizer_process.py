@@ -1,5 +1,6 @@
 """Tokenizers whose expressions may take long: equal ids, an end in time, nothing left behind."""
 
+import contextlib
 import os
 import random
 import threading
@@ -42,9 +43,24 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return Tokenizer(backend(), {"bos_token": "<s>"}, name="hostile")
 
 
+EARLIER: set[int] = set()
+"""Processes that other tests of this process have left running."""
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    EARLIER.clear()
+    EARLIER.update(process.pid for process in psutil.Process().children())
+
+
 def children() -> list[psutil.Process]:
-    running = psutil.Process().children()
-    return [p for p in running if "backend = Tokenizer" in " ".join(p.cmdline())]
+    """The tokenizers' processes that this test has started and that run."""
+    running = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends; a zombie is one of these
+            ours = "backend = Tokenizer" in " ".join(process.cmdline())
+            running += [process] if ours and process.pid not in EARLIER else []
+    return running
 
 
 def test_what_the_process_makes_is_what_the_library_makes(slow: Tokenizer) -> None:
