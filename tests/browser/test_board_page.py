@@ -12,6 +12,7 @@ from engine.monitoring.app import Board
 from engine.monitoring.directories import RunDirectories
 from engine.storage.lock import DirectoryLock
 from tests.support.pages.served import served
+from tests.support.pages.waiting import eventually
 from tests.support.pages.written_runs import (
     step_line,
     write_job,
@@ -55,15 +56,15 @@ def test_runs_are_drawn_over_each_other_and_taken_away(
     write_run(runs / "second", 30, status="Failure")
     page = open_page(board)
     expect(chart(page, "loss").locator(".curve:not(.raw)")).to_have_count(2)
-    assert read_out(page, "tokens_per_second") == [
+    eventually(page, lambda: read_out(page, "tokens_per_second"), [
         "Newest, step 50", "first\t201 (mean 203)", "second\t202 (mean 203)"
-    ]  # fmt: skip
+    ])  # fmt: skip
     expect(chart(page, "peak_memory_bytes").locator(".plan")).to_have_count(1)
-    assert read_out(page, "peak_memory_bytes")[1:] == [
+    eventually(page, lambda: read_out(page, "peak_memory_bytes")[1:], [
         "first\t1.00 GiB, plan 3.00 GiB", "second\t1.00 GiB"
-    ]  # fmt: skip
-    perplexity = read_out(page, "eval_perplexity")
-    assert perplexity[0] == "Newest, step 50" and perplexity[1].startswith("first\t4.3")
+    ])  # fmt: skip
+    eventually(page, lambda: read_out(page, "eval_perplexity")[0], "Newest, step 50")
+    assert read_out(page, "eval_perplexity")[1].startswith("first\t4.3")
     entry = page.locator("#run-list li", has_text="second")
     expect(entry).to_contain_text("failed")
     expect(entry).to_contain_text("The rows ended. Give more rows.")
@@ -113,11 +114,11 @@ def test_values_are_read_with_keys_and_pointer(runs: Path, board: str, open_page
     ):  # fmt: skip
         page.keyboard.press(keys)
         expect(plot).to_have_attribute("aria-valuenow", str(step))
-        assert read_out(page, "loss")[0] == f"Step {step}"
+        eventually(page, lambda: read_out(page, "loss")[0], f"Step {step}")
     page.keyboard.press("Home")
-    assert read_out(page, "loss")[1] == "first\t1 (mean 1)"
+    eventually(page, lambda: read_out(page, "loss")[1], "first\t1 (mean 1)")
     page.keyboard.press("Escape")
-    assert read_out(page, "loss")[0] == "Newest, step 50"
+    eventually(page, lambda: read_out(page, "loss")[0], "Newest, step 50")
     expect(chart(page, "loss").locator(".missing title")).to_have_text(
         "step 30: the loss is not a number"
     )
@@ -235,6 +236,6 @@ def test_a_view_is_opened_from_its_top(runs: Path, board: str, open_page: Opened
     expect(chart(page, "loss").locator(".curve").first).to_be_visible()
     page.get_by_role("link", name="Settings").click()
     expect(page.locator("#settings-body table")).to_be_visible()
-    assert page.evaluate("scrollY") == 0
+    eventually(page, lambda: page.evaluate("scrollY"), 0)
     page.reload()
     expect(page.locator("#settings-body table")).to_be_visible()

@@ -1,19 +1,23 @@
 """engine serve --ui in a browser: two conversations side by side."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from tests.support.pages.chat_stub import ChatStub
 from tests.support.pages.served import served
+from tests.support.pages.waiting import eventually
 
 Opened = Callable[..., Page]
+AT_ITS_END = "e => e.scrollHeight - e.scrollTop - e.clientHeight < 60"
 
 
-@pytest.fixture
-def stub() -> ChatStub:
-    return ChatStub()
+@pytest.fixture(params=["base", "tuned"])
+def stub(request: pytest.FixtureRequest) -> ChatStub:
+    """A server on which one of the two models is late: no test may depend on which."""
+    return ChatStub(late=request.param)
 
 
 @pytest.fixture
@@ -45,7 +49,8 @@ def test_both_models_answer_side_by_side(stub: ChatStub, address: str, open_page
     expect(answer(page, "right")).to_contain_text("tuned heard: Hello there")
     expect(answer(page, "right")).to_contain_text("3 tokens")
     say(page, "Again")
-    expect(answer(page, "right")).to_contain_text("tuned heard: Again")
+    for side in ("left", "right"):
+        expect(answer(page, side)).to_contain_text("heard: Again")
     asked = [body for body in stub.asked if body["model"] == "tuned"]
     assert [message["role"] for message in asked[1]["messages"]] == [
         "system", "user", "assistant", "user"
@@ -56,8 +61,9 @@ def test_both_models_answer_side_by_side(stub: ChatStub, address: str, open_page
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator(".said")).to_have_count(0)
     say(page, "Anew")
-    expect(answer(page, "left")).to_contain_text("Anew")
-    assert len(stub.asked[-1]["messages"]) == 2
+    for side in ("left", "right"):
+        expect(answer(page, side)).to_contain_text("Anew")
+    assert [len(body["messages"]) for body in stub.asked[4:]] == [2, 2]
 
 
 def test_one_model_may_be_asked_alone(stub: ChatStub, address: str, open_page: Opened) -> None:
@@ -77,17 +83,18 @@ def test_stop_ends_the_streams_and_keeps_what_came(
     log = page.get_by_role("log", name="Left conversation")
     expect(log).to_have_attribute("aria-live", "polite")
     say(page, "Count slowly")
-    expect(answer(page, "left")).to_contain_text("and and")
+    for side in ("left", "right"):
+        expect(answer(page, side)).to_contain_text("and and")
     expect(log).to_have_attribute("aria-busy", "true")
     expect(page.locator("#send")).to_be_disabled()
     page.get_by_role("button", name="Stop").click()
     expect(answer(page, "left")).to_contain_text("Stopped.")
     expect(log).to_have_attribute("aria-busy", "false")
-    page.wait_for_function("() => true")
     say(page, "Hello")
-    expect(answer(page, "left")).to_contain_text("base heard: Hello")
-    assert "and and" in stub.asked[-1]["messages"][1]["content"]
-    assert stub.ended == 4
+    for side, model in (("left", "base"), ("right", "tuned")):
+        expect(answer(page, side)).to_contain_text(f"{model} heard: Hello")
+    assert all("and and" in body["messages"][1]["content"] for body in stub.asked[2:])
+    eventually(page, lambda: stub.ended, 4)
 
 
 def test_refusals_and_faults_are_told_and_can_be_tried_again(
@@ -98,7 +105,7 @@ def test_refusals_and_faults_are_told_and_can_be_tried_again(
     expect(answer(page, "left")).to_contain_text("max_tokens is 0; it should be at least 1.")
     answer(page, "left").get_by_role("button", name="Try again").click()
     expect(page.locator('[data-side="left"] .said')).to_have_count(2)
-    assert [body["model"] for body in stub.asked].count("base") == 2
+    eventually(page, lambda: [body["model"] for body in stub.asked].count("base"), 2)
     page.get_by_role("button", name="New conversation").click()
     say(page, "Please fail")
     expect(answer(page, "right")).to_contain_text("tuned heard: Please fail")
@@ -147,9 +154,10 @@ def test_a_long_conversation_scrolls_inside_its_pane(address: str, open_page: Op
     page = open_page(address)
     say(page, "word\n" * 200)
     say(page, "and more " * 400)
-    expect(answer(page, "right")).to_contain_text("tuned heard: and more")
-    log = page.locator('[data-side="left"] .transcript')
-    assert log.evaluate("e => e.scrollHeight > e.clientHeight + 1000")
-    assert log.evaluate("e => e.scrollHeight - e.scrollTop - e.clientHeight < 60")
+    for side in ("left", "right"):
+        expect(answer(page, side)).to_contain_text("801 tokens")
+        log = page.locator(f'[data-side="{side}"] .transcript')
+        assert log.evaluate("e => e.scrollHeight > e.clientHeight + 1000")
+        eventually(page, partial(log.evaluate, AT_ITS_END), True)
     assert page.evaluate("document.documentElement.scrollHeight <= innerHeight")
     expect(page.get_by_label("Message")).to_be_in_viewport()

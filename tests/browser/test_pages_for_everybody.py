@@ -14,6 +14,7 @@ from engine.monitoring.app import Board
 from engine.monitoring.directories import RunDirectories
 from tests.support.pages.chat_stub import ChatStub
 from tests.support.pages.served import served
+from tests.support.pages.waiting import eventually
 from tests.support.pages.written_runs import (
     step_line,
     write_job,
@@ -135,6 +136,8 @@ def test_every_control_has_a_name(
     expect(page.locator("#connection")).to_contain_text(LOADED)
     for view in VIEWS if name == "board" else ("",):
         page.evaluate(f"location.hash = '{view}'")
+        if view:
+            expect(page.locator(f"#view-{view}")).to_be_visible()
         snapshot = page.locator("body").aria_snapshot()
         controls = re.findall(
             r"- (button|textbox|searchbox|spinbutton|combobox|checkbox|slider|link|region|log|"
@@ -201,13 +204,12 @@ def test_the_theme_is_chosen_and_stays(board: str, open_page: Opened) -> None:
     colour = "getComputedStyle(document.body).backgroundColor"
     dark = page.evaluate(colour)
     page.get_by_role("button", name="Theme: system").click()
-    light = page.evaluate(colour)
-    assert light != dark
+    eventually(page, lambda: page.evaluate(colour) != dark, True)
     page.reload()
     expect(page.get_by_role("button", name="Theme: light")).to_be_visible()
-    assert page.evaluate(colour) == light
+    eventually(page, lambda: page.evaluate(colour) != dark, True)
     page.get_by_role("button", name="Theme: light").click()
-    assert page.evaluate(colour) == dark
+    eventually(page, lambda: page.evaluate(colour), dark)
 
 
 def test_nothing_jumps_while_a_run_goes_on(runs: Path, board: str, open_page: Opened) -> None:

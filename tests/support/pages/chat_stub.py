@@ -18,11 +18,17 @@ class ChatStub:
 
     With a `key`, requests without it get status 401. A message with `slowly` streams until the
     client is gone, one with `fail` ends in an error event, one with `refuse` gets status 400.
-    `asked` are the bodies of the requests for answers, `ended` counts streams that were closed.
+    The model `late` is a while behind the others. `asked` are the bodies of the requests for
+    answers, `ended` counts streams that were closed.
     """
 
-    def __init__(self, models: tuple[str, ...] = ("base", "tuned"), key: str | None = None) -> None:
-        self.models, self.key = models, key
+    def __init__(
+        self,
+        models: tuple[str, ...] = ("base", "tuned"),
+        key: str | None = None,
+        late: str | None = None,
+    ) -> None:
+        self.models, self.key, self.late = models, key, late
         self.asked: list[dict[str, Any]] = []
         self.ended = 0
         self.app = Starlette(
@@ -49,6 +55,8 @@ class ChatStub:
         if refusal is not None:
             return refusal
         body = await request.json()
+        if body["model"] == self.late:
+            await asyncio.sleep(0.3)
         self.asked.append(body)
         said = body["messages"][-1]["content"]
         if "refuse" in said:
