@@ -36,9 +36,9 @@ _SHORT = 256
 """Characters within which two repetitions are tried in no time."""
 
 _MANY, _CHOICES = 3, 12
-_COUNT = re.compile(r"\{\d*(?:,\d*)?\}")
+COUNT = re.compile(r"\{\d*(?:,\d*)?\}")
 Groups = dict[str, str | None]
-_PARTS = re.compile(
+PARTS = re.compile(
     r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?(?:\\.|\[:\^?\w+:\]|[^\]\\])*\]|\(\?[a-zA-Z<>=!:#P^-]*"
     r"|\{\d*(?:,\d*)?\}|[()|*+?]|[^\\\[(){|*+?]+|.",
     re.DOTALL,
@@ -205,9 +205,9 @@ class _Group:
 def may_backtrack(pattern: str) -> bool:
     """Whether a pattern may take much longer than its text is long; True where in doubt."""
     groups, closed, quantified = [_Group()], None, False
-    for part in _PARTS.findall(pattern):
+    for part in PARTS.findall(pattern):
         group = groups[-1]
-        quantifier = part in "*+?" or _COUNT.fullmatch(part) is not None
+        quantifier = part in "*+?" or COUNT.fullmatch(part) is not None
         if quantifier and quantified:
             quantified = False  # a quantifier that is lazy or possessive
             continue

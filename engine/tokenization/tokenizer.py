@@ -25,7 +25,7 @@ from engine.tokenization.special_tokens import (
     read_declared,
 )
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
-from engine.tokenization.vocabularies.limits import may_take_long, refuse_long
+from engine.tokenization.vocabularies.limits import longest_quick_text, refuse_long
 from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
 from engine.tokenization.vocabularies.tokenizer_process import TokenizerProcess
 
@@ -37,6 +37,9 @@ _UNREAD = ("tekken.json", "qwen.tiktoken", "tiktoken.model")
 Offsets = list[tuple[int, int]]
 _MOST_AROUND = 1000
 _MOST_IDS = 2**31 - 1
+_TOKEN = 16
+"""Characters that a token has at most, all but a few."""
+
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -78,11 +81,11 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self._backend, self._name = backend, name
         refuse_long(self.special_tokens.values(), name)
-        slow = may_take_long(backend, name)
+        self._longest = longest_quick_text(backend, name)
         self._add_missing()
         backend.no_truncation()
         backend.no_padding()
-        self._process = TokenizerProcess(backend.to_str(), name) if slow else None
+        self._process = self._apart()
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if self.vocab_size > _MOST_IDS:
             raise CheckpointError(
@@ -91,7 +94,7 @@ class Tokenizer:
             )
         self.prefix_ids, self.suffix_ids = self._surroundings(add_bos, add_eos)
         backend.post_processor = None
-        self._process = TokenizerProcess(backend.to_str(), name) if slow else None
+        self._process = self._apart()
         named = {DEFAULT: template} if isinstance(template, str) else dict(template or {})
         self.has_own_template = DEFAULT in named
         bos = self.bos_token_id
@@ -133,21 +136,29 @@ class Tokenizer:
         """Text of ids."""
         plain = [int(index) for index in ids]
         with library_faults(self._name):
-            if self._process is not None:
+            if self._process is not None and len(plain) * _TOKEN > (self._longest or 0):
                 return self._process.decode(plain, skip_special_tokens)
             return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
 
+    def _apart(self) -> TokenizerProcess | None:
+        """The tokenizer as it stands, for texts that may take long; started when one comes."""
+        if self._longest is None:
+            return None
+        return TokenizerProcess(self._backend.to_str(), self._name)
+
+    def _takes_long(self, texts: Sequence[str]) -> bool:
+        return self._longest is not None and any(len(text) > self._longest for text in texts)
+
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
-        if self._process is not None:
-            with library_faults(self._name), _whole_characters([text]):
-                return self._process.encode([text], add_special_tokens)[0]
         with library_faults(self._name), _whole_characters([text]):
+            if self._process is not None and self._takes_long([text]):
+                return self._process.encode([text], add_special_tokens)[0]
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def _encoded(self, texts: Sequence[str], offsets: bool = True) -> list[Encoding]:
         """Texts without what stands around them."""
         with library_faults(self._name), _whole_characters(texts):
-            if self._process is not None:
+            if self._process is not None and self._takes_long(texts):
                 return self._process.encode(texts, False)
             batch = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
             return batch(list(texts), add_special_tokens=False)

@@ -3,7 +3,7 @@
 `tokenizers` does what a file asks for: normalizers that make millions of characters of one, tokens
 of megabytes, regular expressions that take for ever. No model has any of these. What can be read
 off the file is refused before the library sees it; a tokenizer with expressions that may take long
-works in a process that is ended (`tokenizer_process`).
+works in a process that is ended (`tokenizer_process`), for all texts or for long ones.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from engine.errors import CheckpointError
 from engine.patterns import may_backtrack
 from engine.storage.safe_files import refuse_many
+from engine.tokenization.vocabularies.linear_patterns import takes_linear_time
 
 LONGEST_TOKEN = 10_000
 _ALL_TOKENS = 1 << 20
@@ -30,6 +31,12 @@ _MOST_VALUES = 8_000_000
 """Values of a tokenizer.json; half a million tokens with as many merges are 2.5 million."""
 
 _LONGEST_PATTERN = 50_000
+_SQUARED = 8_192
+"""Characters whose square is still little work."""
+
+_LONGEST_WORD = 1_000
+_MOST_STEPS = 100
+"""Normalizers, pre-tokenizers and decoders; models have up to a dozen."""
 
 
 def refuse_long_tokens(serialised: str, where: str) -> None:
@@ -47,23 +54,29 @@ def refuse_long_tokens(serialised: str, where: str) -> None:
     refuse_long((e.get("content") for e in entries if isinstance(e, dict)), where)
 
 
-def may_take_long(backend: Tokenizer, where: str) -> bool:
-    """Whether a tokenizer holds an expression that may take long.
+def longest_quick_text(backend: Tokenizer, where: str) -> int | None:
+    """Characters of a text that a tokenizer cuts in little time for sure; None: of any.
 
-    Raises `CheckpointError` for one that makes very much of little.
+    It is 0 where the time may double with each character, and some thousands where it may grow
+    with the square. Raises `CheckpointError` for a tokenizer that makes very much of little.
     """
-    slow = False
+    slow, steps = False, 0
+    # WordPiece tries all ends of a word, and from each again.
+    linear = getattr(backend.model, "max_input_chars_per_word", 0) <= _LONGEST_WORD
     for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder):
         growth = 1.0
         for step in _steps(part):
+            steps += 1
             growth *= _growth(step)
             if growth > MOST_GROWTH:
                 raise CheckpointError(
                     f"{where}: the normalizer of its tokenizer makes over {MOST_GROWTH} "
                     "characters of one. No model has such a tokenizer; take another one."
                 )
-            slow |= any(_is_slow(pattern, where) for pattern in _patterns(step))
-    return slow
+            for pattern in _patterns(step):
+                slow |= _is_slow(pattern, where)
+                linear &= takes_linear_time(pattern)
+    return 0 if slow or steps > _MOST_STEPS else None if linear else _SQUARED
 
 
 def refuse_long(texts: Iterable[Any], where: str) -> None:
