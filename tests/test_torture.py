@@ -60,6 +60,21 @@ def test_a_campaign_that_is_stopped_goes_on_with_the_next_part(tmp_path: Path) -
     in_parts(Campaign("all", 5, lambda n, _: {"trials": n}, bool), 5, {"commit": "d"}, partial, 0)
 
 
+def test_campaigns_run_beside_each_other_and_are_not_run_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.torture", "--share", "0.001", "--jobs", "2"]
+    for _ in range(2):
+        subprocess.run(
+            [*command, "--results", str(tmp_path), "T10", "T12"],
+            cwd=ROOT, capture_output=True, check=True, timeout=300,
+        )  # fmt: skip
+        lines = (tmp_path / "reliability.jsonl").read_text().splitlines()
+        assert sorted(json.loads(line)["campaign"] for line in lines) == ["T10", "T12"]
+    assert (
+        "| T12 | damaged configurations | 30 | yes |" in (tmp_path / "reliability.md").read_text()
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"reliability.jsonl", "reliability.md"}
+
+
 def test_figures_are_added_but_for_the_worst_of_them() -> None:
     one = {"good": 1, "slowest_s": 2.0, "passed": True, "kinds": {"a": 1}, "wrong": ["x"]}
     other = {"good": 2, "slowest_s": 1.0, "passed": False, "kinds": {"a": 1, "b": 3}, "bad": 1}

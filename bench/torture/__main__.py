@@ -1,15 +1,20 @@
 """`make torture`: all campaigns, resumable, with a report at the end.
 
-`python -m bench.torture [--share 0.01] [T1 T5 ...]` does a share of each campaign's trials. What
-this commit has done already, in the same number, is not done again, parts of a campaign included.
+`python -m bench.torture [--share 0.01] [--jobs 2] [T1 T5 ...]` does a share of each campaign's
+trials, so many campaigns at a time, each in a process of its own. What this commit has done
+already, in the same number, is not done again, parts of a campaign included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from engine.provenance import git_commit
 from engine.storage.durable import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
-PARTIAL = ".reliability.partial.json"
+PARTIAL = ".reliability.{}.partial.json"
 
 
 def main() -> int:
@@ -29,32 +34,59 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Campaigns of kills, rot and hostile files.")
     parser.add_argument("names", nargs="*", default=[], metavar="T1")
     parser.add_argument("--share", type=float, default=1.0, help="of each campaign's trials")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="campaigns at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    rows = asked.results / "reliability.jsonl"
-    commit = (git_commit() or "unknown").rstrip("+")  # the results themselves change a checkout
-    done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
-    for name in asked.names or CAMPAIGNS:
-        campaign = CAMPAIGNS[name]
-        trials = max(1, round(campaign.trials * asked.share))
-        same = {"campaign": name, "asked": trials, "commit": commit}
-        if any(same.items() <= row.items() for row in done):
-            continue
-        figures, seconds = in_parts(campaign, trials, same, asked.results / PARTIAL, len(done))
-        row = same | {
-            "passed": campaign.passed(figures),
-            "seconds": round(seconds, 1),
-            "figures": figures,
-            "machine": platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        print(json.dumps(row), flush=True)
-        done.append(row)
-        with rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    (asked.results / "reliability.md").write_text(report(done), encoding="utf-8")
-    return int(not all(row["passed"] for row in done if row["commit"] == commit))
+    names = asked.names or [*CAMPAIGNS]
+    if min(asked.jobs, len(names)) > 1:
+        with ThreadPoolExecutor(asked.jobs) as pool:
+            list(pool.map(lambda name: in_a_process(name, asked), names))
+    else:
+        for name in names:
+            run(name, asked.share, asked.results)
+    rows = written(asked.results)
+    (asked.results / "reliability.md").write_text(report(rows), encoding="utf-8")
+    newest = {row["campaign"]: row for row in rows if row["commit"] == commit()}
+    return int(not all(name in newest and newest[name]["passed"] for name in names))
+
+
+def in_a_process(name: str, asked: argparse.Namespace) -> None:
+    """One campaign, whose row is in the results when this returns, unless it failed."""
+    options = ["--share", str(asked.share), "--results", str(asked.results), "--jobs", "1"]
+    subprocess.run([sys.executable, "-m", "bench.torture", name, *options], check=False)
+
+
+def commit() -> str:
+    """The commit that is tried; the results themselves change a checkout."""
+    return (git_commit() or "unknown").rstrip("+")
+
+
+def written(results: Path) -> list[dict[str, Any]]:
+    """The rows that stand in the results."""
+    rows = results / "reliability.jsonl"
+    return [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
+
+
+def run(name: str, share: float, results: Path) -> None:
+    """One campaign, unless this commit has done it: its row is written."""
+    campaign, done = CAMPAIGNS[name], written(results)
+    trials = max(1, round(campaign.trials * share))
+    same = {"campaign": name, "asked": trials, "commit": commit()}
+    if any(same.items() <= row.items() for row in done):
+        return
+    partial = results / PARTIAL.format(name)
+    figures, seconds = in_parts(campaign, trials, same, partial, len(done))
+    row = same | {
+        "passed": campaign.passed(figures),
+        "seconds": round(seconds, 1),
+        "figures": figures,
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    print(json.dumps(row), flush=True)
+    with (results / "reliability.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def in_parts(
