@@ -215,16 +215,18 @@ def inside_chunks(
     head_strides = *x.q.stride()[:2], *x.k.stride()[:2]
     d_strides, table = d_out.stride()[:2], (x.table.starts, x.table.ends)
     with on_device(x.k):
-        launch(pairs_kernel, (chunks, heads))(
+        launch(pairs_kernel, (chunks, heads), x.operations(keys=2, values=2))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.v, x.g, x.beta, d_out, writes, d_errors, through,
             lower, dv, dg[key_parts + query_parts], dbeta[key_parts], *table, heads, x.group,
             *head_strides, *x.v.stride()[:2], *d_strides, x.key**-0.5, **pairs,
         )  # fmt: skip
-        launch(query_kernel, (chunks, heads, query_parts))(
+        launch(
+            query_kernel, (chunks, heads, query_parts), x.operations(states=1, keys=1)
+        )(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, d_out, states, through, dq, dg[key_parts:],
             *table, tokens, heads, x.group, *head_strides, *d_strides, x.key**-0.5, **query,
         )  # fmt: skip
-        launch(key_kernel, (chunks, heads, key_parts))(
+        launch(key_kernel, (chunks, heads, key_parts), x.operations(states=2, keys=3))(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, x.beta, states, writes, d_errors, d_ends, through,
             lower, dk, dg, dbeta, *table, tokens, heads, x.group, *head_strides, x.key**-0.5,
             **key,

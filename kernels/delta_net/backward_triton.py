@@ -120,12 +120,21 @@ def reverse_scan(
     d_last = d_initial if d_final is None else d_final.contiguous()
     strides = *x.q.stride()[:2], *x.k.stride()[:2], *d_out.stride()[:2]
     first, second = x.options("writes_backward"), x.options("reverse_scan")
+    parts = cdiv(x.value, first["BLOCK_V"])  # each multiplies keys and queries anew
     with on_device(x.k):
-        launch(writes_backward_kernel, (x.table.chunks, x.heads, cdiv(x.value, first["BLOCK_V"])))(
+        launch(
+            writes_backward_kernel,
+            (x.table.chunks, x.heads, parts),
+            x.operations(keys=parts, values=1),
+        )(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, d_out, d_writes, x.table.starts, x.table.ends,
             x.heads, x.group, *strides, x.key**-0.5, **first,
         )  # fmt: skip
-        launch(reverse_scan_kernel, (cdiv(x.value, second["BLOCK_V"]), x.heads, x.table.documents))(
+        launch(
+            reverse_scan_kernel,
+            (cdiv(x.value, second["BLOCK_V"]), x.heads, x.table.documents),
+            x.operations(states=3, values=1),
+        )(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, x.beta, inverse, d_out, d_writes, d_last,
             d_errors, d_ends, d_initial, x.table.bounds, x.table.first, x.heads, x.group,
             *strides, x.key**-0.5, FINAL=d_final is not None, **second,

@@ -235,8 +235,10 @@ def output_kernel(
 def invert(x: Launch) -> Tensor:
     """T (chunks, Hv, C, C) in the dtype of k."""
     out, tile = x.empty(x.table.chunks, x.heads, CHUNK, CHUNK), x.tile("inverse")
+    # The blocks of T take about as many operations as one product of two of its size.
+    operations = x.operations(keys=1) + 2.0 * out.numel() * CHUNK
     with on_device(x.k):
-        launch(inverse_kernel, (x.table.chunks, x.heads))(
+        launch(inverse_kernel, (x.table.chunks, x.heads), operations)(
             x.k, x.k_rstd, x.g, x.beta, out, x.table.starts, x.table.ends, x.heads, x.group,
             *x.k.stride()[:2], KEY=x.key, BLOCK_K=tile.keys, PRECISION=PRECISION,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -251,8 +253,9 @@ def scan(x: Launch, inverse: Tensor, initial: Tensor | None) -> tuple[Tensor, Te
     final = x.empty(x.table.documents, x.heads, x.key, x.value, dtype=torch.float32)
     start = final if initial is None else initial.contiguous()
     options = x.options("scan")
+    grid = (cdiv(x.value, options["BLOCK_V"]), x.heads, x.table.documents)
     with on_device(x.k):
-        launch(scan_kernel, (cdiv(x.value, options["BLOCK_V"]), x.heads, x.table.documents))(
+        launch(scan_kernel, grid, x.operations(states=2, values=1))(
             x.k, x.k_rstd, x.v, x.g, x.beta, inverse, start, states, writes, final,
             x.table.bounds, x.table.first, x.heads, x.group, *x.k.stride()[:2],
             *x.v.stride()[:2], INITIAL=initial is not None, **options,
@@ -263,8 +266,13 @@ def scan(x: Launch, inverse: Tensor, initial: Tensor | None) -> tuple[Tensor, Te
 def output(x: Launch, states: Tensor, writes: Tensor) -> Tensor:
     """o (N, Hv, V) in the dtype of k."""
     out, options = x.empty(*x.v.shape), x.options("output")
+    parts = cdiv(x.value, options["BLOCK_V"])  # each multiplies queries and keys anew
     with on_device(x.k):
-        launch(output_kernel, (x.table.chunks, x.heads, cdiv(x.value, options["BLOCK_V"])))(
+        launch(
+            output_kernel,
+            (x.table.chunks, x.heads, parts),
+            x.operations(states=1, keys=parts, values=1),
+        )(
             x.q, x.q_rstd, x.k, x.k_rstd, x.g, states, writes, out, x.table.starts, x.table.ends,
             x.heads, x.group, *x.q.stride()[:2], *x.k.stride()[:2], x.key**-0.5, **options,
         )  # fmt: skip

@@ -106,6 +106,15 @@ class Launch:
             "num_stages": shape.stages,
         }
 
+    def operations(self, *, states: int = 0, keys: int = 0, values: int = 0) -> float:
+        """Floating-point operations of so many products in every chunk and head.
+
+        Of a chunk's rows with a state (C, K, V), of pairs of tokens over keys (C, C, K), and over
+        values (C, C, V).
+        """
+        each = states * self.key * self.value + CHUNK * (keys * self.key + values * self.value)
+        return 2.0 * self.table.chunks * self.heads * CHUNK * each
+
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor on the device, in the dtype of k unless told."""
         return torch.empty(shape, dtype=dtype or self.k.dtype, device=self.k.device)
