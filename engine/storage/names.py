@@ -44,8 +44,20 @@ def rmdir(path: Path) -> None:
 
 
 def rmtree(path: Path) -> None:
-    """Delete a folder and all that is in it."""
-    _repeated(lambda: shutil.rmtree(path), lambda: not os.path.lexists(path))
+    """Delete a folder and all that is in it; of one that cannot go, all that can."""
+    _repeated(lambda: _remove_all(path), lambda: not os.path.lexists(path))
+
+
+def _remove_all(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except InterruptedError:
+        raise
+    except OSError:
+        # It ended at the first entry that cannot be deleted; the others take room too.
+        shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(path):
+            raise
 
 
 def _repeated(call: Callable[[], object], is_done: Callable[[], bool]) -> None:

@@ -86,6 +86,24 @@ def test_signals_without_end_are_an_error(
     assert not is_done(folder)
 
 
+def test_of_a_folder_that_cannot_go_all_that_can_goes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        (folder / "folder" / name).write_text(name)
+    unlink = os.unlink
+
+    def refused(path: Any, **options: Any) -> None:
+        if Path(path).name == "inside":
+            raise PermissionError(errno.EPERM, "Operation not permitted", path)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refused)
+    with pytest.raises(PermissionError, match="inside"):
+        names.rmtree(folder / "folder")
+    assert [path.name for path in (folder / "folder").iterdir()] == ["inside"]
+
+
 def test_only_what_was_moved_counts_as_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file that had the target's name before is not taken for the one that was to get it."""
     real = os.replace
