@@ -3,6 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from engine.config.numbers import is_count
 from engine.config.spelling import DTYPES
 from engine.errors import ConfigError
 
@@ -37,7 +38,7 @@ def resolve_device(name: str) -> "torch.device":
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (number and not number.isdecimal()):
+    if kind not in ("auto", "cpu", "cuda") or (number and not is_count(number)):
         raise ConfigError(f"{source} is {name!r}; it should be auto, cpu, cuda or cuda:N.")
     if kind == "cpu":
         return torch.device("cpu")

@@ -282,7 +282,7 @@ def _owner_of_expert(path: str) -> tuple[str, int]:
     """`mlp.experts.3.up_proj` -> (`mlp.experts.up_proj`, 3); (path, 0) of anything else."""
     before, separator, rest = path.partition(".mlp.experts.")
     number, _, leaf = rest.partition(".")
-    if not separator or not number.isdigit():
+    if not separator or not (number.isascii() and number.isdecimal() and len(number) < 10):
         return path, 0
     return f"{before}.mlp.experts.{leaf}", int(number)
 

@@ -160,6 +160,7 @@ GROUND = {
         "config.aliases",
         "config.choices",
         "config.explain",
+        "config.numbers",
         "config.settings",
         "config.spelling",
     },

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from engine.config.aliases import ALIASES
 from engine.config.data_names.passwords import scrub
+from engine.errors import printable
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Setting:
     value: Any
     source: str
 
+
+_LONGEST_MESSAGE = 1000
 
 # What a single letter means in other programs, the most usual first; no setting here has one.
 _LETTERS: dict[str, tuple[str, ...]] = {
@@ -69,7 +72,7 @@ def describe(
 
 
 def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
-    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = printable(str(fault["msg"]).removeprefix("Value error, "), _LONGEST_MESSAGE)
     message = message[:1].lower() + message[1:]
     message = message.removeprefix("input ").partition(", unable to parse")[0]
     if not fault["loc"]:
@@ -88,9 +91,18 @@ def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setti
     if fault["type"] == "literal_error":
         message += _switch(fault["input"], fields)
     given = settings.get(field)
-    value = repr(given.value if given is not None else fault["input"])
+    value = _shown(given.value if given is not None else fault["input"])
     source = f" ({given.source})" if given is not None else ""
-    return f"`{field}` = {value if len(value) <= 80 else value[:77] + '...'}{source}: {message}"
+    return f"`{field}` = {value}{source}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, the end of a long one left out."""
+    try:
+        text = repr(value[:80] if isinstance(value, str) else value)
+    except ValueError:  # Python writes no whole number of over 4,300 digits
+        return f"a {type(value).__name__} of too many digits to be shown"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _expected(fault: Any, field: Any) -> str | None:

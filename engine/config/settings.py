@@ -1,15 +1,24 @@
 """The base class of all tables of settings."""
 
 from collections.abc import Mapping
-from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
+from engine.config.numbers import in_range, plain_number
 from engine.errors import ConfigError
 
 
@@ -60,19 +69,24 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _no_switch_is_a_number(cls, values: Any) -> Any:
+    def _keys_are_text(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Let a table within another be refused by name for a key that is no text."""
+        if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+            value = {str(key): item for key, item in value.items()}
+        return handler(value)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Let `true` be refused for a number, where pydantic would read it as 1."""
-        if not isinstance(values, Mapping):
-            return values
-        fields = cls.model_fields
-        return {
-            key: str(value).lower()
-            if isinstance(value, bool) and key in fields and _takes_numbers(fields[key].annotation)
-            else value
-            for key, value in values.items()
-        }
+        return plain_number(value, cls.model_fields[str(info.field_name)].annotation)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _numbers_in_range(cls, value: Any, info: ValidationInfo) -> Any:
+        return in_range(value, cls.model_fields[str(info.field_name)].metadata)
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """`values` under their fields' present names; those within a value are not keys of ours."""
@@ -84,19 +98,8 @@ class Settings(BaseModel):
         return {self.renamed.get(key, key): value for key, value in values.items()}
 
     def __hash__(self) -> int:
-        """Of the values as JSON: a mapping among them has no hash of its own."""
-        return hash(self.model_dump_json())
-
-
-def _takes_numbers(annotation: Any) -> bool:
-    """Whether a field is a number, or none, or one of some words; and neither switch nor text."""
-    kinds, waiting = set[Any](), [annotation]
-    while waiting:
-        kind = waiting.pop()
-        union = get_origin(kind) in (Union, UnionType)
-        waiting += get_args(kind) if union else ()
-        kinds |= set() if union else {kind}
-    return not kinds.isdisjoint({int, float}) and kinds.isdisjoint({bool, str, Any})
+        """Of the values as text: a mapping among them has no hash, a path may be no UTF-8."""
+        return hash(repr(self))
 
 
 S = TypeVar("S", bound=Settings)

@@ -1,5 +1,6 @@
 """Validators that accept settings in the spellings people use."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from engine.config.choices import POLICIES, PRUNABLES, Auto
+from engine.config.numbers import is_count
 from engine.storage import strict_json
 
 DTYPES = {
@@ -60,7 +62,7 @@ def auto_or_number(least: int, most: int) -> BeforeValidator:
         text = str(value).strip().lower()
         if text == "auto":
             return text
-        if text.isdecimal() and least <= int(text) <= most:
+        if is_count(text) and least <= int(text) <= most:
             return int(text)
         raise ValueError(f"expected auto or a whole number from {least} to {most}")
 
@@ -76,9 +78,9 @@ def given_chunk(value: Auto | int) -> int | None:
     return None if value == "auto" else int(value)
 
 
-DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+DEVICE = r"^(auto|cpu|cuda(:[0-9]{1,4})?)$"
 DEVICES = "auto, cpu, cuda or cuda:1 (the second GPU)"
-BAD_LINES = r"^(fail|skip|skip:\d+(\.\d+)?%)$"
+BAD_LINES = r"^(fail|skip|skip:[0-9]{1,3}(\.[0-9]+)?%)$"
 BAD_LINES_WORDS = "fail, skip or skip:5% (stop when more than 5 % are bad)"
 POLICY = f"({'|'.join(POLICIES)})"
 
@@ -109,7 +111,7 @@ def numbers(value: Any) -> Any:
     if listed in (["0"], [0]):
         return ()
     if isinstance(listed, list | tuple) and any(
-        not str(item).isdecimal() or int(item) < 1 for item in listed
+        not is_count(str(item)) or int(item) < 1 for item in listed
     ):
         raise ValueError("should be numbers from 1 on with commas between them")
     return listed
@@ -155,16 +157,14 @@ def iso_date(value: Any) -> Any:
     return value
 
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE | re.ASCII)
 _GIGABYTE = 10**9
 
 
 def size_in_bytes(value: Any) -> Any:
     """`"8GiB"` and `"8GB"` as numbers of bytes; 1 GiB is 2^30 and 1 GB 10^9."""
-    if not isinstance(value, str):
-        return value
-    size = _bytes(value)
-    if size < 1 << 20:
+    size = _bytes(value) if isinstance(value, str) else value
+    if isinstance(size, int | float) and not isinstance(size, bool) and size < 1 << 20:
         raise ValueError("is less than 1 MiB; write a unit, such as 8GiB")
     return size
 
@@ -194,10 +194,17 @@ SizeToFit = Annotated[Auto | int | None, BeforeValidator(auto_or_size)]
 def shard_size(value: Any) -> Any:
     """`"5"`, 5 and 5.0 as 5 GB, `"900MB"` as that, and an integer from 1,000 on as bytes."""
     if isinstance(value, str):
-        plain = re.fullmatch(r"\s*\d*\.?\d+(e[+-]?\d+)?\s*", value)
-        return int(float(value) * _GIGABYTE) if plain else _bytes(value)
+        plain = re.fullmatch(r"\s*\d*\.?\d+(e[+-]?\d+)?\s*", value, re.ASCII)
+        return _whole(float(value) * _GIGABYTE) if plain else _bytes(value)
     gigabytes = isinstance(value, float) or (type(value) is int and 0 < value < 1000)
-    return int(value * _GIGABYTE) if gigabytes else value
+    return _whole(value * _GIGABYTE) if gigabytes else value
+
+
+def _whole(size: float) -> int:
+    """A size in bytes, the part of a byte left out."""
+    if not math.isfinite(size):
+        raise ValueError("is more than any disk or memory holds")
+    return int(size)
 
 
 def _bytes(text: str) -> int:
@@ -206,7 +213,7 @@ def _bytes(text: str) -> int:
         raise ValueError("should be a size such as 8GiB, 7.5GB or 900MiB")
     number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower() or " ")
-    return int(float(number) * (1024 if binary else 1000) ** power)
+    return _whole(float(number) * (1024 if binary else 1000) ** power)
 
 
 def as_text(value: Any) -> Any:

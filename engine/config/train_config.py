@@ -171,7 +171,7 @@ class TrainConfig(
         "Memory",
         "what backward recomputes: none, selective, full, or by layer as in full:20,none; auto: as "
         "little as memory allows",
-        pattern=rf"^(auto|({POLICY}:[1-9]\d*,)*{POLICY}(:[1-9]\d*)?)$",
+        pattern=rf"^(auto|({POLICY}:[1-9][0-9]{{0,3}},)*{POLICY}(:[1-9][0-9]{{0,3}})?)$",
         expected="auto, none, selective or full, or policies by layer such as full:20,none",
     )
     mlp_tile_tokens: int | None = setting(
@@ -181,7 +181,7 @@ class TrainConfig(
         "auto",
         "Memory",
         "last layers whose decoded weights stay: a number, none, or auto for as many as fit",
-        pattern=r"^(auto|none|\d{1,4})$",
+        pattern=r"^(auto|none|[0-9]{1,4})$",
         expected="auto, none or a number of layers such as 8",
     )
     low_memory_decode: bool = setting(

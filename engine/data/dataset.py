@@ -46,7 +46,7 @@ class BadLines:
             return cls(skip=True)
         head, _, share = text.partition(":")
         number = share.removesuffix("%")
-        is_number = share.endswith("%") and number.replace(".", "", 1).isdigit()
+        is_number = share.endswith("%") and number.replace(".", "", 1).isdecimal()
         if head == "skip" and is_number and float(number) <= 100:
             return cls(skip=True, at_most=float(number) / 100)
         raise ConfigError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+from engine.config.numbers import is_count
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from kernels.runtime.ranks import ONE_RANK, Ranks
@@ -76,7 +77,7 @@ def refuse_tasks_alone(environment: Mapping[str, str] = os.environ) -> None:
         return
     for variable, (launcher, option) in _TASKS.items():
         count = environment.get(variable, "")
-        if count.isdecimal() and int(count) > 1:
+        if is_count(count) and int(count) > 1:
             raise ConfigError(
                 f"{launcher} started this command {count} times ({variable}), and each would train "
                 f"by itself. Start one task on each machine ({option}) with `--gpus N` on one "
@@ -214,7 +215,7 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     text = environment.get(name)
     if text is None and default is not None:
         return default
-    if text is None or not text.isdecimal():
+    if text is None or not is_count(text):
         raise ConfigError(
             f"The environment variable {name} is {text!r}; a launcher such as torchrun sets it to "
             "a number. Unset RANK and WORLD_SIZE to train with one process."

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engine.config.choices import PRUNE_MODES
+from engine.config.numbers import is_count
 from engine.errors import CheckpointError
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.interface.view import LayersView
@@ -151,7 +152,7 @@ def _heads(value: Any) -> HeadMap | None:
     result: HeadMap = {}
     for layer, heads in value.items():
         listed = isinstance(heads, list) and heads and all(type(head) is int for head in heads)
-        if not str(layer).isdecimal() or not listed or min(heads) < 0:
+        if not is_count(str(layer)) or not listed or min(heads) < 0:
             return None
         result[int(layer)] = tuple(sorted(set(heads)))
     return dict(sorted(result.items()))

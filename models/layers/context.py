@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -13,6 +14,8 @@ from kernels.loss.cross_entropy import PLAIN, LossTerms
 from models.cache.one_sequence import LayerCache
 from models.layers.linear import RowGroups
 from models.parallel.head_exchange import HeadExchange
+
+_COUNT = re.compile("[0-9]{1,4}")
 
 POLICIES = ("none", "selective", "full")
 """Checkpointing policies (see `models.layers.block`)."""
@@ -31,7 +34,8 @@ def layer_policies(text: str, layers: int) -> tuple[str, ...]:
     parts = text.split(",")
     for index, part in enumerate(parts):
         policy, _, count = part.strip().partition(":")
-        if policy not in POLICIES or not (count.isdigit() if count else index == len(parts) - 1):
+        counted = _COUNT.fullmatch(count) if count else index == len(parts) - 1
+        if policy not in POLICIES or not counted:
             raise ValueError(
                 f"checkpointing policy {text!r}; expected one of {', '.join(POLICIES)}, or "
                 "policies with numbers of layers such as full:20,none"

@@ -47,7 +47,7 @@ class AdapterSettings(Settings):
         None,
         "Adapter",
         "only these layers, from 0: 8-31, or 0,3,16- (from 16 to the last)",
-        pattern=r"^\d{1,4}(-\d{0,4})?(,\d{1,4}(-\d{0,4})?)*$",
+        pattern=r"^[0-9]{1,4}(-[0-9]{0,4})?(,[0-9]{1,4}(-[0-9]{0,4})?)*$",
         expected="numbers of layers and ranges of them, such as 8-31 or 0,3,16-",
     )
     rank_pattern: Annotated[dict[str, int], BeforeValidator(number_by_pattern)] = setting(
@@ -62,7 +62,7 @@ class AdapterSettings(Settings):
         "how an adapter starts: default or gaussian, which change nothing yet; pissa, "
         "pissa_niter_16 (faster) or olora, as the largest part of the weights; loftq, as what NF4 "
         "leaves out",
-        pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9]\d{0,2}|olora|loftq)$",
+        pattern=r"^(default|gaussian|pissa|pissa_niter_[1-9][0-9]{0,2}|olora|loftq)$",
         expected="default, gaussian, pissa, pissa_niter_16, olora or loftq",
     )
     loftq_iter: int = setting(1, "Adapter", "rounds of LoftQ", ge=1, le=20)

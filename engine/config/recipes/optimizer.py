@@ -46,7 +46,7 @@ class OptimizerSettings(Settings):
         "stop",
         "Optimisation",
         "a loss or gradient that is not finite: stop, or skip:N (stop after N in a row)",
-        pattern=r"^(stop|skip:[1-9]\d{0,5})$",
+        pattern=r"^(stop|skip:[1-9][0-9]{0,5})$",
         expected="stop, or skip:5 (stop after 5 in a row)",
     )
 

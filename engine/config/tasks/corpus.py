@@ -104,7 +104,7 @@ def _one_source(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     try:
-        return MixSource(**value)
+        return MixSource(**{str(key): item for key, item in value.items()})
     except ConfigError as error:
         raise ValueError(str(error)) from error
 

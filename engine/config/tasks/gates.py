@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from engine.config.numbers import is_count
 from engine.config.settings import Settings, setting
 from engine.config.spelling import none_is_unset, one_or_many, size_in_bytes
 from engine.config.tasks.inference import Paths
@@ -29,7 +30,7 @@ def shares_by_number(value: Any) -> Any:
     """`{1: 0.25, 5: 0.5}`, its keys numbers of answers."""
     if not isinstance(value, Mapping):
         return value
-    if any(not str(key).isdecimal() or int(key) < 1 for key in value):
+    if any(not is_count(str(key)) or int(key) < 1 for key in value):
         raise ValueError("expected numbers of answers and shares, as in {1: 0.25, 5: 0.5}")
     return {int(key): share for key, share in value.items()}
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from engine.config.numbers import is_count
 from engine.config.settings import Settings, setting
 from engine.config.spelling import none_is_unset
 
@@ -37,7 +38,7 @@ def metric_is_greatest(name: str) -> bool:
 def patience(value: Any) -> Any:
     """`"3"` and `"3,0.01"` as (3, 0.0) and (3, 0.01)."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = f"{value:g}"
+        value = str(value).removesuffix(".0")
     if isinstance(value, list | tuple):
         value = ",".join(map(str, value))
     value = none_is_unset(value)
@@ -46,7 +47,7 @@ def patience(value: Any) -> Any:
     count, _, delta = value.partition(",")
     try:
         least = float(delta or 0.0)
-        if not count.strip().isdecimal() or int(count) < 1 or not 0 <= least < float("inf"):
+        if not is_count(count.strip()) or int(count) < 1 or not 0 <= least < float("inf"):
             raise ValueError
     except ValueError:
         raise ValueError(

@@ -19,7 +19,7 @@ def fix_mistral_words(backend: Tokenizer, raw_config: Mapping[str, Any]) -> None
     of Llama 3. Files saved by transformers 5 are not touched.
     """
     version = str(raw_config.get("transformers_version") or "0").partition(".")[0]
-    fixed = version.isdigit() and int(version) >= _FIXED_SINCE
+    fixed = version.isascii() and version[:9].isdecimal() and int(version[:9]) >= _FIXED_SINCE
     others = raw_config.get("model_type") not in (None, *_MODELS)
     if fixed or others or backend.get_vocab_size() <= _SMALLEST or backend.pre_tokenizer is None:
         return
