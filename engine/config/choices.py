@@ -77,8 +77,18 @@ MergeOnto = Literal["original", "dequantised"]
 MAX_SHARD_SIZE = 5 * 10**9
 """Bytes of the largest file of a model that is written, where nothing else is asked for."""
 
-GPU_TFLOPS = {"h200": 790.0, "a100": 280.0, "5090": 209.0, "4090": 165.0, "3090": 71.0}
-"""Tera-operations per second that dense bf16 products reach on a GPU; the key is its name."""
+GPU_TFLOPS = {
+    "h200": 790.0, "h100": 790.0, "h800": 790.0, "a100": 280.0, "a800": 280.0,
+    "l40s": 362.0, "l40": 181.0, "6000ada": 364.0, "a6000": 155.0, "a40": 150.0, "l4": 121.0,
+    "a10": 125.0, "a10g": 70.0, "v100": 125.0, "t4": 65.0,
+    "5090": 209.0, "5080": 113.0, "5070": 62.0, "4090": 165.0, "4080": 97.0, "4070": 58.0,
+    "4060ti": 44.0, "3090": 71.0, "3080": 60.0, "3060": 25.0,
+}  # fmt: skip
+"""Tera-operations per second of dense 16-bit products with fp32 sums; the key is a GPU's name.
+
+Of H200 (and H100, H800, which are the same chip) and A100 what large products reach; of the others
+what their data sheets say, twice the rate of fp32 of a GeForce.
+"""
 
 DETERMINISTIC = (
     "equal runs give equal bits on a GPU too, more slowly; refused by name where an op has no such "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -192,9 +193,10 @@ def plan(
 
 
 def rate_of(gpu: str) -> float:
-    """Operations per second of a GPU by its name or number."""
-    if gpu.lower() in GPU_TFLOPS:
-        return GPU_TFLOPS[gpu.lower()] * 1e12
+    """Operations per second of a GPU by its name, as `RTX 4090` or `h100`, or by its TFLOP/s."""
+    name = re.sub(r"^(nvidia|tesla|geforce|rtx)+|[^a-z0-9.]", "", gpu.lower().replace(" ", ""))
+    if name in GPU_TFLOPS:
+        return GPU_TFLOPS[name] * 1e12
     try:
         rate = float(gpu)
     except ValueError:
