@@ -52,9 +52,11 @@ def generate(call: Call) -> int:
         if result.sampling is not None:
             print(result.sampling, file=sys.stderr)
         if result.finish_reason == "length":
+            more = f"; --max-new-tokens {4 * settings.max_new_tokens} allows more"
+            if result.completion_tokens < settings.max_new_tokens:
+                more = ", where the model's context ends"
             print(
-                f"The answer was cut after {result.completion_tokens} tokens; "
-                f"--max-new-tokens {4 * settings.max_new_tokens} allows more.",
+                f"The answer was cut after {result.completion_tokens} tokens{more}.",
                 file=sys.stderr,
             )
     return 0

@@ -164,6 +164,7 @@ class BatchedGenerator:
             self._theirs[settings.adapter, number] = self._numbers
             self._numbers += 1
             return self._numbers - 1
+        settings = within_context(self.model.config, prompt, settings)
         check_prompt(self.model.config, prompt, settings.max_new_tokens)
         if settings.stop and self.tokenizer is None:
             raise ConfigError("stop texts need a tokenizer, and this generator has none")
@@ -346,6 +347,18 @@ def _note_prompt(request: _Request, start: int, logits: Tensor) -> None:
     if following:
         top = request.settings.logprobs or 0
         request.read += logprobs_of(logits[: len(following)], following, top)
+
+
+def within_context(
+    config: ModelConfig, prompt: Sequence[int], settings: RequestSettings
+) -> RequestSettings:
+    """`settings` with an answer that ends where the model's context does.
+
+    A prompt that is longer than the context may get an answer of the context's length.
+    """
+    context = config.max_position_embeddings
+    left = context - len(prompt) if len(prompt) < context else context
+    return replace(settings, max_new_tokens=min(settings.max_new_tokens, left))
 
 
 def check_prompt(config: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:

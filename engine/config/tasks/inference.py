@@ -213,7 +213,9 @@ class GenerateSettings(Sampling, OneModel):
     output: Path | None = setting(
         None, "Text", "JSONL file of answers to --data; goes on where a stopped one ended"
     )
-    num_samples: int = setting(1, "Text", "answers to each prompt, of different seeds", ge=1)
+    num_samples: int = setting(
+        1, "Text", "answers to each prompt, of different seeds", ge=1, le=100_000
+    )
     system: str | None = setting(None, "Text", "system message")
     raw: bool = setting(False, "Text", "go on from the prompt, without the chat template")
     max_new_tokens: int = setting(128, "Text", "longest answer", ge=1)

@@ -70,7 +70,7 @@ class PlanSettings(Settings):
         "Plan",
         "GPUs of each machine, with their memory to compare how a run can use them: 8x80GiB; a "
         "number alone plans for one of so many processes",
-        pattern=r"\s*[1-9][0-9]{0,3}\s*(?:[xX]\s*[0-9].*)?",
+        pattern=r"^\s*[1-9][0-9]{0,3}\s*([xX]\s*[0-9].*)?$",
         expected="a number of GPUs, or a number and a size such as 8x80GiB",
     )
     link: str = setting(

@@ -16,6 +16,7 @@ from engine.config.numbers import MOST, takes_numbers
 from engine.config.settings import Settings
 from engine.config.spelling import size_in_bytes
 from engine.config.tasks.corpus import MixSettings
+from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
 from models.layers.context import layer_policies
@@ -109,6 +110,21 @@ def test_whole_numbers_end_where_floats_hold_them_exactly() -> None:
 def test_memory_below_a_mebibyte_is_refused_as_number_and_as_text(value: Any) -> None:
     with pytest.raises(ValueError, match="less than 1 MiB"):
         size_in_bytes(value)
+
+
+@pytest.mark.parametrize("gpus", ["1e30", "1.5", "0", "8x", "8xlarge 4", "x8", "10000"])
+def test_a_text_with_a_number_in_it_is_no_number_of_gpus(gpus: str) -> None:
+    with pytest.raises(ConfigError, match=r"`gpus` = .*should be a number of GPUs"):
+        PlanSettings(gpus=gpus)
+    patterns = [
+        limit.pattern
+        for table in _tables()
+        for field in table.model_fields.values()
+        for limit in field.metadata
+        if getattr(limit, "pattern", None)
+    ]
+    assert len(patterns) > 9
+    assert all(pattern[0] == "^" and pattern[-1] == "$" for pattern in patterns)
 
 
 def test_a_path_that_is_no_text_can_be_hashed() -> None:

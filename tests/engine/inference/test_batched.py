@@ -128,8 +128,9 @@ def test_requests_wait_where_the_cache_has_no_more_memory() -> None:
     assert (generator.active, generator.waiting) == (2, 3)
     assert generator.reserved_tokens == 256
     assert len(generator.run()) == 5
-    with pytest.raises(ConfigError, match="may need a cache for 512 tokens, and 256 are allowed"):
-        generator.submit(random_ids(250), RequestSettings(max_new_tokens=10))
+    small = BatchedGenerator(model, slots=8, cache_tokens=128)
+    with pytest.raises(ConfigError, match="may need a cache for 256 tokens, and 128 are allowed"):
+        small.submit(random_ids(120), RequestSettings(max_new_tokens=10))
 
 
 def test_a_request_that_makes_no_sense_is_refused_by_name() -> None:
@@ -171,3 +172,14 @@ def test_logits_that_are_not_numbers_end_one_request_with_the_reason() -> None:
     assert "not finite" in str(events[bad].error)
     assert events[good].error is None
     assert generator.active == 1
+
+
+@pytest.mark.parametrize("prompt", [4, 250, 300])
+def test_an_answer_ends_where_the_context_does(prompt: int) -> None:
+    model = load_model(GOLDEN / "qwen3")
+    context = model.config.max_position_embeddings
+    made = list(generate_ids(model, random_ids(prompt), max_new_tokens=2**53))
+    assert len(made) == (context - prompt if prompt < context else context)
+    # What is set aside for it has an end too.
+    generator = BatchedGenerator(model, cache_tokens=4 * context)
+    generator.submit(random_ids(prompt), RequestSettings(max_new_tokens=2**53))
