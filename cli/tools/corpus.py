@@ -1,7 +1,6 @@
 """`engine data convert`, `split`, `dedup`, `decontaminate` and `mix`: rows into rows."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.from_settings import Call
@@ -15,6 +14,7 @@ from engine.config.tasks.corpus import (
     MixSource,
     SplitSettings,
 )
+from engine.storage.home import expanded
 
 if TYPE_CHECKING:
     from engine.data.corpus.publishing import CorpusReport
@@ -177,7 +177,7 @@ def _mix_source(source: MixSource, settings: MixSettings) -> "Corpus | None":
     from engine.data.sources.streams.located import RowLimit
     from engine.errors import DataError
 
-    local = [Path(path).expanduser() for path in source.path]
+    local = [expanded(path) for path in source.path]
     if source.optional and not all(path.exists() for path in local):
         if settings.strict:
             raise DataError(f"{', '.join(source.path)} is absent (--strict).")

@@ -22,6 +22,7 @@ class Setting:
 
 
 _LONGEST_MESSAGE = 1000
+_MOST = 20
 
 # What a single letter means in other programs, the most usual first; no setting here has one.
 _LETTERS: dict[str, tuple[str, ...]] = {
@@ -67,8 +68,11 @@ def describe(
     error: ValidationError, fields: Mapping[str, Any], settings: Mapping[str, Setting]
 ) -> str:
     """pydantic's findings as one paragraph: setting, value, source, what was expected."""
-    findings = [_finding(fault, fields, settings) for fault in error.errors(include_url=False)]
-    return scrub("The configuration cannot be used: " + "; ".join(dict.fromkeys(findings)) + ".")
+    faults = error.errors(include_url=False)
+    findings = list(dict.fromkeys(_finding(fault, fields, settings) for fault in faults[:_MOST]))
+    if len(faults) > _MOST:
+        findings.append(f"and {len(faults) - _MOST} more")
+    return scrub("The configuration cannot be used: " + "; ".join(findings) + ".")
 
 
 def _finding(fault: Any, fields: Mapping[str, Any], settings: Mapping[str, Setting]) -> str:
@@ -107,6 +111,8 @@ def _shown(value: Any) -> str:
 
 def _expected(fault: Any, field: Any) -> str | None:
     """What a setting takes, where pydantic shows a pattern, or leaves out that it may be unset."""
+    if fault["type"] == "string_unicode":
+        return "should be text in UTF-8, and holds bytes that are none; give the file another name"
     if fault["type"] == "string_pattern_mismatch":
         shown = getattr(field, "json_schema_extra", None) or {}
         expected = shown.get("expected")

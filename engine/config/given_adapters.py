@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from engine.storage.home import expanded
+
 WeightedPath = tuple[str, float]
 
 
@@ -26,12 +28,12 @@ def weighted_path(value: Any) -> WeightedPath:
         raise ValueError("an adapter is a path or hub id, or a pair (path, weight)")
     text = str(value)
     path, separator, number = text.rpartition("=")
-    if not separator or not path or Path(text).expanduser().exists():
+    if not separator or not path or expanded(text).exists():
         return text, 1.0
     try:
         return path, _weight(number)
     except ValueError:
-        if Path(path).expanduser().exists():
+        if expanded(path).exists():
             raise
         return text, 1.0
 

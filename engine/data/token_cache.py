@@ -25,6 +25,7 @@ from engine.data.rows import Row
 from engine.errors import CheckpointError
 from engine.storage import durable, names, strict_json
 from engine.storage.cache_folder import cache_folder
+from engine.storage.home import expanded
 from engine.storage.safe_files import open_regular
 from engine.tokenization.tokenizer import Tokenizer
 
@@ -43,7 +44,7 @@ def cache_of(setting: str, rows: Sequence[Row]) -> Path | None:
     if setting == "none":
         return None
     if setting != "auto":
-        return Path(setting).expanduser()
+        return expanded(setting)
     return cache_folder("tokens") if _characters(rows) >= WORTH_IT else None
 
 

@@ -20,6 +20,7 @@ from engine.hub.upload import Destination, require_destination, upload
 from engine.model_sources.adapter.config import public_name
 from engine.model_sources.pruning_record import FORMAT, PRUNING, sealed
 from engine.model_sources.vocabulary.folder import TOKENIZER_FILES
+from engine.storage.home import expanded
 from engine.storage.safe_files import MIB, read_json_object, read_regular, read_text
 
 _PAGE = "README.md"
@@ -103,7 +104,7 @@ def _public_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_public_value(item) for item in value]
     if isinstance(value, str) and _is_local(value):
-        return public_name(str(Path(value).expanduser().absolute()))
+        return public_name(str(expanded(value).absolute()))
     return value
 
 

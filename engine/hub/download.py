@@ -17,6 +17,7 @@ from typing import Any
 from engine.errors import ConfigError
 from engine.hub.failures import explained
 from engine.hub.names import HubName
+from engine.storage.home import expanded
 from engine.storage.safe_files import MIB, read_json_object
 
 _TIMEOUT = 10.0
@@ -29,7 +30,7 @@ def cached_snapshot(name: HubName) -> Path | None:
     """The folder of the cache with the files of a revision, whole or not. Asks no network."""
     from huggingface_hub import constants
 
-    folder = Path(constants.HF_HUB_CACHE).expanduser()
+    folder = expanded(constants.HF_HUB_CACHE)
     folder /= f"{name.kind}s--{name.repository.replace('/', '--')}"
     revision = name.revision or constants.DEFAULT_REVISION
     reference = folder / "refs" / revision
@@ -116,7 +117,7 @@ def download(name: HubName, choose: Callable[[RemoteFiles], Iterable[str]]) -> P
 def _require_space(name: HubName, size: int) -> None:
     from huggingface_hub import constants
 
-    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    cache = expanded(constants.HF_HUB_CACHE)
     folder = next(parent for parent in (cache, *cache.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < size:

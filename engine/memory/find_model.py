@@ -6,7 +6,6 @@ It is named by a preset, a folder, a file or a hub id.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from engine.model_sources.hub import fetch_config, resolve
 from engine.model_sources.interface.checks import read_config
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.storage.home import expanded
 from engine.storage.safe_files import read_json_object
 from models.config.model_config import ModelConfig
 
@@ -29,7 +29,7 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
 
     A path wins over a preset of the same name, and a preset over a hub id.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         preset = preset_config(model)
         if preset is not None:
@@ -48,7 +48,7 @@ def find_model(model: str, revision: str | None = None) -> tuple[ModelConfig, to
 
 def noted_quantisation(model: str, revision: str | None = None) -> Mapping[str, Any]:
     """What config.json of a model says of quantised weights; empty where it says nothing."""
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists():
         name = hub_name(model, revision)
         if preset_config(model) is not None or name is None or name.file is not None:
@@ -66,7 +66,7 @@ def quantised_files(model: str) -> ModelSource | None:
 
     None too where they cannot be read, which whoever loads them is told.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if not path.exists() or not (path.is_dir() or path.suffix == ".gguf"):
         return None
     try:

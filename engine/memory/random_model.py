@@ -14,6 +14,7 @@ from engine.memory.model_shapes import preset_raw, unknown_model
 from engine.model_sources.interface.checks import quick_digest, read_config
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.storage.home import expanded
 from engine.storage.safe_files import read_json_object
 from models.tensor_names import expected_tensors
 
@@ -27,7 +28,7 @@ def open_base(model: str, random_weights: bool) -> ModelSource:
     """
     if not random_weights:
         return open_model_source(model)
-    path = Path(model).expanduser()
+    path = expanded(model)
     file = path / "config.json" if path.is_dir() else path
     raw = read_json_object(file, ConfigError) if file.is_file() else preset_raw(model)
     if raw is None:

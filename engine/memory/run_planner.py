@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -19,6 +18,7 @@ from engine.memory.model_shapes import preset_config
 from engine.memory.search import changed, least_step
 from engine.model_sources.scratch.open_base import describe_base
 from engine.model_sources.vocabulary.token_file import read_tokens
+from engine.storage.home import expanded
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.training.row_set import RowSet, heldout_choice, read_examples, trained_choice
 from engine.training.streamed import is_streamed
@@ -66,7 +66,7 @@ def read_known_rows(config: TrainConfig, model: ModelConfig) -> KnownRows:
         return KnownRows(None, None)
     if is_streamed(config, data_files(config.data, config.query)):
         return KnownRows(None, None)  # planned as if every row were full
-    path = Path(config.model).expanduser()
+    path = expanded(config.model)
     at_hand = (path.is_dir() or path.suffix == ".gguf") and path.exists()
     if at_hand or config.method == "scratch":
         described = describe_base(config)

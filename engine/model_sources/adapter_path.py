@@ -12,6 +12,7 @@ from engine.model_sources.adapter.gguf_lora import load_gguf_adapter
 from engine.model_sources.adapter.peft import CONFIG, Adapter, load_adapter
 from engine.model_sources.hub import fetch_adapter, refuse_lost_run
 from engine.model_sources.weighted_adapters import weighted_sum
+from engine.storage.home import expanded
 from models.config.model_config import ModelConfig
 
 _IN_RUN = "adapter"
@@ -24,7 +25,7 @@ def adapter_path(name: Path | str) -> Path:
     no path may be a hub id, which is looked up in the cache first. Raises `CheckpointError` for a
     path that holds no adapter, and `ConfigError` for what is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file() and path.suffix != ".gguf" and (path.parent / CONFIG).exists():
         path = path.parent
     if path.is_file() or (path / CONFIG).exists():

@@ -18,6 +18,7 @@ from engine.hub.download import RemoteFiles, cached_snapshot, download
 from engine.hub.names import HubName, hub_name
 from engine.model_sources.gguf.parts import part_names
 from engine.model_sources.vocabulary.folder import TOKENIZER_FILES
+from engine.storage.home import expanded
 from engine.storage.safe_files import MIB, read_json_object
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +41,7 @@ def resolve(model: str, revision: str | None = None, *, weights: bool = True) ->
     is a branch, tag or commit of the hub; without `weights` the small files are enough. Raises
     `ConfigError` where there is no such thing, or it cannot be reached.
     """
-    path = Path(model).expanduser()
+    path = expanded(model)
     if model and path.exists():
         return _whole_model(path)
     refuse_lost_run(model)

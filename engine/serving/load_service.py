@@ -18,6 +18,7 @@ from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.serving.model_thread import ModelThread
 from engine.serving.service import Bounds, Loaded, ServedModel, Service
+from engine.storage.home import expanded
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def base_model_name(settings: ServeSettings) -> str:
     """What requests call the model: the name that was given, else a folder's, file's or hub id."""
     if settings.name is not None:
         return settings.name
-    path = Path(settings.model).expanduser()
+    path = expanded(settings.model)
     if not path.exists():
         return settings.model  # a hub id
     return path.stem if path.is_file() else path.resolve().name

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from engine.storage import names
+from engine.storage.home import expanded
 
 
 def cache_folder(name: str) -> Path:
@@ -18,7 +19,7 @@ def cache_folder(name: str) -> Path:
     Where that cannot be written to, a folder of this process that goes with it.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "engine"
-    folder = Path(os.environ.get("ENGINE_CACHE") or base).expanduser() / name
+    folder = expanded(os.environ.get("ENGINE_CACHE") or base) / name
     try:
         names.mkdir(folder, parents=True, exist_ok=True)
     except OSError:

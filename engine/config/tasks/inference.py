@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, FailFast, Field, model_validator
 
 from engine.config.choices import (
     DETERMINISTIC,
@@ -198,6 +198,7 @@ class Sampling(Settings):
     )
     bad_words_ids: Annotated[
         tuple[Annotated[tuple[TokenId, ...], Field(min_length=1)], ...],
+        FailFast(),
         BeforeValidator(json_object),
     ] = setting((), "Sampling", "runs of token ids that never come: [[17], [4, 8]]")
     seed: int = setting(0, "Sampling", "of the drawing", ge=-(2**63), lt=2**64)

@@ -85,8 +85,10 @@ class HeadChoice(Settings):
     protect: Annotated[tuple[int, ...], BeforeValidator(layer_numbers)] = setting(
         (), "Heads", "layers to leave alone, such as 0,1,-1 (-1 is the last)"
     )
-    protect_first: int = setting(0, "Heads", "first layers to leave alone, beside --protect", ge=0)
-    protect_last: int = setting(0, "Heads", "last layers to leave alone", ge=0)
+    protect_first: int = setting(
+        0, "Heads", "first layers to leave alone, beside --protect", ge=0, le=1024
+    )
+    protect_last: int = setting(0, "Heads", "last layers to leave alone", ge=0, le=1024)
     per_layer: bool = setting(
         False,
         "Heads",

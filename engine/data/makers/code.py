@@ -17,6 +17,7 @@ from pathlib import Path
 from engine.data.corpus.records import Record, new_record
 from engine.data.origins import files_below
 from engine.errors import DataError
+from engine.storage.home import expanded
 
 SHORTEST = 20
 """Characters of a docstring that says something."""
@@ -38,7 +39,7 @@ def source_path(name: str) -> Path:
 
     Raises `DataError` where there is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.exists():
         return path
     spec = find_spec(name) if name.isidentifier() else None

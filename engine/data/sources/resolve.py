@@ -36,6 +36,7 @@ from engine.data.sources.streams.json_lines import read_json
 from engine.data.sources.streams.located import ROW_LIMIT, BadLine, Located, RowLimit
 from engine.data.sources.tables import read_table
 from engine.errors import DataError
+from engine.storage.home import expanded
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ def _files(text: str, query: str | None) -> list[tuple[Path, str]]:
         check_database(text, query)
         assert query is not None
         return [(spooled_query(text, query), text)]
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return [(path, text)]
     if path.is_dir():

@@ -9,9 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError, ConfigError, listing
+from engine.errors import CheckpointError, ConfigError, listing, printable
 from engine.storage.safe_files import MIB, open_regular
 from models.config.model_config import ModelConfig
+
+_LONGEST = 1000
 
 
 def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
@@ -19,7 +21,7 @@ def read_config(raw: dict[str, Any], source: str) -> ModelConfig:
     try:
         return ModelConfig.from_dict(raw)
     except ValueError as error:
-        raise ConfigError(f"{source}: {error}.") from error
+        raise ConfigError(f"{source}: {printable(str(error), _LONGEST)}.") from error
 
 
 def match_tensors(

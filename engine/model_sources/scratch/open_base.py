@@ -21,6 +21,7 @@ from engine.model_sources.vocabulary.folder import TOKENIZER_FILES, TokenizerFol
 from engine.model_sources.vocabulary.of_adapter import brought_words
 from engine.model_sources.vocabulary.resized import NewWords, ResizedDescription, ResizedSource
 from engine.model_sources.vocabulary.token_file import read_tokens
+from engine.storage.home import expanded
 from engine.storage.safe_files import read_json_object
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from models.families import FAMILIES
@@ -143,7 +144,7 @@ def _shape_of(
     """Path, config.json, tokenizer if there is one, and generation_config.json of --model."""
     if config.model.startswith("builtin:"):
         raise ConfigError(f"There is no built-in model {config.model}; there is {BUILT_IN}.")
-    path = Path(config.model).expanduser()
+    path = expanded(config.model)
     if path.is_file() and path.suffix == ".json":
         raw, generation = read_json_object(path, ConfigError), dict[str, Any]()
         folder: TokenizerSource = TokenizerFolder(path.parent)
@@ -173,7 +174,7 @@ def _words(named: str) -> TokenizerSource:
     """The tokenizer that --tokenizer names."""
     if named == CHARACTERS:
         return CharacterTokenizer()
-    path = Path(named).expanduser()
+    path = expanded(named)
     if path.is_file():
         path = path.parent
     folder: TokenizerSource = TokenizerFolder(path) if path.is_dir() else describe_model(named)

@@ -24,6 +24,7 @@ from engine.errors import CheckpointError
 from engine.inference.perplexity import TOKENS_PER_BATCH
 from engine.storage import durable, names
 from engine.storage.cache_folder import cache_folder
+from engine.storage.home import expanded
 from engine.training.objectives.evaluation import indices_by_tokens
 from kernels.runtime.ranks import ONE_RANK, Ranks, host_maxima
 from models.decoder import Decoder
@@ -82,7 +83,7 @@ def cache_of(setting: str) -> Path | None:
     """The folder of stored values, by `--reference-cache`; None where there is to be none."""
     if setting == "none":
         return None
-    return cache_folder("reference") if setting == "auto" else Path(setting).expanduser()
+    return cache_folder("reference") if setting == "auto" else expanded(setting)
 
 
 def stored_or_made(

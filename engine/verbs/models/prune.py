@@ -17,7 +17,7 @@ from engine.config.choices import METRICS_WITH_DATA
 from engine.config.settings import given_settings
 from engine.config.tasks.pruning import PruneSettings
 from engine.data.sources.resolve import data_files
-from engine.errors import ConfigError
+from engine.errors import ConfigError, listing
 from engine.model_sources.export import WrittenModel, write_directory
 from engine.model_sources.gguf.source import type_to_write
 from engine.model_sources.interface.model_source import ModelSource
@@ -240,7 +240,7 @@ def _protected(settings: PruneSettings, layers: int) -> frozenset[int]:
     outside = sorted(index for index in protected if not 0 <= index < layers)
     if outside:
         raise ConfigError(
-            f"--protect asks for layers that are not there ({', '.join(map(str, outside))}); the "
+            f"--protect asks for layers that are not there ({listing(map(str, outside))}); the "
             f"model has layers 0 to {layers - 1}, or -1 for the last."
         )
     return frozenset(protected)

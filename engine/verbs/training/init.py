@@ -22,6 +22,7 @@ from engine.errors import DataError, EngineError, gib
 from engine.memory.run_planner import USABLE, usable_memory
 from engine.memory.search import changed, choose
 from engine.model_sources.open import open_model_source
+from engine.storage.home import expanded
 from engine.tokenization.tokenizer import load_tokenizer
 from engine.verbs.training.plan import PlanReport, find_target
 
@@ -167,7 +168,7 @@ def _lengths(model: str, rows: Sequence[Row], pairs: bool) -> Lengths:
 
     Of `pairs` it is the longer of both sequences that counts.
     """
-    if Path(model).expanduser().exists():
+    if expanded(model).exists():
         try:
             tokenizer = load_tokenizer(open_model_source(model))
             if pairs:

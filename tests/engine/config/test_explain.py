@@ -5,8 +5,9 @@ from difflib import get_close_matches
 import pytest
 
 from engine.config.aliases import ALIASES
-from engine.config.explain import nearest
-from engine.config.tasks.inference import EvalSettings, GenerateSettings
+from engine.config.explain import Setting, nearest
+from engine.config.sources import build
+from engine.config.tasks.inference import EvalSettings, GenerateSettings, Sampling
 from engine.config.tasks.quantizing import MergeSettings
 from engine.config.tasks.workflow import ValidateSettings
 from engine.config.train_config import TrainConfig
@@ -73,3 +74,17 @@ def test_a_switch_that_is_given_as_a_choice_is_named(setting: str, word: str) ->
         TrainConfig(model="m", data=["d"], **{setting: word.upper()})
     switch = ALIASES.get(word, word)
     assert f"--{switch.replace('_', '-')}) goes with one of them" in str(caught.value)
+
+
+def test_many_faults_and_long_values_are_told_in_short() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(Sampling, {"logit_bias": Setting({str(n): "x" for n in range(1000)}, "file")})
+    assert "and 980 more" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        build(Sampling, {"bad_words_ids": Setting([1] * 100_000, "file")})
+    assert str(caught.value).count("`bad_words_ids` = ") == 1
+
+
+def test_a_name_that_is_no_utf_8_is_told_as_such() -> None:
+    with pytest.raises(ConfigError, match=r"`model` = '.udcff' .*should be text in UTF-8"):
+        build(GenerateSettings, {"model": Setting("\udcff", "--model")})

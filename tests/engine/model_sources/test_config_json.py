@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import ConfigError
 from engine.model_sources.config_json import complete_config
 from engine.model_sources.hf_directory import HFDirectory
+from engine.model_sources.interface.checks import read_config
 from models.config.model_config import ModelConfig
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden"
@@ -53,3 +55,13 @@ def test_notes_in_the_rotary_parameters_stay() -> None:
     assert written["rope_parameters"]["mrope_section"] == [1, 1, 0]
     assert written["rope_scaling"]["mrope_section"] == [1, 1, 0]
     assert written["partial_rotary_factor"] == 0.25
+
+
+@pytest.mark.parametrize("value", ["x" * 1_000_000, [1] * 100_000, {"a": "\x1b" * 10_000}])
+@pytest.mark.parametrize("key", ["hidden_size", "hidden_act", "rms_norm_eps", "layer_types"])
+def test_a_long_value_is_told_in_short(key: str, value: object) -> None:
+    raw = json.loads((GOLDEN / "qwen3" / "config.json").read_text(encoding="utf-8"))
+    with pytest.raises(ConfigError, match=f"config.json: {key}") as caught:
+        read_config(raw | {key: value}, "config.json")
+    assert len(str(caught.value)) < 1500
+    assert str(caught.value).isprintable()
