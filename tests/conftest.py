@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.runtime import cores
 from tests.support.pages.browsers import HAS_BROWSER
 
 # The tensors here are small: more threads would only wait for each other.
@@ -135,3 +136,13 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
             (torch.Tensor, "new_empty"),
         ):
             monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def no_compiled_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take torch's loops whether numba is installed or not, so that tests do not depend on it.
+
+    The compiled ones are compared with them in tests/interop/test_compiled_loops.py.
+    """
+    if request.node.get_closest_marker("interop") is None:
+        monkeypatch.setattr(cores, "compiles_loops", lambda: False)
