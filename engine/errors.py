@@ -8,7 +8,7 @@ status 2; the traceback goes to the run's log only.
 import re
 from collections.abc import Iterable
 
-_LONGEST = 4000
+_LONGEST = 2000
 
 
 def printable(text: str, longest: int = _LONGEST) -> str:

@@ -1,6 +1,7 @@
 """The base class of all tables of settings."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import (
@@ -85,7 +86,11 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _numbers_in_range(cls, value: Any, info: ValidationInfo) -> Any:
+    def _usable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers in range, and names that files can have."""
+        paths = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(path, Path) and "\0" in str(path) for path in paths):
+            raise ValueError("holds a zero byte, which no file's name has")
         return in_range(value, cls.model_fields[str(info.field_name)].metadata)
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def notice_stale(files: Iterable[RowFile], strict: bool = False) -> None:
 
 def _stale(path: Path, seen: set[Path]) -> Iterable[str]:
     manifest = manifest_path(path)
-    if path in seen or not manifest.is_file():
+    if path in seen or not _is_there(manifest):
         return
     seen.add(path)
     try:
@@ -151,6 +151,13 @@ def _stale(path: Path, seen: set[Path]) -> Iterable[str]:
             yield from _stale(origin, seen)
     except (OSError, ValueError, KeyError, TypeError, CheckpointError) as error:
         yield f"{manifest} cannot be read ({error!r}), so it is not known whether {path} is stale."
+
+
+def _is_there(manifest: Path) -> bool:
+    try:
+        return manifest.is_file()
+    except OSError:  # with its ending the name is too long, so nobody wrote one
+        return False
 
 
 def _differs(path: Path, told: Mapping[str, Any]) -> bool:

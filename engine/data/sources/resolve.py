@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from engine.storage.home import expanded
 log = logging.getLogger(__name__)
 
 STANDARD_INPUT = "-"
+_MOST_ENTRIES = 100_000
 _ABOUT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files that `datasets` writes beside rows."""
 _HEAD_BYTES = 4096
@@ -202,16 +204,22 @@ def _in_folder(folder: Path) -> list[Path]:
 
     Text files count only where there are no others: beside data they are its description.
     """
-    names = [
-        str(path.relative_to(folder))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".") and path.name not in _ABOUT_DATA
-    ]
     if (folder / "config.json").exists():
         raise DataError(
             f"{folder}: the folder holds a model and no rows. Name the rows with --data, and the "
             "model with --model."
         )
+    entries = list(islice(folder.rglob("*"), _MOST_ENTRIES + 1))
+    if len(entries) > _MOST_ENTRIES:
+        raise DataError(
+            f"{folder}: over {_MOST_ENTRIES:,} files are in the folder and below it, which is no "
+            "folder of rows. Name the folder that the rows are in, or a pattern of their files."
+        )
+    names = [
+        str(path.relative_to(folder))
+        for path in sorted(entries)
+        if path.is_file() and not path.name.startswith(".") and path.name not in _ABOUT_DATA
+    ]
     data = [name for name in names if plain_suffix(Path(name)) in DATA_SUFFIXES]
     data = data or [name for name in names if plain_suffix(Path(name)) in TEXT_SUFFIXES]
     chosen = of_split(data, "train")

@@ -10,7 +10,6 @@ Source: `check_target_module_exists` in peft/tuners/tuners_utils.py.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from engine.model_sources.adapter.peft import CONFIG, Adapter
 log = logging.getLogger(__name__)
 
 _ALL = "all-linear"
+_LISTS = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 _FIRST_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
 
 
@@ -34,9 +34,9 @@ def check_targets(
     gives the model's name of one of the adapter's modules. Raises `CheckpointError` where the two
     disagree.
     """
-    raw, wrong = adapter.config.raw, list[str]()
+    raw, wrong = _with_sets(adapter.config.raw), list[str]()
     adapted = {path(m) for m in (*adapter.pairs, *adapter.others.embeddings) if EXPERTS not in m}
-    targets = raw.get("target_modules") or []
+    targets = adapter.config.raw.get("target_modules") or []
     if targets != _ALL and (targets or raw.get("target_parameters")):
         where = f"{adapter.path}: target_modules"
         meant = {m for m, names in modules.items() if any(is_meant(raw, n, where) for n in names)}
@@ -70,8 +70,8 @@ def is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
             return False
     elif excluded and _is_named(name, excluded):
         return False
-    copies = [re.escape(str(part)) for part in raw.get("modules_to_save") or []]
-    if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in copies):
+    copies = raw.get("modules_to_save") or ()
+    if copies and any(_is_named(around, copies) for around in _around(name)):
         return False
     if _is_named(f"{name}.weight", raw.get("target_parameters") or []):
         return True
@@ -82,8 +82,23 @@ def is_meant(raw: Mapping[str, Any], name: str, where: str) -> bool:
     return _is_named(name, targets) and _in_layers(raw, name, where)
 
 
-def _is_named(name: str, endings: Iterable[str]) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+def _with_sets(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """`raw` with sets for its lists of names, which may be long: each is asked for every module."""
+    lists = {key: raw[key] for key in _LISTS if isinstance(raw.get(key), list)}
+    return {**raw, **{key: set(map(str, names)) for key, names in lists.items()}}
+
+
+def _is_named(name: str, endings: Iterable[Any]) -> bool:
+    """Whether `name` ends in one of `endings`, from its beginning or from a dot on."""
+    pieces = name.split(".")
+    ends = {".".join(pieces[n:]) for n in range(len(pieces))}
+    return not ends.isdisjoint(endings if isinstance(endings, set) else map(str, endings))
+
+
+def _around(name: str) -> list[str]:
+    """A module's name, and those of the modules around it."""
+    pieces = name.split(".")
+    return [".".join(pieces[: n + 1]) for n in range(len(pieces))]
 
 
 def _in_layers(raw: Mapping[str, Any], name: str, where: str) -> bool:
@@ -108,8 +123,9 @@ def _tied(raw: Mapping[str, Any], meant: set[str]) -> set[str]:
 def _warn_of_unused(
     targets: list[str], modules: Mapping[str, Collection[str]], source: str
 ) -> None:
-    names = [name for all_names in modules.values() for name in all_names]
-    unused = sorted(t for t in targets if not any(_is_named(name, [t]) for name in names))
+    pieces = [name.split(".") for all_names in modules.values() for name in all_names]
+    ends = {".".join(parts[n:]) for parts in pieces for n in range(len(parts))}
+    unused = sorted(set(map(str, targets)) - ends)
     if unused:
         log.warning("%s: target_modules without a module here: %s", source, listing(unused))
 
@@ -118,16 +134,16 @@ def _missing_copies(
     raw: Mapping[str, Any], modules: Mapping[str, Collection[str]], copied: Collection[str]
 ) -> list[str]:
     """Trained copies of modules that the configuration promises."""
-    names = [name for all_names in modules.values() for name in all_names]
+    present = _listed_around(name for all_names in modules.values() for name in all_names)
+    have = _listed_around(copied)
     return [
         f"modules_to_save names {part}, of which no copy is there"
-        for part in map(str, raw.get("modules_to_save") or [])
-        if any(_has_part(name, part) for name in names)
-        and not any(_has_part(module, part) for module in copied)
+        for part in sorted(raw.get("modules_to_save") or ())
+        if f"{part}\n" in present and f"{part}\n" not in have
     ]
 
 
-def _has_part(module: str, part: str) -> bool:
-    """Whether `module`, or a module around it, ends in `part`."""
-    pieces = module.split(".")
-    return any(".".join(pieces[: n + 1]).endswith(part) for n in range(len(pieces)))
+def _listed_around(names: Iterable[str]) -> str:
+    """Lines of modules and of all that are around them: what one ends in stands before a break."""
+    around = dict.fromkeys(one for name in names for one in _around(name))
+    return "".join(f"{one}\n" for one in around)

@@ -132,6 +132,11 @@ def test_a_path_that_is_no_text_can_be_hashed() -> None:
     assert hash(config) == hash(TrainConfig(model="m", data=["d"], output_dir="runs/\udcff"))
 
 
+def test_no_name_of_a_file_holds_a_zero_byte() -> None:
+    with pytest.raises(ConfigError, match=r"`output_dir` = 'a.x00b': holds a zero byte"):
+        TrainConfig(model="m", data=["d"], output_dir="a\0b")
+
+
 def test_keys_that_are_no_text_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no setting `1`"):
         MixSettings(**dict[str, Any](sources=[{1: 2}], output="x.jsonl"))

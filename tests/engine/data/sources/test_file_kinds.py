@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from engine.data.dataset import load_rows
+from engine.data.sources import resolve
 from engine.errors import DataError
 
 ROW = b'{"prompt": "Q", "response": "A"}\n'
@@ -86,3 +87,21 @@ def test_a_name_of_no_file_is_answered_by_what_it_looks_like(
     with pytest.raises(DataError, match="there is no such data file") as caught:
         load_rows(name.format(here=tmp_path))
     assert advice.format(here=tmp_path) in str(caught.value)
+
+
+def test_a_file_with_the_longest_name_is_read(tmp_path: Path) -> None:
+    longest = tmp_path / f"{'x' * 249}.jsonl"
+    longest.write_text('{"text": "words"}\n', encoding="utf-8")
+    assert len(load_rows([str(longest)])) == 1
+
+
+def test_a_folder_of_everything_is_no_folder_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "_MOST_ENTRIES", 3)
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text('{"text": "words"}\n', encoding="utf-8")
+    assert len(load_rows([str(tmp_path)])) == 3
+    (tmp_path / "3.jsonl").touch()
+    with pytest.raises(DataError, match="over 3 files are in the folder and below it"):
+        load_rows([str(tmp_path)])
