@@ -19,8 +19,9 @@ A block of zeros has absmax 0 and decodes to zeros.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -76,6 +77,12 @@ def midpoints(signed: bool, device: torch.device | str = "cpu") -> Tensor:
 def grid_table(signed: bool, device: torch.device | str = "cpu") -> Tensor:
     """The 65,536 codes (uint8) of the `grid` rounding: entry i stands for `-1 + 2 i / 65535`."""
     return _host_grid(signed).to(device)
+
+
+@functools.cache
+def arrays(signed: bool) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """`dynamic_map` and `grid_table` for compiled loops, without a view of them in every step."""
+    return dynamic_map(signed).numpy(), grid_table(signed).numpy()
 
 
 FIRST_CELL = 0x3400

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.adamw8bit import ROW, ZERO_CODE, Update
-from kernels.adamw8bit.dynamic_map import GRID_STEPS, dynamic_map, grid_table
+from kernels.adamw8bit.dynamic_map import GRID_STEPS, arrays
 from kernels.adamw8bit.launch import FlatMoments
 from kernels.runtime.cores import over_cores
 
@@ -49,9 +49,7 @@ def adamw_rows_(
         part.numpy()
         for part in (moments.m_codes, moments.v_codes, moments.m_absmax, moments.v_absmax)
     )
-    maps = tuple(
-        (dynamic_map(signed).numpy(), grid_table(signed).numpy()) for signed in (True, False)
-    )
+    maps = arrays(True), arrays(False)
     beta1, beta2 = update.beta1, update.beta2
     rates = (beta1, 1.0 - beta1, beta2, 1.0 - beta2)
     rest = (update.decay, update.denominator_scale, update.eps, update.step_size)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.adamw8bit.dynamic_map import dynamic_map
+from kernels.adamw8bit.dynamic_map import arrays
 from kernels.nf4.weight import NESTED_BLOCK, NF4_CODE, NF4Weight
 from kernels.runtime.cores import over_cores
 from kernels.runtime.lanes import LANES, Body, Lanes, lane_op
@@ -41,7 +41,7 @@ def decode_whole_blocks(weight: NF4Weight, first: int, out: Tensor) -> None:
     stored = weight.absmax[first : first + count].numpy()
     scales: tuple[Any, ...] = ()
     if nested is not None and offset is not None:
-        scales = dynamic_map(True).numpy(), nested.numpy(), np.float32(offset)
+        scales = arrays(True)[0], nested.numpy(), np.float32(offset)
 
     def part(begin: int, end: int) -> None:
         rest = (*scales, first + begin) if double else ()

@@ -21,6 +21,7 @@ from kernels.nf4.decode_compiled import compiled_loop, wide_permutes
 from kernels.runtime.cores import compiles_loops, over_cores
 from kernels.runtime.lanes import takes_lanes
 from optim import AdamW8bit
+from tests.engine.memory.test_meter import planned_and_measured
 
 pytestmark = pytest.mark.interop
 
@@ -227,3 +228,10 @@ def test_a_gate_that_is_no_number_stays_none() -> None:
     torch.testing.assert_close(
         h[0, 2:4].float(), torch.stack((200 * up[0, 2], 0 * up[0, 3])).float()
     )
+
+
+@pytest.mark.parametrize("settings", ["default", "full fine-tuning", "bfloat16"])
+def test_plans_of_steps_with_compiled_loops_are_exact(settings: str) -> None:
+    planned_and_measured("llama", settings, [9])  # tables that a process makes once
+    planned, measured = planned_and_measured("llama", settings, [107, 116, 19])
+    assert planned.bytes == measured.bytes
