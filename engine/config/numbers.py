@@ -15,6 +15,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 MOST = 1 << 53
 """The largest whole number of a setting that names no limit of its own."""
 
+MOST_SECONDS = 1_000_000
+"""The longest time of a setting, over eleven days: clocks of the system take no 1e300."""
+
 _LONGEST = 400
 _OTHER_KINDS = frozenset(
     {"ndarray", "Tensor", "bool", "bool_"}

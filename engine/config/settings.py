@@ -1,5 +1,6 @@
 """The base class of all tables of settings."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -89,8 +90,8 @@ class Settings(BaseModel):
     def _usable(cls, value: Any, info: ValidationInfo) -> Any:
         """Numbers in range, and names that files can have."""
         paths = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(path, Path) and "\0" in str(path) for path in paths):
-            raise ValueError("holds a zero byte, which no file's name has")
+        if not all(_can_be_named(path) for path in paths if isinstance(path, Path)):
+            raise ValueError("holds a character that no file's name can have")
         return in_range(value, cls.model_fields[str(info.field_name)].metadata)
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,6 +106,14 @@ class Settings(BaseModel):
     def __hash__(self) -> int:
         """Of the values as text: a mapping among them has no hash, a path may be no UTF-8."""
         return hash(repr(self))
+
+
+def _can_be_named(path: Path) -> bool:
+    """Whether the system takes this name: no zero byte in it, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 S = TypeVar("S", bound=Settings)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from engine.config.numbers import is_count
+from engine.config.numbers import MOST_SECONDS, is_count
 from engine.config.settings import Settings, setting
 from engine.config.spelling import none_is_unset, one_or_many, size_in_bytes
 from engine.config.tasks.inference import Paths
@@ -85,7 +85,9 @@ class GateSettings(Settings):
     command: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = setting(
         (), "Answers", "program and arguments of the checker command; the answer is its input"
     )
-    command_seconds: float = setting(10.0, "Answers", "longest run of `command`", gt=0)
+    command_seconds: float = setting(
+        10.0, "Answers", "longest run of `command`", gt=0, le=MOST_SECONDS
+    )
     benchmark: Paths = setting(
         ("data/heldout_bench",), "Answers", "rows for pass_rate: files, or folders of them"
     )
@@ -97,7 +99,7 @@ class GateSettings(Settings):
     samples: int = setting(1, "Answers", "programs for each row with `tests`", ge=1, le=1000)
     temperature: float = setting(0.8, "Answers", "of those programs, where there are several", ge=0)
     seed: int = setting(0, "Answers", "of those programs", ge=0, lt=1 << 63)
-    code_seconds: int = setting(5, "Answers", "longest run of one program", ge=1)
+    code_seconds: int = setting(5, "Answers", "longest run of one program", ge=1, le=MOST_SECONDS)
     code_memory: Annotated[int, BeforeValidator(size_in_bytes)] = setting(
         512 << 20, "Answers", "most memory of one program", ge=64 << 20
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from engine.config.choices import DETERMINISTIC
+from engine.config.numbers import MOST_SECONDS
 from engine.config.settings import setting
 from engine.config.spelling import as_text, json_object, one_or_many
 from engine.config.tasks.inference import Machine, OneModel, Sampling
@@ -62,8 +63,16 @@ class ServeSettings(Machine):
         None, "Limits", "tokens of keys and values of all running answers together", ge=1
     )
     max_body: float = setting(4.0, "Limits", "largest request in MiB", gt=0, le=1024)
-    max_connections: int = setting(2048, "Limits", "clients that may be connected", ge=1)
-    request_timeout: float = setting(600.0, "Limits", "seconds until an answer is given up", gt=0)
+    max_connections: int = setting(
+        2048, "Limits", "clients that may be connected", ge=1, le=1 << 20
+    )
+    request_timeout: float = setting(
+        600.0, "Limits", "seconds until an answer is given up", gt=0, le=MOST_SECONDS
+    )
     shutdown_timeout: float = setting(
-        30.0, "Limits", "seconds that running answers get when the server is stopped", ge=0
+        30.0,
+        "Limits",
+        "seconds that running answers get when the server is stopped",
+        ge=0,
+        le=MOST_SECONDS,
     )

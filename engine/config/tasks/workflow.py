@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, model_validator
 
 from engine.config.choices import GPU_TFLOPS, PipelineEvents, PretrainedMethod, Program
 from engine.config.data_names import ColumnMap, DataNames
+from engine.config.numbers import MOST_SECONDS
 from engine.config.row_settings import RowSettings
 from engine.config.settings import Settings, setting
 from engine.config.spelling import (
@@ -132,7 +133,9 @@ class BenchSettings(Settings):
     device: str = setting(
         "auto", "Measurement", "auto, cpu or cuda", pattern=DEVICE, expected=DEVICES
     )
-    budget: float = setting(0.2, "Measurement", "seconds to spend on one timing", ge=0)
+    budget: float = setting(
+        0.2, "Measurement", "seconds to spend on one timing", ge=0, le=MOST_SECONDS
+    )
     compile: bool = setting(False, "Measurement", "also time torch.compile of the plain form")
     against: Paths = setting(
         (),
@@ -211,7 +214,7 @@ class DoctorSettings(Settings):
     device: str = setting(
         "auto", "Checks", "which GPU: auto, cpu or cuda:N", pattern=DEVICE, expected=DEVICES
     )
-    seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0)
+    seconds: float = setting(600.0, "Checks", "time for all checks together", gt=0, le=MOST_SECONDS)
 
 
 class DataSettings(RowSettings):
