@@ -13,6 +13,7 @@ from engine.monitoring.metrics_tail import MetricsTail
 from engine.monitoring.overview import overview
 from engine.monitoring.series import series
 from engine.runs.summary import SUMMARY
+from engine.storage.home import real
 from engine.storage.safe_files import json_object_or_empty
 
 CURVES = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_second")
@@ -88,7 +89,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> Co
 
     Raises `ConfigError` where a folder is named twice.
     """
-    resolved = [folder.resolve() for folder in folders]
+    resolved = [real(folder) for folder in folders]
     twice = [str(a) for a, b in zip(folders, resolved, strict=True) if resolved.count(b) > 1]
     if twice:
         raise ConfigError(f"{twice[0]} is named twice; name every run once.")
@@ -98,7 +99,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> Co
 
 def short_names(folders: Sequence[Path]) -> list[str]:
     """The last part of every path, or more of it where two end alike."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [real(folder).parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*own[-count:])) for own in parts]
         if len(set(names)) == len(names):

@@ -12,6 +12,7 @@ from pathlib import Path
 from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, gib
 from engine.storage import durable
+from engine.storage.home import real
 
 RECORDS = (
     "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "samples.jsonl",
@@ -39,8 +40,8 @@ def name_run(config: TrainConfig, now: float | None = None) -> TrainConfig:
     """
     if config.resume not in (None, "auto") and config.output_dir is None:
         asked = Path(str(config.resume))
-        if CHECKPOINT.fullmatch(asked.resolve().name):
-            config = config.model_copy(update={"output_dir": asked.resolve().parent})
+        if CHECKPOINT.fullmatch(real(asked).name):
+            config = config.model_copy(update={"output_dir": real(asked).parent})
         elif asked.is_dir():
             config = config.model_copy(update={"output_dir": asked, "resume": "auto"})
     run_id = config.run_id
@@ -145,8 +146,10 @@ def check_earlier(config: TrainConfig) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun in `folder`."""
-    marks = (".lock", "manifest.json", "summary.json", WAITING, MOVING)
+    """Whether a run was begun in `folder`; a model that another verb wrote has a summary too."""
+    marks = [".lock", "manifest.json", WAITING, MOVING]
+    if not (folder / "config.json").exists():
+        marks.append("summary.json")
     return any((folder / name).exists() for name in marks)
 
 
@@ -164,20 +167,20 @@ def _refuse_own_inputs(config: TrainConfig, target: Path) -> None:
         "--eval-data": config.eval_data,
         "--sample-prompts": [config.sample_prompts],
     }
-    written = [path.resolve() for path in run_files(target)]
-    written += [(target / name).resolve() for name in (*RECORDS, *RESULTS)]
+    written = [real(path) for path in run_files(target)]
+    written += [real(target / name) for name in (*RECORDS, *RESULTS)]
     for option, values in named.items():
         for value in values:
             if value is None or not Path(value).exists():
                 continue
-            real = Path(value).resolve()
-            if option not in _OF_FILES and real == target.resolve():
+            given = real(value)
+            if option not in _OF_FILES and given == real(target):
                 raise ConfigError(
                     f"{option} and --output-dir both name {target}: a run would write its adapter, "
                     "checkpoints and records among the files of that folder. Choose another "
                     "--output-dir, such as runs/first."
                 )
-            if any(real.is_relative_to(path) for path in written):
+            if any(given.is_relative_to(path) for path in written):
                 raise ConfigError(
                     f"{option} {value} is a part of the run in {target}, which this run would "
                     "replace while it reads it. Choose another --output-dir."

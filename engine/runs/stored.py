@@ -11,6 +11,7 @@ from engine.config.sources import TRAIN, build, read_file
 from engine.config.train_config import VERBS, TrainConfig
 from engine.errors import ConfigError
 from engine.runs.output import CHECKPOINT
+from engine.storage.home import real
 from engine.storage.safe_files import json_object_or_empty
 
 CONFIG = "config.yaml"
@@ -33,7 +34,7 @@ def resumed(given: Mapping[str, Setting]) -> dict[str, Setting]:
         _refuse_what_is_no_run(str(asked.value), run)
         return dict(given)
     output = given.get("output_dir")
-    if output is not None and Path(str(output.value)).resolve() != run.resolve():
+    if output is not None and real(str(output.value)) != real(run):
         raise ConfigError(
             f"{asked.source} goes on with the run in {run}, and {output.source} names "
             f"{output.value}: a run goes on in its own directory. Leave out --output-dir, or start "
@@ -73,8 +74,8 @@ def _run_of(asked: str, given: Mapping[str, Setting]) -> tuple[Path | None, str]
     path = Path(asked)
     if not path.exists() and (Path("runs") / asked).is_dir():
         path = Path("runs") / asked
-    if CHECKPOINT.fullmatch(path.resolve().name):
-        return path.resolve().parent if path.is_absolute() else path.parent, asked
+    if CHECKPOINT.fullmatch(real(path).name):
+        return real(path).parent if path.is_absolute() else path.parent, asked
     return path, "auto"
 
 

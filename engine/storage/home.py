@@ -1,4 +1,4 @@
-"""Paths that begin with ~, the user's home folder."""
+"""Paths as users give them: with ~, or with links."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def expanded(path: str | Path) -> Path:
     a `RuntimeError` for it.
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def real(path: str | Path) -> Path:
+    """`path` without links in it; as far as it goes where links lead in a circle.
+
+    `Path.resolve` raises a `RuntimeError` for a circle; what opens the path is told by the system.
+    """
+    return Path(os.path.realpath(path))

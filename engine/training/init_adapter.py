@@ -17,6 +17,7 @@ from engine.model_sources.adapter.provenance import BASE_FILE, read_base
 from engine.model_sources.adapter.starting_point import InitAdapter
 from engine.model_sources.adapter_path import open_adapter
 from engine.model_sources.interface.model_source import ModelSource
+from engine.storage.home import real
 from engine.training.trainable import targets_of
 from models.adapters import scale_of
 from models.config.model_config import ModelConfig
@@ -177,6 +178,4 @@ def _same_model(left: str, right: str) -> bool:
     """Whether two names of a model mean the same: equal paths, or the same last part."""
     if not left:
         return True
-    return Path(left).resolve() == Path(right).resolve() or (
-        Path(left).name.lower() == Path(right).name.lower()
-    )
+    return real(left) == real(right) or (Path(left).name.lower() == Path(right).name.lower())

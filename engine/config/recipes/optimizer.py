@@ -26,7 +26,11 @@ class OptimizerSettings(Settings):
     )
     eps: float = setting(1e-8, "Optimisation", "AdamW's epsilon", gt=0, le=1e-2)
     max_grad_norm: float = setting(
-        1.0, "Optimisation", "clip the global gradient norm to this; 0 for no clipping", ge=0
+        1.0,
+        "Optimisation",
+        "clip the global gradient norm to this; 0 for no clipping",
+        ge=0,
+        le=1e30,
     )
     optimizer: Annotated[Optimizer, spelled(OPTIMIZERS)] = setting(
         "adamw8bit",

@@ -43,6 +43,7 @@ from engine.provenance import version
 from engine.runs.checkpoints import sweep
 from engine.runs.summary import summed_up_on_failure, write_summary
 from engine.storage import durable, names
+from engine.storage.home import real
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
 from engine.training.checks import check_model, check_request
@@ -133,9 +134,9 @@ def _check(settings: ForgeSettings) -> None:
     config, data = settings.training, settings.output_dir / "data"
     files = [data / "train.jsonl", data / "heldout.jsonl"]
     named = [settings.domain, *config.data, *config.eval_data]
-    inputs = [Path(name).resolve() for name in named if name is not None and name not in DOMAINS]
+    inputs = [real(name) for name in named if name is not None and name not in DOMAINS]
     inputs += [path / file.name for path in inputs for file in files]
-    taken = [str(file) for file in files if file.resolve() in inputs]
+    taken = [str(file) for file in files if real(file) in inputs]
     if not taken and not (settings.output_dir / JOB).exists():
         taken = [str(file) for file in files if file.exists()]
     if taken:

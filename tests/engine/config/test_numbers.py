@@ -107,6 +107,11 @@ def test_whole_numbers_end_where_floats_hold_them_exactly() -> None:
         TrainConfig(model="m", data=["d"], eval_data=["e"], early_stopping=f"{MOST + 1},0.1")
 
 
+def test_a_norm_that_float32_does_not_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"`max_grad_norm` = 1e.300"):
+        TrainConfig(model="m", data=["d"], max_grad_norm=1e300)
+
+
 def test_every_time_has_an_end_that_clocks_take() -> None:
     times = [
         (table, name)

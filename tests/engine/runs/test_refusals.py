@@ -162,3 +162,20 @@ def test_a_run_is_not_written_among_the_files_that_it_reads(
     with pytest.raises(ConfigError, match=r"both name .*\. Choose another --output-dir"):
         train(settings, console=False)
     assert snapshot(folder) == before
+
+
+def test_the_summary_of_a_model_is_not_written_over(
+    tiny_model: Path, write_rows: Rows, tmp_path: Path
+) -> None:
+    pruned = shutil.copytree(tiny_model, tmp_path / "pruned")
+    (pruned / "summary.json").write_text('{"kind": "prune", "status": "Success"}')
+    before = snapshot(pruned)
+    with pytest.raises(ConfigError, match=r"holds summary.json, which no run made"):
+        train(config(tiny_model, write_rows(4), pruned), console=False)
+    assert snapshot(pruned) == before
+
+
+def test_links_in_a_circle_are_refused(tiny_model: Path, write_rows: Rows, tmp_path: Path) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(EngineError, match="circle"):
+        train(config(tiny_model, write_rows(4), tmp_path / "circle"), console=False)
