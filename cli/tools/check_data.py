@@ -27,16 +27,20 @@ def validate(call: Call) -> None:
     """
     from engine.data.corpus.quarantine import Quarantine
     from engine.data.corpus.reading import read_corpus
-    from engine.data.corpus.writing import refuse_output
+    from engine.data.corpus.writing import refuse_output, refuse_report
     from engine.data.dataset import RowChoice
+    from engine.storage.standing import refuse_sources
 
     settings = call.read(ValidateSettings)
-    refuse_output(settings.output, settings.quarantine, overwrite=settings.overwrite)
+    outputs = settings.output, settings.quarantine
+    refuse_output(*outputs, overwrite=settings.overwrite)
+    refuse_report(settings.report, *outputs, overwrite=settings.overwrite)
     if settings.quarantine is not None and settings.bad_lines == "fail":
         settings = settings.model_copy(update={"bad_lines": "skip"})
     bad = Quarantine()
     choice = RowChoice.of(settings, settings.category)
     corpus = read_corpus(settings.data, choice, settings.strict, bad.add)
+    refuse_sources((*outputs, settings.report), [file.path for file in corpus.files])
     rows = [item.row for item in corpus.rows]
     examples = None
     if settings.model is not None:
@@ -115,8 +119,11 @@ def stats(call: Call) -> None:
     from engine.data.corpus.reading import read_corpus
     from engine.data.corpus.similar import repeated
     from engine.data.dataset import RowChoice
+    from engine.plots import refuse_foreign_picture
 
     settings = call.read(StatsSettings)
+    if settings.plot is not None:
+        refuse_foreign_picture(settings.plot)
     corpus = read_corpus(settings.data, RowChoice.of(settings, settings.category))
     rows, read = [item.row for item in corpus.rows], corpus.report
     characters = [sum(map(len, item.texts)) for item in corpus.rows]

@@ -137,11 +137,13 @@ def mix(call: Call) -> None:
     """Mix sources in the proportions that a YAML file names."""
     from engine.data.corpus.mix import MixPart, mix_rows
     from engine.data.corpus.publishing import CorpusReport, Making, publish
-    from engine.data.corpus.writing import refuse_output
+    from engine.data.corpus.writing import refuse_output, refuse_report
     from engine.storage import durable
+    from engine.storage.standing import refuse_sources
 
     settings = call.read(MixSettings)
     refuse_output(settings.output, overwrite=settings.overwrite)
+    refuse_report(settings.report, settings.output, overwrite=settings.overwrite)
     report, parts = CorpusReport("mix"), list[MixPart]()
     origins: list[Origin] = []
     absent = []
@@ -160,6 +162,7 @@ def mix(call: Call) -> None:
     rows, figures = mix_rows(parts, settings.rows, settings.seed)
     report.left_out["not_drawn"] = sum(told["read"] - told["used"] for told in figures.values())
     report.figures = {**figures, "absent": ", ".join(absent)}
+    refuse_sources((settings.output, settings.report), [origin.content for origin in origins])
     if settings.report is not None:
         # Before the rows: where they stand, a second start is refused.
         told = {**dataclasses.asdict(report), "outputs": {str(settings.output): len(rows)}}

@@ -105,11 +105,15 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+_FILES = ("ops.json", "ops.csv", "roofline.png")
+
+
 def require_new(directory: Path) -> None:
     """Raise `ConfigError` where a folder holds results that would be overwritten."""
-    if (directory / "ops.json").exists():
+    standing = [name for name in _FILES if (directory / name).exists()]
+    if standing:
         raise ConfigError(
-            f"{directory / 'ops.json'} holds earlier results, which are not overwritten. Give "
+            f"{directory / standing[0]} holds earlier results, which are not overwritten. Give "
             f"--output another folder, then put both side by side: engine bench --compare "
             f"{directory} OTHER"
         )

@@ -191,7 +191,7 @@ def _read(
     try:
         data = read_given(path, _LONGEST_FILE)
         text = data.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # also of a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"The configuration file {path} cannot be read: {reason}.") from None
     if len(data) > _LONGEST_FILE:

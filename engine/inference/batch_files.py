@@ -24,6 +24,7 @@ from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import GenerateResult, conversation_ids
 from engine.inference.request import RequestSettings
 from engine.storage import durable, safe_files, strict_json
+from engine.storage.standing import has_keys, refuse_foreign, refuse_sources
 from engine.tokenization.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ _OF_NO_ANSWER = {
     "prompt", "data", "output", "slots", "cache_tokens", "keep_decoded", "device", "model",
 }  # fmt: skip
 """Settings that decide no answer; the model is told by its digest."""
+
+_DIGEST = "model digest"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def answer_file(
     """
     assert settings.data is not None and settings.output is not None
     rows, output, samples = read_rows(settings.data), settings.output, settings.num_samples
+    refuse_other_output(settings.data, output)
     done = resume_after(output, rows)
     _note_settings(settings, digest, begun=done > 0)
 
@@ -141,10 +145,16 @@ def settings_file(output: Path) -> Path:
     return output.with_name(output.name + ".settings.json")
 
 
+def refuse_other_output(data: Path, output: Path) -> None:
+    """Raise `ConfigError` where answers would go into the rows or beside another's settings."""
+    refuse_sources((output, settings_file(output)), [data])
+    refuse_foreign(settings_file(output), has_keys(_DIGEST), "a file of settings")
+
+
 def _note_settings(settings: GenerateSettings, digest: str, begun: bool) -> None:
     """Write down what decides the answers, or compare it with what was written down."""
     assert settings.output is not None
-    path, own = settings_file(settings.output), {"model digest": digest}
+    path, own = settings_file(settings.output), {_DIGEST: digest}
     own |= settings.model_dump(mode="json", exclude=_OF_NO_ANSWER)
     if not begun:
         durable.write_json(path, own)
@@ -237,6 +247,11 @@ def resume_after(output: Path, rows: Sequence[Mapping[str, Any]]) -> int:
                 f"{output}:{index + 1} is not an answer to row {index + 1} of the data; give "
                 "another --output, or delete this file"
             )
+    if rest and not settings_file(output).exists():
+        raise ConfigError(
+            f"{output} ends in a line that is no answer, and no {settings_file(output).name} is "
+            "beside it; give another --output, or move this file away"
+        )
     if rest:
         durable.write_bytes(output, whole + b"\n" if whole else b"")
     return len(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.data_names.passwords import scrub
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.runs.signals import Interrupted
 from engine.storage import durable
 from engine.storage.safe_files import json_object_or_empty
@@ -41,6 +41,16 @@ def read_record(path: Path) -> dict[str, Any]:
         for key, value in record.items()
         if isinstance(value, _KINDS.get(key, object)) and not isinstance(value, bool)
     }
+
+
+def refuse_other_summary(folder: Path, verb: str) -> None:
+    """Raise `ConfigError` where the summary of another verb, or of somebody else, stands."""
+    path = folder / SUMMARY
+    if path.exists() and json_object_or_empty(path).get("verb") != verb:
+        raise ConfigError(
+            f"{path} stands already, and `engine {verb}` did not write it. Nothing was written; "
+            "choose another --output-dir."
+        )
 
 
 def write_summary(

@@ -113,7 +113,11 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The whole content of `path`, at most `limit` bytes. Raises `CheckpointError`."""
     descriptor = open_regular(path)
     with reading(path), os.fdopen(descriptor, "rb") as handle:
-        data = handle.read(limit + 1)
+        # A read of the limit itself would ask for that much memory first.
+        size = min(os.fstat(descriptor).st_size, limit)
+        data = handle.read(size)
+        while len(data) <= limit and (more := handle.read(MIB)):
+            data += more
     if len(data) > limit:
         raise CheckpointError(
             f"{path} holds more than {limit / MIB:.0f} MiB, more than any file of its kind."

@@ -9,9 +9,10 @@ from typing import Any
 
 from engine.config.settings import Settings
 from engine.data.corpus.records import Record
-from engine.data.corpus.writing import refuse_reading, write_records
+from engine.data.corpus.writing import write_records
 from engine.data.origins import Origin, manifest_path, write_origins
 from engine.storage import durable
+from engine.storage.standing import refuse_sources
 
 _NO_SETTINGS = {"output", "output_dir", "overwrite", "strict", "report", "removed", "quarantine"}
 
@@ -82,6 +83,7 @@ def publish(
         publish_all({output: rows}, making, report, removed)
         return
     if removed is not None:
+        refuse_sources((output, removed[0]), [origin.content for origin in making.origins])
         report.outputs[str(removed[0])] = write_records(*removed)
     publish_all({output: rows}, making, report)
 
@@ -97,8 +99,8 @@ def publish_all(
     `removed` is a file more, which has no manifest. What is there already is replaced: whoever
     calls refuses it before any work is done. Raises as `publish`.
     """
-    for output in outputs:
-        refuse_reading(output, [origin.content for origin in making.origins])
+    others = () if removed is None else (removed[0],)
+    refuse_sources((*outputs, *others), [origin.content for origin in making.origins])
     # A manifest whose rows have gone speaks of nothing.
     replaces = any(path.exists() for one in outputs for path in (one, manifest_path(one)))
     with durable.publish_files(next(iter(outputs)), replaces) as folder:

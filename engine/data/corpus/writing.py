@@ -12,6 +12,8 @@ from engine.data.corpus.records import Record
 from engine.data.origins import manifest_path
 from engine.errors import ConfigError, DataError
 from engine.storage import durable, names
+from engine.storage.home import real
+from engine.storage.standing import has_keys, refuse_foreign
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
 _GROUP = 10_000
@@ -36,14 +38,28 @@ def refuse_output(*outputs: Path | None, overwrite: bool = False) -> None:
                 f"{output} exists already. Nothing was written; name another output, or replace it "
                 "with --overwrite."
             )
-    if len({output.absolute() for output in named}) < len(named):
+        refuse_foreign(manifest_path(output), has_keys("tool", "output"), "a manifest")
+    refuse_equal(*outputs)
+
+
+def refuse_report(report: Path | None, *outputs: Path | None, overwrite: bool = False) -> None:
+    """Refuse a file for figures that another output has, or that holds anything but figures.
+
+    Figures that stand there are replaced. Raises `ConfigError`.
+    """
+    refuse_equal(report, *outputs)
+    if report is not None:
+        for keys in (("read", "examples"), ("tool", "read", "left_out", "figures")):
+            if has_keys(*keys)(report):
+                return
+        refuse_foreign(report, lambda path: False, "a report", overwrite)
+
+
+def refuse_equal(*outputs: Path | None) -> None:
+    """Raise `ConfigError` where two outputs are one file."""
+    files = [real(output.parent) / output.name for output in outputs if output is not None]
+    if len(set(files)) < len(files):
         raise ConfigError("Two outputs have one name; every one needs its own.")
-
-
-def refuse_reading(output: Path, files: Iterable[Path]) -> None:
-    """Raise `ConfigError` where the output is one of the sources."""
-    if any(output.exists() and file.exists() and output.samefile(file) for file in files):
-        raise ConfigError(f"{output} is one of the sources; name another output.")
 
 
 def write_records(output: Path, rows: Iterable[Record]) -> int:

@@ -34,6 +34,7 @@ from engine.data.rows import Row
 from engine.errors import ConfigError
 from engine.forging.assess import Judge
 from engine.forging.identity import RENAMED, identity, upgraded
+from engine.forging.report import PLOT
 from engine.forging.stages import JOB, Stages, check_job, make_directory
 from engine.forging.task_score import TaskScore, refuse_other_base
 from engine.forging.verdict import judged
@@ -41,7 +42,7 @@ from engine.model_sources.open import describe_model
 from engine.model_sources.pruning_record import PRUNING
 from engine.provenance import version
 from engine.runs.checkpoints import sweep
-from engine.runs.summary import summed_up_on_failure, write_summary
+from engine.runs.summary import refuse_other_summary, summed_up_on_failure, write_summary
 from engine.storage import durable, names
 from engine.storage.home import real
 from engine.storage.lock import DirectoryLock
@@ -131,6 +132,7 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
 
 def _check(settings: ForgeSettings) -> None:
     """Check what needs no weights before anything is written, and that no input is an output."""
+    refuse_other_summary(settings.output_dir, "forge")
     config, data = settings.training, settings.output_dir / "data"
     files = [data / "train.jsonl", data / "heldout.jsonl"]
     named = [settings.domain, *config.data, *config.eval_data]
@@ -138,10 +140,11 @@ def _check(settings: ForgeSettings) -> None:
     inputs += [path / file.name for path in inputs for file in files]
     taken = [str(file) for file in files if real(file) in inputs]
     if not taken and not (settings.output_dir / JOB).exists():
-        taken = [str(file) for file in files if file.exists()]
+        own = (settings.output_dir / name for name in (RESULTS, PLOT))
+        taken = [str(file) for file in (*files, *own) if file.exists()]
     if taken:
         raise ConfigError(
-            f"{', '.join(taken)} stands where the job would write its own rows. Choose another "
+            f"{', '.join(taken)} stands where the job would write its own files. Choose another "
             "--output-dir."
         )
     rows = settings.domain is None

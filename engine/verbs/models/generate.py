@@ -10,7 +10,13 @@ from typing import Any, overload
 from engine.config.tasks.inference import GenerateSettings
 from engine.device import resolve_device
 from engine.errors import ConfigError
-from engine.inference.batch_files import PromptJob, answer_file, answer_in_order, sampled
+from engine.inference.batch_files import (
+    PromptJob,
+    answer_file,
+    answer_in_order,
+    refuse_other_output,
+    sampled,
+)
 from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import GenerateResult, complete, prompt_ids, stop_ids_of
 from engine.inference.loading import check_adapter, load_decoder
@@ -153,6 +159,7 @@ def answer_rows(
     """
     if settings.data is None or settings.output is None or settings.prompt is not None:
         raise ConfigError("give --data with --output and without --prompt, or --prompt alone")
+    refuse_other_output(settings.data, settings.output)
     device = resolve_device(settings.device)
     with deterministic(device, settings.deterministic):
         loaded = _load(settings)

@@ -24,11 +24,18 @@ from engine.inference.generation import stop_ids_of
 from engine.model_sources.adapter_path import adapter_path
 from engine.provenance import git_commit, versions
 from engine.storage import durable, names
+from engine.storage.standing import has_keys, refuse_foreign
 from engine.verbs.models.evaluate import LoadedModel, loaded
 
 RESULTS = "eval_results.json"
 FAILED = "eval_gate_failed.json"
 ANSWERS = "eval_answers.jsonl"
+_KEYS = {
+    RESULTS: ("passed", "gates", "figures"),
+    FAILED: ("failed", "results"),
+    ANSWERS: ("answer", "parsed", "right"),
+}
+"""What files of these names hold, where gates wrote them."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,8 @@ def judge_model(settings: EvalSettings, gates: GateSettings) -> Verdict:
     earlier = None if gates.earlier is None else read_earlier(gates.earlier)
     base_settings = _base(settings, gates)
     output = _output_dir(settings)
+    for name, keys in _KEYS.items():
+        refuse_foreign(output / name, has_keys(*keys), "of gates")
     measured, figures = _measured(settings, gates, questions)
     base = None
     if base_settings is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from engine.comparing.picture import draw_comparison
 from engine.comparing.runs import Comparison, read_runs
 from engine.errors import ConfigError
+from engine.plots import refuse_foreign_picture
 from engine.verbs.training.status import find_run
 
 ROOT = Path("runs")
@@ -23,6 +24,8 @@ def compare(
     """
     if isinstance(runs, str | Path) or len(runs) < 2:
         raise ConfigError("engine compare takes at least two runs: engine compare RUN RUN...")
+    if plot is not None:
+        refuse_foreign_picture(Path(plot))
     comparison = read_runs([find_run(str(run), root) for run in runs])
     if plot is not None:
         draw_comparison(comparison, Path(plot))

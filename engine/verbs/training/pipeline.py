@@ -14,7 +14,7 @@ from engine.errors import ConfigError, without_controls
 from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Recipe, read_recipe
 from engine.pipelines.records import StageRecord
-from engine.runs.summary import write_summary
+from engine.runs.summary import refuse_other_summary, write_summary
 from engine.storage import names
 from engine.storage.lock import DirectoryLock
 
@@ -42,6 +42,7 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
     again = _again(recipe, settings.again)
     tell = on_event or (lambda _: None)
     started = time.time()
+    refuse_other_summary(recipe.output_dir, "pipeline")
     names.mkdir(recipe.output_dir, parents=True, exist_ok=True)
     result = PipelineResult(recipe.output_dir)
     with DirectoryLock(recipe.output_dir):

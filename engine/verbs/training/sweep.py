@@ -13,12 +13,22 @@ from engine.errors import ConfigError
 from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Stage
 from engine.pipelines.records import StageRecord
-from engine.runs.summary import write_summary
+from engine.runs.summary import refuse_other_summary, write_summary
 from engine.storage import durable, names
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import json_object_or_empty
+from engine.storage.standing import refuse_foreign
 from engine.sweeps.recipe import Sweep, read_sweep
-from engine.sweeps.report import SweepResult, TrialResult, ranked, result_of, write_report
+from engine.sweeps.report import (
+    PICTURE,
+    RECORD,
+    TABLE,
+    SweepResult,
+    TrialResult,
+    ranked,
+    result_of,
+    write_report,
+)
 from engine.sweeps.trials import Trial, trials_of
 
 OnTrial = Callable[[Trial, str], None]
@@ -49,6 +59,7 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
     if settings.dry_run:
         return SweepResult(recipe, [TrialResult(trial, "planned", None, {}) for trial in trials])
     started, status = time.time(), 0
+    refuse_other_summary(recipe.output_dir, "sweep")
     names.mkdir(recipe.output_dir, parents=True, exist_ok=True)
     with DirectoryLock(recipe.output_dir):
         _require_same(recipe, trials)
@@ -90,6 +101,9 @@ def _require_same(recipe: Sweep, trials: list[Trial]) -> None:
     """
     path = recipe.output_dir / _IDENTITY
     before = json_object_or_empty(path)
+    refuse_foreign(path, lambda _: _is_identity(before), "a list of trials")
+    for name in (RECORD, TABLE, PICTURE) if not before else ():
+        refuse_foreign(recipe.output_dir / name, lambda _: False, "a report of a sweep")
     now = {trial.name: {key: str(value) for key, value in trial.values.items()} for trial in trials}
     for name, values in before.items():
         if name in now and now[name] != values:
@@ -98,6 +112,10 @@ def _require_same(recipe: Sweep, trials: list[Trial]) -> None:
                 f"{recipe.file} has {now[name]}. Give another --output-dir, or remove that one."
             )
     durable.write_json(path, before | now)
+
+
+def _is_identity(told: dict[str, Any]) -> bool:
+    return bool(told) and all(isinstance(values, dict) for values in told.values())
 
 
 def _summarise(result: SweepResult, started: float) -> None:
