@@ -1,9 +1,10 @@
 """The base class of all tables of settings."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -22,6 +23,8 @@ from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
 from engine.config.numbers import in_range, plain_number
 from engine.errors import ConfigError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def setting(
@@ -83,7 +86,10 @@ class Settings(BaseModel):
     @classmethod
     def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Let `true` be refused for a number, where pydantic would read it as 1."""
-        return plain_number(value, cls.model_fields[str(info.field_name)].annotation)
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, str) and _is_path(annotation):
+            _refuse_no_path(value)
+        return plain_number(value, annotation)
 
     @field_validator("*", mode="after")
     @classmethod
@@ -106,6 +112,22 @@ class Settings(BaseModel):
     def __hash__(self) -> int:
         """Of the values as text: a mapping among them has no hash, a path may be no UTF-8."""
         return hash(repr(self))
+
+
+def _is_path(annotation: Any) -> bool:
+    """Whether a field takes a path, and no other text."""
+    kinds = (annotation, *get_args(annotation))
+    return Path in kinds and str not in kinds
+
+
+def _refuse_no_path(text: str) -> None:
+    """Raise `ValueError` for a text that `Path` would make a path of, and nobody meant as one."""
+    if not text:
+        raise ValueError("is empty; name a file or a folder, or leave it out")
+    if _URL.match(text):
+        raise ValueError(
+            "is a URL; a path on this machine is expected, so mount or copy what it is"
+        )
 
 
 def _can_be_named(path: Path) -> bool:

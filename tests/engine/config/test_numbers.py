@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,14 @@ def test_a_path_that_is_no_text_can_be_hashed() -> None:
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=r"`output_dir` = 'a.*b': holds a character that no file"):
         TrainConfig(model="m", data=["d"], output_dir=name)
+
+
+@pytest.mark.parametrize("name", ["s3://b/k", "file:///tmp/x", "hf://a/b", "http://x", ""])
+def test_a_url_or_nothing_is_no_path(name: str) -> None:
+    told = "is a URL; a path on this machine" if name else "is empty; name a file"
+    with pytest.raises(ConfigError, match=f"`output_dir` = .*{told}"):
+        TrainConfig(model="m", data=["d"], output_dir=name)
+    assert TrainConfig(model="m", data=["d"], output_dir="a:b/c").output_dir == Path("a:b/c")
 
 
 def test_keys_that_are_no_text_are_refused_by_name() -> None:
