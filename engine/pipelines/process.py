@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from engine.pipelines.recipe import Stage
 from engine.storage import durable
 from engine.storage.safe_files import write_regular
 
@@ -23,16 +23,20 @@ def _opened(path: Path) -> FileIO:
 
 
 def run_stage(
-    verb: str, settings: Mapping[str, Any], folder: Path, *, quiet: bool
+    stage: Stage, options: Sequence[str], folder: Path, *, quiet: bool
 ) -> tuple[int, str | None]:
-    """Run `engine VERB` with these settings; its exit status, and its last words if it failed.
+    """Run a stage, with more options; its exit status, and its last words if it failed.
+
+    `settings.yaml` of the folder holds the stage's settings, the same in each start of it.
 
     What it prints goes to this program's own output and, of its errors, to `stderr.log` of the
     folder; with `quiet`, standard output goes to `stdout.log` instead.
     """
     file = folder / "settings.yaml"
-    durable.write_text(file, yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
-    command = [sys.executable, "-m", "engine", *verb.split(), "--config", str(file)]
+    durable.write_text(
+        file, yaml.safe_dump(dict(stage.settings), sort_keys=False, allow_unicode=True)
+    )
+    command = [sys.executable, "-m", "engine", *stage.verb.split(), "--config", str(file), *options]
     errors, printed = folder / "stderr.log", folder / "stdout.log"
     with _opened(errors) as log, _opened(printed) as output:
         with subprocess.Popen(

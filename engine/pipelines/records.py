@@ -66,28 +66,28 @@ class StageRecord:
         """Delete what was set aside: the stage has ended well, and its outputs stand."""
         durable.remove_tree(self.folder / _REPLACED)
 
-    def begin(self) -> dict[str, Any]:
-        """Make ready for the stage's run; the settings that it is to have.
+    def begin(self) -> tuple[str, ...]:
+        """Make ready for the stage's run; the options that it is to have beside its settings.
 
         What an unfinished run of this stage left is removed, where nothing stood before it; a
         training run goes on instead. What a finished one wrote is set aside in `replaced/` until
         the new stands. Raises `CheckpointError`.
         """
         names.mkdir(self.folder, parents=True, exist_ok=True)
-        settings = dict(self.stage.settings)
+        options: tuple[str, ...] = ()
         own = self._own_outputs()
         standing = [path for path in own if path.exists()]
         if self._ended_well() or (self.folder / _MOVING).is_dir():
             with durable.writing(self.folder):
                 self._set_aside(standing)
         elif self.stage.verb in _RESUMED:
-            if standing:
-                settings.setdefault("resume", "auto")
+            if standing and "resume" not in self.stage.settings:
+                options = ("--resume", "auto")
         else:
             for path in standing:
                 _remove(path)
         durable.write_json(self.folder / _BEGUN, {"absent": [str(path) for path in own]})
-        return settings
+        return options
 
     def _own_outputs(self) -> list[Path]:
         """Outputs that did not exist before this stage was first begun."""

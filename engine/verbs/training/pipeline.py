@@ -58,7 +58,7 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
             tell(_event("stage_begins", stage=stage.name, verb=stage.verb))
             begun = time.monotonic()
             status, message = run_stage(
-                stage.verb, record.begin(), record.folder, quiet=settings.events == "jsonl"
+                stage, record.begin(), record.folder, quiet=settings.events == "jsonl"
             )
             facts = record.end(status, time.monotonic() - begun, message)
             tell(_event("stage_ends", **facts))

@@ -86,7 +86,7 @@ def _run(recipe: Sweep, trial: Trial, tell: OnTrial) -> int:
         return 0
     tell(trial, "begins")
     begun = time.monotonic()
-    status, message = run_stage("train", record.begin(), record.folder, quiet=True)
+    status, message = run_stage(record.stage, record.begin(), record.folder, quiet=True)
     record.end(status, time.monotonic() - begun, message)
     value = result_of(trial, recipe.metric).value
     good = f"{recipe.metric} {value:.6g}" if value is not None else "done"

@@ -178,13 +178,15 @@ def test_what_an_unfinished_stage_left_is_removed_and_what_was_there_before_is_n
     record = StageRecord(tmp_path / "out", stage)
     record.begin()
     mine.write_text("half")
-    assert record.begin() == stage.settings
+    assert record.begin() == ()
     assert not mine.exists()
     assert theirs.read_text() == "rows"
     train = StageRecord(tmp_path / "out", Stage("t", "train", {"output_dir": str(mine)}))
-    assert "resume" not in train.begin()
+    assert train.begin() == ()
     mine.mkdir()
-    assert train.begin()["resume"] == "auto"
+    assert train.begin() == ("--resume", "auto")
+    asked = Stage("t", "train", {"output_dir": str(mine), "resume": "none"})
+    assert StageRecord(tmp_path / "out", asked).begin() == ()
 
 
 def test_an_interrupted_pipeline_goes_on_where_it_was(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import yaml
 import engine
 from engine.config.sources import load_config
 from engine.errors import ConfigError
+from engine.pipelines.recipe import Stage
 from engine.verbs.training.status import read_status
 from tests.support.small_runs import adapter_bytes
 
@@ -54,10 +55,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials run in this process: the test of a killed sweep has real ones."""
 
     def run(
-        verb: str, settings: Mapping[str, Any], folder: Path, quiet: bool
+        stage: Stage, options: Sequence[str], folder: Path, quiet: bool
     ) -> tuple[int, str | None]:
+        assert not options
         try:
-            engine.train(console=False, **settings)
+            engine.train(console=False, **stage.settings)
         except engine.EngineError as error:
             return 2, str(error)
         return 0, None
