@@ -53,21 +53,27 @@ def save_one(folder: Path, pipe: int) -> int:
 def traced(folder: Path, *options: str) -> tuple[int, bytes]:
     """Save in a child that strace holds; its exit status, and what it told."""
     reader, writer = os.pipe()
+    gate, opened = os.pipe()
 
     def work() -> int:
-        os.close(reader)
-        deadline = time.monotonic() + 60
-        while "TracerPid:\t0" in Path("/proc/self/status").read_text():
-            if time.monotonic() > deadline:
-                raise TimeoutError("strace does not take hold")
-            time.sleep(0.001)
-        return save_one(folder, writer)
+        # What waits here is no call that is counted.
+        for end in (reader, opened):
+            os.close(end)
+        return save_one(folder, writer) if os.read(gate, 1) else 1
 
     child = forked(work)
-    os.close(writer)
+    for end in (writer, gate):
+        os.close(end)
     tracer = subprocess.Popen(
         ["strace", "-qq", "-p", str(child), *options], stderr=subprocess.DEVNULL
     )
+    deadline = time.monotonic() + 60
+    while "TracerPid:\t0" in Path(f"/proc/{child}/status").read_text():
+        if time.monotonic() > deadline:
+            raise TimeoutError("strace does not take hold")
+        time.sleep(0.001)
+    os.write(opened, b"+")
+    os.close(opened)
     status = status_of(child)
     tracer.wait()
     told = os.read(reader, 10)
