@@ -186,7 +186,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that there are folders of, ascending, whether they verify or not."""
-        matches = (CHECKPOINT.fullmatch(entry.name) for entry in self.root.iterdir())
+        matches = (CHECKPOINT.fullmatch(entry.name) for entry in _entries(self.root))
         return sorted(int(match[1]) for match in matches if match)
 
     def path_of(self, step: int) -> Path:
@@ -255,7 +255,7 @@ class CheckpointStore:
         """What a run that could not save step `failed` can go on from, as a sentence."""
         try:
             steps = ", ".join(str(step) for step in self.steps() if step != failed)
-        except OSError:
+        except CheckpointError:
             return ""  # the folder cannot be read; what failed before is the one to report
         if not steps:
             return " The run has no checkpoint yet."
@@ -268,7 +268,12 @@ class CheckpointStore:
         require_space(self.root, size)
 
     def _retire(self) -> None:
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except CheckpointError as error:
+            # What was saved stands; old ones go with the next.
+            log.warning("Old checkpoints are not deleted this time. %s", error)
+            return
         newest = steps[-self.keep :]
         wanted = {*newest, *(best for step in newest if (best := self.best_of(step)) is not None)}
         for step in steps:
@@ -290,9 +295,20 @@ class CheckpointStore:
         return aside
 
 
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds. Raises `CheckpointError` where it cannot be listed."""
+    try:
+        return names.listed(folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot list the folder {folder}: {durable.describe(error)}. Checkpoints in it stay "
+            "as they are. Check that disk, then start again."
+        ) from error
+
+
 def sweep(folder: Path) -> None:
     """Delete what a killed process left half-written or half-deleted in `folder`."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
+    for entry in _entries(folder) if folder.is_dir() else ():
         if _LEFTOVER.fullmatch(entry.name):
             log.info("Removing %s, left by an interrupted run", entry)
             if entry.is_dir() and not entry.is_symlink():

@@ -48,6 +48,13 @@ def rmtree(path: Path) -> None:
     _repeated(lambda: _remove_all(path), lambda: not os.path.lexists(path))
 
 
+def listed(folder: Path) -> list[Path]:
+    """What a folder holds, in no order."""
+    entries: list[Path] = []
+    _repeated(lambda: entries.extend(folder.iterdir()), lambda: False)
+    return entries
+
+
 def _remove_all(path: Path) -> None:
     try:
         shutil.rmtree(path)

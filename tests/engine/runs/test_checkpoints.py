@@ -165,6 +165,24 @@ def test_starting_over_has_to_be_asked_for_where_no_checkpoint_verifies(
     assert names(store.root) == set()
 
 
+def test_a_folder_that_cannot_be_listed_is_named_and_loses_nothing(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(store, 1, 2)
+
+    def failing(folder: Path) -> list[Path]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.storage.names.listed", failing)
+        store.save(3, tensors_at(3), {"step": 3})  # old ones are not retired this time
+        with pytest.raises(CheckpointError, match=r"Cannot list the folder .* \(EIO\)"):
+            store.steps()
+    assert names(store.root) >= {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+    save(store, 4)
+    assert store.steps() == [3, 4]
+
+
 def test_leftovers_are_swept_and_nothing_else_is(store: CheckpointStore) -> None:
     save(store, 1, 2)
     store.close()

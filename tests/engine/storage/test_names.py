@@ -86,6 +86,15 @@ def test_signals_without_end_are_an_error(
     assert not is_done(folder)
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interrupted_listing_is_made_anew(
+    times: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = interrupt(monkeypatch, "listdir", times, done=True)
+    assert sorted(path.name for path in names.listed(folder)) == ["a", "b", "empty", "folder"]
+    assert len(calls) == times + 1
+
+
 def test_of_a_folder_that_cannot_go_all_that_can_goes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
