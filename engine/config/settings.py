@@ -1,6 +1,5 @@
 """The base class of all tables of settings."""
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
 from engine.config.numbers import in_range, plain_number
 from engine.errors import ConfigError
+from engine.storage.home import can_be_named
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -96,7 +96,7 @@ class Settings(BaseModel):
     def _usable(cls, value: Any, info: ValidationInfo) -> Any:
         """Numbers in range, and names that files can have."""
         paths = value if isinstance(value, tuple) else (value,)
-        if not all(_can_be_named(path) for path in paths if isinstance(path, Path)):
+        if not all(can_be_named(path) for path in paths if isinstance(path, Path)):
             raise ValueError("holds a character that no file's name can have")
         return in_range(value, cls.model_fields[str(info.field_name)].metadata)
 
@@ -128,14 +128,6 @@ def _refuse_no_path(text: str) -> None:
         raise ValueError(
             "is a URL; a path on this machine is expected, so mount or copy what it is"
         )
-
-
-def _can_be_named(path: Path) -> bool:
-    """Whether the system takes this name: no zero byte in it, no half of a surrogate pair."""
-    try:
-        return b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        return False
 
 
 S = TypeVar("S", bound=Settings)

@@ -7,11 +7,12 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, BeforeValidator
 
 from engine.config.choices import POLICIES, PRUNABLES, Auto
 from engine.config.numbers import is_count
 from engine.storage import strict_json
+from engine.storage.home import can_be_named
 
 DTYPES = {
     "fp32": "float32",
@@ -214,6 +215,16 @@ def _bytes(text: str) -> int:
     number, unit, binary = match.groups()
     power = " kmgt".index(unit.lower() or " ")
     return _whole(float(number) * (1024 if binary else 1000) ** power)
+
+
+def nameable(text: str) -> str:
+    """A folder, or a word in its stead."""
+    if not can_be_named(text):
+        raise ValueError("holds a character that no file's name can have")
+    return text
+
+
+FolderOrWord = Annotated[str, AfterValidator(nameable)]
 
 
 def as_text(value: Any) -> Any:

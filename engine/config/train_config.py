@@ -41,6 +41,7 @@ from engine.config.spelling import (
     POLICY,
     PRECISIONS,
     ChunkTokens,
+    FolderOrWord,
     SizeToFit,
     checkpointing_policies,
     comma_list,
@@ -102,7 +103,7 @@ class TrainConfig(
         "Data",
         "read and tokenise rows while training, in little memory; auto: where the files are large",
     )
-    token_cache: str = setting(
+    token_cache: FolderOrWord = setting(
         "auto", "Data", "folder for rows that are tokenised, to be used again; auto, or none"
     )
     system_prompt: str | None = setting(

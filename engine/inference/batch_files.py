@@ -185,6 +185,11 @@ def sampled(base: RequestSettings, index: int) -> RequestSettings:
 def read_rows(path: Path) -> list[Mapping[str, Any]]:
     """The rows of a file of prompts: texts, or objects with `prompt` or `messages`."""
     rows: list[Mapping[str, Any]] = []
+    if path.exists() and not path.is_file():
+        raise DataError(
+            f"{path} is a folder, a pipe or a device; a file of prompts was expected, one JSON "
+            "object on each line"
+        )
     for value in read_json(path, str(path), lambda row: "prompt" in row or "messages" in row):
         if isinstance(value, BadLine):
             raise DataError(str(value))

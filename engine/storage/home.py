@@ -21,3 +21,11 @@ def real(path: str | Path) -> Path:
     `Path.resolve` raises a `RuntimeError` for a circle; what opens the path is told by the system.
     """
     return Path(os.path.realpath(path))
+
+
+def can_be_named(path: str | Path) -> bool:
+    """Whether the system takes this name: no zero byte in it, no half of a surrogate pair."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False

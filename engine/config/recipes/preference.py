@@ -6,7 +6,7 @@ from pydantic import BeforeValidator
 
 from engine.config.choices import PAIR_OBJECTIVES, ObjectiveName, Streaming
 from engine.config.settings import Settings, setting
-from engine.config.spelling import spelled
+from engine.config.spelling import FolderOrWord, spelled
 
 OBJECTIVE_NAMES = {"sigmoid": "dpo", "distillation": "distill", "kto_pair": "kto"}
 """Other spellings of objectives."""
@@ -74,7 +74,7 @@ class ObjectiveSettings(Settings):
         "dpo, ipo, kto: a model that answers are measured against, or base; by default the model "
         "as training begins with it: the base without adapter, or with --init-adapter that one",
     )
-    reference_cache: str = setting(
+    reference_cache: FolderOrWord = setting(
         "auto",
         "Objective",
         "folder for the reference's log-probabilities, to be used again; auto, or none",

@@ -17,7 +17,7 @@ import yaml
 
 from engine.data.sources.file_kinds import DATA_SUFFIXES, TEXT_SUFFIXES, plain_suffix
 from engine.data.sources.streams.compressed import SUFFIXES as COMPRESSED
-from engine.errors import CheckpointError, DataError
+from engine.errors import CheckpointError, DataError, EngineError
 from engine.storage import strict_yaml
 from engine.storage.safe_files import read_text
 
@@ -59,11 +59,7 @@ class HubData:
 
         Raises `DataError` where there are none, or they cannot be fetched.
         """
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
             folder = self._snapshot(local_files_only=True)
@@ -78,7 +74,10 @@ class HubData:
             ) from None
         try:
             return self._download()
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except EngineError:
+            raise
+        # The client, its transport and its storage have no common base of their errors.
+        except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise DataError(
                 f"The data set {self.repository} is no path on this machine, is not whole in the "

@@ -152,10 +152,12 @@ def test_a_path_that_is_no_text_can_be_hashed() -> None:
     assert hash(config) == hash(TrainConfig(model="m", data=["d"], output_dir="runs/\udcff"))
 
 
+@pytest.mark.parametrize("field", ["output_dir", "token_cache", "reference_cache"])
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"`output_dir` = 'a.*b': holds a character that no file"):
-        TrainConfig(model="m", data=["d"], output_dir=name)
+def test_a_name_that_no_file_can_have_is_refused(field: str, name: str) -> None:
+    told = "(holds a character that no file|should be text in UTF-8)"
+    with pytest.raises(ConfigError, match=rf"`{field}` = 'a.*b': {told}"):
+        TrainConfig(**dict[str, Any]({"model": "m", "data": ["d"], field: name}))
 
 
 @pytest.mark.parametrize("name", ["s3://b/k", "file:///tmp/x", "hf://a/b", "http://x", ""])

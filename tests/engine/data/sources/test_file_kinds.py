@@ -7,7 +7,9 @@ import pytest
 
 from engine.data.dataset import load_rows
 from engine.data.sources import resolve
+from engine.data.sources.hub import HubData
 from engine.errors import DataError
+from engine.inference.batch_files import read_rows
 
 ROW = b'{"prompt": "Q", "response": "A"}\n'
 FILES = [
@@ -105,3 +107,21 @@ def test_a_folder_of_everything_is_no_folder_of_rows(
     (tmp_path / "3.jsonl").touch()
     with pytest.raises(DataError, match="over 3 files are in the folder and below it"):
         load_rows([str(tmp_path)])
+
+
+def test_a_data_set_that_no_network_brings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ConnectError(Exception):
+        """As a transport raises it: no child of OSError."""
+
+    def fail(self: HubData) -> list[Path]:
+        raise ConnectError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr(HubData, "_download", fail)
+    with pytest.raises(DataError, match=r"could not be downloaded \(\[Errno -2\] Name or service"):
+        HubData("nobody/nothing").files()
+
+
+@pytest.mark.parametrize("name", ["/dev/full", "/dev", "."])
+def test_prompts_are_read_from_files_alone(name: str) -> None:
+    with pytest.raises(DataError, match="a file of prompts was expected"):
+        read_rows(Path(name))
