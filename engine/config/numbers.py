@@ -26,6 +26,11 @@ _OTHER_KINDS = frozenset(
 )
 
 
+def or_most(value: Any) -> Any:
+    """`value`, and `MOST` for a greater whole number, where more of something means all of it."""
+    return min(value, MOST) if type(value) is int and value < 10**_LONGEST else value
+
+
 def is_count(text: str) -> bool:
     """Whether `text` is a whole number in the digits 0 to 9, and short enough to be a count."""
     return text.isascii() and text.isdecimal() and len(text) <= 18

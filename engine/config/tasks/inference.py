@@ -16,6 +16,7 @@ from engine.config.choices import (
 )
 from engine.config.data_names import DataNames
 from engine.config.given_adapters import Adapters
+from engine.config.numbers import or_most
 from engine.config.publishing import Publishing
 from engine.config.recipes.preference import OBJECTIVE_NAMES, WITH_REFERENCE
 from engine.config.row_settings import RowSettings
@@ -175,7 +176,9 @@ class Sampling(Settings):
 
     temperature: float = setting(0.0, "Sampling", "0 takes the likeliest token", ge=0)
     top_p: float = setting(1.0, "Sampling", "the likeliest tokens of this mass", gt=0, le=1)
-    top_k: int = setting(0, "Sampling", "only the k likeliest; 0 is all", ge=0)
+    top_k: Annotated[int, BeforeValidator(or_most)] = setting(
+        0, "Sampling", "only the k likeliest; 0 is all", ge=0
+    )
     min_p: float = setting(
         0.0, "Sampling", "only tokens at least this share as likely as the likeliest", ge=0, le=1
     )
