@@ -136,8 +136,8 @@ class Tokenizer:
         """Text of ids."""
         plain = [int(index) for index in ids]
         with library_faults(self._name):
-            if self._process is not None and len(plain) * _TOKEN > (self._longest or 0):
-                return self._process.decode(plain, skip_special_tokens)
+            if slow := self._process_for(len(plain) * _TOKEN):
+                return slow.decode(plain, skip_special_tokens)
             return str(self._backend.decode(plain, skip_special_tokens=skip_special_tokens))
 
     def _apart(self) -> TokenizerProcess | None:
@@ -146,20 +146,21 @@ class Tokenizer:
             return None
         return TokenizerProcess(self._backend.to_str(), self._name)
 
-    def _takes_long(self, texts: Sequence[str]) -> bool:
-        return self._longest is not None and any(len(text) > self._longest for text in texts)
+    def _process_for(self, characters: int) -> TokenizerProcess | None:
+        """The process, where the longest text has so many characters that it may take long."""
+        return self._process if characters > (self._longest or 0) else None
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         with library_faults(self._name), _whole_characters([text]):
-            if self._process is not None and self._takes_long([text]):
-                return self._process.encode([text], add_special_tokens)[0]
+            if slow := self._process_for(len(text)):
+                return slow.encode([text], add_special_tokens)[0]
             return self._backend.encode(text, add_special_tokens=add_special_tokens)
 
     def _encoded(self, texts: Sequence[str], offsets: bool = True) -> list[Encoding]:
         """Texts without what stands around them."""
         with library_faults(self._name), _whole_characters(texts):
-            if self._process is not None and self._takes_long(texts):
-                return self._process.encode(texts, False)
+            if slow := self._process_for(max(map(len, texts), default=0)):
+                return slow.encode(texts, False)
             batch = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
             return batch(list(texts), add_special_tokens=False)
 

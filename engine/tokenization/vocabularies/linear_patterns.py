@@ -66,8 +66,7 @@ def takes_linear_time(pattern: str) -> bool:
     if sum(map(_work, alternatives)) > _MOST_WORK:
         return False
     return all(
-        _cannot_fail_after_scan(alternative)
-        or _rescued(_scanned(alternative), alternatives[number + 1 :])
+        _rescued(_scanned(alternative), alternatives[number + 1 :])
         for number, alternative in enumerate(alternatives)
     )
 
@@ -81,41 +80,29 @@ def _work(alternative: _Alternative) -> int:
     return choices * sum(item.work for item in alternative)
 
 
-def _scans(items: _Alternative) -> list[str]:
-    return [item.atom for item in items if item.most is None]
+def _scanned(alternative: _Alternative) -> list[str]:
+    """Atoms without a bound that stand before something that may fail."""
+    last = max((n for n, item in enumerate(alternative) if item.may_fail), default=0)
+    return [item.atom for item in alternative[:last] if item.most is None]
 
 
-def _cannot_fail_after_scan(alternative: _Alternative) -> bool:
-    """Whether nothing that may fail stands behind an item without a bound."""
-    return not any(
-        item.may_fail and _scans(alternative[:number]) for number, item in enumerate(alternative)
-    )
+def _rescued(atoms: list[str], later: list[_Alternative]) -> bool:
+    """Whether nothing is scanned in vain, or the alternatives behind take the run that was.
 
-
-def _scanned(alternative: _Alternative) -> str | None:
-    """The one atom that is scanned before something fails; None where there are several."""
-    before = [
-        _scans(alternative[:number]) for number, item in enumerate(alternative) if item.may_fail
-    ]
-    atoms = max(before, key=len, default=[])
-    return atoms[0] if len(atoms) == 1 else None
-
-
-def _rescued(atom: str | None, later: list[_Alternative]) -> bool:
-    """Whether the next alternatives scan `atom` too, and one of them takes all of a run."""
-    for alternative in later if atom is not None else ():
-        number = next((n for n, item in enumerate(alternative) if item.may_fail), None)
-        if number is None or alternative[number].atom != atom or _scans(alternative[:number]):
-            # An alternative `\s*x` begins with what may be nothing: its scan is judged as such.
-            number = next((n for n, item in enumerate(alternative) if item.most is None), None)
-            if number != 0 or alternative[0].atom != atom:
-                return False
-        item = alternative[number]
-        if item.most is not None or not item.greedy or item.least > 1:
+    They scan the same atom from the beginning, up to one that takes all of a run.
+    """
+    if not atoms:
+        return True
+    for alternative in later if len(atoms) == 1 else ():
+        number = next((n for n, item in enumerate(alternative) if item.most is None), None)
+        if number is None or any(item.may_fail for item in alternative[:number]):
             return False
-        if not any(after.may_fail for after in alternative[number + 1 :]) and item.least == 1:
+        item, rest = alternative[number], alternative[number + 1 :]
+        if item.atom != atoms[0] or not item.greedy or item.least > 1:
+            return False
+        if item.least == 1 and not any(after.may_fail for after in rest):
             return True
-        if _scanned(alternative) != atom or number:
+        if _scanned(alternative) != atoms or number:
             return False
     return False
 
