@@ -186,7 +186,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps that there are folders of, ascending, whether they verify or not."""
-        matches = (CHECKPOINT.fullmatch(entry.name) for entry in _entries(self.root))
+        matches = map(CHECKPOINT.fullmatch, _entries(self.root))
         return sorted(int(match[1]) for match in matches if match)
 
     def path_of(self, step: int) -> Path:
@@ -295,8 +295,8 @@ class CheckpointStore:
         return aside
 
 
-def _entries(folder: Path) -> list[Path]:
-    """What a folder holds. Raises `CheckpointError` where it cannot be listed."""
+def _entries(folder: Path) -> list[str]:
+    """Names of what a folder holds. Raises `CheckpointError` where it cannot be listed."""
     try:
         return names.listed(folder)
     except OSError as error:
@@ -308,8 +308,9 @@ def _entries(folder: Path) -> list[Path]:
 
 def sweep(folder: Path) -> None:
     """Delete what a killed process left half-written or half-deleted in `folder`."""
-    for entry in _entries(folder) if folder.is_dir() else ():
-        if _LEFTOVER.fullmatch(entry.name):
+    for name in _entries(folder) if folder.is_dir() else ():
+        if _LEFTOVER.fullmatch(name):
+            entry = folder / name
             log.info("Removing %s, left by an interrupted run", entry)
             if entry.is_dir() and not entry.is_symlink():
                 names.rmtree(entry)

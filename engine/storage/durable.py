@@ -193,7 +193,7 @@ def sweep_leftovers(target: Path) -> None:
     """
     if not target.parent.is_dir():
         return
-    for name in os.listdir(target.parent):  # noqa: PTH208 - names alone; there may be many
+    for name in names.listed(target.parent):
         match = _TEMPORARY.fullmatch(name)
         if not match or match[1] != target.name[:80] or process_lives(int(match[2])):
             continue

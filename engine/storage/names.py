@@ -48,10 +48,10 @@ def rmtree(path: Path) -> None:
     _repeated(lambda: _remove_all(path), lambda: not os.path.lexists(path))
 
 
-def listed(folder: Path) -> list[Path]:
-    """What a folder holds, in no order."""
-    entries: list[Path] = []
-    _repeated(lambda: entries.extend(folder.iterdir()), lambda: False)
+def listed(folder: Path) -> list[str]:
+    """The names of what a folder holds, in no order; there may be many."""
+    entries: list[str] = []
+    _repeated(lambda: entries.extend(os.listdir(folder)), lambda: False)  # noqa: PTH208
     return entries
 
 
