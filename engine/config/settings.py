@@ -21,8 +21,8 @@ from pydantic.fields import FieldInfo
 from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
 from engine.config.numbers import in_range, plain_number
+from engine.config.spelling import nameable
 from engine.errors import ConfigError
-from engine.storage.home import can_be_named
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -96,8 +96,9 @@ class Settings(BaseModel):
     def _usable(cls, value: Any, info: ValidationInfo) -> Any:
         """Numbers in range, and names that files can have."""
         paths = value if isinstance(value, tuple) else (value,)
-        if not all(can_be_named(path) for path in paths if isinstance(path, Path)):
-            raise ValueError("holds a character that no file's name can have")
+        for path in paths:
+            if isinstance(path, Path):
+                nameable(path)
         return in_range(value, cls.model_fields[str(info.field_name)].metadata)
 
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -13,6 +13,8 @@ from engine.config.choices import POLICIES, PRUNABLES, Auto
 from engine.config.numbers import is_count
 from engine.storage import strict_json
 from engine.storage.home import can_be_named
+
+Name = TypeVar("Name", str, Path)
 
 DTYPES = {
     "fp32": "float32",
@@ -217,14 +219,15 @@ def _bytes(text: str) -> int:
     return _whole(float(number) * (1024 if binary else 1000) ** power)
 
 
-def nameable(text: str) -> str:
-    """A folder, or a word in its stead."""
-    if not can_be_named(text):
+def nameable(name: Name) -> Name:
+    """`name`, which must be one that a file can have."""
+    if not can_be_named(name):
         raise ValueError("holds a character that no file's name can have")
-    return text
+    return name
 
 
 FolderOrWord = Annotated[str, AfterValidator(nameable)]
+"""A folder, or a word in its stead."""
 
 
 def as_text(value: Any) -> Any:

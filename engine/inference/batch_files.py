@@ -99,7 +99,6 @@ def answer_file(
     """
     assert settings.data is not None and settings.output is not None
     rows, output, samples = read_rows(settings.data), settings.output, settings.num_samples
-    refuse_other_output(settings.data, output)
     done = resume_after(output, rows)
     _note_settings(settings, digest, begun=done > 0)
 

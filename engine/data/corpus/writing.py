@@ -17,6 +17,8 @@ from engine.storage.standing import has_keys, refuse_foreign
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
 _GROUP = 10_000
+_FIGURES = has_keys("read", "examples"), has_keys("tool", "read", "left_out", "figures")
+"""Tests of files: reports of `data validate`, and of the tools that make rows."""
 
 
 def refuse_output(*outputs: Path | None, overwrite: bool = False) -> None:
@@ -49,10 +51,9 @@ def refuse_report(report: Path | None, *outputs: Path | None, overwrite: bool = 
     """
     refuse_equal(report, *outputs)
     if report is not None:
-        for keys in (("read", "examples"), ("tool", "read", "left_out", "figures")):
-            if has_keys(*keys)(report):
-                return
-        refuse_foreign(report, lambda path: False, "a report", overwrite)
+        refuse_foreign(
+            report, lambda path: any(test(path) for test in _FIGURES), "a report", overwrite
+        )
 
 
 def refuse_equal(*outputs: Path | None) -> None:
