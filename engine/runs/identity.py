@@ -22,7 +22,8 @@ from engine.data.sources.resolve import RowFile
 from engine.errors import CheckpointError, ConfigError
 from engine.runs.output import CHECKPOINT
 from engine.storage import durable
-from engine.storage.safe_files import json_object_or_empty, read_json_object
+from engine.storage.manifest import read_manifest
+from engine.storage.safe_files import MIB, json_object_or_empty, read_json_object
 from engine.storage.strict_json import parse_object
 
 log = logging.getLogger(__name__)
@@ -184,15 +185,29 @@ def _run_of(source: Path) -> Path:
 
 
 def _newest_state(root: Path, choice: str) -> dict[str, Any] | None:
-    """`state.json` of the checkpoint that a resume would begin with, unverified; None without."""
+    """`state.json` of the checkpoint that a resume would begin with; None without one."""
     if choice != "auto":
-        return json_object_or_empty(Path(choice) / "state.json") or None
+        return _state_of(Path(choice))
     steps = [CHECKPOINT.fullmatch(p.name) for p in root.iterdir()] if root.is_dir() else []
     for step in sorted((int(match[1]) for match in steps if match), reverse=True):
-        state = json_object_or_empty(root / f"checkpoint-{step}" / "state.json")
-        if state.get("trajectory"):
+        state = _state_of(root / f"checkpoint-{step}")
+        if state is not None and state.get("trajectory"):
             return state
     return None
+
+
+def _state_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint, None where it is not as it was written.
+
+    The resume sets such a checkpoint aside, so what its state says decides nothing.
+    """
+    try:
+        manifest, path = read_manifest(checkpoint), checkpoint / "state.json"
+        if durable.sha256_file(path) != manifest["files"].get(path.name, {}).get("sha256"):
+            return None
+        return read_json_object(path, limit=64 * MIB) or None
+    except CheckpointError:
+        return None
 
 
 def _note_threads(root: Path) -> None:

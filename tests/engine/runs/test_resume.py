@@ -149,6 +149,16 @@ def test_a_run_whose_manifest_is_damaged_goes_on_with_a_warning_that_says_so(
     assert "earlier version" not in told
 
 
+@pytest.mark.parametrize("odd", [{"trajectory": 5}, {"trajectory": {"epochs": "x"}}])
+def test_a_state_that_is_not_as_it_was_written_decides_nothing(
+    odd: dict[str, Any], stopped: Path
+) -> None:
+    newest = stopped / "checkpoint-3" / "state.json"
+    newest.write_text(json.dumps(json.loads(newest.read_text()) | odd))
+    assert resume(stopped, console=False).metrics["steps"] == 6
+    assert len(list(stopped.glob(".bad-checkpoint-3-*"))) == 1
+
+
 def test_a_resumed_run_takes_everything_from_its_directory(
     tiny_model: Path, write_rows: Rows, tmp_path: Path, stopped: Path
 ) -> None:
