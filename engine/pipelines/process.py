@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from engine.pipelines.recipe import Stage
+from engine.runs.signals import PASSES_ON, Interrupted, PassedOn
 from engine.storage import durable
 from engine.storage.safe_files import write_regular
 
@@ -30,7 +32,8 @@ def run_stage(
     `settings.yaml` of the folder holds the stage's settings, the same in each start of it.
 
     What it prints goes to this program's own output and, of its errors, to `stderr.log` of the
-    folder; with `quiet`, standard output goes to `stdout.log` instead.
+    folder; with `quiet`, standard output goes to `stdout.log` instead. Raises `Interrupted` where a
+    signal asked this program to stop and the stage ended well all the same.
     """
     file = folder / "settings.yaml"
     durable.write_text(
@@ -38,19 +41,25 @@ def run_stage(
     )
     command = [sys.executable, "-m", "engine", *stage.verb.split(), "--config", str(file), *options]
     errors, printed = folder / "stderr.log", folder / "stdout.log"
-    with _opened(errors) as log, _opened(printed) as output:
-        with subprocess.Popen(
-            command, stdout=output if quiet else None, stderr=subprocess.PIPE
-        ) as process:
-            assert process.stderr is not None
-            # An interrupt reaches the process as well, which puts itself in order: leaving the
-            # block waits for that.
-            for line in process.stderr:
-                with durable.writing(errors):
-                    log.write(line)
-                sys.stderr.write(line.decode("utf-8", "replace"))
-                sys.stderr.flush()
-        status = process.returncode
+    environment = os.environ | {PASSES_ON: "1"}
+    with (
+        _opened(errors) as log,
+        _opened(printed) as output,
+        subprocess.Popen(
+            command, stdout=output if quiet else None, stderr=subprocess.PIPE, env=environment
+        ) as process,
+        PassedOn(process.pid) as signals,
+    ):
+        assert process.stderr is not None
+        for line in process.stderr:
+            with durable.writing(errors):
+                log.write(line)
+            sys.stderr.write(line.decode("utf-8", "replace"))
+            sys.stderr.flush()
+        status = process.wait()
+    status = status if status >= 0 else 128 - status
+    if status == 0 and signals.number is not None:
+        raise Interrupted(signals.number)
     if status == 0:
         return 0, None
     last = errors.read_text(encoding="utf-8", errors="replace").strip()[-_MOST_MESSAGE:]

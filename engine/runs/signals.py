@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -18,6 +19,9 @@ log = logging.getLogger(__name__)
 
 PASSED_ON = 5.0
 """Seconds in which a launcher has passed on a signal that its processes may have had already."""
+
+PASSES_ON = "ENGINE_PASSES_SIGNALS_ON"
+"""Is in the environment of a process whose parent passes on the signals that it gets."""
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -69,6 +73,45 @@ class RaiseOnTerminate:
 
 def _raise(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number)
+
+
+def are_passed_on() -> bool:
+    """Whether a parent passes on its signals, which may have been sent to this process too."""
+    return PASSES_ON in os.environ
+
+
+class PassedOn:
+    """A context in which signals that ask to stop are left to a process that was started.
+
+    SIGTERM and SIGHUP, which may reach this process alone, are passed on; of an interrupt the
+    terminal tells both. This process waits for the end of the other, which may have a step to
+    finish and a checkpoint to write; a second signal ends it at once.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGINT:
+            with suppress(OSError):
+                os.kill(self._pid, number)
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for name in _NAMES:
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 class StopSignals:

@@ -33,7 +33,7 @@ from engine.runs.directory import RunDirectory, dated
 from engine.runs.identity import check_identity
 from engine.runs.metrics import peak_memory_bytes, plot_loss, read_metrics
 from engine.runs.output import check_earlier, name_run
-from engine.runs.signals import PASSED_ON, StopSignals
+from engine.runs.signals import PASSED_ON, StopSignals, are_passed_on
 from engine.training.cpu_dtype import log_choice, with_cpu_dtype
 from engine.training.determinism import deterministic
 from engine.training.evaluation.best import BestRule, BestSoFar
@@ -185,7 +185,8 @@ class _Run:
         if setup.budget is not None:
             watch = partial(setup.budget.watch, setup.model, setup.optimization, setup.average)
             hooks = replace(hooks, watch=watch, overrun=setup.budget.overrun)
-        signals = self.stack.enter_context(StopSignals(PASSED_ON if launched() else 0.0))
+        twice = launched() or are_passed_on()
+        signals = self.stack.enter_context(StopSignals(PASSED_ON if twice else 0.0))
         settings = setup.trainer_settings()
         self.trainer = Trainer(
             setup.step(), prepared.batches, settings, hooks, signals, self.progress, best

@@ -189,9 +189,14 @@ def test_what_an_unfinished_stage_left_is_removed_and_what_was_there_before_is_n
     assert StageRecord(tmp_path / "out", asked).begin() == ()
 
 
+@pytest.mark.parametrize(
+    ("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)]
+)
 def test_an_interrupted_pipeline_goes_on_where_it_was(
-    tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path
-) -> None:
+    tiny_model: Path, write_rows: Callable[..., Path], tmp_path: Path,
+    number: signal.Signals, send: Callable[[int, int], None],
+) -> None:  # fmt: skip
+    """Told to the group as a terminal does it, or to the pipeline alone, whose stage saves too."""
     rows = write_rows(4)
     train = {"model": str(tiny_model), "data": "${out}/rows.jsonl", "output_dir": "${out}/run",
              "max_steps": 60, "method": "lora", "device": "cpu", "plot": False,
@@ -203,8 +208,9 @@ def test_an_interrupted_pipeline_goes_on_where_it_was(
     run, end = tmp_path / "out" / "run", time.monotonic() + 120
     while not list(run.glob("checkpoint-*")) and time.monotonic() < end:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(120) == 130
+    send(process.pid, number)
+    assert process.wait(120) == 128 + number
+    assert json.loads((run / "summary.json").read_text())["stopped"]["signal"] == number.name
     assert cli.main(["pipeline", str(file)]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 60
 

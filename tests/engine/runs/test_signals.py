@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.runs.signals import Interrupted, StopSignals
+from engine.runs.signals import Interrupted, PassedOn, StopSignals
 
 ROOT = Path(__file__).parents[3]
 
@@ -75,6 +75,23 @@ def test_signals_that_come_together_are_one(capfd: pytest.CaptureFixture[str]) -
             os.kill(os.getpid(), number)
         assert stop.requested == signal.SIGTERM
     assert capfd.readouterr().err.count("writing a checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "alone"),
+    [(signal.SIGTERM, True), (signal.SIGHUP, True), (signal.SIGINT, False)],
+)
+def test_a_process_that_was_started_ends_before_the_one_that_waits(
+    number: signal.Signals, alone: bool
+) -> None:
+    """Of an interrupt the terminal tells it itself; a second one would end it at once."""
+    child = subprocess.Popen(["sleep", "60"])
+    with PassedOn(child.pid) as signals:
+        os.kill(os.getpid(), number)
+        assert signals.number == number
+        if not alone:
+            child.kill()
+        assert child.wait(20) == -(number if alone else signal.SIGKILL)
 
 
 def test_a_run_under_nohup_ignores_the_hang_up() -> None:
