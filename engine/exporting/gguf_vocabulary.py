@@ -17,7 +17,7 @@ from engine.errors import ConfigError
 from engine.model_sources.gguf.longest_match import escaped, is_longest_match
 from engine.model_sources.gguf.pre_tokenizers import RULES, words
 from engine.model_sources.interface.model_source import ModelDescription
-from engine.model_sources.interface.stops import listed_stops
+from engine.model_sources.interface.stops import GENERATION_CONFIG, listed_stops
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -143,7 +143,7 @@ def _special(source: ModelDescription, tokenizer: Tokenizer) -> dict[str, Any]:
         "padding": tokenizer.pad_token_id,
     }
     keys = {f"ggml.{name}_token_id": number for name, number in ids.items() if number is not None}
-    stops = listed_stops(source.generation_config)
+    stops = listed_stops(source.generation_config, source.path / GENERATION_CONFIG)
     others = [number for number in stops if number != ids["eos"]]
     if others:
         keys["ggml.eot_token_id"] = others[0]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.config.tasks.inference import Sampling
-from engine.errors import ConfigError
+from engine.errors import ConfigError, printable
 
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
 _ALWAYS: dict[str, Any] = {
@@ -33,6 +33,7 @@ _NOT_DONE = {
     "guidance_scale": None,
     "forced_eos_token_id": None,
 }
+_LONGEST = 80
 
 
 def resolve_sampling(
@@ -75,7 +76,7 @@ def resolve_sampling(
         if name in values and name not in given and getattr(result, name) != neutral[name]
     ]
     left = [
-        f"{key} {generation[key]!r}"
+        f"{key} {printable(repr(generation[key]), _LONGEST)}"
         for key, value in _NOT_DONE.items()
         if generation.get(key) not in (None, value, [], {})
     ]
@@ -92,4 +93,4 @@ def resolve_sampling(
 
 
 def _shown(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:g}" if isinstance(value, int | float) else printable(str(value), _LONGEST)

@@ -37,6 +37,7 @@ from tokenizers import Tokenizer as Backend
 from engine.errors import CheckpointError
 from engine.storage.strict_json import parse_object
 from engine.tokenization.vocabularies.limits import refuse_long
+from engine.tokenization.vocabularies.switches import switch
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class DeclaredTokens:
 
 
 def read_declared(
-    config: Mapping[str, Any], files: Mapping[str, bytes], backend: Backend
+    config: Mapping[str, Any], files: Mapping[str, bytes], backend: Backend, where: str
 ) -> DeclaredTokens:
     """The tokens of a model's files.
 
@@ -83,14 +84,24 @@ def read_declared(
         config: tokenizer_config.json.
         files: name -> content; special_tokens_map.json and added_tokens.json are used.
         backend: the tokenizer as its vocabulary file gives it, with the tokens added there.
+        where: what errors call the model.
 
     Raises:
         CheckpointError: a file declares something that is no token.
     """
+    try:
+        return _read_declared(config, files, backend)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _read_declared(
+    config: Mapping[str, Any], files: Mapping[str, bytes], backend: Backend
+) -> DeclaredTokens:
     settings = dict(config)
     if "additional_special_tokens" in settings and not settings.get("extra_special_tokens"):
         settings["extra_special_tokens"] = settings["additional_special_tokens"]
-    result = DeclaredTokens(splits_special=bool(settings.get("split_special_tokens")))
+    result = DeclaredTokens(splits_special=switch(settings, "split_special_tokens"))
     named = {key: value for key, value in settings.items() if _is_own_name(key, value)}
     further = settings.get("extra_special_tokens")
     if isinstance(further, dict):
@@ -275,7 +286,7 @@ def _token(value: Any, what: str) -> AddedToken:
             f"the tokenizer's files give {str(value)[:80]!r} for {what}; expected a text, or an "
             "object with a text under 'content'. Fetch the tokenizer's files again."
         )
-    flags = {flag: bool(value[flag]) for flag in _FLAGS if value.get(flag) is not None}
+    flags = {f: switch(value, f, of=what) for f in _FLAGS if value.get(f) is not None}
     return AddedToken(content, **flags)
 
 

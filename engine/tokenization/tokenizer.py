@@ -27,6 +27,7 @@ from engine.tokenization.special_tokens import (
 from engine.tokenization.vocabularies.backend import library_faults, open_backend
 from engine.tokenization.vocabularies.limits import longest_quick_text, refuse_long
 from engine.tokenization.vocabularies.mistral_words import fix_mistral_words
+from engine.tokenization.vocabularies.switches import switch
 from engine.tokenization.vocabularies.tokenizer_process import TokenizerProcess
 
 if TYPE_CHECKING:
@@ -301,8 +302,8 @@ def _load(
     backend, config, from_pieces = _open_backend(source, files, where)
     around: tuple[bool, bool] | tuple[None, None] = (None, None)
     if source.tokenizer_json() is None:
-        around = bool(config.get("add_bos_token")), bool(config.get("add_eos_token"))
-    declared = read_declared(config, files, backend)
+        around = switch(config, "add_bos_token"), switch(config, "add_eos_token")
+    declared = read_declared(config, files, backend, where)
     if from_pieces:
         declared = matched_as_written(declared, backend)
     add_declared(backend, declared, where)

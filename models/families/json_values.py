@@ -29,6 +29,7 @@ BOUNDS: dict[str, tuple[int, int]] = {
     "linear_num_key_heads": (1, 1024),
     "linear_num_value_heads": (1, 1024),
 }
+_LARGEST_ID = 2**31 - 1
 
 
 def integer(raw: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -74,7 +75,7 @@ def token_ids(raw: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = raw.get(key)
     ids = value if isinstance(value, list | tuple) else [] if value is None else [value]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < -1:
+        if type(token) is not int or not -1 <= token <= _LARGEST_ID:
             raise ValueError(f"{key} is {value!r}; expected a token id or a list of them")
     return tuple(token for token in ids if token >= 0)
 

@@ -11,30 +11,37 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, printable
 from engine.model_sources.interface.model_source import ModelDescription
 from engine.storage.safe_files import read_json_object
+from models.families.json_values import token_ids
 
 GENERATION_CONFIG = "generation_config.json"
 _EOS = "eos_token_id"
+_LONGEST = 1000
 
 
 def stops_of(source: ModelDescription) -> tuple[int, ...]:
     """The ids that end an answer, by generation_config.json and then config.json of the model."""
-    return _once(listed_stops(source.generation_config), source.config.eos_token_id)
+    named = listed_stops(source.generation_config, source.path / GENERATION_CONFIG)
+    return _once(named, source.config.eos_token_id)
 
 
-def listed_stops(generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end an answer, by a parsed generation_config.json alone."""
-    value = generation_config.get(_EOS)
-    listed = value if isinstance(value, list) else [value]
-    return tuple(index for index in listed if isinstance(index, int) and index >= 0)
+def listed_stops(generation_config: Mapping[str, Any], path: Path) -> tuple[int, ...]:
+    """The ids that end an answer, by the parsed generation_config.json of `path` alone.
+
+    Raises `CheckpointError` for what are no ids: an answer would not end where it should.
+    """
+    try:
+        return token_ids(generation_config, _EOS)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {printable(str(error), _LONGEST)}.") from error
 
 
 def adapter_stops(directory: Path) -> tuple[int, ...]:
     """The ids that end an answer, by the generation_config.json of an adapter; none without it."""
     path = directory / GENERATION_CONFIG
-    return listed_stops(read_json_object(path, CheckpointError)) if path.is_file() else ()
+    return listed_stops(read_json_object(path), path) if path.is_file() else ()
 
 
 def with_stops(source: ModelDescription, stops: Iterable[int]) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class OtherWords:
 def _named_template(value: Any, name: str, source: Path) -> str | None:
     """The template of a `chat_template` value: a text, or a list of {name, template}."""
     if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        items = [item for item in value if isinstance(item, dict)]
+        named = {str(item.get("name")): item.get("template") for item in items}
         if name != "default" and name not in named:
             return None
         value = named.get(name)

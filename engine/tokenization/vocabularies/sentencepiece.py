@@ -28,6 +28,7 @@ from tokenizers.models import BPE, Unigram
 from engine.errors import CheckpointError
 from engine.tokenization.vocabularies.backend import library_faults
 from engine.tokenization.vocabularies.limits import MOST_GROWTH, longest_rule
+from engine.tokenization.vocabularies.switches import switch
 
 SPACE = "▁"
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -115,11 +116,10 @@ def load_sentencepiece(path: Path, config: Mapping[str, Any]) -> SentencePieceTo
             f"{path}: a SentencePiece model of type {model.algorithm} (word or character); only "
             "BPE and Unigram models are supported. Provide a tokenizer.json instead."
         )
-    prefix = config.get("add_prefix_space")
-    prefix = model.adds_prefix_space if prefix is None else bool(prefix)
-    legacy = config.get("legacy")
+    prefix = switch(config, "add_prefix_space", model.adds_prefix_space)
+    legacy = switch(config, "legacy", True)
     with library_faults(str(path)):
-        tokenizer = _build(model, prefix, legacy=legacy is None or bool(legacy))
+        tokenizer = _build(model, prefix, legacy=legacy)
         if prefix == model.adds_prefix_space:
             _compare(tokenizer, processor, path)
     added = [

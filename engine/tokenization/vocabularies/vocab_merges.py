@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from engine.errors import CheckpointError, listing
 from engine.model_sources.gguf.pre_tokenizers import RULES, words
 from engine.storage.strict_json import parse_object
+from engine.tokenization.vocabularies.switches import switch
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def load_vocab_merges(
     tokenizer = Tokenizer(BPE(vocabulary, merges))
     if rule.nfc:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = words(rule, bool(config.get("add_prefix_space")))
+    tokenizer.pre_tokenizer = words(rule, switch(config, "add_prefix_space"))
     tokenizer.decoder = decoders.ByteLevel()
     names = ("unk", "eos", "bos" if name in ("gpt-2", "smollm") else "pad")
     return VocabMergesTokenizer(tokenizer, {f"{key}_token": _END for key in names})

@@ -108,3 +108,15 @@ def test_the_command_line_samples_as_the_file_says(
     assert "generation_config" not in said
     answer = json.loads(run("--json")[0])
     assert answer["sampling"].startswith("As generation_config.json says")
+
+
+def test_long_values_of_the_file_are_cut_in_the_line() -> None:
+    long: dict[str, Any] = {
+        "suppress_tokens": list(range(10_000)),
+        "sequence_bias": "A" * 10_000,
+        "bad_words_ids": [[number] for number in range(10_000)],
+    }
+    _, line = resolve_sampling(Sampling(), long, "a model")
+    assert line is not None
+    assert all(key.replace("_", " ") in line.replace("_", " ") for key in long)
+    assert len(line) < 600

@@ -11,7 +11,9 @@ from engine.config.tasks.inference import Sampling
 from engine.config.train_config import TrainConfig
 from engine.data.batches.taught_stops import taught_stops
 from engine.data.examples import Example
+from engine.errors import CheckpointError
 from engine.inference.generation import complete, stop_ids_of
+from engine.model_sources.interface.stops import adapter_stops, stops_of
 from engine.model_sources.load_model import load_model
 from engine.model_sources.open import open_model_source
 from engine.tokenization.tokenizer import load_tokenizer
@@ -129,3 +131,15 @@ def test_a_stop_string_with_a_special_token_stops(base: Path, stop: str) -> None
     assert result.finish_reason == "stop"
     assert result.text == "".join(shown)[: len(result.text)]
     assert result.text == "ba".removesuffix(stop.split("<")[0] or " ")
+
+
+@pytest.mark.parametrize("value", ["2", True, [True], 1.0, {}, [[2]], [None], 2**31, 10**200])
+def test_what_is_no_token_id_ends_no_answer_and_is_refused(base: Path, value: Any) -> None:
+    """`true` is 1 in Python, and a text would be passed over: answers would end elsewhere."""
+    path = base / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id is ") as told:
+        stops_of(open_model_source(base))
+    assert str(path) in str(told.value)
+    with pytest.raises(CheckpointError, match="eos_token_id is "):
+        adapter_stops(base)

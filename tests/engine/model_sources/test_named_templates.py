@@ -47,3 +47,10 @@ def test_a_single_template_is_the_default(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "d"}))
     files = ModelFiles(folder)
     assert (files.chat_template(), files.chat_template("tool_use")) == ("d", None)
+
+
+@pytest.mark.parametrize("name", [[], {}, [[1]], {"a": {}}, None, 5])
+def test_a_name_that_is_no_text_names_no_template(folder: Path, name: object) -> None:
+    listed = [{"name": name, "template": "odd"}, {"name": "default", "template": "d"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": listed}))
+    assert ModelFiles(folder).chat_template() == "d"
