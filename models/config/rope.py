@@ -37,6 +37,8 @@ _KNOWN = frozenset(
 )
 _YARN_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _LONGEST = 2**31
+_RANGE = (1e-12, 1e12)
+"""Within it angles and their scale are finite, whatever the numbers are together."""
 
 
 def read_rope_parameters(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def read_rope_parameters(raw: Mapping[str, Any], family: Family) -> dict[str, An
     rope["rope_type"] = _kind(nested)
     theta = raw.get("rope_theta")
     rope.setdefault("rope_theta", family.rope_theta if theta is None else theta)
-    rope["rope_theta"] = positive(rope, "rope_theta")
+    rope["rope_theta"] = _number(rope, "rope_theta")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(
             f"rope_type is {rope['rope_type']!r}; supported are {', '.join(ROPE_TYPES)}"
@@ -110,7 +112,7 @@ def _kind(nested: Mapping[str, Any]) -> Any:
 
 def _scaling(rope: dict[str, Any], raw: Mapping[str, Any]) -> None:
     """Check and complete the parameters of a scaled rotation, in place."""
-    rope["factor"] = positive(rope, "factor")
+    rope["factor"] = _number(rope, "factor")
     original = raw.get("original_max_position_embeddings")
     if original is None:
         original = rope.get("original_max_position_embeddings")
@@ -121,16 +123,17 @@ def _scaling(rope: dict[str, Any], raw: Mapping[str, Any]) -> None:
         raise ValueError(
             f"original_max_position_embeddings is {original!r}; expected at most {_LONGEST}"
         )
+    _number(rope, "original_max_position_embeddings")
     if rope["rope_type"] == "llama3":
-        low = rope["low_freq_factor"] = positive(rope, "low_freq_factor", 1.0)
-        high = rope["high_freq_factor"] = positive(rope, "high_freq_factor", 4.0)
+        low = rope["low_freq_factor"] = _number(rope, "low_freq_factor", 1.0)
+        high = rope["high_freq_factor"] = _number(rope, "high_freq_factor", 4.0)
         if high <= low:
             raise ValueError(f"high_freq_factor {high} must be greater than low_freq_factor {low}")
     if rope["rope_type"] == "yarn":
         for key in _YARN_NUMBERS:
             # A scale of 0 is how some files say that there is none.
             if key in rope and not (key.startswith("mscale") and rope[key] == 0):
-                positive(rope, key)
+                _number(rope, key)
         if rope.get("beta_fast", 32.0) < rope.get("beta_slow", 1.0):
             raise ValueError(
                 f"beta_fast is {rope.get('beta_fast', 32.0)}, less than beta_slow, "
@@ -158,4 +161,17 @@ def _partial_rotation(
         raise ValueError(
             f"partial_rotary_factor is {part}; expected an even share of a head's {dim} elements"
         )
+    if rope["rope_type"] == "dynamic" and int(dim * part) == 2:
+        raise ValueError(
+            f"partial_rotary_factor is {part}, of a head's {dim} elements; the rope_type dynamic "
+            "needs 4 that are rotated"
+        )
     rope["partial_rotary_factor"] = part
+
+
+def _number(rope: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of a size that rotations can be computed with."""
+    value, (least, most) = positive(rope, key, default), _RANGE
+    if not least <= value <= most:
+        raise ValueError(f"{key} is {value!r}; expected a number from {least:g} to {most:g}")
+    return value

@@ -109,7 +109,9 @@ class Rotary:
         last = torch.zeros(position_ids.shape[0] + 1, dtype=torch.int64, device=document.device)
         last = last.scatter_reduce(0, document, position_ids.long(), "amax")
         length = (last + 1).clamp(min=original)[document].float().unsqueeze(1)
-        stretch = (factor * length / original - (factor - 1.0)) ** (dim / (dim - 2))
+        # At least 1 but for rounding, which a great factor makes much of.
+        longer = (factor * length / original - (factor - 1.0)).clamp(min=1.0)
+        stretch = longer ** (dim / (dim - 2))
         exponents = torch.arange(0, dim, 2, device=document.device).float() / dim
         inv: Tensor = 1.0 / (rope["rope_theta"] * stretch) ** exponents
         return inv

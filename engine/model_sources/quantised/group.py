@@ -116,7 +116,8 @@ def _block(raw_config: Mapping[str, Any]) -> tuple[int, int] | None:
     if not isinstance(noted, Mapping):
         return None
     size = noted.get("weight_block_size")
-    for group in (noted.get("config_groups") or {}).values():
+    groups = noted.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         size = size or (weights.get("block_structure") if isinstance(weights, Mapping) else None)
     if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):

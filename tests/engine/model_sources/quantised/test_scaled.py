@@ -158,6 +158,20 @@ def test_rotated_weights_are_refused(tmp_path: Path) -> None:
         open_model_source(folder)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"config_groups": ["group_0"]}, {"config_groups": "all"}, {"config_groups": {"g": []}},
+     {"config_groups": True, "weight_block_size": 5}, {"transform_config": [1]}],
+)  # fmt: skip
+def test_notes_of_another_kind_leave_it_to_the_tensors(
+    tmp_path: Path, odd: dict[str, object]
+) -> None:
+    encode = encoder("weight_scale", lambda r, c: (r, 1), torch.int8)
+    folder = write_quantised(tmp_path / "m", encode, COMPRESSED | odd)
+    source = open_model_source(folder)
+    assert any(source.stored_as(n) for n in source.names())
+
+
 REFUSED: dict[str, tuple[str, dict[str, Tensor]]] = {
     "gptq": ("GPTQ", {"qweight": torch.zeros(8, 64, dtype=torch.int32)}),
     "awq": ("AWQ", {"qweight": torch.zeros(64, 8, dtype=torch.int32)}),
