@@ -1,8 +1,8 @@
 """Training for long, and training the same again in other processes.
 
 `python -m bench.torture.crashes.long_runs FOLDER soak STEPS` watches a run's memory, threads and
-open files; `... FOLDER same RUNS` trains in so many processes per method. Each prints one JSON
-object.
+open files; `... FOLDER same RUNS [METHOD]` trains in so many processes per method. Each prints one
+JSON object.
 """
 
 from __future__ import annotations
@@ -67,16 +67,17 @@ def soak(folder: Path, steps: int) -> dict[str, Any]:
         "status": os.waitstatus_to_exitcode(ended[1]),
         "samples": len(settled),
         "mib_per_10k_steps": round(float(slope) * 10_000 / 2**20, 2),
+        "most_mib_more": round(float(np.ptp(settled[:, 1])) / 2**20, 2),
         "threads": sorted(map(int, set(settled[:, 2]))),
         "most_files_more": int(settled[:, 3].max() - settled[:, 3].min()),
     }
 
 
-def same(folder: Path, runs: int) -> dict[str, Any]:
-    """Train each method in so many fresh processes, and compare what they wrote."""
+def same(folder: Path, runs: int, *methods: str) -> dict[str, Any]:
+    """Train by each method in so many fresh processes, and compare what they wrote."""
     model, rows = inputs(folder)
     differ = []
-    for method in METHODS:
+    for method in methods:
         seen = set()
         for number in range(runs):
             output = folder / f"{method}-{number}"
@@ -95,14 +96,15 @@ def same(folder: Path, runs: int) -> dict[str, Any]:
             seen.add(hashlib.sha256(weights.read_bytes()).hexdigest())
         if len(seen) > 1:
             differ.append(method)
-    return {"trials": runs * len(METHODS), "methods": len(METHODS), "differ": differ}
+    return {"trials": runs * len(methods), "methods": len(methods), "differ": differ}
 
 
-def main(folder: Path, kind: str, count: int) -> None:
+def main(folder: Path, kind: str, count: int, *methods: str) -> None:
     """Print the figures of one kind."""
     torch.set_num_threads(1)
-    print(json.dumps((soak if kind == "soak" else same)(folder, count)))
+    figures = soak(folder, count) if kind == "soak" else same(folder, count, *methods or METHODS)
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
