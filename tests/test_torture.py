@@ -15,6 +15,8 @@ from bench.torture.__main__ import in_parts
 from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.campaigns import CAMPAIGNS
 from bench.torture.crashes import resume_algebra
+from bench.torture.crashes.every_verb import LINES
+from bench.torture.crashes.full_disks import SHARES
 from bench.torture.crashes.resume_algebra import resumes
 from bench.torture.group_kills import GROUP_KILLS
 from engine.training import step
@@ -141,6 +143,12 @@ def test_a_process_that_is_killed_changes_nothing_whatever_they_divide(name: str
     campaign = GROUP_KILLS[name]
     figures = campaign.run(1, 3)
     assert campaign.passed(figures), figures
+
+
+def test_verbs_on_disks_that_are_too_small_end_well_once_these_grow() -> None:
+    campaign, verb = CAMPAIGNS["T6-verbs"], [*LINES].index("data mix")
+    figures = campaign.run(1, verb)
+    assert campaign.passed(figures) and figures["disks"] == len(SHARES), figures
 
 
 def test_saving_survives_kills_and_errors_at_its_system_calls(tmp_path: Path) -> None:

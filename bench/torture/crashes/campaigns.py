@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench.torture.campaign import PART, Campaign, Figures
+from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.crashes.every_verb import LINES
 from bench.torture.crashes.refused import COMMANDS
 from bench.torture.crashes.resume_algebra import RESUMES
@@ -88,10 +88,25 @@ def signals(trials: int, seed: int) -> Figures:
     return measured("signals", trials, seed)
 
 
+def namespace() -> tuple[str, ...]:
+    """The words before a command that give it mounts of its own."""
+    return ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-Urm")
+
+
 def refusals(trials: int, seed: int) -> Figures:
     """Every command with every refusal."""
-    namespace = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-Urm")
-    return measured("refused", before=namespace)
+    return measured("refused", before=namespace())
+
+
+def small_disks(trials: int, seed: int) -> Figures:
+    """So many verbs, each on disks of several sizes."""
+    first = seed % PART
+    figures: Figures = {}
+    for told in measured(
+        "full_disks", *[*LINES][first : first + trials], before=namespace()
+    ).values():
+        figures = merged(figures, told)
+    return figures
 
 
 def same(trials: int, seed: int) -> Figures:
@@ -128,6 +143,13 @@ CRASHES: dict[str, Campaign] = {
         STATES,
         power,
         lambda f: f["good"] == f["trials"] > 0,
+    ),
+    "T6-verbs": Campaign(
+        "every verb that writes, on file systems too small for it",
+        len(LINES),
+        small_disks,
+        _none_wrong,
+        part=8,
     ),
     "T7": Campaign(
         "signals to a training run",

@@ -199,11 +199,16 @@ def complaints(
         again = run(command, trial)
         if again.status and not (whole and again.status == 2):
             wrong.append(f"does not start again ({again.status}): {again.said[-300:]}")
-        after = contents(trial)
-        wrong += [f"left: {name}" for name in sorted(after.keys() - expected.names)]
-        wrong += [f"missing: {name}" for name in sorted(expected.names - after.keys())]
-        wrong += [f"differs: {name}" for name in expected.torn(after)]
-    return wrong
+        return wrong + unlike(expected, contents(trial))
+
+
+def unlike(expected: Expected, after: dict[str, bytes]) -> list[str]:
+    """What a second start left otherwise than an undisturbed one does."""
+    return [
+        *(f"left: {name}" for name in sorted(after.keys() - expected.names)),
+        *(f"missing: {name}" for name in sorted(expected.names - after.keys())),
+        *(f"differs: {name}" for name in expected.torn(after)),
+    ]
 
 
 def spoken(ending: Ending) -> list[str]:
@@ -235,14 +240,18 @@ def campaign(
     return {"operations": len(expected.operations), **counts, "wrong": wrong}
 
 
+def load_verbs() -> None:
+    """Import all that commands need, once, and not again in each child."""
+    for module in (*(module for module, _ in VERBS.values()), *LIBRARIES):
+        importlib.import_module(module)
+
+
 def main(folder: Path, every: int, kinds: str, names: list[str]) -> None:
     """Print a JSON object: the figures of each command that is named, or of all of them."""
     errors = {"kills": (None,), "errors": ERRORS, "all": (None, *ERRORS)}[kinds]
     torch.set_num_threads(1)
     inputs = write_inputs(folder / "inputs")
-    # Loaded once, and not again in each child.
-    for module in (*(module for module, _ in VERBS.values()), *LIBRARIES):
-        importlib.import_module(module)
+    load_verbs()
     figures = {
         command.name: campaign(command, folder / "trial" / "here", every, errors)
         for command in commands(inputs)
