@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from engine.config.tasks.inference import GenerateSettings
 from engine.data.sources.streams.json_lines import read_json
@@ -24,6 +24,7 @@ from engine.inference.batched import BatchedGenerator
 from engine.inference.generation import GenerateResult, conversation_ids
 from engine.inference.request import RequestSettings
 from engine.storage import durable, safe_files, strict_json
+from engine.storage.lock import take
 from engine.storage.standing import has_keys, refuse_foreign, refuse_sources
 from engine.tokenization.tokenizer import Tokenizer
 
@@ -37,7 +38,7 @@ _OF_NO_ANSWER = {
 }  # fmt: skip
 """Settings that decide no answer; the model is told by its digest."""
 
-_DIGEST = "model digest"
+MODEL_DIGEST = "model digest"
 
 
 @dataclass(frozen=True)
@@ -88,31 +89,32 @@ def answer_file(
     generator: BatchedGenerator,
     tokenizer: Tokenizer,
     base: RequestSettings,
-    digest: str,
+    facts: Mapping[str, Any],
     on_row: Callable[[int, int], None] | None = None,
 ) -> int:
     """Answer the rows of `settings.data` into `settings.output`; returns how many were answered.
 
-    `digest` tells the model from others. `on_row` takes the rows that are done and all there are.
-    Raises `DataError` for a row that is no prompt, `ConfigError` for an output that is of other
-    rows, or was begun with another model or other settings.
+    `facts` tell the model and all that decides its answers from others. `on_row` takes the rows
+    that are done and all there are. Raises `DataError` for a row that is no prompt, `ConfigError`
+    for an output that is of other rows, was begun with another model or other settings, or is being
+    written by another process.
     """
     assert settings.data is not None and settings.output is not None
     rows, output, samples = read_rows(settings.data), settings.output, settings.num_samples
-    done = resume_after(output, rows)
-    _note_settings(settings, digest, begun=done > 0)
+    with _opened(output) as handle:
+        done, size = resume_after(output, rows)
+        with _appending(output):
+            handle.truncate(size)
+            durable.fsync_dir(output.parent)
+        _note_settings(settings, facts, begun=done > 0)
 
-    def jobs() -> Iterator[PromptJob]:
-        for index in range(done, len(rows)):
-            ids = row_ids(rows[index], settings, tokenizer)
-            for sample in range(samples):
-                yield PromptJob(ids, sampled(base, index * samples + sample))
+        def jobs() -> Iterator[PromptJob]:
+            for index in range(done, len(rows)):
+                ids = row_ids(rows[index], settings, tokenizer)
+                for sample in range(samples):
+                    yield PromptJob(ids, sampled(base, index * samples + sample))
 
-    answers = answer_in_order(generator, jobs(), 2 * generator.slots)
-    with _appending(output):
-        handle = safe_files.append_regular(output)
-        durable.fsync_dir(output.parent)
-    try:
+        answers = answer_in_order(generator, jobs(), 2 * generator.slots)
         for index in range(done, len(rows)):
             own = [next(answers) for _ in range(samples)]
             with _appending(output):
@@ -121,10 +123,26 @@ def answer_file(
                 os.fsync(handle.fileno())
             if on_row is not None:
                 on_row(index + 1, len(rows))
+    return len(rows) - done
+
+
+@contextmanager
+def _opened(output: Path) -> Iterator[TextIO]:
+    """The output to append to, which no other process has open so. Raises `ConfigError`."""
+    with _appending(output):
+        handle = safe_files.append_regular(output)
+    try:
+        with _appending(output):
+            alone = take(handle.fileno())
+        if not alone:
+            raise ConfigError(
+                f"Another process is writing to {output}. Wait for it to end, or give another "
+                "--output."
+            )
+        yield handle
     finally:
         with suppress(OSError):  # what could not be written was reported, and is tried again here
             handle.close()
-    return len(rows) - done
 
 
 @contextmanager
@@ -147,14 +165,14 @@ def settings_file(output: Path) -> Path:
 def refuse_other_output(data: Path, output: Path) -> None:
     """Raise `ConfigError` where answers would go into the rows or beside another's settings."""
     refuse_sources((output, settings_file(output)), [data])
-    refuse_foreign(settings_file(output), has_keys(_DIGEST), "a file of settings")
+    refuse_foreign(settings_file(output), has_keys(MODEL_DIGEST), "a file of settings")
 
 
-def _note_settings(settings: GenerateSettings, digest: str, begun: bool) -> None:
+def _note_settings(settings: GenerateSettings, facts: Mapping[str, Any], begun: bool) -> None:
     """Write down what decides the answers, or compare it with what was written down."""
     assert settings.output is not None
-    path, own = settings_file(settings.output), {_DIGEST: digest}
-    own |= settings.model_dump(mode="json", exclude=_OF_NO_ANSWER)
+    path = settings_file(settings.output)
+    own = settings.model_dump(mode="json", exclude=_OF_NO_ANSWER) | dict(facts)
     if not begun:
         durable.write_json(path, own)
         return
@@ -165,13 +183,18 @@ def _note_settings(settings: GenerateSettings, digest: str, begun: bool) -> None
         )  # fmt: skip
         return
     before = safe_files.read_json_object(path, ConfigError)
-    keys = [key for key in own if json.dumps(before.get(key)) != json.dumps(own[key])]
+    known = own.keys() - (facts.keys() - before.keys())  # an earlier version noted fewer facts
+    keys = [key for key in own if key in known and _text(before.get(key)) != _text(own[key])]
     if keys:
         told = ", ".join(f"{key} was {before.get(key)!r} and is {own[key]!r}" for key in keys)
         raise ConfigError(
             f"{settings.output} was begun with other settings: {told}. Give the earlier ones to go "
             f"on with it, name another --output, or delete it and {path.name}."
         )
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def sampled(base: RequestSettings, index: int) -> RequestSettings:
@@ -228,16 +251,20 @@ def row_ids(row: Mapping[str, Any], settings: GenerateSettings, tokenizer: Token
     return conversation_ids(tokenizer, messages, kwargs)
 
 
-def resume_after(output: Path, rows: Sequence[Mapping[str, Any]]) -> int:
-    """How many rows `output` answers already; a last line that is broken is cut off.
+def resume_after(output: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """How many rows `output` answers already, and the bytes of these lines.
 
-    Raises `ConfigError` where the lines are not those of the rows.
+    Behind them may be a last line that is broken. Raises `ConfigError` where the lines are not
+    those of the rows.
     """
-    if not output.exists():
-        return 0
     data = safe_files.read_regular(output, 1 << 34)
     whole, _, rest = data.rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
+    if rest and not settings_file(output).exists():
+        raise ConfigError(
+            f"{output} ends in a line that is no answer, and no {settings_file(output).name} is "
+            "beside it; give another --output, or move this file away"
+        )
     for index, line in enumerate(lines):
         try:
             value = strict_json.loads(line.decode())
@@ -246,19 +273,20 @@ def resume_after(output: Path, rows: Sequence[Mapping[str, Any]]) -> int:
         row = rows[index] if index < len(rows) else None
         own = {k: v for k, v in (row or {}).items() if k not in ANSWER_KEYS}
         given = value if isinstance(value, dict) else {}
-        if row is None or {k: v for k, v in given.items() if k not in ANSWER_KEYS} != own:
+        same = {k: v for k, v in given.items() if k not in ANSWER_KEYS} == own
+        if row is None or not same or not _is_answered(given):
             raise ConfigError(
                 f"{output}:{index + 1} is not an answer to row {index + 1} of the data; give "
                 "another --output, or delete this file"
             )
-    if rest and not settings_file(output).exists():
-        raise ConfigError(
-            f"{output} ends in a line that is no answer, and no {settings_file(output).name} is "
-            "beside it; give another --output, or move this file away"
-        )
-    if rest:
-        durable.write_bytes(output, whole + b"\n" if whole else b"")
-    return len(lines)
+    return len(lines), len(data) - len(rest)
+
+
+def _is_answered(line: Mapping[str, Any]) -> bool:
+    """Whether a line has an answer, or a list of several."""
+    several = line.get("responses")
+    one_or_more = several if isinstance(several, list) else [line.get("response")]
+    return all(isinstance(answer, str) for answer in one_or_more)
 
 
 def _line(row: Mapping[str, Any], answers: Sequence[GenerateResult]) -> dict[str, Any]:

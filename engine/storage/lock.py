@@ -42,7 +42,7 @@ class DirectoryLock:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | _CAUTION, 0o666)
             if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
                 raise OSError(f"its {LOCK_NAME} is no regular file")
-            if fcntl is not None and not self._take():
+            if not take(self._descriptor):
                 holder = read_holder(directory)
                 who = f" (process {holder['pid']} on {holder['host']})" if holder else ""
                 raise ConfigError(
@@ -60,20 +60,6 @@ class DirectoryLock:
         except ConfigError:
             self.release()
             raise
-
-    def _take(self) -> bool:
-        """Try for half a second: `is_locked` in another process holds a lock for an instant."""
-        assert self._descriptor is not None
-        for _ in range(_ATTEMPTS):
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in _TAKEN:
-                    raise
-                time.sleep(0.5 / _ATTEMPTS)
-            else:
-                return True
-        return False
 
     def sign(self) -> None:
         """Write down who holds the lock."""
@@ -98,6 +84,24 @@ class DirectoryLock:
 
     def __exit__(self, *raised: object) -> None:
         self.release()
+
+
+def take(descriptor: int) -> bool:
+    """Lock an open file until it is closed; whether no other process holds the lock.
+
+    Tries for half a second: `is_locked` in another process holds a lock for an instant.
+    """
+    for _ in range(_ATTEMPTS):
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _TAKEN:
+                raise
+            time.sleep(0.5 / _ATTEMPTS)
+        else:
+            return True
+    return False
 
 
 def read_holder(directory: Path) -> dict[str, Any] | None:

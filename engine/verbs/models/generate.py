@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from engine.config.tasks.inference import GenerateSettings
 from engine.device import resolve_device
 from engine.errors import ConfigError
 from engine.inference.batch_files import (
+    MODEL_DIGEST,
     PromptJob,
     answer_file,
     answer_in_order,
@@ -26,6 +28,7 @@ from engine.model_sources.adapter_path import adapter_path
 from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
 from engine.model_sources.vocabulary.of_adapter import words_of
+from engine.storage.durable import sha256_file
 from engine.tokenization.tokenizer import Tokenizer, load_tokenizer
 from engine.training.determinism import deterministic
 from models.decoder import Decoder
@@ -165,7 +168,31 @@ def answer_rows(
         loaded = _load(settings)
         generator = loaded.generator(settings)
         tokenizer, request = loaded.tokenizer, loaded.request
-        return answer_file(settings, generator, tokenizer, request, loaded.source.digest(), on_row)
+        facts = _facts(settings, loaded)
+        return answer_file(settings, generator, tokenizer, request, facts, on_row)
+
+
+def _facts(settings: GenerateSettings, loaded: _Loaded) -> dict[str, Any]:
+    """What decides answers beside the settings and the rows, by names for who reads it."""
+    template = "\0".join(loaded.tokenizer.chat_template.sources)
+    adapters = [path for path, _ in settings.adapter]
+    return {
+        MODEL_DIGEST: loaded.source.digest(),
+        "adapter digests": [_digest_of_folder(adapter_path(path)) for path in adapters],
+        "tokenizer digest": _digest(loaded.tokenizer.serialised()),
+        "template digest": _digest(template),
+        "sampling": loaded.request.sampling.model_dump(mode="json"),
+        "stop ids": sorted(loaded.request.stop_ids),
+    }
+
+
+def _digest_of_folder(adapter: Path) -> str:
+    files = sorted(path for path in adapter.glob("adapter_*") if path.is_file())
+    return _digest(" ".join(f"{path.name} {sha256_file(path)}" for path in files))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _prompt_ids(tokenizer: Tokenizer, settings: GenerateSettings, prompt: str) -> list[int]:

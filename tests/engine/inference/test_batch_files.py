@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import engine
 from cli import main as cli
 from engine.config.tasks.inference import GenerateSettings
 from engine.errors import CheckpointError, ConfigError, DataError
-from engine.inference.batch_files import settings_file
+from engine.inference.batch_files import resume_after, settings_file
+from engine.storage.lock import take
 from engine.verbs.models.generate import answer_rows
+from tests.support.small_runs import small_run
 
 ROWS: list[Any] = [
     {"id": 1, "prompt": "Word?"},
@@ -104,6 +107,61 @@ def test_a_job_with_other_settings_does_not_go_on(
     settings_file(output).unlink()
     assert answer_rows(settings) == 0
     assert "nobody can tell" in caplog.text
+
+
+def test_a_job_goes_on_only_with_the_adapter_tokenizer_and_template_it_began_with(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    adapter = tmp_path / "run" / "adapter"
+    small = small_run(tiny_model, tmp_path / "rows.jsonl", adapter.parent, max_steps=1)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 4)
+    engine.train(small, console=False)
+    kwargs = {"z": 1, "a": 2}
+    settings = settings_of(tiny_model, tmp_path, adapter=str(adapter), chat_template_kwargs=kwargs)
+    answer_rows(settings)
+
+    def double(path: Path) -> None:
+        weights = {name: 2 * tensor for name, tensor in load_file(path).items()}
+        save_file(weights, path, {"format": "pt"})
+
+    def change(path: Path) -> None:
+        path.write_text(path.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
+
+    for path, act, told in (
+        (adapter / "adapter_model.safetensors", double, "adapter digests"),
+        (tiny_model / "tokenizer_config.json", change, "template digest"),
+    ):
+        before = path.read_bytes()
+        act(path)
+        with pytest.raises(ConfigError, match=f"other settings: .*{told} was"):
+            answer_rows(settings)
+        path.write_bytes(before)
+    assert answer_rows(settings) == 0
+    noted = json.loads(settings_file(tmp_path / "answers.jsonl").read_text())
+    del noted["template digest"]  # an earlier version knew less
+    settings_file(tmp_path / "answers.jsonl").write_text(json.dumps(noted))
+    assert answer_rows(settings) == 0
+
+
+def test_two_processes_do_not_write_to_one_output(tiny_model: Path, tmp_path: Path) -> None:
+    settings, output = settings_of(tiny_model, tmp_path), tmp_path / "answers.jsonl"
+    answer_rows(settings)
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[0])
+    with output.open("a") as other:
+        assert take(other.fileno())
+        with pytest.raises(ConfigError, match=r"Another process is writing to .*answers.jsonl"):
+            answer_rows(settings)
+    answer_rows(settings)
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.parametrize("odd", [{}, {"response": 5}, {"responses": ["a", None]}])
+def test_a_line_without_an_answer_is_none(odd: dict[str, Any], tmp_path: Path) -> None:
+    output = tmp_path / "answers.jsonl"
+    output.write_text(json.dumps({"prompt": "p", **odd}) + "\n")
+    with pytest.raises(ConfigError, match="jsonl:1 is not an answer to row 1"):
+        resume_after(output, [{"prompt": "p"}])
 
 
 def test_rows_without_a_prompt_are_named(tiny_model: Path, tmp_path: Path) -> None:
