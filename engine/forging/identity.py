@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 from engine.config.spelling import METRIC_NAMES
 from engine.config.tasks.pruning import ForgeSettings, PruneSettings
-from engine.config.train_config import TrainConfig
+from engine.config.train_config import NO_DATA, TrainConfig
+from engine.data.sources.resolve import data_files
+from engine.model_sources.interface.model_source import ModelSource
 from engine.model_sources.open import open_model_source
+from engine.runs.identity import digest_files
 
 RENAMED = {**TrainConfig.renamed, **ForgeSettings.renamed}
 """Earlier names of settings, which an older job's directory has."""
@@ -32,13 +37,37 @@ def identity(settings: ForgeSettings) -> dict[str, Any]:
         "pruning": settings.pruning.model_dump(mode="json") | chosen,
         **{name: getattr(settings, name) for name in names},
         "model_digest": model.digest(),
+        **_contents(settings, model),
     }
     return result | ({"baseline_seeds": settings.baseline_seeds} if settings.baseline else {})
 
 
-def upgraded(before: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a job that an earlier version began, as this one would write it."""
+def _contents(settings: ForgeSettings, model: ModelSource) -> dict[str, str]:
+    """Digests of what is read anew by later stages, or was read by the first one alone."""
+    training, pruning, tokenizer = settings.training, settings.pruning, hashlib.sha256()
+    named = (
+        (training.data if training.data != NO_DATA else (), training.query),
+        (training.eval_data, training.eval_query),
+        (pruning.data, pruning.query),
+    )
+    rows = [file for names, query in named if names for file in data_files(names, query)]
+    for name, data in sorted(model.tokenizer_files().items()):
+        tokenizer.update(f"\0{name}\0{len(data)}\0".encode() + data)
+    return {
+        "rows_digest": digest_files(rows),
+        "tokenizer_digest": tokenizer.hexdigest(),
+    }
+
+
+def upgraded(before: dict[str, Any], now: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The identity of a job that an earlier version began, as this one would write it.
+
+    What that version did not note is taken to be as it is `now`.
+    """
     result = dict(before)
+    for name in ("rows_digest", "tokenizer_digest"):
+        if now is not None and name not in result:
+            result[name] = now[name]
     pruning = result.get("pruning")
     if isinstance(pruning, dict) and "repair" not in pruning:
         fields = PruneSettings.model_fields

@@ -7,8 +7,10 @@ runs anew and must be able to.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from engine.storage.safe_files import read_json_object
 
 log = logging.getLogger(__name__)
 JOB = "job.json"
+_DIGEST = "self_sha256"
+_LONGEST = 1 << 28
+"""Bytes of a record, which may have the losses of many rows."""
 Upgrade = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -48,14 +53,21 @@ class Stages:
             durable.write_json(directory / JOB, settings)
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of the stage `name`, from its file if it is done."""
+        """The result of the stage `name`, from its file if it is done and the file is whole."""
         path = self.directory / "stages" / f"{name}.json"
-        if path.exists():
-            log.info("%s: done before", name)
-            return _read(path)
+        if path.exists() or path.is_symlink():
+            try:
+                done = _result(path)
+            except CheckpointError as error:
+                log.warning("%s: is done again, for its record cannot be used: %s", name, error)
+                names.rename(path, path.with_name(f".bad-{path.name}-{secrets.token_hex(4)}"))
+            else:
+                log.info("%s: done before", name)
+                return done
         log.info("%s: begins", name)
-        durable.write_json(path, work())
-        return _read(path)
+        result = work()
+        durable.write_json(path, {**result, _DIGEST: _digest(result)})
+        return _result(path)
 
 
 def make_directory(directory: Path) -> None:
@@ -89,7 +101,7 @@ def check_job(
             f"{directory} holds a job already. Go on with it with --resume, or choose another "
             "--output-dir."
         )
-    before = with_present_names(_read(job), renamed or {})
+    before = with_present_names(_settings(job), renamed or {})
     _refuse_other(job, settings, before if upgraded is None else upgraded(before))
 
 
@@ -106,8 +118,28 @@ def _refuse_other(job: Path, settings: dict[str, Any], before: dict[str, Any]) -
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _settings(job: Path) -> dict[str, Any]:
     try:
-        return read_json_object(path)
+        return read_json_object(job)
     except CheckpointError as error:
-        raise CheckpointError(f"{error} Delete it to do that stage again.") from error
+        raise CheckpointError(
+            f"{error} It says what the job was begun with, so the job cannot go on without it. "
+            "Restore it from a copy, or choose another --output-dir."
+        ) from error
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """What a stage wrote, which is as it was written. Raises `CheckpointError`."""
+    result = read_json_object(path, limit=_LONGEST)
+    if result.pop(_DIGEST, None) != _digest(result):
+        raise CheckpointError(f"{path} is not as a stage wrote it: its {_DIGEST} is another.")
+    return result
+
+
+def _digest(result: dict[str, Any]) -> str:
+    """SHA-256 of a result as it reads back.
+
+    Numbers that are keys are texts then, and half a surrogate pair is the letters of its escape.
+    """
+    text = json.dumps(json.loads(json.dumps(result)), sort_keys=True).replace("\\", "")
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -15,11 +15,11 @@ on where it was. The trained baseline tells what the training alone is worth.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,17 @@ from engine.config.tasks.pruning import ForgeJob, ForgeSettings
 from engine.config.train_config import NO_DATA, TrainConfig
 from engine.data.batches.loader import split_heldout
 from engine.data.dataset import RowChoice, load_rows, read_chosen
-from engine.data.docstrings import write_docstrings
-from engine.data.rows import Row
 from engine.errors import ConfigError
 from engine.forging.assess import Judge
+from engine.forging.domain import (
+    DOMAINS,
+    domain_files,
+    files_of_domain,
+    lines_of,
+    prompt_of,
+    refuse_changed,
+    write_rows,
+)
 from engine.forging.identity import RENAMED, identity, upgraded
 from engine.forging.report import PLOT
 from engine.forging.stages import JOB, Stages, check_job, make_directory
@@ -56,9 +63,6 @@ from engine.verbs.training.train import train
 log = logging.getLogger(__name__)
 
 RESULTS = "results.json"
-DOMAINS = ("docstrings",)
-"""Data sets by name: docstrings are those of the installed Python's standard library."""
-
 WORSE_SHARE, WORSE_PERPLEXITY = 0.10, 1.0
 
 
@@ -97,14 +101,15 @@ def forge(
     if gates is not None:
         refuse_other_base(gates)
         known["gates"] = gates.model_dump(mode="json")
-    check_job(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
+    older = partial(upgraded, now=known)
+    check_job(root, known, resume=resume, renamed=RENAMED, upgraded=older)
     make_directory(root)
     parameters = settings.model_dump(mode="json")
     with DirectoryLock(root), summed_up_on_failure(root, "forge", parameters, started):
         parts = (root / "data", root / "data" / "docstrings", root / "stages")
         for folder in (root, *parts, *root.glob("cycle-*"), *root.glob("baseline-*")):
             sweep(folder)
-        job = Stages(root, known, resume=resume, renamed=RENAMED, upgraded=upgraded)
+        job = Stages(root, known, resume=resume, renamed=RENAMED, upgraded=older)
         results = _Forge(settings, job, gates).run()
         write_summary(
             root,
@@ -164,9 +169,11 @@ def _check(settings: ForgeSettings) -> None:
 class _Forge:
     def __init__(self, settings: ForgeSettings, job: Stages, gates: GateSettings | None) -> None:
         self.settings, self.job, self.root = settings, job, settings.output_dir
-        rows = self.job.run("data", self._data)
-        self.rows = rows
-        self.train_file, heldout = Path(rows["train"]), Path(rows["heldout"])
+        data = self.root / "data"
+        self.train_file, heldout = data / "train.jsonl", data / "heldout.jsonl"
+        self.rows = rows = self.job.run("data", self._data)
+        for file in (self.train_file, heldout):
+            refuse_changed(file, rows.get(file.name))
         config = settings.training
         self.judge = Judge(
             heldout,
@@ -213,27 +220,28 @@ class _Forge:
     def _splits(self) -> dict[str, Any]:
         """Which rows each stage saw: files, numbers and digests."""
         pruning, given = self.settings.pruning, self.rows
-        calibration = list(pruning.data) or [self._within(given["train"])]
-        train, heldout = (set(_lines(Path(given[name]))) for name in ("train", "heldout"))
+        calibration = list(pruning.data) or [self._within(self.train_file)]
+        files = self.train_file, self.judge.heldout
+        train, heldout = (set(lines_of(file)) for file in files)
         return {
-            "training": self._file(given["train"], given["rows"]),
-            "judging": self._file(given["heldout"], given["heldout_rows"]),
+            "training": self._file(files[0], given["rows"]),
+            "judging": self._file(files[1], given["heldout_rows"]),
             "calibration": {"files": calibration, "first_rows": pruning.calibration_rows},
             "rows_in_training_and_judging": len(train & heldout),
         }
 
-    def _file(self, path: str, rows: int) -> dict[str, Any]:
+    def _file(self, path: Path, rows: int) -> dict[str, Any]:
         return {"file": self._within(path), "rows": rows, "sha256": durable.sha256_file(path)}
 
-    def _within(self, path: str) -> str:
+    def _within(self, path: Path) -> str:
         """A file of the job by its name in the job's directory, which may be moved."""
-        return str(Path(path).relative_to(self.root))
+        return str(path.relative_to(self.root))
 
     def _data(self) -> dict[str, Any]:
         """Write the rows to train on and those held out, once for every cycle."""
         config, folder = self.settings.training, self.root / "data"
         names.mkdir(folder, exist_ok=True)
-        files = _domain(self.settings.domain, folder)
+        files = files_of_domain(self.settings.domain, folder)
         if len(files) == 2:
             rows, heldout = load_rows(files[0]), load_rows(files[1])
         else:
@@ -246,13 +254,13 @@ class _Forge:
         if not heldout:
             raise ConfigError("No rows are held out; give --eval-data, or more rows to split.")
         train_file, heldout_file = folder / "train.jsonl", folder / "heldout.jsonl"
-        _write_rows(train_file, rows)
-        _write_rows(heldout_file, heldout)
-        prompts = [prompt for row in heldout if (prompt := _prompt(row)) is not None]
+        write_rows(train_file, rows)
+        write_rows(heldout_file, heldout)
+        prompts = [prompt for row in heldout if (prompt := prompt_of(row)) is not None]
         return {
-            "train": str(train_file),
+            train_file.name: durable.sha256_file(train_file),
             "rows": len(rows),
-            "heldout": str(heldout_file),
+            heldout_file.name: durable.sha256_file(heldout_file),
             "heldout_rows": len(heldout),
             "prompts": prompts[: self.settings.samples],
         }
@@ -261,9 +269,16 @@ class _Forge:
         name, folder = f"cycle-{number}", self.root / f"cycle-{number}"
         pruned = folder / "pruned"
         done = self.job.run(f"{name}-prune", lambda: self._prune(source, pruned))
-        after = self.job.run(f"{name}-pruned", lambda: self.judge.assess(pruned))
+
+        def made() -> Path:
+            """The pruned model, once more where it is gone and a record that needs it was lost."""
+            if not pruned.exists():
+                self._prune(source, pruned)
+            return pruned
+
+        after = self.job.run(f"{name}-pruned", lambda: self.judge.assess(made()))
         log.info("%s: perplexity %.3f after pruning", name, after["perplexity"])
-        trained = self._train(name, str(pruned), folder, self.settings.distill)
+        trained = self._train(name, str(pruned), folder, self.settings.distill, made=made)
         log.info("%s: perplexity %.3f after training", name, trained["trained"]["perplexity"])
         if not self.settings.keep_pruned:
             durable.remove_tree(pruned)
@@ -284,9 +299,18 @@ class _Forge:
         return {key: record[key] for key in picked if key in record}
 
     def _train(
-        self, name: str, source: str, folder: Path, distill: bool = False, seed: int = 0
+        self,
+        name: str,
+        source: str,
+        folder: Path,
+        distill: bool = False,
+        seed: int = 0,
+        made: Callable[[], Path] | None = None,
     ) -> dict[str, Any]:
-        """Fine-tune the model in `source`, merge, and judge what was saved; `seed` is added."""
+        """Fine-tune the model in `source`, merge, and judge what was saved; `seed` is added.
+
+        `made` sees to it that `source` is there.
+        """
         run, merged = folder / "run", folder / "model"
         names.mkdir(folder, exist_ok=True)
         config = self.settings.training.model_copy(
@@ -304,6 +328,8 @@ class _Forge:
         )
 
         def fit() -> dict[str, Any]:
+            if made is not None:
+                made()
             return dict(train(config, console=False).metrics)
 
         def join() -> dict[str, Any]:
@@ -313,7 +339,8 @@ class _Forge:
 
         metrics = self.job.run(f"{name}-train", fit)
         self.job.run(f"{name}-merge", join)
-        return {"train": metrics, "trained": self.job.run(name, lambda: self.judge.assess(merged))}
+        assessed = self.job.run(name, lambda: self.judge.assess(merged))
+        return {"train": metrics, "trained": {**assessed, "model": str(merged)}}
 
     def _train_baseline(self, cycles: int, seed: int) -> list[dict[str, Any]]:
         """The same training, cycle by cycle, of the model that was never pruned; another seed."""
@@ -325,51 +352,6 @@ class _Forge:
             assessed.append(entry)
             source = entry["trained"]["model"]
         return assessed
-
-
-def _domain(domain: str | None, folder: Path) -> list[Path]:
-    """The files of a data set: one to split, or one to train on and one to hold out.
-
-    `domain` is a name, a file, or a folder that has both; None has no files of its own.
-    """
-    if domain is None:
-        return []
-    if domain == "docstrings":
-        train, _, heldout, _ = write_docstrings(folder / "docstrings")
-        return [train, heldout]
-    return domain_files(domain)
-
-
-def domain_files(domain: str) -> list[Path]:
-    """The one or two files of a data set that is named by a path. Raises `ConfigError`."""
-    path = Path(domain)
-    if path.is_file():
-        return [path]
-    files = [path / "train.jsonl", path / "heldout.jsonl"]
-    if not all(file.is_file() for file in files):
-        raise ConfigError(
-            f"--domain is {domain!r}; expected {', '.join(DOMAINS)}, a file of rows, or a folder "
-            "with a train.jsonl and a heldout.jsonl."
-        )
-    return files
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    lines = []
-    for row in rows:
-        tools = {} if row.tools is None else {"tools": row.tools}
-        lines.append(json.dumps({"messages": row.messages, **tools}, ensure_ascii=False) + "\n")
-    durable.write_text(path, "".join(lines))
-
-
-def _prompt(row: Row) -> str | None:
-    """A row's question, where it is a plain one: one user message with a text."""
-    asked = [message["content"] for message in row.messages if message["role"] == "user"]
-    return asked[0] if len(asked) == 1 and isinstance(asked[0], str) else None
 
 
 def _worse(number: int, before: dict[str, Any], after: dict[str, Any]) -> str | None:
