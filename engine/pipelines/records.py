@@ -92,8 +92,22 @@ class StageRecord:
     def _own_outputs(self) -> list[Path]:
         """Outputs that did not exist before this stage was first begun."""
         begun = self.folder / _BEGUN
-        earlier = set(read_json_object(begun).get("absent", ())) if begun.exists() else set()
+        earlier = self._absent(begun) if begun.exists() else set()
         return [p for p in self.stage.outputs() if not p.exists() or str(p) in earlier]
+
+    def _absent(self, begun: Path) -> set[str]:
+        """Outputs that were not there before. Raises `CheckpointError` where nobody can tell."""
+        try:
+            absent = read_json_object(begun).get("absent")
+            if isinstance(absent, list) and all(isinstance(path, str) for path in absent):
+                return set(absent)
+            told = f"{begun} does not list paths under `absent`."
+        except CheckpointError as error:
+            told = str(error)
+        raise CheckpointError(
+            f"{told} It tells what the stage {self.stage.name} may replace. Move that stage's "
+            f"outputs away, delete {begun}, and start again."
+        )
 
     def end(self, status: int, seconds: float, message: str | None) -> Mapping[str, Any]:
         """Write and return how the stage ended."""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from cli import main as cli
-from engine.errors import ConfigError
+from engine.errors import CheckpointError, ConfigError
 from engine.pipelines.recipe import VERBS, Stage, read_recipe
 from engine.pipelines.records import StageRecord
 
@@ -187,6 +187,18 @@ def test_what_an_unfinished_stage_left_is_removed_and_what_was_there_before_is_n
     assert train.begin() == ("--resume", "auto")
     asked = Stage("t", "train", {"output_dir": str(mine), "resume": "none"})
     assert StageRecord(tmp_path / "out", asked).begin() == ()
+
+
+@pytest.mark.parametrize("text", ["5", "{}", '{"absent": 5}', '{"absent": [[]]}', "[" * 9999])
+def test_a_note_of_what_stood_before_that_is_damaged_is_named(text: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    record = StageRecord(tmp_path, Stage("s", "data split", {"output": str(mine)}))
+    record.begin()
+    mine.write_text("half")
+    (record.folder / "begun.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"what the stage s may replace.*delete .*begun.json"):
+        record.begin()
+    assert mine.exists()
 
 
 @pytest.mark.parametrize(
