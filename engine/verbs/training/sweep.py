@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.comparing import SweepSettings
-from engine.errors import ConfigError
+from engine.errors import ConfigError, listing
 from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Stage
 from engine.pipelines.records import StageRecord
@@ -37,6 +38,12 @@ _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STOPPED = frozenset({*(-number for number in _STOPS), *(128 + number for number in _STOPS)})
 """Exit statuses of a run that was asked to stop. One that was killed has failed like any other."""
 _IDENTITY = "trials.json"
+_INPUTS = (
+    "model", "revision", "tokenizer", "add_tokens", "data", "query", "eval_data", "eval_query",
+    "teacher", "reference",
+)  # fmt: skip
+"""Settings that name what a run reads."""
+log = logging.getLogger(__name__)
 
 
 def sweep(file: str | Path, on_trial: OnTrial | None = None, **options: Any) -> SweepResult:
@@ -68,6 +75,7 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
             if status in _STOPPED:
                 break
         results = [result_of(trial, recipe.metric) for trial in trials]
+        _say_of_other_inputs([one.trial for one in results if one.value is not None])
         stopped = status in _STOPPED
         result = SweepResult(recipe, ranked(results, recipe.greatest), status if stopped else 0)
         if result.best is None and not stopped:
@@ -80,7 +88,8 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
 def _run(recipe: Sweep, trial: Trial, tell: OnTrial) -> int:
     """Run one trial, unless it is done; its exit status."""
     record = StageRecord(recipe.output_dir, Stage(trial.name, "train", dict(trial.settings)))
-    if record.is_done():
+    # The report is written from the run's own summary, so that has to be there too.
+    if record.is_done() and result_of(trial, recipe.metric).status == "Success":
         record.settle()
         tell(trial, "done before")
         return 0
@@ -112,6 +121,23 @@ def _require_same(recipe: Sweep, trials: list[Trial]) -> None:
                 f"{recipe.file} has {now[name]}. Give another --output-dir, or remove that one."
             )
     durable.write_json(path, before | now)
+
+
+def _say_of_other_inputs(trials: list[Trial]) -> None:
+    """Warn where trials that name the same inputs did not read the same, as digests tell."""
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for trial in trials:
+        named = repr([trial.settings.get(name) for name in _INPUTS])
+        digests = json_object_or_empty(trial.folder / "manifest.json").get("digests")
+        digests = digests if isinstance(digests, dict) else {}
+        first, before = seen.setdefault(named, (trial.name, digests))
+        other = [name for name in before if name in digests and before[name] != digests[name]]
+        if other:
+            log.warning(
+                "%s read other inputs than %s (%s changed in between), so that their figures "
+                "cannot be compared; delete the one that is out of date and start again",
+                trial.name, first, listing(other),
+            )  # fmt: skip
 
 
 def _is_identity(told: dict[str, Any]) -> bool:

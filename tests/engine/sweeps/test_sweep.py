@@ -102,6 +102,25 @@ def test_trials_are_run_once_ranked_and_told(write: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.usefixtures("in_process")
+def test_a_trial_without_its_summary_is_done_again_and_changed_rows_are_told(
+    write: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write({"learning_rate": [1e-4, 2e-4]}, max_steps=1)
+    first = engine.sweep(path)
+    assert "read other inputs" not in caplog.text
+    (tmp_path / "sweep" / "trial-001" / "summary.json").write_text('{"status": "Succ')
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("abc", "abd", 1))
+    again = engine.sweep(path)
+    assert {one.trial.name for one in again.trials if one.value is not None} == {
+        one.trial.name for one in first.trials
+    }
+    assert "trial-002 read other inputs than trial-001 (data changed" in caplog.text or (
+        "trial-001 read other inputs than trial-002 (data changed" in caplog.text
+    )
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_trial_that_fails_stands_last_and_stops_no_other(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
