@@ -20,7 +20,8 @@ def import_config(call: Call) -> None:
     text, refusal = verb.as_yaml(result, settings.file), verb.refusal(result)
     if settings.output is not None:
         durable.refuse_occupied(settings.output)
-        durable.write_text(settings.output, text)
+        with durable.publish_files(settings.output) as folder:
+            durable.write_text(folder / settings.output.name, text)
     answer = {"program": result.program, "settings": result.values(), "missing": result.missing}
     if call.print_json(answer | {"needless": result.needless, "refusal": refusal}):
         return

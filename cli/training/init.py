@@ -33,7 +33,8 @@ def init(call: Call) -> None:
             "--output, or move the old one away."
         )
     proposal = propose(settings)
-    durable.write_text(settings.output, proposal.text(settings.output))
+    with durable.publish_files(settings.output) as folder:
+        durable.write_text(folder / settings.output.name, proposal.text(settings.output))
     answer = {"file": str(settings.output), "steps": proposal.steps}
     if call.print_json(answer | {"plan": proposal.report.as_dict()}):
         return

@@ -345,6 +345,8 @@ def write_error(path: Path, error: OSError, size: int | None = None) -> Checkpoi
         if free is not None:
             message += f" {need}{gib(free)} are free there."
         hint = "Make room or name an output on another disk."
+    elif error.errno in (errno.EEXIST, errno.ENOTEMPTY) and final_name(path).exists():
+        hint = "Another program wrote it in the meantime: name another output, or move it away."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "Name an output folder that you may write to."
     elif error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):

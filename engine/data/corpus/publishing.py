@@ -11,7 +11,7 @@ from engine.config.settings import Settings
 from engine.data.corpus.records import Record
 from engine.data.corpus.writing import write_records
 from engine.data.origins import Origin, manifest_path, write_origins
-from engine.storage import durable
+from engine.storage import durable, names
 from engine.storage.standing import refuse_sources
 
 _NO_SETTINGS = {"output", "output_dir", "overwrite", "strict", "report", "removed", "quarantine"}
@@ -19,16 +19,21 @@ _NO_SETTINGS = {"output", "output_dir", "overwrite", "strict", "report", "remove
 
 @dataclass(frozen=True)
 class Making:
-    """How a corpus is made: the tool, what was asked for, and of what."""
+    """How a corpus is made: the tool, what was asked for, and of what.
+
+    With `overwrite` it may replace one that stands in its place.
+    """
 
     tool: str
     settings: Mapping[str, Any]
     origins: Sequence[Origin]
+    overwrite: bool = False
 
     @classmethod
     def of(cls, tool: str, settings: Settings, origins: Sequence[Origin]) -> Making:
         """From a verb's table; where the result goes does not change what it is."""
-        return cls(tool, settings.model_dump(mode="json", exclude=_NO_SETTINGS), origins)
+        asked = settings.model_dump(mode="json", exclude=_NO_SETTINGS)
+        return cls(tool, asked, origins, bool(getattr(settings, "overwrite", False)))
 
 
 @dataclass
@@ -96,14 +101,16 @@ def publish_all(
 ) -> None:
     """Write files of rows of one folder, with their manifests, all together; the first last.
 
-    `removed` is a file more, which has no manifest. What is there already is replaced: whoever
-    calls refuses it before any work is done. Raises as `publish`.
+    `removed` is a file more, which has no manifest. Whoever calls refuses what is there before any
+    work is done, and what came in between is not replaced either. Raises as `publish`.
     """
     others = () if removed is None else (removed[0],)
     refuse_sources((*outputs, *others), [origin.content for origin in making.origins])
-    # A manifest whose rows have gone speaks of nothing.
-    replaces = any(path.exists() for one in outputs for path in (one, manifest_path(one)))
-    with durable.publish_files(next(iter(outputs)), replaces) as folder:
+    for output in outputs:
+        if not output.exists():  # A manifest whose rows have gone speaks of nothing.
+            with durable.writing(output):
+                names.unlink(manifest_path(output), missing_ok=True)
+    with durable.publish_files(next(iter(outputs)), making.overwrite) as folder:
         for output, rows in outputs.items():
             written = write_records(folder / output.name, rows)
             report.outputs[str(output)] = written
