@@ -76,6 +76,13 @@ _OTHER_NAMES = {
 # What a fault of the program may be behind, so that a traceback helps to find it.
 _UNCLEAR = frozenset({errno.EBADF, errno.EFAULT, errno.ECHILD, None})
 
+_OUT_OF_MEMORY = (
+    "The memory is full: that of the GPU, of this machine, or what a limit (ulimit -v, a "
+    "container) leaves of it. Outputs get their names when they are whole, so what stood before "
+    "stands as it was. End other programs, raise the limit, or ask for less: shorter or fewer rows "
+    "at once, a smaller model. ENGINE_TRACEBACK=1 shows where it was."
+)
+
 _PRINTING = frozenset({"typer", "click", "rich"})
 
 
@@ -252,10 +259,20 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, OSError):
         _complain(_refused(error))
         return 2
+    if _is_out_of_memory(error):
+        _complain(_OUT_OF_MEMORY)
+        return 2
     notes = " ".join(getattr(error, "__notes__", ())) or _keep_traceback(error)
     text = " ".join(str(error).split())
     _complain(f"The program failed with {type(error).__name__}: {text[:500]}. {notes}")
     return 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python's own allocator, or torch's, was refused memory."""
+    told = "can't allocate memory", "out of memory"
+    by_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
+    return by_torch or isinstance(error, MemoryError)
 
 
 def _refused(error: OSError) -> str:

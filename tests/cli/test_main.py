@@ -210,6 +210,8 @@ def raising(error: BaseException) -> Any:
         (OSError("File or stream is not seekable."), 2, "not seekable. Outputs get their names"),
         (OSError(errno.EBADF, "Bad file descriptor"), 2, "(EBADF)"),
         (Interrupted(15, "Stopped after step 3."), 143, "Stopped after step 3."),
+        (MemoryError(), 2, "The memory is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), 2, "The memory is full"),
         (ZeroDivisionError("by zero"), 1, "failed with ZeroDivisionError: by zero"),
     ],
 )
