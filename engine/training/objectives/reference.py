@@ -25,6 +25,7 @@ from engine.inference.perplexity import TOKENS_PER_BATCH
 from engine.storage import durable, names
 from engine.storage.cache_folder import cache_folder
 from engine.storage.home import expanded
+from engine.storage.safe_files import read_regular
 from engine.training.objectives.evaluation import indices_by_tokens
 from kernels.runtime.ranks import ONE_RANK, Ranks, host_maxima
 from models.decoder import Decoder
@@ -112,13 +113,16 @@ def stored_or_made(
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
+    if not path.exists():
+        return None
+    size = 8 * shape[0] * shape[1]
     try:
-        data = path.read_bytes()
-    except OSError:
+        data = read_regular(path, size + _DIGEST)
+    except CheckpointError as error:
+        log.warning("The reference is asked again: %s", error)
         return None
     body = data[:-_DIGEST]
-    whole = len(body) == 8 * shape[0] * shape[1]
-    if not whole or hashlib.sha256(body).digest() != data[-_DIGEST:]:
+    if len(body) != size or hashlib.sha256(body).digest() != data[-_DIGEST:]:
         log.warning("%s is damaged; the reference is asked again", path)
         return None
     log.info("the reference's log-probabilities come from %s", path)
