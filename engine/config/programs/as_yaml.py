@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from engine.config.programs.detect import translate
 from engine.config.programs.translation import Translation
 from engine.config.sources import build, read_mapping
 from engine.config.train_config import TrainConfig
-from engine.errors import ConfigError
+from engine.errors import ConfigError, printable
+
+_LONGEST = 400
 
 
 def import_config(file: str | Path, program: str | None = None) -> Translation:
@@ -28,18 +31,35 @@ def import_config(file: str | Path, program: str | None = None) -> Translation:
             f"{path} is a configuration of torchtune, whose keys name Python classes. "
             "docs/coming_from.md has its settings beside ours."
         )
-    return translate(given, path.parent, program)
+    return translate(plain(given), path.parent, program)
+
+
+def plain(value: Any) -> Any:
+    """`value` with what JSON has no form for (bytes, dates, sets, infinity) as text."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, bool | int | str | None) or (
+        isinstance(value, float) and math.isfinite(value)
+    ):
+        return value
+    return str(value)
 
 
 def as_yaml(translation: Translation, file: str | Path) -> str:
     """A file for `engine train --config`: settings with their origin, then what is missing."""
-    lines = [f"# Translated from {file}, a configuration of {translation.program}."]
+    lines = [
+        f"# Translated from {_in_a_line(str(file))}, a configuration of {translation.program}."
+    ]
     for name in TrainConfig.model_fields:
         if name in translation.settings:
             entry = translation.settings[name]
             lines.append(f"{_yaml(name, hidden(entry.value))}  # {scrub(entry.origin)}")
     absent = [name for name in ("model", "data") if name not in translation.settings]
-    lines += [f"# {name}: must be given, and {file} does not say it" for name in absent]
+    lines += [
+        f"# {name}: must be given, and {_in_a_line(str(file))} does not say it" for name in absent
+    ]
     return "\n".join(lines + [f"# {line}".rstrip() for line in notes(translation)]) + "\n"
 
 
@@ -49,7 +69,12 @@ def notes(translation: Translation) -> list[str]:
     needless = [f"  {key}: {why}" for key, why in translation.needless.items()]
     lines = ["", "Without a counterpart:", *missing] if missing else []
     lines += ["", "Needs nothing here:", *needless] if needless else []
-    return [scrub(line) for line in lines]
+    return [_in_a_line(scrub(line)) for line in lines]
+
+
+def _in_a_line(text: str) -> str:
+    """`text` as a comment that ends where its line does, whatever the names in it hold."""
+    return printable(text, _LONGEST).replace("\n", "\\n")
 
 
 def refusal(translation: Translation) -> str | None:

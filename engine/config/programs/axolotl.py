@@ -21,6 +21,7 @@ from engine.config.programs.translation import (
     compute_type,
     heldout,
     preferences,
+    stands,
 )
 
 _SAME = {
@@ -164,7 +165,7 @@ def translate(given: dict[str, Any], folder: Path) -> Translation:
     compute_type(source)
     heldout(source, "val_set_size")
     for key, setting in (("datasets", "data"), ("test_datasets", "eval_data")):
-        entries = source.take(key)
+        entries = source.several(key)
         if entries:
             source.put(setting, [_path_of(source, key, entry) for entry in entries], key)
     _special_tokens(source)
@@ -210,7 +211,7 @@ def _method(source: GivenKeys) -> None:
 
 def _special_tokens(source: GivenKeys) -> None:
     """A padding token needs nothing; another may end a turn."""
-    given = dict(source.take("special_tokens") or {})
+    given = source.table("special_tokens")
     if given.pop("pad_token", None) is not None:
         source.result.needless["special_tokens: pad_token"] = NEVER_PADDED
     if given:
@@ -219,17 +220,18 @@ def _special_tokens(source: GivenKeys) -> None:
 
 def _optimizer_arguments(source: GivenKeys) -> None:
     """Betas and epsilon, alone or in `optim_args`, a mapping or `a=1,b=2`."""
-    given = source.take("optim_args") or {}
-    if isinstance(given, str):
-        pairs = (part.partition("=") for part in given.split(",") if "=" in part)
-        given = {name.strip(): float(value) for name, _, value in pairs}
-    first = source.take("adam_beta1", given.pop("adam_beta1", given.pop("beta1", 0.9)))
-    second = source.take("adam_beta2", given.pop("adam_beta2", given.pop("beta2", 0.999)))
-    if (float(first), float(second)) != (0.9, 0.999):
-        source.put("betas", [float(first), float(second)], "adam_beta1, adam_beta2")
-    epsilon = given.pop("adam_epsilon", given.pop("eps", None))
+    text = source.left.get("optim_args")
+    if isinstance(text, str) and "=" in text:
+        pairs = (part.partition("=") for part in text.split(",") if "=" in part)
+        source.left["optim_args"] = {name.strip(): value for name, _, value in pairs}
+    given = source.table("optim_args")
+    first = source.number("adam_beta1", given.pop("adam_beta1", given.pop("beta1", 0.9)))
+    second = source.number("adam_beta2", given.pop("adam_beta2", given.pop("beta2", 0.999)))
+    if None not in (first, second) and (first, second) != (0.9, 0.999):
+        source.put("betas", [first, second], "adam_beta1, adam_beta2")
+    epsilon = source.as_number("optim_args", given.pop("adam_epsilon", given.pop("eps", None)))
     if epsilon is not None:
-        source.put("eps", float(epsilon), "optim_args")
+        source.put("eps", epsilon, "optim_args")
     if given:
         source.miss("optim_args", f"the optimizer has no {', '.join(map(str, given))}")
 
@@ -241,12 +243,12 @@ def _path_of(source: GivenKeys, key: str, entry: Any) -> str:
     files = entry.get("data_files")
     name = f"{key}: {path}"
     if files and not path.endswith((".json", ".jsonl")):
-        listed = [files] if isinstance(files, str) else list(files)
+        listed = files if isinstance(files, list) else [files]
         first = str(listed[0])
         path = first if path in ("json", "") else str(Path(path) / first)
         if len(listed) > 1:
             source.miss(name, f"only the first of its {len(listed)} files was taken: list them all")
-    elif not path.endswith((".json", ".jsonl")) and not Path(path).exists():
+    elif not path.endswith((".json", ".jsonl")) and not stands(path):
         source.miss(name, "a data set of the hub: save its rows as JSONL, and name that file")
     kind = entry.get("type")
     if isinstance(kind, dict):

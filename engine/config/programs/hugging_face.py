@@ -97,9 +97,9 @@ def best_checkpoint(source: GivenKeys) -> None:
         source.put("load_best_at_end", True, "load_best_model_at_end")
     elif source.left.get("early_stopping_patience") is None:
         metric = None
-    patience, least = (source.take(f"early_stopping_{key}") for key in ("patience", "threshold"))
+    patience, least = (source.number(f"early_stopping_{key}") for key in ("patience", "threshold"))
     if patience:
-        text = f"{int(patience)},{float(least or 0):g}"
+        text = f"{int(patience)},{least or 0:g}"
         source.put("early_stopping", text, "early_stopping_patience")
     if metric in ("loss", "eval_loss"):
         source.put("save_best", "eval_loss", "metric_for_best_model")
@@ -111,27 +111,27 @@ def best_checkpoint(source: GivenKeys) -> None:
 
 
 def _warmup(source: GivenKeys) -> None:
-    ratio, steps, key = source.take("warmup_ratio"), source.take("warmup_steps"), "warmup_ratio"
-    if steps is not None and 0 < float(steps) < 1:
+    ratio, steps, key = source.number("warmup_ratio"), source.number("warmup_steps"), "warmup_ratio"
+    if steps is not None and 0 < steps < 1:
         ratio, steps, key = steps, None, "warmup_steps"
     if steps:
         source.put("warmup_steps", int(steps), "warmup_steps")
     elif ratio:
-        source.put("warmup_ratio", float(ratio), key)
+        source.put("warmup_ratio", ratio, key)
     else:
         source.default("warmup_steps", 0)
 
 
 def _strategy(source: GivenKeys, key: str, steps_key: str, setting: str, earlier: str = "") -> None:
     """`save_strategy` and the like: never, after epochs, or after so many steps."""
-    strategy, steps = source.take(key), source.take(steps_key)
+    strategy, steps = source.take(key), source.number(steps_key)
     if earlier and strategy is None:
         strategy = source.take(earlier)
     if strategy in ("no", False):
         return
     if strategy == "epoch":
         source.miss(key, f"`{setting}` counts steps, not epochs")
-    elif steps is not None and float(steps) >= 1:
+    elif steps is not None and steps >= 1:
         source.put(setting, int(steps), steps_key)
     elif steps is not None:
         source.miss(steps_key, f"`{setting}` counts steps, not a share of the run")
@@ -154,8 +154,7 @@ def _upload(source: GivenKeys) -> None:
 
 
 def _trackers(source: GivenKeys) -> None:
-    asked = source.take("report_to")
-    names = [asked] if isinstance(asked, str) else list(asked or ())
+    names = [str(name) for name in source.several("report_to")]
     known = [name for name in names if name in ("tensorboard", "wandb")]
     if known:
         source.put("report_to", known, "report_to")

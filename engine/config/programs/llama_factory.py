@@ -105,9 +105,10 @@ def _method(source: GivenKeys) -> None:
     if not double:
         source.put("double_quant", False, "double_quantization")
     source.copy_or_default({"lora_rank": ("lora_rank", 8)})
+    rank = source.as_number("lora_rank", source.result.settings["lora_rank"].value) or 8
     source.copy_or_default(
         {
-            "lora_alpha": ("lora_alpha", 2 * int(source.result.settings["lora_rank"].value)),
+            "lora_alpha": ("lora_alpha", 2 * int(rank)),
             "lora_dropout": ("lora_dropout", 0.0),
             "lora_target": ("target_modules", "all"),
         }
@@ -118,19 +119,18 @@ def _data(source: GivenKeys, folder: Path) -> None:
     where = folder / str(source.left.get("dataset_dir", "data"))
     known = _known_files(where)
     for key, setting in (("dataset", "data"), ("eval_dataset", "eval_data")):
-        names = source.take(key)
-        if names is None:
-            continue
-        listed = names.split(",") if isinstance(names, str) else list(names)
-        files = [_file_of(source, key, str(name).strip(), where, known) for name in listed]
-        source.put(setting, files, key)
+        given = source.several(key)
+        listed = str(given[0]).split(",") if len(given) == 1 else given
+        if given:
+            files = [_file_of(source, key, str(name).strip(), where, known) for name in listed]
+            source.put(setting, files, key)
 
 
 def _known_files(where: Path) -> dict[str, Any]:
     """dataset_info.json; of one that cannot be read, every data set is reported as missing."""
     try:
         return read_json_object(where / "dataset_info.json")
-    except CheckpointError:
+    except (CheckpointError, ValueError):  # the latter of a name that no file can have
         return {}
 
 

@@ -14,6 +14,7 @@ from engine.config.programs.translation import (
     GivenKeys,
     Translation,
     checkpointing,
+    stands,
 )
 
 
@@ -25,7 +26,7 @@ def translate_trl(given: dict[str, Any], folder: Path) -> Translation:
     name = source.take("dataset_name")
     if name is not None:
         source.put("data", [str(name)], "dataset_name")
-        if not Path(str(name)).exists():
+        if not stands(str(name)):
             source.miss("dataset_name", "save its rows as JSONL, and name that file")
     source.copy({"max_seq_length": "max_length", "packing": "packing"})
     source.copy_or_default(
@@ -105,7 +106,7 @@ def translate_mlx(given: dict[str, Any], folder: Path) -> Translation:
     source.choose("optimizer", "optimizer", ADAMW, "adam")
     data = folder / str(source.take("data", "data"))
     source.put("data", [str(data / "train.jsonl")], "data")
-    if (data / "valid.jsonl").exists():
+    if stands(data / "valid.jsonl"):
         source.put("eval_data", [str(data / "valid.jsonl")], "data")
     source.drop(("train", "test", "val_batches", "test_batches"), "all held-out rows are evaluated")
     mode = source.take("training_mode", "normal")
@@ -127,12 +128,17 @@ def _mlx_adapter(source: GivenKeys) -> None:
     layers = source.take("num_layers", 16)
     if layers != -1:
         source.miss("num_layers", f"an adapter is put on every layer, not the last {layers}")
-    given = dict(source.take("lora_parameters") or {})
-    rank, scale = given.get("rank", 8), given.get("scale", 20.0)
-    source.put("lora_rank", rank, "lora_parameters.rank")
-    source.put("lora_alpha", float(scale) * int(rank), "lora_parameters.scale x rank")
+    given = source.table("lora_parameters")
+    rank = source.as_number("lora_parameters.rank", given.get("rank", 8))
+    scale = source.as_number("lora_parameters.scale", given.get("scale", 20.0))
+    if rank is not None:
+        source.put("lora_rank", given.get("rank", 8), "lora_parameters.rank")
+    if rank is not None and scale is not None:
+        source.put("lora_alpha", scale * int(rank), "lora_parameters.scale x rank")
     source.put("lora_dropout", given.get("dropout", 0.0), "lora_parameters.dropout")
     keys = given.get("keys")
-    if keys:
+    if isinstance(keys, list) and keys:
         names = [str(key).rpartition(".")[2] for key in keys]
         source.put("target_modules", names, "lora_parameters.keys")
+    elif keys:
+        source.miss("lora_parameters.keys", "a list of names is expected")

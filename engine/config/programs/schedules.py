@@ -1,7 +1,5 @@
 """Learning-rate schedules of Hugging Face's trainer and of programs built on it."""
 
-from typing import Any
-
 from engine.config.programs.translation import GivenKeys
 
 SCHEDULES = {
@@ -32,18 +30,19 @@ def schedule(source: GivenKeys, key: str, default: str) -> None:
     """Take a schedule's name and its `lr_scheduler_kwargs`; the learning rate is known already."""
     name = str(source.left.get(key, default)).lower()
     source.choose(key, "lr_schedule", SCHEDULES, default)
-    given: dict[str, Any] = dict(source.take("lr_scheduler_kwargs") or {})
+    given = source.table("lr_scheduler_kwargs")
     for argument, setting in _ARGUMENTS.get(name, {}).items():
         if argument in given:
             source.put(setting, given.pop(argument), f"lr_scheduler_kwargs: {argument}")
     lowest = _LOWEST.get(name, "")
     # transformers ends a polynomial at 1e-7 where nothing is said.
-    rate = given.pop(lowest, 1e-7 if name == "polynomial" else None)
-    peak = source.result.settings.get("learning_rate")
-    if rate is not None and peak is not None and 0 <= float(rate) <= float(peak.value):
-        origin = f"lr_scheduler_kwargs: {lowest}"
-        source.put("min_lr_ratio", float(rate) / float(peak.value), origin)
+    origin = f"lr_scheduler_kwargs: {lowest}"
+    rate = source.as_number(origin, given.pop(lowest, 1e-7 if name == "polynomial" else None))
+    named = source.result.settings.get("learning_rate")
+    peak = None if named is None else source.as_number("learning_rate", named.value)
+    if rate is not None and peak is not None and 0 <= rate <= peak:
+        source.put("min_lr_ratio", rate / peak, origin)
     elif rate is not None and name in SCHEDULES:
-        source.miss(f"lr_scheduler_kwargs: {lowest}", f"{rate} is no share of the learning rate")
+        source.miss(origin, f"{rate:g} is no share of the learning rate")
     for argument in given:
         source.miss(f"lr_scheduler_kwargs: {argument}", f"the schedule {name} has no such argument")

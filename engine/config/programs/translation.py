@@ -1,7 +1,9 @@
 """What becomes of another program's configuration, key by key."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from engine.config.data_names.passwords import shown_value
@@ -50,6 +52,39 @@ class GivenKeys:
     def default(self, setting: str, value: Any) -> None:
         """Set one of ours to what the other program does where nothing is said."""
         self.put(setting, value, f"{self.result.program}'s default")
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """Take a number; a value that is none is missing."""
+        return self.as_number(key, self.take(key, default))
+
+    def as_number(self, key: str, value: Any) -> float | None:
+        """A value of `key` as a finite number; one that is none is missing, unless it is empty."""
+        if value is None or value is False or value == "":  # not in: 0 equals False
+            return None
+        try:
+            number = math.nan if value is True else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        self.miss(key, f"{shown_value(key, value)[:60]} is no number")
+        return None
+
+    def table(self, key: str) -> dict[str, Any]:
+        """Take a mapping; another value is missing, unless it is empty."""
+        value = self.take(key)
+        if isinstance(value, Mapping):
+            return {str(name): item for name, item in value.items()}
+        if value not in (None, False, "", []):
+            self.miss(key, f"{shown_value(key, value)[:60]} is no mapping of names to values")
+        return {}
+
+    def several(self, key: str) -> list[Any]:
+        """Take a list, or the one value that there is."""
+        value = self.take(key)
+        if isinstance(value, list | tuple):
+            return list(value)
+        return [] if value in (None, False, "") else [value]
 
     def copy(self, table: Mapping[str, str]) -> None:
         """Take keys whose values mean the same under our name."""
@@ -101,7 +136,9 @@ class GivenKeys:
     def whole(self, key: str, setting: str, default: float) -> None:
         """A number of epochs, which here is whole: a part of one is rounded up."""
         asked = key in self.left
-        value = float(self.take(key, default))
+        value = self.number(key, default)
+        if value is None:
+            return
         whole = max(1, int(-(-value // 1)))
         self.put(setting, whole, key if asked else f"{self.result.program}'s default")
         if whole != value:
@@ -118,6 +155,14 @@ class GivenKeys:
         for key, value in self.left.items():
             self.miss(key, f"this key ({shown_value(key, value)[:60]}) is not known here")
         return self.result
+
+
+def stands(path: str | Path) -> bool:
+    """Whether there is such a file or folder; a name that none can have names none."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def compute_type(source: GivenKeys) -> None:
@@ -144,13 +189,13 @@ def checkpointing(source: GivenKeys, key: str = "gradient_checkpointing") -> Non
 
 def heldout(source: GivenKeys, key: str) -> None:
     """A share of the rows held out; a number of rows has no counterpart."""
-    value = source.take(key)
-    if value is None or float(value) == 0:
+    value = source.number(key)
+    if value is None or value == 0:
         return
-    if float(value) < 1:
-        source.put("heldout", float(value), key)
+    if value < 1:
+        source.put("heldout", value, key)
     else:
-        source.miss(key, f"{value} rows: `heldout` is a share of the rows, such as 0.05")
+        source.miss(key, f"{value:g} rows: `heldout` is a share of the rows, such as 0.05")
 
 
 ADAMW = {
