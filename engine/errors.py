@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 
 _LONGEST = 2000
+_NOTE = 40
+"""Room for the number of characters that are left out."""
 
 
 def printable(text: str, longest: int = _LONGEST) -> str:
@@ -16,13 +18,19 @@ def printable(text: str, longest: int = _LONGEST) -> str:
 
     What comes from a file or a name may hold escape sequences, which a terminal would obey.
     """
-    if len(text) > longest:
-        half = longest // 2
-        left_out = len(text) - 2 * half
-        text = f"{text[:half]} [... {left_out} characters ...] {text[-half:]}"
+    text = _cut(text, longest)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    shown = "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return _cut(shown, longest)  # an escape is longer than what it stands for
+
+
+def _cut(text: str, longest: int) -> str:
+    """`text` with at most `longest` characters, those in the middle counted in place of shown."""
+    if len(text) <= longest:
+        return text
+    half = max(longest - _NOTE, 0) // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[len(text) - half :]}"
 
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
