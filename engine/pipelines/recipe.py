@@ -143,11 +143,14 @@ def _stage(item: Any, where: str, variables: Mapping[str, str]) -> Stage:
 
 
 def _filled(value: Any, variables: Mapping[str, str]) -> Any:
-    """`value` with variables replaced, in texts within it as well; an unknown one is a KeyError."""
+    """`value` with variables replaced, in texts within it as well; an unknown one is a KeyError.
+
+    Names of settings within it are texts, as they are on the command line.
+    """
     if isinstance(value, str):
         return _VARIABLE.sub(lambda match: variables[match[1]], value)
     if isinstance(value, list):
         return [_filled(item, variables) for item in value]
     if isinstance(value, Mapping):
-        return {key: _filled(item, variables) for key, item in value.items()}
+        return {str(key): _filled(item, variables) for key, item in value.items()}
     return value

@@ -21,6 +21,8 @@ _DISTRIBUTIONS = {
     "linear": "linear",
     "log": "log",
 }
+_LARGEST = 1e300
+_MOST_STEPS = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,25 @@ def _range(name: str, given: Mapping[str, Any], where: str) -> Parameter:
     if unknown or "min" not in given or "max" not in given:
         what = f"has {', '.join(unknown)}" if unknown else "has only one end"
         raise ConfigError(f"{where} {what}; a range has `min`, `max`, and maybe `scale` or `step`.")
-    least, most, step = (given.get(key) for key in ("min", "max", "step"))
+    least, most = (_end(given[key], where) for key in ("min", "max"))
+    step = None if given.get("step") is None else _end(given["step"], where)
     scale = _DISTRIBUTIONS.get(str(given.get("scale", given.get("distribution", "linear"))).lower())
-    numbers = [x for x in (least, most, step) if x is not None]
-    if any(type(x) not in (int, float) or not math.isfinite(x) for x in numbers):
-        raise ConfigError(f"{where}: `min`, `max` and `step` are to be numbers.")
-    assert isinstance(least, int | float) and isinstance(most, int | float)
     if scale is None:
         raise ConfigError(f"{where}: `scale` is to be {' or '.join(_SCALES)}.")
     if not least < most or (step is not None and not 0 < step <= most - least):
         raise ConfigError(f"{where}: `min` is to be less than `max`, and `step` to lie between.")
+    if step is not None and (most - least) / step > _MOST_STEPS:
+        raise ConfigError(f"{where}: `step` is so small that the range has over 2^53 values.")
     if scale == "log" and (least <= 0 or step is not None):
         raise ConfigError(f"{where}: a range on a log scale begins above 0 and has no `step`.")
     return Parameter(name, (), least, most, scale == "log", step)
+
+
+def _end(value: Any, where: str) -> int | float:
+    """A number of a range."""
+    if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:
+        raise ConfigError(
+            f"{where}: `min`, `max` and `step` are to be numbers, of at most {_LARGEST:g}."
+        )
+    number: int | float = value
+    return number

@@ -253,6 +253,15 @@ def test_a_recipe_that_cannot_be_used_is_named(
         read_recipe(file)
 
 
+def test_names_within_settings_are_texts_whatever_yaml_makes_of_them(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    inner = "{1: 0.5, b: 2, !!timestamp 2020-01-01: 1, ? !!binary aGk= : 1}"
+    file.write_text(f"stages:\n- {{run: eval, with: {{gates: {inner}, data: [{inner}]}}}}\n")
+    (stage,) = read_recipe(file).stages
+    assert all(isinstance(key, str) for key in stage.settings["gates"])
+    assert len(stage.identity) == 64
+
+
 def test_variables_are_filled_in_and_may_be_given_anew(tmp_path: Path) -> None:
     file = tmp_path / "p.yaml"
     stage = {"run": "train", "with": {"model": "${base}", "data": ["${out}/a", "$b", "${base}x"]}}
