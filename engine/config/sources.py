@@ -226,7 +226,8 @@ def _walk(
             raise ValueError(f"a {kind} stands for the name of a setting in line {line}")
         path = (*above, str(key_node.value))
         group = isinstance(value_node, yaml.MappingNode) and value_node.tag == _PLAIN_MAPPING
-        if group and not known.is_mapping(path[-1]):
+        # An empty mapping may stand for a value too, which is then no value of its setting.
+        if group and not known.is_mapping(path[-1]) and (value_node.value or path[-1] in GROUPS):
             yield from _walk(loader, value_node, path, known)
         else:
             value = loader.construct_object(value_node, deep=True)

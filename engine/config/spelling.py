@@ -247,6 +247,8 @@ def layer_numbers(value: Any) -> Any:
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
     try:
+        if not value.isascii():  # int() reads the digits of every script
+            raise ValueError
         return tuple(int(part) for part in value.split(",") if part.strip())
     except ValueError as error:
         raise ValueError(f"{value!r} is no list of layer numbers, such as 0,1,-1") from error

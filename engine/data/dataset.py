@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from engine.config.numbers import is_count
 from engine.config.row_settings import ChoiceSettings
 from engine.data.origins import notice_stale
 from engine.data.rows import Row, is_row, parse_row
@@ -46,7 +47,7 @@ class BadLines:
             return cls(skip=True)
         head, _, share = text.partition(":")
         number = share.removesuffix("%")
-        is_number = share.endswith("%") and number.replace(".", "", 1).isdecimal()
+        is_number = share.endswith("%") and is_count(number.replace(".", "", 1))
         if head == "skip" and is_number and float(number) <= 100:
             return cls(skip=True, at_most=float(number) / 100)
         raise ConfigError(

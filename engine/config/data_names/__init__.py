@@ -21,7 +21,7 @@ ROW_FIELDS = (
 )  # fmt: skip
 """Fields of a row that `map` can fill from a column of another name."""
 
-_WEIGHT = re.compile(r"(?P<name>.+)=(?P<weight>\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
+_WEIGHT = re.compile(r"(?P<name>.+)=(?P<weight>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)", re.DOTALL)
 _FRAGMENT = "#weight="
 _MOST = 1000.0
 

@@ -16,8 +16,10 @@ import pytest
 import engine.config
 from engine.config.numbers import MOST, takes_numbers
 from engine.config.settings import Settings
+from engine.config.sources import load_config
 from engine.config.spelling import size_in_bytes
 from engine.config.tasks.corpus import MixSettings
+from engine.config.tasks.pruning import PruneSettings
 from engine.config.tasks.workflow import PlanSettings
 from engine.config.train_config import TrainConfig
 from engine.errors import ConfigError
@@ -180,3 +182,22 @@ def test_numbers_of_layers_are_short_and_ascii(count: str) -> None:
         TrainConfig(model="m", data=["d"], gradient_checkpointing=f"full:{count},none")
     with pytest.raises(ValueError, match="checkpointing policy"):
         layer_policies(f"full:{count},none", 4)
+
+
+@pytest.mark.parametrize("digits", ["\u0660", "\uff10,1", "1,\u0967"])
+def test_layers_are_listed_in_the_digits_0_to_9(digits: str) -> None:
+    with pytest.raises(ConfigError, match="`protect`"):
+        PruneSettings(protect=digits)
+
+
+def test_an_empty_mapping_is_no_value_of_a_setting(tmp_path: Path) -> None:
+    """It is nothing only where it stands for a group of settings."""
+    file = tmp_path / "c.yaml"
+    file.write_text("batch_size: {}\n")
+    with pytest.raises(ConfigError, match="`batch_size`"):
+        load_config(file, flags={"model": "m", "data": ["d"]})
+    file.write_text("bach_size: {}\n")
+    with pytest.raises(ConfigError, match="did you mean `batch_size`"):
+        load_config(file)
+    file.write_text("lora: {}\nchat_template_kwargs: {}\n")
+    assert load_config(file, flags={"model": "m", "data": ["d"]}).chat_template_kwargs == {}

@@ -217,7 +217,9 @@ def test_a_folder_means_its_train_file(tmp_path: Path) -> None:
     assert len(load_rows([tmp_path, tmp_path / "heldout.jsonl"])) == 3
 
 
-@pytest.mark.parametrize("text", ["sometimes", "skip:", "skip:200%", "skip:5", "fail:5%"])
+@pytest.mark.parametrize(
+    "text", ["sometimes", "skip:", "skip:200%", "skip:5", "fail:5%", "skip:٥%"]
+)
 def test_an_unknown_policy_for_bad_lines_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="skip:5%"):
         BadLines.parse(text)
