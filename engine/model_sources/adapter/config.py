@@ -35,6 +35,9 @@ _CONSTANT: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 _MOST = 65_536
+_PLAIN = re.compile(r"[\w.]{1,200}")
+"""A pattern that matches names which end as it does after its last dot."""
+_MOST_PATTERNS = 1000
 _OF_ENDINGS = ("rank_pattern", "alpha_pattern")
 
 
@@ -101,6 +104,8 @@ def scale_of(alpha: float, rank: int, use_rslora: bool) -> float:
 def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the module's name or an ending of it."""
     for pattern, value in patterns.items():
+        if _PLAIN.fullmatch(pattern) and not module.endswith(pattern.rpartition(".")[2]):
+            continue  # most adapters name every module whole: that is told in no time
         if pattern_of(_of_an_ending(pattern)).match(module) is not None:
             return value
     return default
@@ -182,7 +187,13 @@ def _patterns(raw: Mapping[str, Any], key: str, source: str) -> dict[str, Any]:
     value = raw.get(key) or {}
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: {key} is {value!r}; expected an object of patterns.")
-    for pattern in value:
+    special = [pattern for pattern in value if not _PLAIN.fullmatch(pattern)]
+    if len(special) > _MOST_PATTERNS:
+        raise CheckpointError(
+            f"{source}: {key} has {len(special)} patterns that are no plain names; at most "
+            f"{_MOST_PATTERNS} are compared with every module. No adapter needs as many."
+        )
+    for pattern in special:
         compile_pattern(pattern, key, source)
     return value
 

@@ -23,6 +23,9 @@ from torch import Tensor
 from engine.errors import CheckpointError
 from kernels.nf4 import dequantize, quantize
 
+_MOST_ROUNDS = 100
+"""Of LoftQ, each of which decomposes the weight; the paper's tables end at 10."""
+
 
 def initial_base(
     weight: Tensor, initial: str, rank: int, scale: float, config: Mapping[str, Any]
@@ -77,9 +80,10 @@ def initial_pair(
 def _loftq(weight: Tensor, rank: int, settings: Mapping[str, Any]) -> Tensor:
     """The quantised values after the asked rounds: quantise W - L R, decompose what is left."""
     bits, rounds = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
-    if bits not in (4, 8) or not isinstance(rounds, int) or rounds < 1:
+    if bits not in (4, 8) or not isinstance(rounds, int) or not 1 <= rounds <= _MOST_ROUNDS:
         raise CheckpointError(
-            f"loftq_config is {dict(settings)}; expected 4 or 8 bits and at least one round."
+            f"loftq_config is {dict(settings)}; expected loftq_bits of 4 or 8 and loftq_iter, its "
+            f"rounds, from 1 to {_MOST_ROUNDS}."
         )
     remainder = weight
     for number in range(rounds):
