@@ -110,7 +110,7 @@ def test_a_trial_without_its_summary_is_done_again_and_changed_rows_are_told(
     assert "read other inputs" not in caplog.text
     (tmp_path / "sweep" / "trial-001" / "summary.json").write_text('{"status": "Succ')
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(rows.read_text().replace("abc", "abd", 1))
+    rows.write_text(rows.read_text().replace("abc", "xyz", 1))
     again = engine.sweep(path)
     assert {one.trial.name for one in again.trials if one.value is not None} == {
         one.trial.name for one in first.trials
