@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -35,8 +36,18 @@ class StageRecord:
 
     def is_done(self) -> bool:
         """Whether the stage ended well, with these settings, and what it wrote is there."""
-        same = self._facts().get("identity") == self.stage.identity
-        return self._ended_well() and same and all(p.exists() for p in self.stage.outputs())
+        facts, outputs = self._facts(), self.stage.outputs()
+        same = facts.get("identity") == self.stage.identity
+        there = [self._from_here(path) for path in outputs]
+        same = same and facts.get("outputs", there) == there
+        return self._ended_well() and same and all(path.exists() for path in outputs)
+
+    def _from_here(self, path: Path) -> str:
+        """A path as it is seen from the record: started from elsewhere, a name is another file's.
+
+        All of it may be moved together.
+        """
+        return os.path.relpath(path.absolute(), self.folder.absolute())
 
     def _facts(self) -> dict[str, Any]:
         try:
@@ -86,14 +97,21 @@ class StageRecord:
         else:
             for path in standing:
                 _remove(path)
-        durable.write_json(self.folder / _BEGUN, {"absent": [str(path) for path in own]})
+        self._note_own(own)
         return options
+
+    def _note_own(self, own: list[Path]) -> None:
+        durable.write_json(self.folder / _BEGUN, {"absent": [self._from_here(p) for p in own]})
 
     def _own_outputs(self) -> list[Path]:
         """Outputs that did not exist before this stage was first begun."""
         begun = self.folder / _BEGUN
         earlier = self._absent(begun) if begun.exists() else set()
-        return [p for p in self.stage.outputs() if not p.exists() or str(p) in earlier]
+        return [
+            p
+            for p in self.stage.outputs()
+            if not os.path.lexists(p) or self._from_here(p) in earlier
+        ]
 
     def _absent(self, begun: Path) -> set[str]:
         """Outputs that were not there before. Raises `CheckpointError` where nobody can tell."""
@@ -120,6 +138,7 @@ class StageRecord:
             "status": "Success" if status == 0 else "Failure",
             "exit_status": status,
             "output_path": str(outputs[0]) if outputs else None,
+            "outputs": [self._from_here(path) for path in outputs],
             "error_message": message,
             "wall_seconds": round(seconds, 3),
             "ended": round(time.time(), 3),
@@ -127,6 +146,9 @@ class StageRecord:
         durable.write_json(self.summary, facts)
         if status == 0:
             self.settle()
+        else:
+            # What stands under the other names at the next start is somebody else's.
+            self._note_own([path for path in self._own_outputs() if os.path.lexists(path)])
         return facts
 
 

@@ -201,6 +201,36 @@ def test_a_note_of_what_stood_before_that_is_damaged_is_named(text: str, tmp_pat
     assert mine.exists()
 
 
+def test_what_somebody_put_where_a_failed_stage_would_write_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "rows.jsonl"
+    record = StageRecord(tmp_path / "out", Stage("s", "data convert", {"output": str(target)}))
+    record.begin()
+    record.end(2, 1.0, "there are no rows")
+    target.write_text("mine")
+    record.begin()
+    assert target.read_text() == "mine"
+
+
+def test_files_of_the_same_names_elsewhere_are_no_outputs_of_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    record = StageRecord(tmp_path / "out", Stage("s", "data convert", {"output": "rows.jsonl"}))
+    monkeypatch.chdir(tmp_path / "first")
+    record.begin()
+    Path("rows.jsonl").write_text("rows")
+    record.end(0, 1.0, None)
+    assert record.is_done()
+    monkeypatch.chdir(tmp_path / "second")
+    Path("rows.jsonl").write_text("mine")
+    assert not record.is_done()
+    record.begin()
+    record.end(2, 1.0, "rows.jsonl exists already")
+    assert Path("rows.jsonl").read_text() == "mine"
+    assert (tmp_path / "first" / "rows.jsonl").read_text() == "rows"
+
+
 @pytest.mark.parametrize(
     ("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)]
 )
