@@ -1,6 +1,5 @@
 """The base class of all tables of settings."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, get_args
@@ -21,10 +20,8 @@ from pydantic.fields import FieldInfo
 from engine.config.data_names.passwords import hidden
 from engine.config.explain import describe
 from engine.config.numbers import in_range, plain_number
-from engine.config.spelling import nameable
+from engine.config.spelling import nameable, written_path
 from engine.errors import ConfigError
-
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def setting(
@@ -73,6 +70,9 @@ class Settings(BaseModel):
             super().__init__(**{k: v if k in free else hidden(v) for k, v in shown.items()})
         except ValidationError as error:
             raise ConfigError(describe(error, type(self).model_fields, {})) from error
+        except UnicodeEncodeError as error:
+            # pydantic takes no half characters in the words of a validator, which quote a name.
+            raise ConfigError(f"The configuration cannot be used: {error.object}") from error
 
     @model_validator(mode="wrap")
     @classmethod
@@ -87,8 +87,8 @@ class Settings(BaseModel):
     def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Let `true` be refused for a number, where pydantic would read it as 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, str) and _is_path(annotation):
-            _refuse_no_path(value)
+        if _is_path(annotation):
+            value = _read_paths(value)
         return plain_number(value, annotation)
 
     @field_validator("*", mode="after")
@@ -121,14 +121,11 @@ def _is_path(annotation: Any) -> bool:
     return Path in kinds and str not in kinds
 
 
-def _refuse_no_path(text: str) -> None:
-    """Raise `ValueError` for a text that `Path` would make a path of, and nobody meant as one."""
-    if not text:
-        raise ValueError("is empty; name a file or a folder, or leave it out")
-    if _URL.match(text):
-        raise ValueError(
-            "is a URL; a path on this machine is expected, so mount or copy what it is"
-        )
+def _read_paths(value: Any) -> Any:
+    """A text, or each of several, as the path that it is; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [_read_paths(item) for item in value]
+    return written_path(value) if isinstance(value, str) else value
 
 
 S = TypeVar("S", bound=Settings)

@@ -21,6 +21,7 @@ from engine.config.aliases import ALIASES, GROUPS, HINTS
 from engine.config.data_names.passwords import shown_value
 from engine.config.explain import Setting, describe, nearest
 from engine.config.settings import Settings
+from engine.config.spelling import written_path
 from engine.config.train_config import TrainConfig
 from engine.config.training.presets import OTHER_NAMES, PRESETS
 from engine.errors import ConfigError
@@ -182,6 +183,18 @@ def read_mapping(path: Path) -> dict[str, Any]:
         return {str(key): value for key, value in loader.construct_document(node).items()}
 
     return _read(path, values)
+
+
+def output_in(path: Path, content: Mapping[str, Any]) -> Path:
+    """The `output_dir` of a file's values, else `runs/` with the file's name.
+
+    Raises `ConfigError` where it is no path.
+    """
+    written = content.get("output_dir")
+    try:
+        return written_path(str(written)) if written else Path(f"runs/{path.stem}")
+    except ValueError as error:
+        raise ConfigError(f"{path}: `output_dir` = {str(written)!r}: {error}.") from None
 
 
 def _read(

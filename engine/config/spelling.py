@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator
 from engine.config.choices import POLICIES, PRUNABLES, Auto
 from engine.config.numbers import is_count
 from engine.storage import strict_json
-from engine.storage.home import can_be_named
+from engine.storage.home import can_be_named, expanded
 
 Name = TypeVar("Name", str, Path)
 
@@ -224,6 +224,23 @@ def nameable(name: Name) -> Name:
     if not can_be_named(name):
         raise ValueError("holds a character that no file's name can have")
     return name
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def written_path(text: str) -> Path:
+    """A path as it is written in a file or a flag, with ~ for a home.
+
+    Raises `ValueError` for a text that `Path` would make a path of, and nobody meant as one.
+    """
+    if not text:
+        raise ValueError("is empty; name a file or a folder, or leave it out")
+    if _URL.match(text):
+        raise ValueError(
+            "is a URL; a path on this machine is expected, so mount or copy what it is"
+        )
+    return expanded(nameable(text))
 
 
 FolderOrWord = Annotated[str, AfterValidator(nameable)]

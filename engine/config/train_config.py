@@ -54,6 +54,7 @@ from engine.config.spelling import (
 from engine.config.training.distributed import DistributedSettings
 from engine.config.training.evaluation import EvaluationSettings
 from engine.config.trajectory import KNOWN_OTHERWISE, NOT_TRAJECTORY
+from engine.storage.home import expanded
 
 VERBS = ("resume", "overwrite")
 """Settings that say what to do now, and are no part of what a run is."""
@@ -249,10 +250,10 @@ class TrainConfig(
     @field_validator("resume", mode="before")
     @classmethod
     def _resume_flag(cls, value: Any) -> Any:
-        """`true` means auto and `false` means none, as other trainers spell it."""
+        """`true` means auto and `false` means none, as other trainers spell it; ~ is a home."""
         if isinstance(value, bool):
             return "auto" if value else None
-        return str(value) if isinstance(value, Path) else value
+        return str(expanded(value)) if isinstance(value, Path | str) and value else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.explain import nearest
-from engine.config.sources import read_mapping
+from engine.config.sources import output_in, read_mapping
 from engine.errors import ConfigError, listing
+from engine.storage.home import expanded
 
 VERBS = (
     "train", "plan", "eval", "generate", "merge", "quantize", "prune", "forge",
@@ -47,7 +48,7 @@ class Stage:
 
     def outputs(self) -> list[Path]:
         """The paths that the settings say will be written."""
-        return [Path(str(self.settings[key])) for key in OUTPUTS if self.settings.get(key)]
+        return [expanded(str(self.settings[key])) for key in OUTPUTS if self.settings.get(key)]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,7 @@ def read_recipe(path: Path, output_dir: Path | None = None, given: Sequence[str]
             f"{path}: a pipeline has `output_dir`, `variables` and `stages`; there is also "
             f"{listing(unknown)}."
         )
-    written = content.get("output_dir")
-    directory = output_dir or Path(str(written) if written else f"runs/{path.stem}")
+    directory = output_dir or output_in(path, content)
     listed = content.get("stages")
     if not isinstance(listed, list) or not listed:
         raise ConfigError(

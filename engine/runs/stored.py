@@ -11,7 +11,7 @@ from engine.config.sources import TRAIN, build, read_file
 from engine.config.train_config import VERBS, TrainConfig
 from engine.errors import ConfigError
 from engine.runs.output import CHECKPOINT
-from engine.storage.home import real
+from engine.storage.home import expanded, real
 from engine.storage.safe_files import json_object_or_empty
 
 CONFIG = "config.yaml"
@@ -29,12 +29,13 @@ def resumed(given: Mapping[str, Setting]) -> dict[str, Setting]:
     asked = given.get("resume")
     if asked is None or asked.value in (None, False, "false"):
         return dict(given)
-    run, choice = _run_of(str(asked.value), given)
+    named = str(expanded(str(asked.value)))
+    run, choice = _run_of(named, given)
     if run is None or not (run / CONFIG).is_file():
-        _refuse_what_is_no_run(str(asked.value), run)
+        _refuse_what_is_no_run(named, run)
         return dict(given)
     output = given.get("output_dir")
-    if output is not None and real(str(output.value)) != real(run):
+    if output is not None and real(expanded(str(output.value))) != real(run):
         raise ConfigError(
             f"{asked.source} goes on with the run in {run}, and {output.source} names "
             f"{output.value}: a run goes on in its own directory. Leave out --output-dir, or start "
@@ -70,7 +71,7 @@ def _run_of(asked: str, given: Mapping[str, Setting]) -> tuple[Path | None, str]
     """The directory of the run to go on with, and from which checkpoint."""
     if asked in ("auto", "True", "true"):
         output = given.get("output_dir")
-        return (Path(str(output.value)) if output is not None else None), "auto"
+        return (expanded(str(output.value)) if output is not None else None), "auto"
     path = Path(asked)
     if not path.exists() and (Path("runs") / asked).is_dir():
         path = Path("runs") / asked

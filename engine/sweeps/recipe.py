@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.explain import Setting
-from engine.config.sources import TRAIN, gather, read_mapping
+from engine.config.sources import TRAIN, gather, output_in, read_mapping
 from engine.config.training.evaluation import EVAL, metric_is_greatest
 from engine.errors import ConfigError, listing
 from engine.sweeps.parameters import Parameter, read_parameter
@@ -66,11 +66,10 @@ def read_sweep(file: Path, output_dir: Path | None = None, trials: int | None = 
     wanted = trials if trials is not None else content.get("trials")
     if wanted is None and method == "random":
         raise ConfigError(f"{file}: a random sweep needs `trials`, the number of runs.")
-    written = content.get("output_dir")
     metric = _metric(str(content.get("metric", DEFAULT_METRIC)))
     return Sweep(
         file=file,
-        output_dir=output_dir or Path(str(written) if written else f"runs/{file.stem}"),
+        output_dir=output_dir or output_in(file, content),
         base=_base(content, file),
         parameters=parameters,
         method=method,

@@ -171,6 +171,11 @@ def test_a_url_or_nothing_is_no_path(name: str) -> None:
     assert TrainConfig(model="m", data=["d"], output_dir="a:b/c").output_dir == Path("a:b/c")
 
 
+def test_a_refusal_may_quote_a_name_that_is_no_utf8() -> None:
+    with pytest.raises(ConfigError, match=r"sample_prompts a\\udcff would never be answered"):
+        TrainConfig(model="m", data="d", sample_prompts="a\udcff")
+
+
 def test_keys_that_are_no_text_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no setting `1`"):
         MixSettings(**dict[str, Any](sources=[{1: 2}], output="x.jsonl"))
