@@ -16,7 +16,7 @@ import numpy as np
 from engine.errors import CheckpointError, ConfigError, listing
 from engine.model_sources.gguf.container import GGUFFile, TensorInfo
 
-_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII)
 # A vision projector is a file of its own beside the model.
 _PROJECTOR = "mmproj"
 
@@ -74,18 +74,19 @@ class GGUFParts:
 def part_names(name: str) -> list[str]:
     """Names of all parts of the model that the file `name` is a part of; itself if of none."""
     match = _NAME.fullmatch(name)
-    if match is None:
+    count = int(match["count"]) if match is not None else 0
+    if match is None or not count:
         return [name]
-    count = int(match["count"])
     return [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
 
 
 def lone_model(folder: Path) -> Path | None:
     """The one GGUF model in a folder, whole or any of its parts; None for none or several."""
     files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith(_PROJECTOR)]
-    if not files or len({part_names(path.name)[0] for path in files}) > 1:
-        return None
-    return files[0]
+    # Of a name's many parts none is spelt out, for any number of files.
+    named = {path: _NAME.fullmatch(path.name) for path in files}
+    models = {path.name if m is None else m.group("stem", "count") for path, m in named.items()}
+    return files[0] if len(models) == 1 else None
 
 
 def _open_all(opened: GGUFFile, count: int) -> list[GGUFFile]:

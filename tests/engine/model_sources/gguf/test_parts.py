@@ -1,6 +1,7 @@
 """Models in several GGUF files: read from any part; missing and foreign parts refused by name."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,16 @@ def test_a_folder_with_the_parts_of_one_model_is_that_model(
         open_model_source(folder)
 
 
+def test_names_of_many_parts_and_of_none_are_looked_through_at_once(tmp_path: Path) -> None:
+    (tmp_path / "m-00001-of-00000.gguf").touch()
+    assert lone_model(tmp_path) == tmp_path / "m-00001-of-00000.gguf"
+    for number in range(300):
+        (tmp_path / f"{number}-00001-of-99999.gguf").touch()
+    begun = time.process_time()
+    assert lone_model(tmp_path) is None
+    assert time.process_time() - begun < 1
+
+
 @pytest.mark.parametrize("given", [1, 3])
 def test_a_missing_part_is_named(whole: Path, names: list[str], tmp_path: Path, given: int) -> None:
     split(whole, tmp_path, [names[:2], names[2:4], names[4:]])
@@ -145,6 +156,7 @@ def test_renamed_parts_say_what_name_is_expected(
 
 def test_names_of_parts() -> None:
     assert part_names("m.gguf") == ["m.gguf"]
+    assert part_names("m-00001-of-00000.gguf") == ["m-00001-of-00000.gguf"]
     assert part_names("a-b-00002-of-00002.gguf") == [
         "a-b-00001-of-00002.gguf", "a-b-00002-of-00002.gguf",
     ]  # fmt: skip
