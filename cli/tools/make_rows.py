@@ -138,14 +138,18 @@ def synth(call: Call) -> None:
     from engine.data.makers.templates import expand
     from engine.data.origins import Origin
     from engine.errors import DataError
+    from engine.storage.safe_files import MIB, read_given
 
     settings = call.read(SynthSettings)
     refuse_output(settings.output, overwrite=settings.overwrite)
-    file = settings.templates
+    file, limit = settings.templates, 64 * MIB
     try:
-        text = file.read_text("utf-8")
+        data = read_given(file, limit)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: the templates cannot be read ({error}).") from None
+    if len(data) > limit:
+        raise DataError(f"{file} is over {limit // MIB} MiB, too long for a file of templates.")
     rows, counts = expand(text, str(file), settings.limit, settings.seed)
     report, origins = CorpusReport("synth"), [Origin.of_path(file)]
     _finish(call, settings, report, rows, origins, counts, [])

@@ -180,7 +180,7 @@ def _digest(path: Path, suffixes: tuple[str, ...] = ()) -> dict[str, Any]:
     files = files_below(path, suffixes)
     for file in files:
         name = file.relative_to(path).as_posix()
-        whole.update(f"{name}\0{durable.sha256_file(file)}\n".encode())
+        whole.update(os.fsencode(f"{name}\0{durable.sha256_file(file)}\n"))
     return {"files": len(files), "sha256": whole.hexdigest()}
 
 

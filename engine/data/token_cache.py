@@ -24,7 +24,7 @@ from engine.data.examples import Example, ExampleSettings
 from engine.data.rows import Row
 from engine.errors import CheckpointError
 from engine.storage import durable, names, strict_json
-from engine.storage.cache_folder import cache_folder
+from engine.storage.cache_folder import cache_folder, keep_newest
 from engine.storage.home import expanded
 from engine.storage.safe_files import open_regular
 from engine.tokenization.tokenizer import Tokenizer
@@ -152,16 +152,9 @@ def write_tokens(folder: Path, key: str, tokenised: Tokenised) -> None:
                 digest.update(data)
                 out.write(data)
             out.write(digest.digest())
-        _prune(folder)
+        keep_newest(folder, ".tokens", _MOST_FILES)
     except (OSError, CheckpointError) as error:
         log.warning("The token cache in %s was not written: %s", folder, error)
-
-
-def _prune(folder: Path) -> None:
-    """Remove all files but the newest."""
-    files = sorted(folder.glob("*.tokens"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in files[_MOST_FILES:]:
-        names.unlink(path, missing_ok=True)
 
 
 @cache

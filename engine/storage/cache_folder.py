@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,17 @@ def cache_folder(name: str) -> Path:
     except OSError:
         return Path(_own_folder().name)
     return folder if os.access(folder, os.W_OK) else Path(_own_folder().name)
+
+
+def keep_newest(folder: Path, ending: str, most: int) -> None:
+    """Delete all but the newest of the files that a cache named by their keys, and no other file.
+
+    A folder that the user named may hold files of theirs with the same ending.
+    """
+    own = re.compile(f"[0-9a-f]{{64}}{re.escape(ending)}")
+    files = [folder / name for name in names.listed(folder) if own.fullmatch(name)]
+    for file in sorted(files, key=lambda path: path.lstat().st_mtime, reverse=True)[most:]:
+        names.unlink(file, missing_ok=True)
 
 
 @cache

@@ -43,7 +43,7 @@ def mix_rows(
     """
     rows, figures = list[Record](), dict[str, dict[str, int]]()
     for part, count in zip(parts, _counts(parts, total), strict=True):
-        generator = random.Random(f"{seed} {part.name}")
+        generator = random.Random(f"{seed} {part.name}".encode("utf-8", "surrogatepass"))
         pool = generator.sample(list(part.rows), _drawn(part))
         wanted = round(part.weight * len(pool)) if count is None else count
         whole, rest = divmod(wanted, len(pool)) if pool else (0, 0)

@@ -43,7 +43,7 @@ def as_lines(file: RowFile, folder: Path) -> Path:
         facts = _facts(file.path) | {"most_bytes": file.limit.most_bytes}
     except OSError as error:
         raise DataError(f"{file.name}: the file cannot be read ({error}).") from error
-    name = hashlib.sha256(facts["path"].encode()).hexdigest()[:24]
+    name = hashlib.sha256(os.fsencode(facts["path"])).hexdigest()[:24]
     target, record = folder / f"{name}.rows.jsonl", folder / f"{name}.rows.json"
     known = json_object_or_empty(record)
     if target.is_file() and known == facts | {"written": target.stat().st_size}:

@@ -89,7 +89,8 @@ def index_lines(path: Path, folder: Path) -> LineIndex:
     """
     try:
         facts = _facts(path)
-        target = folder / f"{hashlib.sha256(facts['path'].encode()).hexdigest()[:24]}.lines"
+        key = hashlib.sha256(os.fsencode(facts["path"])).hexdigest()
+        target = folder / f"{key[:24]}.lines"
         known = _stored(target, facts)
         if known is None:
             names.mkdir(folder, parents=True, exist_ok=True)

@@ -61,7 +61,7 @@ def quick_digest(config: Mapping[str, Any], files: Iterable[Path]) -> str:
     for path in files:
         with os.fdopen(open_regular(path), "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
-            digest.update(f"\0{path.name}\0{size}\0".encode())
+            digest.update(os.fsencode(f"\0{path.name}\0{size}\0"))
             digest.update(handle.read(MIB))
             handle.seek(max(size - MIB, 0))
             digest.update(handle.read(MIB))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from engine.data.batches.sequences import AnswerSet
 from engine.errors import CheckpointError
 from engine.inference.perplexity import TOKENS_PER_BATCH
 from engine.storage import durable, names
-from engine.storage.cache_folder import cache_folder
+from engine.storage.cache_folder import cache_folder, keep_newest
 from engine.storage.home import expanded
 from engine.storage.safe_files import read_regular
 from engine.training.objectives.evaluation import indices_by_tokens
@@ -113,7 +114,7 @@ def stored_or_made(
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     size = 8 * shape[0] * shape[1]
     try:
@@ -137,8 +138,6 @@ def _write(path: Path, table: Tensor) -> None:
         with durable.replacing(path) as out:
             out.write(body)
             out.write(hashlib.sha256(body).digest())
-        files = path.parent.glob("*.reference")
-        for old in sorted(files, key=lambda p: p.stat().st_mtime, reverse=True)[_MOST_FILES:]:
-            names.unlink(old, missing_ok=True)
+        keep_newest(path.parent, path.suffix, _MOST_FILES)
     except (OSError, CheckpointError) as error:
         log.warning("The reference's log-probabilities were not stored in %s: %s", path, error)

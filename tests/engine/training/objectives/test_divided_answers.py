@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -126,3 +127,22 @@ def test_a_reference_is_made_again_where_a_rank_has_not_stored_it(tmp_path: Path
             shutil.rmtree(tmp_path / "1")
         tables = run_ranks(2, work)
         assert sorted(made) == expected and all(bool((t == 2).all()) for t in tables)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "damaged", "no name that files can have"])
+def test_a_reference_is_made_again_where_its_file_is_none(tmp_path: Path, kind: str) -> None:
+    def make_it() -> Tensor:
+        return torch.ones(2, 2, dtype=torch.float64)
+
+    where = tmp_path / ("n" * (300 if "name" in kind else 1)), {"rows": "r"}, (2, 2)
+    stored_or_made(*where, make_it)
+    for file in where[0].iterdir() if "name" not in kind else ():
+        if kind == "damaged":
+            file.write_bytes(file.read_bytes() + b"more")
+            continue
+        file.unlink()
+        if kind == "pipe":
+            os.mkfifo(file)
+        else:
+            file.symlink_to("/dev/zero")
+    assert bool((stored_or_made(*where, make_it) == 1).all())
