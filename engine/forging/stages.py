@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Stages:
         check_job(directory, settings, resume=resume, renamed=renamed, upgraded=upgraded)
         self.directory = directory
         make_directory(directory / "stages")
-        if not (directory / JOB).exists():
+        if not _has_done(directory):
             durable.write_json(directory / JOB, settings)
 
     def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -68,6 +69,32 @@ class Stages:
         result = work()
         durable.write_json(path, {**result, _DIGEST: _digest(result)})
         return _result(path)
+
+
+def row_files(root: Path) -> tuple[Path, Path]:
+    """The rows of a job: to train on, and held out."""
+    return root / "data" / "train.jsonl", root / "data" / "heldout.jsonl"
+
+
+def standing(root: Path, results: Iterable[str]) -> list[str]:
+    """What there is where a job in `root` would write: files, links, folders that hold something.
+
+    `results` are the names of what it writes in the end.
+    """
+    own = (*results, "stages", "data/docstrings")
+    paths = [*row_files(root), *(root / name for name in own), *_cycles(root)]
+    return [str(path) for path in paths if _stands(path)]
+
+
+def _cycles(root: Path) -> list[Path]:
+    return [*root.glob("cycle-*"), *root.glob("baseline-*")]
+
+
+def _stands(path: Path) -> bool:
+    """Whether there is a file or a link, or a folder with more than a killed writer leaves."""
+    if not path.is_dir():
+        return os.path.lexists(path)
+    return any(not p.name.startswith(durable.TEMPORARY_PREFIX) for p in path.iterdir())
 
 
 def make_directory(directory: Path) -> None:
@@ -91,10 +118,11 @@ def check_job(
 ) -> None:
     """Refuse a job that `directory` holds already, unless it is this one and goes on. Only reads.
 
-    Raises `ConfigError`.
+    One that has done nothing yet, as where its rows could not be read, is begun anew. Raises
+    `ConfigError`.
     """
     job = directory / JOB
-    if not job.exists():
+    if not _has_done(directory):
         return
     if not resume:
         raise ConfigError(
@@ -103,6 +131,12 @@ def check_job(
         )
     before = with_present_names(_settings(job), renamed or {})
     _refuse_other(job, settings, before if upgraded is None else upgraded(before))
+
+
+def _has_done(directory: Path) -> bool:
+    """Whether there is a job that has done a stage, or began one that takes long."""
+    done = any((directory / "stages").glob("*.json")) or any(map(_stands, _cycles(directory)))
+    return (directory / JOB).exists() and done
 
 
 def _refuse_other(job: Path, settings: dict[str, Any], before: dict[str, Any]) -> None:

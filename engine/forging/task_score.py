@@ -11,7 +11,7 @@ from typing import Any
 from engine.config.tasks.gates import GateSettings
 from engine.errors import ConfigError
 from engine.gates.answers import Answerer
-from engine.gates.measure import Questions, measure, prepare
+from engine.gates.measure import Questions, check_gates, measure, prepare
 from engine.gates.verdict import decide, read_earlier
 from engine.tokenization.tokenizer import Tokenizer
 from models.decoder import Decoder
@@ -31,9 +31,7 @@ class TaskScore:
     @classmethod
     def of(cls, gates: GateSettings, heldout: Path) -> TaskScore:
         """The held-out rows as questions. Raises `ConfigError` and `DataError`."""
-        refuse_other_base(gates)
-        earlier = None if gates.earlier is None else read_earlier(gates.earlier)
-        return cls(gates, prepare(gates, [str(heldout)]), earlier)
+        return cls(gates, prepare(gates, [str(heldout)]), check_task(gates))
 
     def measured(
         self, model: Decoder, tokenizer: Tokenizer, stop_ids: frozenset[int], perplexity: float
@@ -46,13 +44,18 @@ class TaskScore:
         return {"figures": rates, "gates": [gate.facts() for gate in decided]}
 
 
-def refuse_other_base(gates: GateSettings) -> None:
-    """Raise `ConfigError` for gates that name a base of their own."""
+def check_task(gates: GateSettings) -> Figures | None:
+    """The earlier figures that gates name, all of which is checked without any rows.
+
+    Raises `ConfigError` for gates that cannot be met or name a base of their own, and `DataError`.
+    """
+    check_gates(gates)
     if gates.base is not None:
         raise ConfigError(
             f"The gates file names {gates.base!r} as `base`; forge compares with the model that it "
             "begins with. Leave `base` out."
         )
+    return None if gates.earlier is None else read_earlier(gates.earlier)
 
 
 def told(judged: Mapping[str, Any], against: Mapping[str, Any]) -> str:

@@ -37,11 +37,10 @@ class Questions:
         return all(question.reference is not None for question in self.rows)
 
 
-def prepare(gates: GateSettings, data: Sequence[str]) -> Questions:
-    """Read all that is asked, before any model is loaded.
+def check_gates(gates: GateSettings) -> Checker | None:
+    """The checker of gates, whose settings are checked without any rows.
 
-    Raises `ConfigError` for gates that contradict each other or lack something, `DataError` for
-    rows that cannot be read.
+    Raises `ConfigError` for gates that contradict each other or lack something.
     """
     if gates.checker is None and (gates.parse_rate is not None or gates.coverage is not None):
         raise ConfigError(
@@ -55,7 +54,16 @@ def prepare(gates: GateSettings, data: Sequence[str]) -> Questions:
             f"`pass_at` asks for {most} programs a row, and `samples` is {gates.samples}; set "
             f"samples: {most} or more."
         )
-    checker = make_checker(gates)
+    return make_checker(gates)
+
+
+def prepare(gates: GateSettings, data: Sequence[str]) -> Questions:
+    """Read all that is asked, before any model is loaded.
+
+    Raises `ConfigError` as `check_gates` and for rows that lack something, `DataError` for rows
+    that cannot be read.
+    """
+    checker = check_gates(gates)
     rows = read_questions(data, gates.answered_rows)
     if gates.pass_at and not any(question.tests for question in rows):
         raise ConfigError(

@@ -23,6 +23,11 @@ def real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def is_text(path: Path) -> bool:
+    """Whether a name is UTF-8, as records and settings hold it."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in str(path))
+
+
 def can_be_named(path: str | Path) -> bool:
     """Whether the system takes this name: no zero byte in it, no half of a surrogate pair."""
     try:

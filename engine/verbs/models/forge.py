@@ -42,8 +42,8 @@ from engine.forging.domain import (
 )
 from engine.forging.identity import RENAMED, identity, upgraded
 from engine.forging.report import PLOT
-from engine.forging.stages import JOB, Stages, check_job, make_directory
-from engine.forging.task_score import TaskScore, refuse_other_base
+from engine.forging.stages import JOB, Stages, check_job, make_directory, row_files, standing
+from engine.forging.task_score import TaskScore, check_task
 from engine.forging.verdict import judged
 from engine.model_sources.open import describe_model
 from engine.model_sources.pruning_record import PRUNING
@@ -51,7 +51,7 @@ from engine.provenance import version
 from engine.runs.checkpoints import sweep
 from engine.runs.summary import refuse_other_summary, summed_up_on_failure, write_summary
 from engine.storage import durable, names
-from engine.storage.home import real
+from engine.storage.home import is_text, real
 from engine.storage.lock import DirectoryLock
 from engine.storage.safe_files import read_json_object
 from engine.training.checks import check_model, check_request
@@ -99,7 +99,7 @@ def forge(
     gates = None if settings.gates is None else read_gates(settings.gates)
     known = identity(settings)
     if gates is not None:
-        refuse_other_base(gates)
+        check_task(gates)
         known["gates"] = gates.model_dump(mode="json")
     older = partial(upgraded, now=known)
     check_job(root, known, resume=resume, renamed=RENAMED, upgraded=older)
@@ -137,16 +137,19 @@ def _figures(results: dict[str, Any]) -> dict[str, Any]:
 
 def _check(settings: ForgeSettings) -> None:
     """Check what needs no weights before anything is written, and that no input is an output."""
+    if not is_text(settings.output_dir):
+        raise ConfigError(
+            f"--output-dir {settings.output_dir} is no text in UTF-8, and the models of a job are "
+            "named by it. Choose another --output-dir."
+        )
     refuse_other_summary(settings.output_dir, "forge")
-    config, data = settings.training, settings.output_dir / "data"
-    files = [data / "train.jsonl", data / "heldout.jsonl"]
+    config, files = settings.training, row_files(settings.output_dir)
     named = [settings.domain, *config.data, *config.eval_data]
     inputs = [real(name) for name in named if name is not None and name not in DOMAINS]
     inputs += [path / file.name for path in inputs for file in files]
     taken = [str(file) for file in files if real(file) in inputs]
     if not taken and not (settings.output_dir / JOB).exists():
-        own = (settings.output_dir / name for name in (RESULTS, PLOT))
-        taken = [str(file) for file in (*files, *own) if file.exists()]
+        taken = standing(settings.output_dir, (RESULTS, PLOT))
     if taken:
         raise ConfigError(
             f"{', '.join(taken)} stands where the job would write its own files. Choose another "

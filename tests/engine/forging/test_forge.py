@@ -308,13 +308,29 @@ def test_worse_means_by_a_tenth_and_by_one(
     assert told is None or told.startswith("Cycle 3 is the last")
 
 
-def test_a_job_is_not_begun_twice_nor_continued_with_other_settings(make: Make) -> None:
+def test_a_job_is_not_begun_twice_nor_continued_with_other_settings(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forge(make(cycles=1))
     with pytest.raises(ConfigError, match="--resume"):
         forge(make(cycles=1))
     with pytest.raises(ConfigError, match="cycles was 1 and is 2"):
         forge(make(cycles=2), resume=True)
     forge(make(cycles=1), resume=True)
+    # By another name of its directory, and after that was moved.
+    make().output_dir.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    moved = make(cycles=1).model_copy(update={"output_dir": Path("moved")})
+    assert forge(moved, resume=True)["model"] == str(Path("moved", "cycle-1", "model"))
+
+
+def test_a_job_that_has_done_nothing_is_begun_anew_with_other_settings(tmp_path: Path) -> None:
+    Stages(tmp_path, {"data": "misspelt"}, resume=False)
+    job = Stages(tmp_path, {"data": "rows"}, resume=False)
+    job.run("data", lambda: {"rows": 1})
+    for resume, told in ((False, "--resume"), (True, "data was 'rows' and is 'others'")):
+        with pytest.raises(ConfigError, match=told):
+            Stages(tmp_path, {"data": "others"}, resume=resume)
 
 
 def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
@@ -325,6 +341,19 @@ def test_bad_requests_are_refused(make: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written to"):
         forge(make("file/job"))
+    with pytest.raises(ConfigError, match="no text in UTF-8"):
+        forge(make(os.fsdecode(b"job\xff")))
+    theirs = tmp_path / "job" / "cycle-1" / "pruned" / "config.json"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("{}")
+    with pytest.raises(ConfigError, match="cycle-1 stands where the job would write"):
+        forge(make())
+    assert theirs.read_text() == "{}"
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("{parse_rate: 0.5}")
+    with pytest.raises(ConfigError, match="a checker accepts"):
+        forge(make("other", gates=gates))
+    assert not (tmp_path / "other").exists()
 
 
 def test_gates_score_the_answers_of_every_model(make: Make, tmp_path: Path) -> None:
