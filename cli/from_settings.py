@@ -23,9 +23,13 @@ from engine.config.settings import Settings, group_of, is_repeated
 from engine.config.sources import Vocabulary, build, gather
 from engine.config.training.presets import SUMMARIES
 from engine.errors import ConfigError
+from engine.storage.home import expanded
+from engine.storage.standing import refuse_sources
 
 S = TypeVar("S", bound=Settings)
 _FILES = (".yaml", ".yml", ".json")
+_OUTPUTS = ("output", "report", "removed", "quarantine", "plot")
+"""Settings that name a file which a verb writes."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,9 @@ class Verb:
                 )
             flags[self.words] = given_words if several else plain[0]
         given = gather(known, config, preset=preset, flags=flags, overrides=overrides)
+        if config is not None:
+            outputs = [given[name].value for name in _OUTPUTS if name in given]
+            refuse_sources([expanded(str(path)) for path in outputs if path], [config])
         for name, value in self.defaults:
             given.setdefault(name, Setting(value, "default"))
         return Call(given, as_json)

@@ -69,6 +69,7 @@ def preview(call: Call) -> None:
 
 def docstrings(call: Call) -> None:
     """Make prompt/response rows from the Python standard library's docstrings."""
+    from engine.data.corpus.writing import refuse_output
     from engine.data.docstrings import write_docstrings
     from engine.data.origins import write_origins
     from engine.errors import ConfigError
@@ -83,6 +84,7 @@ def docstrings(call: Call) -> None:
             f"{asked.output_dir} holds {' and '.join(taken)} already, which would be replaced. "
             "Move it away, or choose another --output-dir."
         )
+    refuse_output(*(asked.output_dir / name for name in names))
     told = {"python": platform.python_version(), "heldout_fraction": asked.heldout_fraction}
 
     def describe(file: Path, count: int) -> None:

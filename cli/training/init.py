@@ -1,5 +1,6 @@
 """`engine init`: a commented configuration for a model, rows and a machine."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def init(call: Call) -> None:
     from engine.storage import durable
     from engine.verbs.training.init import propose
 
-    if settings.output.exists():
+    if os.path.lexists(settings.output):
         raise ConfigError(
             f"{settings.output} exists already. Nothing was written; name another file with "
             "--output, or move the old one away."

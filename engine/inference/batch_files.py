@@ -163,8 +163,16 @@ def settings_file(output: Path) -> Path:
 
 
 def refuse_other_output(data: Path, output: Path) -> None:
-    """Raise `ConfigError` where answers would go into the rows or beside another's settings."""
+    """Raise `ConfigError` where answers would go into the rows or beside another's settings.
+
+    Also for a link, a pipe or a device, which nothing is appended to.
+    """
     refuse_sources((output, settings_file(output)), [data])
+    if output.is_symlink() or (output.exists() and not output.is_file()):
+        raise ConfigError(
+            f"{output} is a link, a folder, a pipe or a device, and answers are appended to a "
+            "file. Nothing was written; name that file itself, or another one."
+        )
     refuse_foreign(settings_file(output), has_keys(MODEL_DIGEST), "a file of settings")
 
 

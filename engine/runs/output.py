@@ -80,14 +80,18 @@ def check_output(config: TrainConfig, checkpoint: int = 0) -> None:
     """
     target = name_run(config).output_dir
     assert target is not None
+    require_writable(target)
+    if checkpoint:
+        require_space(target, checkpoint)
+
+
+def require_writable(target: Path) -> None:
+    """Raise `ConfigError` unless a directory can be made and written to. Leaves nothing there."""
     try:
-        folder = _existing(target)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=_existing(target)):
             pass
     except OSError as error:
         raise unwritable(target, error) from None
-    if checkpoint:
-        require_space(target, checkpoint)
 
 
 def _existing(target: Path) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import CheckpointError, ConfigError
 from engine.storage import strict_json
+from engine.storage.durable import writing
 from engine.storage.safe_files import open_regular
 
 _HEAD = 1 << 22
@@ -26,6 +28,14 @@ def refuse_sources(outputs: Iterable[Path | None], sources: Iterable[Path]) -> N
 def is_same_file(first: Path, second: Path) -> bool:
     """Whether two names are of one file that exists, also through links."""
     return first.exists() and second.exists() and first.samefile(second)
+
+
+def refuse_unwritable(output: Path) -> None:
+    """Raise `CheckpointError` unless a file can be written there; leaves nothing behind."""
+    with writing(output):
+        above = (folder for folder in output.parents if os.path.lexists(folder))
+        with tempfile.TemporaryFile(dir=next(above, Path())):
+            pass
 
 
 def refuse_foreign(

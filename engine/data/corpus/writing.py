@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,7 +14,7 @@ from engine.data.origins import manifest_path
 from engine.errors import ConfigError, DataError
 from engine.storage import durable, names
 from engine.storage.home import real
-from engine.storage.standing import has_keys, refuse_foreign
+from engine.storage.standing import has_keys, refuse_foreign, refuse_unwritable
 
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz")
 _GROUP = 10_000
@@ -35,12 +36,18 @@ def refuse_output(*outputs: Path | None, overwrite: bool = False) -> None:
             raise ConfigError(
                 f"{output}: rows are written as .jsonl, .jsonl.gz or .parquet; name the output so."
             )
-        if output.is_dir() or (output.exists() and not overwrite):
+        if output.exists() and not output.is_file():
+            raise ConfigError(
+                f"{output} is no file: a folder, a pipe or a device is not replaced. Nothing was "
+                "written; name another output."
+            )
+        if os.path.lexists(output) and not overwrite:
             raise ConfigError(
                 f"{output} exists already. Nothing was written; name another output, or replace it "
                 "with --overwrite."
             )
         refuse_foreign(manifest_path(output), has_keys("tool", "output"), "a manifest")
+        refuse_unwritable(output)  # before another output gets its name
     refuse_equal(*outputs)
 
 
@@ -49,7 +56,8 @@ def refuse_report(report: Path | None, *outputs: Path | None, overwrite: bool = 
 
     Figures that stand there are replaced. Raises `ConfigError`.
     """
-    refuse_equal(report, *outputs)
+    manifests = [None if output is None else manifest_path(output) for output in outputs]
+    refuse_equal(report, *outputs, *manifests)
     if report is not None:
         refuse_foreign(
             report, lambda path: any(test(path) for test in _FIGURES), "a report", overwrite

@@ -23,6 +23,7 @@ from engine.gates.verdict import Gate, decide, read_earlier
 from engine.inference.generation import stop_ids_of
 from engine.model_sources.adapter_path import adapter_path
 from engine.provenance import git_commit, versions
+from engine.runs.output import require_writable
 from engine.storage import durable, names
 from engine.storage.standing import has_keys, refuse_foreign
 from engine.verbs.models.evaluate import LoadedModel, loaded
@@ -129,6 +130,7 @@ def judge_model(settings: EvalSettings, gates: GateSettings) -> Verdict:
     output = _output_dir(settings)
     for name, keys in _KEYS.items():
         refuse_foreign(output / name, has_keys(*keys), "of gates")
+    require_writable(output)  # before hours of answers
     measured, figures = _measured(settings, gates, questions)
     base = None
     if base_settings is not None:
@@ -154,7 +156,6 @@ def _base(settings: EvalSettings, gates: GateSettings) -> EvalSettings | None:
 def _output_dir(settings: EvalSettings) -> Path:
     """Where results go: as asked, else the run that the adapter is of, else here."""
     if settings.output_dir is not None:
-        names.mkdir(settings.output_dir, parents=True, exist_ok=True)
         return settings.output_dir
     if settings.adapter:
         run = adapter_path(settings.adapter[0][0]).parent
@@ -209,6 +210,8 @@ def _write(
         "seconds": round(verdict.seconds, 3),
     }
     folder = verdict.output_dir
+    with durable.writing(folder):
+        names.mkdir(folder, parents=True, exist_ok=True)
     lines = [
         json.dumps(
             {

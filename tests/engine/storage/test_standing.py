@@ -64,6 +64,31 @@ def test_rows_that_are_read_are_written_over_by_no_verb(
         assert [one.read_text() for one in all_names] == [_ROWS] * len(all_names)
 
 
+def test_a_configuration_that_is_read_is_written_over_by_no_verb(tmp_path: Path) -> None:
+    _names_of_rows(tmp_path)
+    recipe, link = tmp_path / "mix.json", tmp_path / "hard.json"
+    text = json.dumps({"sources": [{"path": str(tmp_path / "rows.jsonl")}]})
+    recipe.write_text(text)
+    os.link(recipe, link)
+    words = ["data", "mix", "--config", str(recipe), "--output", str(tmp_path / "new.jsonl")]
+    for report in (recipe, link, tmp_path / "around" / "mix.json"):
+        assert main([*words, "--report", str(report), "--overwrite"]) == 2
+    assert recipe.read_text() == link.read_text() == text
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+@pytest.mark.parametrize("output", ["rows.jsonl/x.jsonl", "nowhere.jsonl", "loop/x.jsonl"])
+def test_where_one_output_cannot_be_written_none_is(tmp_path: Path, output: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(_ROWS)
+    (tmp_path / "nowhere.jsonl").symlink_to("missing")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    words = ["data", "dedup", str(rows), "--output", str(tmp_path / output)]
+    assert main([*words, "--removed", str(tmp_path / "removed.jsonl")]) == 2
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_figures_are_replaced_where_they_are_of_the_same_verb(tmp_path: Path) -> None:
     rows, report = tmp_path / "rows.jsonl", tmp_path / "report.json"
     rows.write_text(_ROWS)
@@ -90,6 +115,49 @@ def test_two_outputs_of_one_name_are_refused_through_links(tmp_path: Path) -> No
     _names_of_rows(tmp_path)
     words = ["data", "dedup", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "new.jsonl")]
     assert main([*words, "--removed", str(tmp_path / "around" / "new.jsonl")]) == 2
+    words[1] = "validate"
+    assert main([*words, "--report", str(tmp_path / "around" / "new.jsonl.manifest.json")]) == 2
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_what_is_no_file_is_not_replaced_by_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, pipe, null = (tmp_path / f"{name}.jsonl" for name in ("rows", "pipe", "null"))
+    rows.write_text(_ROWS)
+    os.mkfifo(pipe)
+    null.symlink_to(os.devnull)
+    for output in (pipe, null):
+        assert main(["data", "convert", str(rows), "--output", str(output), "--overwrite"]) == 2
+        assert f"{output} is no file" in capsys.readouterr().err
+    assert pipe.is_fifo() and null.is_symlink()
+
+
+def test_a_link_that_leads_nowhere_stays(tmp_path: Path) -> None:
+    link = tmp_path / "train.yaml"
+    link.symlink_to("nowhere")
+    assert main(["init", "--model", "m", "--data", "d", "--output", str(link)]) == 2
+    assert link.is_symlink()
+
+
+def test_docstrings_take_the_place_of_no_other_manifest(tmp_path: Path) -> None:
+    other = tmp_path / "heldout.jsonl.manifest.json"
+    other.write_text('{"mine": 1}')
+    assert main(["data", "docstrings", "--output-dir", str(tmp_path), "--limit", "3"]) == 2
+    assert other.read_text() == '{"mine": 1}'
+
+
+def test_gates_are_not_measured_for_a_folder_that_cannot_be_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, gates = tmp_path / "rows.jsonl", tmp_path / "g.yaml"
+    rows.write_text(_ROWS)
+    gates.write_text("parse_rate: none\ncoverage: none\nperplexity: 5\n")
+    words = ["eval", "--model", "no-such-model", "--data", str(rows), "--gates", str(gates)]
+    assert main([*words, "--output-dir", str(rows / "out")]) == 2
+    assert f"{rows / 'out'} cannot be written to" in capsys.readouterr().err
+    assert main([*words, "--output-dir", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_are_replaced_where_they_are_ours(tmp_path: Path) -> None:
@@ -108,6 +176,11 @@ def test_answers_go_into_no_file_that_is_not_of_answers(tmp_path: Path) -> None:
     for name in _names_of_rows(tmp_path):
         with pytest.raises(ConfigError, match="one of the sources"):
             refuse_other_output(tmp_path / "rows.jsonl", name)
+    for name in (tmp_path, tmp_path / "around", tmp_path / "link"):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(ConfigError, match="is a link, a folder, a pipe or a device"):
+            refuse_other_output(tmp_path / "other.jsonl", name)
     letter = tmp_path / "letter.txt"
     for content in ("a letter", '{"prompt": "p0"}\nmore'):
         letter.write_text(content)
