@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def run_stage(
     What it prints goes to this program's own output and, of its errors, to `stderr.log` of the
     folder; with `quiet`, standard output goes to `stdout.log` instead. Raises `Interrupted` where a
     signal asked this program to stop and the stage ended well all the same.
+
+    The status is that of a command line: 128 + n where signal n ended the process.
     """
     file = folder / "settings.yaml"
     durable.write_text(
@@ -57,7 +60,8 @@ def run_stage(
             sys.stderr.write(line.decode("utf-8", "replace"))
             sys.stderr.flush()
         status = process.wait()
-    status = status if status >= 0 else 128 - status
+    if status < 0:  # as a shell tells it
+        return 128 - status, f"was ended by signal {-status} ({signal.strsignal(-status)})"
     if status == 0 and signals.number is not None:
         raise Interrupted(signals.number)
     if status == 0:

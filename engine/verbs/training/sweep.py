@@ -6,6 +6,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from engine.sweeps.trials import Trial, trials_of
 OnTrial = Callable[[Trial, str], None]
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOPPED = frozenset({*(-number for number in _STOPS), *(128 + number for number in _STOPS)})
+_STOPPED = frozenset(128 + number for number in _STOPS)
 """Exit statuses of a run that was asked to stop. One that was killed has failed like any other."""
 _IDENTITY = "trials.json"
 _INPUTS = (
@@ -58,8 +59,8 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
     """Run the trials of a file that have not been done, then write the table and the picture.
 
     `on_trial` is told of each trial what happens: `begins`, `done before`, or how it ended. A trial
-    that fails does not stop the others; one that a signal stopped does, and goes on next time.
-    Raises `ConfigError`.
+    that fails does not stop the others; one that a signal stopped does, and goes on next time. The
+    status is that of the signal, or of the last trial where none succeeded. Raises `ConfigError`.
     """
     recipe = read_sweep(Path(settings.file), settings.output_dir, settings.trials)
     trials, tell = trials_of(recipe), on_trial or (lambda trial, what: None)
@@ -77,9 +78,9 @@ def sweep_with(settings: SweepSettings, on_trial: OnTrial | None = None) -> Swee
         results = [result_of(trial, recipe.metric) for trial in trials]
         _say_of_other_inputs([one.trial for one in results if one.value is not None])
         stopped = status in _STOPPED
-        result = SweepResult(recipe, ranked(results, recipe.greatest), status if stopped else 0)
-        if result.best is None and not stopped:
-            result = SweepResult(recipe, result.trials, 1)
+        result = SweepResult(recipe, ranked(results, recipe.greatest))
+        if stopped or result.best is None:
+            result = replace(result, status=status or 2)
         write_report(result)
         _summarise(result, started)
     return result

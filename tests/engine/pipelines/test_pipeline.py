@@ -91,6 +91,21 @@ def test_a_stage_whose_settings_changed_is_done_anew_with_those_after_it(
     capsys.readouterr()
 
 
+def test_a_stage_that_is_killed_ends_with_the_status_that_shells_give(
+    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    killed = tmp_path / "python"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killed))
+    assert cli.main(["pipeline", str(recipe_file(tmp_path, convert(write_rows(2))))]) == 137
+    summary = json.loads((tmp_path / "out" / "stages" / "rows" / "summary.json").read_text())
+    assert summary["exit_status"] == 137
+    assert summary["error_message"] == "was ended by signal 9 (Killed)"
+    capsys.readouterr()
+
+
 def test_a_failed_stage_says_why_and_keeps_what_stood_before_it(
     write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
