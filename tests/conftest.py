@@ -22,8 +22,10 @@ import torch
 from kernels.runtime import cores
 from tests.support.pages.browsers import HAS_BROWSER
 
-# The tensors here are small: more threads would only wait for each other.
+# The tensors here are small: more threads would only wait for each other. Processes that tests start
+# have as many, since sums of floating-point numbers, and so the bytes of a run, depend on it.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # torch lists the functions that obey `with torch.device(...)` once, at its first use: it must list
 # the real ones, not those that `poisoned_memory` puts in their stead, or meta models take memory.
