@@ -22,8 +22,8 @@ import torch
 from kernels.runtime import cores
 from tests.support.pages.browsers import HAS_BROWSER
 
-# The tensors here are small: more threads would only wait for each other. Processes that tests start
-# have as many, since sums of floating-point numbers, and so the bytes of a run, depend on it.
+# The tensors here are small: more threads would only wait for each other. Processes of tests
+# have as many: sums of floating-point numbers, and so the bytes of a run, depend on it.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
