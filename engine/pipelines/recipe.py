@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,29 @@ class Stage:
     def outputs(self) -> list[Path]:
         """The paths that the settings say will be written."""
         return [expanded(str(self.settings[key])) for key in OUTPUTS if self.settings.get(key)]
+
+    def files(self) -> list[Path]:
+        """Regular files that the settings name, read or written; folders are not looked into."""
+        return [path for path in map(_path, _texts(self.settings)) if path and path.is_file()]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts of a setting, whatever it is made of."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
+
+
+def _path(text: str) -> Path | None:
+    """The path that a text may be; None where it cannot be one."""
+    try:
+        path = expanded(text)
+        path.is_file()
+    except (ConfigError, OSError, ValueError):
+        return None
+    return path
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,16 @@ class StageRecord:
         same = same and facts.get("outputs", there) == there
         return self._ended_well() and same and all(path.exists() for path in outputs)
 
+    def changed(self) -> list[Path]:
+        """Files that this stage read or wrote and that are not now as they were when it ended."""
+        before = self._facts().get("digests")
+        before = before if isinstance(before, dict) else {}
+        return [
+            path
+            for path in self.stage.files()
+            if before.get(self._from_here(path)) not in (None, durable.sha256_file(path))
+        ]
+
     def _from_here(self, path: Path) -> str:
         """A path as it is seen from the record: started from elsewhere, a name is another file's.
 
@@ -139,6 +149,10 @@ class StageRecord:
             "exit_status": status,
             "output_path": str(outputs[0]) if outputs else None,
             "outputs": [self._from_here(path) for path in outputs],
+            "digests": {
+                self._from_here(path): durable.sha256_file(path)
+                for path in (self.stage.files() if status == 0 else ())
+            },
             "error_message": message,
             "wall_seconds": round(seconds, 3),
             "ended": round(time.time(), 3),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.tasks.workflow import PipelineSettings
-from engine.errors import ConfigError, without_controls
+from engine.errors import ConfigError, listing, without_controls
 from engine.pipelines.process import run_stage
 from engine.pipelines.recipe import Recipe, read_recipe
 from engine.pipelines.records import StageRecord
 from engine.runs.summary import refuse_other_summary, write_summary
 from engine.storage import names
 from engine.storage.lock import DirectoryLock
+
+log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 
@@ -51,6 +54,7 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
             record = StageRecord(recipe.output_dir, stage)
             if index < again and record.is_done():
                 record.settle()
+                _say_what_changed(record)
                 result.skipped.append(stage.name)
                 tell(_event("stage_skipped", stage=stage.name))
                 continue
@@ -69,6 +73,15 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
         _summarise(recipe, settings, result, started)
         tell(_event("pipeline_ends", failed=result.failed, exit_status=result.status))
     return result
+
+
+def _say_what_changed(record: StageRecord) -> None:
+    if changed := record.changed():
+        log.warning(
+            "the stage %s is done, and %s changed since: it is not done again unless "
+            "--again %s asks for it",
+            record.stage.name, listing(map(str, changed)), record.stage.name,
+        )  # fmt: skip
 
 
 def _again(recipe: Recipe, name: str | None) -> int:

@@ -106,6 +106,29 @@ def test_a_stage_that_is_killed_ends_with_the_status_that_shells_give(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "out/rows.jsonl"])
+def test_a_file_that_changed_since_its_stage_was_done_is_named(
+    name: str, write_rows: Callable[..., Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    command = ["pipeline", str(recipe_file(tmp_path, convert(write_rows(3))))]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0
+    assert "changed since" not in caplog.text
+    lines = (tmp_path / name).read_text().splitlines(keepends=True)
+    (tmp_path / name).write_text("".join(lines[:-1]))
+    assert cli.main(command) == 0
+    assert f"stage rows is done, and {tmp_path / name} changed since" in caplog.text
+    caplog.clear()
+    assert cli.main([*command, "--again", "rows"]) == 0
+    assert cli.main(command) == 0
+    assert "changed since" not in caplog.text
+    assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == (
+        2 if name == "rows.jsonl" else 3
+    )
+    capsys.readouterr()
+
+
 def test_a_failed_stage_says_why_and_keeps_what_stood_before_it(
     write_rows: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
