@@ -109,7 +109,7 @@ LINES: dict[str, Words] = {
     "forge": lambda inputs, folder: [
         "forge", "--model", inputs / "model", "--data", inputs / "rows.jsonl", "--cycles", 1,
         "--fraction", 0.25, "--output-dir", folder / "job", "--max-steps", 1, "--device", "cpu",
-        "--max-length", 64, "--batch-size", 2],
+        "--max-length", 64, "--batch-size", 2, "--resume"],
     "eval --gates": lambda inputs, folder: [
         "eval", "--model", inputs / "model", "--data", inputs / "rows.jsonl", "--device", "cpu",
         "--gates", inputs / "gates.yaml", "--output-dir", folder / "verdict"],

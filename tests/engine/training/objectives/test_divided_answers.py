@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,8 +78,17 @@ def test_preferences_are_learnt_in_parts_as_by_one(
         assert_alike(one.told, alone.told, 1e-12)
         torch.testing.assert_close(one.reference, alone.reference, rtol=1e-12, atol=0)
         for mine, other in zip(one.steps, alone.steps, strict=True):
-            assert mine.figures == pytest.approx(other.figures, rel=1e-11, abs=1e-12)
+            assert beyond_rounding(mine.figures) == pytest.approx(
+                beyond_rounding(other.figures), rel=1e-11, abs=1e-12
+            )
         assert one.heldout == pytest.approx(alone.heldout, rel=1e-11, abs=1e-12)
+
+
+def beyond_rounding(figures: Mapping[str, float]) -> dict[str, float]:
+    """Figures without the accuracy of rewards that are all rounding, as before the first update."""
+    rewards = [figures.get(f"rewards/{name}", 0.0) for name in ("chosen", "rejected")]
+    alike = max(map(abs, rewards)) < 1e-12
+    return {k: v for k, v in figures.items() if not (alike and k == "rewards/accuracies")}
 
 
 class CountedAnswers(AnswerSet):
