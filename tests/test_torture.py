@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.torture.__main__ import in_parts
+from bench.torture.__main__ import MOST_LISTED, in_parts, shortened
 from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.campaigns import CAMPAIGNS
 from bench.torture.crashes import resume_algebra
@@ -88,6 +88,12 @@ def test_figures_are_added_but_for_the_worst_of_them() -> None:
         "good": 3, "slowest_s": 2.0, "passed": False, "kinds": {"a": 2, "b": 3}, "wrong": ["x"],
         "bad": 1,
     }  # fmt: skip
+
+
+def test_a_row_lists_the_first_complaints_and_counts_the_others() -> None:
+    told = shortened({"wrong": [str(n) for n in range(2000)], "few": [1, 2], "good": 3})
+    assert told["wrong"] == [*map(str, range(MOST_LISTED)), f"and {2000 - MOST_LISTED:,} more"]
+    assert (told["few"], told["good"]) == ([1, 2], 3)
 
 
 @pytest.mark.parametrize("fault", ["none", "folders", "files"])

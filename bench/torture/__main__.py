@@ -27,6 +27,7 @@ from engine.storage.durable import write_json
 
 RESULTS = Path(__file__).parents[1] / "results"
 PARTIAL = ".reliability.{}.partial.json"
+MOST_LISTED = 12
 
 
 def main() -> int:
@@ -79,7 +80,7 @@ def run(name: str, share: float, results: Path) -> None:
     row = same | {
         "passed": campaign.passed(figures),
         "seconds": round(seconds, 1),
-        "figures": figures,
+        "figures": shortened(figures),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -87,6 +88,15 @@ def run(name: str, share: float, results: Path) -> None:
     print(json.dumps(row), flush=True)
     with (results / "reliability.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def shortened(figures: Figures) -> Figures:
+    """Figures whose lists end after some items with the number of those left out."""
+    short = dict(figures)
+    for key, value in figures.items():
+        if isinstance(value, list) and len(value) > MOST_LISTED:
+            short[key] = [*value[:MOST_LISTED], f"and {len(value) - MOST_LISTED:,} more"]
+    return short
 
 
 def in_parts(
