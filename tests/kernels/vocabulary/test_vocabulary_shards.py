@@ -107,6 +107,21 @@ def test_single_precision_and_8_bit_heads(kind: str) -> None:
         return linear_cross_entropy(hidden, whole, targets, ITEMS)
 
     expected = [value_and_gradient(*tokens(rank, torch.float32), plain) for rank in range(4)]
+    errors = [[0.0, 0.0] for _ in range(4)]
+    if kind != "int8":
+        # On some processors sums in fp32 are 1e-6 from those of fp64: ours may be twice as far.
+
+        def exact(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+            return linear_cross_entropy(hidden.double(), dense.double(), targets, ITEMS)
+
+        true = [value_and_gradient(*tokens(rank, torch.float32), exact) for rank in range(4)]
+        errors = [
+            [
+                float((a - b).abs().max()) if a.numel() else 0.0
+                for a, b in zip(one, two, strict=True)
+            ]
+            for one, two in zip(expected, true, strict=True)
+        ]
 
     def work(own: ThreadRanks) -> None:
         shard = part_of(whole, own)
@@ -115,10 +130,10 @@ def test_single_precision_and_8_bit_heads(kind: str) -> None:
             return sharded_cross_entropy(hidden, shard, targets, ITEMS, 6)
 
         given = tokens(own.rank, torch.float32)
-        for mine, other in zip(
-            value_and_gradient(*given, divided), expected[own.rank], strict=True
+        for mine, other, error in zip(
+            value_and_gradient(*given, divided), expected[own.rank], errors[own.rank], strict=True
         ):
-            close(mine, other, 1e-6)
+            close(mine, other, max(1e-6, 2 * error))
 
     run_ranks(4, work)
 

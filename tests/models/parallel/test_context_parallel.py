@@ -170,7 +170,8 @@ def test_fewer_tokens_than_ranks_leave_some_without_any(build: Build) -> None:
     model = build("qwen3_5")
     batch = batch_for(model, bounds=(0, 1, 3))
     want = Outcome.of(model, batch, StepSettings())
-    assert_equal(summed(split_step(model, batch, StepSettings(), 4)), want, 1e-12)
+    # Of so few keys the gradient of keys is nothing: what is left of sums of numbers about 1.
+    assert_equal(summed(split_step(model, batch, StepSettings(), 4)), want, 1e-12, 1e-14)
 
 
 def test_a_teachers_distribution_is_learnt_where_its_context_is_split_too(build: Build) -> None:

@@ -119,9 +119,15 @@ def together(parts: Sequence[Results]) -> Results:
 
 def assert_equal(got: Results, want: Results, tolerance: float = 1e-12) -> None:
     assert got.keys() == want.keys()
-    for name, value in want.items():
-        scale = max(float(value.abs().max()), 1e-3)
-        assert float((got[name] - value).abs().max()) <= tolerance * scale, name
+    assert farthest(got, want) <= tolerance
+
+
+def farthest(got: Results, want: Results) -> float:
+    """The largest difference of a tensor, in its own largest value."""
+    return max(
+        float((got[name] - value).abs().max()) / max(float(value.abs().max()), 1e-3)
+        for name, value in want.items()
+    )
 
 
 def on_ranks(
@@ -169,7 +175,10 @@ def test_single_precision(golden: Golden) -> None:
     parts, _ = on_ranks(model, documents(2), StepSettings())
     whole = joined(documents(2))
     want = step(model, whole, whole.items, StepSettings())
-    assert_equal(together(parts), want, 1e-6)
+    # On some processors sums of this mixture in fp32 are 4e-6 from those of fp64: ours may be twice
+    # as far from them.
+    exact = step(copy.deepcopy(model).double(), whole, whole.items, StepSettings())
+    assert_equal(together(parts), want, max(1e-6, 2 * farthest(want, exact)))
 
 
 def test_experts_without_a_token_have_no_gradient(golden: Golden) -> None:
