@@ -241,7 +241,8 @@ def test_smollm2_pruned_from_its_gguf_file_loads_with_equal_logits(
     theirs = other(IDS).logits
     truth = other.double()(IDS).logits
     apart = [float((logits - truth).abs().max()) for logits in (ours, theirs)]
-    assert apart[0] <= 2 * apart[1] < 5e-3
+    # How far transformers itself is from float64 depends on the processor.
+    assert apart[0] <= 2 * apart[1] < 1e-2
 
 
 @torch.no_grad()

@@ -98,7 +98,7 @@ def our_loss(base: Path, peer: Any, settings: ObjectiveSettings) -> tuple[float,
 def compare(base: Path, peer: Any, loss: Tensor, settings: ObjectiveSettings) -> None:
     loss.backward()
     ours, model = our_loss(base, peer, settings)
-    assert ours == pytest.approx(float(loss.detach()), abs=1e-5)
+    assert ours == pytest.approx(float(loss.detach()), rel=1e-6, abs=1e-5)
     theirs = peer_gradients(peer)
     mine = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert mine.keys() == theirs.keys()
