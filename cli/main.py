@@ -25,6 +25,7 @@ from typing import Any
 
 from cli.interrupts import INTERRUPTS
 from cli.streams import open_streams
+from engine.errors import is_out_of_memory
 from engine.runs.startup import importing, leave_quickly
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -259,20 +260,13 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, OSError):
         _complain(_refused(error))
         return 2
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         _complain(_OUT_OF_MEMORY)
         return 2
     notes = " ".join(getattr(error, "__notes__", ())) or _keep_traceback(error)
     text = " ".join(str(error).split())
     _complain(f"The program failed with {type(error).__name__}: {text[:500]}. {notes}")
     return 1
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python's own allocator, or torch's, was refused memory."""
-    told = "can't allocate memory", "out of memory"
-    by_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in told)
-    return by_torch or isinstance(error, MemoryError)
 
 
 def _refused(error: OSError) -> str:

@@ -13,6 +13,16 @@ _NOTE = 40
 """Room for the number of characters that are left out."""
 
 
+_FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: by torch, by a library of the GPU's, or by Python itself."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
+
+
 def printable(text: str, longest: int = _LONGEST) -> str:
     """`text` as it can be shown on any terminal: odd characters escaped, the middle cut out.
 

@@ -1,7 +1,6 @@
 """Campaigns go on where they were stopped, and their programs notice planted faults."""
 
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from bench.torture.__main__ import MOST_LISTED, in_parts, shortened
 from bench.torture.campaign import PART, Campaign, Figures, merged
 from bench.torture.campaigns import CAMPAIGNS
 from bench.torture.crashes import resume_algebra
+from bench.torture.crashes.campaigns import namespace
 from bench.torture.crashes.every_verb import LINES
 from bench.torture.crashes.full_disks import SHARES
 from bench.torture.crashes.resume_algebra import resumes
@@ -186,8 +186,7 @@ def test_signals_end_a_run_with_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_commands_that_are_refused_end_with_one_paragraph(tmp_path: Path) -> None:
-    namespace = ("unshare", "-m") if os.geteuid() == 0 else ("unshare", "-Urm")
-    seen = printed("refused", tmp_path, "export gguf", "data convert", before=namespace)
+    seen = printed("refused", tmp_path, "export gguf", "data convert", before=namespace())
     assert seen["wrong"] == []
     assert seen["good"] == seen["trials"] == 12
     # A refusal that refuses nothing would prove nothing.

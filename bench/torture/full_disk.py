@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,11 +26,21 @@ class Unchecked(CheckpointStore):
         return
 
 
-def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
-    """Whether the first checkpoint loads in the end, and whether the failure was named."""
+@contextmanager
+def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
+    """A file system of this size at `folder`, in memory."""
+    folder.mkdir(parents=True, exist_ok=True)
     size = f"size={kibibytes}k"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
     try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
+    """Whether the first checkpoint loads in the end, and whether the failure was named."""
+    with small_disk(folder, kibibytes):
         tensors = {"a": {"x": torch.ones(64, 1024)}}  # 256 KiB
         named = False
         with Unchecked(folder, keep=2) as store:
@@ -48,8 +60,6 @@ def one_size(folder: Path, kibibytes: int) -> tuple[bool, bool]:
                     named = str(folder) in str(error)
             left = store.latest()
             return left is not None and left.step >= 1, named
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def main(folder: Path, count: int) -> None:

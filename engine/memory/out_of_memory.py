@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from engine.config.train_config import TrainConfig
-from engine.errors import MemoryPlanError, gib
+from engine.errors import MemoryPlanError, gib, is_out_of_memory
 from engine.memory.auto_policy import resolve_policy
 from engine.memory.estimate import CUDA_CONTEXT, MemoryPlan, Workload, plan
 from engine.memory.options import flag
@@ -19,7 +19,6 @@ from engine.memory.search import choose
 from kernels.runtime.device import free_memory, total_memory
 from models.config.model_config import ModelConfig
 
-_SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "out of memory", "can't allocate memory")
 _SMALLER = 0.95
 """Of a plan that did not hold, what the next may need."""
 
@@ -68,18 +67,11 @@ def explained(
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         use = DeviceUse.of(device)
         error.__traceback__ = None  # its frames hold the tensors that filled the memory
         raise explain(str(error), model, config, device, dtype, work, use) from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """torch's error, or those of libraries and of the host's allocator."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(sign in str(error) for sign in _SIGNS)
 
 
 def explain(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ class Stage:
 
     def files(self) -> list[Path]:
         """Regular files that the settings name, read or written; folders are not looked into."""
-        return [path for path in map(_path, _texts(self.settings)) if path and path.is_file()]
+        named = map(expanded, _texts(self.settings))
+        return [path for path in named if os.path.isfile(path)]  # noqa: PTH113 - Path's may raise
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -62,16 +64,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, Mapping | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(one)
-
-
-def _path(text: str) -> Path | None:
-    """The path that a text may be; None where it cannot be one."""
-    try:
-        path = expanded(text)
-        path.is_file()
-    except (ConfigError, OSError, ValueError):
-        return None
-    return path
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,10 @@ class StageRecord:
             f"outputs away, delete {begun}, and start again."
         )
 
-    def end(self, status: int, seconds: float, message: str | None) -> Mapping[str, Any]:
-        """Write and return how the stage ended."""
+    def end(
+        self, status: int, seconds: float, message: str | None, files: Iterable[Path] = ()
+    ) -> Mapping[str, Any]:
+        """Write and return how the stage ended, and the digests of files for `changed`."""
         outputs = self.stage.outputs()
         facts = {
             "stage": self.stage.name,
@@ -149,10 +151,7 @@ class StageRecord:
             "exit_status": status,
             "output_path": str(outputs[0]) if outputs else None,
             "outputs": [self._from_here(path) for path in outputs],
-            "digests": {
-                self._from_here(path): durable.sha256_file(path)
-                for path in (self.stage.files() if status == 0 else ())
-            },
+            "digests": {self._from_here(path): durable.sha256_file(path) for path in files},
             "error_message": message,
             "wall_seconds": round(seconds, 3),
             "ended": round(time.time(), 3),

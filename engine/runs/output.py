@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from engine.config.train_config import TrainConfig
 from engine.errors import CheckpointError, ConfigError, gib
 from engine.storage import durable
 from engine.storage.home import real
+from engine.storage.standing import nearest_folder, try_to_write
 
 RECORDS = (
     "config.yaml", "manifest.json", "summary.json", "metrics.jsonl", "samples.jsonl",
@@ -88,20 +88,9 @@ def check_output(config: TrainConfig, checkpoint: int = 0) -> None:
 def require_writable(target: Path) -> None:
     """Raise `ConfigError` unless a directory can be made and written to. Leaves nothing there."""
     try:
-        with tempfile.TemporaryFile(dir=_existing(target)):
-            pass
+        try_to_write(target)
     except OSError as error:
         raise unwritable(target, error) from None
-
-
-def _existing(target: Path) -> Path:
-    """`target`, or the nearest folder above it that exists. `NotADirectoryError` for a file."""
-    for folder in (target, *target.absolute().parents):
-        if folder.is_dir():
-            return folder
-        if folder.exists() or folder.is_symlink():
-            raise NotADirectoryError(20, "Not a directory", str(folder))
-    return Path.cwd()
 
 
 def unwritable(path: Path, error: OSError) -> ConfigError:
@@ -115,7 +104,7 @@ def unwritable(path: Path, error: OSError) -> ConfigError:
 def require_space(folder: Path, checkpoint: int) -> None:
     """Raise `CheckpointError` unless the disk has space for a checkpoint of so many bytes."""
     need = int(1.05 * checkpoint) + _MARGIN
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(nearest_folder(folder)).free
     if free < need:
         raise CheckpointError(
             f"The disk of {folder} has {gib(free)} free and a checkpoint needs "

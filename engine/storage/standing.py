@@ -33,9 +33,26 @@ def is_same_file(first: Path, second: Path) -> bool:
 def refuse_unwritable(output: Path) -> None:
     """Raise `CheckpointError` unless a file can be written there; leaves nothing behind."""
     with writing(output):
-        above = (folder for folder in output.parents if os.path.lexists(folder))
-        with tempfile.TemporaryFile(dir=next(above, Path())):
-            pass
+        try_to_write(output.absolute().parent)
+
+
+def try_to_write(folder: Path) -> None:
+    """Make a file in a folder, or in the nearest above it that exists, and leave nothing there.
+
+    Raises the system's `OSError`.
+    """
+    with tempfile.TemporaryFile(dir=nearest_folder(folder)):
+        pass
+
+
+def nearest_folder(target: Path) -> Path:
+    """`target`, or the nearest folder above it that exists. `NotADirectoryError` for a file."""
+    for folder in (target, *target.absolute().parents):
+        if folder.is_dir():
+            return folder
+        if folder.exists() or folder.is_symlink():
+            raise NotADirectoryError(20, "Not a directory", str(folder))
+    return Path.cwd()
 
 
 def refuse_foreign(

@@ -12,8 +12,6 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +28,11 @@ from bench.torture.crashes.file_faults import (
     undisturbed,
     unlike,
 )
+from bench.torture.full_disk import small_disk
 
 SHARES = (0.0, 0.1, 0.35, 0.6, 0.85, 0.97)
 PAGE = 4
 """KiB that a file of one byte takes."""
-
-
-@contextmanager
-def small_disk(folder: Path, kibibytes: int) -> Iterator[None]:
-    """A file system of this size at `folder`, in memory."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = f"size={kibibytes}k"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def complaints(command: Command, expected: Expected, folder: Path, kibibytes: int) -> list[str]:

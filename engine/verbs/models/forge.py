@@ -172,8 +172,7 @@ def _check(settings: ForgeSettings) -> None:
 class _Forge:
     def __init__(self, settings: ForgeSettings, job: Stages, gates: GateSettings | None) -> None:
         self.settings, self.job, self.root = settings, job, settings.output_dir
-        data = self.root / "data"
-        self.train_file, heldout = data / "train.jsonl", data / "heldout.jsonl"
+        self.train_file, heldout = row_files(self.root)
         self.rows = rows = self.job.run("data", self._data)
         for file in (self.train_file, heldout):
             refuse_changed(file, rows.get(file.name))
@@ -256,7 +255,7 @@ class _Forge:
         rows, heldout = rows[: config.limit_rows], heldout[: self.settings.heldout_rows]
         if not heldout:
             raise ConfigError("No rows are held out; give --eval-data, or more rows to split.")
-        train_file, heldout_file = folder / "train.jsonl", folder / "heldout.jsonl"
+        train_file, heldout_file = row_files(self.root)
         write_rows(train_file, rows)
         write_rows(heldout_file, heldout)
         prompts = [prompt for row in heldout if (prompt := prompt_of(row)) is not None]

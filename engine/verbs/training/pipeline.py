@@ -64,7 +64,8 @@ def pipeline(settings: PipelineSettings, on_event: OnEvent | None = None) -> Pip
             status, message = run_stage(
                 stage, record.begin(), record.folder, quiet=settings.events == "jsonl"
             )
-            facts = record.end(status, time.monotonic() - begun, message)
+            files = stage.files() if status == 0 else ()
+            facts = record.end(status, time.monotonic() - begun, message, files)
             tell(_event("stage_ends", **facts))
             if status != 0:
                 result.failed, result.status = stage.name, status

@@ -18,7 +18,6 @@ WRITING = ("O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC")
 NOTHING = "the null device"
 SWITCH = "a switch of the kernel under /proc"
 OWN_FOLDER = "in a folder of this process that goes with it; nobody else reads it"
-CACHE = "deletes from a cache, where a file that is not there is made again"
 RECORD = "deletes one file, of which there is no half"
 BY_RENAME = "a run's own folders, moved by rename and deleted under names that say so"
 TO_A_HANDLE = "to a handle or a buffer that storage publishes"
@@ -53,7 +52,6 @@ ALLOWED = {
     "engine/runs/earlier.py EarlierRun.settle": BY_RENAME,
     "engine/runs/earlier.py EarlierRun._move_back": BY_RENAME,
     "engine/runs/earlier.py _delete": BY_RENAME,
-    "engine/runs/output.py require_writable": "asks whether a folder takes files; has no name",
     "engine/verbs/models/judge.py _write": RECORD,
     "engine/verbs/worker.py main": RECORD,
 }
